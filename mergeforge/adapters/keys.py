@@ -1,0 +1,62 @@
+"""The dialects of adapter tensor names: which module a key belongs to, and in what role.
+
+PEFT writes `base_model.model.` + the module's path at training time + a suffix (adapter names are
+stripped when it saves; old FSDP and DeepSpeed dumps keep them and their wrappers' names).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_ADAPTER_NAME = re.compile(r"(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save)\.default(?=\.|$)")
+# suffix on disk -> role, longest first
+ROLES = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "B_bias",
+    "lora_embedding_A": "embedding_A",
+    "lora_embedding_B": "embedding_B",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_magnitude_vector": "magnitude",
+    "token_adapter.trainable_tokens_delta": "tokens",
+    "trainable_tokens_delta": "tokens",
+    "base_layer.weight": "base_weight",
+    "base_layer.bias": "base_bias",
+    "modules_to_save.weight": "weight",
+    "modules_to_save.bias": "bias",
+    "weight": "weight",
+    "bias": "bias",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A tensor of an adapter: the module it changes, and its role there."""
+
+    module: str
+    role: str
+
+
+def parse_key(name: str) -> Key | None:
+    """Module and role of a key, or None where the suffix is unknown."""
+    path = _ADAPTER_NAME.sub(r"\1", _WRAPPERS.sub("", name))
+    path = path.removeprefix("module.").removeprefix("base_model.model.")
+    for suffix, role in ROLES.items():
+        if path.endswith("." + suffix):
+            return Key(path[: -len(suffix) - 1], role)
+    return None
+
+
+def find_tensor(path: str, names: Iterable[str]) -> list[str]:
+    """The checkpoint's tensors that `path` can mean: itself, or those that differ by a prefix.
+
+    A model class and its headless twin name the same tensor with and without a leading `model.` or
+    `transformer.`; one name must then end in the other, at a dot.
+    """
+    names = list(names)
+    if path in names:
+        return [path]
+    return [name for name in names if name.endswith("." + path) or path.endswith("." + name)]

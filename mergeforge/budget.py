@@ -1,0 +1,211 @@
+"""Budget: the memory, device and threads that a merge may use. Worker: what one thread owns.
+
+The memory is split evenly among the workers. A worker's share holds its staging buffer (raw bytes
+of one tile of every input and of the output) and the block-sized float32 temporaries of its
+computation. The plan proves from the shapes that every tile fits; nothing is measured or guessed
+while it runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.disk import InputFile, WriteBehind
+from mergeforge.errors import BudgetError, RecipeError
+from mergeforge.sizes import parse_size
+from mergeforge.tensors import BLOCK_ELEMENTS, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ALIGNMENT = 64  # of every piece of a staging buffer, in bytes
+MOST_THREADS = 8  # more only fight over the disk
+DEFAULT_MEMORY = 2 << 30
+SMALLEST_MEMORY = 16 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Working memory in bytes, torch device name, number of workers (0: as many as fit)."""
+
+    memory: int
+    device: str
+    threads: int = 0
+
+    @property
+    def share(self) -> int:
+        return self.memory // max(self.threads, 1)
+
+    @property
+    def on_device(self) -> bool:
+        return self.device != "cpu"
+
+
+def make_budget(memory: str | int | None = None, device: str = "auto", threads: int | None = None) -> Budget:
+    """Read the user's options; `auto` takes CUDA where there is one.
+
+    Raises RecipeError for a size, device or count that makes no sense.
+    """
+    try:
+        given = parse_size(memory) if memory is not None else None
+    except ValueError as error:
+        raise RecipeError(f"--memory: {error}") from None
+    if given is not None and given < SMALLEST_MEMORY:
+        raise BudgetError(f"--memory {memory} is too little for any merge", hint="give at least 16MiB")
+    if threads is not None and threads < 1:
+        raise RecipeError(f"--threads must be at least 1, not {threads}")
+    device = _device(device)
+    return Budget(given or _default_memory(device), device, threads or 0)
+
+
+def cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes of memory that are available without swapping; a guess of 4 GiB where nobody tells."""
+    try:
+        with open("/proc/meminfo") as lines:
+            values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if "kB" in line}
+        return values["MemAvailable"]
+    except (OSError, KeyError, ValueError):
+        return 4 << 30
+
+
+def _default_memory(device: str) -> int:
+    memory = min(DEFAULT_MEMORY, free_memory() // 4)
+    if device.startswith("cuda"):
+        import torch
+
+        memory = min(memory, torch.cuda.mem_get_info(device)[0] // 2)
+    return max(memory, 128 << 20)
+
+
+def _device(name: str) -> str:
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+        raise RecipeError(f"there is no device '{name}'", hint="auto, cpu, cuda, cuda:N or mps")
+    if kind == "cpu":
+        return "cpu"
+    import torch
+
+    if kind == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        raise RecipeError(f"torch finds no device '{name}'", hint="--device cpu, or install a CUDA build of torch")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise RecipeError("torch finds no device 'mps'", hint="--device cpu")
+    return f"cuda:{index or 0}" if kind == "cuda" else kind
+
+
+@dataclass(frozen=True)
+class Need:
+    """The memory that evaluating a tensor takes in one worker.
+
+    row: staged bytes for each row of a tile; fixed: bytes whatever the tile; live: blocks that
+    exist at once.
+    """
+
+    row: int = 0
+    fixed: int = 0
+    live: int = 0
+
+    def __add__(self, other: Need) -> Need:
+        return Need(self.row + other.row, self.fixed + other.fixed, self.live + other.live)
+
+
+class Worker:
+    """One thread's device, staging buffer, scratch blocks and, on CUDA, stream; all reused.
+
+    On CUDA the staging buffer is pinned, what is read is copied to the device on the worker's own
+    stream, and results come back into the staging buffer; with several workers one's disk time
+    covers another's bus and compute time.
+    """
+
+    def __init__(self, device: str, staging_nbytes: int) -> None:
+        import torch
+
+        self.device = device
+        self.write_behind = WriteBehind()
+        pinned = device.startswith("cuda")
+        self.stream: Any = torch.cuda.Stream(device) if pinned else None
+        self._staging = torch.empty(staging_nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+        self._used = self._first = -self._staging.data_ptr() % ALIGNMENT
+        self._read: dict[tuple[str, int, int], Tensor] = {}
+        self._scratch: list[Tensor] = []
+        self._slots = 0
+
+    def clear(self) -> None:
+        """Forget what was read: the staging buffer is free for the next tile."""
+        self.wait()
+        self._used = self._first
+        self._read.clear()
+        self.restart()
+
+    def restart(self) -> None:
+        """Keep what was read, but let scratch blocks be handed out anew."""
+        self._slots = 0
+
+    def slot(self) -> int:
+        """The number of a scratch block that nobody else has until the next restart()."""
+        self._slots += 1
+        return self._slots - 1
+
+    def wait(self) -> None:
+        """Wait until what was given to the device is done."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def take(self, nbytes: int) -> Tensor:
+        """`nbytes` of the staging buffer, until the next clear()."""
+        piece = self._staging[self._used : self._used + nbytes]
+        if len(piece) < nbytes:
+            raise AssertionError(f"staging: {nbytes} bytes more than planned")  # the plan is wrong: a bug
+        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return piece
+
+    def read(self, file: InputFile, offset: int, nbytes: int) -> Tensor:
+        """Bytes of a file, on the device; read once, however often they are asked for until clear()."""
+        key = (file.path, offset, nbytes)
+        if key not in self._read:
+            piece = self.take(nbytes)
+            file.read_into(memoryview(piece.numpy()), offset)
+            self._read[key] = piece.to(self.device, non_blocking=True) if self.device != "cpu" else piece
+        return self._read[key]
+
+    def scratch(self, slot: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The slot's reused temporary, in the given shape (one block); its old content is not kept."""
+        import torch
+
+        while len(self._scratch) <= slot:
+            self._scratch.append(torch.empty(0, dtype=dtype, device=self.device))
+        numel = shape[0] * shape[1]
+        if self._scratch[slot].numel() < numel or self._scratch[slot].dtype != dtype:
+            self._scratch[slot] = torch.empty(max(numel, BLOCK_ELEMENTS), dtype=dtype, device=self.device)
+        return self._scratch[slot][:numel].view(shape)
+
+
+def steady_malloc() -> None:
+    """Keep glibc from returning each freed block to the system: fresh pages are slow pages.
+
+    By default blocks above 128 KB (a moving limit) are mapped and unmapped each time.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return  # not glibc
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+
+
+def viewed(raw: Tensor, dtype: str, columns: int) -> Tensor:
+    """Raw bytes as rows of a tensor."""
+    known = torch_dtype(dtype)
+    assert known is not None, dtype
+    return raw.view(known).view(-1, columns)

@@ -1,0 +1,81 @@
+"""The model card: README.md of a merged model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergeforge.planning import Plan
+from mergeforge.sources.checkpoint import Checkpoint
+
+_LICENCE = ("license", "license_name", "license_link")
+
+
+def model_card(plan: Plan) -> str:
+    """Front matter for the Hub and a body that says how the model was made."""
+    front = yaml.safe_dump(_front_matter(plan), sort_keys=False, allow_unicode=True)
+    recipe = plan.recipe.to_yaml().strip()
+    counts = Counter(plan.actions.values())
+    rows = "\n".join(f"| {count} | {action} |" for action, count in counts.most_common())
+    sources = "\n".join(f"- {_described(table)}" for table in plan.inputs.checkpoints)
+    return f"""---
+{front}---
+# {plan.out.absolute().name}
+
+Merged with [mergeforge](https://pypi.org/project/mergeforge/) by the method `{plan.recipe.merge_method}`.
+
+## Inputs
+
+{sources}
+
+## What was done
+
+| tensors | way |
+|---|---|
+{rows}
+
+Arithmetic is float32, rounded once when a tensor is written. `mergeforge.json` holds every tensor's
+way and checksum; `mergeforge verify` checks them.
+
+## Recipe
+
+```yaml
+{recipe}
+```
+"""
+
+
+def _front_matter(plan: Plan) -> dict[str, Any]:
+    inputs = plan.inputs
+    models = [*([inputs.base] if inputs.base else []), *inputs.models]
+    named = list(dict.fromkeys(str(model.entry.model.path) for model in models))
+    adapters = [str(one.entry.adapter.path) for one in inputs.adapters]
+    merged = len(named) > 1 or len(adapters) > 1
+    front: dict[str, Any] = {"base_model": [name for name in [*named, *adapters] if not Path(name).exists()]}
+    if not front["base_model"]:
+        del front["base_model"]
+    else:
+        front["base_model_relation"] = "merge" if merged else "finetune"
+    front |= {"library_name": "transformers", "tags": ["merge", "mergeforge"]}
+    licences = [_licence(model.checkpoint) for model in models]
+    if licences and licences[0] and all(one == licences[0] for one in licences):
+        front |= licences[0]
+    return front
+
+
+def _described(table: Checkpoint) -> str:
+    name = table.label if not Path(table.label).is_absolute() else Path(table.label).name
+    return f"{name} at {table.revision}" if table.revision else name
+
+
+def _licence(table: Checkpoint) -> dict[str, Any]:
+    """The licence fields of the input's own card: copied, never invented."""
+    try:
+        text = (table.folder / "README.md").read_text(encoding="utf-8")
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        return {}
+    return {key: front[key] for key in _LICENCE if key in front} if isinstance(front, dict) else {}

@@ -1,0 +1,106 @@
+"""Which tiles are safely on disk, and of which merge.
+
+One line a record, each with its own CRC, so that a torn last line is seen and dropped. A tile is
+recorded only after its bytes were synced; the journal is synced after that. The checksums of the
+tile's blocks stand with it: a resumed run checks them instead of believing the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergeforge.disk import disk_error, sync_folder
+from mergeforge.tensors import Tile
+
+NAME = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished tile: the checksum (32 hex digits) of each of its blocks, and facts for the receipt."""
+
+    tile: Tile
+    checksums: tuple[str, ...]
+
+
+class Journal:
+    """The journal of one output folder, open for appending."""
+
+    def __init__(self, path: Path, fingerprint: str, done: dict[Tile, Done], committing: bool) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+        self.done = done
+        self.committing = committing
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def record(self, finished: Iterable[Done]) -> None:
+        """Append tiles whose bytes are synced, and sync the journal."""
+        finished = list(finished)
+        self._append([{"tile": [one.tile.name, one.tile.start, one.tile.stop], "sums": one.checksums} for one in finished])
+        self.done.update((one.tile, one) for one in finished)
+
+    def commit(self) -> None:
+        """Record that everything is written and files are being moved to their names."""
+        self._append([{"commit": True}])
+        self.committing = True
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _append(self, records: list[dict[str, object]]) -> None:
+        text = b"".join(_line(record) for record in records)
+        try:
+            while text:
+                text = text[os.write(self._fd, text) :]
+            os.fsync(self._fd)
+        except OSError as error:
+            raise disk_error(error, str(self.path)) from error
+
+
+def start_journal(folder: Path, fingerprint: str, summary: str) -> Journal:
+    """A new journal, which names its merge in the first line."""
+    path = folder / NAME
+    path.unlink(missing_ok=True)
+    journal = Journal(path, fingerprint, {}, False)
+    journal._append([{"merge": fingerprint, "summary": summary}])
+    sync_folder(folder)
+    return journal
+
+
+def read_journal(folder: Path) -> Journal | None:
+    """The journal of an interrupted run, cut back to its last whole line; None where there is none."""
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    records, whole = _records(path.read_bytes())
+    if not records or "merge" not in records[0]:
+        return None
+    os.truncate(path, whole)
+    done = {}
+    for record in records:
+        if "tile" in record:
+            tile = Tile(*record["tile"])
+            done[tile] = Done(tile, tuple(record["sums"]))
+    return Journal(path, records[0]["merge"], done, any("commit" in record for record in records))
+
+
+def _line(record: dict[str, object]) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return f"{zlib.crc32(text):08x} ".encode() + text + b"\n"
+
+
+def _records(data: bytes) -> tuple[list[dict], int]:  # type: ignore[type-arg]  # any JSON
+    """The records up to the first damaged line, and how many bytes they take."""
+    records, whole = [], 0
+    for line in data.splitlines(keepends=True):
+        body = line[9:-1]
+        if not line.endswith(b"\n") or line[:9] != f"{zlib.crc32(body):08x} ".encode():
+            break
+        records.append(json.loads(body))
+        whole += len(line)
+    return records, whole

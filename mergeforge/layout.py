@@ -1,0 +1,97 @@
+"""Where every output byte goes: files, their headers and sizes, and each tensor's extent.
+
+Decided from headers alone before anything is written; OutputFiles then fills the files at their
+offsets, in any order, by any number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergeforge.disk import WriteBehind, preallocate, read_into, write_at
+from mergeforge.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A tensor's place: file name, first byte, bytes."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to write: what its first bytes are, and its whole size."""
+
+    header: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All files by name, and every tensor's extent in the order of the files."""
+
+    files: Mapping[str, OutputFile]
+    extents: Mapping[str, Extent]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files.values())
+
+
+class OutputFiles:
+    """The layout's files in a folder, open for writing at known offsets.
+
+    New files get their whole size and header at once; files of an interrupted run are taken over
+    when their size is right. Raises BudgetError when the disk is full.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder = folder
+        self.layout = layout
+        self._fds: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        for name, file in self.layout.files.items():
+            path = self.folder / name
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            try:
+                fd = os.open(path, flags, 0o666)
+            except OSError as error:
+                raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+            self._fds[name] = fd
+            preallocate(fd, file.nbytes, str(path))
+            write_at(fd, memoryview(file.header), 0, str(path))
+
+    def write(self, name: str, data: Tensor, offset: int, behind: WriteBehind) -> None:
+        """Write a CPU tensor's bytes at `offset` of the file."""
+        fd = self._fds[name]
+        buffer = memoryview(data.numpy())
+        write_at(fd, buffer, offset, str(self.folder / name))
+        behind.wrote(fd, offset, len(buffer))
+
+    def read(self, name: str, buffer: memoryview, offset: int) -> None:
+        read_into(self._fds[name], buffer, offset, str(self.folder / name))
+
+    def sync(self) -> None:
+        """Make everything that was written durable."""
+        with self._lock:
+            for fd in self._fds.values():
+                os.fsync(fd)
+
+    def close(self) -> None:
+        with self._lock:
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()

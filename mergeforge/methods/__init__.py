@@ -1,0 +1,132 @@
+"""Merge methods: pure functions on blocks of tensors. One file each; its presence registers it.
+
+    @method("linear", live=1)
+    def linear(models, *, weight: list[float], normalize: bool = True): ...
+
+A method gets one block (rows of one tensor, float32 or float64, on the worker's device) of every
+input and returns the merged block; it may overwrite the blocks that it is given. Its keyword-only
+arguments are its recipe parameters. Its first argument says what its inputs are:
+
+* `models`: the weights themselves (an adapter alone is its delta; the base is then added);
+* `deltas`: task vectors, input minus base; the result is added to the base.
+
+A method that needs facts about the whole tensor names a `facts` function. It is called first with
+`look`, which runs a function over the blocks and yields the results in order; it may look as often
+as it needs. So no tensor has to fit into memory. `live` counts the block-sized temporaries that
+exist at once besides the inputs; a test holds every method to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from mergeforge.parameters import Interval, Parameter, parameters_of
+from mergeforge.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+R = TypeVar("R")
+UNIT = Interval(0, 1)
+DENSITY = Interval(0, 1, open_low=True)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a block stands: its tensor, its first element's flat index, and the merge's seed."""
+
+    tensor: str
+    start: int
+    seed: int
+
+
+class Look(Protocol):
+    """Run `see(inputs, block)` on every block, or on about `sample` of them; yield results in order."""
+
+    def __call__(self, see: Callable[[list[Tensor], Block], R], sample: int = 0) -> Iterator[R]: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method and what its declaration says of it; `inputs` is (fewest, most)."""
+
+    name: str
+    combine: Callable[..., Any]
+    parameters: Mapping[str, Parameter]
+    on_deltas: bool
+    needs_base: bool
+    base_is_input: bool
+    inputs: tuple[int, int]
+    facts: Callable[..., Any] | None
+    facts_nbytes: int
+    check: Callable[..., None] | None
+    live: int
+    wants: frozenset[str]
+    about: str
+
+    def __call__(self, inputs: list[Tensor], facts: Any, block: Block, parameters: Mapping[str, Any]) -> Tensor:
+        extra = {"facts": facts, "block": block}
+        wanted = {name: extra[name] for name in extra if name in self.wants}
+        return self.combine(inputs, **wanted, **{_python(name): value for name, value in parameters.items()})
+
+    def check_parameters(self, parameters: Mapping[str, Any]) -> None:
+        """Raises ValueError when the values of one tensor make no sense together."""
+        if self.check is not None:
+            self.check(**{_python(name): value for name, value in parameters.items()})
+
+    def learn(self, look: Look, numel: int, parameters: Mapping[str, Any]) -> Any:
+        """The facts that combining needs; None for a method that looks at nothing."""
+        if self.facts is None:
+            return None
+        return self.facts(look, numel, **{_python(name): value for name, value in parameters.items()})
+
+
+METHODS: Registry[Method] = Registry("merge method", __name__)
+
+
+def method(
+    *names: str,
+    live: int,
+    inputs: tuple[int, int] = (1, 1 << 16),
+    base_is_input: bool = False,
+    facts: Callable[..., Any] | None = None,
+    facts_nbytes: int = 0,
+    check: Callable[..., None] | None = None,
+    within: Mapping[str, Interval] | None = None,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a function as a merge method under one or more names.
+
+    `base_is_input`: the base model is the first input (slerp). `facts_nbytes`: memory that learning
+    the facts holds for each input. `check` raises ValueError for parameters that make no sense
+    together, when the merge is planned. `within`: the interval in which a parameter must lie.
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        arguments = list(inspect.signature(function).parameters)
+        for name in names:
+            entry = Method(
+                name=name,
+                combine=function,
+                parameters=parameters_of(function, within or {}),
+                on_deltas=arguments[0] == "deltas",
+                needs_base=arguments[0] == "deltas" or base_is_input,
+                base_is_input=base_is_input,
+                inputs=inputs,
+                facts=facts,
+                facts_nbytes=facts_nbytes,
+                check=check,
+                live=live,
+                wants=frozenset(arguments) & {"facts", "block"},
+                about=(inspect.getdoc(function) or "").split("\n")[0],
+            )
+            METHODS.add(name, entry)
+        return function
+
+    return register
+
+
+def _python(name: str) -> str:
+    return "lambda_" if name == "lambda" else name

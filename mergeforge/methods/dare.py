@@ -1,0 +1,66 @@
+"""dare_linear and dare_ties: drop elements of the task vectors at random and rescale the rest.
+
+Yu et al., "Language Models are Super Mario", https://arxiv.org/abs/2311.03099.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mergeforge.methods import DENSITY, Block, Look, method
+from mergeforge.methods.consensus import agreeing_sum, weighted_sum
+from mergeforge.methods.random_mask import masked
+from mergeforge.methods.rescale import ratios
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: object) -> list[float]:
+    """The ratio that restores each task vector's mass."""
+    if not rescale or all(one >= 1 for one in density):
+        return [1.0] * len(density)
+    return ratios(look, lambda deltas, block: masked(deltas, block, density), len(density))
+
+
+@method("dare_linear", live=5, facts=facts, within={"density": DENSITY})
+def dare_linear(
+    deltas: list[Tensor],
+    facts: list[float],
+    block: Block,
+    *,
+    weight: list[float],
+    density: list[float] = 1.0,  # type: ignore[assignment]  # one default for every input
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> Tensor:
+    """Keep each element with probability `density`, restore the mass, add up with weights.
+
+    The mask depends on random_seed, the tensor's name and the element's place only. int8_mask has
+    no effect.
+    """
+    kept = [one.mul_(ratio) for one, ratio in zip(masked(deltas, block, density), facts, strict=True)]
+    return weighted_sum(kept, weight, normalize).mul_(lambda_)
+
+
+@method("dare_ties", live=6, facts=facts, within={"density": DENSITY})
+def dare_ties(
+    deltas: list[Tensor],
+    facts: list[float],
+    block: Block,
+    *,
+    weight: list[float],
+    density: list[float] = 1.0,  # type: ignore[assignment]  # one default for every input
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> Tensor:
+    """As dare_linear, but only elements that have the elected sign are added (TIES' election).
+
+    int8_mask has no effect.
+    """
+    kept = [one.mul_(ratio) for one, ratio in zip(masked(deltas, block, density), facts, strict=True)]
+    return agreeing_sum(kept, weight, normalize).mul_(lambda_)

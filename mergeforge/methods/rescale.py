@@ -1,0 +1,42 @@
+"""Restoring a task vector's mass after some of its elements were dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from mergeforge.methods import Block, Look
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+F = TypeVar("F")
+TINY_MASS = 1e-7
+
+
+@dataclass
+class Rescaled(Generic[F]):
+    """What a method found for each input, and the ratio to multiply what is kept by."""
+
+    found: list[F]
+    ratios: list[float]
+
+
+def ratios(look: Look, keep: Callable[[list[Tensor], Block], list[Tensor]], count: int) -> list[float]:
+    """sum|delta| / sum|kept| over the whole tensor for each input; 1 where either is next to nothing.
+
+    This is mergekit's L1 rescaling. (DARE's paper divides by the density: equal on average.)
+    """
+
+    def masses(deltas: list[Tensor], block: Block) -> list[tuple[float, float]]:
+        before = [float(delta.abs().sum()) for delta in deltas]
+        return list(zip(before, (float(kept.abs().sum()) for kept in keep(deltas, block)), strict=True))
+
+    seen = list(look(masses))
+    return [_ratio(*(math.fsum(part) for part in zip(*(one[at] for one in seen), strict=True))) for at in range(count)]
+
+
+def _ratio(before: float = 0.0, after: float = 0.0) -> float:
+    return before / after if before >= TINY_MASS and after >= TINY_MASS else 1.0

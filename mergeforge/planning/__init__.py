@@ -1,0 +1,205 @@
+"""Plan: a whole merge, decided from headers alone.
+
+Opens every input, composes each output tensor's way, lays out the files, cuts the tensors into
+tiles that fit the memory, and checks the disk. Whatever is wrong is an error here, before a weight
+is read or a byte written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergeforge.budget import Budget, make_budget
+from mergeforge.errors import BudgetError, OutputError, RecipeError
+from mergeforge.layout import Layout
+from mergeforge.methods import METHODS
+from mergeforge.planning.compose import Composition, compose
+from mergeforge.planning.cutting import Piece, cut_all, peak
+from mergeforge.planning.inputs import Inputs, open_inputs
+from mergeforge.planning.sidecars import config_json, side_files
+from mergeforge.recipe import OUT_DTYPES, Recipe, read
+from mergeforge.sinks import checkpoint as sink
+from mergeforge.sizes import show_size
+from mergeforge.tensors import TensorInfo
+
+__all__ = ["Piece", "Plan", "make_plan", "read_recipe"]
+
+NUMERICS = 1  # raised when a version computes other bytes from the same recipe
+WORK = ".mergeforge"  # the folder inside OUT where everything unfinished lies
+DISK_SLACK = 64 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole merge: where from, how, where to, in which memory."""
+
+    recipe: Recipe
+    inputs: Inputs
+    out: Path
+    budget: Budget
+    pieces: tuple[Piece, ...]
+    actions: Mapping[str, str]
+    layout: Layout
+    tied: bool
+    config: Mapping[str, Any] | None
+    side_files: Mapping[str, Path]
+    notes: tuple[str, ...]
+    fingerprint: str
+    allow_nonfinite: bool
+
+    @property
+    def peak(self) -> int:
+        """Working memory in bytes beside the interpreter's own: what the tiles can take at most."""
+        return peak(self.pieces, self.budget)
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of the inputs' weights, each file once."""
+        return sum(table.nbytes for table in self.inputs.checkpoints)
+
+    @property
+    def nbytes_written(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The output's tensors in the order of the files."""
+        by_name = {piece.info.name: piece.info for piece in self.pieces}
+        return tuple(by_name[name] for name in self.layout.extents)
+
+
+def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, sets: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe against the known merge methods. Raises RecipeError."""
+    return read(source, METHODS, tuple(sets))
+
+
+def make_plan(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    out: str | Path | None = None,
+    sets: Sequence[str] = (),
+    memory: str | int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    allow_pickle: bool = False,
+    allow_nonfinite: bool = False,
+) -> Plan:
+    """Decide a merge. Raises RecipeError, SourceError, BudgetError or OutputError."""
+    recipe = read_recipe(source, sets)
+    where = out or recipe.output.path
+    if not where:
+        raise RecipeError("the recipe has no output.path", hint="add it, or give --out DIR")
+    budget = make_budget(memory, device, threads)
+    inputs = open_inputs(recipe, allow_pickle=allow_pickle)
+    composition = compose(recipe, METHODS[recipe.merge_method], inputs)
+    infos = _output_infos(recipe, composition, inputs)
+    layout = sink.lay_out(list(infos.values()), recipe.output.shard_size)
+    ordered = {name: infos[name] for name in layout.extents}
+    pieces, budget = cut_all(composition.ways, ordered, budget)
+    files, file_notes = side_files(inputs)
+    actions = {piece.info.name: _action(piece, composition) for piece in pieces}
+    _check_output(Path(where), inputs)
+    return Plan(
+        recipe=recipe,
+        inputs=inputs,
+        out=Path(where),
+        budget=budget,
+        pieces=tuple(pieces),
+        actions=actions,
+        layout=layout,
+        tied=composition.tied,
+        config=config_json(recipe, inputs.donor.checkpoint.config, infos, composition.tied),
+        side_files=files,
+        notes=tuple(dict.fromkeys([*inputs.notes, *composition.notes, *file_notes])),
+        fingerprint=_fingerprint(recipe, inputs, layout, budget),
+        allow_nonfinite=allow_nonfinite,
+    )
+
+
+def check_disk(plan: Plan) -> None:
+    """Refuse a merge whose files would not fit on the disk. Raises BudgetError."""
+    folder = existing_folder(plan.out)
+    held = sum(_allocated(plan.out / WORK / name) for name in plan.layout.files)
+    free = shutil.disk_usage(folder).free
+    needed = plan.layout.nbytes - held + DISK_SLACK
+    if needed > free:
+        text = f"the result takes {show_size(needed)} more on the disk of {folder}, which has {show_size(free)} free"
+        raise BudgetError(text, hint="make room, or write elsewhere with --out DIR")
+
+
+def existing_folder(path: Path) -> Path:
+    """The nearest folder above (or at) `path` that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return os.stat(path).st_blocks * 512
+    except OSError:
+        return 0
+
+
+def _output_infos(recipe: Recipe, composition: Composition, inputs: Inputs) -> dict[str, TensorInfo]:
+    """Each output tensor as it is written: out_dtype, else dtype, else its own in the base."""
+    asked = recipe.out_dtype or recipe.dtype
+    wanted = OUT_DTYPES[asked] if asked else None
+    donor = inputs.donor.checkpoint.tensors
+    floats = [stored.info for stored in donor.values() if stored.info.is_float]
+    usual = max({info.dtype for info in floats}, key=lambda dtype: sum(info.nbytes for info in floats if info.dtype == dtype), default="F32")
+    infos = {}
+    for name, way in composition.ways.items():
+        own = donor[name].info.dtype if name in donor else usual
+        dtype = way.info.dtype if not way.info.is_float else wanted or own
+        infos[name] = way.info.with_dtype(dtype)
+    return infos
+
+
+def _action(piece: Piece, composition: Composition) -> str:
+    action = composition.actions.get(piece.info.name, "copied" if piece.copied else "cast")
+    stored = piece.way.info.dtype
+    return action if stored == piece.info.dtype else f"{action}, {stored} to {piece.info.dtype}"
+
+
+def _check_output(out: Path, inputs: Inputs) -> None:
+    """OUT must not be an input's folder, nor inside one, nor the other way round."""
+    target = out.absolute()
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{out} is a file", hint="name a folder to write into")
+    target = target.resolve()
+    for table in inputs.checkpoints:
+        source = table.folder.resolve()
+        if source == target or source in target.parents and _is_model_folder(source) or target in source.parents and target == source.parent / "":
+            raise OutputError(f"{out} is, or lies in, the input {table.folder}", hint="write into another folder")
+
+
+def _is_model_folder(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
+
+
+def _fingerprint(recipe: Recipe, inputs: Inputs, layout: Layout, budget: Budget) -> str:
+    """A hash of everything that decides the output's bytes: not of memory, threads or names of folders."""
+    raw = {key: value for key, value in recipe.raw.items() if key != "output"}
+    facts = {
+        "numerics": NUMERICS,
+        "recipe": raw,
+        "device": budget.device.partition(":")[0],
+        "inputs": [[*sorted(table.file_hashes.items()), *_identities(table.tensors)] for table in inputs.checkpoints],
+        "files": {name: hashlib.sha256(file.header).hexdigest() for name, file in layout.files.items()},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _identities(tensors: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Size and time of change of each file."""
+    files = {stored.file.path: stored.file.identity for stored in tensors.values()}
+    return sorted((size, changed) for _, size, changed in files.values())

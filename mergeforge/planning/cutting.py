@@ -1,0 +1,98 @@
+"""Cutting tensors into tiles that provably fit into the memory given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from mergeforge.budget import ALIGNMENT, MOST_THREADS, Budget, Need, cores
+from mergeforge.errors import BudgetError
+from mergeforge.sizes import show_size
+from mergeforge.sources import Way, any_learns
+from mergeforge.sources.stored import Stored
+from mergeforge.tensors import TensorInfo, Tile, cut
+
+TILE_NBYTES = 16 << 20  # as fast as any larger tile, and two of them leave the cache bounded
+SLACK = 64 * ALIGNMENT  # of a staging buffer, for the alignment of its pieces
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One output tensor, cut: `info` as written, `way` as computed, in `compute` ("F32" or "F64").
+
+    `copied`: bytes go through unchanged. `learns`: facts about the whole tensor come first, so its
+    tiles belong to one worker, in order. `staging` and `live`: bytes that one worker needs.
+    """
+
+    info: TensorInfo
+    way: Way
+    compute: str
+    copied: bool
+    learns: bool
+    tiles: tuple[Tile, ...]
+    staging: int
+    live: int
+
+
+def cut_all(ways: Mapping[str, Way], infos: Mapping[str, TensorInfo], budget: Budget) -> tuple[list[Piece], Budget]:
+    """Pieces for every tensor, and the budget with its number of workers decided.
+
+    Raises BudgetError, with what it would take, when a tensor does not fit.
+    """
+    explicit = budget.threads
+    for threads in [explicit] if explicit else range(min(cores(), MOST_THREADS), 0, -1):
+        tried = replace(budget, threads=threads)
+        pieces = [_piece(ways[name], infos[name], tried) for name in infos]
+        too_large = [piece for piece in pieces if piece.staging + piece.live > tried.share]
+        if not too_large:
+            return _ordered(pieces, tried), tried
+    worst = max(too_large, key=lambda piece: piece.staging + piece.live)
+    needs = worst.staging + worst.live
+    hint = f"--memory {-(-needs >> 20)}MiB --threads 1, or more"
+    given = f"{show_size(tried.share)} given"
+    raise BudgetError(f"{worst.info.name} needs {show_size(needs)} for one worker, {given}", hint=hint)
+
+
+def peak(pieces: Iterable[Piece], budget: Budget) -> int:
+    """Working memory of all workers at their largest pieces."""
+    pieces = list(pieces)
+    staging = max((piece.staging for piece in pieces), default=0)
+    return budget.threads * (staging + max((piece.live for piece in pieces), default=0))
+
+
+def _piece(way: Way, info: TensorInfo, budget: Budget) -> Piece:
+    compute = "F64" if "F64" in (info.dtype, *_stored_dtypes(way)) else "F32"
+    if isinstance(way, Stored) and way.info.dtype == info.dtype:
+        return _copied(way, info, budget)
+    need = way.need
+    block = info.block_rows * info.columns * (8 if compute == "F64" else 4)
+    live = (need.live + 2) * block  # and the cast result, and what checking it takes
+    row = need.row + info.row_nbytes
+    if budget.on_device:  # what is staged lies in pinned memory and on the device
+        row, need = 2 * row, Need(need.row, 2 * need.fixed, need.live)
+    room = budget.share - live - need.fixed - SLACK
+    learns = any_learns(way)
+    wanted = info.nbytes * row // max(info.row_nbytes, 1)
+    fits = learns and wanted <= room
+    rows = info.rows if fits else min(room, TILE_NBYTES) // max(row, 1)
+    tiles = tuple(cut(info, max(rows, 1)))
+    highest = max((tile.rows for tile in tiles), default=0)
+    return Piece(info, way, compute, False, learns, tiles, highest * row + need.fixed + SLACK, live)
+
+
+def _copied(way: Way, info: TensorInfo, budget: Budget) -> Piece:
+    rows = min(TILE_NBYTES, budget.share - SLACK) // max(info.row_nbytes, 1)
+    tiles = tuple(cut(info, max(rows, 1)))
+    highest = max((tile.rows for tile in tiles), default=0)
+    return Piece(info, way, "F32", True, False, tiles, highest * info.row_nbytes + SLACK, 0)
+
+
+def _stored_dtypes(way: Way) -> set[str]:
+    return {way.info.dtype}.union(*(_stored_dtypes(part) for part in way.parts))
+
+
+def _ordered(pieces: list[Piece], budget: Budget) -> list[Piece]:
+    """In the order of the files, but tensors that keep one worker busy for long come first."""
+    long = {id(piece) for piece in pieces if piece.learns and len(piece.tiles) > 1}
+    longest = sorted((piece for piece in pieces if id(piece) in long), key=lambda piece: -piece.info.nbytes)
+    return longest + [piece for piece in pieces if id(piece) not in long]

@@ -1,0 +1,59 @@
+"""Name -> function, for the kinds of extension (merge methods, adapter kinds, ...).
+
+A file's presence in the package is its registration: the first lookup imports every module of the
+package, and each registers itself with a decorator. These modules import torch inside functions
+only, so that `mergeforge list` and recipe errors answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from mergeforge.errors import RecipeError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """The entries of one kind, found in one package.
+
+    Raises RecipeError, with the nearest name, when a name is unknown.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._entries: dict[str, T] = {}
+        self._loaded = False
+
+    def add(self, name: str, entry: T) -> T:
+        if name in self._entries:
+            raise ValueError(f"two entries of the kind {self.kind} are called {name!r}")
+        self._entries[name] = entry
+        return entry
+
+    def __getitem__(self, name: str) -> T:
+        self._load()
+        if name not in self._entries:
+            hint = did_you_mean(name, self._entries) or "known: " + ", ".join(sorted(self._entries))
+            raise RecipeError(f"unknown {self.kind} '{name}'", hint=hint)
+        return self._entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        self._load()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(sorted(self._entries))
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")

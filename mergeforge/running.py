@@ -1,0 +1,299 @@
+"""Run: carries every tile of a plan from disk to disk.
+
+Each worker is one thread that takes tiles off a list: it reads the rows of all inputs, computes
+them block by block, and writes them at their place in the output. The main thread gathers what is
+finished, makes it durable every two seconds, and only then notes it in the journal.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergeforge.budget import Worker, steady_malloc, viewed
+from mergeforge.card import model_card
+from mergeforge.checksums import block_checksums
+from mergeforge.errors import BudgetError, SourceError
+from mergeforge.journal import Done
+from mergeforge.layout import OutputFiles
+from mergeforge.planning import Piece, Plan
+from mergeforge.receipt import receipt
+from mergeforge.sinks.checkpoint import index
+from mergeforge.sources import Facts, Scan, learn
+from mergeforge.tensors import Tile, blocks, torch_dtype
+from mergeforge.workspace import RECEIPT, RECIPE, Workspace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SYNC_SECONDS = 2.0
+_EXPONENTS = {"F16": ("int16", 0x7C00), "BF16": ("int16", 0x7F80), "F32": ("int32", 0x7F800000)}
+
+
+def run(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Iterator[Tile]:
+    """Do the merge, yielding each tile when it is written (or was, by an interrupted run).
+
+    Goes on by itself where an interrupted run of the same merge stopped. Raises OutputError when
+    OUT holds something else, BudgetError when the disk is full, SourceError when an input is bad;
+    what was finished by then stays for the next run.
+    """
+    started = time.monotonic()
+    workspace = Workspace(plan, fresh=fresh, overwrite=overwrite)
+    try:
+        if not workspace.journal.committing:
+            yield from _carry_all(plan, workspace)
+            for stored in {id(one.file): one.file for table in plan.inputs.checkpoints for one in table.tensors.values()}.values():
+                stored.check_unchanged()
+        sides = _side_files(plan)
+        sides[RECEIPT] = receipt(plan, workspace.journal.done, sides, time.monotonic() - started)
+        workspace.commit(sides)
+    finally:
+        workspace.close()
+
+
+def merge(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Path:
+    """Do the merge and return the output folder."""
+    deque(run(plan, fresh=fresh, overwrite=overwrite), maxlen=0)
+    return plan.out
+
+
+def carry(
+    piece: Piece, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfinite: bool = False
+) -> Iterator[tuple[Tile, Tensor]]:
+    """Compute tiles of one piece: yields each with its bytes (uint8, on the CPU) as they are written.
+
+    A piece that learns gives all its tiles, in order.
+    """
+    facts: Facts = {}
+    compute = torch_dtype(piece.compute)
+    assert compute is not None
+    if piece.learns:
+        whole = [range(tile.start, tile.stop) for tile in piece.tiles]
+        worker.clear()
+        learn(piece.way, Scan(piece.info, whole, worker, facts, compute))
+    for tile in tiles:
+        if piece.learns and len(piece.tiles) == 1:
+            worker.restart()  # what it read to learn is still there
+        else:
+            worker.clear()
+        yield tile, _copy(piece, tile, worker) if piece.copied else _compute(piece, tile, worker, facts, compute, allow_nonfinite)
+
+
+def _copy(piece: Piece, tile: Tile, worker: Worker) -> Tensor:
+    """The tile's bytes as they are stored; they never go to a device."""
+    stored = piece.way
+    raw = worker.take(tile.rows * piece.info.row_nbytes)
+    stored.file.read_into(memoryview(raw.numpy()), stored.offset + tile.start * piece.info.row_nbytes)  # type: ignore[attr-defined]
+    return raw
+
+
+def _compute(
+    piece: Piece, tile: Tile, worker: Worker, facts: Facts, compute: torch.dtype, allow_nonfinite: bool
+) -> Tensor:
+    import torch
+
+    info = piece.info
+    rows = piece.way.stage(range(tile.start, tile.stop), worker, facts, compute)
+    raw = worker.take(tile.rows * info.row_nbytes)
+    out = viewed(raw, info.dtype, info.columns)
+    worst = []
+    for start, stop in blocks(tile, info):
+        into = out[start - tile.start : stop - tile.start]
+        value = rows(start, stop)
+        if worker.device != "cpu":
+            value = value.to(out.dtype)
+        into.copy_(value, non_blocking=True)
+        if not allow_nonfinite:
+            worst.append(_largest_exponent(into if worker.device == "cpu" else value, info.dtype))
+    worker.wait()
+    if worst and not allow_nonfinite and int(torch.stack(worst).amax()) == 1:
+        raise _nonfinite(piece, tile, out)
+    return raw
+
+
+def _largest_exponent(value: Tensor, dtype: str) -> Tensor:
+    """1 where the block holds an infinity or NaN (all exponent bits set), else 0; stays on the device."""
+    import torch
+
+    if dtype == "F64":
+        return (~torch.isfinite(value)).any().to(torch.int32)
+    kind, mask = _EXPONENTS[dtype]
+    return (value.view(getattr(torch, kind)).bitwise_and(mask).amax() == mask).to(torch.int32)
+
+
+def _nonfinite(piece: Piece, tile: Tile, out: Tensor) -> SourceError:
+    bad = ~out.isfinite().flatten()
+    first = tile.start * piece.info.columns + int(bad.int().argmax())
+    text = f"{piece.info.name} would hold {int(bad.sum())} infinite or NaN values ({piece.info.dtype}, first at {first})"
+    hint = "an input holds them, or the result does not fit the dtype (try dtype: bfloat16); --allow-nonfinite writes them"
+    return SourceError(text, hint=hint)
+
+
+def _side_files(plan: Plan) -> dict[str, bytes | Path]:
+    sides: dict[str, bytes | Path] = dict(plan.side_files)
+    if plan.config is not None:
+        sides["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
+    shards = index(plan.layout, plan.tensors)
+    if shards is not None:
+        sides["model.safetensors.index.json"] = shards
+    sides["README.md"] = model_card(plan).encode()
+    sides[RECIPE] = plan.recipe.to_yaml().encode()
+    return sides
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Tiles that one worker carries without a break: one, or all of a piece that learns."""
+
+    piece: Piece
+    tiles: tuple[Tile, ...]
+
+
+def _carry_all(plan: Plan, workspace: Workspace) -> Iterator[Tile]:
+    files = OutputFiles(workspace.folder, plan.layout)
+    try:
+        files.open()
+        crew = _Crew(plan, workspace, files)
+        yield from crew.finished()
+    finally:
+        files.close()
+
+
+class _Crew:
+    """The workers, their list of jobs, and what they have finished."""
+
+    def __init__(self, plan: Plan, workspace: Workspace, files: OutputFiles) -> None:
+        self.plan = plan
+        self.journal = workspace.journal
+        self.files = files
+        self.jobs = deque(_jobs(plan))
+        self.results: queue.Queue[Done | BaseException | None] = queue.Queue()
+        self.stop = threading.Event()
+        self.waiting: list[Done] = []
+
+    def finished(self) -> Iterator[Tile]:
+        """Run the workers; yield tiles as they finish, and make them durable now and then."""
+        steady_malloc()
+        threads = [threading.Thread(target=self._work, name=f"worker-{at}") for at in range(self.plan.budget.threads)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield from self._gather(len(threads))
+        finally:
+            self.stop.set()
+            for thread in threads:
+                thread.join()
+            self._drain()
+        self._settle()
+
+    def _gather(self, working: int) -> Iterator[Tile]:
+        settled = time.monotonic()
+        while working:
+            try:
+                result = self.results.get(timeout=SYNC_SECONDS)
+            except queue.Empty:
+                result = None
+                working += 1
+            if result is None:
+                working -= 1
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                self.waiting.append(result)
+                yield result.tile
+            if time.monotonic() - settled > SYNC_SECONDS:
+                self._settle()
+                settled = time.monotonic()
+
+    def _drain(self) -> None:
+        """After an error or interruption: keep what was finished, as far as the disk lets us."""
+        while not self.results.empty():
+            result = self.results.get()
+            if isinstance(result, Done):
+                self.waiting.append(result)
+        try:
+            self._settle()
+        except (OSError, BudgetError):
+            self.waiting.clear()
+
+    def _settle(self) -> None:
+        """Make finished tiles durable, then note them in the journal."""
+        fresh = [one for one in self.waiting if self.journal.done.get(one.tile) != one]
+        if fresh:
+            self.files.sync()
+            self.journal.record(fresh)
+        self.waiting.clear()
+
+    def _work(self) -> None:
+        import torch
+
+        try:
+            torch.set_num_threads(1)  # parallelism belongs to the tiles
+            staging = max((piece.staging for piece in self.plan.pieces), default=0)
+            with torch.inference_mode():
+                worker = Worker(self.plan.budget.device, staging)
+                with torch.cuda.stream(worker.stream):
+                    while not self.stop.is_set() and self.jobs:
+                        self._do(worker)
+            self.results.put(None)
+        except BaseException as error:
+            self.results.put(error)
+
+    def _do(self, worker: Worker) -> None:
+        try:
+            job = self.jobs.popleft()
+        except IndexError:
+            return  # another worker took the last one
+        if all(self._holds(tile, job.piece, worker) for tile in job.tiles):
+            for tile in job.tiles:
+                self.results.put(self.journal.done[tile])
+            return
+        extent = self.plan.layout.extents[job.piece.info.name]
+        try:
+            for tile, data in carry(job.piece, job.tiles, worker, allow_nonfinite=self.plan.allow_nonfinite):
+                sums = block_checksums(data, tile, job.piece.info)
+                offset = extent.offset + tile.start * job.piece.info.row_nbytes
+                self.files.write(extent.file, data, offset, worker.write_behind)
+                self.results.put(Done(tile, sums))
+                if self.stop.is_set():
+                    return
+        except ArithmeticError as error:
+            raise SourceError(f"{job.piece.info.name}: {error}") from None
+        except (MemoryError, RuntimeError) as error:
+            raise _out_of_memory(error, job.piece) from error
+
+    def _holds(self, tile: Tile, piece: Piece, worker: Worker) -> bool:
+        """Whether an interrupted run wrote this tile and the disk still holds it."""
+        done = self.journal.done.get(tile)
+        if done is None:
+            return False
+        worker.clear()
+        extent = self.plan.layout.extents[tile.name]
+        data = worker.take(tile.rows * piece.info.row_nbytes)
+        self.files.read(extent.file, memoryview(data.numpy()), extent.offset + tile.start * piece.info.row_nbytes)
+        return block_checksums(data, tile, piece.info) == done.checksums
+
+
+def _jobs(plan: Plan) -> Iterator[_Job]:
+    for piece in plan.pieces:
+        if piece.learns:
+            yield _Job(piece, piece.tiles)
+        else:
+            yield from (_Job(piece, (tile,)) for tile in piece.tiles)
+
+
+def _out_of_memory(error: BaseException, piece: Piece) -> BaseException:
+    """A BudgetError for torch's various ways to run out of memory; any other error as it is."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text:
+        hint = "give less with --memory, or fewer --threads"
+        return BudgetError(f"{piece.info.name}: the system has no more memory ({text.splitlines()[0][:120]})", hint=hint)
+    return error

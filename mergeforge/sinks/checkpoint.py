@@ -1,0 +1,83 @@
+"""A safetensors checkpoint: shards, their headers and the index, laid out before anything is written.
+
+Shard bytes equal those of safetensors' `save_file` for the same tensors: ordered by falling
+alignment of the dtype and then by name, header padded to 8 bytes with spaces, metadata
+{"format": "pt"} (safetensors/src/tensor.rs, prepare).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from mergeforge.layout import Extent, Layout, OutputFile
+from mergeforge.tensors import DTYPE_ORDER, TensorInfo
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+METADATA = {"format": "pt"}
+
+
+def lay_out(tensors: Sequence[TensorInfo], shard_size: int) -> Layout:
+    """Files and extents for the tensors, split greedily in the given order at `shard_size` bytes.
+
+    As in huggingface_hub's split_state_dict_into_shards_factory, a tensor larger than a shard gets
+    one of its own.
+    """
+    shards = split(tensors, shard_size)
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(at, len(shards)) for at in range(len(shards))]
+    files: dict[str, OutputFile] = {}
+    extents: dict[str, Extent] = {}
+    for name, shard in zip(names, shards, strict=True):
+        ordered = sorted(shard, key=lambda info: (DTYPE_ORDER[info.dtype], info.name))
+        head, at = header(ordered), 0
+        for info in ordered:
+            extents[info.name] = Extent(name, len(head) + at, info.nbytes)
+            at += info.nbytes
+        files[name] = OutputFile(head, len(head) + at)
+    return Layout(files, extents)
+
+
+def split(tensors: Sequence[TensorInfo], shard_size: int) -> list[list[TensorInfo]]:
+    """The tensors of each shard, in the given order."""
+    shards: list[list[TensorInfo]] = []
+    current: list[TensorInfo] = []
+    filled = 0
+    for info in tensors:
+        if info.nbytes > shard_size:
+            shards.append([info])
+            continue
+        if filled + info.nbytes > shard_size:
+            shards.append(current)
+            current, filled = [], 0
+        current.append(info)
+        filled += info.nbytes
+    return [*shards, current] if current or not shards else shards
+
+
+def header(ordered: Sequence[TensorInfo]) -> bytes:
+    """The length and JSON header of one file whose tensors follow one another."""
+    entries: dict[str, object] = {"__metadata__": METADATA}
+    at = 0
+    for info in ordered:
+        entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.nbytes]}
+        at += info.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def index(layout: Layout, tensors: Sequence[TensorInfo]) -> bytes | None:
+    """The index file's content, or None for a single file. total_size is in bytes."""
+    if SINGLE in layout.files:
+        return None
+    metadata = {
+        "total_parameters": sum(info.numel for info in tensors),
+        "total_size": sum(info.nbytes for info in tensors),
+    }
+    weight_map = {name: layout.extents[name].file for name in sorted(layout.extents)}
+    return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _shard_name(at: int, count: int) -> str:
+    return f"model-{at + 1:05d}-of-{count:05d}.safetensors"

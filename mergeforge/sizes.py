@@ -1,0 +1,32 @@
+"""Bytes as people write them: 5GB, 800MB, 2GiB."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+
+
+def parse_size(value: Any) -> int:
+    """Bytes from 5000000000, "5GB", "800MB" or "2GiB"; raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value), re.IGNORECASE)
+    if isinstance(value, bool) or not match:
+        raise ValueError(f"{value!r} is not a size; write 5GB, 800MB or 2GiB")
+    size = int(float(match[1]) * UNITS[(match[2] or "").lower()])
+    if size < 1:
+        raise ValueError("a size must be at least one byte")
+    return size
+
+
+def show_size(nbytes: float) -> str:
+    """1.5 GB, 320.0 MB, 12 B: decimal units, as disks and Hub pages count."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "KB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes:.0f} B"

@@ -1,0 +1,312 @@
+"""A PEFT adapter folder, matched tensor by tensor to the checkpoint that it is folded into.
+
+The file's keys are the truth: every one must find exactly one tensor of the base, with the right
+shape, or the adapter is refused. The config decides only what has no trace in the tensors (scales).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mergeforge.adapters.keys import Key, find_tensor, parse_key
+from mergeforge.adapters.lora import LoraSettings, read_settings
+from mergeforge.errors import SourceError, listing
+from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint, read_json
+from mergeforge.sources.edits import Added, Dora, Edit, LowRank, Replaced, RowsReplaced
+from mergeforge.sources.stored import Stored
+
+HEADS = ("lm_head", "embed_out", "output_layer")  # output embeddings that may be tied to the input's
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # weights stored (in, out)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter ready to fold: edits by tensor name.
+
+    `resized` holds tensors that take the base's place before anything else (an embedding saved with
+    a grown vocabulary), `added` tensors that the base lacks (a new head). `keeps_tied`: what it does
+    to the embedding is meant for the tied lm_head too.
+    """
+
+    label: str
+    folder: Path
+    revision: str | None
+    edits: Mapping[str, tuple[Edit, ...]]
+    resized: Mapping[str, Stored]
+    added: Mapping[str, Stored]
+    keeps_tied: bool
+    files: tuple[Checkpoint, ...]
+    notes: tuple[str, ...]
+
+
+def open_adapter(
+    folder: Path, label: str, base: Checkpoint, *, revision: str | None = None, allow_pickle: bool = False
+) -> Adapter:
+    """Read an adapter's headers and match every tensor to the base.
+
+    Raises SourceError when its kind or configuration cannot be folded, or a tensor matches nothing.
+    """
+    config = read_json(folder / "adapter_config.json")
+    kind = str(config.get("peft_type", "")).upper()
+    if kind != "LORA":
+        raise SourceError(f"{label}: adapters of type {kind or 'unknown'} cannot be merged by this version", hint="LoRA")
+    try:
+        settings = read_settings(config)
+    except ValueError as error:
+        raise SourceError(f"{label}: {error}") from None
+    table = open_checkpoint(folder, label, revision=revision, allow_pickle=allow_pickle, stem="adapter_model")
+    return _Matching(label, base, table, settings).adapter(folder, revision, config)
+
+
+def tied_head(base: Checkpoint) -> tuple[str, str] | None:
+    """(head, embedding) names of a checkpoint whose output embedding is its input embedding."""
+    if not base.tied:
+        return None
+    for name in base.tensors:
+        module, _, leaf = name.rpartition(".")
+        prefix, _, last = module.rpartition(".")
+        if leaf == "weight" and last in EMBEDDINGS:
+            head = "embed_out" if last == "embed_in" else "lm_head"
+            outer = prefix.rpartition("language_model")[0] if "language_model" in prefix and prefix != "model" else ""
+            names = [held for held in base.tensors if held.rpartition(".")[0].rpartition(".")[2] in HEADS]
+            return (names[0] if names else f"{outer.removesuffix('model.')}{head}.weight"), name
+    return None
+
+
+@dataclass
+class _Matching:
+    """The work of opening one adapter: groups keys by module, then turns modules into edits."""
+
+    label: str
+    base: Checkpoint
+    table: Checkpoint
+    settings: LoraSettings
+    edits: dict[str, list[Edit]] = field(default_factory=dict)
+    resized: dict[str, Stored] = field(default_factory=dict)
+    added: dict[str, Stored] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def adapter(self, folder: Path, revision: str | None, config: Mapping[str, Any]) -> Adapter:
+        modules = self._modules()
+        if not modules:
+            raise SourceError(f"{self.label} holds no tensors", hint="was it saved from an unwrapped model?")
+        for module, roles in modules.items():
+            self._module(module, roles)
+        keeps_tied = self._settle_tied()
+        trained_on = config.get("base_model_name_or_path")
+        if trained_on and Path(str(trained_on)).name != Path(self.base.label.split("@")[0]).name:
+            self.notes.append(f"{self.label} was trained on {trained_on}, and is folded into {self.base.label}")
+        return Adapter(
+            self.label,
+            folder,
+            revision,
+            {name: tuple(edits) for name, edits in self.edits.items()},
+            self.resized,
+            self.added,
+            keeps_tied,
+            (self.table,),
+            (*self.table.warnings, *self.notes),
+        )
+
+    def _modules(self) -> dict[str, dict[str, Stored]]:
+        modules: dict[str, dict[str, Stored]] = {}
+        for name, stored in self.table.tensors.items():
+            key = parse_key(name)
+            if key is None:
+                raise SourceError(f"{self.label}: the meaning of its tensor {name!r} is unknown", hint="is it plain LoRA?")
+            if stored.info.numel == 0:
+                hint = "DeepSpeed ZeRO-3 saved it without gathering: save it again with the weights gathered"
+                raise SourceError(f"{self.label}: {name!r} is empty (shape {list(stored.info.shape)})", hint=hint)
+            if not stored.info.is_float:
+                raise SourceError(f"{self.label}: {name!r} has dtype {stored.info.dtype}, not a float")
+            roles = modules.setdefault(key.module, {})
+            if key.role in roles:
+                raise SourceError(f"{self.label}: {name!r} says again what {roles[key.role].info.name!r} says")
+            roles[key.role] = stored
+        return modules
+
+    def _module(self, module: str, roles: dict[str, Stored]) -> None:
+        roles = dict(roles)
+        low = self._pair(module, roles, "A", "B") or self._pair(module, roles, "embedding_A", "embedding_B")
+        base_weight = roles.pop("base_weight", None)
+        if base_weight is not None:
+            self.resized[self._name(Key(module, "weight"), base_weight)] = base_weight
+        if low:
+            self._low_rank(module, *low, roles.pop("magnitude", None), roles.pop("B_bias", None))
+        if (tokens := roles.pop("tokens", None)) is not None:
+            self._tokens(module, tokens)
+        for role, leaf in (("weight", "weight"), ("bias", "bias"), ("base_bias", "bias")):
+            if (stored := roles.pop(role, None)) is not None:
+                self._replacement(module, leaf, stored)
+        if roles:
+            role, stored = next(iter(roles.items()))
+            raise SourceError(f"{self.label}: {stored.info.name!r} has no partner (its module lacks the other factor)")
+
+    def _pair(self, module: str, roles: dict[str, Stored], a: str, b: str) -> tuple[Stored, Stored, bool] | None:
+        if a not in roles or b not in roles:
+            return None
+        first, second = roles.pop(a), roles.pop(b)
+        if len(first.info.shape) != 2 or len(second.info.shape) != 2:
+            shapes = f"{list(first.info.shape)} and {list(second.info.shape)}"
+            raise SourceError(f"{self.label}: {module}: factors of shapes {shapes} are not those of a linear layer")
+        rank, wanted = first.info.shape[0], self.settings.rank_of(module)
+        if second.info.shape[1] != rank:
+            raise SourceError(f"{self.label}: {module}: A has rank {rank}, B has rank {second.info.shape[1]}")
+        if rank != wanted:
+            hint = "adapter_config.json does not belong to these tensors"
+            raise SourceError(f"{self.label}: {module}: its tensors have rank {rank}, its config says {wanted}", hint=hint)
+        return first, second, a == "embedding_A"
+
+    def _low_rank(
+        self, module: str, a: Stored, b: Stored, embedding: bool, magnitude: Stored | None, bias: Stored | None
+    ) -> None:
+        name = self._name(Key(module, "weight"), a)
+        target = self._target(name)
+        outside = (b.info.shape[0], a.info.shape[1])  # (out, in)
+        transposed = embedding or self._is_transposed(target, outside, module)
+        shape = outside[::-1] if transposed else outside
+        if tuple(target.info.shape) != shape:
+            self._refuse_shape(module, shape, target)
+        if not target.info.is_float:
+            hint = "merge into the 16-bit version of the base"
+            raise SourceError(f"{self.label}: {name} of {self.base.label} is {target.info.dtype}: quantised", hint=hint)
+        scale = self.settings.scale(module)
+        low = LowRank(a, b, True, scale) if transposed else LowRank(b, a, False, scale)
+        if magnitude is not None:
+            if magnitude.info.numel != (shape[1] if transposed else shape[0]):
+                self._refuse_shape(module, shape, magnitude)
+            self._add(name, Dora(low, magnitude))
+        elif self.settings.dora:
+            raise SourceError(f"{self.label}: {module} lacks its lora_magnitude_vector, though use_dora is set")
+        else:
+            self._add(name, low)
+        if bias is not None:
+            target_name = self._name(Key(module, "bias"), bias)
+            self._check_same_shape(module, bias, self._target(target_name))
+            self._add(target_name, Added(bias, scale))
+
+    def _is_transposed(self, target: Stored, outside: tuple[int, int], module: str) -> bool:
+        """Whether W is stored (in, out): told by its shape; a square W by the config or the model."""
+        shape = tuple(target.info.shape)
+        if outside[0] != outside[1]:
+            return shape == outside[::-1] and shape != outside
+        is_head = module.rpartition(".")[2] in HEADS
+        return self.settings.fan_in_fan_out or (self.base.config.get("model_type") in CONV1D_MODELS and not is_head)
+
+    def _tokens(self, module: str, stored: Stored) -> None:
+        name = self._name(Key(module, "weight"), stored)
+        target = self._target(name)
+        indices = self.settings.token_indices
+        if isinstance(indices, Mapping):
+            indices = next((value for key, value in indices.items() if module.endswith(key)), None)
+        if not isinstance(indices, list) or len(indices) != stored.info.rows:
+            raise SourceError(f"{self.label}: {module} has {stored.info.rows} trained tokens; its config does not name them")
+        if stored.info.columns != target.info.columns or max(indices) >= target.info.rows or min(indices) < 0:
+            self._refuse_shape(module, stored.info.shape, target)
+        self._add(name, RowsReplaced(tuple(indices), stored))
+
+    def _replacement(self, module: str, leaf: str, stored: Stored) -> None:
+        saved = self.settings.saves(module)
+        found = self._find(f"{module}.{leaf}")
+        if not found:
+            if not saved:
+                self._refuse_unknown(stored, f"{module}.{leaf}")
+            self.added[f"{module}.{leaf}"] = stored.__class__(
+                stored.info.renamed(f"{module}.{leaf}"), stored.file, stored.offset
+            )
+            self.notes.append(f"{self.label} adds {module}.{leaf}, which the base lacks: check the config's head")
+        elif leaf == "weight" and not saved and module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS):
+            self.resized[found] = stored  # saved beside a grown vocabulary, not trained as a module
+        else:
+            if stored.info.columns != self._target(found).info.columns:
+                self._refuse_shape(module, stored.info.shape, self._target(found))
+            self._add(found, Replaced(stored))
+
+    def _add(self, name: str, edit: Edit) -> None:
+        self.edits.setdefault(name, []).append(edit)
+
+    def _name(self, key: Key, stored: Stored) -> str:
+        found = self._find(f"{key.module}.{key.role}")
+        if not found:
+            self._refuse_unknown(stored, f"{key.module}.{key.role}")
+        return found
+
+    def _find(self, path: str) -> str:
+        """The base's tensor for an adapter's path; "" for none."""
+        found = find_tensor(path, self.base.tensors)
+        head = tied_head(self.base)
+        if not found and head and path.rpartition(".")[0].rpartition(".")[2] in HEADS:
+            return head[0]
+        if len(found) > 1:
+            raise SourceError(f"{self.label}: {path} may mean any of {listing(found)} of {self.base.label}")
+        return found[0] if found else ""
+
+    def _target(self, name: str) -> Stored:
+        """The tensor that is edited: the base's, or what the adapter saved in its place."""
+        if name in self.resized:
+            return self.resized[name]
+        if name in self.base.tensors:
+            return self.base.tensors[name]
+        head = tied_head(self.base)
+        assert head is not None and name == head[0]
+        return self.resized.get(head[1], self.base.tensors[head[1]])
+
+    def _check_same_shape(self, module: str, stored: Stored, target: Stored) -> None:
+        if stored.info.shape != target.info.shape:
+            self._refuse_shape(module, stored.info.shape, target)
+
+    def _refuse_shape(self, module: str, shape: tuple[int, ...], target: Stored) -> None:
+        theirs = f"{target.info.name} of {self.base.label} is {list(target.info.shape)}"
+        hint = "the adapter was trained on another model, or its vocabulary was resized and not saved"
+        raise SourceError(f"{self.label}: {module} is made for shape {list(shape)}, and {theirs}", hint=hint)
+
+    def _refuse_unknown(self, stored: Stored, path: str) -> None:
+        near = get_close_matches(path, list(self.base.tensors), n=3, cutoff=0.5)
+        hint = f"nearest: {', '.join(near)}" if near else "the adapter belongs to another model"
+        raise SourceError(f"{self.label}: {stored.info.name!r} matches no tensor of {self.base.label}", hint=hint)
+
+    def _settle_tied(self) -> bool:
+        """Whether head and embedding stay one tensor; drops the head's copy of the same change."""
+        tied = tied_head(self.base)
+        if tied is None:
+            return False
+        head, embedding = tied
+        if head in self.resized and embedding in self.resized and _same(self.resized[head], self.resized[embedding]):
+            del self.resized[head]
+        edits, head_edits = self.edits.get(embedding, []), self.edits.get(head, [])
+        if head in self.resized or not (edits or head_edits):
+            return head not in self.resized
+        if all(isinstance(edit, RowsReplaced) for edit in [*edits, *head_edits]):
+            self.edits.pop(head, None)  # PEFT applies the same rows to a tied head
+            return bool(edits)
+        if len(edits) == len(head_edits) == 1 and (
+            self.settings.ensure_weight_tying or (isinstance(edits[0], Replaced) and _same_edit(edits[0], head_edits[0]))
+        ):
+            self.edits.pop(head)
+            self.notes.append(f"{self.label}: its change of {head} is that of the tied {embedding}: made once, stays tied")
+            return True
+        return False
+
+
+def _same_edit(one: Edit, other: Edit) -> bool:
+    return isinstance(one, Replaced) and isinstance(other, Replaced) and _same(one.value, other.value)
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    """Whether two stored tensors hold the same bytes; read in small pieces."""
+    if (one.info.shape, one.info.dtype) != (other.info.shape, other.info.dtype):
+        return False
+    size = 1 << 20
+    buffers = [memoryview(bytearray(size)), memoryview(bytearray(size))]
+    for at in range(0, one.info.nbytes, size):
+        length = min(size, one.info.nbytes - at)
+        for stored, buffer in zip((one, other), buffers, strict=True):
+            stored.file.read_into(buffer[:length], stored.offset + at)
+        if buffers[0][:length] != buffers[1][:length]:
+            return False
+    return True

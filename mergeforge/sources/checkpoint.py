@@ -1,0 +1,146 @@
+"""A model's checkpoint: a folder or file of safetensors, or (on request) of pickled tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergeforge.errors import SourceError, listing
+from mergeforge.sources.pickled import read_pickled
+from mergeforge.sources.safetensors_file import read_header
+from mergeforge.sources.stored import Stored
+
+_SHARD_NAME = re.compile(r"[^/\\\0]+\.(safetensors|bin)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A table of contents: every tensor by name, and the model's config.
+
+    `label` is what the recipe calls it; `revision` the Hub commit, if it came from there.
+    `file_hashes` maps each weight file's name to the sha256 of its header.
+    """
+
+    label: str
+    folder: Path
+    revision: str | None
+    tensors: Mapping[str, Stored]
+    config: Mapping[str, Any]
+    file_hashes: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+
+    @property
+    def tied(self) -> bool:
+        """Whether config.json says that lm_head is the embedding (its text_config counts too)."""
+        inner = self.config.get("text_config")
+        outer = self.config.get("tie_word_embeddings")
+        if outer is None and isinstance(inner, Mapping):
+            outer = inner.get("tie_word_embeddings")
+        return outer is True
+
+
+@dataclass
+class _Shards:
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def open_checkpoint(
+    path: Path, label: str, *, revision: str | None = None, allow_pickle: bool = False, stem: str = "model"
+) -> Checkpoint:
+    """Read every header of a checkpoint; no weights.
+
+    `stem` is the weights' file name: `model`, or `adapter_model` in an adapter's folder.
+    Raises SourceError when something is missing, malformed or refused.
+    """
+    shards = _Shards()
+    if path.is_file():
+        _add_shard(shards, path, allow_pickle)
+        path = path.parent
+    else:
+        _open_folder(shards, path, stem, allow_pickle)
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    return Checkpoint(label, path, revision, shards.tensors, config, shards.hashes, tuple(shards.warnings))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises SourceError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise SourceError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} is not a JSON object")
+    return value
+
+
+def weight_files(names: list[str], stem: str) -> list[str]:
+    """Of a folder's (or repo's) file names, those that hold its weights or their index: best first."""
+    wanted = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+    pickled = "pytorch_model" if stem == "model" else stem
+    wanted += [f"{pickled}.bin", f"{pickled}.bin.index.json"]
+    return [name for name in wanted if name in names]
+
+
+def _open_folder(shards: _Shards, folder: Path, stem: str, allow_pickle: bool) -> None:
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is neither a folder nor a file")
+    found = weight_files([entry.name for entry in folder.iterdir()], stem)
+    if not found:
+        others = sorted(entry.name for entry in folder.glob("*.safetensors"))
+        if len(others) != 1:
+            what = f"{stem}.safetensors or {stem}.safetensors.index.json"
+            raise SourceError(f"{folder} holds no {what}", hint="is it the model's folder?")
+        found = others
+    if len(found) > 1 and found[1].endswith(".safetensors.index.json"):
+        shards.warnings.append(f"{folder} holds both {found[0]} and {found[1]}; the index is left aside")
+    if found[0].endswith(".index.json"):
+        _open_index(shards, folder, found[0], allow_pickle)
+    else:
+        _add_shard(shards, folder / found[0], allow_pickle)
+
+
+def _open_index(shards: _Shards, folder: Path, name: str, allow_pickle: bool) -> None:
+    where = f"{folder / name}"
+    weight_map = read_json(folder / name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise SourceError(f"{where} has no weight_map from tensor names to file names")
+    files = sorted(set(weight_map.values()))
+    if bad := [file for file in files if not _SHARD_NAME.fullmatch(file)]:
+        raise SourceError(f"{where} names files outside its folder: {listing(map(repr, bad))}")
+    if missing := [file for file in files if not (folder / file).exists()]:
+        raise SourceError(f"{folder} lacks {listing(missing)}, which {name} names", hint="download them again")
+    for file in files:
+        _add_shard(shards, folder / file, allow_pickle)
+    held = {tensor: Path(stored.file.path).name for tensor, stored in shards.tensors.items()}
+    if astray := sorted(tensor for tensor, file in weight_map.items() if held.get(tensor) != file):
+        raise SourceError(f"{where} and its files disagree on where {listing(astray)} lies")
+    if unknown := sorted(set(held) - set(weight_map)):
+        raise SourceError(f"{where} does not list {listing(unknown)}, which its files hold")
+
+
+def _add_shard(shards: _Shards, path: Path, allow_pickle: bool) -> None:
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        found = {name: Stored(info, header.file, offset) for name, (info, offset) in header.tensors.items()}
+        digest = header.sha256
+    elif allow_pickle:
+        found, digest = read_pickled(path)
+    else:
+        hint = "--allow-pickle reads it with torch's weights_only loader; better, get a safetensors version"
+        raise SourceError(f"{path} is a pickle, which can run code when it is loaded", hint=hint)
+    if twice := sorted(set(found) & set(shards.tensors)):
+        raise SourceError(f"{path} holds {listing(twice)}, which another file of its folder holds too")
+    shards.tensors.update(found)
+    shards.hashes[path.name] = digest

@@ -1,0 +1,39 @@
+"""A way under another name: a head that is its embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.budget import Need, Worker
+from mergeforge.sources import Facts, Rows, Scan, Way
+from mergeforge.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Renamed:
+    way: Way
+    name: str
+
+    learns: bool = False
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.way.info.renamed(self.name)
+
+    @property
+    def parts(self) -> tuple[Way, ...]:
+        return (self.way,)
+
+    @property
+    def need(self) -> Need:
+        return self.way.need
+
+    def learn(self, scan: Scan) -> Any:
+        return None
+
+    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
+        return self.way.stage(rows, worker, facts, dtype)

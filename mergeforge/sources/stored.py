@@ -1,0 +1,53 @@
+"""A tensor as it lies in a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.budget import Need, Worker, viewed
+from mergeforge.disk import InputFile
+from mergeforge.sources import Facts, Rows, Scan, Way
+from mergeforge.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Contiguous bytes of one file."""
+
+    info: TensorInfo
+    file: InputFile
+    offset: int
+
+    parts: tuple[Way, ...] = ()
+    learns: bool = False
+
+    @property
+    def need(self) -> Need:
+        return Need(row=self.info.row_nbytes, live=1)
+
+    def learn(self, scan: Scan) -> Any:
+        return None
+
+    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
+        raw = self.read(rows, worker)
+        slot = worker.slot()
+
+        def block(start: int, stop: int) -> Tensor:
+            into = worker.scratch(slot, (stop - start, self.info.columns), dtype)
+            return into.copy_(raw[start - rows.start : stop - rows.start])
+
+        return block
+
+    def read(self, rows: range, worker: Worker) -> Tensor:
+        """The rows in the stored dtype, in the worker's staging buffer."""
+        nbytes = self.info.row_nbytes
+        raw = worker.read(self.file, self.offset + rows.start * nbytes, len(rows) * nbytes)
+        return viewed(raw, self.info.dtype, self.info.columns)
+
+    def read_all(self, worker: Worker) -> Tensor:
+        return self.read(range(self.info.rows), worker)
