@@ -170,12 +170,15 @@ class Worker:
         self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         return piece
 
-    def read(self, file: InputFile, offset: int, nbytes: int) -> Tensor:
-        """Bytes of a file, on the device; read once, however often they are asked for until clear()."""
+    def read(self, file: InputFile, offset: int, nbytes: int, *, keep: bool = False) -> Tensor:
+        """Bytes of a file, on the device; read once, however often they are asked for until clear().
+
+        `keep`: other tiles need them too, so the page cache keeps them.
+        """
         key = (file.path, offset, nbytes)
         if key not in self._read:
             piece = self.take(nbytes)
-            file.read_into(memoryview(piece.numpy()), offset)
+            file.read_into(memoryview(piece.numpy()), offset, keep=keep)
             self._read[key] = piece.to(self.device, non_blocking=True) if self.device != "cpu" else piece
         return self._read[key]
 

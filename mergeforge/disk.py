@@ -19,6 +19,7 @@ from typing import Any
 from mergeforge.errors import BudgetError, SourceError
 
 WINDOW = 8  # written pieces that may be on their way to the disk at once, for each thread
+FOLIO = 2 << 20  # the page cache holds files in pieces of up to this size; dropping part of one splits it, slowly
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # SYNC_FILE_RANGE_*, linux/fs.h
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -34,8 +35,8 @@ _sync_file_range = _libc("sync_file_range")
 _fallocate = _libc("fallocate")
 
 
-def read_into(fd: int, buffer: memoryview, offset: int, path: str) -> None:
-    """Fill `buffer` from `offset`, then let the page cache forget those pages.
+def read_into(fd: int, buffer: memoryview, offset: int, path: str, *, keep: bool = False) -> None:
+    """Fill `buffer` from `offset`, then let the page cache forget those pages (unless `keep`).
 
     Raises SourceError when the file ends before that.
     """
@@ -45,8 +46,15 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: str) -> None:
         if count == 0:
             raise SourceError(f"{path} ends at byte {offset + done}; it changed while it was read", hint="run again")
         done += count
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+    if not keep:
+        forget(fd, offset, len(buffer))
+
+
+def forget(fd: int, offset: int, nbytes: int) -> None:
+    """Let the page cache drop a range; its last incomplete piece goes with the range that follows."""
+    first, last = offset & -FOLIO, offset + nbytes & -FOLIO
+    if last > first and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, first, last - first, os.POSIX_FADV_DONTNEED)
 
 
 def write_at(fd: int, buffer: memoryview, offset: int, path: str) -> None:
@@ -101,7 +109,7 @@ class WriteBehind:
         if len(self._pieces) > WINDOW:
             fd, offset, nbytes = self._pieces.popleft()
             _call(_sync_file_range, fd, offset, nbytes, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
-            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+            forget(fd, offset, nbytes)
 
 
 def _call(function: Callable[..., int], fd: int, offset: int, nbytes: int, flags: int) -> None:
@@ -152,8 +160,9 @@ class InputFile:
     def size(self) -> int:
         return self.identity[1]
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        read_into(self._open(), buffer, offset, self.path)
+    def read_into(self, buffer: memoryview, offset: int, *, keep: bool = False) -> None:
+        """Fill `buffer` from `offset`; `keep` what will soon be read again in the page cache."""
+        read_into(self._open(), buffer, offset, self.path, keep=keep)
 
     def check_unchanged(self) -> None:
         try:

@@ -86,7 +86,7 @@ class LowRank:
         if self.transposed:
             left, right = self._columns_of_left(rows, worker).t().to(dtype), right.t()
         else:
-            left = self.left.read(rows, worker).to(dtype)
+            left = self.left.read(rows, worker, keep=True).to(dtype)
         return left * (weight * self.scale), right
 
     def _columns_of_left(self, rows: range, worker: Worker) -> Tensor:
@@ -95,7 +95,7 @@ class LowRank:
 
         info, size = self.left.info, self.left.info.bits // 8
         starts = [self.left.offset + (row * info.columns + rows.start) * size for row in range(self.rank)]
-        pieces = [worker.read(self.left.file, start, len(rows) * size) for start in starts]
+        pieces = [worker.read(self.left.file, start, len(rows) * size, keep=True) for start in starts]
         return torch.cat([viewed(piece, info.dtype, len(rows)) for piece in pieces])
 
     def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Delta:

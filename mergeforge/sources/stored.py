@@ -43,11 +43,12 @@ class Stored:
 
         return block
 
-    def read(self, rows: range, worker: Worker) -> Tensor:
+    def read(self, rows: range, worker: Worker, *, keep: bool = False) -> Tensor:
         """The rows in the stored dtype, in the worker's staging buffer."""
         nbytes = self.info.row_nbytes
-        raw = worker.read(self.file, self.offset + rows.start * nbytes, len(rows) * nbytes)
+        raw = worker.read(self.file, self.offset + rows.start * nbytes, len(rows) * nbytes, keep=keep)
         return viewed(raw, self.info.dtype, self.info.columns)
 
     def read_all(self, worker: Worker) -> Tensor:
-        return self.read(range(self.info.rows), worker)
+        """All of a small tensor that every tile needs."""
+        return self.read(range(self.info.rows), worker, keep=True)
