@@ -1,0 +1,102 @@
+"""What the benchmarks share: one run of a command measured by the system, inputs made once, a table."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergeforge.random_model import shape_named, write_adapter, write_model
+
+PYTHON = sys.executable
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished process: wall and processor seconds, peak resident memory in bytes."""
+
+    seconds: float
+    cpu: float
+    peak: int
+
+
+def measure(command: Sequence[str]) -> Measured:
+    """Run a command to its end. Raises CalledProcessError with its output when it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, list(command), output)
+    return Measured(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def import_seconds() -> float:
+    """What importing torch alone takes, median of three processes."""
+    return statistics.median(measure([PYTHON, "-c", "import torch"]).seconds for _ in range(3))
+
+
+def in_turn(rounds: int, cases: dict[str, Callable[[], Measured]]) -> dict[str, list[Measured]]:
+    """Every case once a round, so that the machine's drift meets all alike."""
+    found: dict[str, list[Measured]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            found[name].append(case())
+    return found
+
+
+def median(found: Iterable[Measured], of: Callable[[Measured], float]) -> float:
+    return statistics.median(of(one) for one in found)
+
+
+def model(root: Path, shape: str, *, seed: int = 0, near: int | None = None) -> Path:
+    """A random model of a shape, made once."""
+    folder = root / (f"{shape}-{seed}" if near is None else f"{shape}-{near}-tuned-{seed}")
+    if not (folder / "config.json").exists():
+        write_model(folder, shape_named(shape), seed=seed, near=near)
+    return folder
+
+
+def adapter(root: Path, shape: str, *, rank: int = 16) -> Path:
+    """A random all-linear adapter of a shape, made once."""
+    folder = root / f"{shape}-adapter-{rank}"
+    if not (folder / "adapter_config.json").exists():
+        write_adapter(folder, shape_named(shape), str(root / f"{shape}-0"), rank=rank)
+    return folder
+
+
+def mergeforge(recipe: dict[str, object], out: Path, *options: str) -> Measured:
+    """One `mergeforge run` of a recipe into a new folder."""
+    import yaml
+
+    shutil.rmtree(out, ignore_errors=True)
+    path = out.parent / f"{out.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return measure([PYTHON, "-m", "mergeforge", "run", str(path), "--out", str(out), "--device", "cpu", *options])
+
+
+def machine() -> str:
+    """The machine in a line."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        memory = int(Path("/proc/meminfo").read_text(encoding="utf-8").split()[1]) / 2**20
+    except (OSError, StopIteration):
+        return name
+    return f"{len(os.sched_getaffinity(0))} cores of {name}, {memory:.0f} GiB, {platform.system()} {platform.release()}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

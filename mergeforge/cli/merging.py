@@ -1,0 +1,121 @@
+"""mergeforge run and mergeforge plan."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+OPTIONS = [
+    click.option("--out", metavar="DIR", help="Where to write; overrides output.path."),
+    click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Override a recipe key (repeatable)."),
+    click.option("--memory", metavar="SIZE", help="Working memory, e.g. 2GiB or 800MB (default: 2 GiB, or a quarter of what is free)."),
+    click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", show_default=True),
+    click.option("--threads", type=int, metavar="N", help="Workers (default: the processors, as far as they fit)."),
+    click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with torch's weights_only loader."),
+    click.option("--allow-nonfinite", is_flag=True, help="Write infinite and NaN values instead of refusing."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, the rest on stderr."),
+    click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+    click.option("-v", "--verbose", is_flag=True, help="Print the whole plan first."),
+]
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("recipe")
+@_options
+@click.option("--fresh", is_flag=True, help="Throw an unfinished run of OUT away and start over.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished merge in OUT.")
+@click.option("--plan", "only_plan", is_flag=True, help="The same as `mergeforge plan`.")
+def run(recipe: str, *, fresh: bool, overwrite: bool, only_plan: bool, **options: Any) -> None:
+    """Do the merge that RECIPE describes.
+
+    Killed or interrupted, the same command goes on where it stopped.
+
+    \b
+    mergeforge run recipe.yaml --out merged --memory 2GiB
+    mergeforge run recipe.yaml --set adapters.0.weight=0.5
+    """
+    if only_plan:
+        _plan(recipe, **options)
+        return
+    _run(recipe, fresh=fresh, overwrite=overwrite, **options)
+
+
+@click.command()
+@click.argument("recipe")
+@_options
+def plan(recipe: str, **options: Any) -> None:
+    """Show what run would do: inputs, every tensor's way, bytes, peak memory, disk, notes.
+
+    Reads headers only; nothing is written.
+
+    \b
+    mergeforge plan recipe.yaml --memory 2GiB
+    """
+    _plan(recipe, **options)
+
+
+def _made(recipe: str, sets: tuple[str, ...], options: dict[str, Any]) -> Any:
+    from mergeforge.planning import make_plan, read_recipe
+
+    read_recipe(recipe, sets)  # its mistakes are told before torch is loaded
+    names = ("out", "memory", "device", "threads", "allow_pickle", "allow_nonfinite")
+    return make_plan(recipe, sets=sets, **{name: options[name] for name in names})
+
+
+def _plan(recipe: str, *, sets: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    made = _made(recipe, sets, options)
+    from mergeforge import progress
+    from mergeforge.planning import check_disk
+
+    if as_json:
+        click.echo(json.dumps(progress.plan_facts(made), indent=1))
+    elif not quiet:
+        to = progress.console(stderr=False)
+        progress.show_plan(made, to)
+        if verbose:
+            for piece in made.pieces:
+                shape = "x".join(map(str, piece.info.shape))
+                to.print(f"  {piece.info.name}  {piece.info.dtype} {shape}: {made.actions[piece.info.name]}", markup=False)
+    check_disk(made)
+
+
+def _run(
+    recipe: str,
+    *,
+    sets: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    fresh: bool,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    started = time.monotonic()
+    made = _made(recipe, sets, options)
+    from mergeforge import progress, running
+    from mergeforge.sizes import show_size
+
+    to = progress.console()
+    if verbose:
+        progress.show_plan(made, to)
+    elif not quiet:
+        progress.show_notes(made, to)
+    tiles = running.run(made, fresh=fresh, overwrite=overwrite)
+    for _ in progress.watch(made, tiles, to, quiet=quiet):
+        pass
+    seconds = time.monotonic() - started
+    if as_json:
+        facts = {"out": str(made.out), "bytes": made.nbytes_written, "seconds": round(seconds, 3), "files": list(made.layout.files)}
+        click.echo(json.dumps(facts))
+    elif not quiet:
+        to.print(f"wrote {show_size(made.nbytes_written)} to {made.out} in {seconds:.1f} s", markup=False)

@@ -1,0 +1,163 @@
+"""What a person sees: the plan as tables, the tiles as a bar, an error as three lines.
+
+A bar on a terminal, a plain line now and then elsewhere. Everything goes to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mergeforge.planning import Plan
+from mergeforge.sizes import show_size
+from mergeforge.tensors import Tile
+
+PLAIN_SECONDS = 10.0  # between two plain lines
+
+
+def console(*, stderr: bool = True) -> Console:
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def show_plan(plan: Plan, to: Console) -> None:
+    """Inputs, what happens to each group of tensors, bytes, memory, disk, notes."""
+    to.print(f"[bold]{plan.recipe.merge_method}[/] -> {escape(str(plan.out))}")
+    inputs = Table("input", "tensors", "bytes", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for table in plan.inputs.checkpoints:
+        name = f"{table.label} at {table.revision[:10]}" if table.revision else table.label
+        inputs.add_row(escape(name), str(len(table.tensors)), show_size(table.nbytes))
+    to.print(inputs, "")
+    to.print(_groups(plan), "")
+    files = len(plan.layout.files)
+    to.print(f"reads    {show_size(plan.nbytes_read)}")
+    to.print(f"writes   {show_size(plan.nbytes_written)} in {files} safetensors file{'s' if files > 1 else ''}")
+    device = f"{plan.budget.threads} worker{'s' if plan.budget.threads > 1 else ''} on {plan.budget.device}"
+    to.print(f"memory   {show_size(plan.peak)} at most of {show_size(plan.budget.memory)} given, {device}")
+    to.print(f"disk     {_disk(plan)}")
+    show_notes(plan, to)
+
+
+def show_notes(plan: Plan, to: Console) -> None:
+    for note in plan.notes:
+        to.print(f"[yellow]note[/]     {escape(note)}")
+
+
+def plan_facts(plan: Plan) -> dict[str, object]:
+    """The plan as JSON."""
+    return {
+        "merge_method": plan.recipe.merge_method,
+        "out": str(plan.out),
+        "inputs": [{"name": table.label, "revision": table.revision, "bytes": table.nbytes} for table in plan.inputs.checkpoints],
+        "bytes_read": plan.nbytes_read,
+        "bytes_written": plan.nbytes_written,
+        "files": {name: file.nbytes for name, file in plan.layout.files.items()},
+        "peak_memory": plan.peak,
+        "memory": plan.budget.memory,
+        "threads": plan.budget.threads,
+        "device": plan.budget.device,
+        "tensors": {
+            piece.info.name: {
+                "action": plan.actions[piece.info.name],
+                "dtype": piece.info.dtype,
+                "shape": list(piece.info.shape),
+                "tiles": len(piece.tiles),
+            }
+            for piece in plan.pieces
+        },
+        "notes": list(plan.notes),
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def watch(plan: Plan, tiles: Iterable[Tile], to: Console, *, quiet: bool = False) -> Iterator[Tile]:
+    """Pass the tiles on, and show how far they have come."""
+    if quiet:
+        yield from tiles
+    elif to.is_terminal:
+        yield from _bar(plan, tiles, to)
+    else:
+        yield from _lines(plan, tiles, to)
+
+
+def _groups(plan: Plan) -> Table:
+    """Tensors that are treated alike, as rows: names with the layer numbers left out."""
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for piece in plan.pieces:
+        action = plan.actions[piece.info.name]
+        counts[action] += 1
+        sizes[action] += piece.info.nbytes
+    table = Table("tensors", "way", "bytes", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for action, count in counts.most_common():
+        table.add_row(str(count), escape(action), show_size(sizes[action]))
+    return table
+
+
+def _disk(plan: Plan) -> str:
+    import shutil
+
+    from mergeforge.planning import existing_folder
+
+    free = shutil.disk_usage(existing_folder(plan.out)).free
+    return f"{show_size(plan.nbytes_written)} needed, {show_size(free)} free"
+
+
+class _Count:
+    """Bytes and tensors done, and the speed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.widths = {piece.info.name: piece.info.row_nbytes for piece in plan.pieces}
+        self.left = {piece.info.name: len(piece.tiles) for piece in plan.pieces}
+        self.total = sum(piece.info.nbytes for piece in plan.pieces)
+        self.started = time.monotonic()
+        self.nbytes = 0
+
+    def add(self, tile: Tile) -> None:
+        self.nbytes += tile.rows * self.widths[tile.name]
+        self.left[tile.name] -= 1
+
+    def text(self) -> str:
+        done = sum(not left for left in self.left.values())
+        speed = self.nbytes / max(time.monotonic() - self.started, 1e-3)
+        sizes = f"{show_size(self.nbytes)} of {show_size(self.total)}"
+        return f"{sizes}, {show_size(speed)}/s, {done} of {len(self.left)} tensors, {show_size(_rss())} memory"
+
+
+def _bar(plan: Plan, tiles: Iterable[Tile], to: Console) -> Iterator[Tile]:
+    count = _Count(plan)
+    columns = (BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    with Progress(*columns, console=to, transient=True) as progress:
+        task = progress.add_task("", total=count.total, text="")
+        for tile in tiles:
+            count.add(tile)
+            progress.update(task, completed=count.nbytes, text=count.text())
+            yield tile
+
+
+def _lines(plan: Plan, tiles: Iterable[Tile], to: Console) -> Iterator[Tile]:
+    count, last = _Count(plan), time.monotonic()
+    for tile in tiles:
+        count.add(tile)
+        if time.monotonic() - last > PLAIN_SECONDS:
+            last = time.monotonic()
+            seconds = (last - count.started) * (count.total / max(count.nbytes, 1) - 1)
+            to.print(f"{100 * count.nbytes / max(count.total, 1):3.0f} %  {count.text()}, {seconds:.0f} s left")
+        yield tile
+
+
+def _rss() -> int:
+    """This process's memory now (its peak where the system does not tell)."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except (OSError, ValueError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

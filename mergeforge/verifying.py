@@ -1,0 +1,133 @@
+"""Does a folder hold what its receipt says?"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mergeforge.budget import Worker, cores
+from mergeforge.checksums import block_checksums, tensor_checksum
+from mergeforge.errors import SourceError
+from mergeforge.planning import Plan, make_plan
+from mergeforge.running import carry
+from mergeforge.sources.safetensors_file import Header, read_header
+from mergeforge.tensors import Tile, blocks
+from mergeforge.workspace import RECEIPT, RECIPE, read_receipt
+
+SAMPLE = 24  # tensors that a deep check computes again
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was checked, and everything that is wrong."""
+
+    files: int
+    tensors: int
+    recomputed: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> Verdict:
+    """Check sizes, headers and every tensor's checksum; `deep` computes a sample from the inputs again.
+
+    Raises SourceError when there is no receipt; all other findings are in the verdict.
+    """
+    out = Path(out)
+    receipt = read_receipt(out)
+    if receipt is None:
+        raise SourceError(f"{out} has no receipt ({RECEIPT})", hint="is it a finished merge of mergeforge?")
+    problems = _check_files(out, receipt["files"])
+    headers = {name: _header(out / name, problems) for name in _weight_files(receipt)}
+    problems += _check_tensors(receipt["tensors"], headers)
+    again = _recompute(out, receipt, problems, everything) if deep and not problems else 0
+    return Verdict(len(receipt["files"]), len(receipt["tensors"]), again, tuple(problems))
+
+
+def _weight_files(receipt: Mapping[str, Any]) -> list[str]:
+    return [name for name in receipt["files"] if name.endswith(".safetensors")]
+
+
+def _check_files(out: Path, files: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name, facts in files.items():
+        path = out / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != facts["size"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes, not {facts['size']}")
+        elif "sha256" in facts and hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
+            problems.append(f"{name} was changed")
+    return problems
+
+
+def _header(path: Path, problems: list[str]) -> Header | None:
+    try:
+        return read_header(path)
+    except SourceError as error:
+        if path.is_file():
+            problems.append(str(error))
+        return None
+
+
+def _check_tensors(tensors: Mapping[str, Any], headers: Mapping[str, Header | None]) -> list[str]:
+    """Compare every tensor's place, dtype, shape and checksum; one thread a core reads."""
+    held = {name: header for file, header in headers.items() if header for name in header.tensors}
+    problems = [f"{name} stands in a file and not in the receipt" for name in sorted(set(held) - set(tensors))]
+
+    def check(name: str) -> str:
+        facts, header = tensors[name], headers.get(tensors[name]["file"])
+        if header is None:
+            return ""  # its file is a problem of its own
+        if name not in header.tensors:
+            return f"{name} is not in {facts['file']}"
+        info, offset = header.tensors[name]
+        if (info.dtype, list(info.shape)) != (facts["dtype"], facts["shape"]):
+            return f"{name} is {info.dtype} {list(info.shape)}, not {facts['dtype']} {facts['shape']}"
+        sums = []
+        for start, stop in blocks(Tile(name, 0, info.rows), info):
+            buffer = bytearray((stop - start) * info.row_nbytes)
+            header.file.read_into(memoryview(buffer), offset + start * info.row_nbytes)
+            sums.append(xxhash.xxh3_128_hexdigest(buffer))
+        return "" if tensor_checksum(sums) == facts["xxh3"] else f"{name} is damaged: its checksum differs"
+
+    with ThreadPoolExecutor(cores()) as pool:
+        return problems + [problem for problem in pool.map(check, tensors) if problem]
+
+
+def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], everything: bool) -> int:
+    """Compute some tensors again from the inputs and compare their checksums."""
+    import torch
+
+    plan = make_plan(out / RECIPE, out=out.parent / f"{out.name}.verify", threads=1, device="cpu", allow_nonfinite=True)
+    chosen = list(plan.pieces)
+    if not everything and len(chosen) > SAMPLE:
+        chosen = random.Random(receipt["fingerprint"]).sample(chosen, SAMPLE)
+    worker = Worker("cpu", max(piece.staging for piece in plan.pieces))
+    with torch.inference_mode():
+        for piece in chosen:
+            tiles = carry(piece, piece.tiles, worker, allow_nonfinite=True)
+            sums = [one for tile, data in tiles for one in block_checksums(data, tile, piece.info)]
+            if tensor_checksum(sums) != receipt["tensors"][piece.info.name]["xxh3"]:
+                problems.append(f"{piece.info.name} comes out differently from the inputs as they are now")
+    _note_changed_inputs(plan, receipt, problems)
+    return len(chosen)
+
+
+def _note_changed_inputs(plan: Plan, receipt: Mapping[str, Any], problems: list[str]) -> None:
+    now = {(table.label, name): digest for table in plan.inputs.checkpoints for name, digest in table.file_hashes.items()}
+    for source in receipt["inputs"]:
+        for name, facts in source["files"].items():
+            if now.get((source["name"], name)) not in (None, facts["header_sha256"]):
+                problems.append(f"{name} of {source['name']} is not the file that was merged")
