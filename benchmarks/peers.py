@@ -65,7 +65,13 @@ def _recipe(root: Path, shape: str, name: str) -> dict[str, object]:
     first, second = (str(model(root, shape, seed=seed, near=0)) for seed in (1, 2))
     if name == "slerp":
         models: list[object] = [{"model": first}]
-        return {"merge_method": name, "base_model": base, "models": models, "parameters": {"t": 0.4}, "dtype": "bfloat16"}
+        return {
+            "merge_method": name,
+            "base_model": base,
+            "models": models,
+            "parameters": {"t": 0.4},
+            "dtype": "bfloat16",
+        }
     parameters = {"weight": 0.5} | ({"density": 0.5} if name == "ties" else {})
     models = [{"model": one, "parameters": parameters} for one in (first, second)]
     recipe: dict[str, object] = {"merge_method": name, "models": models, "dtype": "bfloat16"}

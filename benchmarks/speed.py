@@ -13,7 +13,19 @@ import argparse
 import shutil
 from pathlib import Path
 
-from measure import PYTHON, Measured, adapter, import_seconds, in_turn, machine, measure, median, mergeforge, model, table
+from measure import (
+    PYTHON,
+    Measured,
+    adapter,
+    import_seconds,
+    in_turn,
+    machine,
+    measure,
+    median,
+    mergeforge,
+    model,
+    table,
+)
 
 
 def main() -> None:
@@ -46,7 +58,9 @@ def _row(root: Path, shape: str, rounds: int, memory: str, importing: float) -> 
     }
     found = in_turn(rounds, cases)
     shutil.rmtree(out, ignore_errors=True)
-    seconds = {name: [one.seconds - (importing if name == "fold" else 0) for one in runs] for name, runs in found.items()}
+    seconds = {
+        name: [one.seconds - (importing if name == "fold" else 0) for one in runs] for name, runs in found.items()
+    }
     middle = {name: sorted(runs)[len(runs) // 2] for name, runs in seconds.items()}
     ratios = {name: [f / x for f, x in zip(seconds["fold"], seconds[name], strict=True)] for name in ("raw", "cp")}
     nbytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How soon commands answer: --help, a recipe error, and the plan of a 70B (sparse files).
 
-    python benchmarks/start.py --dir DIR
+python benchmarks/start.py --dir DIR
 """
 
 from __future__ import annotations

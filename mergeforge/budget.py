@@ -123,9 +123,9 @@ class Need:
 class Worker:
     """One thread's device, staging buffer, scratch blocks and, on CUDA, stream; all reused.
 
-    On CUDA the staging buffer is pinned, what is read is copied to the device on the worker's own
-    stream, and results come back into the staging buffer; with several workers one's disk time
-    covers another's bus and compute time.
+    On CUDA the staging buffer is pinned and has a twin on the device; what is read is copied there on
+    the worker's own stream, and results come back into the staging buffer. With several workers
+    one's disk time covers another's bus and compute time.
     """
 
     def __init__(self, device: str, staging_nbytes: int) -> None:
@@ -134,8 +134,10 @@ class Worker:
         self.device = device
         self.write_behind = WriteBehind()
         pinned = device.startswith("cuda")
-        self.stream: Any = torch.cuda.Stream(device) if pinned else None
+        make_stream: Any = torch.cuda.Stream  # untyped in torch
+        self.stream = make_stream(device) if pinned else None
         self._staging = torch.empty(staging_nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+        self._on_device = self._staging if device == "cpu" else torch.empty_like(self._staging, device=device)
         self._used = self._first = -self._staging.data_ptr() % ALIGNMENT
         self._read: dict[tuple[str, int, int], Tensor] = {}
         self._scratch: list[Tensor] = []
@@ -177,9 +179,11 @@ class Worker:
         """
         key = (file.path, offset, nbytes)
         if key not in self._read:
+            at = self._used
             piece = self.take(nbytes)
-            file.read_into(memoryview(piece.numpy()), offset, keep=keep)
-            self._read[key] = piece.to(self.device, non_blocking=True) if self.device != "cpu" else piece
+            file.read_into(piece.numpy().data, offset, keep=keep)
+            there = self._on_device[at : at + nbytes]
+            self._read[key] = there.copy_(piece, non_blocking=True) if self.device != "cpu" else piece
         return self._read[key]
 
     def scratch(self, slot: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

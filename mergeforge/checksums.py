@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def block_checksums(data: Tensor, tile: Tile, info: TensorInfo) -> tuple[str, ...]:
     """Hex digests of a tile's blocks; `data` holds the tile's bytes (uint8, on the CPU)."""
-    view, width = memoryview(data.numpy()), info.row_nbytes
+    view, width = data.numpy().data, info.row_nbytes
     ranges = ((start - tile.start, stop - tile.start) for start, stop in blocks(tile, info))
     return tuple(xxhash.xxh3_128_hexdigest(view[start * width : stop * width]) for start, stop in ranges)
 

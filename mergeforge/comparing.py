@@ -18,14 +18,35 @@ from mergeforge.sources.stored import Stored
 from mergeforge.tensors import TensorInfo, blocks, cut
 
 TILE_NBYTES = 16 << 20
-_FACTS = (
-    "architectures model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "vocab_size tie_word_embeddings torch_dtype dtype max_position_embeddings"
-).split()
-_ADAPTER_FACTS = (
-    "peft_type base_model_name_or_path r lora_alpha use_rslora use_dora bias modules_to_save rank_pattern alpha_pattern "
-    "target_modules init_lora_weights peft_version"
-).split()
+_FACTS = [
+    "architectures",
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "dtype",
+    "max_position_embeddings",
+]
+_ADAPTER_FACTS = [
+    "peft_type",
+    "base_model_name_or_path",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "init_lora_weights",
+    "peft_version",
+]
 
 
 def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -112,7 +133,9 @@ def _compared_bytes(one: Stored, two: Stored, worker: Worker) -> Difference:
     for at in range(0, one.info.nbytes, TILE_NBYTES):
         worker.clear()
         size = min(TILE_NBYTES, one.info.nbytes - at)
-        if not bool((worker.read(one.file, one.offset + at, size) == worker.read(two.file, two.offset + at, size)).all()):
+        if not bool(
+            (worker.read(one.file, one.offset + at, size) == worker.read(two.file, two.offset + at, size)).all()
+        ):
             return Difference(one.info.name, "bytes differ", math.nan, math.nan)
     return Difference(one.info.name, "same")
 
@@ -128,7 +151,8 @@ def _described(kind: str, tensors: list[TensorInfo], config: dict[str, Any]) -> 
         "bytes": sum(sizes.values()),
         "bytes_by_dtype": dict(sizes.most_common()),
         "tensors": [
-            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes} for info in tensors
+            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
+            for info in tensors
         ],
     }
 
@@ -141,8 +165,13 @@ def _inspect_gguf(path: Path) -> dict[str, Any]:
     except Exception as error:  # the reader raises whatever its parsing meets
         raise SourceError(f"{path} cannot be read as GGUF: {error}") from None
     config = {name: _shown(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    tensors = [
-        {"name": one.name, "dtype": one.tensor_type.name, "shape": [int(n) for n in reversed(one.shape)], "bytes": int(one.n_bytes)}
+    tensors: list[dict[str, Any]] = [
+        {
+            "name": one.name,
+            "dtype": one.tensor_type.name,
+            "shape": [int(n) for n in reversed(one.shape)],
+            "bytes": int(one.n_bytes),
+        }
         for one in reader.tensors
     ]
     sizes: Counter[str] = Counter()

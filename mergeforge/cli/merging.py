@@ -12,7 +12,11 @@ import click
 OPTIONS = [
     click.option("--out", metavar="DIR", help="Where to write; overrides output.path."),
     click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Override a recipe key (repeatable)."),
-    click.option("--memory", metavar="SIZE", help="Working memory, e.g. 2GiB or 800MB (default: 2 GiB, or a quarter of what is free)."),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Working memory, e.g. 2GiB or 800MB (default: 2 GiB, or a quarter of what is free).",
+    ),
     click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", show_default=True),
     click.option("--threads", type=int, metavar="N", help="Workers (default: the processors, as far as they fit)."),
     click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with torch's weights_only loader."),
@@ -85,7 +89,9 @@ def _plan(recipe: str, *, sets: tuple[str, ...], as_json: bool, quiet: bool, ver
         if verbose:
             for piece in made.pieces:
                 shape = "x".join(map(str, piece.info.shape))
-                to.print(f"  {piece.info.name}  {piece.info.dtype} {shape}: {made.actions[piece.info.name]}", markup=False)
+                to.print(
+                    f"  {piece.info.name}  {piece.info.dtype} {shape}: {made.actions[piece.info.name]}", markup=False
+                )
     check_disk(made)
 
 
@@ -115,7 +121,12 @@ def _run(
         pass
     seconds = time.monotonic() - started
     if as_json:
-        facts = {"out": str(made.out), "bytes": made.nbytes_written, "seconds": round(seconds, 3), "files": list(made.layout.files)}
+        facts = {
+            "out": str(made.out),
+            "bytes": made.nbytes_written,
+            "seconds": round(seconds, 3),
+            "files": list(made.layout.files),
+        }
         click.echo(json.dumps(facts))
     elif not quiet:
         to.print(f"wrote {show_size(made.nbytes_written)} to {made.out} in {seconds:.1f} s", markup=False)

@@ -48,18 +48,32 @@ def demo(folder: str) -> None:
     if not verdict.ok:
         raise AssertionError("\n".join(verdict.problems))
     click.echo(f"merged into {plan.out}: {verdict.tensors} tensors verified, {verdict.recomputed} computed again")
-    click.echo(f"next: mergeforge inspect {plan.out}; mergeforge diff {base} {plan.out}; edit {recipe} and run it with --overwrite")
+    click.echo(f"next: mergeforge inspect {plan.out}; mergeforge diff {base} {plan.out}")
+    click.echo(f"      edit {recipe}, then: mergeforge run {recipe} --overwrite")
 
 
 def _demo_recipe(root: Path) -> str:
     weights = {"loan": 0.4, "underwriting": 0.4, "fraud": 0.2}
-    adapters = "\n".join(f"  - adapter: {root / name}\n    weight: {weight}" for name, weight in weights.items())
-    return f"# Three adapters folded into a base with weights.\nbase_model: {root / 'base'}\nadapters:\n{adapters}\noutput:\n  path: {root / 'merged'}\n"
+    lines = [
+        "# Three adapters folded into a base with weights.",
+        f"base_model: {root / 'base'}",
+        "adapters:",
+        *(f"  - adapter: {root / name}\n    weight: {weight}" for name, weight in weights.items()),
+        "output:",
+        f"  path: {root / 'merged'}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 @click.command()
 @click.argument("file", default="recipe.yaml")
-@click.option("--template", default="three_adapters", metavar="NAME", help="A name from `mergeforge recipes ls`.", show_default=True)
+@click.option(
+    "--template",
+    default="three_adapters",
+    metavar="NAME",
+    help="A name from `mergeforge recipes ls`.",
+    show_default=True,
+)
 def init(file: str, template: str) -> None:
     """Write a commented recipe to start from.
 
@@ -141,7 +155,8 @@ def _methods() -> list[dict[str, Any]]:
     for name in METHODS:
         entry = METHODS[name]
         parameters = [
-            f"{one.name} (required)" if one.required else f"{one.name} = {_shown(one.default)}" for one in entry.parameters.values()
+            f"{one.name} (required)" if one.required else f"{one.name} = {_shown(one.default)}"
+            for one in entry.parameters.values()
         ]
         rows.append({"name": name, "about": entry.about, "parameters": parameters})
     return rows

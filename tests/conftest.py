@@ -1,0 +1,35 @@
+"""Models and adapters that most tests use, made once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mergeforge.random_model import SHAPES, write_adapter, write_model
+
+TINY = SHAPES["tiny"]
+ADAPTERS = {"loan": 4, "underwriting": 8, "fraud": 2, "a": 4, "b": 8, "legal": 4, "style": 4}
+
+
+@pytest.fixture(scope="session")
+def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    write_model(root / "base", TINY, seed=0)
+    write_model(root / "tuned-a", TINY, seed=1, near=0)
+    write_model(root / "tuned-b", TINY, seed=2, near=0)
+    for seed, (name, rank) in enumerate(ADAPTERS.items(), start=1):
+        write_adapter(root / "adapters" / name, TINY, "base", rank=rank, seed=seed)
+    shutil.copytree(root / "base", root / "mergeforge-demo" / "base")
+    shutil.copytree(root / "adapters" / "loan", root / "mergeforge-demo" / "loan")
+    return root
+
+
+@pytest.fixture
+def models(_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own, as current folder: base, tuned-a, tuned-b and adapters/NAME, all tiny Llamas."""
+    root = tmp_path / "models"
+    shutil.copytree(_models, root, copy_function=shutil.copy2)
+    monkeypatch.chdir(root)
+    return root

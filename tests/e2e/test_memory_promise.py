@@ -1,0 +1,50 @@
+"""Peak resident memory of real processes against --memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mergeforge.random_model import Shape, write_adapter, write_model
+
+SHAPE = Shape(1024, 2816, 6, 8, 8, 32000)  # 127 M parameters; an embedding of 64 MB in bfloat16
+MARGIN = 90 << 20  # headers, Python's and torch's own growth, malloc
+
+
+def peak(*command: str) -> int:
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss * 1024
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("memory")
+    write_model(root / "base", SHAPE, seed=0)
+    for seed in (1, 2):
+        write_model(root / f"tuned-{seed}", SHAPE, seed=seed, near=0)
+    write_adapter(root / "adapter", SHAPE, "base", rank=16)
+    return root
+
+
+@pytest.mark.parametrize("method", ["fold", "ties", "dare_ties", "slerp"])
+def test_peak_stays_within_the_memory_given(root: Path, method: str) -> None:
+    recipe: dict[str, object] = {"base_model": str(root / "base"), "output": {"path": str(root / method)}}
+    if method == "fold":
+        recipe["adapters"] = [str(root / "adapter")]
+    else:
+        parameters = {} if method == "slerp" else {"weight": 1.0, "density": 0.5}
+        seeds = (1,) if method == "slerp" else (1, 2)
+        recipe["models"] = [{"model": str(root / f"tuned-{seed}"), "parameters": parameters} for seed in seeds]
+        recipe |= {"merge_method": method, "parameters": {"t": 0.4} if method == "slerp" else {}}
+    (root / f"{method}.yaml").write_text(yaml.safe_dump(recipe))
+    alone = peak("-c", "import torch, rich, click")
+    merging = peak("-m", "mergeforge", "run", str(root / f"{method}.yaml"), "--memory", "64MiB", "--device", "cpu")
+    assert merging - alone < (64 << 20) + MARGIN

@@ -1,0 +1,74 @@
+"""What README.md and recipes/ promise is run here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mergeforge
+from mergeforge.cli import run_command
+from mergeforge.cli.starting import shipped
+from mergeforge.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("mergeforge ")]
+
+
+def test_every_command_of_the_readme_runs(models: Path) -> None:
+    assert len(commands()) >= 9
+    for arguments in commands():
+        assert run_command(arguments) == (1 if arguments[0] == "diff" else 0), arguments
+
+
+def test_ci_runs_the_set_up_and_test_commands_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    setup, tests = (
+        line for block in blocks("sh") for line in block.splitlines() if line.startswith((".venv", "python3"))
+    )
+    assert setup in script and tests in script
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_recipes_of_the_readme_run(text: str, models: Path) -> None:
+    assert mergeforge.merge(yaml.safe_load(text), out="out").is_dir()
+
+
+def test_python_of_the_readme_runs(models: Path) -> None:
+    (models / "recipe.yaml").write_text(shipped()["fold_one"].read_text())
+    for name in ("a", "b"):
+        (models / "adapters" / name).rename(models / name)
+    code = next(block for block in blocks("python") if "import mergeforge" in block)
+    exec(code, {})
+    assert Path("merged/mergeforge.json").exists() and Path("averaged/mergeforge.json").exists()
+
+
+def test_every_method_stands_in_the_readme() -> None:
+    assert [name for name in METHODS if f"`{name}`" not in README] == []
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_run(name: str, models: Path) -> None:
+    recipe = shipped()[name]
+    assert recipe.read_text().startswith("# ")
+    assert run_command(["plan", str(recipe)]) == 0
+    assert run_command(["run", str(recipe), "-q", "--out", "out"]) == 0
+    assert run_command(["verify", "out", "--deep"]) == 0
+
+
+def test_init_and_recipes_copy(models: Path) -> None:
+    assert run_command(["recipes", "cp", "ties"]) == 0
+    assert Path("ties.yaml").read_text() == shipped()["ties"].read_text()
+    assert run_command(["init", "--template", "slerp", "ties.yaml"]) == 5  # never over a file
