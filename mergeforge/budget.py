@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +44,9 @@ class Budget:
         return self.memory // max(self.threads, 1)
 
     @property
-    def on_device(self) -> bool:
-        return self.device != "cpu"
+    def copies(self) -> int:
+        """How often what is staged exists: on the host, and on a device if there is one."""
+        return 1 if self.device == "cpu" else 2
 
 
 def make_budget(memory: str | int | None = None, device: str = "auto", threads: int | None = None) -> Budget:
@@ -196,6 +199,19 @@ class Worker:
         if self._scratch[slot].numel() < numel or self._scratch[slot].dtype != dtype:
             self._scratch[slot] = torch.empty(max(numel, BLOCK_ELEMENTS), dtype=dtype, device=self.device)
         return self._scratch[slot][:numel].view(shape)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch compute with one thread here: more change last bits of sums, and tiles bring the parallelism."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def steady_malloc() -> None:

@@ -16,12 +16,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from mergeforge.errors import BudgetError, SourceError
+from mergeforge.errors import BudgetError, MergeforgeError, OutputError, SourceError
 
 WINDOW = 8  # written pieces that may be on their way to the disk at once, for each thread
 FOLIO = 2 << 20  # the page cache holds files in pieces of up to this size; dropping part of one splits it, slowly
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # SYNC_FILE_RANGE_*, linux/fs.h
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_WAY: tuple[int, ...] = (errno.EACCES, errno.EPERM, errno.EROFS)  # not allowed, or no such place
+_NO_WAY += (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def _libc(name: str) -> Callable[..., int] | None:
@@ -81,13 +83,16 @@ def preallocate(fd: int, nbytes: int, path: str) -> None:
         raise disk_error(error, path) from error
 
 
-def disk_error(error: OSError, path: str) -> Exception:
-    """A BudgetError for a full disk or quota; any other error as it is."""
+def disk_error(error: OSError, path: str) -> MergeforgeError:
+    """What could not be written, and why: a BudgetError for a full disk or quota."""
     if error.errno in _DISK_FULL:
         what = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "files may not be that large"}
         message = f"{what.get(error.errno or 0, 'no space left on the disk')}: {path}"
         return BudgetError(message, hint="make room and run the same command again; it goes on where it stopped")
-    return error
+    if error.errno in _NO_WAY:
+        return OutputError(f"{path} cannot be written: {error.strerror}", hint="write elsewhere with --out DIR")
+    hint = "the disk or its filesystem failed; run the same command again once it works, it goes on where it stopped"
+    return MergeforgeError(f"{path} cannot be written: {error.strerror}", hint=hint)
 
 
 class WriteBehind:
@@ -116,16 +121,25 @@ def _call(function: Callable[..., int], fd: int, offset: int, nbytes: int, flags
     function(fd, ctypes.c_longlong(offset), ctypes.c_longlong(nbytes), ctypes.c_uint(flags))
 
 
-def sync_folder(path: str | os.PathLike[str]) -> None:
-    """Make the folder's entries (renames, new files) durable, where the filesystem can."""
-    fd = os.open(path, os.O_RDONLY)
+def sync_file(fd: int, path: str) -> None:
+    """Make everything written to the file durable. An error is final: the kernel drops what it could not write."""
     try:
         os.fsync(fd)
     except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Make the folder's entries (renames, new files) durable, where the filesystem can."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
+            raise disk_error(error, os.fspath(path)) from error
 
 
 def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
@@ -133,10 +147,12 @@ def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
     path = os.fspath(path)
     beside = f"{path}.part"
     try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            write_at(fd, memoryview(data), 0, beside)
+            sync_file(fd, beside)
+        finally:
+            os.close(fd)
         os.replace(beside, path)
         sync_folder(os.path.dirname(path) or ".")
     except OSError as error:
@@ -162,12 +178,15 @@ class InputFile:
 
     def read_into(self, buffer: memoryview, offset: int, *, keep: bool = False) -> None:
         """Fill `buffer` from `offset`; `keep` what will soon be read again in the page cache."""
-        read_into(self._open(), buffer, offset, self.path, keep=keep)
+        try:
+            read_into(self._open(), buffer, offset, self.path, keep=keep)
+        except OSError as error:
+            raise SourceError(f"{self.path} cannot be read: {error.strerror}") from error
 
     def check_unchanged(self) -> None:
         try:
             now = self._identity(os.stat(self.path))
-        except FileNotFoundError:
+        except OSError:
             now = None
         if now != self.identity:
             raise SourceError(f"{self.path} changed while it was read", hint="run again once nobody writes to it")

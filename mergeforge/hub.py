@@ -7,14 +7,18 @@ already there.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergeforge.errors import SourceError, listing
+from mergeforge.disk import write_durably
+from mergeforge.errors import MergeforgeError, SourceError, listing
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SIDE_FILES = re.compile(r"[^/]*\.(json|jinja|model|txt|md)|LICENSE[^/]*|NOTICE[^/]*|[^/]*tokenizer[^/]*|[^/]*\.tiktoken")
+_SIDE_FILES = re.compile(
+    r"[^/]*\.(json|jinja|model|txt|md)|LICENSE[^/]*|NOTICE[^/]*|[^/]*tokenizer[^/]*|[^/]*\.tiktoken"
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ def fetch(path: str, revision: str | None, stems: tuple[str, ...], *, allow_pick
     `stems` are the weights' file names without ending. Raises SourceError when there is neither a
     local path nor a repo that can be reached.
     """
-    local = Path(path).expanduser()
-    if local.exists():
+    local = _local(path)
+    if local is not None:
         if revision:
             raise SourceError(f"{path} is a local path, which has no revision '{revision}'")
         return Local(local, None)
@@ -41,34 +45,58 @@ def fetch(path: str, revision: str | None, stems: tuple[str, ...], *, allow_pick
     return _download(path, revision, stems, allow_pickle)
 
 
+def _local(path: str) -> Path | None:
+    try:
+        local = Path(path).expanduser()
+        return local if local.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL
+        return None
+
+
 def _download(repo: str, revision: str | None, stems: tuple[str, ...], allow_pickle: bool) -> Local:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         wanted = wanted_files(names, stems, allow_pickle)
-        folder = huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=wanted)
-        return Local(Path(folder), info.sha)
-    except (OfflineModeIsEnabled, OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        cached = _cached(repo, revision)
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
+        _remember(folder, revision or "main", str(info.sha))
+        return Local(folder, info.sha)
+    except SourceError:
+        raise
+    except Exception as error:  # its own, its HTTP library's, a name that it finds not valid
+        cached = _cached(repo, revision, stems)
         if cached is not None:
             return cached
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
         hint = "check the name and revision, `hf auth login` for a private or gated repo, or give a local path"
-        raise SourceError(f"there is no local {repo}, and the Hub says: {first}", hint=hint) from None
+        asked = f"{repo}@{revision}" if revision else repo
+        raise SourceError(f"there is no local {asked}, and the Hub says: {said.splitlines()[0]}", hint=hint) from None
 
 
-def _cached(repo: str, revision: str | None) -> Local | None:
+def _remember(folder: Path, revision: str, sha: str) -> None:
+    """Note in the cache which commit a branch is, as huggingface_hub does: offline it is asked for by its name."""
+    ref = folder.parents[1] / "refs" / revision
+    with contextlib.suppress(OSError, MergeforgeError):
+        if revision != sha and not (ref.is_file() and ref.read_text() == sha):
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(ref, sha.encode())
+
+
+def _cached(repo: str, revision: str | None, stems: tuple[str, ...]) -> Local | None:
     """The repo as an earlier download left it, for a machine that is offline."""
     import huggingface_hub
 
-    try:
-        folder = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
-    except Exception:  # nothing cached: the caller reports why the Hub could not be asked
-        return None
-    return Local(Path(folder), Path(folder).name)
+    names = [f"{stem}{ending}" for stem in stems for ending in (".safetensors", ".safetensors.index.json")]
+    for name in ("config.json", "adapter_config.json", *names, "pytorch_model.bin"):
+        try:
+            found = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+        except Exception:  # a name that it finds not valid: the caller reports why the Hub could not be asked
+            return None
+        if isinstance(found, str):
+            return Local(Path(found).parent, Path(found).parent.name)
+    return None
 
 
 def wanted_files(names: list[str], stems: tuple[str, ...], allow_pickle: bool) -> list[str]:

@@ -21,6 +21,14 @@ NAME = "journal.jsonl"
 
 
 @dataclass(frozen=True)
+class Commit:
+    """The last step of a merge: files that move to their names, and those of the merge that it replaces."""
+
+    moves: tuple[str, ...]
+    removes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Done:
     """A finished tile: the checksum (32 hex digits) of each of its blocks, and facts for the receipt."""
 
@@ -31,23 +39,28 @@ class Done:
 class Journal:
     """The journal of one output folder, open for appending."""
 
-    def __init__(self, path: Path, fingerprint: str, done: dict[Tile, Done], committing: bool) -> None:
+    def __init__(self, path: Path, fingerprint: str, done: dict[Tile, Done], commit: Commit | None) -> None:
         self.path = path
         self.fingerprint = fingerprint
         self.done = done
-        self.committing = committing
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self.commit = commit
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise disk_error(error, str(path)) from error
 
     def record(self, finished: Iterable[Done]) -> None:
         """Append tiles whose bytes are synced, and sync the journal."""
         finished = list(finished)
-        self._append([{"tile": [one.tile.name, one.tile.start, one.tile.stop], "sums": one.checksums} for one in finished])
+        self._append(
+            [{"tile": [one.tile.name, one.tile.start, one.tile.stop], "sums": one.checksums} for one in finished]
+        )
         self.done.update((one.tile, one) for one in finished)
 
-    def commit(self) -> None:
-        """Record that everything is written and files are being moved to their names."""
-        self._append([{"commit": True}])
-        self.committing = True
+    def start_commit(self, commit: Commit) -> None:
+        """Record that everything is written and synced, and what is going to be moved and removed."""
+        self._append([{"commit": commit.moves, "removes": commit.removes}])
+        self.commit = commit
 
     def close(self) -> None:
         os.close(self._fd)
@@ -66,9 +79,13 @@ def start_journal(folder: Path, fingerprint: str, summary: str) -> Journal:
     """A new journal, which names its merge in the first line."""
     path = folder / NAME
     path.unlink(missing_ok=True)
-    journal = Journal(path, fingerprint, {}, False)
-    journal._append([{"merge": fingerprint, "summary": summary}])
-    sync_folder(folder)
+    journal = Journal(path, fingerprint, {}, None)
+    try:
+        journal._append([{"merge": fingerprint, "summary": summary}])
+        sync_folder(folder)
+    except BaseException:
+        journal.close()
+        raise
     return journal
 
 
@@ -81,12 +98,14 @@ def read_journal(folder: Path) -> Journal | None:
     if not records or "merge" not in records[0]:
         return None
     os.truncate(path, whole)
-    done = {}
+    done, commit = {}, None
     for record in records:
         if "tile" in record:
             tile = Tile(*record["tile"])
             done[tile] = Done(tile, tuple(record["sums"]))
-    return Journal(path, records[0]["merge"], done, any("commit" in record for record in records))
+        elif "commit" in record:
+            commit = Commit(tuple(record["commit"]), tuple(record["removes"]))
+    return Journal(path, records[0]["merge"], done, commit)
 
 
 def _line(record: dict[str, object]) -> bytes:

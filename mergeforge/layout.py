@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge.disk import WriteBehind, preallocate, read_into, write_at
-from mergeforge.errors import OutputError
+from mergeforge.disk import WriteBehind, disk_error, preallocate, read_into, sync_file, write_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,15 +68,17 @@ class OutputFiles:
             try:
                 fd = os.open(path, flags, 0o666)
             except OSError as error:
-                raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+                raise disk_error(error, str(path)) from error
             self._fds[name] = fd
+            if os.fstat(fd).st_size > file.nbytes:
+                os.ftruncate(fd, 0)  # not what an earlier run of this merge left
             preallocate(fd, file.nbytes, str(path))
             write_at(fd, memoryview(file.header), 0, str(path))
 
     def write(self, name: str, data: Tensor, offset: int, behind: WriteBehind) -> None:
         """Write a CPU tensor's bytes at `offset` of the file."""
         fd = self._fds[name]
-        buffer = memoryview(data.numpy())
+        buffer = data.numpy().data
         write_at(fd, buffer, offset, str(self.folder / name))
         behind.wrote(fd, offset, len(buffer))
 
@@ -87,8 +88,8 @@ class OutputFiles:
     def sync(self) -> None:
         """Make everything that was written durable."""
         with self._lock:
-            for fd in self._fds.values():
-                os.fsync(fd)
+            for name, fd in self._fds.items():
+                sync_file(fd, str(self.folder / name))
 
     def close(self) -> None:
         with self._lock:

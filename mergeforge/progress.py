@@ -54,7 +54,10 @@ def plan_facts(plan: Plan) -> dict[str, object]:
     return {
         "merge_method": plan.recipe.merge_method,
         "out": str(plan.out),
-        "inputs": [{"name": table.label, "revision": table.revision, "bytes": table.nbytes} for table in plan.inputs.checkpoints],
+        "inputs": [
+            {"name": table.label, "revision": table.revision, "bytes": table.nbytes}
+            for table in plan.inputs.checkpoints
+        ],
         "bytes_read": plan.nbytes_read,
         "bytes_written": plan.nbytes_written,
         "files": {name: file.nbytes for name, file in plan.layout.files.items()},

@@ -106,7 +106,13 @@ def shape_named(name: str) -> Shape:
 
 
 def write_model(
-    folder: Path, shape: Shape, *, seed: int = 0, near: int | None = None, dtype: str = "BF16", shard_size: int = 5 * 10**9
+    folder: Path,
+    shape: Shape,
+    *,
+    seed: int = 0,
+    near: int | None = None,
+    dtype: str = "BF16",
+    shard_size: int = 5 * 10**9,
 ) -> Path:
     """A checkpoint with config and a byte-level tokenizer; with `near`, a fine-tune of that seed's model."""
     import torch
@@ -203,11 +209,19 @@ def _write_tokenizer(folder: Path) -> None:
     vocabulary = {character: at for at, character in enumerate(_byte_characters())}
     specials = {"<s>": 256, "</s>": 257, "<pad>": 258}
     added = [
-        {"id": at, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": at,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for token, at in specials.items()
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -231,7 +245,10 @@ def _write_tokenizer(folder: Path) -> None:
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1), encoding="utf-8")
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048} | names)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048} | names,
+    )
 
 
 def _byte_characters() -> list[str]:

@@ -7,6 +7,7 @@ finished, makes it durable every two seconds, and only then notes it in the jour
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import queue
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING
 from mergeforge.budget import Worker, steady_malloc, viewed
 from mergeforge.card import model_card
 from mergeforge.checksums import block_checksums
-from mergeforge.errors import BudgetError, SourceError
+from mergeforge.disk import InputFile
+from mergeforge.errors import BudgetError, MergeforgeError, SourceError
 from mergeforge.journal import Done
 from mergeforge.layout import OutputFiles
 from mergeforge.planning import Piece, Plan
@@ -50,15 +52,16 @@ def run(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Iterator
     started = time.monotonic()
     workspace = Workspace(plan, fresh=fresh, overwrite=overwrite)
     try:
-        if not workspace.journal.committing:
+        if workspace.journal.commit is None:
             yield from _carry_all(plan, workspace)
-            for stored in {id(one.file): one.file for table in plan.inputs.checkpoints for one in table.tensors.values()}.values():
-                stored.check_unchanged()
-        sides = _side_files(plan)
-        sides[RECEIPT] = receipt(plan, workspace.journal.done, sides, time.monotonic() - started)
-        workspace.commit(sides)
+            sides = _side_files(plan)
+            sides[RECEIPT] = receipt(plan, workspace.journal.done, sides, time.monotonic() - started)
+            workspace.stage(sides)
+        workspace.commit()
     finally:
         workspace.close()
+        for file in _input_files(plan):
+            file.close()
 
 
 def merge(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Path:
@@ -86,14 +89,19 @@ def carry(
             worker.restart()  # what it read to learn is still there
         else:
             worker.clear()
-        yield tile, _copy(piece, tile, worker) if piece.copied else _compute(piece, tile, worker, facts, compute, allow_nonfinite)
+        yield (
+            tile,
+            _copy(piece, tile, worker)
+            if piece.copied
+            else _compute(piece, tile, worker, facts, compute, allow_nonfinite),
+        )
 
 
 def _copy(piece: Piece, tile: Tile, worker: Worker) -> Tensor:
     """The tile's bytes as they are stored; they never go to a device."""
     stored = piece.way
     raw = worker.take(tile.rows * piece.info.row_nbytes)
-    stored.file.read_into(memoryview(raw.numpy()), stored.offset + tile.start * piece.info.row_nbytes)  # type: ignore[attr-defined]
+    stored.file.read_into(raw.numpy().data, stored.offset + tile.start * piece.info.row_nbytes)  # type: ignore[attr-defined]
     return raw
 
 
@@ -106,7 +114,7 @@ def _compute(
     rows = piece.way.stage(range(tile.start, tile.stop), worker, facts, compute)
     raw = worker.take(tile.rows * info.row_nbytes)
     out = viewed(raw, info.dtype, info.columns)
-    extremes = []
+    extremes: list[Tensor] = []
     for start, stop in blocks(tile, info):
         into = out[start - tile.start : stop - tile.start]
         value = rows(start, stop)
@@ -123,9 +131,18 @@ def _compute(
 def _nonfinite(piece: Piece, tile: Tile, out: Tensor) -> SourceError:
     bad = ~out.isfinite().flatten()
     first = tile.start * piece.info.columns + int(bad.int().argmax())
-    text = f"{piece.info.name} would hold {int(bad.sum())} infinite or NaN values ({piece.info.dtype}, first at {first})"
-    hint = "an input holds them, or the result does not fit the dtype (try dtype: bfloat16); --allow-nonfinite writes them"
+    text = (
+        f"{piece.info.name} would hold {int(bad.sum())} infinite or NaN values ({piece.info.dtype}, first at {first})"
+    )
+    hint = (
+        "an input holds them, or the result does not fit the dtype (try dtype: bfloat16); --allow-nonfinite writes them"
+    )
     return SourceError(text, hint=hint)
+
+
+def _input_files(plan: Plan) -> list[InputFile]:
+    found = {id(one.file): one.file for table in plan.inputs.checkpoints for one in table.tensors.values()}
+    return list(found.values())
 
 
 def _side_files(plan: Plan) -> dict[str, bytes | Path]:
@@ -169,6 +186,8 @@ class _Crew:
         self.results: queue.Queue[Done | BaseException | None] = queue.Queue()
         self.stop = threading.Event()
         self.waiting: list[Done] = []
+        self.inputs = _input_files(plan)
+        self.failed = False
 
     def finished(self) -> Iterator[Tile]:
         """Run the workers; yield tiles as they finish, and make them durable now and then."""
@@ -178,12 +197,17 @@ class _Crew:
             thread.start()
         try:
             yield from self._gather(len(threads))
-        finally:
+        except BaseException:
             self.stop.set()
             for thread in threads:
                 thread.join()
-            self._drain()
+            self._keep_finished()
+            raise
+        for thread in threads:
+            thread.join()
         self._settle()
+        self.files.sync()  # headers, and tiles that were found damaged and written again
+        self._check_inputs()
 
     def _gather(self, working: int) -> Iterator[Tile]:
         settled = time.monotonic()
@@ -204,24 +228,34 @@ class _Crew:
                 self._settle()
                 settled = time.monotonic()
 
-    def _drain(self) -> None:
+    def _keep_finished(self) -> None:
         """After an error or interruption: keep what was finished, as far as the disk lets us."""
+        if self.failed:
+            return  # bytes that could not be synced once are lost, whatever a second fsync says
         while not self.results.empty():
             result = self.results.get()
             if isinstance(result, Done):
                 self.waiting.append(result)
-        try:
+        with contextlib.suppress(MergeforgeError):
             self._settle()
-        except (OSError, BudgetError):
-            self.waiting.clear()
 
     def _settle(self) -> None:
         """Make finished tiles durable, then note them in the journal."""
         fresh = [one for one in self.waiting if self.journal.done.get(one.tile) != one]
         if fresh:
-            self.files.sync()
-            self.journal.record(fresh)
+            try:
+                self.files.sync()
+                self._check_inputs()
+                self.journal.record(fresh)
+            except MergeforgeError:
+                self.failed = True
+                raise
         self.waiting.clear()
+
+    def _check_inputs(self) -> None:
+        """What was computed from a file that has changed must not be kept. Raises SourceError."""
+        for file in self.inputs:
+            file.check_unchanged()
 
     def _work(self) -> None:
         import torch
@@ -269,7 +303,7 @@ class _Crew:
         worker.clear()
         extent = self.plan.layout.extents[tile.name]
         data = worker.take(tile.rows * piece.info.row_nbytes)
-        self.files.read(extent.file, memoryview(data.numpy()), extent.offset + tile.start * piece.info.row_nbytes)
+        self.files.read(extent.file, data.numpy().data, extent.offset + tile.start * piece.info.row_nbytes)
         return block_checksums(data, tile, piece.info) == done.checksums
 
 
@@ -286,5 +320,7 @@ def _out_of_memory(error: BaseException, piece: Piece) -> BaseException:
     text = str(error)
     if isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text:
         hint = "give less with --memory, or fewer --threads"
-        return BudgetError(f"{piece.info.name}: the system has no more memory ({text.splitlines()[0][:120]})", hint=hint)
+        return BudgetError(
+            f"{piece.info.name}: the system has no more memory ({text.splitlines()[0][:120]})", hint=hint
+        )
     return error

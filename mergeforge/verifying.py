@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from mergeforge.budget import Worker, cores
+from mergeforge.budget import Worker, cores, one_torch_thread
 from mergeforge.checksums import block_checksums, tensor_checksum
 from mergeforge.errors import SourceError
 from mergeforge.planning import Plan, make_plan
@@ -115,7 +115,7 @@ def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], every
     if not everything and len(chosen) > SAMPLE:
         chosen = random.Random(receipt["fingerprint"]).sample(chosen, SAMPLE)
     worker = Worker("cpu", max(piece.staging for piece in plan.pieces))
-    with torch.inference_mode():
+    with torch.inference_mode(), one_torch_thread():
         for piece in chosen:
             tiles = carry(piece, piece.tiles, worker, allow_nonfinite=True)
             sums = [one for tile, data in tiles for one in block_checksums(data, tile, piece.info)]
@@ -126,7 +126,9 @@ def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], every
 
 
 def _note_changed_inputs(plan: Plan, receipt: Mapping[str, Any], problems: list[str]) -> None:
-    now = {(table.label, name): digest for table in plan.inputs.checkpoints for name, digest in table.file_hashes.items()}
+    now = {
+        (table.label, name): digest for table in plan.inputs.checkpoints for name, digest in table.file_hashes.items()
+    }
     for source in receipt["inputs"]:
         for name, facts in source["files"].items():
             if now.get((source["name"], name)) not in (None, facts["header_sha256"]):

@@ -11,7 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_ADAPTER_NAME = re.compile(r"(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save)\.default(?=\.|$)")
+_ADAPTER_NAME = re.compile(
+    r"(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|trainable_tokens_delta)\.default(?=\.|$)"
+)
+_ORIGINAL = ".original_module."  # beside a grown vocabulary PEFT also saves what modules_to_save started from
 # suffix on disk -> role, longest first
 ROLES = {
     "lora_A.weight": "A",
@@ -21,12 +24,11 @@ ROLES = {
     "lora_embedding_B": "embedding_B",
     "lora_magnitude_vector.weight": "magnitude",
     "lora_magnitude_vector": "magnitude",
+    "token_adapter.base_layer.weight": "base_weight",
     "token_adapter.trainable_tokens_delta": "tokens",
     "trainable_tokens_delta": "tokens",
     "base_layer.weight": "base_weight",
     "base_layer.bias": "base_bias",
-    "modules_to_save.weight": "weight",
-    "modules_to_save.bias": "bias",
     "weight": "weight",
     "bias": "bias",
 }
@@ -43,7 +45,11 @@ class Key:
 def parse_key(name: str) -> Key | None:
     """Module and role of a key, or None where the suffix is unknown."""
     path = _ADAPTER_NAME.sub(r"\1", _WRAPPERS.sub("", name))
-    path = path.removeprefix("module.").removeprefix("base_model.model.")
+    path = path.removeprefix("module.").removeprefix("base_model.model.").replace(".modules_to_save.", ".")
+    if _ORIGINAL in path:
+        path = path.replace(_ORIGINAL, ".")
+        module, _, leaf = path.rpartition(".")
+        return Key(module, f"original_{leaf}") if leaf in ("weight", "bias") else None
     for suffix, role in ROLES.items():
         if path.endswith("." + suffix):
             return Key(path[: -len(suffix) - 1], role)
@@ -59,4 +65,6 @@ def find_tensor(path: str, names: Iterable[str]) -> list[str]:
     names = list(names)
     if path in names:
         return [path]
-    return [name for name in names if name.endswith("." + path) or path.endswith("." + name)]
+    if ends := [name for name in names if path.endswith("." + name)]:
+        return [max(ends, key=len)]
+    return [name for name in names if name.endswith("." + path)]

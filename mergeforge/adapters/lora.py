@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,20 @@ class LoraSettings:
     token_indices: Any
     ensure_weight_tying: bool
 
-    def rank_of(self, module: str) -> int:
-        return int(_by_pattern(self.rank_pattern, module, self.rank))
+    def ranks_of(self, module: str) -> list[int]:
+        """The ranks that it may have: those of every pattern that matches, else the default.
 
-    def scale(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA; patterns by module."""
-        alpha, rank = float(_by_pattern(self.alpha_pattern, module, self.alpha)), self.rank_of(module)
+        PEFT takes the first pattern, but sorts them when it saves; the tensors tell which it was.
+        """
+        return [int(rank) for rank in _by_pattern(self.rank_pattern, module)] or [self.rank]
+
+    def alphas_of(self, module: str) -> list[float]:
+        """The alphas that it may have; PEFT takes the first of the file."""
+        return [float(alpha) for alpha in _by_pattern(self.alpha_pattern, module)] or [self.alpha]
+
+    def scale(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
+        alpha = self.alphas_of(module)[0]
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def saves(self, module: str) -> bool:
@@ -77,7 +85,9 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(_RESIDUAL_STARTS):
         reason = f"its config says init_lora_weights: {start}, so it is relative to a changed base, not to the original"
-        raise ValueError(f"{reason}; convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)")
+        raise ValueError(
+            f"{reason}; convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise ValueError(f"its config needs a rank r of at least 1 and a number lora_alpha, not {rank!r} and {alpha!r}")
@@ -95,9 +105,6 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
     )
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The first pattern, in the file's order, that matches the module's path or its end."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _by_pattern(patterns: Mapping[str, Any], module: str) -> Iterator[Any]:
+    """The values of the patterns, in the file's order, that match the module's path or its end."""
+    return (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))

@@ -70,7 +70,8 @@ class Method:
     def __call__(self, inputs: list[Tensor], facts: Any, block: Block, parameters: Mapping[str, Any]) -> Tensor:
         extra = {"facts": facts, "block": block}
         wanted = {name: extra[name] for name in extra if name in self.wants}
-        return self.combine(inputs, **wanted, **{_python(name): value for name, value in parameters.items()})
+        merged: Tensor = self.combine(inputs, **wanted, **{_python(name): value for name, value in parameters.items()})
+        return merged
 
     def check_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Raises ValueError when the values of one tensor make no sense together."""

@@ -23,7 +23,7 @@ def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: o
     return ratios(look, lambda deltas, block: masked(deltas, block, density), len(density))
 
 
-@method("dare_linear", live=5, facts=facts, within={"density": DENSITY})
+@method("dare_linear", live=2, facts=facts, within={"density": DENSITY})
 def dare_linear(
     deltas: list[Tensor],
     facts: list[float],
@@ -45,7 +45,7 @@ def dare_linear(
     return weighted_sum(kept, weight, normalize).mul_(lambda_)
 
 
-@method("dare_ties", live=6, facts=facts, within={"density": DENSITY})
+@method("dare_ties", live=4, facts=facts, within={"density": DENSITY})
 def dare_ties(
     deltas: list[Tensor],
     facts: list[float],

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def masked(deltas: list[Tensor], block: Block, density: list[float]) -> list[Tensor]:
-    """Each delta's block with elements kept at random, each with probability `density`."""
+    """Each delta's block, in place, with elements kept at random, each with probability `density`."""
     return [
-        delta if one >= 1 else delta * random_mask(delta, block, at, one)
+        delta if one >= 1 else delta.mul_(random_mask(delta, block, at, one))
         for at, (delta, one) in enumerate(zip(deltas, density, strict=True))
     ]
 
@@ -31,7 +31,7 @@ def random_mask(like: Tensor, block: Block, index: int, density: float) -> Tenso
     key = hashlib.blake2b(f"{block.seed}/{block.tensor}/{index}/{block.start >> 31}".encode(), digest_size=8)
     first, second = (_signed(int.from_bytes(key.digest()[at : at + 4], "little")) for at in (0, 4))
     start = block.start & 0x7FFFFFFF
-    bits = torch.arange(start, start + like.numel(), dtype=torch.int64, device=like.device).to(torch.int32)
+    bits = torch.arange(like.numel(), dtype=torch.int32, device=like.device).add_(start)
     bits = _mixed(bits.mul_(_signed(0x9E3779B9)).bitwise_xor_(first), second)
     uniform = bits.bitwise_and_(0xFFFFFF).to(torch.float32)
     return uniform.lt_(density * 2**24).to(like.dtype).view(like.shape)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method("task_arithmetic", "fold", live=1)
+@method("task_arithmetic", "fold", live=0)
 def task_arithmetic(
     deltas: list[Tensor],
     *,

@@ -22,7 +22,7 @@ def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: o
     return Rescaled(found, ratios(look, lambda deltas, block: list(trimmed(deltas, counting)), len(density)))
 
 
-@method("ties", live=5, facts=facts, facts_nbytes=SEARCH_NBYTES, within={"density": DENSITY})
+@method("ties", live=4, facts=facts, facts_nbytes=SEARCH_NBYTES, within={"density": DENSITY})
 def ties(
     deltas: list[Tensor],
     facts: Rescaled[Threshold | None],

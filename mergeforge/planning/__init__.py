@@ -93,9 +93,10 @@ def make_plan(
 ) -> Plan:
     """Decide a merge. Raises RecipeError, SourceError, BudgetError or OutputError."""
     recipe = read_recipe(source, sets)
-    where = out or recipe.output.path
-    if not where:
+    written = out or recipe.output.path
+    if not written:
         raise RecipeError("the recipe has no output.path", hint="add it, or give --out DIR")
+    where = Path(os.path.expanduser(written))  # noqa: PTH111  # Path's raises for the home of nobody
     budget = make_budget(memory, device, threads)
     inputs = open_inputs(recipe, allow_pickle=allow_pickle)
     composition = compose(recipe, METHODS[recipe.merge_method], inputs)
@@ -105,11 +106,11 @@ def make_plan(
     pieces, budget = cut_all(composition.ways, ordered, budget)
     files, file_notes = side_files(inputs)
     actions = {piece.info.name: _action(piece, composition) for piece in pieces}
-    _check_output(Path(where), inputs)
+    _check_output(where, inputs)
     return Plan(
         recipe=recipe,
         inputs=inputs,
-        out=Path(where),
+        out=where,
         budget=budget,
         pieces=tuple(pieces),
         actions=actions,
@@ -155,7 +156,11 @@ def _output_infos(recipe: Recipe, composition: Composition, inputs: Inputs) -> d
     wanted = OUT_DTYPES[asked] if asked else None
     donor = inputs.donor.checkpoint.tensors
     floats = [stored.info for stored in donor.values() if stored.info.is_float]
-    usual = max({info.dtype for info in floats}, key=lambda dtype: sum(info.nbytes for info in floats if info.dtype == dtype), default="F32")
+    usual = max(
+        {info.dtype for info in floats},
+        key=lambda dtype: sum(info.nbytes for info in floats if info.dtype == dtype),
+        default="F32",
+    )
     infos = {}
     for name, way in composition.ways.items():
         own = donor[name].info.dtype if name in donor else usual
@@ -171,15 +176,21 @@ def _action(piece: Piece, composition: Composition) -> str:
 
 
 def _check_output(out: Path, inputs: Inputs) -> None:
-    """OUT must not be an input's folder, nor inside one, nor the other way round."""
-    target = out.absolute()
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{out} is a file", hint="name a folder to write into")
-    target = target.resolve()
+    """OUT must not be a folder that an input's files lie in, nor a folder inside a model's."""
+    try:
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is a file", hint="name a folder to write into")
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{out} cannot be a folder: {error}") from None
+    target = out.resolve()
+    above = [folder for folder in (target, *target.parents) if folder.exists()]
     for table in inputs.checkpoints:
-        source = table.folder.resolve()
-        if source == target or source in target.parents and _is_model_folder(source) or target in source.parents and target == source.parent / "":
-            raise OutputError(f"{out} is, or lies in, the input {table.folder}", hint="write into another folder")
+        files = {Path(stored.file.path).resolve().parent for stored in table.tensors.values()}
+        for source in {table.folder.resolve(), *files}:
+            if source == target or any(
+                source.samefile(folder) and (folder == target or _is_model_folder(folder)) for folder in above
+            ):
+                raise OutputError(f"{out} is, or lies in, the input {table.folder}", hint="write into another folder")
 
 
 def _is_model_folder(folder: Path) -> bool:

@@ -16,13 +16,13 @@ from mergeforge.planning.inputs import Inputs, OpenAdapter, OpenModel
 from mergeforge.recipe import ModelEntry, Recipe
 from mergeforge.recipe.settings import layer_positions, value_at
 from mergeforge.sources import Way
-from mergeforge.sources.adapted import AdapterDelta, Adapted
-from mergeforge.sources.adapter import tied_head
+from mergeforge.sources.adapted import Adapted, AdapterDelta
+from mergeforge.sources.adapter import EMBEDDINGS, is_head, tied_head
 from mergeforge.sources.checkpoint import Checkpoint
 from mergeforge.sources.edits import Edit, Replaced
 from mergeforge.sources.merged import Merged
 from mergeforge.sources.renamed import Renamed
-from mergeforge.sources.stored import Stored
+from mergeforge.sources.stored import Stored, same_content
 
 FOLDS = ("fold", "task_arithmetic")
 
@@ -39,11 +39,15 @@ class Composition:
 
 @dataclass(frozen=True)
 class _Table:
-    """The ways of one model's tensors, and (head, embedding) while these are one tensor."""
+    """The ways of one model's tensors, and (head, embedding) while these are one tensor.
+
+    `parted`: the same names, once an adapter has made them two tensors.
+    """
 
     label: str
     ways: Mapping[str, Way]
     tied: tuple[str, str] | None
+    parted: tuple[str, str] | None = None
 
     def way(self, name: str) -> Way | None:
         """A tensor's way; a tied head is its embedding under another name."""
@@ -52,6 +56,12 @@ class _Table:
         if self.tied and name == self.tied[0]:
             return _renamed(self.ways[self.tied[1]], name)
         return None
+
+    def edits(self, opened: OpenAdapter, name: str) -> tuple[Edit, ...]:
+        """An adapter's edits of a tensor; what it does to an embedding for its tied head, too."""
+        if self.parted and name == self.parted[0] and opened.adapter.keeps_tied:
+            name = self.parted[1]
+        return opened.adapter.edits.get(name, ())
 
 
 def compose(recipe: Recipe, method: Method, inputs: Inputs) -> Composition:
@@ -86,9 +96,10 @@ class _Composer:
         self._check_count(len(self.inputs.adapters))
         ways: dict[str, Way] = {}
         for name, way in table.ways.items():
-            edits = [opened.adapter.edits.get(name, ()) for opened in self.inputs.adapters]
+            edits = [table.edits(opened, name) for opened in self.inputs.adapters]
             ways[name] = self._adapted(name, way, edits, positions[name]) if any(edits) else way
-        _follow_embedding(ways, table.tied)
+        _follow_embedding(ways, table.tied, self.inputs.base.checkpoint)
+        _check_vocabulary(ways, self.inputs.base.checkpoint)
         return ways, table.tied is not None
 
     def _adapted(self, name: str, base: Way, edits: Sequence[tuple[Edit, ...]], position: float) -> Way:
@@ -99,16 +110,16 @@ class _Composer:
         self._check_rows(name, base, edits)
         self.actions[name] = f"{self.method.name} of {len(edits)} adapters' deltas"
         deltas = tuple(AdapterDelta(base, one) for one in edits)
-        return Merged(
-            base.info, self.method, deltas, (False,) * len(deltas), base, parameters, self.recipe.random_seed
-        )
+        return Merged(base.info, self.method, deltas, (False,) * len(deltas), base, parameters, self.recipe.random_seed)
 
     def _folded(self, name: str, base: Way, edits: Sequence[tuple[Edit, ...]], weights: Sequence[float]) -> Way:
         terms = [(weight, edit) for weight, some in zip(weights, edits, strict=True) for edit in some if weight]
         if not terms:
             return base
         kinds = dict.fromkeys(edit.about for _, edit in terms)
-        self.actions[name] = f"base + {len(terms)} x {'/'.join(kinds)}" if len(terms) > 1 else f"base + {terms[0][1].about}"
+        self.actions[name] = (
+            f"base + {len(terms)} x {'/'.join(kinds)}" if len(terms) > 1 else f"base + {terms[0][1].about}"
+        )
         if len(terms) == 1 and terms[0][0] == 1 and isinstance(terms[0][1], Replaced):
             self.actions[name] = "replaced by the adapter's"
             return _renamed(terms[0][1].value, name)
@@ -126,7 +137,7 @@ class _Composer:
     # models, with or without adapters
 
     def _over_models(self) -> tuple[dict[str, Way], bool]:
-        base = self._table(self.inputs.base) if self.inputs.base else None
+        base = self._table(self.inputs.base, self.inputs.adapters) if self.inputs.base else None
         entries, tables = self._inputs(base)
         sources = [_Settings(entry.parameters) for entry in entries]
         labels = [table.label for table in tables]
@@ -143,7 +154,8 @@ class _Composer:
         for name in names:
             found = [table.way(name) for table in tables]
             origin = base.way(name) if base else None
-            ways[name] = self._merged(name, origin, found, sources, labels, positions[name])
+            edits = [base.edits(opened, name) for opened in self.inputs.adapters] if base else []
+            ways[name] = self._merged(name, origin, found, edits, sources, labels, positions[name])
         return ways, tied
 
     def _inputs(self, base: _Table | None) -> tuple[list[ModelEntry], list[_Table]]:
@@ -158,7 +170,8 @@ class _Composer:
             base_entry, base = entries.pop(listed), tables.pop(listed)
         if self.method.on_deltas:
             return entries, tables
-        if self.method.base_is_input and len(entries) + len(self.inputs.adapters) < self.method.inputs[1]:
+        adapters = len(self.inputs.adapters)
+        if self.method.base_is_input and (not adapters or len(entries) + adapters < self.method.inputs[1]):
             return [base_entry, *entries], [base, *tables]
         if listed is None and self._counts_base(len(entries)):
             return [*entries, base_entry], [*tables, base]
@@ -186,6 +199,7 @@ class _Composer:
         name: str,
         origin: Way | None,
         found: Sequence[Way | None],
+        edits: Sequence[tuple[Edit, ...]],
         sources: Sequence[_Settings],
         labels: Sequence[str],
         position: float,
@@ -200,7 +214,6 @@ class _Composer:
         if not donor.info.is_float:
             self.actions[name] = "copied (not a float)"
             return donor
-        edits = [opened.adapter.edits.get(name, ()) for opened in self.inputs.adapters]
         parameters = self._parameters(name, position, sources, labels)
         if self.method.on_deltas:
             assert origin is not None
@@ -217,9 +230,7 @@ class _Composer:
             return inputs[0]
         self.actions[name] = f"{self.method.name} of {len(inputs)}"
         base = origin if self.method.on_deltas else None
-        return Merged(
-            donor.info, self.method, inputs, subtract, base, parameters, self.recipe.random_seed
-        )
+        return Merged(donor.info, self.method, inputs, subtract, base, parameters, self.recipe.random_seed)
 
     # parts of both
 
@@ -235,8 +246,10 @@ class _Composer:
         """The method's parameters for one tensor: the input's own, else the recipe's, else the default."""
         values: dict[str, Any] = {}
         for parameter in self.method.parameters.values():
-            shared = value_at(self.recipe.parameters.get(parameter.name), name, position)
-            own = [value_at(source.values.get(parameter.name), name, position) for source in sources]
+            shared = value_at(self.recipe.parameters.get(parameter.name), name, position, kind=parameter.kind)
+            own = [
+                value_at(source.values.get(parameter.name), name, position, kind=parameter.kind) for source in sources
+            ]
             for at, value in enumerate(own if parameter.per_input else [None]):
                 value = shared if value is None else value
                 if value is None and parameter.required:
@@ -262,24 +275,27 @@ class _Composer:
         ways: dict[str, Way] = dict(checkpoint.tensors)
         self._place_saved(ways, checkpoint, opened)
         tied = self._settle_tied(ways, checkpoint, opened)
+        table = _Table(model.label, ways, tied, None if tied else tied_head(checkpoint))
         positions = layer_positions(ways)
         for name, way in list(ways.items()):
-            edits = [one.adapter.edits.get(name, ()) for one in model.adapters]
+            edits = [table.edits(one, name) for one in model.adapters]
             if any(edits):
                 weights = [_weight(one, name, positions[name]) for one in model.adapters]
                 ways[name] = self._folded(name, way, edits, weights)
-        _follow_embedding(ways, tied)
-        return _Table(model.label, ways, tied)
+        _follow_embedding(ways, tied, checkpoint)
+        if not later:
+            _check_vocabulary(ways, checkpoint)
+        return table
 
     def _place_saved(self, ways: dict[str, Way], checkpoint: Checkpoint, opened: Sequence[OpenAdapter]) -> None:
         """Tensors that adapters bring whole: grown embeddings, heads that the base lacks."""
-        placed: dict[str, str] = {}
+        placed: dict[str, tuple[str, Stored]] = {}
         for one in opened:
             for name, stored in {**one.adapter.resized, **one.adapter.added}.items():
-                if name in placed:
+                label, other = placed.setdefault(name, (one.adapter.label, stored))
+                if other is not stored and not same_content(other, stored):
                     hint = "fold them one after the other"
-                    raise SourceError(f"{placed[name]} and {one.adapter.label} both bring their own {name}", hint=hint)
-                placed[name] = one.adapter.label
+                    raise SourceError(f"{label} and {one.adapter.label} both bring their own {name}", hint=hint)
                 ways[name] = _renamed(stored, name)
                 self.actions[name] = "the adapter's"
 
@@ -296,8 +312,8 @@ class _Composer:
             if touched and not one.adapter.keeps_tied:
                 if head not in one.adapter.resized:
                     ways[head] = _renamed(ways[embedding], head)
-                note = f"{one.adapter.label} changes {listing(sorted(touched))}, which {checkpoint.label} ties: both are written"
-                self.notes.append(note + ", tie_word_embeddings becomes false")
+                note = f"{one.adapter.label} changes {listing(sorted(touched))}, which {checkpoint.label} ties: "
+                self.notes.append(note + "both are written, tie_word_embeddings becomes false")
                 return None
         return tied
 
@@ -320,10 +336,24 @@ def _fold_weights(parameters: Mapping[str, Any]) -> list[float]:
     return [weight * parameters["lambda"] / divisor for weight in weights]
 
 
-def _follow_embedding(ways: dict[str, Way], tied: tuple[str, str] | None) -> None:
+def _follow_embedding(ways: dict[str, Way], tied: tuple[str, str] | None, checkpoint: Checkpoint) -> None:
     """A tied head that is stored all the same is written as what the embedding becomes."""
-    if tied and tied[0] in ways and not isinstance(ways[tied[1]], Stored):
+    if tied and tied[0] in ways and ways[tied[1]] is not checkpoint.tensors[tied[1]]:
         ways[tied[0]] = _renamed(ways[tied[1]], tied[0])
+
+
+def _check_vocabulary(ways: Mapping[str, Way], checkpoint: Checkpoint) -> None:
+    """Raises SourceError when adapters leave a head and an embedding with different numbers of rows."""
+    heads = [name for name in ways if is_head(name)]
+    embeddings = [name for name in ways if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
+    if len(heads) != 1 or len(embeddings) != 1:
+        return
+    head, embedding = ways[heads[0]].info, ways[embeddings[0]].info
+    before = [checkpoint.tensors[info.name].info.rows for info in (head, embedding) if info.name in checkpoint.tensors]
+    if head.rows != embedding.rows and not {head.rows, embedding.rows} <= set(before):
+        text = f"{embedding.name} would have {embedding.rows} rows and {head.name} {head.rows}"
+        hint = "the adapter's file holds only one of the two that were resized (PEFT saves only a targeted one)"
+        raise SourceError(f"{text}: an adapter resized one of them alone", hint=hint)
 
 
 def _renamed(way: Way, name: str) -> Way:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from mergeforge.budget import ALIGNMENT, MOST_THREADS, Budget, Need, cores
+from mergeforge.budget import ALIGNMENT, MOST_THREADS, Budget, cores
 from mergeforge.errors import BudgetError
 from mergeforge.sizes import show_size
 from mergeforge.sources import Way, any_learns
@@ -40,14 +40,15 @@ def cut_all(ways: Mapping[str, Way], infos: Mapping[str, TensorInfo], budget: Bu
     Raises BudgetError, with what it would take, when a tensor does not fit.
     """
     explicit = budget.threads
+    live = max((_live(ways[name], info) for name, info in infos.items()), default=0)
     for threads in [explicit] if explicit else range(min(cores(), MOST_THREADS), 0, -1):
         tried = replace(budget, threads=threads)
-        pieces = [_piece(ways[name], infos[name], tried) for name in infos]
-        too_large = [piece for piece in pieces if piece.staging + piece.live > tried.share]
-        if not too_large:
+        room = (tried.share - live) // tried.copies  # a worker keeps its largest staging buffer and its scratch blocks
+        pieces = [_piece(ways[name], info, room) for name, info in infos.items()]
+        if all(piece.staging <= room for piece in pieces):
             return _ordered(pieces, tried), tried
-    worst = max(too_large, key=lambda piece: piece.staging + piece.live)
-    needs = worst.staging + worst.live
+    worst = max(pieces, key=lambda piece: piece.staging)
+    needs = worst.staging * budget.copies + live
     hint = f"--memory {-(-needs >> 20)}MiB --threads 1, or more"
     given = f"{show_size(tried.share)} given"
     raise BudgetError(f"{worst.info.name} needs {show_size(needs)} for one worker, {given}", hint=hint)
@@ -57,31 +58,43 @@ def peak(pieces: Iterable[Piece], budget: Budget) -> int:
     """Working memory of all workers at their largest pieces."""
     pieces = list(pieces)
     staging = max((piece.staging for piece in pieces), default=0)
-    return budget.threads * (staging + max((piece.live for piece in pieces), default=0))
+    return budget.threads * (staging * budget.copies + max((piece.live for piece in pieces), default=0))
 
 
-def _piece(way: Way, info: TensorInfo, budget: Budget) -> Piece:
-    compute = "F64" if "F64" in (info.dtype, *_stored_dtypes(way)) else "F32"
-    if isinstance(way, Stored) and way.info.dtype == info.dtype:
-        return _copied(way, info, budget)
+def _piece(way: Way, info: TensorInfo, room: int) -> Piece:
+    if _is_copied(way, info):
+        return _copied(way, info, room)
     need = way.need
-    block = info.block_rows * info.columns * (8 if compute == "F64" else 4)
-    live = (need.live + 2) * block  # and the cast result, and what checking it takes
     row = need.row + info.row_nbytes
-    if budget.on_device:  # what is staged lies in pinned memory and on the device
-        row, need = 2 * row, Need(need.row, 2 * need.fixed, need.live)
-    room = budget.share - live - need.fixed - SLACK
+    room -= need.fixed + SLACK
     learns = any_learns(way)
     wanted = info.nbytes * row // max(info.row_nbytes, 1)
     fits = learns and wanted <= room
     rows = info.rows if fits else min(room, TILE_NBYTES) // max(row, 1)
     tiles = tuple(cut(info, max(rows, 1)))
     highest = max((tile.rows for tile in tiles), default=0)
-    return Piece(info, way, compute, False, learns, tiles, highest * row + need.fixed + SLACK, live)
+    staging = highest * row + need.fixed + SLACK
+    return Piece(info, way, _compute(way, info), False, learns, tiles, staging, _live(way, info))
 
 
-def _copied(way: Way, info: TensorInfo, budget: Budget) -> Piece:
-    rows = min(TILE_NBYTES, budget.share - SLACK) // max(info.row_nbytes, 1)
+def _live(way: Way, info: TensorInfo) -> int:
+    """Bytes of the blocks that exist at once while a tensor is computed."""
+    if _is_copied(way, info):
+        return 0
+    block = info.block_rows * info.columns * (8 if _compute(way, info) == "F64" else 4)
+    return (way.need.live + 2) * block  # and the cast result, and what checking it takes
+
+
+def _compute(way: Way, info: TensorInfo) -> str:
+    return "F64" if "F64" in (info.dtype, *_stored_dtypes(way)) else "F32"
+
+
+def _is_copied(way: Way, info: TensorInfo) -> bool:
+    return isinstance(way, Stored) and way.info.dtype == info.dtype
+
+
+def _copied(way: Way, info: TensorInfo, room: int) -> Piece:
+    rows = min(TILE_NBYTES, room - SLACK) // max(info.row_nbytes, 1)
     tiles = tuple(cut(info, max(rows, 1)))
     highest = max((tile.rows for tile in tiles), default=0)
     return Piece(info, way, "F32", True, False, tiles, highest * info.row_nbytes + SLACK, 0)

@@ -54,7 +54,7 @@ class Inputs:
         found = [model.checkpoint for model in models]
         for opened in [*(one for model in models for one in model.adapters), *self.adapters]:
             found.extend(opened.adapter.files)
-        return tuple(dict((id(table), table) for table in found).values())
+        return tuple({id(table): table for table in found}.values())
 
     @property
     def notes(self) -> tuple[str, ...]:

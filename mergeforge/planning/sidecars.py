@@ -10,7 +10,7 @@ from typing import Any
 
 from mergeforge.planning.inputs import Inputs
 from mergeforge.recipe import OUT_DTYPES, Recipe
-from mergeforge.sources.adapter import EMBEDDINGS
+from mergeforge.sources.adapter import EMBEDDINGS, is_head
 from mergeforge.tensors import DTYPES, TensorInfo
 
 _TOKENIZER = (
@@ -27,7 +27,14 @@ _TOKENIZER = (
     "vocab.txt",
     "tekken.json",
 )
-_OTHERS = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*", "*processor_config.json", "*_tokenizer_config.json")
+_OTHERS = (
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "*processor_config.json",
+    "*_tokenizer_config.json",
+)
 
 
 def config_json(
@@ -47,11 +54,13 @@ def config_json(
         for name in ("dtype", "torch_dtype"):
             if name in config["text_config"]:
                 config["text_config"][name] = config[key]
+    parted = not tied and any(map(is_head, tensors))
     rows = _embedding_rows(tensors)
     for part in parts:
         if rows and "vocab_size" in part and part["vocab_size"] != rows:
             part["vocab_size"] = rows
-        if not tied and (part.get("tie_word_embeddings") or (part is config and _tie_by_default(config))):
+        absent_here = part is config and "tie_word_embeddings" not in config
+        if parted and (part.get("tie_word_embeddings") or absent_here):
             part["tie_word_embeddings"] = False
     return config
 
@@ -70,7 +79,9 @@ def config_dtype(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> str:
 def side_files(inputs: Inputs) -> tuple[dict[str, Path], list[str]]:
     """Files to copy by name, and notes: the donor's, and an adapter's tokenizer where it changed."""
     donor = inputs.donor.checkpoint.folder
-    found = {path.name: path for pattern in (*_TOKENIZER, *_OTHERS) for path in sorted(donor.glob(pattern)) if path.is_file()}
+    found = {
+        path.name: path for pattern in (*_TOKENIZER, *_OTHERS) for path in sorted(donor.glob(pattern)) if path.is_file()
+    }
     templates = donor / "additional_chat_templates"
     if templates.is_dir():
         found |= {f"additional_chat_templates/{path.name}": path for path in sorted(templates.glob("*.jinja"))}
@@ -111,8 +122,3 @@ def _embedding_rows(tensors: Mapping[str, TensorInfo]) -> int:
         if name.endswith(".weight") and name.split(".")[-2:-1] and name.split(".")[-2] in EMBEDDINGS
     }
     return rows.pop() if len(rows) == 1 else 0
-
-
-def _tie_by_default(config: Mapping[str, Any]) -> bool:
-    """Families whose config leaves the flag out and means true."""
-    return "tie_word_embeddings" not in config and config.get("model_type") in ("gpt2", "gemma", "gemma2", "gemma3_text")

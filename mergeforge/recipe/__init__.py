@@ -6,8 +6,10 @@ reports every mistake of a file at once, each with its line and column.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
@@ -23,7 +25,6 @@ from mergeforge.recipe.schema import (
     ListOf,
     MapOf,
     Record,
-    Report,
     Setting,
     Shape,
     Size,
@@ -34,6 +35,7 @@ from mergeforge.recipe.settings import scalars
 
 __all__ = ["AdapterEntry", "ModelEntry", "ModelRef", "Output", "Recipe", "json_schema", "read"]
 
+_LINE_BREAKS = set("\r\x85\u2028\u2029\ufeff")
 # What `dtype` and `out_dtype` may be, as mergekit spells them, and the safetensors name of each.
 OUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
@@ -95,7 +97,10 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """YAML that reads back as this recipe."""
-        return yaml.safe_dump(dict(self.raw), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(dict(self.raw), sort_keys=False, allow_unicode=True)
+        if not _LINE_BREAKS & set(text):
+            return text
+        return yaml.safe_dump(dict(self.raw), sort_keys=False)  # PyYAML does not escape these otherwise
 
 
 class Method(Protocol):
@@ -129,6 +134,7 @@ _MODEL = Record(
     required=("model",),
     short="model",
 )
+_FOLD_WEIGHT = Parameter("weight", "float", per_input=True, required=False, default=1.0, within=None)
 _DTYPE = Choice(tuple(OUT_DTYPES))
 _OUTPUT = Record(
     {
@@ -185,9 +191,11 @@ def read(
     """
     if isinstance(source, Recipe):
         source = source.raw
-    name, places, problems = "the recipe", {}, []
+    name = "the recipe"
+    places: text.Places = {}
+    problems: list[Problem] = []
     if isinstance(source, Mapping):
-        value: Any = dict(source)
+        value: Any = _plain(source)
     else:
         name = str(source)
         value, places, problems = text.parse(_file_text(FilePath(source)), name)
@@ -206,28 +214,54 @@ def parse_ref(written: str) -> tuple[ModelRef, tuple[ModelRef, ...]]:
 
     A text that is an existing path is that path, whatever characters are in it.
     """
-    if FilePath(written).expanduser().exists():
+    if _exists(written):
         return ModelRef(written), ()
     model, *adapters = (_revision(part.strip()) for part in written.split("+"))
     return model, tuple(adapters)
 
 
 def _revision(part: str) -> ModelRef:
-    if FilePath(part).expanduser().exists() or "@" not in part:
+    if "@" not in part or _exists(part):
         return ModelRef(part)
     path, _, revision = part.partition("@")
     return ModelRef(path, revision or None)
 
 
+def _exists(path: str) -> bool:
+    try:
+        return FilePath(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL
+        return False
+
+
+def _plain(value: Any) -> Any:
+    """A dict from Python as YAML would give it: numbers of NumPy, tuples and paths become plain ones."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
 def _file_text(path: FilePath) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            data = file.read(text.LARGEST_FILE + 1)
+        if len(data) > text.LARGEST_FILE:
+            raise RecipeError(f"{path} is larger than 1 MiB", hint="a recipe is a few dozen lines")
+        return data.decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}", hint="`mergeforge init` writes one to start from") from None
     except IsADirectoryError:
         raise RecipeError(f"{path} is a folder, not a recipe") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not UTF-8 text") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
 
 
 def _override(value: Any, override: str, places: text.Places) -> Any:
@@ -243,7 +277,7 @@ def _with(value: Any, path: list[str], new: Any, override: str) -> Any:
         return new
     key, *rest = path
     if isinstance(value, list):
-        if not key.isdigit() or int(key) >= len(value):
+        if not key.isdecimal() or int(key) >= len(value):
             raise RecipeError(f"--set {override}: '{key}' is not an item of a list of {len(value)}")
         return [_with(item, rest, new, override) if at == int(key) else item for at, item in enumerate(value)]
     if value is not None and not isinstance(value, Mapping):
@@ -274,7 +308,9 @@ class _Checker:
             merge_method=value.get("merge_method") or "fold",
             base_model=self._model({"model": base}, ("base_model",)) if base else None,
             models=tuple(self._model(item, ("models", at)) for at, item in enumerate(value.get("models") or [])),
-            adapters=tuple(self._adapter(item, ("adapters", at)) for at, item in enumerate(value.get("adapters") or [])),
+            adapters=tuple(
+                self._adapter(item, ("adapters", at)) for at, item in enumerate(value.get("adapters") or [])
+            ),
             parameters=value.get("parameters") or {},
             dtype=value.get("dtype"),
             out_dtype=value.get("out_dtype"),
@@ -295,7 +331,7 @@ class _Checker:
         if lora:
             adapters = (*adapters, self._ref(lora, path)[0])
         entries = [AdapterEntry(adapter) for adapter in adapters]
-        entries += [self._adapter(one, (*path, "adapters", at)) for at, one in enumerate(item.get("adapters") or [])]
+        entries += [self._folded(one, (*path, "adapters", at)) for at, one in enumerate(item.get("adapters") or [])]
         return ModelEntry(model, tuple(entries), item.get("parameters") or {})
 
     def _adapter(self, item: Mapping[str, Any], path: text.Path) -> AdapterEntry:
@@ -303,6 +339,15 @@ class _Checker:
         if more:
             self.report(path, f"'{item['adapter']}' is more than one adapter", "list each adapter on its own")
         return AdapterEntry(reference, item.get("weight", 1.0), item.get("parameters") or {})
+
+    def _folded(self, item: Mapping[str, Any], path: text.Path) -> AdapterEntry:
+        """An adapter inside a model takes a weight and nothing else: no method combines it."""
+        entry = self._adapter(item, path)
+        self._check_values(entry.weight, (*path, "weight"), _FOLD_WEIGHT)
+        if entry.parameters:
+            text = "an adapter inside a model is folded in by its weight alone"
+            self.report((*path, "parameters"), text, "list it under the top 'adapters' to combine it")
+        return entry
 
     def _ref(self, item: Mapping[str, Any], path: text.Path) -> tuple[ModelRef, tuple[ModelRef, ...]]:
         model, adapters = parse_ref(item.get("path") or "?")
@@ -323,10 +368,12 @@ class _Checker:
             self.report(("output", "safetensors"), "nothing would be written", "GGUF output comes with a later version")
         source = value.get("tokenizer_source")
         if source not in (None, "base"):
-            self.report(("tokenizer_source",), f"tokenizer_source {source!r} is not carried out by this version", "base")
+            self.report(
+                ("tokenizer_source",), f"tokenizer_source {source!r} is not carried out by this version", "base"
+            )
 
     def _check_whole(self, value: Mapping[str, Any], recipe: Recipe) -> None:
-        if not recipe.models and not recipe.adapters and not any(value.get(key) for key in ("slices", "modules")):
+        if not any(value.get(key) is not None for key in ("models", "adapters", "slices", "modules")):
             self.report((), "nothing to merge", "give models, adapters or both")
         if recipe.models and "merge_method" not in value:
             self.report((), "merge_method is missing", "only a recipe with adapters alone may leave it out")
@@ -345,7 +392,9 @@ class _Checker:
             self.report(("merge_method",), f"unknown merge method '{name}'", hint)
             return False
         if methods[name].needs_base and recipe.base_model is None:
-            self.report(("merge_method",), f"{name} needs a base_model", "name the model that the others were tuned from")
+            self.report(
+                ("merge_method",), f"{name} needs a base_model", "name the model that the others were tuned from"
+            )
         return True
 
     def _check_parameters(self, recipe: Recipe, known: Mapping[str, Parameter]) -> None:
@@ -358,8 +407,12 @@ class _Checker:
             self._check_settings(adapter.parameters, (*path, "parameters"), known, True, recipe.merge_method)
             if "weight" in known:
                 self._check_values(adapter.weight, (*path, "weight"), known["weight"])
+            elif adapter.weight != 1:
+                self.report((*path, "weight"), f"{recipe.merge_method} has no parameter 'weight'", "take it out")
             if "weight" in adapter.parameters:
-                self.report((*path, "parameters", "weight"), "an adapter's weight stands beside it", "move it up a level")
+                self.report(
+                    (*path, "parameters", "weight"), "an adapter's weight stands beside it", "move it up a level"
+                )
 
     def _check_settings(
         self, settings: Mapping[str, Any], path: text.Path, known: Mapping[str, Parameter], per_input: bool, method: str
@@ -369,7 +422,9 @@ class _Checker:
                 hint = did_you_mean(name, known) or f"{method} takes: {', '.join(known) or 'none'}"
                 self.report((*path, name), f"{method} has no parameter '{name}'", hint)
             elif per_input and not known[name].per_input:
-                self.report((*path, name), f"'{name}' is one value for the whole merge", "move it to the top 'parameters'")
+                self.report(
+                    (*path, name), f"'{name}' is one value for the whole merge", "move it to the top 'parameters'"
+                )
             else:
                 self._check_values(setting, (*path, name), known[name])
 

@@ -134,7 +134,7 @@ class Setting:
     def _filter(self, value: Mapping[str, Any], path: Path, report: Report) -> dict[str, Any]:
         for key in value:
             if key not in ("filter", "value"):
-                report((*path, key), f"unknown key '{key}'", did_you_mean(key, ("filter", "value")))
+                report((*path, key), f"unknown key '{key}'", did_you_mean(str(key), ("filter", "value")))
         if "value" not in value:
             report(path, "a filter needs a value", "")
             return {}
@@ -144,13 +144,15 @@ class Setting:
         inner = value["value"]
         inner_path = (*path, "value")
         if isinstance(inner, list):
+            if not inner:
+                report(inner_path, f"{_name(path)} is an empty list", "give at least one number")
             number: Any = [self._number(item, (*inner_path, index), report) for index, item in enumerate(inner)]
         else:
             number = self._number(inner, inner_path, report)
         return {"value": number} if name is None else {"filter": name, "value": number}
 
     def _number(self, value: Any, path: Path, report: Report) -> Any:
-        if isinstance(value, bool | int | float):
+        if isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 1000):
             return value
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
             try:
@@ -179,7 +181,8 @@ class ListOf:
 
     def read(self, value: Any, path: Path, report: Report) -> Any:
         if not isinstance(value, list) or not value:
-            report(path, f"{_last(path)} must be a list, not {_kind(value)}", "start each item with '- '")
+            kind = "an empty one" if value == [] else _kind(value)
+            report(path, f"{_last(path)} must be a list, not {kind}", "start each item with '- '")
             return []
         return [self.item.read(item, (*path, index), report) for index, item in enumerate(value)]
 
@@ -222,10 +225,10 @@ class Record:
             return {}
         for key in value:
             if key not in self.fields:
-                hint = did_you_mean(key, self.fields) or "known keys: " + ", ".join(self.fields)
+                hint = did_you_mean(str(key), self.fields) or "known keys: " + ", ".join(self.fields)
                 report((*path, key), f"unknown key '{key}'", hint)
         for key in self.required:
-            if key not in value:
+            if value.get(key) is None:
                 report(path, f"{_last(path)} needs the key '{key}'", "")
         known = {key: item for key, item in value.items() if key in self.fields and item is not None}
         return {key: self.fields[key].read(item, (*path, key), report) for key, item in known.items()}

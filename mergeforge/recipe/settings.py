@@ -15,21 +15,24 @@ from typing import Any
 _LAYER = re.compile(r"^(.*?)\.?(\d+)\.")
 
 
-def value_at(setting: Any, name: str, position: float) -> Any:
-    """The setting's value for tensor `name` at layer position 0..1; None where no filter matches."""
+def value_at(setting: Any, name: str, position: float, *, kind: str = "float") -> Any:
+    """The setting's value for tensor `name` at layer position 0..1; None where no filter matches.
+
+    A gradient of flags (`kind` "bool") is not interpolated: the value before the position counts.
+    """
     if isinstance(setting, list) and setting and isinstance(setting[0], Mapping):
         for choice in setting:
             wanted = choice.get("filter")
             if wanted in (None, "*") or wanted in name:
-                return value_at(choice["value"], name, position)
+                return value_at(choice["value"], name, position, kind=kind)
         return None
-    return _gradient(setting, position) if isinstance(setting, list) else setting
+    return _gradient(setting, position, kind) if isinstance(setting, list) else setting
 
 
-def _gradient(values: list[Any], position: float) -> Any:
+def _gradient(values: list[Any], position: float, kind: str) -> Any:
     at = position * (len(values) - 1)
     low = int(at)
-    if any(isinstance(value, bool) for value in values):
+    if kind == "bool":
         return values[low]
     high, part = min(len(values) - 1, low + 1), at - low
     return (1 - part) * values[low] + part * values[high]

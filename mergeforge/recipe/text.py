@@ -8,6 +8,7 @@ files above 1 MiB.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -20,7 +21,9 @@ Places = dict[Path, tuple[int, int]]
 LARGEST_FILE = 1 << 20
 DEEPEST = 32
 MOST_VALUES = 100_000
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PLAIN = {f"tag:yaml.org,2002:{tag}" for tag in ("str", "int", "float", "bool", "null")}
+_OWN_TEXT = {f"tag:yaml.org,2002:{tag}" for tag in ("timestamp", "value", "merge")}  # no recipe has these: plain text
 
 
 def parse(text: str, name: str) -> tuple[Any, Places, list[Problem]]:
@@ -28,13 +31,13 @@ def parse(text: str, name: str) -> tuple[Any, Places, list[Problem]]:
 
     Raises RecipeError at once for text that is not YAML or goes past a limit.
     """
-    if len(text) > LARGEST_FILE:
-        raise RecipeError(f"{name} is larger than 1 MiB", hint="a recipe is a few dozen lines")
     try:
         _check_depth(text, name)
         documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise _syntax_error(error, name) from None
+    except (ValueError, OverflowError) as error:  # PyYAML does not check the numbers of escapes and directives
+        raise RecipeError(f"{name} is not YAML: {error}") from None
     if not documents:
         raise RecipeError(f"{name} is empty", hint="`mergeforge init` writes a recipe to start from")
     if len(documents) > 1:
@@ -67,12 +70,13 @@ def _refusal(name: str, at: yaml.Node | yaml.Event, message: str) -> RecipeError
 def _syntax_error(error: yaml.YAMLError, name: str) -> RecipeError:
     mark = getattr(error, "problem_mark", None)
     text = getattr(error, "problem", None) or str(error)
-    problem = Problem(mark.line + 1 if mark else 0, mark.column + 1 if mark else 0, f"not YAML: {text}")
-    return RecipeError(f"{name} cannot be read", problems=[problem])
+    line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+    return RecipeError(f"{name} cannot be read", problems=[Problem(line, column, f"not YAML: {text}")])
 
 
 def _place(at: yaml.Node | yaml.Event) -> tuple[int, int]:
-    return (at.start_mark.line + 1, at.start_mark.column + 1)
+    mark = at.start_mark
+    return (mark.line + 1, mark.column + 1) if mark else (0, 0)
 
 
 class _Reader:
@@ -98,8 +102,10 @@ class _Reader:
         value: Any
         if isinstance(node, yaml.SequenceNode):
             value = [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
-        else:
+        elif isinstance(node, yaml.MappingNode):
             value = self._mapping(node, path)
+        else:
+            raise TypeError(f"an unknown YAML node: {node!r}")
         self._open.discard(id(node))
         return value
 
@@ -109,13 +115,18 @@ class _Reader:
             raise _refusal(self.name, node, f"more than {MOST_VALUES:,} values once aliases are expanded")
         if id(node) in self._open:
             raise _refusal(self.name, node, "an alias contains itself")
+        if isinstance(node, yaml.ScalarNode) and _SURROGATE.search(node.value):
+            raise _refusal(self.name, node, "half of a surrogate pair is no text")
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         if node.tag in _PLAIN:
-            return self._scalars.construct_object(node)
-        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+            try:
+                return self._scalars.construct_object(node)
+            except (ValueError, KeyError, yaml.YAMLError):
+                self._refuse(node, f"{node.value[:40]!r} is not a value of the tag {node.tag}")
+        elif node.tag not in _OWN_TEXT:
             self._refuse(node, f"the tag {node.tag} is not allowed")
-        return node.value  # a date or the like: the recipe has none, so it is its own text
+        return node.value
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -126,6 +137,8 @@ class _Reader:
                 for mapping in value if isinstance(value, list) else [value]:
                     if isinstance(mapping, dict):
                         merged = {**mapping, **merged}
+                    else:
+                        self._refuse(value_node, "'<<' takes a mapping or a list of mappings")
                 continue
             key = self._key(key_node)
             if key in result:
@@ -135,6 +148,7 @@ class _Reader:
         return {**merged, **result}
 
     def _key(self, node: yaml.Node) -> str:
+        self._enter(node)
         if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN:
             self._refuse(node, "a key must be plain text")
             return "?"

@@ -17,10 +17,11 @@ from mergeforge.adapters.lora import LoraSettings, read_settings
 from mergeforge.errors import SourceError, listing
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from mergeforge.sources.edits import Added, Dora, Edit, LowRank, Replaced, RowsReplaced
-from mergeforge.sources.stored import Stored
+from mergeforge.sources.stored import Stored, same_content
 
 HEADS = ("lm_head", "embed_out", "output_layer")  # output embeddings that may be tied to the input's
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
+GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of architectures with a head
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # weights stored (in, out)
 
 
@@ -54,7 +55,9 @@ def open_adapter(
     config = read_json(folder / "adapter_config.json")
     kind = str(config.get("peft_type", "")).upper()
     if kind != "LORA":
-        raise SourceError(f"{label}: adapters of type {kind or 'unknown'} cannot be merged by this version", hint="LoRA")
+        raise SourceError(
+            f"{label}: adapters of type {kind or 'unknown'} cannot be merged by this version", hint="LoRA"
+        )
     try:
         settings = read_settings(config)
     except ValueError as error:
@@ -65,7 +68,7 @@ def open_adapter(
 
 def tied_head(base: Checkpoint) -> tuple[str, str] | None:
     """(head, embedding) names of a checkpoint whose output embedding is its input embedding."""
-    if not base.tied:
+    if not (base.tied or _lacks_head(base)):
         return None
     for name in base.tensors:
         module, _, leaf = name.rpartition(".")
@@ -73,9 +76,23 @@ def tied_head(base: Checkpoint) -> tuple[str, str] | None:
         if leaf == "weight" and last in EMBEDDINGS:
             head = "embed_out" if last == "embed_in" else "lm_head"
             outer = prefix.rpartition("language_model")[0] if "language_model" in prefix and prefix != "model" else ""
-            names = [held for held in base.tensors if held.rpartition(".")[0].rpartition(".")[2] in HEADS]
+            names = [held for held in base.tensors if is_head(held)]
             return (names[0] if names else f"{outer.removesuffix('model.')}{head}.weight"), name
     return None
+
+
+def _lacks_head(base: Checkpoint) -> bool:
+    """Whether the config leaves the flag out (GPT-2, Gemma) and the head has no tensor of its own."""
+    inner = base.config.get("text_config")
+    parts = [base.config, *([inner] if isinstance(inner, Mapping) else [])]
+    if any(part.get("tie_word_embeddings") is not None for part in parts) or any(map(is_head, base.tensors)):
+        return False
+    return any(str(name).endswith(GENERATIVE) for name in base.config.get("architectures") or ())
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is an output embedding."""
+    return name.endswith(".weight") and name.split(".")[-2] in HEADS
 
 
 @dataclass
@@ -91,10 +108,15 @@ class _Matching:
     added: dict[str, Stored] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.tied = tied_head(self.base)
+
     def adapter(self, folder: Path, revision: str | None, config: Mapping[str, Any]) -> Adapter:
         modules = self._modules()
         if not modules:
             raise SourceError(f"{self.label} holds no tensors", hint="was it saved from an unwrapped model?")
+        for module, roles in modules.items():
+            self._start(module, roles)
         for module, roles in modules.items():
             self._module(module, roles)
         keeps_tied = self._settle_tied()
@@ -118,24 +140,32 @@ class _Matching:
         for name, stored in self.table.tensors.items():
             key = parse_key(name)
             if key is None:
-                raise SourceError(f"{self.label}: the meaning of its tensor {name!r} is unknown", hint="is it plain LoRA?")
+                raise SourceError(
+                    f"{self.label}: the meaning of its tensor {name!r} is unknown", hint="is it plain LoRA?"
+                )
             if stored.info.numel == 0:
                 hint = "DeepSpeed ZeRO-3 saved it without gathering: save it again with the weights gathered"
                 raise SourceError(f"{self.label}: {name!r} is empty (shape {list(stored.info.shape)})", hint=hint)
             if not stored.info.is_float:
                 raise SourceError(f"{self.label}: {name!r} has dtype {stored.info.dtype}, not a float")
             roles = modules.setdefault(key.module, {})
-            if key.role in roles:
+            if key.role in roles and not same_content(roles[key.role], stored):
                 raise SourceError(f"{self.label}: {name!r} says again what {roles[key.role].info.name!r} says")
             roles[key.role] = stored
         return modules
 
+    def _start(self, module: str, roles: dict[str, Stored]) -> None:
+        """What training started from, where the adapter brings it: an embedding of another size."""
+        original, _ = roles.pop("original_weight", None), roles.pop("original_bias", None)
+        if (stored := roles.pop("base_weight", original)) is not None:
+            self._resize(module, self._name(Key(module, "weight"), stored), stored)
+
+    def _resize(self, module: str, name: str, stored: Stored) -> None:
+        self._check_size(module, stored, self._target(name))
+        self.resized[name] = stored
+
     def _module(self, module: str, roles: dict[str, Stored]) -> None:
-        roles = dict(roles)
         low = self._pair(module, roles, "A", "B") or self._pair(module, roles, "embedding_A", "embedding_B")
-        base_weight = roles.pop("base_weight", None)
-        if base_weight is not None:
-            self.resized[self._name(Key(module, "weight"), base_weight)] = base_weight
         if low:
             self._low_rank(module, *low, roles.pop("magnitude", None), roles.pop("B_bias", None))
         if (tokens := roles.pop("tokens", None)) is not None:
@@ -154,12 +184,14 @@ class _Matching:
         if len(first.info.shape) != 2 or len(second.info.shape) != 2:
             shapes = f"{list(first.info.shape)} and {list(second.info.shape)}"
             raise SourceError(f"{self.label}: {module}: factors of shapes {shapes} are not those of a linear layer")
-        rank, wanted = first.info.shape[0], self.settings.rank_of(module)
+        rank, wanted = first.info.shape[0], self.settings.ranks_of(module)
         if second.info.shape[1] != rank:
             raise SourceError(f"{self.label}: {module}: A has rank {rank}, B has rank {second.info.shape[1]}")
-        if rank != wanted:
+        if rank not in wanted:
             hint = "adapter_config.json does not belong to these tensors"
-            raise SourceError(f"{self.label}: {module}: its tensors have rank {rank}, its config says {wanted}", hint=hint)
+            raise SourceError(
+                f"{self.label}: {module}: its tensors have rank {rank}, its config says {wanted[0]}", hint=hint
+            )
         return first, second, a == "embedding_A"
 
     def _low_rank(
@@ -175,7 +207,10 @@ class _Matching:
         if not target.info.is_float:
             hint = "merge into the 16-bit version of the base"
             raise SourceError(f"{self.label}: {name} of {self.base.label} is {target.info.dtype}: quantised", hint=hint)
-        scale = self.settings.scale(module)
+        scale = self.settings.scale(module, a.info.shape[0])
+        if len(alphas := dict.fromkeys(self.settings.alphas_of(module))) > 1:
+            given = listing(f"{alpha:g}" for alpha in alphas)
+            self.notes.append(f"{self.label}: alpha_pattern gives {module} the alphas {given}; the first is taken")
         low = LowRank(a, b, True, scale) if transposed else LowRank(b, a, False, scale)
         if magnitude is not None:
             if magnitude.info.numel != (shape[1] if transposed else shape[0]):
@@ -195,8 +230,8 @@ class _Matching:
         shape = tuple(target.info.shape)
         if outside[0] != outside[1]:
             return shape == outside[::-1] and shape != outside
-        is_head = module.rpartition(".")[2] in HEADS
-        return self.settings.fan_in_fan_out or (self.base.config.get("model_type") in CONV1D_MODELS and not is_head)
+        in_conv1d = self.base.config.get("model_type") in CONV1D_MODELS and module.rpartition(".")[2] not in HEADS
+        return self.settings.fan_in_fan_out or in_conv1d
 
     def _tokens(self, module: str, stored: Stored) -> None:
         name = self._name(Key(module, "weight"), stored)
@@ -205,7 +240,9 @@ class _Matching:
         if isinstance(indices, Mapping):
             indices = next((value for key, value in indices.items() if module.endswith(key)), None)
         if not isinstance(indices, list) or len(indices) != stored.info.rows:
-            raise SourceError(f"{self.label}: {module} has {stored.info.rows} trained tokens; its config does not name them")
+            raise SourceError(
+                f"{self.label}: {module} has {stored.info.rows} trained tokens; its config does not name them"
+            )
         if stored.info.columns != target.info.columns or max(indices) >= target.info.rows or min(indices) < 0:
             self._refuse_shape(module, stored.info.shape, target)
         self._add(name, RowsReplaced(tuple(indices), stored))
@@ -221,10 +258,9 @@ class _Matching:
             )
             self.notes.append(f"{self.label} adds {module}.{leaf}, which the base lacks: check the config's head")
         elif leaf == "weight" and not saved and module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS):
-            self.resized[found] = stored  # saved beside a grown vocabulary, not trained as a module
+            self._resize(module, found, stored)  # saved beside a grown vocabulary, not trained as a module
         else:
-            if stored.info.columns != self._target(found).info.columns:
-                self._refuse_shape(module, stored.info.shape, self._target(found))
+            self._check_size(module, stored, self._target(found))
             self._add(found, Replaced(stored))
 
     def _add(self, name: str, edit: Edit) -> None:
@@ -239,9 +275,8 @@ class _Matching:
     def _find(self, path: str) -> str:
         """The base's tensor for an adapter's path; "" for none."""
         found = find_tensor(path, self.base.tensors)
-        head = tied_head(self.base)
-        if not found and head and path.rpartition(".")[0].rpartition(".")[2] in HEADS:
-            return head[0]
+        if not found and self.tied and is_head(path):
+            return self.tied[0]
         if len(found) > 1:
             raise SourceError(f"{self.label}: {path} may mean any of {listing(found)} of {self.base.label}")
         return found[0] if found else ""
@@ -252,9 +287,15 @@ class _Matching:
             return self.resized[name]
         if name in self.base.tensors:
             return self.base.tensors[name]
-        head = tied_head(self.base)
-        assert head is not None and name == head[0]
-        return self.resized.get(head[1], self.base.tensors[head[1]])
+        assert self.tied is not None and name == self.tied[0]
+        return self.resized.get(self.tied[1], self.base.tensors[self.tied[1]])
+
+    def _check_size(self, module: str, stored: Stored, target: Stored) -> None:
+        """The shape of the base's tensor, but for the rows of a vocabulary."""
+        may_grow = module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
+        shape = (target.info.shape[0], *stored.info.shape[1:]) if may_grow else stored.info.shape
+        if tuple(shape) != tuple(target.info.shape):
+            self._refuse_shape(module, stored.info.shape, target)
 
     def _check_same_shape(self, module: str, stored: Stored, target: Stored) -> None:
         if stored.info.shape != target.info.shape:
@@ -272,41 +313,40 @@ class _Matching:
 
     def _settle_tied(self) -> bool:
         """Whether head and embedding stay one tensor; drops the head's copy of the same change."""
-        tied = tied_head(self.base)
-        if tied is None:
+        if self.tied is None:
             return False
-        head, embedding = tied
-        if head in self.resized and embedding in self.resized and _same(self.resized[head], self.resized[embedding]):
+        head, embedding = self.tied
+        wholes = self._whole(head), self._whole(embedding)
+        if wholes[0] and wholes[1] and same_content(wholes[0], wholes[1]):
+            self.edits.pop(head, None)
+            self.resized.pop(head, None)
+            return True
+        both = {head, embedding} <= self.resized.keys()
+        if both and same_content(self.resized[head], self.resized[embedding]):
             del self.resized[head]
         edits, head_edits = self.edits.get(embedding, []), self.edits.get(head, [])
         if head in self.resized or not (edits or head_edits):
             return head not in self.resized
-        if all(isinstance(edit, RowsReplaced) for edit in [*edits, *head_edits]):
-            self.edits.pop(head, None)  # PEFT applies the same rows to a tied head
-            return bool(edits)
-        if len(edits) == len(head_edits) == 1 and (
-            self.settings.ensure_weight_tying or (isinstance(edits[0], Replaced) and _same_edit(edits[0], head_edits[0]))
-        ):
-            self.edits.pop(head)
-            self.notes.append(f"{self.label}: its change of {head} is that of the tied {embedding}: made once, stays tied")
-            return True
-        return False
-
-
-def _same_edit(one: Edit, other: Edit) -> bool:
-    return isinstance(one, Replaced) and isinstance(other, Replaced) and _same(one.value, other.value)
-
-
-def _same(one: Stored, other: Stored) -> bool:
-    """Whether two stored tensors hold the same bytes; read in small pieces."""
-    if (one.info.shape, one.info.dtype) != (other.info.shape, other.info.dtype):
-        return False
-    size = 1 << 20
-    buffers = [memoryview(bytearray(size)), memoryview(bytearray(size))]
-    for at in range(0, one.info.nbytes, size):
-        length = min(size, one.info.nbytes - at)
-        for stored, buffer in zip((one, other), buffers, strict=True):
-            stored.file.read_into(buffer[:length], stored.offset + at)
-        if buffers[0][:length] != buffers[1][:length]:
+        if not head_edits:  # PEFT gives the trained tokens to a tied head too, and nothing else
+            return all(isinstance(edit, RowsReplaced) for edit in edits)
+        if len(edits) != 1 or len(head_edits) != 1 or not _same_change(edits[0], head_edits[0]):
             return False
-    return True
+        del self.edits[head]
+        self.notes.append(f"{self.label}: its change of {head} is that of the tied {embedding}: made once, stays tied")
+        return True
+
+    def _whole(self, name: str) -> Stored | None:
+        """The tensor that the adapter brings in place of the base's, if it does nothing else to it."""
+        edits = self.edits.get(name, [])
+        replaced = [edit.value for edit in edits if isinstance(edit, Replaced)]
+        return (replaced[0] if len(edits) == len(replaced) == 1 else None) if edits else self.resized.get(name)
+
+
+def _same_change(one: Edit, other: Edit) -> bool:
+    """Whether an embedding and its head are changed alike (ensure_weight_tying saves both)."""
+    if isinstance(one, RowsReplaced) and isinstance(other, RowsReplaced):
+        return one.indices == other.indices and same_content(one.value, other.value)
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        factors = zip(one.plain_factors(), other.plain_factors(), strict=True)
+        return one.scale == other.scale and all(mine.equal(theirs) for mine, theirs in factors)
+    return False

@@ -11,7 +11,7 @@ from typing import Any
 
 from mergeforge.errors import SourceError, listing
 from mergeforge.sources.pickled import read_pickled
-from mergeforge.sources.safetensors_file import read_header
+from mergeforge.sources.safetensors_file import read_header, require_regular
 from mergeforge.sources.stored import Stored
 
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(safetensors|bin)")
@@ -74,10 +74,9 @@ def open_checkpoint(
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises SourceError."""
+    require_regular(str(path))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"{path} does not exist") from None
     except (ValueError, RecursionError, OSError) as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
@@ -96,7 +95,10 @@ def weight_files(names: list[str], stem: str) -> list[str]:
 def _open_folder(shards: _Shards, folder: Path, stem: str, allow_pickle: bool) -> None:
     if not folder.is_dir():
         raise SourceError(f"{folder} is neither a folder nor a file")
-    found = weight_files([entry.name for entry in folder.iterdir()], stem)
+    try:
+        found = weight_files([entry.name for entry in folder.iterdir()], stem)
+    except OSError as error:
+        raise SourceError(f"{folder} cannot be read: {error.strerror}") from None
     if not found:
         others = sorted(entry.name for entry in folder.glob("*.safetensors"))
         if len(others) != 1:
@@ -136,6 +138,7 @@ def _add_shard(shards: _Shards, path: Path, allow_pickle: bool) -> None:
         found = {name: Stored(info, header.file, offset) for name, (info, offset) in header.tensors.items()}
         digest = header.sha256
     elif allow_pickle:
+        require_regular(str(path))
         found, digest = read_pickled(path)
     else:
         hint = "--allow-pickle reads it with torch's weights_only loader; better, get a safetensors version"

@@ -80,6 +80,11 @@ class LowRank:
     def learn(self, scan: Scan, base: Way) -> Any:
         return None
 
+    def plain_factors(self) -> tuple[Tensor, Tensor]:
+        """L and R, whole and in float64, without the scale; for comparisons while planning."""
+        left, right = self.left.whole(), self.right.whole()
+        return (left.t(), right.t()) if self.transposed else (left, right)
+
     def factors(self, rows: range, worker: Worker, dtype: torch.dtype, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """weight * s * L for the rows, and R."""
         right = self.right.read_all(worker).to(dtype)

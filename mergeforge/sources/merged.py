@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mergeforge.budget import Need, Worker
+from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.methods import Block, Method
 from mergeforge.sources import Facts, Rows, Scan, Way
 from mergeforge.tensors import TensorInfo
@@ -45,7 +45,8 @@ class Merged:
     @property
     def need(self) -> Need:
         inside = sum((part.need for part in self.parts), Need(live=self.method.live + 1))
-        return inside + Need(fixed=self.method.facts_nbytes * len(self.inputs))
+        aligning = ALIGNMENT * len(self.parts)
+        return inside + Need(fixed=self.method.facts_nbytes * len(self.inputs) + aligning)
 
     def learn(self, scan: Scan) -> Any:
         def look(see: Callable[[list[Tensor], Block], T], sample: int = 0) -> Any:
@@ -75,7 +76,9 @@ class Merged:
                 values = [rows_of(start, stop) for rows_of in staged]
                 if base and any(self.subtract):
                     minus = base(start, stop)
-                    values = [value.sub_(minus) if less else value for value, less in zip(values, self.subtract, strict=True)]
+                    values = [
+                        value.sub_(minus) if less else value for value, less in zip(values, self.subtract, strict=True)
+                    ]
                 return values
 
             return inputs, base

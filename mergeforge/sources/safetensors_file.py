@@ -10,8 +10,11 @@ import hashlib
 import json
 import os
 import stat
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from operator import mul
+from typing import Any, BinaryIO
 
 from mergeforge.disk import InputFile
 from mergeforge.errors import SourceError
@@ -19,6 +22,7 @@ from mergeforge.tensors import DTYPES, TensorInfo
 
 LARGEST_HEADER = 100_000_000
 LARGEST_NUMBER = 1 << 48
+LARGEST_PRODUCT = 1 << 58  # of dimensions, one after another: what any reader's 64 bits hold in bits
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises SourceError that names the file, the tensor and the broken rule.
     """
     path = os.fspath(path)
-    _require_regular(path)
+    require_regular(path)
     file = InputFile(path)
-    with open(path, "rb") as stream:
+    with _open(path) as stream:
         length = int.from_bytes(_exactly(stream.read(8), 8, path), "little")
         if length > LARGEST_HEADER or 8 + length > file.size:
             truncated = length <= LARGEST_HEADER
@@ -53,7 +57,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(file, tensors, metadata, hashlib.sha256(raw).hexdigest())
 
 
-def _require_regular(path: str) -> None:
+def require_regular(path: str) -> None:
+    """Refuse what is no file (a folder, a pipe, a device) before it is opened. Raises SourceError."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -62,6 +67,13 @@ def _require_regular(path: str) -> None:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         raise SourceError(f"{path} is not a regular file")
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _exactly(data: bytes, length: int, path: str) -> bytes:
@@ -74,20 +86,27 @@ def _json(raw: bytes, path: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise SourceError(f"{path}: the header holds {twice!r} twice")
         return result
 
     if not raw.startswith(b"{"):
         raise SourceError(f"{path}: its header is not a JSON object", hint="is it a safetensors file at all?")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant)
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text: raises ValueError
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: its header is not JSON ({type(error).__name__})", hint="download it again") from None
+        raise SourceError(
+            f"{path}: its header is not JSON ({type(error).__name__})", hint="download it again"
+        ) from None
     if not isinstance(value, dict):
         raise SourceError(f"{path}: its header is not a JSON object")
     return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _metadata(value: Any, path: str) -> dict[str, str]:
@@ -105,6 +124,8 @@ def _entry(name: str, entry: Any, data_start: int, path: str) -> tuple[TensorInf
         raise SourceError(f"{path}: {name!r} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(_is_count(number) for number in [*shape, begin, end]):
         raise SourceError(f"{path}: {name!r} has a shape or offsets that are not whole numbers")
+    if any(product >= LARGEST_PRODUCT for product in accumulate(shape, mul)):
+        raise SourceError(f"{path}: {name!r} has the impossible shape {shape}")
     info = TensorInfo(name, dtype, tuple(shape))
     if info.numel * info.bits != 8 * (end - begin):
         claimed = f"{dtype} {list(shape)} takes {info.nbytes} bytes, its offsets span {end - begin}"

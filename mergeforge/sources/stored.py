@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from mergeforge.tensors import TensorInfo
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+PIECE = 1 << 18  # elements that a comparison reads at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,3 +56,28 @@ class Stored:
     def read_all(self, worker: Worker) -> Tensor:
         """All of a small tensor that every tile needs."""
         return self.read(range(self.info.rows), worker, keep=True)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All of it as flat float64 tensors, in small pieces; for comparisons while planning."""
+        import torch
+
+        size = self.info.bits // 8
+        for start in range(0, self.info.numel, PIECE):
+            raw = bytearray(min(PIECE, self.info.numel - start) * size)
+            self.file.read_into(memoryview(raw), self.offset + start * size)
+            yield viewed(torch.frombuffer(raw, dtype=torch.uint8), self.info.dtype, 1).flatten().double()
+
+    def whole(self) -> Tensor:
+        """All of a small tensor in float64, in its shape."""
+        import torch
+
+        return torch.cat(list(self.pieces())).view(self.info.shape)
+
+
+def same_content(one: Stored, other: Stored) -> bool:
+    """Whether two stored tensors hold the same numbers, be it in different dtypes."""
+    import torch
+
+    if one.info.shape != other.info.shape:
+        return False
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(one.pieces(), other.pieces(), strict=True))

@@ -1,0 +1,223 @@
+"""Inputs that change, break or hold what must not be written; and a run that is stopped by hand."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from breaking import SMALL, Strikes, World, digests, finished_files
+from safetensors.numpy import load_file
+
+from mergeforge import running
+from mergeforge.errors import MergeforgeError, OutputError, SourceError
+from mergeforge.journal import read_journal
+from mergeforge.planning import WORK, Plan, make_plan
+from mergeforge.random_model import write_model
+
+NORM = "model.norm.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def copied(world: World, tmp_path: Path) -> Path:
+    """Inputs that a test may change."""
+    shutil.copytree(world.root / "base", tmp_path / "base")
+    shutil.copytree(world.root / "adapter", tmp_path / "adapter")
+    return tmp_path
+
+
+def plan_of(copied: Path, **options: Any) -> Plan:
+    recipe = {"base_model": str(copied / "base"), "adapters": [str(copied / "adapter")]}
+    return make_plan(recipe, out=copied / "out", threads=1, **options)
+
+
+def noted(out: Path) -> int:
+    journal = read_journal(out / WORK)
+    assert journal is not None
+    journal.close()
+    return len(journal.done)
+
+
+def in_place(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x11")
+
+
+def replaced(path: Path) -> None:
+    data = path.read_bytes()
+    path.with_suffix(".new").write_bytes(data)
+    path.with_suffix(".new").replace(path)
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("how", [in_place, replaced, truncated, removed])
+@pytest.mark.parametrize("which", ["base/model.safetensors", "adapter/adapter_model.safetensors"])
+def test_an_input_that_changes_meanwhile(copied: Path, eager: None, how: Callable[[Path], None], which: str) -> None:
+    tiles = running.run(plan_of(copied))
+    next(tiles)
+    how(copied / which)
+    with pytest.raises(SourceError, match="changed while it was read") as caught:
+        for _ in tiles:
+            pass
+    assert which.rpartition("/")[2] in str(caught.value)
+    assert caught.value.exit_code == 3
+    assert finished_files(copied / "out") == {}
+    assert noted(copied / "out") <= 2, "what was computed after the change is not kept"
+
+
+def test_what_was_computed_from_changed_bytes_is_not_kept_when_they_come_back(copied: Path, eager: None) -> None:
+    """Even with the old time stamp: the file is the one that was planned with, the tiles are not."""
+    running.merge(plan_of(copied))
+    reference = digests(copied / "out")
+    shutil.rmtree(copied / "out")
+    weights = copied / "base" / "model.safetensors"
+    before, data = weights.stat(), weights.read_bytes()
+    tiles = running.run(plan_of(copied))
+    next(tiles)
+    with open(weights, "r+b") as file:
+        file.seek(len(data) // 2)
+        file.write(os.urandom(len(data) // 2))
+    with pytest.raises(MergeforgeError):
+        for _ in tiles:
+            pass
+    with open(weights, "r+b") as file:
+        file.write(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    running.merge(plan_of(copied))
+    assert digests(copied / "out") == reference
+
+
+def test_an_input_that_changed_between_runs_is_another_merge(copied: Path) -> None:
+    tiles = running.run(plan_of(copied))
+    next(tiles)
+    tiles.close()
+    in_place(copied / "base" / "model.safetensors")
+    with pytest.raises(OutputError, match="another merge"):
+        running.merge(plan_of(copied))
+    running.merge(plan_of(copied), fresh=True)
+
+
+def test_an_input_that_cannot_be_read(copied: Path, strike: Callable[..., Strikes]) -> None:
+    def broken(original: Any, fd: int, *arguments: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    plan = plan_of(copied)
+    strike(("preadv",), 3, broken)
+    with pytest.raises(SourceError, match=r"model\.safetensors cannot be read: Input/output error"):
+        running.merge(plan)
+    running.merge(plan)
+
+
+def test_inputs_are_closed_again(world: World, out: Path) -> None:
+    running.merge(world.plan(out))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        running.merge(world.plan(out), overwrite=True)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# --- values
+
+
+def with_value(folder: Path, name: str, value: float, dtype: str = "F32") -> None:
+    """A base with one value that is odd."""
+    write_model(folder, SMALL, dtype=dtype)
+    weights = folder / "model.safetensors"
+    from mergeforge.sources.safetensors_file import read_header
+
+    info, offset = read_header(weights).tensors[name]
+    with open(weights, "r+b") as file:
+        file.seek(offset + 7 * info.bits // 8)
+        file.write(numpy.array(value, {"F32": "float32", "F16": "float16"}[dtype]).tobytes())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite(copied: Path, value: float) -> None:
+    with_value(copied / "base", QUERY, value)
+    with pytest.raises(SourceError, match=f"{QUERY} would hold 1 infinite or NaN values .F32, first at 7") as caught:
+        running.merge(plan_of(copied))
+    assert "--allow-nonfinite" in caught.value.hint
+    assert finished_files(copied / "out") == {}
+    running.merge(plan_of(copied, allow_nonfinite=True))
+    merged = load_file(copied / "out" / "model.safetensors")
+    assert not numpy.isfinite(merged[QUERY].reshape(-1)[7])
+    assert numpy.isfinite(merged[QUERY]).sum() == merged[QUERY].size - 1
+
+
+@pytest.mark.parametrize("name", [NORM, QUERY])
+def test_values_that_do_not_fit_the_dtype(copied: Path, name: str) -> None:
+    with_value(copied / "base", name, 70000.0)
+    with pytest.raises(SourceError, match=f"{name} would hold 1 infinite") as caught:
+        running.merge(plan_of(copied, sets=["dtype=float16"]))
+    assert "bfloat16" in caught.value.hint
+    running.merge(plan_of(copied, sets=["dtype=bfloat16"]), fresh=True)
+
+
+def test_the_largest_values_that_fit(copied: Path) -> None:
+    with_value(copied / "base", NORM, 65519.0)
+    running.merge(plan_of(copied, sets=["dtype=float16"]))
+    assert load_file(copied / "out" / "model.safetensors")[NORM].reshape(-1)[7] == 65504
+
+
+def test_values_that_become_infinite_by_merging(copied: Path) -> None:
+    with_value(copied / "base", QUERY, 65504.0, "F16")
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(copied / "base"), "parameters": {"weight": 2.0}}],
+        "parameters": {"normalize": False},
+    }
+    with pytest.raises(SourceError, match=f"{QUERY} would hold 1 infinite"):
+        running.merge(make_plan(recipe, out=copied / "out"))
+
+
+# --- stopped by hand
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, GeneratorExit])
+def test_a_stopped_run_keeps_what_is_finished(world: World, out: Path, stop: type[BaseException]) -> None:
+    reference, plan = world.reference(), world.plan(out)
+    tiles = running.run(plan)
+    taken = [next(tiles) for _ in range(4)]
+    with pytest.raises(stop):
+        tiles.throw(stop)
+    assert noted(out) >= len(taken)
+    assert finished_files(out) == {}
+    running.merge(plan)
+    assert digests(out) == reference
+
+
+def test_a_consumer_that_fails(world: World, out: Path) -> None:
+    plan = world.plan(out)
+
+    def consume() -> None:
+        for count, _ in enumerate(running.run(plan)):
+            if count == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        consume()
+    import gc
+
+    gc.collect()
+    running.merge(plan)
+    assert digests(out) == world.reference()
+
+
+def test_inputs_are_never_written(world: World, out: Path) -> None:
+    before = {name: digests(world.root / name) for name in ("base", "tuned", "adapter")}
+    running.merge(world.plan(out))
+    running.merge(world.plan(out, "single"), overwrite=True)
+    assert {name: digests(world.root / name) for name in before} == before

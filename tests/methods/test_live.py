@@ -1,0 +1,173 @@
+"""The memory that methods declare: `live` block-sized temporaries at once beside their inputs."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mergeforge.methods import METHODS, Block
+from mergeforge.tensors import BLOCK_ELEMENTS
+
+BLOCK_NBYTES = 4 * BLOCK_ELEMENTS
+BLOCKS = 3  # of the whole tensor
+SLACK = 0.05  # of a block, 100 KB: scalars, Python's own objects
+
+
+class Through(TorchDispatchMode):
+    """Sees every operation and changes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of new tensors and numpy arrays that exist at once."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.known = {one.untyped_storage().data_ptr() for one in known}
+        self.held: dict[int, tuple[Any, int]] = {}
+        self.nbytes = 0
+        self.peak = 0
+
+    def __enter__(self) -> Peak:
+        gc.collect()
+        tracemalloc.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._note()
+        super().__exit__(*error)
+        tracemalloc.stop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note()
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._hold(leaf)
+        self._note()
+        return result
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key in self.known or key in self.held or not storage.nbytes():
+            return
+        self.held[key] = (weakref.ref(storage, lambda _: self._free(key)), storage.nbytes())
+        self.nbytes += storage.nbytes()
+
+    def _free(self, key: int) -> None:
+        self._note()
+        self.nbytes -= self.held.pop(key)[1]
+
+    def _note(self) -> None:
+        """numpy's highest since the last note comes on top of the tensors of now."""
+        self.peak = max(self.peak, self.nbytes + tracemalloc.get_traced_memory()[1])
+        tracemalloc.reset_peak()
+
+
+class Engine:
+    """Inputs as the engine gives them: the same scratch blocks, filled anew for every block."""
+
+    def __init__(self, wholes: list[Tensor]) -> None:
+        self.wholes = wholes
+        self.scratch = [torch.empty(BLOCK_ELEMENTS, 1) for _ in wholes]
+
+    def block(self, at: int) -> tuple[list[Tensor], Block]:
+        start = at * BLOCK_ELEMENTS
+        for scratch, whole in zip(self.scratch, self.wholes, strict=True):
+            scratch.copy_(whole[start : start + BLOCK_ELEMENTS].view(-1, 1))
+        return list(self.scratch), Block("w", start, 0)
+
+    def look(self, see: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
+        for at in range(BLOCKS):
+            yield see(*self.block(at))
+
+
+def random(count: int) -> list[Tensor]:
+    return [torch.randn(BLOCKS * BLOCK_ELEMENTS, generator=torch.Generator().manual_seed(at)) for at in range(count)]
+
+
+def ties(count: int) -> list[Tensor]:
+    """Few different magnitudes: the threshold cuts through equal ones."""
+    return [one.mul_(2).round_() for one in random(count)]
+
+
+def equal(count: int) -> list[Tensor]:
+    return [torch.ones(BLOCKS * BLOCK_ELEMENTS) for _ in range(count)]
+
+
+def misleading(count: int) -> list[Tensor]:
+    """What is sampled is far from the rest: the whole range of numbers is searched."""
+    wholes = random(count)
+    for one in wholes:
+        one.view(-1)[:: BLOCK_ELEMENTS // (1 << 16) | 1] *= 1e-20
+    return wholes
+
+
+def parameters(name: str, count: int) -> dict[str, Any]:
+    given = {"weight": 0.3, "density": 0.5, "scale": 2.0, "t": 0.3, "normalize": True, "rescale": True, "lambda": 0.5}
+    known = METHODS[name].parameters.values()
+    values = {one.name: given.get(one.name, one.default) for one in known}
+    return {one.name: [values[one.name]] * count if one.per_input else values[one.name] for one in known}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Run everything once: importing is no method's memory."""
+    with Through():
+        for name in METHODS:
+            count = min(2, METHODS[name].inputs[1])
+            given = parameters(name, count)
+            inputs = [torch.ones(8, 1) for _ in range(count)]
+            facts = METHODS[name].learn(lambda see, sample=0: iter([see(inputs, Block("w", 0, 0))]), 8, given)  # noqa: B023
+            METHODS[name](inputs, facts, Block("w", 0, 0), given)
+
+
+CASES = [(name, data) for name in sorted(METHODS) for data in (random, ties, equal, misleading)]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [(name, data) for name, data in CASES if METHODS[name].facts or data is random]
+)
+def test_temporaries_stay_within_what_is_declared(name: str, data: Callable[[int], list[Tensor]]) -> None:
+    method = METHODS[name]
+    count = min(3, method.inputs[1])
+    engine = Engine(data(count))
+    given = parameters(name, count)
+    known = [*engine.wholes, *engine.scratch]
+    with Peak(known) as learning:
+        facts = method.learn(engine.look, BLOCKS * BLOCK_ELEMENTS, given)
+    allowed = method.live * BLOCK_NBYTES + method.facts_nbytes * count
+    assert learning.peak <= allowed + SLACK * BLOCK_NBYTES, f"learning: {learning.peak / BLOCK_NBYTES:.2f} blocks"
+    highest = 0.0
+    for at in range(BLOCKS):
+        inputs, block = engine.block(at)
+        with Peak(known) as combining:
+            method(inputs, facts, block, given)
+        highest = max(highest, combining.peak / BLOCK_NBYTES)
+    assert highest <= method.live + SLACK, f"combining: {highest:.2f} blocks"
+    needed = max(highest, (learning.peak - method.facts_nbytes * count) / BLOCK_NBYTES)
+    assert data is not random or method.live - needed < 1, f"{method.live} declared, {needed:.2f} needed"
+
+
+def test_it_measures() -> None:
+    inputs = [torch.ones(BLOCK_ELEMENTS)]
+    with Peak(inputs) as peak:
+        doubled = inputs[0] * 2
+        inputs[0].add_(doubled)
+        del doubled
+        array = (inputs[0] + 1).numpy().astype("float64")
+        del array
+    assert peak.peak / BLOCK_NBYTES == pytest.approx(3, abs=SLACK)
+    assert peak.nbytes == 0

@@ -1,0 +1,84 @@
+"""Masks depend on seed, tensor, input and element, on nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mergeforge.methods import Block
+from mergeforge.methods.random_mask import masked, random_mask
+
+N = 100_000
+PINNED = (
+    [1, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 0, 1, 1, 0],
+    [0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1],
+)
+
+
+def mask(
+    start: int = 0, count: int = N, *, tensor: str = "w", seed: int = 0, index: int = 0, density: float = 0.5
+) -> torch.Tensor:
+    return random_mask(torch.empty(count, 1), Block(tensor, start, seed), index, density).flatten()
+
+
+@pytest.mark.parametrize("first", [0, 1, 12_345, (1 << 31) - 3 * 16, 5 << 31])
+@pytest.mark.parametrize("cut", [1, 7, 16, 40, 47])
+def test_any_cut_draws_the_same(first: int, cut: int) -> None:
+    whole = mask(first, 48)
+    assert torch.equal(torch.cat([mask(first, cut), mask(first + cut, 48 - cut)]), whole)
+
+
+def test_elements_beyond_two_to_the_31_differ() -> None:
+    assert not torch.equal(mask(1 << 31), mask(0))
+    assert not torch.equal(mask(1 << 32), mask(0))
+    assert not torch.equal(mask(1 << 32), mask(1 << 31))
+    assert torch.equal(mask((1 << 31) - 64, 64), mask((1 << 31) - 128, 128)[64:])
+
+
+@pytest.mark.parametrize("density", [2.0**-24, 0.001, 0.1, 0.3, 0.5, 0.9, 0.999])
+def test_the_density_is_right(density: float) -> None:
+    count = 10 * N
+    kept = int(mask(count=count, density=density).sum())
+    assert abs(kept - density * count) <= 4 * math.sqrt(count * density * (1 - density)) + 1
+
+
+def test_it_is_independent_of_all_the_rest() -> None:
+    """Two masks agree by chance only; so do neighbours, rows and columns of one mask."""
+    one = mask()
+    others = [mask(tensor="v"), mask(seed=1), mask(index=1), mask(tensor="w/1"), mask(seed=1 << 40), mask(start=N)]
+    shifted = [one.roll(by) for by in (1, 2, 3, 16, 64, 256, 4096, 65536)]
+    for other in others + shifted:
+        assert abs(float((one == other).float().mean()) - 0.5) < 5 / math.sqrt(4 * N)
+
+
+def test_names_do_not_run_into_each_other() -> None:
+    assert not torch.equal(mask(tensor="a/1", index=2), mask(tensor="a", index=12))
+    assert not torch.equal(mask(tensor="1/w", seed=1), mask(tensor="w", seed=11))
+
+
+def test_a_larger_density_keeps_what_a_smaller_one_keeps() -> None:
+    assert bool((mask(density=0.3) <= mask(density=0.6)).all())
+
+
+def test_the_values_are_pinned() -> None:
+    """They decide the bytes of every DARE merge: another version must not change them."""
+    assert mask(0, 24).int().tolist() == PINNED[0]
+    assert mask((1 << 31) + 5, 24, tensor="model.norm.weight", seed=7, index=2, density=0.3).int().tolist() == PINNED[1]
+
+
+def test_shape_and_dtype_follow_the_tensor() -> None:
+    like = torch.empty(3, 4, dtype=torch.float64)
+    drawn = random_mask(like, Block("w", 8, 0), 0, 0.5)
+    assert drawn.shape == like.shape
+    assert drawn.dtype == torch.float64
+    assert torch.equal(drawn.flatten().float(), mask(8, 12))
+
+
+def test_masked_is_in_place_and_leaves_whole_ones_alone() -> None:
+    first, second = torch.ones(50, 2), torch.ones(50, 2)
+    kept = masked([first, second], Block("w", 0, 0), [0.5, 1.0])
+    assert kept[0] is first and kept[1] is second
+    assert torch.equal(first.flatten(), mask(0, 100))
+    assert bool((second == 1).all())

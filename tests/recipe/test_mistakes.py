@@ -1,0 +1,385 @@
+"""Every mistake of a recipe at once, each with its line and column."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from mergeforge.errors import Problem, RecipeError
+from mergeforge.methods import METHODS
+from mergeforge.recipe import ModelRef, read
+from mergeforge.recipe.text import LARGEST_FILE
+
+GOOD = "merge_method: linear\nmodels:\n- {model: org/a, parameters: {weight: 1}}\n"
+
+
+def problems_of(text: str | bytes, folder: Path) -> tuple[Problem, ...]:
+    """What is wrong with a recipe file, in the order of the file."""
+    path = folder / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RecipeError) as caught:
+        read(path, METHODS)
+    assert caught.value.exit_code == 2
+    assert str(path) in str(caught.value)
+    for problem in caught.value.problems:
+        assert str(problem) in str(caught.value)
+    return caught.value.problems
+
+
+def test_everything_at_once(tmp_path: Path) -> None:
+    text = """\
+merge_methd: ties
+merge_method: tie
+base_model: [org/base]
+models:
+  - model: org/a
+    paramters: {weight: 0.5}
+  - mdoel: org/b
+  - model: org/c
+    parameters: heavy
+dtype: bfloat61
+random_seed: -1
+output: {pth: out, shard_size: large, safetensors: 1}
+"""
+    found = problems_of(text, tmp_path)
+    assert [(one.line, one.column, one.message, one.hint) for one in found] == [
+        (1, 1, "unknown key 'merge_methd'", "did you mean 'merge_method'?"),
+        (2, 1, "unknown merge method 'tie'", "did you mean 'ties'?"),
+        (3, 1, "'base_model' must be text, not a list", "quote it"),
+        (6, 5, "unknown key 'paramters'", "did you mean 'parameters'?"),
+        (7, 5, "'models' needs the key 'model'", ""),
+        (7, 5, "unknown key 'mdoel'", "did you mean 'model'?"),
+        (9, 5, "'parameters' must be a mapping, not 'heavy'", "write 'name: value' lines under it"),
+        (10, 1, "'dtype' cannot be 'bfloat61'", "did you mean 'bfloat16'?"),
+        (11, 1, "'random_seed' must be a whole number of at least 0, not -1", ""),
+        (12, 10, "unknown key 'pth'", "did you mean 'path'?"),
+        (12, 20, "'shard_size': 'large' is not a size; write 5GB, 800MB or 2GiB", ""),
+        (12, 39, "'safetensors' must be true or false, not 1", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column", "message", "hint"),
+    [
+        ("{}", 1, 1, "nothing to merge", "give models"),
+        ("5", 1, 1, "the recipe must be a mapping, not 5", "key: value"),
+        ("- a", 1, 1, "the recipe must be a mapping, not a list", ""),
+        ("---\n", 2, 1, "the recipe must be a mapping, not nothing", ""),
+        ("models: []\nmerge_method: linear", 1, 1, "'models' must be a list, not an empty one", "- "),
+        ("models: org/a\nmerge_method: linear", 1, 1, "'models' must be a list, not 'org/a'", "- "),
+        ("models: [~]\nmerge_method: linear", 1, 10, "'models' must be text, not nothing", ""),
+        ("models: [{model: ~}]\nmerge_method: linear", 1, 10, "needs the key 'model'", ""),
+        ("models: [{model: ''}]\nmerge_method: linear", 1, 11, "'model' must be text, not ''", ""),
+        ("models: [a, b]", 1, 1, "merge_method is missing", "adapters alone"),
+        ("base_model: b\nadapters: [a]\nmerge_method: fild", 3, 1, "unknown merge method", "did you mean 'fold'?"),
+        ("base_model: b\nadapters: [a]\nmerge_method: zzz", 3, 1, "unknown merge method 'zzz'", "known: "),
+        ("adapters: [a]", 1, 1, "adapters need a base_model", "trained on"),
+        ("merge_method: ties\nmodels: [a]", 1, 1, "ties needs a base_model", "tuned from"),
+        ("merge_method: slerp\nmodels: [a]\nparameters: {t: 1}", 1, 1, "slerp needs a base_model", "tuned from"),
+        (GOOD + "- {model: org/a, parameters: {weight: 1}}", 4, 3, "'org/a' is listed twice", "add its weights"),
+        (GOOD + "parameters: {normalise: true}", 4, 14, "linear has no parameter 'normalise'", "'normalize'?"),
+        (GOOD + "parameters: {qqq: true}", 4, 14, "linear has no parameter 'qqq'", "linear takes: "),
+        (GOOD + "- {model: b, parameters: {normalize: true}}", 4, 27, "one value for the whole merge", "top"),
+        (GOOD + "- {model: b, parameters: {weight: true}}", 4, 27, "'weight' must be a number, not true", ""),
+        (GOOD + "- {model: b, parameters: {weight: heavy}}", 4, 27, "must be a number, true or false, not 'heavy'", ""),
+        (GOOD + "- {model: b, parameters: {weight: []}}", 4, 27, "'weight' is an empty list", "at least one"),
+        (
+            GOOD + "- {model: b, parameters: {weight: [1, []]}}",
+            4,
+            39,
+            "must be a number, true or false, not a list",
+            "",
+        ),
+        (GOOD + "- {model: b, parameters: {weight: [1, {value: 1}]}}", 4, 27, "mixes numbers and filters", ""),
+        (GOOD + "- {model: b, parameters: {weight: {valeu: 1}}}", 4, 36, "unknown key 'valeu'", "'value'?"),
+        (GOOD + "- {model: b, parameters: {weight: {filter: 3, value: 1}}}", 4, 36, "a filter must be text, not 3", ""),
+        (GOOD + "- {model: b, parameters: {weight: [{value: []}]}}", 4, 37, "'weight' is an empty list", ""),
+        (GOOD + "- {model: b, parameters: {weight: [{value: ~}]}}", 4, 37, "number, true or false, not nothing", ""),
+        (GOOD + "- {model: b, parameters: {weight: .nan}}", 4, 27, "must be a finite number, not nan", ""),
+        (GOOD + "- {model: b, parameters: {weight: -.inf}}", 4, 27, "must be a finite number, not -inf", ""),
+        (GOOD + "- {model: b, parameters: {weight: 1e400}}", 4, 27, "must be a finite number, not inf", ""),
+        (GOOD + f"- {{model: b, parameters: {{weight: 1{'0' * 400}}}}}", 4, 27, "must be a number", ""),
+        (GOOD + "- {model: b, parameters: {weight: !!int x}}", 4, 35, "'x' is not a value of the tag", ""),
+        (GOOD + "- {model: b, parameters: {weight: 0b_}}", 4, 35, "'0b_' is not a value of the tag", ""),
+        (GOOD + f"- {{model: b, parameters: {{weight: {'9' * 5000}}}}}", 4, 35, "is not a value of the tag", ""),
+        (GOOD + "parameters: {normalize: maybe}", 4, 14, "must be a number, true or false, not 'maybe'", ""),
+        (GOOD + "parameters: {normalize: 2}", 4, 14, "'normalize' must be true or false, not 2", ""),
+        (GOOD + "parameters: {normalize: 1, normalize: 2}", 4, 28, "'normalize' stands here a second time", ""),
+        (GOOD + "merge_method: ties", 4, 1, "'merge_method' stands here a second time", ""),
+        (GOOD + "? [a]\n: b", 4, 3, "a key must be plain text", ""),
+        (GOOD + "2026-01-01: b", 4, 1, "a key must be plain text", ""),
+        (GOOD + "<<: 5", 4, 5, "'<<' takes a mapping", ""),
+        (GOOD + "name: !!python/object/apply:os.system ['touch PWNED']", 4, 7, "the tag tag:yaml.org,2002:python", ""),
+        (GOOD + "name: !!python/name:os.system", 4, 7, "is not allowed", ""),
+        (GOOD + "name: !!binary aGk=", 4, 7, "is not allowed", ""),
+        (GOOD + "name: !!set {a}", 4, 7, "is not allowed", ""),
+        (GOOD + "name: !mine {a: b}", 4, 7, "the tag !mine is not allowed", ""),
+        (GOOD + "---\na: b", 5, 1, "a second document starts here", ""),
+        (GOOD + "a: [1, 2", 4, 9, "not YAML", ""),
+        (GOOD + "a: &x [*x]", 4, 4, "an alias contains itself", ""),
+        (GOOD + "a: &x {b: *x}", 4, 4, "an alias contains itself", ""),
+        (GOOD + "a: *nowhere", 4, 4, "undefined alias", ""),
+        (GOOD + 'a: "\\ud800"', 4, 4, "surrogate", ""),
+        (GOOD + "a: " + "[" * 40 + "]" * 40, 4, 35, "nested more than 32 levels deep", ""),
+        (GOOD + "a: " + "[" * 5000, 4, 35, "nested more than 32 levels deep", ""),
+        (GOOD + "a: " + "{a: " * 5000, 4, 128, "nested more than 32 levels deep", ""),
+        (GOOD + "slices: []", 4, 1, "'slices' is not carried out by this version", "take it out"),
+        (GOOD + "modules: {a: b}", 4, 1, "'modules' is not carried out", ""),
+        (GOOD + "tokenizer: {source: union}", 4, 1, "'tokenizer' is not carried out", ""),
+        (GOOD + "chat_template: auto", 4, 1, "'chat_template' is not carried out", ""),
+        (GOOD + "tokenizer_source: union", 4, 1, "tokenizer_source 'union' is not carried out", "base"),
+        (GOOD + "output: {gguf: [q8_0]}", 4, 10, "'output.gguf' is not carried out", ""),
+        (GOOD + "output: {adapter: {rank: 8}}", 4, 10, "'output.adapter' is not carried out", ""),
+        (GOOD + "output: {publish: {}}", 4, 10, "'output.publish' is not carried out", ""),
+        (GOOD + "output: {safetensors: false}", 4, 10, "nothing would be written", ""),
+        (GOOD + "output: {shard_size: 0}", 4, 10, "a size must be at least one byte", ""),
+        (GOOD + "output: {path: 5}", 4, 10, "'path' must be text, not 5", "quote it"),
+        (GOOD + "random_seed: true", 4, 1, "'random_seed' must be a whole number of at least 0, not true", ""),
+        (GOOD + "random_seed: 1.5", 4, 1, "'random_seed' must be a whole number", ""),
+        ("base_model: +a\nadapters: [b]", 1, 1, "'+a' is not path[@revision][+adapter]", ""),
+        ("base_model: b\nadapters: [a+c]", 2, 12, "'a+c' is more than one adapter", "on its own"),
+        ("base_model: b\nadapters: [{weight: 1}]", 2, 12, "'adapters' needs the key 'adapter'", ""),
+        ("base_model: b\nadapters: [{adapter: a, weigth: 1}]", 2, 25, "unknown key 'weigth'", "'weight'?"),
+        ("base_model: b\nadapters: [{adapter: a, weight: true}]", 2, 25, "'weight' must be a number, not true", ""),
+        (
+            "base_model: b\nadapters: [{adapter: a, parameters: {weight: 1}}]",
+            *(2, 38, "an adapter's weight stands beside it", "move it up"),
+        ),
+        (
+            "base_model: b\nmerge_method: slerp\nparameters: {t: 0.5}\nadapters: [{adapter: a, weight: 0.5}, c]",
+            *(4, 25, "slerp has no parameter 'weight'", ""),
+        ),
+        (GOOD + "- {model: b, adapters: [{adapter: c, weight: true}], parameters: {weight: 1}}", 4, 38, "a number", ""),
+        (
+            GOOD + "- {model: b, adapters: [{adapter: c, parameters: {x: 1}}], parameters: {weight: 1}}",
+            *(4, 38, "folded in by its weight alone", "top 'adapters'"),
+        ),
+    ],
+)
+def test_one_mistake(tmp_path: Path, text: str, line: int, column: int, message: str, hint: str) -> None:
+    matching = [one for one in problems_of(text, tmp_path) if message in one.message]
+    assert matching, f"not reported; instead: {[str(one) for one in problems_of(text, tmp_path)]}"
+    assert (matching[0].line, matching[0].column) == (line, column)
+    assert hint in matching[0].hint
+
+
+@pytest.mark.parametrize("density", ["0", "-0.1", "1.5", "[0.5, 0]", "{filter: mlp, value: 2}", ".nan"])
+def test_density_lies_above_zero_and_up_to_one(tmp_path: Path, density: str) -> None:
+    start = "merge_method: ties\nbase_model: b\nmodels:\n- {model: a, parameters: {weight: 1, density: "
+    found = problems_of(start + density + "}}", tmp_path)
+    assert [(one.line, one.message.split(", not")[0]) for one in found] == [(4, "'density' must lie in (0, 1]")]
+    (tmp_path / "good.yaml").write_text(start + "1}}")
+    read(tmp_path / "good.yaml", METHODS)
+
+
+@pytest.mark.parametrize("code", ["0b_", "0x_", "1:", "!!bool maybe", "!!float x", "!!timestamp x", "="])
+def test_odd_scalars_are_never_a_traceback(tmp_path: Path, code: str) -> None:
+    problems_of(GOOD + f"dtype: {code}", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ['a: "\\UFFFFFFFF"', "%YAML " + "1" * 5000 + ".1\n---\na: b", "a: \x07", "\ufeff\ufeffa"]
+)
+def test_what_pyyaml_stumbles_over(tmp_path: Path, text: str) -> None:
+    problems_of(text, tmp_path)
+
+
+def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    started = time.monotonic()
+    (problem,) = problems_of("\n".join(lines), tmp_path)
+    assert "more than 100,000 values once aliases are expanded" in problem.message
+    assert problem.line
+    assert time.monotonic() - started < 10
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    for content, message in (
+        (b"", "is empty"),
+        (b"# a comment\n", "is empty"),
+        (b"merge_method: \xff\xfe", "is not UTF-8"),
+        (GOOD.encode("utf-16"), "is not UTF-8"),
+        (b"#" * (LARGEST_FILE + 1), "is larger than 1 MiB"),
+    ):
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(content)
+        with pytest.raises(RecipeError, match=message):
+            read(path, METHODS)
+    for path, message in (
+        (tmp_path / "missing.yaml", "there is no recipe"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "recipe.yaml" / "x", "cannot be read"),
+        (tmp_path / ("x" * 300), "cannot be read"),
+        (Path("/dev/zero"), "is larger than 1 MiB"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            read(path, METHODS)
+    (tmp_path / "recipe.yaml").write_text("# " + "x" * (LARGEST_FILE - len(GOOD) - 3) + "\n" + GOOD)
+    read(tmp_path / "recipe.yaml", METHODS)
+
+
+def test_a_number_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-5 as text."""
+    (tmp_path / "recipe.yaml").write_text(GOOD.replace("weight: 1", "weight: [1e-5, {0}]".replace("{0}", "2E3")))
+    (model,) = read(tmp_path / "recipe.yaml", METHODS).models
+    assert model.parameters["weight"] == [1e-5, 2000.0]
+
+
+def test_merge_keys(tmp_path: Path) -> None:
+    text = """\
+merge_method: ties
+base_model: b
+models:
+- &first {model: a, parameters: &own {weight: 1, density: 0.5}}
+- {<<: *first, model: c}
+- model: d
+  parameters: {<<: [{weight: 3}, *own], density: 0.25}
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    models = read(tmp_path / "recipe.yaml", METHODS).models
+    assert [str(model) for model in models] == ["a", "c", "d"]
+    assert [dict(model.parameters) for model in models] == [
+        {"weight": 1, "density": 0.5},
+        {"weight": 1, "density": 0.5},
+        {"weight": 3, "density": 0.25},
+    ]
+
+
+# --- from Python
+
+
+def test_a_dict_with_what_python_has(tmp_path: Path) -> None:
+    value: dict[str, Any] = {
+        "base_model": tmp_path / "base",
+        "adapters": ({"adapter": "a", "weight": numpy.float32(0.5)}, {"adapter": "b", "weight": numpy.int64(2)}),
+        "random_seed": numpy.uint8(3),
+        "parameters": {"normalize": numpy.bool_(True)},
+    }
+    recipe = read({**value, "parameters": {"normalize": True}}, METHODS)
+    assert [adapter.weight for adapter in recipe.adapters] == [0.5, 2]
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert read(tmp_path / "recipe.yaml", METHODS) == recipe
+
+
+def test_a_dict_has_no_lines() -> None:
+    with pytest.raises(RecipeError) as caught:
+        read({1: 2, "merge_method": "ties"}, METHODS)
+    assert [(one.line, one.message) for one in caught.value.problems] == [
+        (0, "nothing to merge"),
+        (0, "ties needs a base_model"),
+        (0, "unknown key '1'"),
+    ]
+
+
+# --- --set
+
+
+def test_overrides(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    sets = (
+        "models.0.parameters.weight=1e-3",
+        "parameters.normalize=false",
+        "output.path=a b=c",
+        "output.shard_size=2GB",
+        "dtype=float16",
+        "models.0.model=org/z@v1",
+        "random_seed=7",
+    )
+    recipe = read(tmp_path / "recipe.yaml", METHODS, sets)
+    assert recipe.models[0].model == ModelRef("org/z", "v1")
+    assert recipe.models[0].parameters == {"weight": 1e-3}
+    assert recipe.parameters == {"normalize": False}
+    assert (recipe.output.path, recipe.output.shard_size) == ("a b=c", 2 * 10**9)
+    assert (recipe.dtype, recipe.random_seed) == ("float16", 7)
+    whole = read(tmp_path / "recipe.yaml", METHODS, ("models=[{model: x, parameters: {weight: [1, 2]}}]",))
+    assert whole.models[0].parameters == {"weight": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dtype", "write PATH=VALUE"),
+        ("=3", "write PATH=VALUE"),
+        ("models.1.model=x", "'1' is not an item of a list of 1"),
+        ("models.-1.model=x", "'-1' is not an item"),
+        ("models.\u00b2.model=x", "is not an item"),
+        ("models.x=1", "'x' is not an item of a list of 1"),
+        ("merge_method.x=1", "'x' is inside 'linear', which is not a mapping"),
+        ("dtype=bfloat61", "did you mean 'bfloat16'"),
+        ("dtpye=bfloat16", "unknown key 'dtpye'"),
+        ("a..b=1", "unknown key 'a'"),
+        ("random_seed=[1", "not YAML"),
+        ("random_seed=!!python/none x", "is not allowed"),
+        ("random_seed=", "must be a whole number of at least 0, not ''"),
+    ],
+)
+def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError, match=message.replace("(", r"\(")):
+        read(tmp_path / "recipe.yaml", METHODS, (override,))
+
+
+# --- references
+
+
+@pytest.mark.parametrize(
+    ("written", "model", "adapters"),
+    [
+        ("org/a", ("org/a", None), []),
+        ("org/a@main", ("org/a", "main"), []),
+        ("org/a@v1+org/b", ("org/a", "v1"), [("org/b", None)]),
+        ("org/a+org/b@v2+./c", ("org/a", None), [("org/b", "v2"), ("./c", None)]),
+        ("org/a + org/b", ("org/a", None), [("org/b", None)]),
+        ("./x@1", ("./x", "1"), []),
+        ("./here@2+1", ("./here@2+1", None), []),
+        ("./near+./here@2+1", ("./near", None), [("./here", "2"), ("1", None)]),
+        ("~nobody-of-that-name/x", ("~nobody-of-that-name/x", None), []),
+        ("x" * 5000, ("x" * 5000, None), []),
+    ],
+)
+def test_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, model: tuple[str, str | None], adapters: list[Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here@2+1").mkdir()
+    recipe = read({"merge_method": "linear", "models": [{"model": written, "parameters": {"weight": 1}}]}, METHODS)
+    assert recipe.models[0].model == ModelRef(*model)
+    assert [one.adapter for one in recipe.models[0].adapters] == [ModelRef(*one) for one in adapters]
+
+
+def test_mergekits_long_form_of_a_reference() -> None:
+    long = {"model": {"path": "org/a", "revision": "v1"}, "lora": {"path": "org/l", "revision": "v2"}}
+    recipe = read({"merge_method": "linear", "models": [{"model": long, "parameters": {"weight": 1}}]}, METHODS)
+    assert recipe.models[0].model == ModelRef("org/a", "v1")
+    assert recipe.models[0].adapters[0].adapter == ModelRef("org/l", "v2")
+
+
+# --- speed
+
+
+def test_a_bad_recipe_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("merge_method: tis\nmodels: [a]\n")
+    code = """
+import sys
+from mergeforge.errors import RecipeError
+from mergeforge.methods import METHODS
+from mergeforge.recipe import json_schema, read
+try:
+    read(sys.argv[1], METHODS)
+except RecipeError as error:
+    assert "did you mean 'ties'" in str(error), error
+else:
+    raise SystemExit("it was accepted")
+json_schema()
+heavy = {"torch", "numpy", "transformers", "huggingface_hub", "safetensors"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "recipe.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
