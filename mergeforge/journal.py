@@ -30,7 +30,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished tile: the checksum (32 hex digits) of each of its blocks, and facts for the receipt."""
+    """A finished tile: the checksum (32 hex digits) of each of its blocks."""
 
     tile: Tile
     checksums: tuple[str, ...]
@@ -44,10 +44,26 @@ class Journal:
         self.fingerprint = fingerprint
         self.done = done
         self.commit = commit
+        self._by_tensor: dict[str, list[Done]] = {}
+        for one in done.values():
+            self._by_tensor.setdefault(one.tile.name, []).append(one)
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise disk_error(error, str(path)) from error
+
+    def held(self, tile: Tile, block_rows: int) -> tuple[str, ...] | None:
+        """The checksums of a tile's blocks; None unless all of them are finished.
+
+        A run that was given another memory cut the tensor otherwise; the blocks are the same.
+        """
+        known = {
+            one.tile.start + at * block_rows: checksum
+            for one in self._by_tensor.get(tile.name, ())
+            for at, checksum in enumerate(one.checksums)
+        }
+        starts = range(tile.start, tile.stop, block_rows)
+        return tuple(known[start] for start in starts) if all(start in known for start in starts) else None
 
     def record(self, finished: Iterable[Done]) -> None:
         """Append tiles whose bytes are synced, and sync the journal."""
@@ -55,7 +71,9 @@ class Journal:
         self._append(
             [{"tile": [one.tile.name, one.tile.start, one.tile.stop], "sums": one.checksums} for one in finished]
         )
-        self.done.update((one.tile, one) for one in finished)
+        for one in finished:
+            self.done[one.tile] = one
+            self._by_tensor.setdefault(one.tile.name, []).append(one)
 
     def start_commit(self, commit: Commit) -> None:
         """Record that everything is written and synced, and what is going to be moved and removed."""

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.checksums import tensor_checksum
-from mergeforge.journal import Done
+from mergeforge.journal import Journal
 from mergeforge.planning import Plan
 from mergeforge.sources.checkpoint import Checkpoint
-from mergeforge.tensors import Tile
 
 FORMAT = 1
 
 
-def receipt(plan: Plan, done: Mapping[Tile, Done], sides: Mapping[str, bytes | Path], seconds: float) -> bytes:
+def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], seconds: float) -> bytes:
     """mergeforge.json as bytes. The `run` part differs from run to run; the rest does not."""
     tensors = {}
     for piece in plan.pieces:
-        sums = [one for tile in piece.tiles for one in done[tile].checksums]
+        sums = [one for tile in piece.tiles for one in journal.held(tile, piece.info.block_rows) or ()]
         tensors[piece.info.name] = {
             "action": plan.actions[piece.info.name],
             "dtype": piece.info.dtype,
@@ -67,14 +66,22 @@ def _input(table: Checkpoint) -> dict[str, Any]:
 def _run(plan: Plan, seconds: float) -> dict[str, Any]:
     import torch
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "seconds": round(seconds, 3),
         "device": plan.budget.device,
         "threads": plan.budget.threads,
         "memory": plan.budget.memory,
-        "peak_rss": peak,
+        "peak_rss": _peak(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def _peak() -> int:
+    """This process's peak resident memory. (getrusage counts the memory of the process that started it, too.)"""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -55,7 +55,7 @@ def run(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Iterator
         if workspace.journal.commit is None:
             yield from _carry_all(plan, workspace)
             sides = _side_files(plan)
-            sides[RECEIPT] = receipt(plan, workspace.journal.done, sides, time.monotonic() - started)
+            sides[RECEIPT] = receipt(plan, workspace.journal, sides, time.monotonic() - started)
             workspace.stage(sides)
         workspace.commit()
     finally:
@@ -186,6 +186,7 @@ class _Crew:
         self.results: queue.Queue[Done | BaseException | None] = queue.Queue()
         self.stop = threading.Event()
         self.waiting: list[Done] = []
+        self.block_rows = {piece.info.name: piece.info.block_rows for piece in plan.pieces}
         self.inputs = _input_files(plan)
         self.failed = False
 
@@ -241,7 +242,9 @@ class _Crew:
 
     def _settle(self) -> None:
         """Make finished tiles durable, then note them in the journal."""
-        fresh = [one for one in self.waiting if self.journal.done.get(one.tile) != one]
+        fresh = [
+            one for one in self.waiting if self.journal.held(one.tile, self.block_rows[one.tile.name]) != one.checksums
+        ]
         if fresh:
             try:
                 self.files.sync()
@@ -277,9 +280,10 @@ class _Crew:
             job = self.jobs.popleft()
         except IndexError:
             return  # another worker took the last one
-        if all(self._holds(tile, job.piece, worker) for tile in job.tiles):
-            for tile in job.tiles:
-                self.results.put(self.journal.done[tile])
+        held = [self._held(tile, job.piece, worker) for tile in job.tiles]
+        if all(held):
+            for done in held:
+                self.results.put(done)
             return
         extent = self.plan.layout.extents[job.piece.info.name]
         try:
@@ -295,16 +299,17 @@ class _Crew:
         except (MemoryError, RuntimeError) as error:
             raise _out_of_memory(error, job.piece) from error
 
-    def _holds(self, tile: Tile, piece: Piece, worker: Worker) -> bool:
-        """Whether an interrupted run wrote this tile and the disk still holds it."""
-        done = self.journal.done.get(tile)
-        if done is None:
-            return False
+    def _held(self, tile: Tile, piece: Piece, worker: Worker) -> Done | None:
+        """A tile that an interrupted run wrote and that the disk still holds, or None."""
+        checksums = self.journal.held(tile, piece.info.block_rows)
+        if checksums is None:
+            return None
         worker.clear()
         extent = self.plan.layout.extents[tile.name]
         data = worker.take(tile.rows * piece.info.row_nbytes)
         self.files.read(extent.file, data.numpy().data, extent.offset + tile.start * piece.info.row_nbytes)
-        return block_checksums(data, tile, piece.info) == done.checksums
+        same = block_checksums(data, tile, piece.info) == checksums
+        return Done(tile, checksums) if same else None
 
 
 def _jobs(plan: Plan) -> Iterator[_Job]:
