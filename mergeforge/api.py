@@ -8,6 +8,7 @@ from typing import Any
 
 from mergeforge import running
 from mergeforge.errors import RecipeError
+from mergeforge.methods import METHODS
 from mergeforge.planning import Plan, make_plan
 from mergeforge.recipe import Recipe
 
@@ -75,20 +76,24 @@ def _recipe(
     method: str | None,
     parameters: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    count = len(models) + len(adapters)
-    if weights and len(weights) != count:
-        raise RecipeError(f"{len(weights)} weights for {count} models and adapters")
-    each = list(weights) or [1.0] * count
+    each: list[float | None] = [float(weight) for weight in weights]
+    if each and len(each) != len(models) + len(adapters):
+        raise RecipeError(f"{len(each)} weights for {len(models)} models and {len(adapters)} adapters")
+    if not each:
+        takes_weight = method is None or method not in METHODS or "weight" in METHODS[method].parameters
+        each = [1.0 if takes_weight else None] * (len(models) + len(adapters))
     parts: dict[str, Any] = {
         "merge_method": method,
         "base_model": base_model,
-        "models": [
-            {"model": model, "parameters": {"weight": weight}} for model, weight in zip(models, each, strict=False)
-        ],
+        "models": [_weighted_model(model, weight) for model, weight in zip(models, each, strict=False)],
         "adapters": [
-            {"adapter": adapter, "weight": weight}
+            {"adapter": adapter} | ({} if weight is None else {"weight": weight})
             for adapter, weight in zip(adapters, each[len(models) :], strict=True)
         ],
         "parameters": dict(parameters or {}),
     }
     return {key: value for key, value in parts.items() if value}
+
+
+def _weighted_model(model: str, weight: float | None) -> dict[str, Any]:
+    return {"model": model} | ({} if weight is None else {"parameters": {"weight": weight}})

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge.budget import Worker, steady_malloc, viewed
+from mergeforge.budget import Worker, one_torch_thread, steady_malloc, viewed
 from mergeforge.card import model_card
 from mergeforge.checksums import block_checksums
 from mergeforge.disk import InputFile
@@ -169,8 +169,8 @@ def _carry_all(plan: Plan, workspace: Workspace) -> Iterator[Tile]:
     files = OutputFiles(workspace.folder, plan.layout)
     try:
         files.open()
-        crew = _Crew(plan, workspace, files)
-        yield from crew.finished()
+        with one_torch_thread():  # and whatever the caller had, afterwards
+            yield from _Crew(plan, workspace, files).finished()
     finally:
         files.close()
 
