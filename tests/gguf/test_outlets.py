@@ -1,0 +1,147 @@
+"""GGUF outlets: any strips of a stored tensor land where the whole tensor, rearranged at once, would stand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mergeforge import tensors
+from mergeforge.architectures import Place
+from mergeforge.layout import Extent
+from mergeforge.quants import QUANT_TYPES
+from mergeforge.sinks import common_strip, strips
+from mergeforge.sinks.gguf import GGUFOutlet
+from mergeforge.tensors import TensorInfo
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 640)  # 20 rows of 32 columns: no multiple of a head
+
+
+def written(place: Place, values: torch.Tensor, kind: str = "F32") -> np.ndarray:
+    """The GGUF tensor that the outlet fills strip by strip, a byte array; what nobody wrote is 255."""
+    info = TensorInfo("w", "F32", tuple(values.shape))
+    encoding = QUANT_TYPES[kind]
+    nbytes = math.prod(place.shape[:-1]) * encoding.row_nbytes(place.shape[-1])
+    outlet = GGUFOutlet("q", info, place, encoding, Extent("f", 64, nbytes), "cpu")
+    file = np.full(64 + nbytes, 255, dtype=np.uint8)
+    rows = values.reshape(info.rows, info.columns)
+    assert common_strip(info.block_rows, [outlet], info.rows) % outlet.strip_rows in (0, info.rows % outlet.strip_rows)
+    for start, stop in strips(0, info.rows, outlet):
+        into = torch.empty(outlet.nbytes(start, stop), dtype=torch.uint8)
+        before = rows[start:stop].clone()
+        outlet.encode(rows[start:stop], start, into)
+        assert torch.equal(rows[start:stop], before)
+        assert len(into) <= outlet.row_nbytes * (stop - start)
+        at = 0
+        for offset, size in outlet.runs(start, stop):
+            file[offset : offset + size] = into[at : at + size].numpy()
+            at += size
+        assert at == len(into)
+    assert (file[:64] == 255).all()
+    return file[64:]
+
+
+def as_floats(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return data.view(np.float32).reshape(shape)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_rows_as_they_are() -> None:
+    values = random(50, 32)
+    assert np.array_equal(as_floats(written(Place("t", (50, 32)), values), (50, 32)), values.numpy())
+
+
+def test_rotary_rows_are_interleaved() -> None:
+    values, rows = random(64, 32), np.arange(64).reshape(4, 2, 8).swapaxes(1, 2).ravel()
+    assert np.array_equal(as_floats(written(Place("t", (64, 32), rows=rows), values), (64, 32)), values.numpy()[rows])
+
+
+def test_fused_rows_become_three_runs() -> None:
+    values = random(3 * 30, 32)
+    rows = np.concatenate([np.arange(90).reshape(5, 3, 6)[:, part].ravel() for part in range(3)])
+    assert np.array_equal(as_floats(written(Place("t", (90, 32), rows=rows), values), (90, 32)), values.numpy()[rows])
+
+
+def test_an_expert_fills_its_slice_and_nothing_else() -> None:
+    values = random(10, 32)
+    found = as_floats(written(Place("t", (3, 10, 32), first=10), values), (3, 10, 32))
+    assert np.array_equal(found[1], values.numpy())
+    assert (found[[0, 2]].view(np.uint8) == 255).all()
+
+
+def test_gate_and_up_come_out_of_fused_experts() -> None:
+    values, rows = random(4, 24, 32), np.arange(96).reshape(4, 2, 12)
+    for part in range(2):
+        found = written(Place("t", (4, 12, 32), rows=rows[:, part].ravel()), values)
+        assert np.array_equal(as_floats(found, (4, 12, 32)), values.numpy()[:, part * 12 : part * 12 + 12])
+
+
+def test_matrices_are_turned_and_every_second_row_taken() -> None:
+    values = random(4, 32, 24)
+    found = written(Place("t", (4, 12, 32), turn=32, columns=slice(1, None, 2)), values)
+    assert np.array_equal(as_floats(found, (4, 12, 32)), values.numpy().swapaxes(1, 2)[:, 1::2])
+
+
+def test_a_part_of_each_head_is_turned() -> None:
+    values = random(4 * 24, 32)  # 4 heads of 16 + 8 rows
+    heads = np.arange(96).reshape(4, 24)
+    found = written(Place("t", (4, 32, 16), rows=heads[:, :16].ravel(), turn=16), values)
+    assert np.array_equal(as_floats(found, (4, 32, 16)), values.numpy().reshape(4, 24, 32)[:, :16].swapaxes(1, 2))
+
+
+def test_what_is_added_is_added() -> None:
+    values = random(300)
+    assert np.array_equal(as_floats(written(Place("t", (300,), add=1.0), values), (300,)), values.numpy() + 1)
+
+
+def test_vectors_are_stacked() -> None:
+    values = random(8)
+    found = as_floats(written(Place("t", (3, 8), first=2), values), (3, 8))
+    assert np.array_equal(found[2], values.numpy())
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_encoded_rows_are_those_of_the_whole(kind: str) -> None:
+    from mergeforge.quants import encode
+
+    values, rows = random(64, 64), np.arange(64).reshape(4, 2, 8).swapaxes(1, 2).ravel()
+    whole = encode(QUANT_TYPES[kind], values[torch.from_numpy(rows)]).numpy().ravel()
+    assert np.array_equal(written(Place("t", (64, 64), rows=rows), values, kind), whole)
+
+
+def test_importance_is_that_of_the_expert() -> None:
+    from mergeforge.quants import encode
+
+    values, weights = random(3, 10, 32), random(3, 32).abs()
+    info, kind = TensorInfo("w", "F32", (3, 10, 32)), QUANT_TYPES["Q4_0"]
+    place = Place("t", (3, 10, 32))
+    outlet = GGUFOutlet("q", info, place, kind, Extent("f", 0, 30 * 18), "cpu", importance=weights)
+    rows = values.reshape(30, 32)
+    found = []
+    for start, stop in strips(0, 30, outlet):
+        into = torch.empty(outlet.nbytes(start, stop), dtype=torch.uint8)
+        outlet.encode(rows[start:stop], start, into)
+        found.append(into)
+    expected = [encode(kind, values[at], weights[at]).view(-1) for at in range(3)]
+    assert torch.equal(torch.cat(found), torch.cat(expected))
+
+
+@pytest.mark.parametrize(
+    ("kind", "largest", "larger"),
+    [("F16", 65519.0, 65520.0), ("Q4_K", 65504.0, 65505.0), ("BF16", 3.39e38, 3.4e38), ("F32", 3.4e38, math.inf)],
+)
+def test_what_does_not_fit_is_refused(kind: str, largest: float, larger: float) -> None:
+    outlet = GGUFOutlet(
+        "q", TensorInfo("w", "F32", (1, 256)), Place("t", (1, 256)), QUANT_TYPES[kind], Extent("f", 0, 0), "cpu"
+    )
+    assert not outlet.refuses(largest)
+    assert outlet.refuses(larger)
+    assert outlet.refuses(math.nan)

@@ -1,0 +1,101 @@
+"""llama.cpp as a reference, where a test machine has it: its converter and its quantiser.
+
+The converter needs a llama.cpp source tree (the one inside the xllamacpp source package does), named
+by the environment variable MERGEFORGE_LLAMA_CPP; the quantiser is in the xllamacpp wheel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+TREE = os.environ.get("MERGEFORGE_LLAMA_CPP", "")
+needs_converter = pytest.mark.skipif(not TREE, reason="MERGEFORGE_LLAMA_CPP names no llama.cpp tree")
+
+_CONVERT = """
+import json, os, runpy, sys
+tree = sys.argv[1]
+sys.path[:0] = [tree, tree + "/gguf-py"]
+import conversion.base as base
+known = base.TextModel.get_vocab_base_pre
+failed = {}
+for folder, out, outtype, pre in json.load(sys.stdin):
+    base.TextModel.get_vocab_base_pre = (lambda self, tokenizer, pre=pre: pre) if pre else known
+    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", out, "--outtype", outtype]
+    try:
+        runpy.run_path(tree + "/convert_hf_to_gguf.py", run_name="__main__")
+    except BaseException as error:
+        if not (isinstance(error, SystemExit) and not error.code):
+            import traceback; traceback.print_exc()
+            failed[out] = f"{type(error).__name__}: {error}"
+print("RESULT" + json.dumps(failed))
+"""
+
+
+def convert(jobs: Sequence[tuple[Path, Path, str, str]]) -> dict[str, str]:
+    """Run the official converter on (folder, file, outtype, pre or ""); what failed, by file, and why."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CONVERT, TREE],
+        input=json.dumps([[str(item) for item in job] for job in jobs]),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stderr[-4000:]
+    failed: dict[str, str] = json.loads(lines[-1].removeprefix("RESULT"))
+    return failed
+
+
+@dataclass(frozen=True)
+class Read:
+    """A GGUF file: key -> (type names, value), tensor -> (type name, shape slowest first, bytes)."""
+
+    keys: dict[str, tuple[tuple[str, ...], Any]]
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def read(path: Path) -> Read:
+    """All of a small GGUF file, by the gguf package's own reader; both dicts in the order of the file."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    keys = {
+        name: (tuple(kind.name for kind in field.types), field.contents())
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
+    tensors = {
+        one.name: (one.tensor_type.name, tuple(int(n) for n in reversed(one.shape)), np.asarray(one.data).tobytes())
+        for one in reader.tensors
+    }
+    return Read(keys, tensors)
+
+
+QUANTISER = os.environ.get("MERGEFORGE_LIBLLAMA", "")
+needs_quantiser = pytest.mark.skipif(not QUANTISER, reason="MERGEFORGE_LIBLLAMA names no libllama.so")
+
+
+def quantise(source: Path, target: Path, file_type: int, threads: int = 1) -> None:
+    """llama-quantize's work, by the function that it calls (llama.h, llama_model_quantize)."""
+    import ctypes
+
+    class Settings(ctypes.Structure):  # its first two members are the number of threads and the file type
+        _fields_ = (("threads", ctypes.c_int32), ("file_type", ctypes.c_int32), ("rest", ctypes.c_int32 * 62))
+
+    library = ctypes.CDLL(QUANTISER)
+    library.llama_model_quantize_default_params.restype = Settings
+    library.llama_model_quantize.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Settings))
+    settings = library.llama_model_quantize_default_params()
+    settings.threads, settings.file_type = threads, file_type
+    code = library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
+    assert code == 0, f"llama_model_quantize: {code}"
