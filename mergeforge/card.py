@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mergeforge.planning import Plan
+from mergeforge.sizes import show_size
 from mergeforge.sources.checkpoint import Checkpoint
 
 _LICENCE = ("license", "license_name", "license_link")
@@ -31,7 +32,7 @@ Merged with [mergeforge](https://pypi.org/project/mergeforge/) by the method `{p
 
 {sources}
 
-## What was done
+{_files(plan)}## What was done
 
 | tensors | way |
 |---|---|
@@ -59,11 +60,39 @@ def _front_matter(plan: Plan) -> dict[str, Any]:
         del front["base_model"]
     else:
         front["base_model_relation"] = "merge" if merged else "finetune"
-    front |= {"library_name": "transformers", "tags": ["merge", "mergeforge"]}
+    exported = not plan.checkpoint.files
+    if exported and not merged and "base_model" in front:
+        front["base_model_relation"] = "quantized"
+    tags = ["mergeforge", *(["gguf"] if plan.ggufs else [])]
+    if merged or not exported:
+        tags.insert(0, "merge")
+    front |= {"library_name": "gguf" if exported else "transformers", "tags": tags}
     licences = [_licence(model.checkpoint) for model in models]
     if licences and licences[0] and all(one == licences[0] for one in licences):
         front |= licences[0]
     return front
+
+
+def _files(plan: Plan) -> str:
+    """The GGUF files: type, size, bits a weight, and what they were quantised from."""
+    if not plan.ggufs:
+        return ""
+    rows = "\n".join(
+        f"| {', '.join(gguf.layout.files)} | {gguf.mix.label} | {show_size(gguf.layout.nbytes)} "
+        f"| {gguf.bits_per_weight:.2f} |"
+        for gguf in plan.ggufs
+    )
+    stored = plan.recipe.output.gguf_from == "stored"
+    origin = "the 16-bit values of the safetensors" if stored else "the merged float32 values, not from a 16-bit copy"
+    return f"""## GGUF files
+
+| file | type | size | bits per weight |
+|---|---|---|---|
+{rows}
+
+Encoded from {origin}.
+
+"""
 
 
 def _described(table: Checkpoint) -> str:

@@ -1,6 +1,6 @@
-"""Checksums of output tensors: of each block, and of a tensor from those of its blocks.
+"""Checksums of what is written: of each strip (in safetensors a block), and of a tensor from those of its strips.
 
-XXH3-128 over each block's bytes; a tensor's is XXH3-128 over its blocks' digests in order, so tiles
+XXH3-128 over each strip's bytes; a tensor's is XXH3-128 over its strips' digests in order, so tiles
 can be written in any order and a part can be checked alone. It guards against damage, not against
 forgery (40 GB/s here; SHA-256 takes 1.5 GB/s and would slow every merge).
 """
@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from mergeforge.tensors import TensorInfo, Tile, blocks
-
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def block_checksums(data: Tensor, tile: Tile, info: TensorInfo) -> tuple[str, ...]:
-    """Hex digests of a tile's blocks; `data` holds the tile's bytes (uint8, on the CPU)."""
-    view, width = data.numpy().data, info.row_nbytes
-    ranges = ((start - tile.start, stop - tile.start) for start, stop in blocks(tile, info))
-    return tuple(xxhash.xxh3_128_hexdigest(view[start * width : stop * width]) for start, stop in ranges)
+def strip_checksums(data: Tensor, sizes: Iterable[int]) -> tuple[str, ...]:
+    """Hex digests of strips that follow one another in `data` (uint8, on the CPU); `sizes` in bytes."""
+    view, at, found = data.numpy().data, 0, []
+    for size in sizes:
+        found.append(xxhash.xxh3_128_hexdigest(view[at : at + size]))
+        at += size
+    return tuple(found)
 
 
 def tensor_checksum(checksums: Iterable[str]) -> str:
-    """Hex digest of a whole tensor from those of its blocks, in order."""
+    """Hex digest of a whole tensor from those of its strips, in order."""
     return xxhash.xxh3_128_hexdigest(b"".join(bytes.fromhex(one) for one in checksums))

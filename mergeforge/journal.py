@@ -1,8 +1,8 @@
 """Which tiles are safely on disk, and of which merge.
 
 One line a record, each with its own CRC, so that a torn last line is seen and dropped. A tile is
-recorded only after its bytes were synced; the journal is synced after that. The checksums of the
-tile's blocks stand with it: a resumed run checks them instead of believing the disk.
+recorded only after its bytes were synced; the journal is synced after that. The checksums of all
+that was written of the tile stand with it: a resumed run checks them instead of believing the disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +28,15 @@ class Commit:
     removes: tuple[str, ...]
 
 
+Checksums = Mapping[str, tuple[str, ...]]  # an outlet's key -> 32 hex digits for each strip
+
+
 @dataclass(frozen=True)
 class Done:
-    """A finished tile: the checksum (32 hex digits) of each of its blocks."""
+    """A finished tile: for each outlet, the checksums of its strips."""
 
     tile: Tile
-    checksums: tuple[str, ...]
+    checksums: Checksums
 
 
 class Journal:
@@ -52,17 +55,21 @@ class Journal:
         except OSError as error:
             raise disk_error(error, str(path)) from error
 
-    def held(self, tile: Tile, block_rows: int) -> tuple[str, ...] | None:
-        """The checksums of a tile's blocks; None unless all of them are finished.
+    def held(self, tile: Tile, strip_rows: Mapping[str, int]) -> Checksums | None:
+        """The checksums of a tile's strips for each outlet; None unless all of them are finished.
 
-        A run that was given another memory cut the tensor otherwise; the blocks are the same.
+        A run that was given another memory cut the tensor otherwise; the strips are the same.
         """
+        found = {key: self._held(tile, key, rows) for key, rows in strip_rows.items()}
+        return {key: sums for key, sums in found.items() if sums} if all(found.values()) else None
+
+    def _held(self, tile: Tile, key: str, strip_rows: int) -> tuple[str, ...] | None:
         known = {
-            one.tile.start + at * block_rows: checksum
+            one.tile.start + at * strip_rows: checksum
             for one in self._by_tensor.get(tile.name, ())
-            for at, checksum in enumerate(one.checksums)
+            for at, checksum in enumerate(one.checksums.get(key, ()))
         }
-        starts = range(tile.start, tile.stop, block_rows)
+        starts = range(tile.start, tile.stop, strip_rows)
         return tuple(known[start] for start in starts) if all(start in known for start in starts) else None
 
     def record(self, finished: Iterable[Done]) -> None:
@@ -120,7 +127,7 @@ def read_journal(folder: Path) -> Journal | None:
     for record in records:
         if "tile" in record:
             tile = Tile(*record["tile"])
-            done[tile] = Done(tile, tuple(record["sums"]))
+            done[tile] = Done(tile, {key: tuple(sums) for key, sums in record["sums"].items()})
         elif "commit" in record:
             commit = Commit(tuple(record["commit"]), tuple(record["removes"]))
     return Journal(path, records[0]["merge"], done, commit)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,11 @@ class Extent:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to write: what its first bytes are, and its whole size."""
+    """A file to write: its first bytes, its whole size, and what else is known of it (offset -> bytes)."""
 
     header: bytes
     nbytes: int
+    known: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,20 @@ class Layout:
 
 
 class OutputFiles:
-    """The layout's files in a folder, open for writing at known offsets.
+    """Files in a folder, open for writing at known offsets.
 
     New files get their whole size and header at once; files of an interrupted run are taken over
     when their size is right. Raises BudgetError when the disk is full.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, OutputFile]) -> None:
         self.folder = folder
-        self.layout = layout
+        self.files = files
         self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def open(self) -> None:
-        for name, file in self.layout.files.items():
+        for name, file in self.files.items():
             path = self.folder / name
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             try:
@@ -73,7 +74,8 @@ class OutputFiles:
             if os.fstat(fd).st_size > file.nbytes:
                 os.ftruncate(fd, 0)  # not what an earlier run of this merge left
             preallocate(fd, file.nbytes, str(path))
-            write_at(fd, memoryview(file.header), 0, str(path))
+            for offset, content in {0: file.header, **file.known}.items():
+                write_at(fd, memoryview(content), offset, str(path))
 
     def write(self, name: str, data: Tensor, offset: int, behind: WriteBehind) -> None:
         """Write a CPU tensor's bytes at `offset` of the file."""

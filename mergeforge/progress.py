@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from mergeforge.planning import Plan
+from mergeforge.quants import backend
 from mergeforge.sizes import show_size
 from mergeforge.tensors import Tile
 
@@ -35,13 +36,27 @@ def show_plan(plan: Plan, to: Console) -> None:
         inputs.add_row(escape(name), str(len(table.tensors)), show_size(table.nbytes))
     to.print(inputs, "")
     to.print(_groups(plan), "")
-    files = len(plan.layout.files)
     to.print(f"reads    {show_size(plan.nbytes_read)}")
-    to.print(f"writes   {show_size(plan.nbytes_written)} in {files} safetensors file{'s' if files > 1 else ''}")
+    for line in _written(plan):
+        to.print(line, markup=False)
     device = f"{plan.budget.threads} worker{'s' if plan.budget.threads > 1 else ''} on {plan.budget.device}"
     to.print(f"memory   {show_size(plan.peak)} at most of {show_size(plan.budget.memory)} given, {device}")
     to.print(f"disk     {_disk(plan)}")
     show_notes(plan, to)
+
+
+def _written(plan: Plan) -> Iterator[str]:
+    """What is written, a line a format."""
+    files = len(plan.checkpoint.files)
+    if files:
+        yield f"writes   {show_size(plan.checkpoint.nbytes)} in {files} safetensors file{'s' if files > 1 else ''}"
+    for gguf in plan.ggufs:
+        sizes = sorted(gguf.encoded.items(), key=lambda item: -item[1])
+        kinds = ", ".join(f"{kind} {show_size(nbytes)}" for kind, nbytes in sizes)
+        name = next(iter(gguf.layout.files))
+        yield f"writes   {show_size(gguf.layout.nbytes)} in {name}: {gguf.bits_per_weight:.2f} bits a weight ({kinds})"
+    if plan.ggufs:
+        yield f"         encoded by {backend(plan.budget.device)} from {plan.recipe.output.gguf_from} values"
 
 
 def show_notes(plan: Plan, to: Console) -> None:
@@ -60,7 +75,11 @@ def plan_facts(plan: Plan) -> dict[str, object]:
         ],
         "bytes_read": plan.nbytes_read,
         "bytes_written": plan.nbytes_written,
-        "files": {name: file.nbytes for name, file in plan.layout.files.items()},
+        "files": {name: file.nbytes for name, file in plan.files.items()},
+        "gguf": [
+            {"type": gguf.mix.label, "files": list(gguf.layout.files), "bits_per_weight": gguf.bits_per_weight}
+            for gguf in plan.ggufs
+        ],
         "peak_memory": plan.peak,
         "memory": plan.budget.memory,
         "threads": plan.budget.threads,

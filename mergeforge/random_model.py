@@ -25,6 +25,28 @@ if TYPE_CHECKING:
 POOL = (1 << 22) + 4099  # elements; no power of two, so that no two rows of a matrix are the same
 STD = 0.02
 CHANGE = 5e-4  # what a short fine-tune moves a weight by
+PAIRS = ("th", "he", "in", "er", "an", "re", "nd", "on", "en", "at", "ou", "ed", "ha", "to", "or", "it", "is", "hi")
+    "th",
+    "he",
+    "in",
+    "er",
+    "an",
+    "re",
+    "nd",
+    "on",
+    "en",
+    "at",
+    "ou",
+    "ed",
+    "ha",
+    "to",
+    "or",
+    "it",
+    "is",
+    "hi",
+    "es",
+    "ng",
+]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -91,6 +113,7 @@ SHAPES = {
     "tiny": Shape(64, 176, 4, 4, 2, 320),
     "demo": Shape(256, 688, 8, 8, 4, 4096),
     "1.1b": Shape(2048, 5632, 22, 32, 4, 32000),  # TinyLlama
+    "llama-1b": Shape(2048, 8192, 16, 32, 8, 128256, tied=True),  # Llama 3.2 1B
     "3b": Shape(3200, 8640, 26, 32, 32, 32000),  # OpenLLaMA 3B
     "7b": Shape(4096, 11008, 32, 32, 32, 32000),  # Llama 2
     "13b": Shape(5120, 13824, 40, 40, 40, 32000),
@@ -181,7 +204,7 @@ def _pool(seed: int, std: float) -> Tensor:
 def _write(folder: Path, layout: Layout, tensors: list[TensorInfo], pool: Tensor, ones: Tensor | None) -> None:
     import torch
 
-    files, behind = OutputFiles(folder, layout), WriteBehind()
+    files, behind = OutputFiles(folder, layout.files), WriteBehind()
     files.open()
     twice = torch.cat([pool, pool])
     for at, info in enumerate(tensors):
@@ -205,9 +228,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE without merges: 256 bytes and three special tokens."""
+    """A byte-level BPE: 256 bytes, three special tokens, and the commonest pairs of English letters."""
     vocabulary = {character: at for at, character in enumerate(_byte_characters())}
     specials = {"<s>": 256, "</s>": 257, "<pad>": 258}
+    vocabulary |= {pair: 259 + at for at, pair in enumerate(PAIRS)}
     added = [
         {
             "id": at,
@@ -240,7 +264,7 @@ def _write_tokenizer(folder: Path) -> None:
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": vocabulary | specials,
-            "merges": [],
+            "merges": [list(pair) for pair in PAIRS],
         },
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -14,7 +14,9 @@ from typing import Any
 
 from mergeforge.checksums import tensor_checksum
 from mergeforge.journal import Journal
-from mergeforge.planning import Plan
+from mergeforge.planning import Piece, Plan
+from mergeforge.sinks import Outlet, Run, joined, strips
+from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sources.checkpoint import Checkpoint
 
 FORMAT = 1
@@ -22,20 +24,18 @@ FORMAT = 1
 
 def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], seconds: float) -> bytes:
     """mergeforge.json as bytes. The `run` part differs from run to run; the rest does not."""
-    tensors = {}
-    for piece in plan.pieces:
-        sums = [one for tile in piece.tiles for one in journal.held(tile, piece.info.block_rows) or ()]
-        tensors[piece.info.name] = {
-            "action": plan.actions[piece.info.name],
-            "dtype": piece.info.dtype,
-            "shape": list(piece.info.shape),
-            "file": plan.layout.extents[piece.info.name].file,
-            "xxh3": tensor_checksum(sums),
-        }
+    tensors = {piece.info.name: _tensor(plan, piece, journal) for piece in plan.pieces}
     files: dict[str, Any] = {
-        name: {"size": file.nbytes, "header_sha256": hashlib.sha256(file.header).hexdigest()}
-        for name, file in plan.layout.files.items()
+        name: {
+            "size": file.nbytes,
+            "header_size": len(file.header),
+            "header_sha256": hashlib.sha256(file.header).hexdigest(),
+        }
+        for name, file in plan.files.items()
     }
+    for gguf in plan.ggufs:
+        for name in gguf.layout.files:
+            files[name]["type"] = gguf.mix.label
     files |= {name: _side_file(content) for name, content in sides.items()}
     value = {
         "format": FORMAT,
@@ -44,12 +44,55 @@ def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], sec
         "recipe": plan.recipe.raw,
         "inputs": [_input(table) for table in plan.inputs.checkpoints],
         "notes": list(plan.notes),
-        "checksum": "xxh3-128 of the xxh3-128 digests of the tensor's blocks (mergeforge/checksums.py)",
+        "checksum": "xxh3-128 of the xxh3-128 digests of the tensor's strips (mergeforge/checksums.py)",
         "tensors": dict(sorted(tensors.items())),
         "files": files,
         "run": _run(plan, seconds),
     }
     return (json.dumps(value, indent=1, default=str) + "\n").encode()
+
+
+def _tensor(plan: Plan, piece: Piece, journal: Journal) -> dict[str, Any]:
+    """What was done to a tensor, and where each format holds it."""
+    held = [journal.held(tile, piece.strip_rows) or {} for tile in piece.tiles]
+    facts: dict[str, Any] = {
+        "action": plan.actions[piece.info.name],
+        "dtype": piece.info.dtype,
+        "shape": list(piece.info.shape),
+    }
+    for outlet in piece.outlets:
+        checksum = tensor_checksum(one for sums in held for one in sums.get(outlet.key, ()))
+        if isinstance(outlet, CheckpointOutlet):
+            facts |= {"file": outlet.file, "xxh3": checksum}
+        else:
+            encoded = {"file": outlet.file, "type": outlet.about, "strips": _strips(outlet, piece), "xxh3": checksum}
+            facts.setdefault("gguf", {})[outlet.key] = encoded
+    return facts
+
+
+def _strips(outlet: Outlet, piece: Piece) -> list[list[list[int]]] | list[int]:
+    """Where the strips lie: [offset, bytes, bytes of a strip] if they follow one another, else each one's runs.
+
+    A run is [offset, bytes, times, distance]: so many pieces, so far apart.
+    """
+    runs = [outlet.runs(*strip) for strip in strips(0, piece.info.rows, outlet)]
+    whole = list(joined(run for strip in runs for run in strip))
+    if len(whole) == 1 and all(len(strip) == 1 for strip in runs):
+        return [*whole[0], runs[0][0][1]]
+    return [_evenly(strip) for strip in runs]
+
+
+def _evenly(runs: list[Run]) -> list[list[int]]:
+    """Runs of one size and distance counted together."""
+    found: list[list[int]] = []
+    for offset, nbytes in runs:
+        last = found[-1] if found else None
+        if last and last[1] == nbytes and (last[2] == 1 or offset == last[0] + last[2] * last[3]):
+            last[3] = offset - last[0] if last[2] == 1 else last[3]
+            last[2] += 1
+        else:
+            found.append([offset, nbytes, 1, 0])
+    return found
 
 
 def _side_file(content: bytes | Path) -> dict[str, Any]:

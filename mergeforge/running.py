@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import queue
 import threading
 import time
@@ -19,18 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge.budget import Worker, one_torch_thread, steady_malloc, viewed
+from mergeforge.budget import Worker, one_torch_thread, steady_malloc
 from mergeforge.card import model_card
-from mergeforge.checksums import block_checksums
+from mergeforge.checksums import strip_checksums
 from mergeforge.disk import InputFile
 from mergeforge.errors import BudgetError, MergeforgeError, SourceError
 from mergeforge.journal import Done
 from mergeforge.layout import OutputFiles
 from mergeforge.planning import Piece, Plan
 from mergeforge.receipt import receipt
-from mergeforge.sinks.checkpoint import index
+from mergeforge.sinks import Outlet, Run, joined, strips
+from mergeforge.sinks.checkpoint import KEY, index
 from mergeforge.sources import Facts, Scan, learn
-from mergeforge.tensors import Tile, blocks, torch_dtype
+from mergeforge.tensors import TensorInfo, Tile, blocks, torch_dtype
+from mergeforge.vocab.modelfile import modelfile
 from mergeforge.workspace import RECEIPT, RECIPE, Workspace
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SYNC_SECONDS = 2.0
-# The smallest magnitude that becomes infinite when it is rounded to the dtype.
-_OVERFLOW = {"F16": 65520.0, "BF16": float.fromhex("0x1.ffp127"), "F32": math.inf, "F64": math.inf}
+Encoded = list[tuple[Outlet, "Tensor"]]  # a tile as every outlet writes it: uint8, on the CPU
 
 
 def run(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Iterator[Tile]:
@@ -72,8 +72,8 @@ def merge(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Path:
 
 def carry(
     piece: Piece, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfinite: bool = False
-) -> Iterator[tuple[Tile, Tensor]]:
-    """Compute tiles of one piece: yields each with its bytes (uint8, on the CPU) as they are written.
+) -> Iterator[tuple[Tile, Encoded]]:
+    """Compute tiles of one piece: yields each with its bytes as every outlet writes them.
 
     A piece that learns gives all its tiles, in order.
     """
@@ -97,43 +97,75 @@ def carry(
         )
 
 
-def _copy(piece: Piece, tile: Tile, worker: Worker) -> Tensor:
+def _copy(piece: Piece, tile: Tile, worker: Worker) -> Encoded:
     """The tile's bytes as they are stored; they never go to a device."""
     stored = piece.way
     raw = worker.take(tile.rows * piece.info.row_nbytes)
     stored.file.read_into(raw.numpy().data, stored.offset + tile.start * piece.info.row_nbytes)  # type: ignore[attr-defined]
-    return raw
+    return [(piece.outlets[0], raw)]
 
 
 def _compute(
     piece: Piece, tile: Tile, worker: Worker, facts: Facts, compute: torch.dtype, allow_nonfinite: bool
-) -> Tensor:
+) -> Encoded:
     import torch
 
-    info = piece.info
     rows = piece.way.stage(range(tile.start, tile.stop), worker, facts, compute)
-    raw = worker.take(tile.rows * info.row_nbytes)
-    out = viewed(raw, info.dtype, info.columns)
+    pens = [_Pen(outlet, piece.info, tile, worker) for outlet in piece.outlets]
     extremes: list[Tensor] = []
-    for start, stop in blocks(tile, info):
-        into = out[start - tile.start : stop - tile.start]
+    for start, stop in blocks(tile, piece.info):
         value = rows(start, stop)
         extremes += value.aminmax()  # NaN carries through
-        if worker.device != "cpu":
-            value = value.to(out.dtype)
-        into.copy_(value, non_blocking=True)
+        for pen in pens:
+            pen.take(value, start)
     worker.wait()
-    if not allow_nonfinite and not float(torch.stack(extremes).abs().amax()) < _OVERFLOW[info.dtype]:
-        raise _nonfinite(piece, tile, out)
-    return raw
+    magnitude = float(torch.stack(extremes).abs().amax())
+    for pen in pens:
+        if pen.outlet.refuses(magnitude) and not (allow_nonfinite and pen.outlet.plain):
+            raise _unfit(piece, tile, pen, magnitude)
+    return [(pen.outlet, pen.raw) for pen in pens]
 
 
-def _nonfinite(piece: Piece, tile: Tile, out: Tensor) -> SourceError:
-    bad = ~out.isfinite().flatten()
+class _Pen:
+    """Writes a tile's rows for one outlet into the staging buffer, strip by strip."""
+
+    def __init__(self, outlet: Outlet, info: TensorInfo, tile: Tile, worker: Worker) -> None:
+        self.outlet = outlet
+        self.info = info
+        self.tile = tile
+        self.worker = worker
+        self.raw = worker.take(sum(outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)))
+        self.used = 0
+        self.gathered: Tensor | None = None  # blocks of a strip that is longer than a block
+
+    def take(self, value: Tensor, start: int) -> None:
+        """The next block: encode it, or keep it until its strip is whole."""
+        if self.outlet.strip_rows == self.info.block_rows:
+            self._encode(value, start)
+            return
+        first = start - start % self.outlet.strip_rows
+        last = min(first + self.outlet.strip_rows, self.info.rows)
+        if self.gathered is None:
+            self.gathered = value.new_empty(self.outlet.strip_rows, value.shape[1])
+        self.gathered[start - first : start - first + len(value)].copy_(value)
+        if start + len(value) == last:
+            self._encode(self.gathered[: last - first], first)
+
+    def _encode(self, rows: Tensor, start: int) -> None:
+        nbytes = self.outlet.nbytes(start, start + len(rows))
+        self.outlet.encode(rows, start, self.raw[self.used : self.used + nbytes])
+        self.used += nbytes
+
+
+def _unfit(piece: Piece, tile: Tile, pen: _Pen, magnitude: float) -> SourceError:
+    """What does not fit the type that it would be written in."""
+    name, about = piece.info.name, pen.outlet.about
+    if pen.outlet.key != KEY or not (dtype := torch_dtype(pen.outlet.plain)):
+        text = f"{name} would hold {magnitude:.6g}, which {about} cannot"
+        return SourceError(text, hint="an input holds such values; if they are finite, gguf bf16 holds them")
+    bad = ~pen.raw.view(dtype).isfinite()
     first = tile.start * piece.info.columns + int(bad.int().argmax())
-    text = (
-        f"{piece.info.name} would hold {int(bad.sum())} infinite or NaN values ({piece.info.dtype}, first at {first})"
-    )
+    text = f"{name} would hold {int(bad.sum())} infinite or NaN values ({about}, first at {first})"
     hint = (
         "an input holds them, or the result does not fit the dtype (try dtype: bfloat16); --allow-nonfinite writes them"
     )
@@ -149,10 +181,13 @@ def _side_files(plan: Plan) -> dict[str, bytes | Path]:
     sides: dict[str, bytes | Path] = dict(plan.side_files)
     if plan.config is not None:
         sides["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
-    shards = index(plan.layout, plan.tensors)
+    shards = index(plan.checkpoint, plan.tensors)
     if shards is not None:
         sides["model.safetensors.index.json"] = shards
     sides["README.md"] = model_card(plan).encode()
+    if plan.ggufs:
+        first = plan.ggufs[0]
+        sides["Modelfile"] = modelfile(next(iter(first.layout.files)), first.keys).encode()
     sides[RECIPE] = plan.recipe.to_yaml().encode()
     return sides
 
@@ -166,7 +201,7 @@ class _Job:
 
 
 def _carry_all(plan: Plan, workspace: Workspace) -> Iterator[Tile]:
-    files = OutputFiles(workspace.folder, plan.layout)
+    files = OutputFiles(workspace.folder, plan.files)
     try:
         files.open()
         with one_torch_thread():  # and whatever the caller had, afterwards
@@ -186,7 +221,7 @@ class _Crew:
         self.results: queue.Queue[Done | BaseException | None] = queue.Queue()
         self.stop = threading.Event()
         self.waiting: list[Done] = []
-        self.block_rows = {piece.info.name: piece.info.block_rows for piece in plan.pieces}
+        self.strip_rows = {piece.info.name: piece.strip_rows for piece in plan.pieces}
         self.inputs = _input_files(plan)
         self.failed = False
 
@@ -243,7 +278,7 @@ class _Crew:
     def _settle(self) -> None:
         """Make finished tiles durable, then note them in the journal."""
         fresh = [
-            one for one in self.waiting if self.journal.held(one.tile, self.block_rows[one.tile.name]) != one.checksums
+            one for one in self.waiting if self.journal.held(one.tile, self.strip_rows[one.tile.name]) != one.checksums
         ]
         if fresh:
             try:
@@ -285,13 +320,9 @@ class _Crew:
             for done in held:
                 self.results.put(done)
             return
-        extent = self.plan.layout.extents[job.piece.info.name]
         try:
-            for tile, data in carry(job.piece, job.tiles, worker, allow_nonfinite=self.plan.allow_nonfinite):
-                sums = block_checksums(data, tile, job.piece.info)
-                offset = extent.offset + tile.start * job.piece.info.row_nbytes
-                self.files.write(extent.file, data, offset, worker.write_behind)
-                self.results.put(Done(tile, sums))
+            for tile, encoded in carry(job.piece, job.tiles, worker, allow_nonfinite=self.plan.allow_nonfinite):
+                self.results.put(Done(tile, {one.key: self._write(one, tile, raw, worker) for one, raw in encoded}))
                 if self.stop.is_set():
                     return
         except ArithmeticError as error:
@@ -299,17 +330,42 @@ class _Crew:
         except (MemoryError, RuntimeError) as error:
             raise _out_of_memory(error, job.piece) from error
 
+    def _write(self, outlet: Outlet, tile: Tile, raw: Tensor, worker: Worker) -> tuple[str, ...]:
+        """Write an encoded tile where it belongs; the checksums of its strips."""
+        at = 0
+        for offset, nbytes in joined(_runs(outlet, tile)):
+            self.files.write(outlet.file, raw[at : at + nbytes], offset, worker.write_behind)
+            at += nbytes
+        return _checksums(outlet, tile, raw)
+
     def _held(self, tile: Tile, piece: Piece, worker: Worker) -> Done | None:
         """A tile that an interrupted run wrote and that the disk still holds, or None."""
-        checksums = self.journal.held(tile, piece.info.block_rows)
+        checksums = self.journal.held(tile, piece.strip_rows)
         if checksums is None:
             return None
-        worker.clear()
-        extent = self.plan.layout.extents[tile.name]
-        data = worker.take(tile.rows * piece.info.row_nbytes)
-        self.files.read(extent.file, data.numpy().data, extent.offset + tile.start * piece.info.row_nbytes)
-        same = block_checksums(data, tile, piece.info) == checksums
-        return Done(tile, checksums) if same else None
+        for outlet in piece.outlets:
+            worker.clear()
+            if _checksums(outlet, tile, self._read(outlet, tile, worker)) != checksums[outlet.key]:
+                return None
+        return Done(tile, checksums)
+
+    def _read(self, outlet: Outlet, tile: Tile, worker: Worker) -> Tensor:
+        """A tile's bytes from the file, as they were encoded."""
+        runs = list(joined(_runs(outlet, tile)))
+        raw, at = worker.take(sum(nbytes for _, nbytes in runs)), 0
+        for offset, nbytes in runs:
+            self.files.read(outlet.file, raw[at : at + nbytes].numpy().data, offset)
+            at += nbytes
+        return raw
+
+
+def _runs(outlet: Outlet, tile: Tile) -> Iterator[Run]:
+    for strip in strips(tile.start, tile.stop, outlet):
+        yield from outlet.runs(*strip)
+
+
+def _checksums(outlet: Outlet, tile: Tile, raw: Tensor) -> tuple[str, ...]:
+    return strip_checksums(raw, [outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)])
 
 
 def _jobs(plan: Plan) -> Iterator[_Job]:

@@ -117,9 +117,10 @@ class Tile:
         return self.stop - self.start
 
 
-def cut(info: TensorInfo, rows: int) -> list[Tile]:
-    """Tiles of at most `rows` rows (at least one block), in order, that cover the tensor."""
-    step = max(1, rows // info.block_rows) * info.block_rows
+def cut(info: TensorInfo, rows: int, strip_rows: int = 0) -> list[Tile]:
+    """Tiles of at most `rows` rows (at least one strip; 0: one block), in order, that cover the tensor."""
+    strip_rows = strip_rows or info.block_rows
+    step = max(1, rows // strip_rows) * strip_rows
     return [Tile(info.name, at, min(at + step, info.rows)) for at in range(0, info.rows, step)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,14 @@ from typing import Any
 import xxhash
 
 from mergeforge.budget import Worker, cores, one_torch_thread
-from mergeforge.checksums import block_checksums, tensor_checksum
+from mergeforge.checksums import strip_checksums, tensor_checksum
+from mergeforge.disk import InputFile
+from mergeforge.engine import Closeness, compare_with_transformers
 from mergeforge.errors import SourceError
-from mergeforge.planning import Plan, make_plan
+from mergeforge.planning import Piece, Plan, make_plan
 from mergeforge.running import carry
+from mergeforge.sinks import strips
+from mergeforge.sinks.checkpoint import KEY
 from mergeforge.sources.safetensors_file import Header, read_header
 from mergeforge.tensors import Tile, blocks
 from mergeforge.workspace import RECEIPT, RECIPE, read_receipt
@@ -51,8 +55,24 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
     problems = _check_files(out, receipt["files"])
     headers = {name: _header(out / name, problems) for name in _weight_files(receipt)}
     problems += _check_tensors(receipt["tensors"], headers)
+    problems += _check_ggufs(out, receipt)
     again = _recompute(out, receipt, problems, everything) if deep and not problems else 0
     return Verdict(len(receipt["files"]), len(receipt["tensors"]), again, tuple(problems))
+
+
+def in_engine(out: str | Path) -> list[Closeness]:
+    """Load every GGUF of a finished merge in llama.cpp and compare it with transformers on the merged folder.
+
+    Raises SourceError when there is no such pair, MissingExtraError without engine or transformers.
+    """
+    out = Path(out)
+    receipt = read_receipt(out)
+    files = [name for name in (receipt or {}).get("files", {}) if name.endswith(".gguf")]
+    if receipt is None or not files or not (out / "config.json").is_file():
+        hint = "merge with output: {safetensors: true, gguf: [...]}"
+        raise SourceError(f"{out} does not hold both a model for transformers and a GGUF", hint=hint)
+    first = [name for name in files if "-of-" not in name or "-00001-of-" in name]
+    return compare_with_transformers(out, {name: receipt["files"][name]["type"] for name in first})
 
 
 def _weight_files(receipt: Mapping[str, Any]) -> list[str]:
@@ -84,6 +104,7 @@ def _header(path: Path, problems: list[str]) -> Header | None:
 def _check_tensors(tensors: Mapping[str, Any], headers: Mapping[str, Header | None]) -> list[str]:
     """Compare every tensor's place, dtype, shape and checksum; one thread a core reads."""
     held = {name: header for file, header in headers.items() if header for name in header.tensors}
+    tensors = {name: facts for name, facts in tensors.items() if "file" in facts}
     problems = [f"{name} stands in a file and not in the receipt" for name in sorted(set(held) - set(tensors))]
 
     def check(name: str) -> str:
@@ -106,6 +127,51 @@ def _check_tensors(tensors: Mapping[str, Any], headers: Mapping[str, Header | No
         return problems + [problem for problem in pool.map(check, tensors) if problem]
 
 
+def _check_ggufs(out: Path, receipt: Mapping[str, Any]) -> list[str]:
+    """Compare the GGUF files' headers and every tensor's bytes with the receipt; one thread a core reads."""
+    files = {name: facts for name, facts in receipt["files"].items() if name.endswith(".gguf")}
+    opened = {name: InputFile(out / name) for name, facts in files.items() if _has_size(out / name, facts["size"])}
+    problems = []
+    for name, file in opened.items():
+        head = bytearray(files[name]["header_size"])
+        file.read_into(memoryview(head), 0)
+        if hashlib.sha256(head).hexdigest() != files[name]["header_sha256"]:
+            problems.append(f"the header of {name} was changed")
+
+    def check(task: tuple[str, str, Mapping[str, Any]]) -> str:
+        name, key, facts = task
+        sums = _strip_sums(opened[facts["file"]], facts["strips"])
+        return "" if tensor_checksum(sums) == facts["xxh3"] else f"{name} is damaged in {facts['file']} ({key})"
+
+    tasks = [
+        (name, key, facts)
+        for name, tensor in receipt["tensors"].items()
+        for key, facts in tensor.get("gguf", {}).items()
+        if facts["file"] in opened
+    ]
+    with ThreadPoolExecutor(cores()) as pool:
+        return problems + [problem for problem in pool.map(check, tasks) if problem]
+
+
+def _strip_sums(file: InputFile, strips: list[Any]) -> Iterator[str]:
+    """Digests of strips as the receipt lists them (receipt.py, _strips)."""
+    if strips and isinstance(strips[0], int):
+        offset, nbytes, step = strips
+        strips = [[[offset + at, min(step, nbytes - at), 1, 0]] for at in range(0, nbytes, step)]
+    for runs in strips:
+        digest = xxhash.xxh3_128()
+        for offset, nbytes, times, distance in runs:
+            for at in range(times):
+                buffer = bytearray(nbytes)
+                file.read_into(memoryview(buffer), offset + at * distance)
+                digest.update(buffer)
+        yield digest.hexdigest()
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
 def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], everything: bool) -> int:
     """Compute some tensors again from the inputs and compare their checksums."""
     import torch
@@ -117,12 +183,26 @@ def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], every
     worker = Worker("cpu", max(piece.staging for piece in plan.pieces))
     with torch.inference_mode(), one_torch_thread():
         for piece in chosen:
-            tiles = carry(piece, piece.tiles, worker, allow_nonfinite=True)
-            sums = [one for tile, data in tiles for one in block_checksums(data, tile, piece.info)]
-            if tensor_checksum(sums) != receipt["tensors"][piece.info.name]["xxh3"]:
+            if _computed(piece, worker) != _noted(receipt["tensors"][piece.info.name]):
                 problems.append(f"{piece.info.name} comes out differently from the inputs as they are now")
     _note_changed_inputs(plan, receipt, problems)
     return len(chosen)
+
+
+def _computed(piece: Piece, worker: Worker) -> dict[str, str]:
+    """The checksum of a tensor for each of its outlets, computed from the inputs."""
+    sums: dict[str, list[str]] = {}
+    for tile, encoded in carry(piece, piece.tiles, worker, allow_nonfinite=True):
+        for outlet, raw in encoded:
+            sizes = [outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)]
+            sums.setdefault(outlet.key, []).extend(strip_checksums(raw, sizes))
+    return {key: tensor_checksum(some) for key, some in sums.items()}
+
+
+def _noted(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The checksums that the receipt holds of a tensor."""
+    noted = {key: encoded["xxh3"] for key, encoded in facts.get("gguf", {}).items()}
+    return noted | ({KEY: facts["xxh3"]} if "xxh3" in facts else {})
 
 
 def _note_changed_inputs(plan: Plan, receipt: Mapping[str, Any], problems: list[str]) -> None:

@@ -65,7 +65,7 @@ class Workspace:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path, content if isinstance(content, bytes) else content.read_bytes())
         sync_folder(self.folder)
-        moves = [*self.plan.layout.files, *side_files]
+        moves = [*self.plan.files, *side_files]
         moves.sort(key=lambda name: (name == RECEIPT, name == INDEX))  # these two last, in this order
         self.journal.start_commit(Commit(tuple(moves), self._replaced()))
 
@@ -142,7 +142,7 @@ class Workspace:
                 raise self._finished()
             return
         held = sorted(path.name for path in self.out.iterdir() if path.name != WORK)
-        ours = {*self.plan.layout.files, *self.plan.side_files, INDEX, "config.json", "README.md", RECIPE}
+        ours = {*self.plan.files, *self.plan.side_files, INDEX, "config.json", "README.md", RECIPE}
         if clash := [name for name in held if name in ours or name.endswith((".safetensors", ".gguf"))]:
             text = f"{self.out} holds {listing(clash)}, which no merge of mergeforge wrote"
             raise OutputError(text, hint="write into a new folder with --out DIR")

@@ -15,11 +15,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mergeforge"
 FLOORS = (
-    {"errors", "registry", "parameters", "tensors", "sizes", "disk", "checksums"},
-    {"methods", "adapters", "recipe", "layout", "budget", "hub"},
+    {"errors", "registry", "parameters", "tensors", "sizes", "disk", "checksums", "keyvalues"},
+    {"methods", "adapters", "recipe", "layout", "budget", "hub", "quants", "architectures", "vocab", "metadata"},
     {"sources", "sinks", "journal"},
     {"planning", "random_model"},
-    {"running", "workspace", "receipt", "card", "verifying", "comparing"},
+    {"running", "workspace", "receipt", "card", "verifying", "comparing", "engine", "exporting"},
     {"cli", "progress", "__main__", "api"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -27,12 +27,13 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ALLOWED = {
     ("registry", "errors"),
     ("disk", "errors"),
-    ("checksums", "tensors"),
     ("running", "card"),
     ("running", "receipt"),
     ("running", "workspace"),
     ("verifying", "running"),
     ("verifying", "workspace"),
+    ("verifying", "engine"),
+    ("exporting", "running"),
     ("__main__", "cli"),
     ("cli", "progress"),
 }

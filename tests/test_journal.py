@@ -1,4 +1,4 @@
-"""The journal: which blocks are finished, whatever tiles they were written in."""
+"""The journal: which strips are finished, whatever tiles they were written in."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from mergeforge.journal import Done, read_journal, start_journal
 from mergeforge.tensors import Tile
 
 
-def test_blocks_count_whatever_tiles_they_came_in(tmp_path: Path) -> None:
+def test_strips_count_whatever_tiles_they_came_in(tmp_path: Path) -> None:
     journal = start_journal(tmp_path, "fingerprint", "fold")
-    journal.record([Done(Tile("w", 0, 20), ("aa", "bb")), Done(Tile("w", 20, 25), ("cc",))])
+    journal.record([Done(Tile("w", 0, 20), {"f": ("aa", "bb")}), Done(Tile("w", 20, 25), {"f": ("cc",)})])
     journal.close()
     again = read_journal(tmp_path)
     assert again is not None
-    assert again.held(Tile("w", 0, 25), block_rows=10) == ("aa", "bb", "cc")
-    assert again.held(Tile("w", 10, 25), block_rows=10) == ("bb", "cc")
-    assert again.held(Tile("w", 20, 30), block_rows=5) is None
-    assert again.held(Tile("v", 0, 10), block_rows=10) is None
+    assert again.held(Tile("w", 0, 25), {"f": 10}) == {"f": ("aa", "bb", "cc")}
+    assert again.held(Tile("w", 10, 25), {"f": 10}) == {"f": ("bb", "cc")}
+    assert again.held(Tile("w", 20, 30), {"f": 5}) is None
+    assert again.held(Tile("w", 0, 25), {"f": 10, "g": 10}) is None
+    assert again.held(Tile("v", 0, 10), {"f": 10}) is None
     again.close()

@@ -18,12 +18,14 @@ COMMANDS = {
     "run": ("merging", "run", "Do a merge; goes on by itself where an interrupted run stopped."),
     "plan": ("merging", "plan", "Show what run would do; reads headers only."),
     "verify": ("looking", "verify", "Check a finished merge against its receipt."),
+    "gguf": ("exporting", "gguf", "Write a finished model as GGUF, quantised in one pass."),
+    "chat": ("exporting", "chat", "Talk to a GGUF file."),
     "inspect": ("looking", "inspect", "Show what is in a checkpoint, an adapter or a GGUF."),
     "diff": ("looking", "diff", "Compare two checkpoints tensor by tensor."),
     "demo": ("starting", "demo", "Make a small model and adapters on the spot, merge and verify them."),
     "init": ("starting", "init", "Write a recipe to start from."),
     "recipes": ("starting", "recipes", "List, show or copy the recipes that come with the package."),
-    "list": ("starting", "list_names", "List merge methods or adapter kinds."),
+    "list": ("starting", "list_names", "List merge methods, adapter kinds, GGUF architectures or types."),
     "schema": ("starting", "schema", "Print the JSON Schema of a recipe, for editors."),
 }
 

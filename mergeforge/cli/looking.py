@@ -16,12 +16,14 @@ from mergeforge.sizes import show_size
 @click.argument("folder")
 @click.option("--deep", is_flag=True, help="Compute a sample of tensors from the inputs again.")
 @click.option("--all", "everything", is_flag=True, help="With --deep: all tensors, not a sample.")
+@click.option("--engine", is_flag=True, help="Load each GGUF in llama.cpp and compare it with transformers.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
-def verify(folder: str, deep: bool, everything: bool, as_json: bool) -> None:
+def verify(folder: str, deep: bool, everything: bool, engine: bool, as_json: bool) -> None:
     """Check that FOLDER holds what its receipt says: sizes, headers, every tensor's checksum.
 
     \b
     mergeforge verify merged --deep
+    mergeforge verify merged --engine
     """
     from mergeforge import verifying
 
@@ -35,6 +37,20 @@ def verify(folder: str, deep: bool, everything: bool, as_json: bool) -> None:
     if not as_json:
         again = f", {verdict.recomputed} computed again" if verdict.recomputed else ""
         click.echo(f"{folder}: {verdict.tensors} tensors in {verdict.files} files are as the receipt says{again}")
+    if engine:
+        _compare_in_engine(folder)
+
+
+def _compare_in_engine(folder: str) -> None:
+    from mergeforge.verifying import in_engine
+
+    found = in_engine(folder)
+    for one in found:
+        first = "same" if one.same_first else "another"
+        numbers = f"largest difference {one.largest:.4f}, KL {one.divergence:.2g}, {first} likeliest token"
+        click.echo(f"{one.file}: {numbers}", err=True)
+    if bad := [one.file for one in found if not one.ok]:
+        raise SourceError(f"{listing(bad)}: further from transformers than its type explains")
 
 
 @click.command()

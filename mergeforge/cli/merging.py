@@ -125,7 +125,7 @@ def _run(
             "out": str(made.out),
             "bytes": made.nbytes_written,
             "seconds": round(seconds, 3),
-            "files": list(made.layout.files),
+            "files": list(made.files),
         }
         click.echo(json.dumps(facts))
     elif not quiet:

@@ -118,15 +118,17 @@ def recipes_cp(name: str, file: str) -> None:
 
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(["methods", "adapters"]))
+@click.argument("kind", type=click.Choice(["methods", "adapters", "architectures", "quants"]))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def list_names(kind: str, as_json: bool) -> None:
-    """List merge methods or adapter kinds, with their parameters.
+    """List merge methods with their parameters, adapter kinds, GGUF architectures or types.
 
     \b
     mergeforge list methods
+    mergeforge list quants
     """
-    rows = _methods() if kind == "methods" else _adapters()
+    lists = {"methods": _methods, "adapters": _adapters, "architectures": _architectures, "quants": _quants}
+    rows = lists[kind]()
     if as_json:
         click.echo(json.dumps(rows))
         return
@@ -165,6 +167,24 @@ def _methods() -> list[dict[str, Any]]:
 def _adapters() -> list[dict[str, Any]]:
     about = "LoRA, rsLoRA, DoRA; rank and alpha patterns, biases, embeddings, modules_to_save, trained tokens"
     return [{"name": "LORA", "about": about}]
+
+
+def _architectures() -> list[dict[str, Any]]:
+    from mergeforge.architectures import ARCHITECTURES
+
+    return [{"name": name, "about": ARCHITECTURES[name].__module__.rpartition(".")[2]} for name in ARCHITECTURES]
+
+
+def _quants() -> list[dict[str, Any]]:
+    from mergeforge.quants import QUANT_TYPES
+    from mergeforge.quants.mixes import MIXES
+
+    rows = []
+    for name, mix in MIXES.items():
+        kind = QUANT_TYPES[mix.default]
+        about = f"mostly {kind.name}, {kind.nbytes * 8 / kind.block:g} bits a weight; as "
+        rows.append({"name": name, "about": about + ("llama-quantize" if mix.quantizer else "the converter")})
+    return rows
 
 
 def _shown(value: Any) -> str:

@@ -18,14 +18,18 @@ from typing import Any
 
 from mergeforge.budget import Budget, make_budget
 from mergeforge.errors import BudgetError, OutputError, RecipeError
-from mergeforge.layout import Layout
+from mergeforge.layout import Layout, OutputFile
 from mergeforge.methods import METHODS
 from mergeforge.planning.compose import Composition, compose
 from mergeforge.planning.cutting import Piece, cut_all, peak
+from mergeforge.planning.gguf import GGUFInputs, GGUFPlan, gguf_config, plan_ggufs
 from mergeforge.planning.inputs import Inputs, open_inputs
 from mergeforge.planning.sidecars import config_json, side_files
+from mergeforge.quants.mixes import ALIASES, MIXES
 from mergeforge.recipe import OUT_DTYPES, Recipe, read
+from mergeforge.sinks import Outlet
 from mergeforge.sinks import checkpoint as sink
+from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sizes import show_size
 from mergeforge.tensors import TensorInfo
 
@@ -34,6 +38,7 @@ __all__ = ["Piece", "Plan", "make_plan", "read_recipe"]
 NUMERICS = 1  # raised when a version computes other bytes from the same recipe
 WORK = ".mergeforge"  # the folder inside OUT where everything unfinished lies
 DISK_SLACK = 64 << 20
+NOTHING = Layout({}, {})  # no checkpoint is written
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Plan:
     budget: Budget
     pieces: tuple[Piece, ...]
     actions: Mapping[str, str]
-    layout: Layout
+    checkpoint: Layout
+    ggufs: tuple[GGUFPlan, ...]
     tied: bool
     config: Mapping[str, Any] | None
     side_files: Mapping[str, Path]
@@ -65,19 +71,25 @@ class Plan:
         return sum(table.nbytes for table in self.inputs.checkpoints)
 
     @property
+    def files(self) -> dict[str, OutputFile]:
+        """Every file of weights by name."""
+        layouts = [self.checkpoint, *(gguf.layout for gguf in self.ggufs)]
+        return {name: file for layout in layouts for name, file in layout.files.items()}
+
+    @property
     def nbytes_written(self) -> int:
-        return self.layout.nbytes
+        return sum(file.nbytes for file in self.files.values())
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """The output's tensors in the order of the files."""
+        """The checkpoint's tensors in the order of its files."""
         by_name = {piece.info.name: piece.info for piece in self.pieces}
-        return tuple(by_name[name] for name in self.layout.extents)
+        return tuple(by_name[name] for name in self.checkpoint.extents)
 
 
 def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, sets: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe against the known merge methods. Raises RecipeError."""
-    return read(source, METHODS, tuple(sets))
+    return read(source, METHODS, tuple(sets), (*MIXES, *ALIASES))
 
 
 def make_plan(
@@ -99,12 +111,23 @@ def make_plan(
     where = Path(os.path.expanduser(written))  # noqa: PTH111  # Path's raises for the home of nobody
     budget = make_budget(memory, device, threads)
     inputs = open_inputs(recipe, allow_pickle=allow_pickle)
-    composition = compose(recipe, METHODS[recipe.merge_method], inputs)
+    method = METHODS[recipe.merge_method].for_base(inputs.base is not None)
+    composition = compose(recipe, method, inputs)
     infos = _output_infos(recipe, composition, inputs)
-    layout = sink.lay_out(list(infos.values()), recipe.output.shard_size)
-    ordered = {name: infos[name] for name in layout.extents}
-    pieces, budget = cut_all(composition.ways, ordered, budget)
     files, file_notes = side_files(inputs)
+    config = config_json(recipe, inputs.donor.checkpoint.config, infos, composition.tied)
+    name = recipe.output.name or where.absolute().name
+    told = gguf_config(config, inputs.donor.checkpoint, composition.ways)
+    given = GGUFInputs(name, told, infos, {**files, **_own_card(inputs)}, budget.device)
+    ggufs, gguf_outlets, gguf_notes = plan_ggufs(recipe.output, given)
+    checkpoint = sink.lay_out(list(infos.values()), recipe.output.shard_size) if recipe.output.safetensors else NOTHING
+    outlets: dict[str, list[Outlet]] = {
+        name: [CheckpointOutlet(infos[name], extent)] for name, extent in checkpoint.extents.items()
+    }
+    for name in infos:
+        if gguf_outlets[name]:
+            outlets.setdefault(name, []).extend(gguf_outlets[name])
+    pieces, budget = cut_all(composition.ways, {name: infos[name] for name in outlets}, outlets, budget)
     actions = {piece.info.name: _action(piece, composition) for piece in pieces}
     _check_output(where, inputs)
     return Plan(
@@ -114,12 +137,13 @@ def make_plan(
         budget=budget,
         pieces=tuple(pieces),
         actions=actions,
-        layout=layout,
+        checkpoint=checkpoint,
+        ggufs=tuple(ggufs),
         tied=composition.tied,
-        config=config_json(recipe, inputs.donor.checkpoint.config, infos, composition.tied),
-        side_files=files,
-        notes=tuple(dict.fromkeys([*inputs.notes, *composition.notes, *file_notes])),
-        fingerprint=_fingerprint(recipe, inputs, layout, budget),
+        config=config if recipe.output.safetensors else None,
+        side_files=files if recipe.output.safetensors else {},
+        notes=tuple(dict.fromkeys([*inputs.notes, *composition.notes, *file_notes, *gguf_notes])),
+        fingerprint=_fingerprint(recipe, inputs, [checkpoint, *(gguf.layout for gguf in ggufs)], budget),
         allow_nonfinite=allow_nonfinite,
     )
 
@@ -127,9 +151,9 @@ def make_plan(
 def check_disk(plan: Plan) -> None:
     """Refuse a merge whose files would not fit on the disk. Raises BudgetError."""
     folder = existing_folder(plan.out)
-    held = sum(_allocated(plan.out / WORK / name) for name in plan.layout.files)
+    held = sum(_allocated(plan.out / WORK / name) for name in plan.files)
     free = shutil.disk_usage(folder).free
-    needed = plan.layout.nbytes - held + DISK_SLACK
+    needed = plan.nbytes_written - held + DISK_SLACK
     if needed > free:
         text = f"the result takes {show_size(needed)} more on the disk of {folder}, which has {show_size(free)} free"
         raise BudgetError(text, hint="make room, or write elsewhere with --out DIR")
@@ -148,6 +172,13 @@ def _allocated(path: Path) -> int:
         return os.stat(path).st_blocks * 512
     except OSError:
         return 0
+
+
+def _own_card(inputs: Inputs) -> dict[str, Path]:
+    """The model card of a model that is converted, not merged: GGUF takes its name, licence and tags from it."""
+    card = inputs.donor.checkpoint.folder / "README.md"
+    alone = len(inputs.models) + bool(inputs.base) == 1 and not inputs.adapters and not inputs.donor.adapters
+    return {card.name: card} if alone and card.is_file() else {}
 
 
 def _output_infos(recipe: Recipe, composition: Composition, inputs: Inputs) -> dict[str, TensorInfo]:
@@ -197,17 +228,25 @@ def _is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
 
 
-def _fingerprint(recipe: Recipe, inputs: Inputs, layout: Layout, budget: Budget) -> str:
+def _fingerprint(recipe: Recipe, inputs: Inputs, layouts: Sequence[Layout], budget: Budget) -> str:
     """A hash of everything that decides the output's bytes: not of memory, threads or names of folders."""
     raw = {key: value for key, value in recipe.raw.items() if key != "output"}
+    output = recipe.output
+    files = [(name, file.header) for layout in layouts for name, file in layout.files.items()]
     facts = {
         "numerics": NUMERICS,
         "recipe": raw,
         "device": budget.device.partition(":")[0],
         "inputs": [[*sorted(table.file_hashes.items()), *_identities(table.tensors)] for table in inputs.checkpoints],
-        "files": {name: hashlib.sha256(file.header).hexdigest() for name, file in layout.files.items()},
+        "files": {name: hashlib.sha256(header).hexdigest() for name, header in files},
+        "gguf_from": output.gguf_from,
+        "imatrices": [_file_hash(entry.imatrix) for entry in output.gguf if entry.imatrix],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _file_hash(path: str) -> str:
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 
 def _identities(tensors: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mergeforge.budget import ALIGNMENT, MOST_THREADS, Budget, cores
 from mergeforge.errors import BudgetError
+from mergeforge.sinks import Outlet, common_strip
+from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sizes import show_size
 from mergeforge.sources import Way, any_learns
 from mergeforge.sources.stored import Stored
@@ -20,12 +22,14 @@ SLACK = 64 * ALIGNMENT  # of a staging buffer, for the alignment of its pieces
 class Piece:
     """One output tensor, cut: `info` as written, `way` as computed, in `compute` ("F32" or "F64").
 
-    `copied`: bytes go through unchanged. `learns`: facts about the whole tensor come first, so its
-    tiles belong to one worker, in order. `staging` and `live`: bytes that one worker needs.
+    `outlets`: what takes it. `copied`: bytes go through unchanged. `learns`: facts about the whole
+    tensor come first, so its tiles belong to one worker, in order. `staging` and `live`: bytes that
+    one worker needs.
     """
 
     info: TensorInfo
     way: Way
+    outlets: tuple[Outlet, ...]
     compute: str
     copied: bool
     learns: bool
@@ -33,18 +37,28 @@ class Piece:
     staging: int
     live: int
 
+    @property
+    def strip_rows(self) -> Mapping[str, int]:
+        """Rows of a strip of each outlet, by its key."""
+        return {outlet.key: outlet.strip_rows for outlet in self.outlets}
 
-def cut_all(ways: Mapping[str, Way], infos: Mapping[str, TensorInfo], budget: Budget) -> tuple[list[Piece], Budget]:
+
+def cut_all(
+    ways: Mapping[str, Way],
+    infos: Mapping[str, TensorInfo],
+    outlets: Mapping[str, Sequence[Outlet]],
+    budget: Budget,
+) -> tuple[list[Piece], Budget]:
     """Pieces for every tensor, and the budget with its number of workers decided.
 
     Raises BudgetError, with what it would take, when a tensor does not fit.
     """
     explicit = budget.threads
-    live = max((_live(ways[name], info) for name, info in infos.items()), default=0)
+    live = max((_live(ways[name], info, outlets[name]) for name, info in infos.items()), default=0)
     for threads in [explicit] if explicit else range(min(cores(), MOST_THREADS), 0, -1):
         tried = replace(budget, threads=threads)
         room = (tried.share - live) // tried.copies  # a worker keeps its largest staging buffer and its scratch blocks
-        pieces = [_piece(ways[name], info, room) for name, info in infos.items()]
+        pieces = [_piece(ways[name], info, tuple(outlets[name]), room) for name, info in infos.items()]
         if all(piece.staging <= room for piece in pieces):
             return _ordered(pieces, tried), tried
     worst = max(pieces, key=lambda piece: piece.staging)
@@ -61,43 +75,47 @@ def peak(pieces: Iterable[Piece], budget: Budget) -> int:
     return budget.threads * (staging * budget.copies + max((piece.live for piece in pieces), default=0))
 
 
-def _piece(way: Way, info: TensorInfo, room: int) -> Piece:
-    if _is_copied(way, info):
-        return _copied(way, info, room)
+def _piece(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int) -> Piece:
+    if _is_copied(way, info, outlets):
+        return _copied(way, info, outlets, room)
     need = way.need
-    row = need.row + info.row_nbytes
-    room -= need.fixed + SLACK
+    row = need.row + sum(outlet.row_nbytes for outlet in outlets)
+    slack = SLACK + ALIGNMENT * len(outlets)
+    room -= need.fixed + slack
     learns = any_learns(way)
-    wanted = info.nbytes * row // max(info.row_nbytes, 1)
-    fits = learns and wanted <= room
+    fits = learns and info.rows * row <= room
     rows = info.rows if fits else min(room, TILE_NBYTES) // max(row, 1)
-    tiles = tuple(cut(info, max(rows, 1)))
+    tiles = tuple(cut(info, max(rows, 1), common_strip(info.block_rows, outlets, info.rows)))
     highest = max((tile.rows for tile in tiles), default=0)
-    staging = highest * row + need.fixed + SLACK
-    return Piece(info, way, _compute(way, info), False, learns, tiles, staging, _live(way, info))
+    staging = highest * row + need.fixed + slack
+    return Piece(info, way, outlets, _compute(way, info), False, learns, tiles, staging, _live(way, info, outlets))
 
 
-def _live(way: Way, info: TensorInfo) -> int:
-    """Bytes of the blocks that exist at once while a tensor is computed."""
-    if _is_copied(way, info):
+def _live(way: Way, info: TensorInfo, outlets: Sequence[Outlet]) -> int:
+    """Bytes of the blocks that exist at once while a tensor is computed, and of what encoding takes."""
+    if _is_copied(way, info, outlets):
         return 0
-    block = info.block_rows * info.columns * (8 if _compute(way, info) == "F64" else 4)
-    return (way.need.live + 2) * block  # and the cast result, and what checking it takes
+    size = 8 if _compute(way, info) == "F64" else 4
+    block = info.block_rows * info.columns * size
+    gathered = max((one.strip_rows for one in outlets if one.strip_rows > info.block_rows), default=0)
+    encoding = max(outlet.live for outlet in outlets)
+    return (way.need.live + 2) * block + gathered * info.columns * size + encoding  # and what checking it takes
 
 
 def _compute(way: Way, info: TensorInfo) -> str:
     return "F64" if "F64" in (info.dtype, *_stored_dtypes(way)) else "F32"
 
 
-def _is_copied(way: Way, info: TensorInfo) -> bool:
-    return isinstance(way, Stored) and way.info.dtype == info.dtype
+def _is_copied(way: Way, info: TensorInfo, outlets: Sequence[Outlet]) -> bool:
+    to_checkpoint = len(outlets) == 1 and isinstance(outlets[0], CheckpointOutlet)
+    return to_checkpoint and isinstance(way, Stored) and way.info.dtype == info.dtype
 
 
-def _copied(way: Way, info: TensorInfo, room: int) -> Piece:
+def _copied(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int) -> Piece:
     rows = min(TILE_NBYTES, room - SLACK) // max(info.row_nbytes, 1)
     tiles = tuple(cut(info, max(rows, 1)))
     highest = max((tile.rows for tile in tiles), default=0)
-    return Piece(info, way, "F32", True, False, tiles, highest * info.row_nbytes + SLACK, 0)
+    return Piece(info, way, outlets, "F32", True, False, tiles, highest * info.row_nbytes + SLACK, 0)
 
 
 def _stored_dtypes(way: Way) -> set[str]:

@@ -7,7 +7,7 @@ reports every mistake of a file at once, each with its line and column.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path as FilePath
@@ -33,7 +33,7 @@ from mergeforge.recipe.schema import (
 )
 from mergeforge.recipe.settings import scalars
 
-__all__ = ["AdapterEntry", "ModelEntry", "ModelRef", "Output", "Recipe", "json_schema", "read"]
+__all__ = ["AdapterEntry", "GGUFEntry", "ModelEntry", "ModelRef", "Output", "Recipe", "json_schema", "read"]
 
 _LINE_BREAKS = set("\r\x85\u2028\u2029\ufeff")
 # What `dtype` and `out_dtype` may be, as mergekit spells them, and the safetensors name of each.
@@ -73,11 +73,38 @@ class ModelEntry:
 
 
 @dataclass(frozen=True)
+class GGUFEntry:
+    """A GGUF file to write: its mix of types (`q4_k_m`, ...), and what changes that mix.
+
+    `tensor_types`: (part of a GGUF tensor's name or regular expression, type), first match wins.
+    `split_max_size`: largest sum of tensor bytes of one file; 0: one file.
+    """
+
+    type: str
+    imatrix: str | None = None
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    output_type: str | None = None
+    embedding_type: str | None = None
+    pure: bool = False
+    split_max_size: int = 0
+
+
+@dataclass(frozen=True)
 class Output:
-    """Where the result goes and how it is split: `shard_size` in bytes."""
+    """Where the result goes, in which formats, and how it is split: `shard_size` in bytes.
+
+    `gguf_from` "stored": GGUF is made from values rounded as safetensors would hold them.
+    `gguf_pre` overrides what the tokenizer's structure says of its pre-tokenizer. `name` is what the
+    model is called in file names and metadata (default: the folder's name).
+    """
 
     path: str | None = None
+    safetensors: bool = True
     shard_size: int = 5 * 10**9
+    gguf: tuple[GGUFEntry, ...] = ()
+    gguf_from: str = "float32"
+    gguf_pre: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +128,14 @@ class Recipe:
         if not _LINE_BREAKS & set(text):
             return text
         return yaml.safe_dump(dict(self.raw), sort_keys=False)  # PyYAML does not escape these otherwise
+
+
+class Known(Protocol):
+    """Names that may be asked for."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
 
 
 class Method(Protocol):
@@ -136,12 +171,28 @@ _MODEL = Record(
 )
 _FOLD_WEIGHT = Parameter("weight", "float", per_input=True, required=False, default=1.0, within=None)
 _DTYPE = Choice(tuple(OUT_DTYPES))
+_GGUF = Record(
+    {
+        "type": Text("q4_k_m, q8_0, f16, ...: see `mergeforge list quants`"),
+        "imatrix": Text("an importance matrix: GGUF or .dat"),
+        "tensor_types": MapOf(Text(), "GGUF tensor name (part or regular expression) -> type"),
+        "output_tensor_type": Text("the type of output.weight"),
+        "token_embedding_type": Text("the type of token_embd.weight"),
+        "pure": Flag("every tensor in the main type"),
+        "split_max_size": Size("largest size of one file, e.g. 4GB"),
+    },
+    required=("type",),
+    short="type",
+)
 _OUTPUT = Record(
     {
         "path": Text("the folder to write"),
-        "safetensors": Flag(),
+        "safetensors": Flag("false: only GGUF, no other copy on disk at any time"),
         "shard_size": Size("largest size of one safetensors file, e.g. 5GB"),
-        "gguf": Anything(),
+        "gguf": ListOf(_GGUF, "GGUF files to write, by their types: q4_k_m, q8_0, f16, ...", lone=True),
+        "gguf_from": Choice(("float32", "stored"), "what is quantised: the merged float32 values, or them as stored"),
+        "gguf_pre": Text("the pre-tokenizer's name in GGUF, where its structure does not tell"),
+        "name": Text("what the model is called in GGUF file names and metadata (default: the folder's name)"),
         "adapter": Anything(),
         "publish": Anything(),
     }
@@ -171,10 +222,34 @@ _NOT_YET = (
     ("tokenizer",),
     ("chat_template",),
     ("name",),
-    ("output", "gguf"),
     ("output", "adapter"),
     ("output", "publish"),
 )
+
+
+def _output(value: Mapping[str, Any]) -> Output:
+    """The checked `output` part of a recipe."""
+    return Output(
+        path=value.get("path"),
+        safetensors=value.get("safetensors") is not False,
+        shard_size=value.get("shard_size") or Output.shard_size,
+        gguf=tuple(_gguf(entry) for entry in value.get("gguf") or []),
+        gguf_from=value.get("gguf_from") or "float32",
+        gguf_pre=value.get("gguf_pre"),
+        name=value.get("name"),
+    )
+
+
+def _gguf(entry: Mapping[str, Any]) -> GGUFEntry:
+    return GGUFEntry(
+        type=str(entry.get("type") or "").lower(),
+        imatrix=entry.get("imatrix"),
+        tensor_types=tuple((entry.get("tensor_types") or {}).items()),
+        output_type=entry.get("output_tensor_type"),
+        embedding_type=entry.get("token_embedding_type"),
+        pure=bool(entry.get("pure")),
+        split_max_size=entry.get("split_max_size") or 0,
+    )
 
 
 def json_schema() -> dict[str, Any]:
@@ -183,9 +258,14 @@ def json_schema() -> dict[str, Any]:
 
 
 def read(
-    source: str | FilePath | Mapping[str, Any] | Recipe, methods: Mapping[str, Method] | Any, sets: tuple[str, ...] = ()
+    source: str | FilePath | Mapping[str, Any] | Recipe,
+    methods: Mapping[str, Method] | Any,
+    sets: tuple[str, ...] = (),
+    mixes: Known = (),
 ) -> Recipe:
     """Read a recipe from a file, a dict or a Recipe; `sets` are PATH=VALUE overrides.
+
+    `methods` and `mixes`: the merge methods and GGUF types that there are.
 
     Raises RecipeError with every mistake that was found.
     """
@@ -204,6 +284,7 @@ def read(
     checker = _Checker(places, problems)
     read_value = RECIPE.read(value, (), checker.report)
     recipe = checker.recipe(read_value, value, methods)
+    checker.check_gguf(read_value, mixes)
     if checker.problems or recipe is None:
         raise RecipeError(f"{name} has mistakes:", problems=sorted(set(checker.problems)))
     return recipe
@@ -315,7 +396,7 @@ class _Checker:
             dtype=value.get("dtype"),
             out_dtype=value.get("out_dtype"),
             random_seed=value.get("random_seed") or 0,
-            output=Output(output.get("path"), output.get("shard_size") or Output.shard_size),
+            output=_output(output),
             raw=raw,
         )
         self._refuse_what_is_missing(value, recipe)
@@ -364,13 +445,26 @@ class _Checker:
                 here = (here or {}).get(key) if isinstance(here, Mapping) else None
             if here is not None:
                 self.report(path, f"'{'.'.join(path)}' is not carried out by this version", "take it out for now")
-        if (value.get("output") or {}).get("safetensors") is False:
-            self.report(("output", "safetensors"), "nothing would be written", "GGUF output comes with a later version")
+        if recipe.output.safetensors is False and not recipe.output.gguf:
+            self.report(("output", "safetensors"), "nothing would be written", "add output.gguf, or take this out")
         source = value.get("tokenizer_source")
         if source not in (None, "base"):
             self.report(
                 ("tokenizer_source",), f"tokenizer_source {source!r} is not carried out by this version", "base"
             )
+
+    def check_gguf(self, value: Mapping[str, Any], mixes: Known) -> None:
+        """Every GGUF type is known, and no two files would have one name."""
+        seen: set[str] = set()
+        for at, entry in enumerate((value.get("output") or {}).get("gguf") or []):
+            path: text.Path = ("output", "gguf", at)
+            name = str(entry.get("type", "")).lower()
+            if name and name not in mixes:
+                hint = did_you_mean(name, mixes) or "known: " + ", ".join(mixes)
+                self.report(path, f"unknown GGUF type '{entry['type']}'", hint)
+            if name in seen:
+                self.report(path, f"two GGUF files of the type {name}", "each type once")
+            seen.add(name)
 
     def _check_whole(self, value: Mapping[str, Any], recipe: Recipe) -> None:
         if not any(value.get(key) is not None for key in ("models", "adapters", "slices", "modules")):

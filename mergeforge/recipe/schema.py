@@ -176,10 +176,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class ListOf:
+    """A list; with `lone`, a single item stands for a list of one."""
+
     item: Shape
     about: str = ""
+    lone: bool = False
 
     def read(self, value: Any, path: Path, report: Report) -> Any:
+        if self.lone and isinstance(value, str | Mapping) and value:
+            return [self.item.read(value, path, report)]
         if not isinstance(value, list) or not value:
             kind = "an empty one" if value == [] else _kind(value)
             report(path, f"{_last(path)} must be a list, not {kind}", "start each item with '- '")
@@ -187,7 +192,8 @@ class ListOf:
         return [self.item.read(item, (*path, index), report) for index, item in enumerate(value)]
 
     def json(self) -> dict[str, Any]:
-        return {"type": "array", "items": self.item.json(), "minItems": 1} | _about(self.about)
+        many = {"type": "array", "items": self.item.json(), "minItems": 1}
+        return ({"anyOf": [many, self.item.json()]} if self.lone else many) | _about(self.about)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,71 @@ alignment of the dtype and then by name, header padded to 8 bytes with spaces, m
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mergeforge.layout import Extent, Layout, OutputFile
-from mergeforge.tensors import DTYPE_ORDER, TensorInfo
+from mergeforge.sinks import Run
+from mergeforge.tensors import DTYPE_ORDER, TensorInfo, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 METADATA = {"format": "pt"}
+KEY = "safetensors"
+# The smallest magnitude that becomes infinite when it is rounded to the dtype.
+OVERFLOW = {"F16": 65520.0, "BF16": float.fromhex("0x1.ffp127"), "F32": math.inf, "F64": math.inf}
+
+
+@dataclass(frozen=True)
+class CheckpointOutlet:
+    """A tensor's rows, cast to its dtype, at its extent; a strip is a block."""
+
+    info: TensorInfo
+    extent: Extent
+
+    key: str = KEY
+    live: int = 0
+
+    @property
+    def about(self) -> str:
+        return self.info.dtype
+
+    @property
+    def plain(self) -> str:
+        return self.info.dtype
+
+    @property
+    def file(self) -> str:
+        return self.extent.file
+
+    @property
+    def strip_rows(self) -> int:
+        return self.info.block_rows
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.info.row_nbytes
+
+    def nbytes(self, start: int, stop: int) -> int:
+        return (stop - start) * self.info.row_nbytes
+
+    def runs(self, start: int, stop: int) -> list[Run]:
+        return [(self.extent.offset + start * self.info.row_nbytes, self.nbytes(start, stop))]
+
+    def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
+        dtype = torch_dtype(self.info.dtype)
+        assert dtype is not None
+        if rows.device.type != "cpu":
+            rows = rows.to(dtype)  # fewer bytes over the bus
+        into.view(dtype).view(rows.shape).copy_(rows, non_blocking=True)
+
+    def refuses(self, magnitude: float) -> bool:
+        return not magnitude < OVERFLOW[self.info.dtype]
 
 
 def lay_out(tensors: Sequence[TensorInfo], shard_size: int) -> Layout:
@@ -68,8 +125,8 @@ def header(ordered: Sequence[TensorInfo]) -> bytes:
 
 
 def index(layout: Layout, tensors: Sequence[TensorInfo]) -> bytes | None:
-    """The index file's content, or None for a single file. total_size is in bytes."""
-    if SINGLE in layout.files:
+    """The index file's content, or None for a single file or none. total_size is in bytes."""
+    if SINGLE in layout.files or not layout.files:
         return None
     metadata = {
         "total_parameters": sum(info.numel for info in tensors),

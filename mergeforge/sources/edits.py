@@ -20,6 +20,7 @@ from mergeforge.sources import Facts, Scan, Way
 from mergeforge.sources.stored import Stored
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -55,13 +56,15 @@ class LowRank:
     """s * L R with L (rows, r) and R (r, columns), each perhaps stored transposed.
 
     W (out, in): L = lora_B, R = lora_A. GPT-2's Conv1D (in, out) and embeddings (vocabulary, dim)
-    take the transposes: L = A^T, R = B^T (peft/tuners/lora/layer.py, get_delta_weight).
+    take the transposes: L = A^T, R = B^T (peft/tuners/lora/layer.py, get_delta_weight). `order`: the
+    row of the stored L that each of W's rows takes, where llama.cpp has reordered them.
     """
 
     left: Stored
     right: Stored
     transposed: bool
     scale: float
+    order: np.ndarray | None = None
 
     about: str = "LoRA"
     needs_base: bool = False
@@ -75,6 +78,7 @@ class LowRank:
     def need(self) -> Need:
         size = self.left.info.bits // 8
         fixed = self.right.info.nbytes + 8 * self.right.info.numel + ALIGNMENT * (self.rank + 1)
+        fixed += self.left.info.nbytes if self.order is not None else 0
         return Need(row=self.rank * (size + 8), fixed=fixed, live=1)
 
     def learn(self, scan: Scan, base: Way) -> Any:
@@ -83,13 +87,19 @@ class LowRank:
     def plain_factors(self) -> tuple[Tensor, Tensor]:
         """L and R, whole and in float64, without the scale; for comparisons while planning."""
         left, right = self.left.whole(), self.right.whole()
+        left = left if self.order is None else left[self.order]
         return (left.t(), right.t()) if self.transposed else (left, right)
 
     def factors(self, rows: range, worker: Worker, dtype: torch.dtype, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """weight * s * L for the rows, and R."""
+        import torch
+
         right = self.right.read_all(worker).to(dtype)
         if self.transposed:
             left, right = self._columns_of_left(rows, worker).t().to(dtype), right.t()
+        elif self.order is not None:
+            chosen = torch.from_numpy(self.order[rows.start : rows.stop]).to(worker.device)
+            left = self.left.read_all(worker).index_select(0, chosen).to(dtype)
         else:
             left = self.left.read(rows, worker, keep=True).to(dtype)
         return left * (weight * self.scale), right

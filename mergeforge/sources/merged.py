@@ -86,4 +86,4 @@ class Merged:
         return stage
 
     def _block(self, start: int) -> Block:
-        return Block(self.info.name, start * self.info.columns, self.seed)
+        return Block(self.info.name, start * self.info.columns, self.seed, len(self.info.shape) < 2)

@@ -222,7 +222,7 @@ def test_a_journal_without_a_first_line_is_started_again(
 def test_a_damaged_tile_is_found_and_computed_again(world: World, out: Path, interrupted: Path, strike: Strike) -> None:
     plan, done = world.plan(out), noted(interrupted)
     tile = next(iter(done))
-    extent = plan.layout.extents[tile.name]
+    extent = plan.checkpoint.extents[tile.name]
     with open(interrupted / extent.file, "r+b") as file:
         file.seek(extent.offset)
         byte = file.read(1)
@@ -239,7 +239,7 @@ def test_a_tile_that_was_mended_is_synced(world: World, out: Path, strike: Strik
     tiles = [next(stopped) for _ in range(sum(len(piece.tiles) for piece in plan.pieces))]
     stopped.close()
     assert len(noted(out / WORK)) == len(tiles)
-    extent = plan.layout.extents[tiles[0].name]
+    extent = plan.checkpoint.extents[tiles[0].name]
     with open(out / WORK / extent.file, "r+b") as file:
         file.seek(extent.offset)
         file.write(b"\xff\xff")

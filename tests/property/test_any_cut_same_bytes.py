@@ -70,7 +70,7 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
     def least(method: str, kind: str) -> int:
         """The memory that one worker needs when every tile is a single block."""
         plan = mergeforge.plan(recipe(models, method, kind), out=folder / "planned", device="cpu", threads=1)
-        pieces = [cutting._piece(piece.way, piece.info, 0) for piece in plan.pieces]
+        pieces = [cutting._piece(piece.way, piece.info, piece.outlets, 0) for piece in plan.pieces]
         assert any(len(piece.tiles) > 1 for piece in pieces)
         return max(piece.staging for piece in pieces) + max(piece.live for piece in pieces)
 

@@ -13,6 +13,7 @@ import pytest
 
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.methods import METHODS
+from mergeforge.quants.mixes import MIXES
 from mergeforge.recipe import ModelRef, read
 from mergeforge.recipe.text import LARGEST_FILE
 
@@ -24,7 +25,7 @@ def problems_of(text: str | bytes, folder: Path) -> tuple[Problem, ...]:
     path = folder / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError) as caught:
-        read(path, METHODS)
+        read(path, METHODS, mixes=MIXES)
     assert caught.value.exit_code == 2
     assert str(path) in str(caught.value)
     for problem in caught.value.problems:
@@ -134,7 +135,11 @@ output: {pth: out, shard_size: large, safetensors: 1}
         (GOOD + "tokenizer: {source: union}", 4, 1, "'tokenizer' is not carried out", ""),
         (GOOD + "chat_template: auto", 4, 1, "'chat_template' is not carried out", ""),
         (GOOD + "tokenizer_source: union", 4, 1, "tokenizer_source 'union' is not carried out", "base"),
-        (GOOD + "output: {gguf: [q8_0]}", 4, 10, "'output.gguf' is not carried out", ""),
+        (GOOD + "output: {gguf: [q9_0]}", 4, 17, "unknown GGUF type 'q9_0'", "did you mean 'q"),
+        (GOOD + "output: {gguf: [q8_0, q8_0]}", 4, 23, "two GGUF files of the type q8_0", "each type once"),
+        (GOOD + "output: {gguf: {pure: true}}", 4, 10, "'gguf' needs the key 'type'", ""),
+        (GOOD + "output: {gguf: q8_0, gguf_from: bf16}", 4, 22, "'gguf_from' cannot be 'bf16'", "float32"),
+        (GOOD + "output: {safetensors: false}", 4, 10, "nothing would be written", "output.gguf"),
         (GOOD + "output: {adapter: {rank: 8}}", 4, 10, "'output.adapter' is not carried out", ""),
         (GOOD + "output: {publish: {}}", 4, 10, "'output.publish' is not carried out", ""),
         (GOOD + "output: {safetensors: false}", 4, 10, "nothing would be written", ""),

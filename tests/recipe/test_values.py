@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mergeforge.errors import RecipeError
 from mergeforge.methods import METHODS
+from mergeforge.quants.mixes import MIXES
 from mergeforge.recipe import OUT_DTYPES, json_schema, read
 from mergeforge.recipe.settings import layer_of, layer_positions, scalars, value_at
 
@@ -113,8 +114,8 @@ def is_of(value: Any, kind: str) -> bool:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_of_the_package(path: Path) -> None:
     assert valid(yaml.safe_load(path.read_text()), json_schema())
-    recipe = read(path, METHODS)
-    assert read(yaml.safe_load(recipe.to_yaml()), METHODS) == recipe
+    recipe = read(path, METHODS, mixes=MIXES)
+    assert read(yaml.safe_load(recipe.to_yaml()), METHODS, mixes=MIXES) == recipe
 
 
 def test_the_schema_refuses_what_reading_refuses() -> None:
@@ -132,7 +133,7 @@ def test_the_schema_refuses_what_reading_refuses() -> None:
     for change in bad:
         assert not valid({**good, **change}, json_schema()), change
         with pytest.raises(RecipeError):
-            read({**good, **change}, METHODS)
+            read({**good, **change}, METHODS, mixes=MIXES)
 
 
 # --- any recipe
@@ -170,11 +171,11 @@ RECIPE = st.fixed_dictionaries(
 @given(RECIPE)
 def test_a_recipe_that_loads_prints_and_loads_again(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     try:
-        recipe = read(value, METHODS)
+        recipe = read(value, METHODS, mixes=MIXES)
     except RecipeError as error:
         assert re.search("is not path|must be text|density", str(error)), str(error)
         return
     assert valid(yaml.safe_load(recipe.to_yaml()), json_schema()) or "1e-5" in repr(value) or "'2'" in repr(value)
     path = tmp_path_factory.getbasetemp() / "again.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8", newline="")
-    assert read(path, METHODS) == recipe
+    assert read(path, METHODS, mixes=MIXES) == recipe
