@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mergeforge.parameters import Interval, Parameter, parameters_of
@@ -36,11 +36,15 @@ DENSITY = Interval(0, 1, open_low=True)
 
 @dataclass(frozen=True)
 class Block:
-    """Where a block stands: its tensor, its first element's flat index, and the merge's seed."""
+    """Where a block stands: its tensor, its first element's flat index, and the merge's seed.
+
+    `is_vector`: the tensor is 1-D, and its elements are the rows of the block.
+    """
 
     tensor: str
     start: int
     seed: int
+    is_vector: bool = False
 
 
 class Look(Protocol):
@@ -59,6 +63,7 @@ class Method:
     on_deltas: bool
     needs_base: bool
     base_is_input: bool
+    optional_base: bool
     inputs: tuple[int, int]
     facts: Callable[..., Any] | None
     facts_nbytes: int
@@ -66,6 +71,10 @@ class Method:
     live: int
     wants: frozenset[str]
     about: str
+
+    def for_base(self, given: bool) -> Method:
+        """The method as it works in a recipe with, or without, a base model."""
+        return replace(self, on_deltas=True) if given and self.optional_base else self
 
     def __call__(self, inputs: list[Tensor], facts: Any, block: Block, parameters: Mapping[str, Any]) -> Tensor:
         extra = {"facts": facts, "block": block}
@@ -93,6 +102,7 @@ def method(
     live: int,
     inputs: tuple[int, int] = (1, 1 << 16),
     base_is_input: bool = False,
+    optional_base: bool = False,
     facts: Callable[..., Any] | None = None,
     facts_nbytes: int = 0,
     check: Callable[..., None] | None = None,
@@ -100,7 +110,8 @@ def method(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as a merge method under one or more names.
 
-    `base_is_input`: the base model is the first input (slerp). `facts_nbytes`: memory that learning
+    `base_is_input`: the base model is the first input (slerp). `optional_base`: where the recipe has a
+    base model, the method works on task vectors (nuslerp). `facts_nbytes`: memory that learning
     the facts holds for each input. `check` raises ValueError for parameters that make no sense
     together, when the merge is planned. `within`: the interval in which a parameter must lie.
     """
@@ -115,6 +126,7 @@ def method(
                 on_deltas=arguments[0] == "deltas",
                 needs_base=arguments[0] == "deltas" or base_is_input,
                 base_is_input=base_is_input,
+                optional_base=optional_base,
                 inputs=inputs,
                 facts=facts,
                 facts_nbytes=facts_nbytes,

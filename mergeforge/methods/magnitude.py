@@ -14,7 +14,7 @@ elements remain. (mergekit takes the order of an unstable sort.)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -148,12 +148,23 @@ def thresholds(look: Look, numel: int, density: list[float]) -> list[Threshold |
 
     NaN counts as larger than infinity. Raises ArithmeticError where the threshold itself is NaN.
     """
-    searches = {at: _Search(max(1, int(one * numel)), numel) for at, one in enumerate(density) if one < 1 and numel}
+    keep = {at: max(1, int(one * numel)) for at, one in enumerate(density) if one < 1 and numel}
+    found = largest(look, numel, keep)
+    return [found.get(at) for at in range(len(density))]
+
+
+def largest(look: Look, numel: int, keep: Mapping[int, int]) -> dict[int, Threshold]:
+    """Input -> the threshold that keeps its `keep` largest elements (for 0: infinity).
+
+    Raises ArithmeticError where the threshold itself is NaN.
+    """
+    searches = {at: _Search(count, numel) for at, count in keep.items() if count}
     if searches:
         _bracket_all(look, searches)
     while pending := {at: search for at, search in searches.items() if not search.found}:
         _count_all(look, pending)
-    return [searches[at].found if at in searches else None for at in range(len(density))]
+    nothing = dict.fromkeys(keep, Threshold(ALL_BITS - 1, 0, 1))
+    return nothing | {at: search.found for at, search in searches.items() if search.found}
 
 
 def sorted_descending(bits: Bits) -> Bits:

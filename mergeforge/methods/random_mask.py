@@ -24,8 +24,11 @@ def masked(deltas: list[Tensor], block: Block, density: list[float]) -> list[Ten
     ]
 
 
-def random_mask(like: Tensor, block: Block, index: int, density: float) -> Tensor:
-    """Ones with probability `density` (in steps of 2**-24), else zeros; float, shaped as `like`."""
+def random_mask(like: Tensor, block: Block, index: int, density: float | Tensor) -> Tensor:
+    """Ones with probability `density` (a number or one for each element, in steps of 2**-24), else zeros.
+
+    Float, shaped as `like`.
+    """
     import torch
 
     key = hashlib.blake2b(f"{block.seed}/{block.tensor}/{index}/{block.start >> 31}".encode(), digest_size=8)
@@ -33,8 +36,8 @@ def random_mask(like: Tensor, block: Block, index: int, density: float) -> Tenso
     start = block.start & 0x7FFFFFFF
     bits = torch.arange(like.numel(), dtype=torch.int32, device=like.device).add_(start)
     bits = _mixed(bits.mul_(_signed(0x9E3779B9)).bitwise_xor_(first), second)
-    uniform = bits.bitwise_and_(0xFFFFFF).to(torch.float32)
-    return uniform.lt_(density * 2**24).to(like.dtype).view(like.shape)
+    uniform = bits.bitwise_and_(0xFFFFFF).to(torch.float32).view(like.shape)
+    return uniform.lt_(density * 2**24).to(like.dtype)
 
 
 def _mixed(bits: Tensor, key: int) -> Tensor:
