@@ -123,6 +123,7 @@ def compare_with_transformers(folder: Path, files: Mapping[str, str]) -> list[Cl
     import torch
 
     transformers = _imported("transformers", "train")
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompts = np.random.default_rng(0).integers(0, min(vocabulary, 1000), (PROBES, PROBE))

@@ -26,27 +26,6 @@ POOL = (1 << 22) + 4099  # elements; no power of two, so that no two rows of a m
 STD = 0.02
 CHANGE = 5e-4  # what a short fine-tune moves a weight by
 PAIRS = ("th", "he", "in", "er", "an", "re", "nd", "on", "en", "at", "ou", "ed", "ha", "to", "or", "it", "is", "hi")
-    "th",
-    "he",
-    "in",
-    "er",
-    "an",
-    "re",
-    "nd",
-    "on",
-    "en",
-    "at",
-    "ou",
-    "ed",
-    "ha",
-    "to",
-    "or",
-    "it",
-    "is",
-    "hi",
-    "es",
-    "ng",
-]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -111,7 +90,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(64, 176, 4, 4, 2, 320),
-    "demo": Shape(256, 688, 8, 8, 4, 4096),
+    "demo": Shape(256, 768, 8, 8, 4, 4096),
     "1.1b": Shape(2048, 5632, 22, 32, 4, 32000),  # TinyLlama
     "llama-1b": Shape(2048, 8192, 16, 32, 8, 128256, tied=True),  # Llama 3.2 1B
     "3b": Shape(3200, 8640, 26, 32, 32, 32000),  # OpenLLaMA 3B

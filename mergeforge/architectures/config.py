@@ -52,10 +52,11 @@ def _filled(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     filled = {**defaults()[kind], **config}
     for key in _FROM_HEADS:
         if key in filled and filled[key] is None:
-            filled[key] = filled["num_attention_heads"]
-    if kind in _HEAD_DIM_COMPUTED and filled.get("head_dim") is None:
+            filled[key] = filled.get("num_attention_heads")
+    stated = filled.get("hidden_size") and filled.get("num_attention_heads")  # else their use tells what is missing
+    if kind in _HEAD_DIM_COMPUTED and filled.get("head_dim") is None and stated:
         filled["head_dim"] = filled["hidden_size"] // filled["num_attention_heads"]
-    if kind == "cohere2":
+    if kind == "cohere2" and stated:
         filled["head_dim"] = filled["hidden_size"] // filled["num_attention_heads"]
     if kind in _LATENT_HEADS:
         filled["head_dim"] = filled["qk_rope_head_dim"]

@@ -19,7 +19,7 @@ SUMMARY = "# "  # a recipe's first comment line says what it is for
 @click.command()
 @click.argument("folder", default="mergeforge-demo")
 def demo(folder: str) -> None:
-    """Make a small model and three adapters in FOLDER, merge them, and verify the result.
+    """Make a small model and three adapters in FOLDER, merge them, write GGUF too, and verify the result.
 
     Needs no network and takes under a minute.
 
@@ -48,7 +48,8 @@ def demo(folder: str) -> None:
     if not verdict.ok:
         raise AssertionError("\n".join(verdict.problems))
     click.echo(f"merged into {plan.out}: {verdict.tensors} tensors verified, {verdict.recomputed} computed again")
-    click.echo(f"next: mergeforge inspect {plan.out}; mergeforge diff {base} {plan.out}")
+    click.echo(f"next: mergeforge inspect {plan.out / next(iter(plan.ggufs[0].layout.files))}")
+    click.echo(f"      mergeforge diff {base} {plan.out}")
     click.echo(f"      edit {recipe}, then: mergeforge run {recipe} --overwrite")
 
 
@@ -61,6 +62,7 @@ def _demo_recipe(root: Path) -> str:
         *(f"  - adapter: {root / name}\n    weight: {weight}" for name, weight in weights.items()),
         "output:",
         f"  path: {root / 'merged'}",
+        "  gguf: [q4_k_m]",
     ]
     return "\n".join(lines) + "\n"
 
