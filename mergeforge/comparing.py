@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.budget import Worker
-from mergeforge.errors import SourceError
 from mergeforge.hub import fetch
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint, read_json
+from mergeforge.sources.dequantised import Dequantised, open_gguf, open_gguf_alone
+from mergeforge.sources.gguf_file import read_gguf
 from mergeforge.sources.safetensors_file import read_header
 from mergeforge.sources.stored import Stored
 from mergeforge.tensors import TensorInfo, blocks, cut
@@ -84,8 +85,11 @@ class Difference:
 
 
 def differences(a: str, b: str, *, allow_pickle: bool = False) -> Iterator[Difference]:
-    """Compare two checkpoints tensor by tensor, streaming."""
-    first, second = (_table(path, allow_pickle) for path in (a, b))
+    """Compare two checkpoints (folders or GGUF files) tensor by tensor, streaming.
+
+    A GGUF file is compared with a folder under the folder's names; two GGUF files under theirs.
+    """
+    first, second = _tables(a, b, allow_pickle)
     worker = Worker("cpu", 2 * TILE_NBYTES + (64 << 20))
     for name in sorted({*first.tensors, *second.tensors}):
         one, two = first.tensors.get(name), second.tensors.get(name)
@@ -97,16 +101,30 @@ def differences(a: str, b: str, *, allow_pickle: bool = False) -> Iterator[Diffe
             yield _compared(one, two, worker)
 
 
+def _tables(a: str, b: str, allow_pickle: bool) -> tuple[Checkpoint, Checkpoint]:
+    if _is_gguf(a) and _is_gguf(b):
+        return open_gguf_alone(Path(a).expanduser(), a), open_gguf_alone(Path(b).expanduser(), b)
+    if _is_gguf(a) or _is_gguf(b):
+        plain = _table(b if _is_gguf(a) else a, allow_pickle)
+        other = open_gguf(Path(a if _is_gguf(a) else b).expanduser(), a if _is_gguf(a) else b, plain)
+        return (other, plain) if _is_gguf(a) else (plain, other)
+    return _table(a, allow_pickle), _table(b, allow_pickle)
+
+
+def _is_gguf(path: str) -> bool:
+    return path.endswith(".gguf") and Path(path).expanduser().is_file()
+
+
 def _table(path: str, allow_pickle: bool) -> Checkpoint:
     folder = fetch(path, None, ("model", "adapter_model"), allow_pickle=allow_pickle).path
     is_adapter = folder.is_dir() and (folder / "adapter_config.json").is_file()
     return open_checkpoint(folder, path, allow_pickle=allow_pickle, stem="adapter_model" if is_adapter else "model")
 
 
-def _compared(one: Stored, two: Stored, worker: Worker) -> Difference:
+def _compared(one: Stored | Dequantised, two: Stored | Dequantised, worker: Worker) -> Difference:
     import torch
 
-    if not (one.info.is_float and two.info.is_float):
+    if isinstance(one, Stored) and isinstance(two, Stored) and not (one.info.is_float and two.info.is_float):
         return _compared_bytes(one, two, worker)
     squares = base = largest = 0.0
     widest = max(one.info.row_nbytes, two.info.row_nbytes, 1)
@@ -122,7 +140,8 @@ def _compared(one: Stored, two: Stored, worker: Worker) -> Difference:
             squares += float(y.square().sum())
             largest = max(largest, float(y.abs().max()))
     relative = math.sqrt(squares / base) if base else math.inf if squares else 0.0
-    dtypes = "" if one.info.dtype == two.info.dtype else f"dtype {one.info.dtype} and {two.info.dtype}"
+    alike = one.info.dtype == two.info.dtype or isinstance(one, Dequantised) or isinstance(two, Dequantised)
+    dtypes = "" if alike else f"dtype {one.info.dtype} and {two.info.dtype}"
     what = dtypes or ("same" if squares == 0 else "values differ")
     return Difference(one.info.name, what, relative, largest)
 
@@ -158,28 +177,17 @@ def _described(kind: str, tensors: list[TensorInfo], config: dict[str, Any]) -> 
 
 
 def _inspect_gguf(path: Path) -> dict[str, Any]:
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # the reader raises whatever its parsing meets
-        raise SourceError(f"{path} cannot be read as GGUF: {error}") from None
-    config = {name: _shown(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    header = read_gguf(path)
     tensors: list[dict[str, Any]] = [
-        {
-            "name": one.name,
-            "dtype": one.tensor_type.name,
-            "shape": [int(n) for n in reversed(one.shape)],
-            "bytes": int(one.n_bytes),
-        }
-        for one in reader.tensors
+        {"name": one.name, "dtype": one.kind, "shape": list(one.shape), "bytes": one.nbytes}
+        for one in header.tensors.values()
     ]
     sizes: Counter[str] = Counter()
     for one in tensors:
         sizes[one["dtype"]] += one["bytes"]
     return {
         "kind": "GGUF",
-        "config": config,
+        "config": {name: _shown(value.value) for name, value in header.keys.items()},
         "parameters": sum(math.prod(one["shape"]) for one in tensors),
         "bytes": sum(sizes.values()),
         "bytes_by_dtype": dict(sizes.most_common()),
@@ -187,6 +195,7 @@ def _inspect_gguf(path: Path) -> dict[str, Any]:
     }
 
 
-def _shown(field: Any) -> Any:
-    value = field.contents()
-    return f"{len(value)} values" if isinstance(value, list) and len(value) > 8 else value
+def _shown(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return f"{len(value)} values" if len(value) > 8 else list(value)
+    return value

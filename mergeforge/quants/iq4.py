@@ -26,6 +26,7 @@ from mergeforge.quants.rounding import (
     first_peak,
     grouped,
     half_bytes,
+    lanes,
     nearest,
     nearest_level,
     ordered_sum,
@@ -123,8 +124,8 @@ SCALE, BEST, SUM_QX, SUM_Q2, TRIED = 0, 1, 3, 4, 5
 @kernel
 def encode_blocks(block: int, x: Floats, importance: Floats, out: Bytes) -> None:
     """Rows, flat, as blocks of 32 or 256: out is blocks x bytes. `importance` may be empty."""
-    x_t, w_t = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
-    found = np.empty((6, LANES), np.float32)
+    x_t, w_t = lanes(32), lanes(32)
+    found = lanes(6)
     groups = block // 32
     batch = LANES // groups
     for first in range(0, out.shape[0], batch):

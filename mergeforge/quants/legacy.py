@@ -29,6 +29,7 @@ from mergeforge.quants.rounding import (
     first_peak,
     grouped,
     half_bytes,
+    lanes,
     ordered_sum,
     positive,
     put_half,
@@ -128,12 +129,12 @@ def encode_blocks(bits: int, with_low: bool, x: Floats, importance: Floats, out:
 @kernel
 def _encode_searched(bits: int, with_low: bool, x: Floats, importance: Floats, out: Bytes) -> None:
     x_t, w_t, wx_t = (
-        np.empty((32, LANES), np.float32),
-        np.empty((32, LANES), np.float32),
-        np.empty((32, LANES), np.float32),
+        lanes(32),
+        lanes(32),
+        lanes(32),
     )
-    level_t, level = np.empty((32, LANES), np.float32), np.empty(32, np.uint8)
-    line, ray = np.empty((AFFINE_ROWS, LANES), np.float32), np.empty((SYMMETRIC_ROWS, LANES), np.float32)
+    level_t, level = lanes(32), np.empty(32, np.uint8)
+    line, ray = lanes(AFFINE_ROWS), lanes(SYMMETRIC_ROWS)
     sigma2 = _row_sigmas(x, importance.size)
     top = (1 << bits) - 1
     for first in range(0, out.shape[0], LANES):

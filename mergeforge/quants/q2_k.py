@@ -45,6 +45,7 @@ from mergeforge.quants.rounding import (
     divided,
     grouped,
     half_bytes,
+    lanes,
     nearest,
     nearest_level,
     ordered_sum,
@@ -103,8 +104,8 @@ def _fifteenths(value: Tensor, largest: Tensor) -> Tensor:
 @kernel
 def encode_blocks(x: Floats, importance: Floats, out: Bytes) -> None:
     """Rows, flat, as blocks: out is blocks x bytes. `importance` may be empty."""
-    x_t, w_t = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.float32)
-    level_t, found = np.empty((16, LANES), np.float32), np.empty((ROWS, LANES), np.float32)
+    x_t, w_t = lanes(16), lanes(16)
+    level_t, found = lanes(16), lanes(ROWS)
     total = np.empty(LANES, np.float32)
     work, level = np.empty((WORK_ROWS, BLOCK), np.float32), np.empty(BLOCK, np.uint8)
     batch = LANES // 16

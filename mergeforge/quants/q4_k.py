@@ -45,6 +45,7 @@ from mergeforge.quants.rounding import (
     divided,
     grouped,
     half_bytes,
+    lanes,
     nearest,
     nearest_level,
     ordered_sum,
@@ -115,8 +116,8 @@ def _packed_scales(ls: Tensor, lm: Tensor) -> Tensor:
 def encode_blocks(bits: int, x: Floats, importance: Floats, out: Bytes) -> None:
     """Rows, flat, as blocks of `bits` 4 or 5: out is blocks x bytes. `importance` may be empty."""
     top = 15 if bits == 4 else 31
-    x_t, w_t = np.empty((32, LANES), np.float32), np.empty((32, LANES), np.float32)
-    level_t, found = np.empty((32, LANES), np.float32), np.empty((ROWS, LANES), np.float32)
+    x_t, w_t = lanes(32), lanes(32)
+    level_t, found = lanes(32), lanes(ROWS)
     total = np.empty(LANES, np.float32)
     work, level = np.empty((WORK_ROWS, BLOCK), np.float32), np.empty(BLOCK, np.uint8)
     batch = LANES // 8

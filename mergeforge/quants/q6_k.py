@@ -29,6 +29,7 @@ from mergeforge.quants.rounding import (
     first_peak,
     grouped,
     half_bytes,
+    lanes,
     nearest,
     nearest_level,
     put_half,
@@ -66,11 +67,11 @@ def encoded(rows: Tensor, importance: Tensor | None) -> Tensor:
 def encode_blocks(x: Floats, importance: Floats, out: Bytes) -> None:
     """Rows, flat, as blocks: out is blocks x bytes. `importance` may be empty."""
     x_t, w_t, wx_t = (
-        np.empty((16, LANES), np.float32),
-        np.empty((16, LANES), np.float32),
-        np.empty((16, LANES), np.float32),
+        lanes(16),
+        lanes(16),
+        lanes(16),
     )
-    level_t, found = np.empty((16, LANES), np.float32), np.empty((ROWS, LANES), np.float32)
+    level_t, found = lanes(16), lanes(ROWS)
     work, level = np.empty((WORK_ROWS, BLOCK), np.float32), np.empty(BLOCK, np.uint8)
     batch = LANES // 16
     for first in range(0, out.shape[0], batch):

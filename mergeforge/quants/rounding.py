@@ -116,6 +116,14 @@ def half_bytes(value: Tensor) -> Tensor:
 
 
 @kernel
+def lanes(rows: int) -> Floats:
+    """A buffer of rows x LANES that begins at a multiple of 64 bytes: loads across cache lines take twice as long."""
+    flat = np.empty(rows * LANES + 16, np.float32)
+    start = (-(flat.ctypes.data >> 2)) & 15
+    return flat[start : start + rows * LANES].reshape((rows, LANES))
+
+
+@kernel
 def nearest_level(value: np.float32) -> Any:  # an np.int32, which mypy does not mix with int
     """The nearest integer, as `nearest`."""
     bits = np.float32(value + np.float32(MAGIC)).view(np.int32)

@@ -135,6 +135,16 @@ def open_gguf(path: Path, label: str, like: Checkpoint) -> Checkpoint:
     return replace(like, label=label, revision=None, tensors=tensors, file_hashes=header.hashes, warnings=())
 
 
+def open_gguf_alone(path: Path, label: str) -> Checkpoint:
+    """A GGUF file as a table of its own tensors, under their GGUF names and in their order of rows."""
+    header = read_gguf(path)
+    tensors: dict[str, Any] = {
+        name: Dequantised(TensorInfo(name, "F32", held.shape), ((Place(name, held.shape), held),))
+        for name, held in header.tensors.items()
+    }
+    return Checkpoint(label, path.parent, None, tensors, {}, header.hashes)
+
+
 def _tied_away(name: str, places: tuple[Place, ...], held: Mapping[str, Held]) -> bool:
     return all(place.tensor == "output.weight" and place.tensor not in held for place in places)
 

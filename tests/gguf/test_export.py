@@ -236,6 +236,26 @@ def test_a_gguf_file_is_a_model(models: Path) -> None:
             assert torch.allclose(out[name], expected, rtol=1e-6, atol=1e-9), (kind, name)
 
 
+def test_gguf_files_are_compared(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the folder they were made from: F32 is the same, Q8_0 is near; with one another."""
+    exported("tuned-a", "files", "f32", "q8_0")
+    f32, q8_0 = "files/tuned-a-F32.gguf", "files/tuned-a-Q8_0.gguf"
+    assert run_command(["diff", "tuned-a", f32]) == 0
+    assert run_command(["diff", f32, f32]) == 0
+    assert run_command(["diff", q8_0, "tuned-a"]) == 1
+    assert "model.layers.0.self_attn.q_proj.weight: values differ  relative 0.00" in capsys.readouterr().out
+    assert run_command(["diff", q8_0, f32]) == 1
+    assert "blk.0.attn_q.weight: values differ  relative 0.00" in capsys.readouterr().out
+    assert run_command(["diff", "base", f32]) == 1
+
+
+def test_inspect_shows_a_gguf_file(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = exported("base", "x.gguf", "q8_0")
+    assert run_command(["inspect", str(path), "-v"]) == 0
+    shown = capsys.readouterr().out
+    assert "general.architecture: llama" in shown and "blk.0.attn_q.weight  Q8_0 [64, 64]" in shown
+
+
 def test_a_gguf_file_alone_has_no_config(models: Path) -> None:
     exported("tuned-a", "x.gguf", "q8_0")
     with pytest.raises(SourceError, match=r"neither config.json"):
