@@ -1,0 +1,80 @@
+"""GGUF files in a real llama.cpp engine: `verify --engine`, `chat`, and greedy text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mergeforge
+from mergeforge.cli import run_command
+from mergeforge.engine import Engine
+from mergeforge.errors import MissingExtraError, SourceError
+
+pytest.importorskip("xllamacpp")
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture
+def merged(models: Path) -> Path:
+    value = {"base_model": "base", "adapters": ["adapters/a"], "dtype": "float32"}
+    output = {"gguf": ["f32", "q8_0", "q4_k_m"], "name": "m"}
+    return mergeforge.merge({**value, "output": output}, out="merged", device="cpu")
+
+
+def test_verify_compares_with_transformers(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["verify", "merged", "--engine"]) == 0
+    said = capsys.readouterr().err
+    assert all(f"m-{kind}.gguf: largest difference 0." in said for kind in ("F32", "Q8_0", "Q4_K_M"))
+
+
+def test_a_wrong_file_is_found(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of a projection swapped by hand: it loads, and computes something else."""
+    path = merged / "m-F32.gguf"
+    data = bytearray(path.read_bytes())
+    half = len(data) // 2 // 4096 * 4096
+    data[half : half + 200_000] = data[half + 4 : half + 200_004]
+    path.write_bytes(data)
+    from mergeforge.engine import compare_with_transformers
+
+    (found,) = compare_with_transformers(merged, {"m-F32.gguf": "F32"})
+    assert not found.ok
+
+
+def test_greedy_text_is_that_of_transformers(merged: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    prompt = tokenizer.encode("the hen in the barn")
+    with torch.inference_mode():
+        reply = model.generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, use_cache=False, suppress_tokens=[256, 257, 258]
+        )
+    wanted = tokenizer.decode(reply[0, len(prompt) :])
+    assert Engine(merged / "m-F32.gguf").text(prompt, 6) == wanted
+
+
+def test_chat(merged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = iter(["hello", "and again", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    assert run_command(["chat", "merged/m-Q8_0.gguf", "--max-tokens", "4", "--temperature", "0"]) == 0
+    assert len(capsys.readouterr().out.strip()) > 0
+
+
+def test_what_the_engine_cannot_load(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("broken.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(SourceError, match=r"broken\.gguf"):
+        Engine("broken.gguf")
+    assert run_command(["chat", "base"]) == 3
+    assert "is not a GGUF file" in capsys.readouterr().err
+    assert run_command(["verify", "base", "--engine"]) == 3
+
+
+def test_without_the_extra(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(MissingExtraError, match="needs xllamacpp") as caught:
+        Engine(merged / "m-F32.gguf")
+    assert caught.value.exit_code == 6 and "mergeforge[engine]" in caught.value.hint
