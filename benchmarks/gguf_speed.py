@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A checkpoint to GGUF, and a merge straight to GGUF, against llama.cpp's two steps and the raw copy.
 
-    python benchmarks/gguf.py --dir DIR [--llama-cpp TREE --libllama FILE] [--types q4_k_m,q6_k,q8_0] [--rounds 1]
+    python benchmarks/gguf_speed.py --dir DIR [--llama-cpp TREE --libllama FILE] [--types q4_k_m,q6_k,q8_0] [--rounds 1]
 
 The model has the shape of Llama 3.2 1B (1.24 G parameters). TREE is a llama.cpp source tree, whose
 converter writes a bf16 file first; FILE is a libllama.so, whose llama_model_quantize then quantises it
