@@ -105,10 +105,7 @@ def make_plan(
 ) -> Plan:
     """Decide a merge. Raises RecipeError, SourceError, BudgetError or OutputError."""
     recipe = read_recipe(source, sets)
-    written = out or recipe.output.path
-    if not written:
-        raise RecipeError("the recipe has no output.path", hint="add it, or give --out DIR")
-    where = Path(os.path.expanduser(written))  # noqa: PTH111  # Path's raises for the home of nobody
+    where = _where(recipe, out)
     budget = make_budget(memory, device, threads)
     inputs = open_inputs(recipe, allow_pickle=allow_pickle)
     method = METHODS[recipe.merge_method].for_base(inputs.base is not None)
@@ -121,12 +118,7 @@ def make_plan(
     given = GGUFInputs(name, told, infos, {**files, **_own_card(inputs)}, budget.device)
     ggufs, gguf_outlets, gguf_notes = plan_ggufs(recipe.output, given)
     checkpoint = sink.lay_out(list(infos.values()), recipe.output.shard_size) if recipe.output.safetensors else NOTHING
-    outlets: dict[str, list[Outlet]] = {
-        name: [CheckpointOutlet(infos[name], extent)] for name, extent in checkpoint.extents.items()
-    }
-    for name in infos:
-        if gguf_outlets[name]:
-            outlets.setdefault(name, []).extend(gguf_outlets[name])
+    outlets = _outlets(infos, checkpoint, gguf_outlets)
     pieces, budget = cut_all(composition.ways, {name: infos[name] for name in outlets}, outlets, budget)
     actions = {piece.info.name: _action(piece, composition) for piece in pieces}
     _check_output(where, inputs)
@@ -146,6 +138,26 @@ def make_plan(
         fingerprint=_fingerprint(recipe, inputs, [checkpoint, *(gguf.layout for gguf in ggufs)], budget),
         allow_nonfinite=allow_nonfinite,
     )
+
+
+def _where(recipe: Recipe, out: str | Path | None) -> Path:
+    written = out or recipe.output.path
+    if not written:
+        raise RecipeError("the recipe has no output.path", hint="add it, or give --out DIR")
+    return Path(os.path.expanduser(written))  # noqa: PTH111  # Path's raises for the home of nobody
+
+
+def _outlets(
+    infos: Mapping[str, TensorInfo], checkpoint: Layout, ggufs: Mapping[str, Sequence[Outlet]]
+) -> dict[str, list[Outlet]]:
+    """What takes each tensor, for those that anything takes, in the order of the checkpoint's files."""
+    outlets: dict[str, list[Outlet]] = {
+        name: [CheckpointOutlet(infos[name], extent)] for name, extent in checkpoint.extents.items()
+    }
+    for name in infos:
+        if ggufs[name]:
+            outlets.setdefault(name, []).extend(ggufs[name])
+    return outlets
 
 
 def check_disk(plan: Plan) -> None:
