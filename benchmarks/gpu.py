@@ -31,6 +31,7 @@ from mergeforge import budget, comparing, disk, layout
 # What CPU and GPU results may differ by: float32 sums in another order, rounded to bfloat16.
 ALLOWED_RELATIVE = 1e-4
 MEMORY = "4GiB"
+GGUF_TYPES = ("q8_0", "q4_0", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs")
 
 
 def main() -> None:
@@ -50,6 +51,7 @@ def main() -> None:
         rows.append(_row(given.dir, shape, name, given.threads))
         print(rows[-1], flush=True)
     agreement = _agreement(given.dir)
+    encoded = _gguf_agreement(given.dir)
     print(f"\n{machine()}; {torch.cuda.get_device_name(0)}, capped to {given.cap:g} GB; --memory {MEMORY}\n")
     head = [
         "merge",
@@ -67,12 +69,15 @@ def main() -> None:
     print(table(head, rows))
     print()
     print(table(["merge", "tensors", "not the same", "largest relative difference", "allowed"], agreement))
+    print()
+    print(table(["GGUF of the same values", "bytes", "bytes that differ"], encoded))
 
 
 def _cases(quick: bool) -> Iterator[tuple[str, str]]:
     large = ("1.1b",) if quick else ("7b", "13b")
     for shape in large:
         yield shape, "fold"
+        yield shape, "q4_k_m"
         if shape != "13b":
             yield shape, "ties"
 
@@ -90,7 +95,7 @@ def _row(root: Path, shape: str, name: str, threads: int) -> list[str]:
         many = _seconds(recipe, out, threads, "cuda")
     alone = _seconds(recipe, out, 1, "cuda")
     vram = torch.cuda.max_memory_allocated()
-    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    written = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".gguf"))
     shutil.rmtree(out)
     return [
         name,
@@ -147,8 +152,11 @@ def _stages() -> Iterator[Counter[str]]:
 
 def _recipe(root: Path, shape: str, name: str) -> dict[str, Any]:
     base = str(model(root, shape))
+    folded = {"base_model": base, "adapters": [str(adapter(root, shape))]}
     if name == "fold":
-        return {"base_model": base, "adapters": [str(adapter(root, shape))]}
+        return folded
+    if name in GGUF_TYPES:
+        return folded | {"output": {"safetensors": False, "gguf": [name], "gguf_pre": "gpt-2"}}
     tuned = [str(model(root, shape, seed=seed, near=0)) for seed in (1, 2)]
     models = [{"model": one, "parameters": {"weight": 1.0, "density": 0.5}} for one in tuned]
     return {"merge_method": name, "base_model": base, "models": models}
@@ -178,6 +186,21 @@ def _agreement(root: Path) -> list[list[str]]:
         largest = max(one.relative for one in found)
         verdict = f"{ALLOWED_RELATIVE:g}" + ("" if largest <= ALLOWED_RELATIVE else " EXCEEDED")
         rows.append([name, str(len(found)), str(sum(not one.same for one in found)), f"{largest:.2g}", verdict])
+    return rows
+
+
+def _gguf_agreement(root: Path) -> list[list[str]]:
+    """GGUF files that the CPU and the GPU encode from the same stored values, byte by byte."""
+    import numpy as np
+
+    output = {"safetensors": False, "gguf": list(GGUF_TYPES), "gguf_pre": "gpt-2", "name": "m"}
+    recipe = {"merge_method": "passthrough", "models": [str(model(root, "1.1b"))], "output": output}
+    for device in ("cpu", "cuda"):
+        _seconds(recipe, root / f"1.1b-{device}-out", 4, device)
+    rows = []
+    for path in sorted((root / "1.1b-cpu-out").glob("*.gguf")):
+        one, two = (np.memmap(root / f"1.1b-{device}-out" / path.name, np.uint8, "r") for device in ("cpu", "cuda"))
+        rows.append([path.name, str(len(one)), str(int((one != two).sum()))])
     return rows
 
 

@@ -25,6 +25,7 @@ from mergeforge.errors import RecipeError
 @click.option("--memory", metavar="SIZE", help="Working memory, e.g. 2GiB.")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
 @click.option("--threads", type=int, metavar="N", help="Workers.")
+@click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with torch's weights_only loader.")
 @click.option("--fresh", is_flag=True, help="Throw an unfinished run away and start over.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
@@ -46,6 +47,7 @@ def gguf(
     memory: str | None,
     device: str,
     threads: int | None,
+    allow_pickle: bool,
     **settings: Any,
 ) -> None:
     """Write MODEL (a folder or Hub repo) as GGUF, quantised in the same pass.
@@ -61,7 +63,8 @@ def gguf(
     from mergeforge import exporting, progress
     from mergeforge.sizes import show_size
 
-    options = {"memory": memory, "device": device, "threads": threads, "overwrite": overwrite}
+    options = {"memory": memory, "device": device, "threads": threads, "allow_pickle": allow_pickle}
+    options["overwrite"] = overwrite
     planned = exporting.plan_export(model, types or ("q8_0",), out, asked, **options)
     to = progress.console()
     if only_plan or verbose:

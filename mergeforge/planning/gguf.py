@@ -183,7 +183,16 @@ def _tensors(entry: GGUFEntry, mix: Mix, spelling: Spelling, importance: Importa
     kinds = dict.fromkeys(spelling.constants, QUANT_TYPES["F32"]) | chosen
     contents = {name: value.astype("<f4").tobytes() for name, value in spelling.constants.items()}
     order = file_order(list(shapes)) if mix.quantizer else list(shapes)
+    if mix.quantizer:
+        shapes = {name: _without_ones(shape) for name, shape in shapes.items()}
     return [GGUFTensor(name, shapes[name], kinds[name], contents.get(name, b"")) for name in order]
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape as llama-quantize writes it (ggml_n_dims): slowest dimensions of 1 are left out."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 def _facts(spelling: Spelling) -> MixFacts:

@@ -26,7 +26,7 @@ DIFFERENT = {
     ("", "tokenizer.ggml.pre"): "the converter knows no tiny tokenizer's hash and is told gpt-2",
 } | {
     (model, f"tokenizer.ggml.{key}"): "transformers adds an <|endoftext|> that the tokenizer's files do not have"
-    for model in ("qwen2", "qwen2-yarn")
+    for model in ("qwen2", "qwen2-yarn", "qwen2-body")
     for key in ("tokens", "token_type")
 }
 # The converter writes their attn_factor when it comes to the tensors, before general.type.
@@ -81,7 +81,7 @@ def test_a_head_that_gguf_cannot_hold_is_refused(models: dict[str, tuple[Path, P
 
 
 QUANTISED = ["llama", "mixtral", "qwen2", "qwen3moe", "gemma2", "gemma3", "phi-three", "gpt2", "falcon", "olmo2"]
-QUANTISED += ["starcoder2", "deepseek3", "granite", "cohere2"]
+QUANTISED += ["starcoder2", "deepseek3", "granite", "cohere2", "qwen2moe", "roberta"]
 KINDS = [name for name, mix in MIXES.items() if mix.quantizer]
 
 
