@@ -111,13 +111,17 @@ def _compute(
     import torch
 
     rows = piece.way.stage(range(tile.start, tile.stop), worker, facts, compute)
-    pens = [_Pen(outlet, piece.info, tile, worker) for outlet in piece.outlets]
+    pens = [_Pen(outlet, tile, worker) for outlet in piece.outlets]
+    gathers = [
+        _Gather(height, piece.info, [pen for pen in pens if pen.outlet.strip_rows == height])
+        for height in set(piece.strip_rows.values())
+    ]
     extremes: list[Tensor] = []
     for start, stop in blocks(tile, piece.info):
         value = rows(start, stop)
         extremes += value.aminmax()  # NaN carries through
-        for pen in pens:
-            pen.take(value, start)
+        for gather in gathers:
+            gather.take(value, start)
     worker.wait()
     magnitude = float(torch.stack(extremes).abs().amax())
     for pen in pens:
@@ -127,34 +131,44 @@ def _compute(
 
 
 class _Pen:
-    """Writes a tile's rows for one outlet into the staging buffer, strip by strip."""
+    """Writes a tile's strips for one outlet into the staging buffer, one after the other."""
 
-    def __init__(self, outlet: Outlet, info: TensorInfo, tile: Tile, worker: Worker) -> None:
+    def __init__(self, outlet: Outlet, tile: Tile, worker: Worker) -> None:
         self.outlet = outlet
-        self.info = info
-        self.tile = tile
-        self.worker = worker
         self.raw = worker.take(sum(outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)))
         self.used = 0
-        self.gathered: Tensor | None = None  # blocks of a strip that is longer than a block
 
-    def take(self, value: Tensor, start: int) -> None:
-        """The next block: encode it, or keep it until its strip is whole."""
-        if self.outlet.strip_rows == self.info.block_rows:
-            self._encode(value, start)
-            return
-        first = start - start % self.outlet.strip_rows
-        last = min(first + self.outlet.strip_rows, self.info.rows)
-        if self.gathered is None:
-            self.gathered = value.new_empty(self.outlet.strip_rows, value.shape[1])
-        self.gathered[start - first : start - first + len(value)].copy_(value)
-        if start + len(value) == last:
-            self._encode(self.gathered[: last - first], first)
-
-    def _encode(self, rows: Tensor, start: int) -> None:
+    def write(self, rows: Tensor, start: int) -> None:
         nbytes = self.outlet.nbytes(start, start + len(rows))
         self.outlet.encode(rows, start, self.raw[self.used : self.used + nbytes])
         self.used += nbytes
+
+
+class _Gather:
+    """Hands strips of one height to the pens that take them: blocks as they are, or several put together."""
+
+    def __init__(self, height: int, info: TensorInfo, pens: list[_Pen]) -> None:
+        self.height = height
+        self.info = info
+        self.pens = pens
+        self.gathered: Tensor | None = None
+
+    def take(self, value: Tensor, start: int) -> None:
+        """The next block of the tile."""
+        if self.height == self.info.block_rows:
+            self._write(value, start)
+            return
+        first = start - start % self.height
+        last = min(first + self.height, self.info.rows)
+        if self.gathered is None:
+            self.gathered = value.new_empty(self.height, value.shape[1])
+        self.gathered[start - first : start - first + len(value)].copy_(value)
+        if start + len(value) == last:
+            self._write(self.gathered[: last - first], first)
+
+    def _write(self, rows: Tensor, start: int) -> None:
+        for pen in self.pens:
+            pen.write(rows, start)
 
 
 def _unfit(piece: Piece, tile: Tile, pen: _Pen, magnitude: float) -> SourceError:

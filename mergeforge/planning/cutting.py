@@ -97,7 +97,7 @@ def _live(way: Way, info: TensorInfo, outlets: Sequence[Outlet]) -> int:
         return 0
     size = 8 if _compute(way, info) == "F64" else 4
     block = info.block_rows * info.columns * size
-    gathered = max((one.strip_rows for one in outlets if one.strip_rows > info.block_rows), default=0)
+    gathered = sum(height for height in {one.strip_rows for one in outlets} if height != info.block_rows)
     encoding = max(outlet.live for outlet in outlets)
     return (way.need.live + 2) * block + gathered * info.columns * size + encoding  # and what checking it takes
 
