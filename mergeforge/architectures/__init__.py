@@ -60,7 +60,7 @@ class Spelling:
     stands in it (value 0) where the converter writes it, and nowhere for families that have none.
     `places` and `dropped` (name -> why) together hold every tensor of the checkpoint. `constants`: F32
     tensors that come from the config (rope_freqs.weight), written first. `vocab`: which vocabulary the
-    family has (see mergeforge.vocab); `tokenizer_keys` are added to the vocabulary's, or win over them.
+    family has (see mergeforge.vocab).
     """
 
     arch: str
@@ -69,7 +69,6 @@ class Spelling:
     vocab: str
     dropped: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
-    tokenizer_keys: Keys = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

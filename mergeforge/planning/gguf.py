@@ -100,10 +100,9 @@ def plan_ggufs(output: Output, given: GGUFInputs) -> tuple[list[GGUFPlan], dict[
         raise SourceError(text, hint="write safetensors; or merge so that the two stay tied")
     rows = _shapes(spelling)[EMBEDDING][0]
     vocab = vocabulary(given.files, given.config, spelling.vocab, rows=rows, pre=output.gguf_pre)
-    tokenizer = {**vocab.keys, **spelling.tokenizer_keys}
     plans = []
     for entry in output.gguf:
-        plan, added = _plan(entry, output.gguf_from == "stored", spelling, tokenizer, given)
+        plan, added = _plan(entry, output.gguf_from == "stored", spelling, vocab.keys, given)
         plans.append(plan)
         for name, some in added.items():
             outlets[name] += some
