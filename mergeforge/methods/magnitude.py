@@ -42,6 +42,11 @@ class Threshold:
     ties_kept: int
     ties: int
 
+    @property
+    def value(self) -> float:
+        """The magnitude itself."""
+        return _float(self.bits)
+
     def trim(self, delta: Tensor) -> Tensor:
         """Set all but the largest elements of the whole tensor to zero, in the block that is given.
 
@@ -49,7 +54,7 @@ class Threshold:
         """
         import torch
 
-        value = _float(self.bits)
+        value = self.value
         if self.ties_kept >= self.ties:
             return _shrink(delta, below(value))
         if self.ties_kept <= 0:

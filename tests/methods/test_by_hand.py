@@ -12,6 +12,31 @@ from looking import combine
 from mergeforge.methods import METHODS
 from mergeforge.methods.consensus import agreeing_sum, weighted_sum
 
+UNWEIGHTED = {
+    "slerp",
+    "passthrough",
+    "karcher",
+    "sce",
+    "ram",
+    "ramplus_tl",
+    "model_stock",
+    "nearswap",
+    "arcee_fusion",
+}
+# what these learn are float sums, whose last bits are those of the blocks
+SUMS = {
+    "slerp",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "sce",
+    "model_stock",
+}
+
 
 def equal(value: torch.Tensor, expected: Any) -> None:
     assert torch.equal(value, torch.tensor(expected, dtype=value.dtype)), value.tolist()
@@ -31,9 +56,28 @@ def test_the_methods() -> None:
         "ties",
         "dare_linear",
         "dare_ties",
+        "nuslerp",
+        "multislerp",
+        "karcher",
+        "della",
+        "della_linear",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "sce",
+        "ram",
+        "ramplus_tl",
+        "model_stock",
+        "nearswap",
+        "arcee_fusion",
     }
     assert METHODS["fold"].combine is METHODS["task_arithmetic"].combine
-    assert {name for name in METHODS if METHODS[name].needs_base} == set(METHODS) - {"linear", "passthrough"}
+    without_base = {"linear", "passthrough", "karcher", "nuslerp", "multislerp"}
+    assert {name for name in METHODS if METHODS[name].needs_base} == set(METHODS) - without_base
+    assert {name for name in METHODS if METHODS[name].optional_base} == {"nuslerp", "multislerp"}
+    two = {"slerp", "nuslerp", "nearswap", "arcee_fusion"}
+    assert {name for name in METHODS if METHODS[name].inputs == (2, 2)} == two
+    assert {name for name in METHODS if METHODS[name].base_is_input} == two - {"nuslerp"}
+    assert METHODS["model_stock"].inputs[0] == 2
     assert METHODS["slerp"].inputs == (2, 2)
     assert METHODS["passthrough"].inputs == (1, 1)
 
@@ -46,13 +90,17 @@ def test_every_method_says_what_it_does(name: str) -> None:
     assert all(parameter.kind in ("float", "bool") for parameter in method.parameters.values())
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"slerp", "passthrough"}))
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_weight_has_to_be_given(name: str) -> None:
-    assert METHODS[name].parameters["weight"].required
+    if name in UNWEIGHTED:
+        assert "weight" not in METHODS[name].parameters
+    else:
+        assert METHODS[name].parameters["weight"].required
 
 
-def test_t_has_to_be_given() -> None:
-    assert METHODS["slerp"].parameters["t"].required
+@pytest.mark.parametrize("name", ["slerp", "nearswap"])
+def test_t_has_to_be_given(name: str) -> None:
+    assert METHODS[name].parameters["t"].required
 
 
 # linear
@@ -241,19 +289,19 @@ def test_dare_restores_the_mass(name: str, density: float) -> None:
 def test_blocks_do_not_show(name: str, size: int) -> None:
     """Any cut gives the same numbers; what is summed up over blocks, to its last bits."""
     deltas = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)).round(decimals=1) for seed in (1, 2)]
-    given: dict[str, Any] = {"t": 0.3} if name == "slerp" else {"weight": [0.4, 0.7], "density": 0.4}
+    given: dict[str, Any] = {"t": 0.3, "weight": [0.4, 0.7], "density": 0.4}
     whole = combine(name, deltas, **given)
     torch.testing.assert_close(combine(name, deltas, size=size, **given), whole, rtol=1e-6, atol=1e-6)
-    if name not in ("slerp", "dare_linear", "dare_ties"):
+    if name not in SUMS:
         assert torch.equal(combine(name, deltas, size=size, **given), whole)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"passthrough", "slerp"}))
 def test_double_precision_stays(name: str) -> None:
     deltas = [torch.randn(300, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2)]
-    merged = combine(name, deltas, weight=[0.4, 0.7], density=0.4)
+    merged = combine(name, deltas, weight=[0.4, 0.7], density=0.4, t=0.3)
     assert merged.dtype == torch.float64
-    single = combine(name, [one.float() for one in deltas], weight=[0.4, 0.7], density=0.4)
+    single = combine(name, [one.float() for one in deltas], weight=[0.4, 0.7], density=0.4, t=0.3)
     torch.testing.assert_close(merged.float(), single, rtol=1e-5, atol=1e-6)
     assert not torch.equal(merged, single.double())
 
@@ -263,6 +311,6 @@ def test_nan_is_not_lost(name: str) -> None:
     """It reaches the output, where the run refuses it, or is refused while learning."""
     deltas = [torch.ones(64), torch.ones(64)]
     deltas[1][7] = float("nan")
-    given: dict[str, Any] = {"t": 0.3} if name == "slerp" else {"weight": [0.4, 0.7], "density": 0.4}
+    given: dict[str, Any] = {"t": 0.3, "weight": [0.4, 0.7], "density": 0.4}
     merged = combine(name, deltas, **given)
     assert bool(merged[7].isnan())

@@ -1,0 +1,66 @@
+"""model_stock: how far to go from the base to the average, from the angles between task vectors.
+
+Jang et al., "Model Stock: All we need is just a few fine-tuned models", https://arxiv.org/abs/2403.19522.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from mergeforge.methods import Look, method
+from mergeforge.methods.gram import combined, gram, is_vector, lengths
+from mergeforge.methods.parts import by_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TINY = 1e-6  # of a product of norms, and of the denominator
+
+
+def share(look: Look, numel: int, *, filter_wise: bool) -> float | None:
+    """The share of the average, from the mean cosine of all pairs; None where each row has its own."""
+    import numpy as np
+
+    if filter_wise and not is_vector(look):
+        return None
+    products = gram(look)
+    count = len(products)
+    if count < 2:
+        return 0.0
+    norms = lengths(products)
+    cosines = np.clip(products / np.maximum(np.outer(norms, norms), TINY), -1, 1)
+    cosine = float(cosines[np.triu_indices(count, 1)].mean())
+    below = 1 + (count - 1) * cosine
+    return count * cosine / below if abs(below) >= TINY else 0.0
+
+
+@method("model_stock", live=1, inputs=(2, 1 << 16), facts=share)
+def model_stock(deltas: list[Tensor], facts: float | None, *, filter_wise: bool = False) -> Tensor:
+    """base + t * mean(deltas), t = N cos / (1 + (N - 1) cos); with filter_wise a t for each row.
+
+    cos is the mean cosine of all pairs of the N task vectors. Where it has no answer (N vectors that
+    oppose each other) the base stays.
+    """
+    count = len(deltas)
+    if facts is not None:
+        return combined(deltas, [facts / count] * count)
+    for rows in by_rows(deltas):
+        each = _shares(rows)
+        combined(rows, [1 / count] * count).mul_(each)
+    return deltas[0]
+
+
+def _shares(rows: list[Tensor]) -> Tensor:
+    """t for each row, as a column."""
+    count = len(rows)
+    norms: list[Tensor] = [row.norm(dim=1) for row in rows]
+    cosine = norms[0].new_zeros(norms[0].shape)
+    for one, two in combinations(range(count), 2):
+        product = (rows[one] * rows[two]).sum(dim=1)
+        cosine.add_(product.div_((norms[one] * norms[two]).clamp_(min=TINY)).clamp_(-1, 1))
+    cosine.div_(count * (count - 1) / 2)
+    below = cosine.mul(count - 1).add_(1)
+    singular = below.abs() < TINY
+    t = cosine.mul_(count).div_(below.masked_fill_(singular, 1))
+    return t.masked_fill_(singular, 0).unsqueeze(1)

@@ -1,0 +1,66 @@
+"""multislerp: the weighted mean of many directions, on the sphere."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mergeforge.methods import Look, method
+from mergeforge.methods.gram import combined, gram, lengths
+from mergeforge.parameters import Interval
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def weights(look: Look, numel: int, *, weight: list[float], normalize_weights: bool, eps: float) -> list[float]:
+    """The weight of each input in the result.
+
+    By definition the directions' mean is taken, and from there a step in the tangent space, by the
+    weighted mean of the directions there. That is s - (s.m) m for s the weighted sum and m = s / |s|,
+    so zero: the step is left out.
+
+    Raises ArithmeticError where the directions cancel.
+    """
+    import numpy as np
+
+    products = gram(look)
+    if len(products) <= 1:
+        return [1.0] * len(weight)
+    share = np.array(weight) / (sum(weight) if normalize_weights else 1)
+    norms = lengths(products)
+    scale = 1 / (norms + eps)
+    length = math.sqrt(max(float(share @ (products * np.outer(scale, scale)) @ share), 0))
+    if length >= eps:
+        return [float(one) for one in share * scale * (norms @ share) / length]
+    if len(weight) > 2 and float(norms.max()) > eps:
+        raise ArithmeticError("the directions cancel: their weighted mean has no length")
+    return [float(one) for one in share]
+
+
+def check(*, weight: list[float], normalize_weights: bool, eps: float) -> None:
+    if normalize_weights and len(weight) > 1 and abs(sum(weight)) < 1e-12:
+        raise ValueError("the weights sum to zero, and normalize_weights divides by their sum")
+
+
+@method(
+    "multislerp",
+    live=1,
+    optional_base=True,
+    facts=weights,
+    check=check,
+    within={"eps": Interval(0, 1, open_low=True)},
+)
+def multislerp(
+    models: list[Tensor],
+    facts: list[float],
+    *,
+    weight: list[float],
+    normalize_weights: bool = True,
+    eps: float = 1e-8,
+) -> Tensor:
+    """The weighted mean of the models' directions (with a base: their task vectors'), at their mean length.
+
+    mergekit's method (https://goddard.blog/posts/multislerp-wow-what-a-cool-idea). One input stays as it is.
+    """
+    return combined(models, facts)

@@ -1,0 +1,225 @@
+"""mergekit's other methods on numbers that one can check by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from looking import Looking, combine
+from test_by_hand import equal, near
+
+from mergeforge.methods import METHODS, Block
+from mergeforge.methods.gram import gram
+
+HALF = math.sqrt(0.5)
+
+
+def refused(name: str, match: str, **parameters: Any) -> None:
+    values = {one.name: one.default for one in METHODS[name].parameters.values()} | parameters
+    with pytest.raises(ValueError, match=match):
+        METHODS[name].check_parameters(values)
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_gram(size: int) -> None:
+    products = gram(Looking([torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 1.0, 3.0])], size))
+    assert products.tolist() == [[5.0, 2.0], [2.0, 10.0]]
+
+
+def test_gram_of_nothing() -> None:
+    assert gram(lambda see, sample=0: iter(())).shape == (0, 0)
+
+
+# directions
+
+
+def test_nuslerp() -> None:
+    near(combine("nuslerp", [[1.0, 0.0], [0.0, 1.0]], weight=[1.0, 1.0]), [HALF, HALF])
+    near(combine("nuslerp", [[2.0, 0.0], [0.0, 1.0]], weight=[2.0, 1.0]), [2 * math.sin(math.pi / 3), 0.5])
+    equal(combine("nuslerp", [[1.0, 2.0], [2.0, 4.0]], weight=[1.0, 3.0]), [1.75, 3.5])
+    equal(combine("nuslerp", [[1.0, 2.0], [-1.0, -2.0]], weight=[1.0, 3.0]), [-0.5, -1.0])
+    near(combine("nuslerp", [[1.0, 0.0], [0.0, 1.0]], weight=[1.0, -1.0]), [HALF, HALF])  # weights cancel: the middle
+
+
+def test_nuslerp_of_rows_and_columns() -> None:
+    """Row 0 turns by a right angle, row 1 is parallel; columns the other way round."""
+    one, two = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 1.0], [3.0, 3.0]])
+    parameters = {"weight": [1.0, 1.0], "nuslerp_flatten": False, "nuslerp_row_wise": False}
+    method = METHODS["nuslerp"]
+    equal(method([one.clone(), two.clone()], None, Block("w", 0, 0), parameters)[1], [2.0, 2.0])
+    near(method([one.clone(), two.clone()], None, Block("w", 0, 0), parameters)[0], [HALF, HALF])
+    one, two, parameters = one.T.contiguous(), two.T.contiguous(), parameters | {"nuslerp_row_wise": True}
+    facts = method.learn(lambda see, sample=0: iter([see([one.clone(), two.clone()], Block("w", 0, 0))]), 4, parameters)
+    near(method([one, two], facts, Block("w", 0, 0), parameters), [[HALF, 2.0], [HALF, 2.0]])
+
+
+def test_nuslerp_takes_a_vector_for_one_row() -> None:
+    looking = Looking([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], 1)
+    parameters = {"weight": [1.0, 1.0], "nuslerp_flatten": False, "nuslerp_row_wise": False}
+
+    def look(see: Any, sample: int = 0) -> Any:
+        return looking(lambda inputs, block: see(inputs, Block("w", block.start, 0, is_vector=True)), sample)
+
+    assert METHODS["nuslerp"].learn(look, 2, parameters) == pytest.approx((HALF, HALF))
+
+
+def test_multislerp() -> None:
+    """Directions at a right angle meet half-way, at the weighted mean length."""
+    near(combine("multislerp", [[1.0, 0.0], [0.0, 3.0]], weight=[1.0, 1.0]), [2 * HALF, 2 * HALF])
+    near(combine("multislerp", [[1.0, 0.0], [0.0, 3.0]], weight=[3.0, 4.0], normalize_weights=False), [9.0, 12.0])
+    equal(combine("multislerp", [[1.0, 5.0]], weight=[0.0]), [1.0, 5.0])  # one stays as it is
+    equal(combine("multislerp", [[1.0, 0.0], [-1.0, 0.0]], weight=[1.0, 1.0]), [0.0, 0.0])  # two that cancel: a line
+    equal(combine("multislerp", [[0.0, 0.0]] * 3, weight=[1.0, 1.0, 1.0]), [0.0, 0.0])
+
+
+def test_multislerp_refuses_what_has_no_mean() -> None:
+    refused("multislerp", "sum to zero", weight=[1.0, -1.0])
+    with pytest.raises(ArithmeticError, match="cancel"):
+        combine("multislerp", [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], weight=[1.0, 1.0, 2.0])
+
+
+def test_karcher() -> None:
+    near(combine("karcher", [[1.0, 0.0], [0.0, 3.0]]), [2 * HALF, 2 * HALF])
+    near(combine("karcher", [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), [math.sqrt(1 / 3)] * 3)
+    equal(combine("karcher", [[1.0, 2.0]]), [1.0, 2.0])
+    equal(combine("karcher", [[0.0, 0.0], [0.0, 0.0]]), [0.0, 0.0])
+    near(combine("karcher", [[0.0, 0.0], [3.0, 4.0]]), [1.5, 2.0])  # zeros have no direction, but a length
+
+
+def test_karcher_balances_the_angles() -> None:
+    """Directions at 0, 0 and 90 degrees: the mean lies at 30, where the mean of vectors lies at 26.6."""
+    near(combine("karcher", [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [math.cos(math.pi / 6), 0.5])
+
+
+def test_model_stock() -> None:
+    """cos = 1/2: t = 2 * 1/2 / (1 + 1/2) = 2/3; at a right angle nothing is left; parallel ones are averaged."""
+    third = math.sqrt(3) / 2
+    near(combine("model_stock", [[1.0, 0.0], [0.5, third]]), [0.5, third / 3])
+    equal(combine("model_stock", [[1.0, 0.0], [0.0, 1.0]]), [0.0, 0.0])
+    near(combine("model_stock", [[1.0, 2.0], [3.0, 6.0]]), [2.0, 4.0])
+    equal(combine("model_stock", [[1.0, 2.0], [-1.0, -2.0]]), [0.0, 0.0])
+
+
+def test_model_stock_by_rows() -> None:
+    """Blocks of single elements are rows: parallel or opposed."""
+    near(combine("model_stock", [[1.0, 1.0], [3.0, -3.0]], filter_wise=True), [2.0, 0.0])
+
+
+# dropping
+
+
+def test_breadcrumbs() -> None:
+    """Ten elements: the largest one goes, of the rest the four largest stay."""
+    delta = [1.0, -2.0, 3.0, -4.0, 5.0, -6.0, 7.0, -8.0, 9.0, -10.0]
+    expected = [0.0, 0.0, 0.0, 0.0, 0.0, -6.0, 7.0, -8.0, 9.0, 0.0]
+    equal(combine("breadcrumbs", [delta], weight=[1.0], density=0.4, gamma=0.1), expected)
+    equal(combine("breadcrumbs", [delta], weight=[1.0], density=0.05, gamma=0.1), [0.0] * 10)
+    equal(combine("breadcrumbs", [delta], weight=[1.0]), delta)
+    rescaled = combine("breadcrumbs", [delta], weight=[1.0], density=0.4, gamma=0.1, rescale=True)
+    near(rescaled, [one * 55 / 30 for one in expected])
+
+
+def test_breadcrumbs_keeps_its_density_first() -> None:
+    """gamma gives way where the two are more than there is."""
+    equal(combine("breadcrumbs", [[1.0, 2.0, 3.0, 4.0]], weight=[1.0], density=0.75, gamma=0.5), [1.0, 2.0, 3.0, 0.0])
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_breadcrumbs_among_equals(size: int) -> None:
+    """Exactly four stay, whatever the blocks; the largest are the first of equals."""
+    kept = combine("breadcrumbs", [[2.0] * 10], weight=[1.0], density=0.4, gamma=0.2, size=size)
+    equal(kept, [0.0, 0.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0])
+
+
+def test_breadcrumbs_ties() -> None:
+    deltas = [[4.0, -3.0, 1.0, 0.5], [1.0, 2.0, -5.0, 0.25]]
+    # without the largest of each: [0, -3, 1, 0] and [1, 2, 0, 0]
+    merged = combine("breadcrumbs_ties", deltas, weight=[1.0, 1.0], density=0.5, gamma=0.25)
+    equal(merged, [1.0, -3.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+def test_della_keeps_large_elements_more_often(name: str) -> None:
+    """Magnitudes 1..400 in each of 500 rows: the chance to stay goes from 0.2 to 0.8."""
+    rows = torch.arange(1.0, 401.0).expand(500, 400).contiguous()
+    parameters = {one.name: one.default for one in METHODS[name].parameters.values()}
+    parameters |= {"weight": [1.0], "density": [0.5], "epsilon": [0.3], "normalize": False}
+    kept = METHODS[name]([rows.clone()], [1.0], Block("w", 0, 0), parameters).ne(0).float().mean(dim=0)
+    expected = torch.linspace(0.2, 0.8, 400)
+    assert float((kept - expected).abs().amax()) < 5 * 0.5 / math.sqrt(500)
+    assert float((kept - expected).view(8, 50).mean(dim=1).abs().amax()) < 5 * 0.5 / math.sqrt(500 * 50)
+
+
+def test_della_refuses_chances_that_are_none() -> None:
+    refused("della", "epsilon 0.15", density=[0.5, 0.1], epsilon=[0.15, 0.15])
+    refused("della_linear", "epsilon 0.5", density=[0.5], epsilon=[0.5])
+    METHODS["della"].check_parameters({"density": [1.0, 0.5], "epsilon": [0.15, 0.4]})
+
+
+# choosing
+
+
+def test_sce() -> None:
+    """Mean squares 1 and 9 weigh 0.1 and 0.9; element 0 agrees, of element 1 plus wins, by the sum."""
+    near(combine("sce", [[1.0, -1.0], [3.0, 3.0]]), [0.1 * 1 + 0.9 * 3, 3.0])
+    near(combine("sce", [[1e-4, 1e-4], [3e-4, -1e-4]]), [2e-4, 1e-4])  # too small to weigh: equal weights
+
+
+def test_sce_selects_what_varies() -> None:
+    """Variances 0, 1, 4, 0.25: of three that vary int(3 * 0.7) = 2 are kept."""
+    deltas = [[5.0, 1.0, 1.0, 0.0], [5.0, 3.0, 5.0, 1.0]]
+    # weights of [0, 1, 1, 0] and [0, 3, 5, 0]: 2 and 34 of 36
+    near(combine("sce", deltas, select_topk=0.7), [0.0, 3 - 2 * 2 / 36, 5 - 4 * 2 / 36, 0.0])
+    equal(combine("sce", deltas, select_topk=0.0), [0.0] * 4)
+    equal(combine("sce", [[1.0, 2.0]] * 3, select_topk=0.5), [0.0, 0.0])
+
+
+def test_ram() -> None:
+    """Element 0 is changed by both, 1 and 2 by one, 3 by none that counts."""
+    deltas = [[1.0, 4.0, 0.0, 1e-6], [3.0, 0.0, -2.0, 0.0]]
+    equal(combine("ram", deltas), [2.0, 4.0, -2.0, 0.0])
+    equal(combine("ram", deltas, epsilon=2.5), [3.0, 4.0, 0.0, 0.0])
+
+
+def test_ramplus_tl() -> None:
+    """Model 0 shares 1 of 3 changes: unique ones grow by 1 + 0.1 * 1/2; model 1 has 1 and 1: at most alpha."""
+    deltas = [[1.0, 4.0, 2.0, 0.0], [3.0, 0.0, 0.0, 2.0]]
+    near(combine("ramplus_tl", deltas, alpha=0.8), [2.0, 4 * 1.05, 2 * 1.05, 2 * 1.08])
+    equal(combine("ramplus_tl", [[1.0], [3.0]]), [2.0])
+
+
+def test_nearswap() -> None:
+    """Distances 0.5, 2 and 0: nearer than 1 is swapped, at 2 half of the way is gone."""
+    equal(combine("nearswap", [[1.0, 1.0, 4.0], [1.5, 3.0, 4.0]], t=1.0), [1.5, 2.0, 4.0])
+    equal(combine("nearswap", [[1.0, 1.0], [1.5, 3.0]], t=0.0), [1.0, 1.0])
+
+
+def vectors(*values: list[float]) -> Any:
+    """The engine's view of 1-D tensors, in one block."""
+    inputs = [torch.tensor(one).view(-1, 1) for one in values]
+    block = Block("w", 0, 0, is_vector=True)
+    return (lambda see, sample=0: iter([see([one.clone() for one in inputs], block)])), inputs, block
+
+
+def test_arcee_fusion() -> None:
+    """One of eight changes stands out from the quartiles and is taken over."""
+    base, other = [0.0] * 8, [0.1, 0.1, 0.11, 0.12, 0.1, 0.12, 0.11, 1.0]
+    look, inputs, block = vectors(base, other)
+    facts = METHODS["arcee_fusion"].learn(look, 8, {})
+    equal(METHODS["arcee_fusion"](inputs, facts, block, {}).flatten(), [0.0] * 7 + [1.0])
+
+
+def test_arcee_fusion_of_equals_is_the_base() -> None:
+    equal(combine("arcee_fusion", [[1.0, 2.0], [1.0, 2.0]]), [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "name", ["nuslerp", "multislerp", "karcher", "sce", "model_stock", "ramplus_tl", "breadcrumbs"]
+)
+def test_nothing_to_look_at(name: str) -> None:
+    """A tensor without elements."""
+    known = METHODS[name].parameters.values()
+    values = {one.name: [0.5, 0.5] if one.per_input else one.default for one in known}
+    METHODS[name].learn(lambda see, sample=0: iter(()), 0, values)
