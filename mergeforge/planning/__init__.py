@@ -114,7 +114,7 @@ def make_plan(
     files, file_notes = side_files(inputs)
     config = config_json(recipe, inputs.donor.checkpoint.config, infos, composition.tied)
     name = recipe.output.name or where.absolute().name
-    told = gguf_config(config, inputs.donor.checkpoint, composition.ways)
+    told = gguf_config(config, inputs.donor.checkpoint, composition.ways) if recipe.output.gguf else config
     given = GGUFInputs(name, told, infos, {**files, **_own_card(inputs)}, budget.device)
     ggufs, gguf_outlets, gguf_notes = plan_ggufs(recipe.output, given)
     checkpoint = sink.lay_out(list(infos.values()), recipe.output.shard_size) if recipe.output.safetensors else NOTHING

@@ -73,13 +73,13 @@ class GGUFInputs:
 def gguf_config(
     config: Mapping[str, Any] | None, donor: Checkpoint, ways: Mapping[str, Way]
 ) -> Mapping[str, Any] | None:
-    """The output's config as GGUF spells it: a stored copy of the embedding does not part the two."""
+    """The output's config as GGUF spells it: tied where the stored head is the embedding, whatever the config says."""
     tied = tied_head(donor)
     if config is None or tied is None or not all(isinstance(ways.get(name), Stored) for name in tied):
         return config
     head, embedding = (ways[name] for name in tied)
     assert isinstance(head, Stored) and isinstance(embedding, Stored)
-    return {**config, "tie_word_embeddings": True} if same_content(head, embedding) else config
+    return {**config, "tie_word_embeddings": same_content(head, embedding)}
 
 
 def plan_ggufs(output: Output, given: GGUFInputs) -> tuple[list[GGUFPlan], dict[str, list[GGUFOutlet]], list[str]]:
