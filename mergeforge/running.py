@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from mergeforge.budget import Worker, one_torch_thread, steady_malloc
 from mergeforge.card import model_card
 from mergeforge.checksums import strip_checksums
+from mergeforge.computing import carry
 from mergeforge.disk import InputFile
 from mergeforge.errors import BudgetError, MergeforgeError, SourceError
 from mergeforge.journal import Done
@@ -28,18 +29,15 @@ from mergeforge.layout import OutputFiles
 from mergeforge.planning import Piece, Plan
 from mergeforge.receipt import receipt
 from mergeforge.sinks import Outlet, Run, joined, strips
-from mergeforge.sinks.checkpoint import KEY, index
-from mergeforge.sources import Facts, Scan, learn
-from mergeforge.tensors import TensorInfo, Tile, blocks, torch_dtype
+from mergeforge.sinks.checkpoint import index
+from mergeforge.tensors import Tile
 from mergeforge.vocab.modelfile import modelfile
 from mergeforge.workspace import RECEIPT, RECIPE, Workspace
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 SYNC_SECONDS = 2.0
-Encoded = list[tuple[Outlet, "Tensor"]]  # a tile as every outlet writes it: uint8, on the CPU
 
 
 def run(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Iterator[Tile]:
@@ -68,122 +66,6 @@ def merge(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Path:
     """Do the merge and return the output folder."""
     deque(run(plan, fresh=fresh, overwrite=overwrite), maxlen=0)
     return plan.out
-
-
-def carry(
-    piece: Piece, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfinite: bool = False
-) -> Iterator[tuple[Tile, Encoded]]:
-    """Compute tiles of one piece: yields each with its bytes as every outlet writes them.
-
-    A piece that learns gives all its tiles, in order.
-    """
-    facts: Facts = {}
-    compute = torch_dtype(piece.compute)
-    assert compute is not None
-    if piece.learns:
-        whole = [range(tile.start, tile.stop) for tile in piece.tiles]
-        worker.clear()
-        learn(piece.way, Scan(piece.info, whole, worker, facts, compute))
-    for tile in tiles:
-        if piece.learns and len(piece.tiles) == 1:
-            worker.restart()  # what it read to learn is still there
-        else:
-            worker.clear()
-        yield (
-            tile,
-            _copy(piece, tile, worker)
-            if piece.copied
-            else _compute(piece, tile, worker, facts, compute, allow_nonfinite),
-        )
-
-
-def _copy(piece: Piece, tile: Tile, worker: Worker) -> Encoded:
-    """The tile's bytes as they are stored; they never go to a device."""
-    stored = piece.way
-    raw = worker.take(tile.rows * piece.info.row_nbytes)
-    stored.file.read_into(raw.numpy().data, stored.offset + tile.start * piece.info.row_nbytes)  # type: ignore[attr-defined]
-    return [(piece.outlets[0], raw)]
-
-
-def _compute(
-    piece: Piece, tile: Tile, worker: Worker, facts: Facts, compute: torch.dtype, allow_nonfinite: bool
-) -> Encoded:
-    import torch
-
-    rows = piece.way.stage(range(tile.start, tile.stop), worker, facts, compute)
-    pens = [_Pen(outlet, tile, worker) for outlet in piece.outlets]
-    gathers = [
-        _Gather(height, piece.info, [pen for pen in pens if pen.outlet.strip_rows == height])
-        for height in set(piece.strip_rows.values())
-    ]
-    extremes: list[Tensor] = []
-    for start, stop in blocks(tile, piece.info):
-        value = rows(start, stop)
-        extremes += value.aminmax()  # NaN carries through
-        for gather in gathers:
-            gather.take(value, start)
-    worker.wait()
-    magnitude = float(torch.stack(extremes).abs().amax())
-    for pen in pens:
-        if pen.outlet.refuses(magnitude) and not (allow_nonfinite and pen.outlet.plain):
-            raise _unfit(piece, tile, pen, magnitude)
-    return [(pen.outlet, pen.raw) for pen in pens]
-
-
-class _Pen:
-    """Writes a tile's strips for one outlet into the staging buffer, one after the other."""
-
-    def __init__(self, outlet: Outlet, tile: Tile, worker: Worker) -> None:
-        self.outlet = outlet
-        self.raw = worker.take(sum(outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)))
-        self.used = 0
-
-    def write(self, rows: Tensor, start: int) -> None:
-        nbytes = self.outlet.nbytes(start, start + len(rows))
-        self.outlet.encode(rows, start, self.raw[self.used : self.used + nbytes])
-        self.used += nbytes
-
-
-class _Gather:
-    """Hands strips of one height to the pens that take them: blocks as they are, or several put together."""
-
-    def __init__(self, height: int, info: TensorInfo, pens: list[_Pen]) -> None:
-        self.height = height
-        self.info = info
-        self.pens = pens
-        self.gathered: Tensor | None = None
-
-    def take(self, value: Tensor, start: int) -> None:
-        """The next block of the tile."""
-        if self.height == self.info.block_rows:
-            self._write(value, start)
-            return
-        first = start - start % self.height
-        last = min(first + self.height, self.info.rows)
-        if self.gathered is None:
-            self.gathered = value.new_empty(self.height, value.shape[1])
-        self.gathered[start - first : start - first + len(value)].copy_(value)
-        if start + len(value) == last:
-            self._write(self.gathered[: last - first], first)
-
-    def _write(self, rows: Tensor, start: int) -> None:
-        for pen in self.pens:
-            pen.write(rows, start)
-
-
-def _unfit(piece: Piece, tile: Tile, pen: _Pen, magnitude: float) -> SourceError:
-    """What does not fit the type that it would be written in."""
-    name, about = piece.info.name, pen.outlet.about
-    if pen.outlet.key != KEY or not (dtype := torch_dtype(pen.outlet.plain)):
-        text = f"{name} would hold {magnitude:.6g}, which {about} cannot"
-        return SourceError(text, hint="an input holds such values; if they are finite, gguf bf16 holds them")
-    bad = ~pen.raw.view(dtype).isfinite()
-    first = tile.start * piece.info.columns + int(bad.int().argmax())
-    text = f"{name} would hold {int(bad.sum())} infinite or NaN values ({about}, first at {first})"
-    hint = (
-        "an input holds them, or the result does not fit the dtype (try dtype: bfloat16); --allow-nonfinite writes them"
-    )
-    return SourceError(text, hint=hint)
 
 
 def _input_files(plan: Plan) -> list[InputFile]:

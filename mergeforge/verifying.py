@@ -14,11 +14,11 @@ import xxhash
 
 from mergeforge.budget import Worker, cores, one_torch_thread
 from mergeforge.checksums import strip_checksums, tensor_checksum
+from mergeforge.computing import carry
 from mergeforge.disk import InputFile
 from mergeforge.engine import Closeness, compare_with_transformers
 from mergeforge.errors import SourceError
 from mergeforge.planning import Piece, Plan, make_plan
-from mergeforge.running import carry
 from mergeforge.sinks import strips
 from mergeforge.sinks.checkpoint import KEY
 from mergeforge.sources.safetensors_file import Header, read_header

@@ -19,7 +19,7 @@ FLOORS = (
     {"methods", "adapters", "recipe", "layout", "budget", "hub", "quants", "architectures", "vocab", "metadata"},
     {"sources", "sinks", "journal"},
     {"planning", "random_model"},
-    {"running", "workspace", "receipt", "card", "verifying", "comparing", "engine", "exporting"},
+    {"computing", "running", "workspace", "receipt", "card", "verifying", "comparing", "engine", "exporting"},
     {"cli", "progress", "__main__", "api"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -30,7 +30,8 @@ ALLOWED = {
     ("running", "card"),
     ("running", "receipt"),
     ("running", "workspace"),
-    ("verifying", "running"),
+    ("running", "computing"),
+    ("verifying", "computing"),
     ("verifying", "workspace"),
     ("verifying", "engine"),
     ("exporting", "running"),
