@@ -103,7 +103,11 @@ def spell(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Spell
             f"config.json: GGUF output does not know the architecture {name}",
             hint=f"{hint}`mergeforge list architectures` prints what is known; any model can be written as safetensors",
         )
-    return ARCHITECTURES[name](Model.of(name, config, tensors))
+    try:
+        return ARCHITECTURES[name](Model.of(name, config, tensors))
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:  # a value of another kind than its key's
+        text = f"config.json does not describe a {name}: {type(error).__name__}: {error}"
+        raise SourceError(text, hint="compare it with the config.json of the model's makers") from error
 
 
 def class_name(config: Mapping[str, Any]) -> str:

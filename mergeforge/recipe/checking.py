@@ -244,7 +244,7 @@ def _gguf(entry: Mapping[str, Any]) -> GGUFEntry:
     return GGUFEntry(
         type=str(entry.get("type") or "").lower(),
         imatrix=entry.get("imatrix"),
-        tensor_types=tuple((entry.get("tensor_types") or {}).items()),
+        tensor_types=tuple((str(name), kind) for name, kind in (entry.get("tensor_types") or {}).items()),
         output_type=entry.get("output_tensor_type"),
         embedding_type=entry.get("token_embedding_type"),
         pure=bool(entry.get("pure")),

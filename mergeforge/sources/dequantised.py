@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,24 +51,25 @@ class Dequantised:
         return None
 
     def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
-        staged = [self._staged(at, rows, worker) for at in range(len(self.held))]
+        every = self._units()
+        staged = [self._staged(at, every[at][rows.start : rows.stop], worker) for at in range(len(self.held))]
         slot = worker.slot()
 
         def block(start: int, stop: int) -> Tensor:
             into = worker.scratch(slot, (stop - start, self.info.columns), dtype)
             for at, (units, raw) in enumerate(staged):
-                self._fill(into, at, range(start, stop), units, raw)
+                self._fill(into, at, every[at][start:stop], units, raw)
             return into
 
         return block
 
-    def _staged(self, at: int, rows: range, worker: Worker) -> tuple[np.ndarray, np.ndarray]:
-        """The units of GGUF tensor `at` that the rows need, ascending, and their bytes."""
+    def _staged(self, at: int, wanted: np.ndarray, worker: Worker) -> tuple[np.ndarray, np.ndarray]:
+        """The units that are wanted of GGUF tensor `at`, ascending, and their bytes."""
         import numpy as np
 
         held = self.held[at][1]
         size = held.row_nbytes(self.info.columns)
-        units = np.sort(self._units(at)[rows.start : rows.stop])
+        units = np.sort(wanted)
         units = units[np.searchsorted(units, 0) :]
         raw = worker.take(len(units) * size).numpy()
         filled = 0
@@ -78,13 +78,12 @@ class Dequantised:
             filled += count * size
         return units, raw.reshape(len(units), size)
 
-    def _fill(self, into: Tensor, at: int, rows: range, units: np.ndarray, raw: np.ndarray) -> None:
+    def _fill(self, into: Tensor, at: int, wanted: np.ndarray, units: np.ndarray, raw: np.ndarray) -> None:
         import gguf
         import numpy as np
         import torch
 
         place, held = self.held[at]
-        wanted = self._units(at)[rows.start : rows.stop]
         here = np.flatnonzero(wanted >= 0)
         if not len(here):
             return
@@ -96,11 +95,7 @@ class Dequantised:
         else:
             into[torch.from_numpy(here).to(into.device)] = found.to(into.dtype)
 
-    def _units(self, at: int) -> np.ndarray:
-        return self._all_units[at]
-
-    @cached_property
-    def _all_units(self) -> list[np.ndarray]:
+    def _units(self) -> list[np.ndarray]:
         """For each GGUF tensor: which of its units every stored row is; -1: none."""
         import numpy as np
 

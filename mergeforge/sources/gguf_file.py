@@ -113,7 +113,9 @@ class _Reader:
             name = self._text()
             values[name] = self._value(*self._numbers("<I"))
         entries = [self._entry() for _ in range(self._count(tensors))]
-        alignment = int(values["general.alignment"].value) if "general.alignment" in values else 32
+        alignment = values["general.alignment"].value if "general.alignment" in values else 32
+        if not isinstance(alignment, int) or not 0 < alignment < 1 << 20:
+            raise SourceError(f"{self.path}: general.alignment is {alignment!r}; the file is damaged")
         start = -(-self.stream.tell() // alignment) * alignment
         held = {name: self._held(name, shape, kind, start + offset) for name, shape, kind, offset in entries}
         return GGUFHeader(values, held, {self.path.name: self.digest.hexdigest()})

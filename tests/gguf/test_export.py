@@ -206,6 +206,8 @@ def test_what_a_model_must_have(models: Path) -> None:
     assert "LamaForCausalLM" in refusal()
     change("config.json", architectures=["LlamaForCausalLM"], rms_norm_eps=None, num_attention_heads=None)
     assert "num_attention_heads" in refusal()
+    change("config.json", num_attention_heads="four")
+    assert "does not describe a LlamaForCausalLM" in refusal()
     change("config.json", num_attention_heads=4)
     (models / "base" / "config.json").unlink()
     assert "config.json" in refusal()
@@ -273,6 +275,16 @@ def test_damaged_gguf_files_are_refused(models: Path) -> None:
     Path("x.gguf").write_bytes(whole[:8] + b"\xff" * 16 + whole[24:])
     with pytest.raises(SourceError, match="damaged"):
         mergeforge.plan(value, out="out")
+    import gguf
+
+    for alignment in (0, 1 << 30):
+        writer = gguf.GGUFWriter("x.gguf", "llama")
+        writer.add_uint32("general.alignment", alignment)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with pytest.raises(SourceError, match=r"general\.alignment"):
+            mergeforge.plan(value, out="out")
 
 
 def test_a_gguf_lora_is_an_adapter(models: Path) -> None:
@@ -330,5 +342,7 @@ def test_an_imatrix_weighs_columns(models: Path) -> None:
 
 
 def test_recipes_with_unknown_types_are_refused(models: Path) -> None:
+    with pytest.raises(RecipeError, match="q7"):
+        mergeforge.plan(recipe(gguf=[{"type": "q8_0", "tensor_types": {5: "q7"}}]), out="out")
     with pytest.raises(RecipeError, match="q4_k_x"):
         mergeforge.plan(recipe(gguf=["q4_k_x"]), out="out")
