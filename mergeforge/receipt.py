@@ -77,8 +77,10 @@ def _strips(outlet: Outlet, piece: Piece) -> list[list[list[int]]] | list[int]:
     """
     runs = [outlet.runs(*strip) for strip in strips(0, piece.info.rows, outlet)]
     whole = list(joined(run for strip in runs for run in strip))
-    if len(whole) == 1 and all(len(strip) == 1 for strip in runs):
-        return [*whole[0], runs[0][0][1]]
+    sizes = [sum(nbytes for _, nbytes in strip) for strip in runs]
+    even = set(sizes[:-1]) <= {sizes[0]} and 0 < sizes[-1] <= sizes[0] if sizes else False
+    if len(whole) == 1 and even and all(len(strip) == 1 for strip in runs):
+        return [*whole[0], sizes[0]]
     return [_evenly(strip) for strip in runs]
 
 

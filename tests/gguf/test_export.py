@@ -120,6 +120,19 @@ def test_verify_sees_every_kind_of_damage(models: Path, capsys: pytest.CaptureFi
     assert "m-Q8_0.gguf is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rows", [24, 600])
+def test_verify_knows_where_halves_of_fused_experts_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Blocks of 24 rows lie within a half, those of 600 hold halves of several experts: strips of many sizes."""
+    from tiny_models import TINY, folders
+
+    ((folder, _),) = folders([tiny for tiny in TINY if tiny.name == "granitemoe"], tmp_path).values()
+    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", rows * 256)
+    exported(str(folder), str(tmp_path / "out"), "f16", "q4_k_m")
+    assert run_command(["verify", str(tmp_path / "out")]) == 0
+
+
 def test_splits_hold_what_one_file_holds(models: Path) -> None:
     """Split as gguf-py splits: first all keys, split.* in each; gguf's own reader reads every part."""
     whole = read(merged("whole", recipe(gguf=["q8_0"])) / "m-Q8_0.gguf")
