@@ -30,6 +30,7 @@ def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], sec
             "size": file.nbytes,
             "header_size": len(file.header),
             "header_sha256": hashlib.sha256(file.header).hexdigest(),
+            "known": [[at, len(data), hashlib.sha256(data).hexdigest()] for at, data in file.known.items()],
         }
         for name, file in plan.files.items()
     }

@@ -133,10 +133,12 @@ def _check_ggufs(out: Path, receipt: Mapping[str, Any]) -> list[str]:
     opened = {name: InputFile(out / name) for name, facts in files.items() if _has_size(out / name, facts["size"])}
     problems = []
     for name, file in opened.items():
-        head = bytearray(files[name]["header_size"])
-        file.read_into(memoryview(head), 0)
-        if hashlib.sha256(head).hexdigest() != files[name]["header_sha256"]:
-            problems.append(f"the header of {name} was changed")
+        facts = files[name]
+        for at, size, digest in [[0, facts["header_size"], facts["header_sha256"]], *facts["known"]]:
+            data = bytearray(size)
+            file.read_into(memoryview(data), at)
+            if hashlib.sha256(data).hexdigest() != digest:
+                problems.append(f"the {'constants' if at else 'header'} of {name} changed")
 
     def check(task: tuple[str, str, Mapping[str, Any]]) -> str:
         name, key, facts = task

@@ -120,6 +120,21 @@ def test_verify_sees_every_kind_of_damage(models: Path, capsys: pytest.CaptureFi
     assert "m-Q8_0.gguf is missing" in capsys.readouterr().err
 
 
+def test_verify_sees_damage_in_what_comes_from_the_config(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads(Path("base/config.json").read_text())
+    config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config["rope_scaling"]["original_max_position_embeddings"] = 64
+    Path("base/config.json").write_text(json.dumps(config))
+    (path,) = exported("base", "out", "q8_0")
+    assert run_command(["verify", "out"]) == 0
+    data = bytearray(path.read_bytes())
+    at = data.index(read(path).tensors["rope_freqs.weight"][2])
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert run_command(["verify", "out"]) == 3
+    assert "the constants of base-Q8_0.gguf changed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rows", [24, 600])
 def test_verify_knows_where_halves_of_fused_experts_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
