@@ -10,7 +10,7 @@ import yaml
 
 from mergeforge.planning import Plan
 from mergeforge.sizes import show_size
-from mergeforge.sources.checkpoint import Checkpoint
+from mergeforge.sources.checkpoint import Checkpoint, Model
 
 _LICENCE = ("license", "license_name", "license_link")
 
@@ -26,7 +26,7 @@ def model_card(plan: Plan) -> str:
 {front}---
 # {plan.out.absolute().name}
 
-Merged with [mergeforge](https://pypi.org/project/mergeforge/) by the method `{plan.recipe.merge_method}`.
+Merged with [mergeforge](https://pypi.org/project/mergeforge/) by the method `{plan.recipe.method_name}`.
 
 ## Inputs
 
@@ -51,9 +51,9 @@ way and checksum; `mergeforge verify` checks them.
 
 def _front_matter(plan: Plan) -> dict[str, Any]:
     inputs = plan.inputs
-    models = [*([inputs.base] if inputs.base else []), *inputs.models]
+    models = inputs.stored
     named = list(dict.fromkeys(str(model.entry.model.path) for model in models))
-    adapters = [str(one.entry.adapter.path) for one in inputs.adapters]
+    adapters = [str(one.entry.adapter.path) for one in inputs.opened_adapters]
     merged = len(named) > 1 or len(adapters) > 1
     front: dict[str, Any] = {"base_model": [name for name in [*named, *adapters] if not Path(name).exists()]}
     if not front["base_model"]:
@@ -100,7 +100,7 @@ def _described(table: Checkpoint) -> str:
     return f"{name} at {table.revision}" if table.revision else name
 
 
-def _licence(table: Checkpoint) -> dict[str, Any]:
+def _licence(table: Model) -> dict[str, Any]:
     """The licence fields of the input's own card: copied, never invented."""
     try:
         text = (table.folder / "README.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.keyvalues import Keys, Value, array, f32, i32, text, u32
+from mergeforge.side_files import SideFiles
 
 _SAMPLING = (  # key under general.sampling, names in generation_config.json, type
     ("sequence", ("sequence",), text),
@@ -71,7 +72,7 @@ def parameter_counts(tensors: Mapping[str, tuple[int, ...]]) -> ParameterCounts:
 
 
 def metadata(
-    files: Mapping[str, Path],
+    files: SideFiles,
     config: Mapping[str, Any],
     folder_name: str,
     sizes: ParameterCounts,
@@ -100,14 +101,14 @@ def metadata(
     return keys
 
 
-def _found(files: Mapping[str, Path], config: Mapping[str, Any], folder_name: str, sizes: ParameterCounts) -> Any:
+def _found(files: SideFiles, config: Mapping[str, Any], folder_name: str, sizes: ParameterCounts) -> Any:
     import gguf
 
     card = _card(files)
     return gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, dict(config), Path(folder_name), sizes.total)
 
 
-def _sampling(files: Mapping[str, Path]) -> dict[str, Value]:
+def _sampling(files: SideFiles) -> dict[str, Value]:
     """How the model's makers want it sampled, as far as generation_config.json is readable and says so."""
     import json
 
@@ -123,7 +124,7 @@ def _sampling(files: Mapping[str, Path]) -> dict[str, Value]:
     return keys
 
 
-def _card(files: Mapping[str, Path]) -> dict[str, Any]:
+def _card(files: SideFiles) -> dict[str, Any]:
     """README.md's front matter; nothing where there is none, or none that is YAML."""
     import yaml
 

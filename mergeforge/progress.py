@@ -29,7 +29,7 @@ def console(*, stderr: bool = True) -> Console:
 
 def show_plan(plan: Plan, to: Console) -> None:
     """Inputs, what happens to each group of tensors, bytes, memory, disk, notes."""
-    to.print(f"[bold]{plan.recipe.merge_method}[/] -> {escape(str(plan.out))}")
+    to.print(f"[bold]{plan.recipe.method_name}[/] -> {escape(str(plan.out))}")
     inputs = Table("input", "tensors", "bytes", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for table in plan.inputs.checkpoints:
         name = f"{table.label} at {table.revision[:10]}" if table.revision else table.label
@@ -67,7 +67,7 @@ def show_notes(plan: Plan, to: Console) -> None:
 def plan_facts(plan: Plan) -> dict[str, object]:
     """The plan as JSON."""
     return {
-        "merge_method": plan.recipe.merge_method,
+        "merge_method": plan.recipe.method_name,
         "out": str(plan.out),
         "inputs": [
             {"name": table.label, "revision": table.revision, "bytes": table.nbytes}

@@ -42,7 +42,7 @@ def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], sec
         "format": FORMAT,
         "mergeforge": version("mergeforge"),
         "fingerprint": plan.fingerprint,
-        "recipe": plan.recipe.raw,
+        "recipe": plan.recipe.documents if plan.recipe.stages else plan.recipe.raw,
         "inputs": [_input(table) for table in plan.inputs.checkpoints],
         "notes": list(plan.notes),
         "checksum": "xxh3-128 of the xxh3-128 digests of the tensor's strips (mergeforge/checksums.py)",

@@ -74,7 +74,8 @@ def _input_files(plan: Plan) -> list[InputFile]:
 
 
 def _side_files(plan: Plan) -> dict[str, bytes | Path]:
-    sides: dict[str, bytes | Path] = dict(plan.side_files)
+    sides: dict[str, bytes | Path] = {}
+    sides |= {name: file if isinstance(file, Path) else file.read_bytes() for name, file in plan.side_files.items()}
     if plan.config is not None:
         sides["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
     shards = index(plan.checkpoint, plan.tensors)

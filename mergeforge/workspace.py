@@ -220,7 +220,7 @@ class Workspace:
     def _started(self) -> Journal:
         self._empty((LOCK,))
         check_disk(self.plan)
-        return start_journal(self.folder, self.plan.fingerprint, self.plan.recipe.merge_method)
+        return start_journal(self.folder, self.plan.fingerprint, self.plan.recipe.method_name)
 
     def _has_moved(self) -> bool:
         """Whether a commit has moved everything: the receipt goes last."""

@@ -15,11 +15,36 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mergeforge"
 FLOORS = (
-    {"errors", "registry", "parameters", "tensors", "sizes", "disk", "checksums", "keyvalues"},
-    {"methods", "adapters", "recipe", "layout", "budget", "hub", "quants", "architectures", "vocab", "metadata"},
+    {"errors", "registry", "parameters", "tensors", "sizes", "disk", "side_files", "checksums", "keyvalues"},
+    {
+        "methods",
+        "adapters",
+        "recipe",
+        "layout",
+        "budget",
+        "hub",
+        "quants",
+        "architectures",
+        "vocab",
+        "metadata",
+        "tokenizer",
+        "factoring",
+    },
     {"sources", "sinks", "journal"},
     {"planning", "random_model"},
-    {"computing", "running", "workspace", "receipt", "card", "verifying", "comparing", "engine", "exporting"},
+    {
+        "computing",
+        "running",
+        "workspace",
+        "receipt",
+        "card",
+        "verifying",
+        "comparing",
+        "engine",
+        "exporting",
+        "extracting",
+        "joining",
+    },
     {"cli", "progress", "__main__", "api"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -20,13 +20,14 @@ from mergeforge.budget import Budget, make_budget
 from mergeforge.errors import BudgetError, OutputError, RecipeError
 from mergeforge.layout import Layout, OutputFile
 from mergeforge.methods import METHODS
-from mergeforge.planning.compose import Composition, compose
+from mergeforge.planning.compose import Composition
 from mergeforge.planning.cutting import Piece, cut_all, peak
 from mergeforge.planning.gguf import GGUFInputs, GGUFPlan, gguf_config, plan_ggufs
-from mergeforge.planning.inputs import Inputs, open_inputs
-from mergeforge.planning.sidecars import config_json, side_files
+from mergeforge.planning.inputs import Inputs
+from mergeforge.planning.stages import settle
 from mergeforge.quants.mixes import ALIASES, MIXES
-from mergeforge.recipe import OUT_DTYPES, Recipe, read
+from mergeforge.recipe import Recipe, read
+from mergeforge.side_files import SideFiles
 from mergeforge.sinks import Outlet
 from mergeforge.sinks import checkpoint as sink
 from mergeforge.sinks.checkpoint import CheckpointOutlet
@@ -55,7 +56,7 @@ class Plan:
     ggufs: tuple[GGUFPlan, ...]
     tied: bool
     config: Mapping[str, Any] | None
-    side_files: Mapping[str, Path]
+    side_files: SideFiles
     notes: tuple[str, ...]
     fingerprint: str
     allow_nonfinite: bool
@@ -87,13 +88,15 @@ class Plan:
         return tuple(by_name[name] for name in self.checkpoint.extents)
 
 
-def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, sets: Sequence[str] = ()) -> Recipe:
+def read_recipe(
+    source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe, sets: Sequence[str] = ()
+) -> Recipe:
     """Read and check a recipe against the known merge methods. Raises RecipeError."""
     return read(source, METHODS, tuple(sets), (*MIXES, *ALIASES))
 
 
 def make_plan(
-    source: str | Path | Mapping[str, Any] | Recipe,
+    source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe,
     *,
     out: str | Path | None = None,
     sets: Sequence[str] = (),
@@ -107,20 +110,16 @@ def make_plan(
     recipe = read_recipe(source, sets)
     where = _where(recipe, out)
     budget = make_budget(memory, device, threads)
-    inputs = open_inputs(recipe, allow_pickle=allow_pickle)
-    method = METHODS[recipe.merge_method].for_base(inputs.base is not None)
-    composition = compose(recipe, method, inputs)
-    infos = _output_infos(recipe, composition, inputs)
-    files, file_notes = side_files(inputs)
-    config = config_json(recipe, inputs.donor.checkpoint.config, infos, composition.tied)
+    stage = settle(recipe, allow_pickle=allow_pickle)
+    inputs, ways, infos = stage.inputs, stage.composition.ways, stage.infos
     name = recipe.output.name or where.absolute().name
-    told = gguf_config(config, inputs.donor.checkpoint, composition.ways) if recipe.output.gguf else config
-    given = GGUFInputs(name, told, infos, {**files, **_own_card(inputs)}, budget.device)
+    told = gguf_config(stage.config, inputs.donor.checkpoint, ways) if recipe.output.gguf else stage.config
+    given = GGUFInputs(name, told, infos, {**stage.files, **_own_card(inputs)}, budget.device)
     ggufs, gguf_outlets, gguf_notes = plan_ggufs(recipe.output, given)
     checkpoint = sink.lay_out(list(infos.values()), recipe.output.shard_size) if recipe.output.safetensors else NOTHING
     outlets = _outlets(infos, checkpoint, gguf_outlets)
-    pieces, budget = cut_all(composition.ways, {name: infos[name] for name in outlets}, outlets, budget)
-    actions = {piece.info.name: _action(piece, composition) for piece in pieces}
+    pieces, budget = cut_all(ways, {name: infos[name] for name in outlets}, outlets, budget)
+    actions = {piece.info.name: _action(piece, stage.composition) for piece in pieces}
     _check_output(where, inputs)
     return Plan(
         recipe=recipe,
@@ -131,10 +130,10 @@ def make_plan(
         actions=actions,
         checkpoint=checkpoint,
         ggufs=tuple(ggufs),
-        tied=composition.tied,
-        config=config if recipe.output.safetensors else None,
-        side_files=files if recipe.output.safetensors else {},
-        notes=tuple(dict.fromkeys([*inputs.notes, *composition.notes, *file_notes, *gguf_notes])),
+        tied=stage.composition.tied,
+        config=stage.config if recipe.output.safetensors else None,
+        side_files=stage.files if recipe.output.safetensors else {},
+        notes=tuple(dict.fromkeys([*stage.notes, *gguf_notes])),
         fingerprint=_fingerprint(recipe, inputs, [checkpoint, *(gguf.layout for gguf in ggufs)], budget),
         allow_nonfinite=allow_nonfinite,
     )
@@ -189,27 +188,8 @@ def _allocated(path: Path) -> int:
 def _own_card(inputs: Inputs) -> dict[str, Path]:
     """The model card of a model that is converted, not merged: GGUF takes its name, licence and tags from it."""
     card = inputs.donor.checkpoint.folder / "README.md"
-    alone = len(inputs.models) + bool(inputs.base) == 1 and not inputs.adapters and not inputs.donor.adapters
+    alone = len(inputs.every) == 1 and not inputs.opened_adapters and len(inputs.stored) == 1
     return {card.name: card} if alone and card.is_file() else {}
-
-
-def _output_infos(recipe: Recipe, composition: Composition, inputs: Inputs) -> dict[str, TensorInfo]:
-    """Each output tensor as it is written: out_dtype, else dtype, else its own in the base."""
-    asked = recipe.out_dtype or recipe.dtype
-    wanted = OUT_DTYPES[asked] if asked else None
-    donor = inputs.donor.checkpoint.tensors
-    floats = [stored.info for stored in donor.values() if stored.info.is_float]
-    usual = max(
-        {info.dtype for info in floats},
-        key=lambda dtype: sum(info.nbytes for info in floats if info.dtype == dtype),
-        default="F32",
-    )
-    infos = {}
-    for name, way in composition.ways.items():
-        own = donor[name].info.dtype if name in donor else usual
-        dtype = way.info.dtype if not way.info.is_float else wanted or own
-        infos[name] = way.info.with_dtype(dtype)
-    return infos
 
 
 def _action(piece: Piece, composition: Composition) -> str:
@@ -242,12 +222,12 @@ def _is_model_folder(folder: Path) -> bool:
 
 def _fingerprint(recipe: Recipe, inputs: Inputs, layouts: Sequence[Layout], budget: Budget) -> str:
     """A hash of everything that decides the output's bytes: not of memory, threads or names of folders."""
-    raw = {key: value for key, value in recipe.raw.items() if key != "output"}
+    raw = [{key: value for key, value in one.items() if key != "output"} for one in recipe.documents]
     output = recipe.output
     files = [(name, file.header) for layout in layouts for name, file in layout.files.items()]
     facts = {
         "numerics": NUMERICS,
-        "recipe": raw,
+        "recipe": raw if len(raw) > 1 else raw[0],
         "device": budget.device.partition(":")[0],
         "inputs": [[*sorted(table.file_hashes.items()), *_identities(table.tensors)] for table in inputs.checkpoints],
         "files": {name: hashlib.sha256(header).hexdigest() for name, header in files},

@@ -6,360 +6,407 @@ With models, an adapter is one more model: the base plus its delta.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergeforge.errors import RecipeError, SourceError, listing
-from mergeforge.methods import Method
-from mergeforge.planning.inputs import Inputs, OpenAdapter, OpenModel
-from mergeforge.recipe import ModelEntry, Recipe
-from mergeforge.recipe.settings import layer_positions, value_at
+from mergeforge.methods import METHODS, Method
+from mergeforge.planning.inputs import Inputs, OpenAdapter
+from mergeforge.planning.modules import module_of
+from mergeforge.planning.scopes import Input, parameters_for
+from mergeforge.planning.sections import Section, Source, Spot, Stack, stacked_spots, whole_spots
+from mergeforge.planning.tables import (
+    Table,
+    check_rows,
+    check_vocabulary,
+    folded,
+    follow_embedding,
+    renamed,
+)
+from mergeforge.recipe import WITHOUT_EFFECT, ModelEntry, Module, Recipe, Rule
+from mergeforge.recipe.settings import layer_positions
 from mergeforge.sources import Way
-from mergeforge.sources.adapted import Adapted, AdapterDelta
-from mergeforge.sources.adapter import EMBEDDINGS, is_head, tied_head
-from mergeforge.sources.checkpoint import Checkpoint
-from mergeforge.sources.edits import Edit, Replaced
+from mergeforge.sources.adapted import AdapterDelta
+from mergeforge.sources.edits import Edit
 from mergeforge.sources.merged import Merged
-from mergeforge.sources.renamed import Renamed
 from mergeforge.sources.stored import Stored, same_content
 
 FOLDS = ("fold", "task_arithmetic")
+_AS_IT_IS = Rule()
 
 
 @dataclass(frozen=True)
 class Composition:
-    """Every output tensor's way by name, what happens to it in words, and whether it ends up tied."""
+    """Every output tensor's way by name, what happens to it in words, and whether it ends up tied.
+
+    `stacks`: the layers of the output, where slices say them.
+    """
 
     ways: Mapping[str, Way]
     actions: Mapping[str, str]
     tied: bool
     notes: tuple[str, ...]
+    stacks: tuple[Stack, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Table:
-    """The ways of one model's tensors, and (head, embedding) while these are one tensor.
+class _Group:
+    """What the tensors of one section that follow one rule have in common: the method and its inputs, in its order.
 
-    `parted`: the same names, once an adapter has made them two tensors.
+    `base`: what task vectors start from. `adapters`: the top-level ones, as further inputs.
     """
 
-    label: str
-    ways: Mapping[str, Way]
-    tied: tuple[str, str] | None
-    parted: tuple[str, str] | None = None
-
-    def way(self, name: str) -> Way | None:
-        """A tensor's way; a tied head is its embedding under another name."""
-        if name in self.ways:
-            return self.ways[name]
-        if self.tied and name == self.tied[0]:
-            return _renamed(self.ways[self.tied[1]], name)
-        return None
-
-    def edits(self, opened: OpenAdapter, name: str) -> tuple[Edit, ...]:
-        """An adapter's edits of a tensor; what it does to an embedding for its tied head, too."""
-        if self.parted and name == self.parted[0] and opened.adapter.keeps_tied:
-            name = self.parted[1]
-        return opened.adapter.edits.get(name, ())
+    method: Method
+    sources: tuple[Source, ...]
+    base: Source | None
+    scopes: tuple[Mapping[str, Any], ...]
+    adapters: tuple[OpenAdapter, ...]
 
 
-def compose(recipe: Recipe, method: Method, inputs: Inputs) -> Composition:
-    """The whole merge as ways.
+def compose(recipe: Recipe, inputs: Inputs, tables: Mapping[str, Table]) -> Composition:
+    """The whole merge as ways; `tables`: every model's by its label, the base's with the shapes that adapters give it.
 
     Raises RecipeError or SourceError when inputs, shapes or parameters do not fit together.
     """
-    return _Composer(recipe, method, inputs).composition()
+    return _Composer(recipe, inputs, tables).composition()
 
 
+@dataclass
 class _Composer:
-    def __init__(self, recipe: Recipe, method: Method, inputs: Inputs) -> None:
-        self.recipe = recipe
-        self.method = method
-        self.inputs = inputs
-        self.notes: list[str] = []
-        self.actions: dict[str, str] = {}
+    recipe: Recipe
+    inputs: Inputs
+    tables: Mapping[str, Table]
+    notes: list[str] = field(default_factory=list)
+    actions: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, dict[str, None]] = field(default_factory=dict)
+    stacks: list[Stack] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._groups: dict[tuple[int, int], _Group] = {}
+        for table in self.tables.values():
+            self.actions.update(table.actions)
+            self.notes += table.notes
 
     def composition(self) -> Composition:
-        if self.inputs.models:
-            ways, tied = self._over_models()
-        else:
-            ways, tied = self._over_adapters()
-        return Composition(ways, self.actions, tied, tuple(self.notes))
+        ways, tied = self._over_models() if self.recipe.lists else self._over_adapters()
+        self._note_what_has_no_effect()
+        return Composition(ways, self.actions, tied, tuple(self.notes), tuple(self.stacks))
+
+    def _note_what_has_no_effect(self) -> None:
+        parts = [self.recipe, *self.recipe.slices, *self.recipe.modules, *self.recipe.rules]
+        for name in WITHOUT_EFFECT:
+            if any(name in part.parameters for part in parts):
+                self.notes.append(f"{name} has no effect: no mask is ever stored (mergekit's has none either)")
+
+    def _base(self) -> Table:
+        assert self.recipe.base_model is not None
+        return self.tables[str(self.recipe.base_model)]
+
+    def _rule(self, name: str) -> Rule:
+        """The first rule that matches."""
+        return next((rule for rule in self.recipe.rules if rule.matches(name)), _AS_IT_IS)
+
+    def _method(self, rule: Rule, name: str, has_base: bool) -> Method:
+        asked = rule.merge_method or self.recipe.merge_method
+        if not asked:
+            hint = "give the recipe a merge_method, or end the rules with one that has no match"
+            raise RecipeError(f"no rule says how {name} is merged", hint=hint)
+        method = METHODS[asked]
+        if method.needs_base and not has_base:
+            raise RecipeError(
+                f"{name}: {asked} needs a base_model", hint="name the model that the others were tuned from"
+            )
+        return method.for_base(has_base)
 
     # adapters alone
 
     def _over_adapters(self) -> tuple[dict[str, Way], bool]:
-        assert self.inputs.base is not None
-        table = self._table(self.inputs.base, self.inputs.adapters)
+        base, table = self.inputs.base, self._base()
+        assert base is not None
         positions = layer_positions(table.ways)
-        self._check_count(len(self.inputs.adapters))
         ways: dict[str, Way] = {}
         for name, way in table.ways.items():
+            rule = self._rule(name)
             edits = [table.edits(opened, name) for opened in self.inputs.adapters]
-            ways[name] = self._adapted(name, way, edits, positions[name]) if any(edits) else way
-        _follow_embedding(ways, table.tied, self.inputs.base.checkpoint)
-        _check_vocabulary(ways, self.inputs.base.checkpoint)
+            if rule.drop:
+                continue
+            if rule.use:
+                used = self._used(Spot(name, self._section((), self.recipe.base_model, ()), positions[name]), rule.use)
+                ways |= {name: used} if used else {}
+            else:
+                ways[name] = self._adapted(name, way, edits, positions[name], rule) if any(edits) else way
+        if self.missing:
+            self._refuse_missing()
+        follow_embedding(ways, table.tied, base.checkpoint)
+        check_vocabulary(ways, base.checkpoint)
         return ways, table.tied is not None
 
-    def _adapted(self, name: str, base: Way, edits: Sequence[tuple[Edit, ...]], position: float) -> Way:
-        sources = [_Settings({"weight": one.entry.weight, **one.entry.parameters}) for one in self.inputs.adapters]
-        parameters = self._parameters(name, position, sources, [one.adapter.label for one in self.inputs.adapters])
-        if self.recipe.merge_method in FOLDS:
+    def _adapted(self, name: str, base: Way, edits: Sequence[tuple[Edit, ...]], position: float, rule: Rule) -> Way:
+        method = self._method(rule, name, has_base=True)
+        _check_count(method, len(edits))
+        inputs = [_adapter_input(opened, name) for opened in self.inputs.adapters]
+        scopes = (rule.parameters, self.recipe.parameters)
+        parameters = parameters_for(method, name, position, inputs, scopes, own_first=not rule.parameters)
+        if method.name in FOLDS:
             return self._folded(name, base, edits, _fold_weights(parameters))
-        self._check_rows(name, base, edits)
-        self.actions[name] = f"{self.method.name} of {len(edits)} adapters' deltas"
+        check_rows(name, base, edits)
+        self.actions[name] = f"{method.name} of {len(edits)} adapters' deltas"
         deltas = tuple(AdapterDelta(base, one) for one in edits)
-        return Merged(base.info, self.method, deltas, (False,) * len(deltas), base, parameters, self.recipe.random_seed)
+        return Merged(base.info, method, deltas, (False,) * len(deltas), base, parameters, self.recipe.random_seed)
 
     def _folded(self, name: str, base: Way, edits: Sequence[tuple[Edit, ...]], weights: Sequence[float]) -> Way:
-        terms = [(weight, edit) for weight, some in zip(weights, edits, strict=True) for edit in some if weight]
-        if not terms:
-            return base
-        kinds = dict.fromkeys(edit.about for _, edit in terms)
-        self.actions[name] = (
-            f"base + {len(terms)} x {'/'.join(kinds)}" if len(terms) > 1 else f"base + {terms[0][1].about}"
-        )
-        if len(terms) == 1 and terms[0][0] == 1 and isinstance(terms[0][1], Replaced):
-            self.actions[name] = "replaced by the adapter's"
-            return _renamed(terms[0][1].value, name)
-        self._check_rows(name, base, edits)
-        return Adapted(base, tuple(terms))
-
-    def _check_rows(self, name: str, base: Way, edits: Sequence[tuple[Edit, ...]]) -> None:
-        """A replacement with another number of rows has no delta: it cannot be weighted or combined."""
-        for edit in (edit for some in edits for edit in some):
-            if isinstance(edit, Replaced) and edit.value.info.shape != base.info.shape:
-                shapes = f"{list(edit.value.info.shape)}, the base has {list(base.info.shape)}"
-                hint = "fold that adapter alone, with weight 1, and merge the others into the result"
-                raise SourceError(f"{edit.value.file.path} replaces {name} with shape {shapes}", hint=hint)
+        way, action = folded(name, base, edits, weights)
+        if action:
+            self.actions[name] = action
+        return way
 
     # models, with or without adapters
 
     def _over_models(self) -> tuple[dict[str, Way], bool]:
-        base = self._table(self.inputs.base, self.inputs.adapters) if self.inputs.base else None
-        entries, tables = self._inputs(base)
-        sources = [_Settings(entry.parameters) for entry in entries]
-        labels = [table.label for table in tables]
-        for opened in self.inputs.adapters:
-            assert base is not None
-            sources.append(_Settings({"weight": opened.entry.weight, **opened.entry.parameters}))
-            labels.append(opened.adapter.label)
-        self._check_count(len(sources))
-        every = [*([base] if base else []), *tables]
-        names = self._names(every)
-        positions = layer_positions(names)
-        tied = all(table.tied and table.tied[0] not in names for table in every)
-        ways: dict[str, Way] = {}
-        for name in names:
-            found = [table.way(name) for table in tables]
-            origin = base.way(name) if base else None
-            edits = [base.edits(opened, name) for opened in self.inputs.adapters] if base else []
-            ways[name] = self._merged(name, origin, found, edits, sources, labels, positions[name])
+        spots = list(self._spots())
+        ways = {spot.name: way for spot in spots if (way := self._way(spot)) is not None}
+        if self.missing:
+            self._refuse_missing()
+        used = {id(source.table): source.table for spot in spots for source in spot.section.sources}
+        if self.recipe.base_model:
+            used.setdefault(id(self._base()), self._base())
+        tied = all(table.tied and table.tied[0] not in ways for table in used.values())
+        if tied and self.stacks:
+            self._note_ties_across(spots)
         return ways, tied
 
-    def _inputs(self, base: _Table | None) -> tuple[list[ModelEntry], list[_Table]]:
-        """The models that are the method's inputs, in its order."""
-        entries = [model.entry for model in self.inputs.models]
-        tables = [self._table(model) for model in self.inputs.models]
-        if self.inputs.base is None or base is None:
-            return entries, tables
-        base_entry = self.inputs.base.entry
-        listed = next((at for at, entry in enumerate(entries) if str(entry) == self.inputs.base.label), None)
-        if listed is not None and (self.method.on_deltas or self.method.base_is_input):
-            base_entry, base = entries.pop(listed), tables.pop(listed)
-        if self.method.on_deltas:
-            return entries, tables
+    def _note_ties_across(self, spots: Sequence[Spot]) -> None:
+        """A tied head follows the first slice's embedding, though the last slice's layers stand before it."""
+        first, last = spots[0].section.sources[0], spots[-1].section.sources[0]
+        if first.table is not last.table:
+            text = f"the head is tied to the embedding of {first.label}, behind layers of {last.label}"
+            self.notes.append(f"{text} (as in mergekit)")
+
+    def _spots(self) -> Iterator[Spot]:
+        """Every output tensor and the section that it belongs to, in the models' order."""
+        recipe = self.recipe
+        if not recipe.modules:
+            yield from self._spots_of(recipe, self._names(recipe), ())
+            return
+        parts = {module.name: module for module in recipe.modules}
+        names = {name: None for module in recipe.modules for name in self._names(module)}
+        belongs = {name: module_of(name, parts) for name in names}
+        if homeless := [name for name, part in belongs.items() if part is None and self._rule(name) is _AS_IT_IS]:
+            text = f"{listing(homeless)} belong to none of the modules {listing(parts)}"
+            raise RecipeError(text, hint="add a module for them, or a rule: {match: ..., use: base}")
+        for name, module in parts.items():
+            inside = [one for one, part in belongs.items() if part == name]
+            yield from self._spots_of(module, inside, (module.parameters,), f"the module {name!r}")
+        outside = [one for one, part in belongs.items() if part is None]
+        yield from whole_spots(self._section((), None, ()), outside)
+
+    def _names(self, part: Recipe | Module) -> list[str]:
+        """The tensors of every model that a part of the recipe merges, and of the base model."""
+        entries = [*part.models, *(source for one in part.slices for source in one.sources)]
+        if self.recipe.base_model and not part.slices:
+            entries.insert(0, self.recipe.base_model)
+        return list(dict.fromkeys(name for entry in entries for name in self.tables[str(entry)].ways))
+
+    def _spots_of(
+        self, part: Recipe | Module, names: Sequence[str], scopes: tuple[Mapping[str, Any], ...], where: str = ""
+    ) -> list[Spot]:
+        if not part.slices:
+            section = self._section(part.models, self.recipe.base_model, scopes)
+            return list(whole_spots(section, names))
+        sections = [
+            self._section(one.sources, one.base or self.recipe.base_model, (one.parameters, *scopes))
+            for one in part.slices
+        ]
+        spots, stack = stacked_spots(sections, names, where)
+        self.stacks.append(stack)
+        return spots
+
+    def _section(
+        self, entries: Sequence[ModelEntry], base: ModelEntry | None, scopes: tuple[Mapping[str, Any], ...]
+    ) -> Section:
+        sources = tuple(
+            Source(str(entry), self.tables[str(entry)], entry.parameters, entry.layers[0] if entry.layers else 0)
+            for entry in entries
+        )
+        count = entries[0].layers[1] - entries[0].layers[0] if entries and entries[0].layers else 0
+        base_source = next((source for source in sources if source.label == str(base)), None)
+        starts = {source.first for source in sources}
+        if base and base_source is None and len(starts) <= 1:  # else its layers are not told
+            base_source = Source(str(base), self.tables[str(base)], {}, min(starts, default=0))
+        return Section(sources, base_source, (*scopes, self.recipe.parameters), count)
+
+    def _way(self, spot: Spot) -> Way | None:
+        """How one output tensor comes about; None where it is dropped, or some input lacks it."""
+        rule = self._rule(spot.name)
+        if rule.drop:
+            return None
+        if rule.use:
+            return self._used(spot, rule.use)
+        group = self._group(spot, rule)
+        found = [self._held(source, spot) for source in group.sources]
+        origin = self._held(group.base, spot) if group.base else None
+        if None in found or (group.base and origin is None):
+            return None
+        return self._merged(spot, group, [way for way in found if way], origin, rule)
+
+    def _held(self, source: Source, spot: Spot) -> Way | None:
+        """The spot's tensor in a source, under its output name; a lack is noted."""
+        name = spot.name_in(source)
+        way = source.table.way(name)
+        if way is None:
+            self.missing.setdefault(source.label, {})[name] = None
+            return None
+        return renamed(way, spot.name)
+
+    def _used(self, spot: Spot, entry: ModelEntry) -> Way | None:
+        """The tensor of one model, as it is."""
+        label = str(self.recipe.base_model) if str(entry) == "base" else str(entry)
+        if label not in self.tables:
+            raise RecipeError(f"'use: {entry}' needs a base_model", hint="name one, or use one of the models")
+        section = spot.section
+        every = [*section.sources, *([section.base] if section.base else [])]
+        source = next((one for one in every if one.label == label), None)
+        if source is None and spot.layer >= 0:
+            text = f"'use: {entry}' at {spot.name}: the slice of that layer does not say which layer of it that is"
+            raise RecipeError(text, hint="list it among the slice's sources")
+        way = self._held(source or Source(label, self.tables[label], {}), spot)
+        if way is not None:
+            self.actions[spot.name] = f"taken from {label}"
+        return way
+
+    def _group(self, spot: Spot, rule: Rule) -> _Group:
+        key = (id(spot.section), id(rule))
+        if key not in self._groups:
+            self._groups[key] = self._make_group(spot, rule)
+        return self._groups[key]
+
+    def _make_group(self, spot: Spot, rule: Rule) -> _Group:
+        section = spot.section
+        if rule.models:
+            base = section.base.label if section.base else None
+            told = self.recipe.base_model
+            section = self._section(rule.models, told if base == str(told) else None, section.scopes[:-1])
+        method = self._method(rule, spot.name, section.base is not None)
+        sources, base_source = self._order(method, section)
+        adapters = self.inputs.adapters
+        _check_count(method, len(sources) + len(adapters))
+        return _Group(method, tuple(sources), base_source, (rule.parameters, *section.scopes), adapters)
+
+    def _order(self, method: Method, section: Section) -> tuple[list[Source], Source | None]:
+        """The models that are the method's inputs, in its order, and the base of task vectors."""
+        sources, base = list(section.sources), section.base
+        if base is None:
+            return sources, None
+        listed = base in sources
+        if listed and (method.on_deltas or method.base_is_input):
+            sources.remove(base)
+        if method.on_deltas:
+            return sources, base
         adapters = len(self.inputs.adapters)
-        if self.method.base_is_input and (not adapters or len(entries) + adapters < self.method.inputs[1]):
-            return [base_entry, *entries], [base, *tables]
-        if listed is None and self._counts_base(len(entries)):
-            return [*entries, base_entry], [*tables, base]
-        if listed is None:
+        if method.base_is_input and (not adapters or len(sources) + adapters < method.inputs[1]):
+            return [base, *sources], None
+        if not listed and not section.count and self._counts_base(method, len(sources)):
+            return [*sources, base], None
+        if not listed and not section.count:
             self.notes.append("base_model gives names, config and tokenizer; its weights take no part")
-        return entries, tables
+        return sources, None
 
-    def _counts_base(self, others: int) -> bool:
+    def _counts_base(self, method: Method, others: int) -> bool:
         """Whether an unlisted base is one input more, as in mergekit: if the recipe gives it parameters."""
-        required = (one.name for one in self.method.parameters.values() if one.per_input and one.required)
-        return others < self.method.inputs[1] and all(name in self.recipe.parameters for name in required)
+        required = (one.name for one in method.parameters.values() if one.per_input and one.required)
+        return others < method.inputs[1] and all(name in self.recipe.parameters for name in required)
 
-    def _names(self, tables: Sequence[_Table]) -> list[str]:
-        """The output's tensors: those of every input. Raises SourceError for one that some input lacks."""
-        names = list(dict.fromkeys(name for table in tables for name in table.ways))
-        for table in tables:
-            if missing := [name for name in names if table.way(name) is None]:
-                holders = {other.label for other in tables for name in missing if other.way(name) is not None}
-                text = f"{table.label} lacks {listing(missing)}, which {listing(sorted(holders), 3)} has"
-                raise SourceError(text, hint="models can be merged only when they hold the same tensors")
-        return names
+    def _refuse_missing(self) -> None:
+        """Say what which model lacks. Raises SourceError."""
+        label, names = next(iter(self.missing.items()))
+        holders = [table.label for table in self.tables.values() if any(name in table.ways for name in names)]
+        text = f"{label} lacks {listing(names)}, which {listing(sorted(holders), 3)} has"
+        hint = "models of one architecture only; or say what to do: rules: [{match: ..., use: MODEL}] or drop: true"
+        raise SourceError(text, hint=hint)
 
-    def _merged(
-        self,
-        name: str,
-        origin: Way | None,
-        found: Sequence[Way | None],
-        edits: Sequence[tuple[Edit, ...]],
-        sources: Sequence[_Settings],
-        labels: Sequence[str],
-        position: float,
-    ) -> Way:
-        models = [way for way in found if way is not None]
+    def _merged(self, spot: Spot, group: _Group, models: Sequence[Way], origin: Way | None, rule: Rule) -> Way:
+        name, method = spot.name, group.method
         donor = origin or models[0]
-        for way, label in zip(models, labels, strict=False):
-            if way.info.shape != donor.info.shape:
-                shapes = f"{list(way.info.shape)}, not {list(donor.info.shape)} as in {self.inputs.donor.label}"
-                hint = "models of one shape only; a vocabulary that was resized shows in the embedding"
-                raise SourceError(f"{label}: {name} is {shapes}", hint=hint)
+        labels = [source.label for source in group.sources]
+        for way, label in zip(models, labels, strict=True):
+            self._check_shape(name, way, label, donor)
         if not donor.info.is_float:
-            self.actions[name] = "copied (not a float)"
-            return donor
-        parameters = self._parameters(name, position, sources, labels)
-        if self.method.on_deltas:
+            return self._not_float(name, donor, models, labels)
+        base = self._base() if group.adapters else None
+        edits = [base.edits(opened, name) for opened in group.adapters] if base else []
+        inputs = [Input(source.label, source.parameters, spot.name_in(source)) for source in group.sources]
+        inputs += [_adapter_input(opened, name) for opened in group.adapters]
+        own_first = bool(rule.models) or not rule.parameters
+        parameters = parameters_for(method, name, spot.position, inputs, group.scopes, own_first=own_first)
+        if method.on_deltas:
             assert origin is not None
-            self._check_rows(name, origin, edits)
-            inputs = (*models, *(AdapterDelta(origin, some) for some in edits))
+            check_rows(name, origin, edits)
+            ways = (*models, *(AdapterDelta(origin, some) for some in edits))
             subtract = (True,) * len(models) + (False,) * len(edits)
-            if not inputs:
+            if not ways:
                 return origin
         else:
-            adapted = [self._folded(name, origin, [some], [1.0]) for some in edits] if origin else []
-            inputs, subtract = (*models, *adapted), (False,) * (len(models) + len(adapted))
-        if self.method.name == "passthrough" and parameters["scale"][0] in (None, 1.0):
+            adapted = self._each_folded(name, edits)
+            ways, subtract = (*models, *adapted), (False,) * (len(models) + len(adapted))
+        if method.name == "passthrough" and parameters["scale"][0] in (None, 1.0):
             self.actions.pop(name, None)
-            return inputs[0]
-        self.actions[name] = f"{self.method.name} of {len(inputs)}"
-        base = origin if self.method.on_deltas else None
-        return Merged(donor.info, self.method, inputs, subtract, base, parameters, self.recipe.random_seed)
+            return ways[0]
+        self.actions[name] = f"{method.name} of {len(ways)}"
+        start = origin if method.on_deltas else None
+        return Merged(donor.info, method, ways, subtract, start, parameters, self.recipe.random_seed)
 
-    # parts of both
+    def _each_folded(self, name: str, edits: Sequence[tuple[Edit, ...]]) -> list[Way]:
+        """The base with each adapter alone."""
+        way = self._base().way(name) if edits else None
+        return [self._folded(name, way, [some], [1.0]) for some in edits] if way else []
 
-    def _check_count(self, count: int) -> None:
-        low, high = self.method.inputs
-        if not low <= count <= high:
-            wanted = f"exactly {low}" if low == high else f"at least {low}"
-            raise RecipeError(f"{self.method.name} takes {wanted} inputs; the recipe gives {count}")
+    def _check_shape(self, name: str, way: Way, label: str, donor: Way) -> None:
+        if way.info.shape == donor.info.shape:
+            return
+        shapes = f"{list(way.info.shape)}, not {list(donor.info.shape)} as in {self.inputs.donor.label}"
+        hint = "models of one shape only"
+        if way.info.shape[1:] == donor.info.shape[1:] and name.rpartition(".")[0].endswith(_VOCABULARY):
+            hint = "the vocabularies differ: 'tokenizer_source: union' (or base) maps their rows to one another"
+        raise SourceError(f"{label}: {name} is {shapes}", hint=hint)
 
-    def _parameters(
-        self, name: str, position: float, sources: Sequence[_Settings], labels: Sequence[str]
-    ) -> dict[str, Any]:
-        """The method's parameters for one tensor: the input's own, else the recipe's, else the default."""
-        values: dict[str, Any] = {}
-        for parameter in self.method.parameters.values():
-            shared = value_at(self.recipe.parameters.get(parameter.name), name, position, kind=parameter.kind)
-            own = [
-                value_at(source.values.get(parameter.name), name, position, kind=parameter.kind) for source in sources
-            ]
-            for at, value in enumerate(own if parameter.per_input else [None]):
-                value = shared if value is None else value
-                if value is None and parameter.required:
-                    owner = f" for {labels[at]}" if parameter.per_input else ""
-                    hint = f"add 'parameters: {{{parameter.name}: ...}}'; filters need one without a name for the rest"
-                    raise RecipeError(f"{self.method.name} needs '{parameter.name}'{owner} at {name}", hint=hint)
-                value = parameter.default if value is None else value
-                if value is not None:
-                    value = bool(value) if parameter.kind == "bool" else float(value)
-                values.setdefault(parameter.name, []).append(value)
-            if not parameter.per_input:
-                values[parameter.name] = values[parameter.name][0]
-        try:
-            self.method.check_parameters(values)
-        except ValueError as error:
-            raise RecipeError(f"{self.method.name} at {name}: {error}") from None
-        return values
-
-    def _table(self, model: OpenModel, later: Sequence[OpenAdapter] = ()) -> _Table:
-        """A model's ways with its own adapters folded in; `later` adapters only settle shapes and ties."""
-        opened = (*model.adapters, *later)
-        checkpoint = model.checkpoint
-        ways: dict[str, Way] = dict(checkpoint.tensors)
-        self._place_saved(ways, checkpoint, opened)
-        tied = self._settle_tied(ways, checkpoint, opened)
-        table = _Table(model.label, ways, tied, None if tied else tied_head(checkpoint))
-        positions = layer_positions(ways)
-        for name, way in list(ways.items()):
-            edits = [table.edits(one, name) for one in model.adapters]
-            if any(edits):
-                weights = [_weight(one, name, positions[name]) for one in model.adapters]
-                ways[name] = self._folded(name, way, edits, weights)
-        _follow_embedding(ways, tied, checkpoint)
-        if not later:
-            _check_vocabulary(ways, checkpoint)
-        return table
-
-    def _place_saved(self, ways: dict[str, Way], checkpoint: Checkpoint, opened: Sequence[OpenAdapter]) -> None:
-        """Tensors that adapters bring whole: grown embeddings, heads that the base lacks."""
-        placed: dict[str, tuple[str, Stored]] = {}
-        for one in opened:
-            for name, stored in {**one.adapter.resized, **one.adapter.added}.items():
-                label, other = placed.setdefault(name, (one.adapter.label, stored))
-                if other is not stored and not same_content(other, stored):
-                    hint = "fold them one after the other"
-                    raise SourceError(f"{label} and {one.adapter.label} both bring their own {name}", hint=hint)
-                ways[name] = _renamed(stored, name)
-                self.actions[name] = "the adapter's"
-
-    def _settle_tied(
-        self, ways: dict[str, Way], checkpoint: Checkpoint, opened: Sequence[OpenAdapter]
-    ) -> tuple[str, str] | None:
-        """Part head and embedding where an adapter changes one and not the other."""
-        tied = tied_head(checkpoint)
-        if tied is None:
-            return None
-        head, embedding = tied
-        for one in opened:
-            touched = {*one.adapter.edits, *one.adapter.resized} & {head, embedding}
-            if touched and not one.adapter.keeps_tied:
-                if head not in one.adapter.resized:
-                    ways[head] = _renamed(ways[embedding], head)
-                note = f"{one.adapter.label} changes {listing(sorted(touched))}, which {checkpoint.label} ties: "
-                self.notes.append(note + "both are written, tie_word_embeddings becomes false")
-                return None
-        return tied
+    def _not_float(self, name: str, donor: Way, models: Sequence[Way], labels: Sequence[str]) -> Way:
+        """Integers and flags (position ids, counters, masks) are copied where all models agree on them."""
+        first = _stored(donor)
+        for way, label in zip(models, labels, strict=True):
+            other = _stored(way)
+            if first is None or other is None or first is other or same_content(first, other):
+                continue
+            hint = "take one model's: rules: [{match: ..., use: MODEL}]"
+            if donor.info.bits == 8 and donor.info.dtype not in ("BOOL",):
+                hint = "a quantised checkpoint cannot be merged: give its 16-bit version"
+            text = f"{name} is {donor.info.dtype}, not a float, and differs in {label}: it cannot be averaged"
+            raise SourceError(text, hint=hint)
+        self.actions[name] = "copied (not a float)"
+        return donor
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """An input's own parameters."""
-
-    values: Mapping[str, Any]
+_VOCABULARY = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "tok_embeddings")
 
 
-def _weight(opened: OpenAdapter, name: str, position: float) -> float:
-    value = value_at(opened.entry.weight, name, position)
-    return 0.0 if value is None else float(value)
+def _stored(way: Way) -> Stored | None:
+    while not isinstance(way, Stored) and len(way.parts) == 1:
+        way = way.parts[0]
+    return way if isinstance(way, Stored) else None
+
+
+def _adapter_input(opened: OpenAdapter, name: str) -> Input:
+    return Input(opened.adapter.label, {"weight": opened.entry.weight, **opened.entry.parameters}, name)
+
+
+def _check_count(method: Method, count: int) -> None:
+    low, high = method.inputs
+    if not low <= count <= high:
+        wanted = f"exactly {low}" if low == high else f"at least {low}"
+        raise RecipeError(f"{method.name} takes {wanted} inputs; the recipe gives {count}")
 
 
 def _fold_weights(parameters: Mapping[str, Any]) -> list[float]:
     weights = parameters["weight"]
     divisor = sum(weights) if parameters["normalize"] and abs(sum(weights)) >= 1e-8 else 1.0
     return [weight * parameters["lambda"] / divisor for weight in weights]
-
-
-def _follow_embedding(ways: dict[str, Way], tied: tuple[str, str] | None, checkpoint: Checkpoint) -> None:
-    """A tied head that is stored all the same is written as what the embedding becomes."""
-    if tied and tied[0] in ways and ways[tied[1]] is not checkpoint.tensors[tied[1]]:
-        ways[tied[0]] = _renamed(ways[tied[1]], tied[0])
-
-
-def _check_vocabulary(ways: Mapping[str, Way], checkpoint: Checkpoint) -> None:
-    """Raises SourceError when adapters leave a head and an embedding with different numbers of rows."""
-    heads = [name for name in ways if is_head(name)]
-    embeddings = [name for name in ways if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
-    if len(heads) != 1 or len(embeddings) != 1:
-        return
-    head, embedding = ways[heads[0]].info, ways[embeddings[0]].info
-    before = [checkpoint.tensors[info.name].info.rows for info in (head, embedding) if info.name in checkpoint.tensors]
-    if head.rows != embedding.rows and not {head.rows, embedding.rows} <= set(before):
-        text = f"{embedding.name} would have {embedding.rows} rows and {head.name} {head.rows}"
-        hint = "the adapter's file holds only one of the two that were resized (PEFT saves only a targeted one)"
-        raise SourceError(f"{text}: an adapter resized one of them alone", hint=hint)
-
-
-def _renamed(way: Way, name: str) -> Way:
-    """The way's tensor under another name."""
-    if way.info.name == name:
-        return way
-    if isinstance(way, Stored):
-        return replace(way, info=way.info.renamed(name))
-    return Renamed(way, name)

@@ -16,10 +16,11 @@ from mergeforge.quants import QUANT_TYPES, QuantType
 from mergeforge.quants.importance import Importance, read_importance
 from mergeforge.quants.mixes import Mix, MixFacts, Wishes, choose, file_order, mix_named
 from mergeforge.recipe import GGUFEntry, Output
+from mergeforge.side_files import SideFiles
 from mergeforge.sinks.gguf import GGUFOutlet, GGUFTensor, lay_out, positions_of
 from mergeforge.sources import Way
 from mergeforge.sources.adapter import is_head, tied_head
-from mergeforge.sources.checkpoint import Checkpoint
+from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.stored import Stored, same_content
 from mergeforge.tensors import TensorInfo
 from mergeforge.vocab import vocabulary
@@ -66,13 +67,11 @@ class GGUFInputs:
     name: str
     config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorInfo]
-    files: Mapping[str, Path]
+    files: SideFiles
     device: str
 
 
-def gguf_config(
-    config: Mapping[str, Any] | None, donor: Checkpoint, ways: Mapping[str, Way]
-) -> Mapping[str, Any] | None:
+def gguf_config(config: Mapping[str, Any] | None, donor: Model, ways: Mapping[str, Way]) -> Mapping[str, Any] | None:
     """The output's config as GGUF spells it: tied where the stored head is the embedding, whatever the config says."""
     tied = tied_head(donor)
     if config is None or tied is None or not all(isinstance(ways.get(name), Stored) for name in tied):

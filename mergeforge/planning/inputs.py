@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mergeforge import hub
 from mergeforge.errors import SourceError
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
+from mergeforge.side_files import SideFiles
+from mergeforge.sources import Way
 from mergeforge.sources.adapter import Adapter, open_adapter
-from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint
+from mergeforge.sources.checkpoint import Checkpoint, Model, open_checkpoint
 from mergeforge.sources.dequantised import open_gguf
 from mergeforge.sources.gguf_adapter import open_gguf_adapter
 
@@ -29,7 +32,7 @@ class OpenModel:
     """A model of the recipe with the adapters that are folded into it first."""
 
     entry: ModelEntry
-    checkpoint: Checkpoint
+    checkpoint: Model
     adapters: tuple[OpenAdapter, ...]
 
     @property
@@ -38,8 +41,24 @@ class OpenModel:
 
 
 @dataclass(frozen=True)
+class Result:
+    """What an earlier document of the recipe makes: a model that lies nowhere."""
+
+    label: str
+    inputs: Inputs
+    tensors: Mapping[str, Way]
+    config: Mapping[str, Any]
+    files: SideFiles
+    warnings: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.inputs.donor.checkpoint.folder
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """base_model, models and adapters of a recipe, in its order."""
+    """base_model, every other model, and the adapters of a recipe, in its order."""
 
     base: OpenModel | None
     models: tuple[OpenModel, ...]
@@ -50,58 +69,86 @@ class Inputs:
         """The model whose config, tokenizer and tensor names the output takes."""
         return self.base or self.models[0]
 
+    @property
+    def every(self) -> tuple[OpenModel, ...]:
+        """The base model first."""
+        return (*([self.base] if self.base else []), *self.models)
+
+    @cached_property
+    def stored(self) -> tuple[OpenModel, ...]:
+        """The models that lie in files, those behind earlier results too."""
+        return tuple(_stored(self))
+
+    @cached_property
+    def opened_adapters(self) -> tuple[OpenAdapter, ...]:
+        """Every adapter, wherever it is folded in."""
+        results = [model.checkpoint.inputs for model in self.every if isinstance(model.checkpoint, Result)]
+        inner = [one for inputs in results for one in inputs.opened_adapters]
+        return (*inner, *(one for model in self.every for one in model.adapters), *self.adapters)
+
     @cached_property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Every table of tensors that is read, each once."""
-        models = [*([self.base] if self.base else []), *self.models]
-        found = [model.checkpoint for model in models]
-        for opened in [*(one for model in models for one in model.adapters), *self.adapters]:
+        found = [model.checkpoint for model in self.stored if isinstance(model.checkpoint, Checkpoint)]
+        for opened in self.opened_adapters:
             found.extend(opened.adapter.files)
         return tuple({id(table): table for table in found}.values())
 
     @property
     def notes(self) -> tuple[str, ...]:
-        models = [*([self.base] if self.base else []), *self.models]
-        notes = [note for model in models for note in model.checkpoint.warnings]
-        opened = [*(one for model in models for one in model.adapters), *self.adapters]
-        notes += [note for one in opened for note in one.adapter.notes]
+        notes = [note for model in self.every for note in model.checkpoint.warnings]
+        notes += [note for one in self.opened_adapters for note in one.adapter.notes]
         return tuple(dict.fromkeys(notes))
 
 
-def open_inputs(recipe: Recipe, *, allow_pickle: bool = False) -> Inputs:
-    """Find, fetch and open everything that a recipe names. Raises SourceError."""
-    opener = _Opener(allow_pickle)
-    opener.find_plain([*([recipe.base_model] if recipe.base_model else []), *recipe.models])
-    base = opener.model(recipe.base_model) if recipe.base_model else None
-    models = tuple(opener.model(entry) for entry in recipe.models)
-    adapters = tuple(opener.adapter(entry, base.checkpoint) for entry in recipe.adapters) if base else ()
-    return Inputs(base, models, adapters)
+def _stored(inputs: Inputs) -> Iterator[OpenModel]:
+    for model in inputs.every:
+        if isinstance(model.checkpoint, Result):
+            yield from _stored(model.checkpoint.inputs)
+        else:
+            yield model
 
 
-@dataclass
-class _Opener:
-    """Opens each model once, however often the recipe names it."""
+class Opener:
+    """Finds and opens models and adapters, each once, however often recipes name them.
 
-    allow_pickle: bool
+    `results`: what earlier documents make, by their names.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, *, allow_pickle: bool = False) -> None:
+        self.allow_pickle = allow_pickle
+        self.results: dict[str, Result] = {}
         self._opened: dict[tuple[Path, str | None], Checkpoint] = {}
         self._plain: Checkpoint | None = None
 
-    def find_plain(self, entries: list[ModelEntry]) -> None:
+    def open(self, recipe: Recipe) -> Inputs:
+        """Everything that a recipe names. Raises SourceError."""
+        self._find_plain([*([recipe.base_model] if recipe.base_model else []), *recipe.entries])
+        base = self._model(recipe.base_model) if recipe.base_model else None
+        models = [self._model(entry) for entry in recipe.entries]
+        adapters = tuple(self._adapter(entry, base.checkpoint) for entry in recipe.adapters) if base else ()
+        return Inputs(base, tuple(models), adapters)
+
+    def _find_plain(self, entries: list[ModelEntry]) -> None:
         """The first model that is not a GGUF gives names, shapes and config to those that are."""
         if any(_is_gguf(entry.model) for entry in entries):
-            plain = next((entry for entry in entries if not _is_gguf(entry.model)), None)
+            stored = (entry for entry in entries if entry.model.path not in self.results)
+            plain = next((entry for entry in stored if not _is_gguf(entry.model)), None)
             if plain is None:
                 hint = "name the model's folder as base_model, or as one of the models"
                 raise SourceError("a GGUF file has neither config.json nor tokenizer files", hint=hint)
             self._plain = self._checkpoint(plain.model)
 
-    def model(self, entry: ModelEntry) -> OpenModel:
-        checkpoint = self._checkpoint(entry.model)
-        return OpenModel(entry, checkpoint, tuple(self.adapter(one, checkpoint) for one in entry.adapters))
+    def _model(self, entry: ModelEntry) -> OpenModel:
+        checkpoint = self._named(entry.model)
+        return OpenModel(entry, checkpoint, tuple(self._adapter(one, checkpoint) for one in entry.adapters))
 
-    def adapter(self, entry: AdapterEntry, base: Checkpoint) -> OpenAdapter:
+    def _named(self, reference: ModelRef) -> Model:
+        if reference.path in self.results and not reference.revision:
+            return self.results[reference.path]
+        return self._checkpoint(reference)
+
+    def _adapter(self, entry: AdapterEntry, base: Model) -> OpenAdapter:
         where = hub.fetch(
             entry.adapter.path, entry.adapter.revision, ("adapter_model",), allow_pickle=self.allow_pickle
         )

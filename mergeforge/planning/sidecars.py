@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergeforge.planning.inputs import Inputs
+from mergeforge.planning.inputs import Inputs, Result
 from mergeforge.recipe import OUT_DTYPES, Recipe
+from mergeforge.side_files import SideFile
 from mergeforge.sources.adapter import EMBEDDINGS, is_head
 from mergeforge.tensors import DTYPES, TensorInfo
 
@@ -76,16 +77,10 @@ def config_dtype(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> str:
     return DTYPES[sizes.most_common(1)[0][0]][1] if sizes else "float32"
 
 
-def side_files(inputs: Inputs) -> tuple[dict[str, Path], list[str]]:
-    """Files to copy by name, and notes: the donor's, and an adapter's tokenizer where it changed."""
-    donor = inputs.donor.checkpoint.folder
-    found = {
-        path.name: path for pattern in (*_TOKENIZER, *_OTHERS) for path in sorted(donor.glob(pattern)) if path.is_file()
-    }
-    templates = donor / "additional_chat_templates"
-    if templates.is_dir():
-        found |= {f"additional_chat_templates/{path.name}": path for path in sorted(templates.glob("*.jinja"))}
-    notes = [f"{donor} holds custom code ({path.name}), which is not copied" for path in sorted(donor.glob("*.py"))[:1]]
+def side_files(inputs: Inputs) -> tuple[dict[str, SideFile], list[str]]:
+    """Files to write by name, and notes: the donor's, and an adapter's tokenizer where it changed."""
+    donor = inputs.donor.checkpoint
+    found, notes = (dict(donor.files), []) if isinstance(donor, Result) else _files_of(donor.folder)
     opened = [*inputs.adapters, *(one for model in [inputs.donor] for one in model.adapters)]
     changed = {}
     for one in opened:
@@ -101,7 +96,19 @@ def side_files(inputs: Inputs) -> tuple[dict[str, Path], list[str]]:
     return found, notes
 
 
-def _differs(path: Path, other: Path | None) -> bool:
+def _files_of(donor: Path) -> tuple[dict[str, SideFile], list[str]]:
+    """What lies beside a model's weights, and notes on what is left out."""
+    found: dict[str, SideFile] = {
+        path.name: path for pattern in (*_TOKENIZER, *_OTHERS) for path in sorted(donor.glob(pattern)) if path.is_file()
+    }
+    templates = donor / "additional_chat_templates"
+    if templates.is_dir():
+        found |= {f"additional_chat_templates/{path.name}": path for path in sorted(templates.glob("*.jinja"))}
+    notes = [f"{donor} holds custom code ({path.name}), which is not copied" for path in sorted(donor.glob("*.py"))[:1]]
+    return found, notes
+
+
+def _differs(path: Path, other: SideFile | None) -> bool:
     """JSON files differ by content, others by bytes."""
     if other is None:
         return True

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
 from mergeforge.errors import Problem, did_you_mean
 from mergeforge.parameters import Parameter
 from mergeforge.recipe import text
-from mergeforge.recipe.entries import AdapterEntry, GGUFEntry, ModelEntry, ModelRef, Output, Recipe
+from mergeforge.recipe.entries import (
+    AdapterEntry,
+    GGUFEntry,
+    ModelEntry,
+    ModelRef,
+    Module,
+    Output,
+    Recipe,
+    Rule,
+    Slice,
+    TokenEntry,
+    TokenizerEntry,
+)
 from mergeforge.recipe.language import NOT_YET
 from mergeforge.recipe.settings import scalars
 
+# Of mergekit's parameters, those that never had an effect; accepted for any method.
+WITHOUT_EFFECT = ("int8_mask",)
 _FOLD_WEIGHT = Parameter("weight", "float", per_input=True, required=False, default=1.0, within=None)
 
 
@@ -52,11 +67,10 @@ class Checker:
         if not isinstance(raw, Mapping):
             return None
         base = value.get("base_model")
-        output = value.get("output") or {}
         recipe = Recipe(
-            merge_method=value.get("merge_method") or "fold",
+            merge_method=value.get("merge_method") or ("" if self._needs_no_method(value) else "fold"),
             base_model=self._model({"model": base}, ("base_model",)) if base else None,
-            models=tuple(self._model(item, ("models", at)) for at, item in enumerate(value.get("models") or [])),
+            models=self._models(value, ()),
             adapters=tuple(
                 self._adapter(item, ("adapters", at)) for at, item in enumerate(value.get("adapters") or [])
             ),
@@ -64,16 +78,115 @@ class Checker:
             dtype=value.get("dtype"),
             out_dtype=value.get("out_dtype"),
             random_seed=value.get("random_seed") or 0,
-            output=_output(output),
+            output=_output(value.get("output") or {}),
             raw=raw,
+            name=value.get("name"),
+            slices=self._slices(value, ()),
+            modules=tuple(self._module(name, item) for name, item in (value.get("modules") or {}).items()),
+            rules=tuple(self._rule(item, ("rules", at)) for at, item in enumerate(value.get("rules") or [])),
+            tokenizer=self._tokenizer(value),
+            chat_template=value.get("chat_template"),
         )
         self._refuse_what_is_missing(value, recipe)
         self._check_whole(value, recipe)
-        if self._check_method(recipe, methods):
-            self._check_parameters(recipe, methods[recipe.merge_method].parameters)
+        known = self._check_methods(recipe, methods)
+        if known is not None:
+            self._check_parameters(recipe, known, methods)
         return recipe
 
+    def _needs_no_method(self, value: Mapping[str, Any]) -> bool:
+        """Rules, and something other than adapters to merge: then every tensor may be left to the rules."""
+        return bool(value.get("rules")) and any(value.get(key) for key in ("models", "slices", "modules"))
+
+    def check_stage(self, value: Mapping[str, Any], before: set[Any]) -> None:
+        """What holds of documents whose result is not written: a name of their own, and no output."""
+        name = value.get("name")
+        if name is None:
+            self.report((), "this document has no name", "one document, the result, may go without")
+        if name is not None and name in before:
+            self.report(("name",), f"two documents are called {name!r}", "give each a name of its own")
+        if value.get("output"):
+            self.report(("output",), "this document's result is not written", "take it out")
+
+    def _models(self, value: Mapping[str, Any], path: text.Path) -> tuple[ModelEntry, ...]:
+        return tuple(self._model(item, (*path, "models", at)) for at, item in enumerate(value.get("models") or []))
+
+    def _slices(self, value: Mapping[str, Any], path: text.Path) -> tuple[Slice, ...]:
+        return tuple(self._slice(item, (*path, "slices", at)) for at, item in enumerate(value.get("slices") or []))
+
+    def _slice(self, item: Mapping[str, Any], path: text.Path) -> Slice:
+        sources = tuple(
+            replace(self._model(one, (*path, "sources", at)), layers=one.get("layer_range"))
+            for at, one in enumerate(item.get("sources") or [])
+        )
+        lengths = {one.layers[1] - one.layers[0] for one in sources if one.layers}
+        if len(lengths) > 1:
+            counts = ", ".join(str(one.layers[1] - one.layers[0]) for one in sources if one.layers)
+            self.report(
+                (*path, "sources"), f"the sources of a slice give {counts} layers", "they must give as many each"
+            )
+        base = item.get("base_model")
+        base_entry = self._model({"model": base}, (*path, "base_model")) if base else None
+        return Slice(sources, base_entry, item.get("parameters") or {})
+
+    def _module(self, name: str, item: Mapping[str, Any]) -> Module:
+        path: text.Path = ("modules", name)
+        if bool(item.get("models")) == bool(item.get("slices")):
+            self.report(path, f"the module {name!r} needs either models or slices")
+        models, slices = self._models(item, path), self._slices(item, path)
+        return Module(name, models, slices, item.get("parameters") or {})
+
+    def _rule(self, item: Mapping[str, Any], path: text.Path) -> Rule:
+        ways = [key for key in ("merge_method", "use", "drop") if item.get(key)]
+        if len(ways) > 1:
+            self.report(path, f"a rule has either {' or '.join(ways)}", "split it in two, or take one out")
+        if not item or (not ways and not item.get("parameters") and not item.get("models")):
+            self.report(path, "this rule changes nothing", "give it a merge_method, parameters, models, use or drop")
+        if ways and ways[0] != "merge_method" and (item.get("parameters") or item.get("models")):
+            self.report(path, f"a rule with '{ways[0]}' merges nothing", "take its parameters and models out")
+        return Rule(
+            match=tuple(pattern for pattern in item.get("match") or () if pattern),
+            merge_method=item.get("merge_method"),
+            models=self._models(item, path),
+            parameters=item.get("parameters") or {},
+            use=self._model({"model": item["use"]}, (*path, "use")) if item.get("use") else None,
+            drop=bool(item.get("drop")),
+        )
+
+    def _tokenizer(self, value: Mapping[str, Any]) -> TokenizerEntry | None:
+        short, full = value.get("tokenizer_source"), value.get("tokenizer")
+        if short and full:
+            self.report(("tokenizer_source",), "tokenizer_source and tokenizer say the same", "keep one of them")
+        if not short and full is None:
+            return None
+        path: text.Path = ("tokenizer", "source") if full is not None else ("tokenizer_source",)
+        source = short or (full or {}).get("source") or {"model": {"path": "union"}}
+        entry = self._model({"model": source}, path)
+        tokens = {
+            token: self._token(item, ("tokenizer", "tokens", token))
+            for token, item in ((full or {}).get("tokens") or {}).items()
+        }
+        named = str(entry) if str(entry) in ("union", "base") else entry
+        return TokenizerEntry(named, tokens, (full or {}).get("pad_to_multiple_of"))
+
+    def _token(self, item: Mapping[str, Any], path: text.Path) -> TokenEntry | None:
+        source = item.get("source")
+        if not source:
+            if item.get("force"):
+                self.report(path, "'force' needs a source", "a model, {kind: zero} or {kind: model_token, ...}")
+            return None
+        kind = source.get("kind") or "model"
+        model = self._model({"model": source["model"]}, (*path, "source")) if source.get("model") else None
+        given = [key for key in ("token", "token_id") if source.get(key) is not None]
+        if kind != "zero" and model is None:
+            self.report((*path, "source"), "a token's source needs a model", "or kind: zero")
+        if len(given) != (kind == "model_token"):
+            wanted = "either token or token_id" if kind == "model_token" else "neither token nor token_id"
+            self.report((*path, "source"), f"a source of the kind {kind} takes {wanted}")
+        return TokenEntry(kind, model, source.get("token"), source.get("token_id"), bool(item.get("force")))
+
     def _model(self, item: Mapping[str, Any], path: text.Path) -> ModelEntry:
+        """`item`: a checked {model, adapters, parameters}."""
         reference = item.get("model") or {}
         model, adapters = self._ref(reference.get("model") or {}, path)
         lora = reference.get("lora")
@@ -115,11 +228,6 @@ class Checker:
                 self.report(path, f"'{'.'.join(path)}' is not carried out by this version", "take it out for now")
         if recipe.output.safetensors is False and not recipe.output.gguf:
             self.report(("output", "safetensors"), "nothing would be written", "add output.gguf, or take this out")
-        source = value.get("tokenizer_source")
-        if source not in (None, "base"):
-            self.report(
-                ("tokenizer_source",), f"tokenizer_source {source!r} is not carried out by this version", "base"
-            )
 
     def check_gguf(self, value: Mapping[str, Any], mixes: Known) -> None:
         """Every GGUF type is known, and no two files would have one name."""
@@ -135,42 +243,70 @@ class Checker:
             seen.add(name)
 
     def _check_whole(self, value: Mapping[str, Any], recipe: Recipe) -> None:
-        if not any(value.get(key) is not None for key in ("models", "adapters", "slices", "modules")):
-            self.report((), "nothing to merge", "give models, adapters or both")
-        if recipe.models and "merge_method" not in value:
+        forms = [key for key in ("models", "slices", "modules") if value.get(key) is not None]
+        if not forms and value.get("adapters") is None:
+            self.report((), "nothing to merge", "give models, slices or adapters")
+        if len(forms) > 1:
+            self.report((forms[1],), f"the recipe has both {forms[0]} and {forms[1]}", "keep one of them")
+        if forms and "merge_method" not in value and not recipe.rules:
             self.report((), "merge_method is missing", "only a recipe with adapters alone may leave it out")
         if recipe.adapters and recipe.base_model is None:
             self.report(("adapters",), "adapters need a base_model", "name the model that they were trained on")
-        seen: dict[str, int] = {}
-        for at, entry in enumerate(recipe.models):
-            if str(entry) in seen:
-                self.report(("models", at), f"'{entry}' is listed twice", "add its weights and list it once")
-            seen[str(entry)] = at
+        if recipe.adapters and (recipe.slices or recipe.modules):
+            self.report(("adapters",), "adapters and slices do not go together", "list them under the slices' models")
+        for path, entries in _lists(recipe):
+            self._check_twice(path, entries)
+        for at, rule in enumerate(recipe.rules):
+            if rule.models and (recipe.slices or recipe.modules):
+                self.report(
+                    ("rules", at, "models"), "a rule's models have no layer_range", "give the rule parameters only"
+                )
 
-    def _check_method(self, recipe: Recipe, methods: Mapping[str, Method]) -> bool:
-        name = recipe.merge_method
+    def _check_twice(self, path: text.Path, entries: Sequence[ModelEntry]) -> None:
+        seen: set[str] = set()
+        for at, entry in enumerate(entries):
+            if str(entry) in seen:
+                self.report((*path, at), f"'{entry}' is listed twice", "add its weights and list it once")
+            seen.add(str(entry))
+
+    def _check_methods(self, recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, Parameter] | None:
+        """The parameters that the recipe's methods take; None where a method is unknown."""
+        found: list[tuple[text.Path, str]] = [(("merge_method",), recipe.merge_method)] if recipe.merge_method else []
+        found += [
+            (("rules", at, "merge_method"), one.merge_method) for at, one in enumerate(recipe.rules) if one.merge_method
+        ]
+        good = [self._check_method(path, name, recipe, methods) for path, name in found]
+        return {key: one for _, name in found for key, one in methods[name].parameters.items()} if all(good) else None
+
+    def _check_method(self, path: text.Path, name: str, recipe: Recipe, methods: Mapping[str, Method]) -> bool:
         if name not in methods:
             hint = did_you_mean(name, methods) or "known: " + ", ".join(methods)
-            self.report(("merge_method",), f"unknown merge method '{name}'", hint)
+            self.report(path, f"unknown merge method '{name}'", hint)
             return False
-        if methods[name].needs_base and recipe.base_model is None:
-            self.report(
-                ("merge_method",), f"{name} needs a base_model", "name the model that the others were tuned from"
-            )
+        slices = [*recipe.slices, *(one for module in recipe.modules for one in module.slices)]
+        bases = bool(recipe.base_model) or (bool(slices) and all(one.base for one in slices))
+        if methods[name].needs_base and not bases:
+            self.report(path, f"{name} needs a base_model", "name the model that the others were tuned from")
         return True
 
-    def _check_parameters(self, recipe: Recipe, known: Mapping[str, Parameter]) -> None:
-        self._check_settings(recipe.parameters, ("parameters",), known, per_input=False, method=recipe.merge_method)
-        for at, model in enumerate(recipe.models):
-            path: text.Path = ("models", at, "parameters")
-            self._check_settings(model.parameters, path, known, per_input=True, method=recipe.merge_method)
+    def _check_parameters(self, recipe: Recipe, known: Mapping[str, Parameter], methods: Mapping[str, Method]) -> None:
+        """`known`: the parameters of every method that the recipe uses."""
+        name = recipe.method_name
+        for path, settings in _shared_settings(recipe):
+            self._check_settings(settings, (*path, "parameters"), known, per_input=False, method=name)
+        for path, entries in _lists(recipe):
+            for at, model in enumerate(entries):
+                self._check_settings(model.parameters, (*path, at, "parameters"), known, True, name)
+        for at, rule in enumerate(recipe.rules):
+            own = methods[rule.merge_method].parameters if rule.merge_method else known
+            self._check_settings(rule.parameters, ("rules", at, "parameters"), own, False, rule.merge_method or name)
         for at, adapter in enumerate(recipe.adapters):
             path = ("adapters", at)
-            self._check_settings(adapter.parameters, (*path, "parameters"), known, True, recipe.merge_method)
+            self._check_settings(adapter.parameters, (*path, "parameters"), known, True, name)
             if "weight" in known:
                 self._check_values(adapter.weight, (*path, "weight"), known["weight"])
             elif adapter.weight != 1:
-                self.report((*path, "weight"), f"{recipe.merge_method} has no parameter 'weight'", "take it out")
+                self.report((*path, "weight"), f"{name} has no parameter 'weight'", "take it out")
             if "weight" in adapter.parameters:
                 self.report(
                     (*path, "parameters", "weight"), "an adapter's weight stands beside it", "move it up a level"
@@ -180,6 +316,8 @@ class Checker:
         self, settings: Mapping[str, Any], path: text.Path, known: Mapping[str, Parameter], per_input: bool, method: str
     ) -> None:
         for name, setting in settings.items():
+            if name not in known and name in WITHOUT_EFFECT:
+                continue
             if name not in known:
                 hint = did_you_mean(name, known) or f"{method} takes: {', '.join(known) or 'none'}"
                 self.report((*path, name), f"{method} has no parameter '{name}'", hint)
@@ -200,6 +338,28 @@ class Checker:
                 self.report(path, f"'{parameter.name}' must lie in {parameter.within}, not {value}")
             elif value != value or value in (float("inf"), float("-inf")):
                 self.report(path, f"'{parameter.name}' must be a finite number, not {value}")
+
+
+def _lists(recipe: Recipe) -> Iterator[tuple[text.Path, tuple[ModelEntry, ...]]]:
+    """Every list of models that are merged with one another, and where it stands."""
+    parts: list[tuple[text.Path, Any]] = [((), recipe)]
+    parts += [(("modules", module.name), module) for module in recipe.modules]
+    for path, part in parts:
+        yield (*path, "models"), part.models
+        for at, one in enumerate(part.slices):
+            yield (*path, "slices", at, "sources"), one.sources
+    for at, rule in enumerate(recipe.rules):
+        yield ("rules", at, "models"), rule.models
+
+
+def _shared_settings(recipe: Recipe) -> Iterator[tuple[text.Path, Mapping[str, Any]]]:
+    """The parameters that stand for more than one model: the recipe's, a module's, a slice's."""
+    parts: list[tuple[text.Path, Any]] = [((), recipe)]
+    parts += [(("modules", module.name), module) for module in recipe.modules]
+    for path, part in parts:
+        yield path, part.parameters
+        for at, one in enumerate(part.slices):
+            yield (*path, "slices", at), one.parameters
 
 
 def parse_ref(written: str) -> tuple[ModelRef, tuple[ModelRef, ...]]:

@@ -11,6 +11,8 @@ from mergeforge.recipe.schema import (
     Flag,
     ListOf,
     MapOf,
+    Pattern,
+    Range,
     Record,
     Setting,
     Shape,
@@ -31,14 +33,62 @@ _ADAPTER = Record(
     short="adapter",
 )
 _MODEL_REF = Record({"model": _REVISION, "lora": _REVISION}, required=("model",), short="model")
+_ADAPTERS = ListOf(_ADAPTER, "adapters folded into this model first")
 _MODEL = Record(
-    {
-        "model": _MODEL_REF,
-        "adapters": ListOf(_ADAPTER, "adapters folded into this model first"),
-        "parameters": _PARAMETERS,
-    },
+    {"model": _MODEL_REF, "adapters": _ADAPTERS, "parameters": _PARAMETERS},
     required=("model",),
     short="model",
+)
+_MODELS = ListOf(_MODEL, "the models to merge")
+_SOURCE = Record(
+    {
+        "model": _MODEL_REF,
+        "layer_range": Range("the layers [first, stop) that it gives"),
+        "adapters": _ADAPTERS,
+        "parameters": _PARAMETERS,
+    },
+    required=("model", "layer_range"),
+)
+_SLICE = Record(
+    {
+        "sources": ListOf(_SOURCE, "models and the layers that they give, as many each"),
+        "base_model": _MODEL_REF,
+        "parameters": _PARAMETERS,
+    },
+    required=("sources",),
+)
+_SLICES = ListOf(_SLICE, "layers of the models, merged and stacked one on the other")
+_MODULE = Record({"models": _MODELS, "slices": _SLICES, "parameters": _PARAMETERS})
+_RULE = Record(
+    {
+        "match": ListOf(Pattern(), "regular expressions, searched for in a tensor's name (none: every one)", lone=True),
+        "merge_method": Text("the method for these tensors"),
+        "parameters": _PARAMETERS,
+        "models": ListOf(_MODEL, "the models that are merged into these tensors, instead of the recipe's"),
+        "use": _MODEL_REF,
+        "drop": Flag("true: leave these tensors out"),
+    },
+    about="how the tensors that match are made; the first rule that matches counts",
+)
+_TOKEN_SOURCE = Record(
+    {
+        "kind": Choice(("zero", "model_token")),
+        "model": _MODEL_REF,
+        "token": Text("the token whose row is taken"),
+        "token_id": Whole(0, "its number"),
+    },
+    short="model",
+)
+_TOKEN = Record(
+    {"source": _TOKEN_SOURCE, "force": Flag("for every model, also those that know the token")},
+    about="where a token's embedding comes from",
+)
+_TOKENIZER = Record(
+    {
+        "source": _MODEL_REF,
+        "tokens": MapOf(_TOKEN, "tokens treated on their own"),
+        "pad_to_multiple_of": Whole(1, "rows of the embedding are filled up to a multiple of this"),
+    }
 )
 _DTYPE = Choice(tuple(OUT_DTYPES))
 _GGUF = Record(
@@ -70,28 +120,24 @@ _OUTPUT = Record(
 _FIELDS: dict[str, Shape] = {
     "merge_method": Text("fold, linear, slerp, ties, ...: see `mergeforge list methods`"),
     "base_model": _MODEL_REF,
-    "models": ListOf(_MODEL, "the models to merge"),
+    "models": _MODELS,
     "adapters": ListOf(_ADAPTER, "PEFT adapters of base_model"),
     "parameters": _PARAMETERS,
     "dtype": _DTYPE,
     "out_dtype": _DTYPE,
-    "tokenizer_source": Text(),
+    "tokenizer_source": _MODEL_REF,
     "random_seed": Whole(0, "seed of dare's random masks (default 0)"),
     "output": _OUTPUT,
-    "slices": Anything(),
-    "modules": Anything(),
-    "tokenizer": Anything(),
-    "chat_template": Anything(),
-    "name": Anything(),
+    "slices": _SLICES,
+    "modules": MapOf(_MODULE, "parts of a model (text_decoder, vision_tower, encoder, ...) merged each on its own"),
+    "rules": ListOf(_RULE, "tensors that are made otherwise than the rest; the first rule that matches counts"),
+    "tokenizer": _TOKENIZER,
+    "chat_template": Text("auto, a template's name (alpaca, chatml, exaone, llama3, mistral), or Jinja"),
+    "name": Text("what later documents of the file call this one's result"),
 }
 RECIPE = Record(_FIELDS, about="a mergeforge recipe")
 # Keys of the recipe's language that this version reads but cannot carry out.
 NOT_YET = (
-    ("slices",),
-    ("modules",),
-    ("tokenizer",),
-    ("chat_template",),
-    ("name",),
     ("output", "adapter"),
     ("output", "publish"),
 )

@@ -6,6 +6,7 @@ mistake with its path, and `json()` gives the JSON Schema for editors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -88,6 +89,49 @@ class Choice:
 
     def json(self) -> dict[str, Any]:
         return {"enum": list(self.words)} | _about(self.about)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A regular expression."""
+
+    about: str = ""
+
+    def read(self, value: Any, path: Path, report: Report) -> Any:
+        if not isinstance(value, str) or not value:
+            report(path, f"{_last(path)} must be a regular expression, not {_kind(value)}", "")
+            return None
+        try:
+            re.compile(value)
+        except re.error as error:
+            report(path, f"{value!r} is not a regular expression: {error}", "a dot is written \\.")
+            return None
+        return value
+
+    def json(self) -> dict[str, Any]:
+        return {"type": "string", "format": "regex"} | _about(self.about)
+
+
+@dataclass(frozen=True)
+class Range:
+    """[first, stop): two whole numbers, the second larger."""
+
+    about: str = ""
+
+    def read(self, value: Any, path: Path, report: Report) -> Any:
+        whole = isinstance(value, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+        if not whole or len(value) != 2:
+            text = f"{value}" if isinstance(value, list) else _kind(value)
+            report(path, f"{_last(path)} must be two whole numbers, not {text}", "[first layer, layer to stop before]")
+            return None
+        if not 0 <= value[0] < value[1]:
+            report(path, f"{_last(path)} {value} holds no layers", "[first layer, layer to stop before]")
+            return None
+        return tuple(value)
+
+    def json(self) -> dict[str, Any]:
+        whole = {"type": "integer", "minimum": 0}
+        return {"type": "array", "items": whole, "minItems": 2, "maxItems": 2} | _about(self.about)
 
 
 @dataclass(frozen=True)

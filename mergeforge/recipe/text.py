@@ -1,7 +1,7 @@
 """YAML text -> plain values and where each stands, strictly.
 
 PyYAML's node tree is used for positions. Refused, each with line and column: tags, duplicate keys,
-keys that are not text, a second document, more than 32 levels, more than 100,000 values counted
+keys that are not text, more than 32 levels, more than 100,000 values counted
 through aliases (an alias bomb is small until it is expanded), aliases that contain themselves,
 files above 1 MiB.
 """
@@ -17,6 +17,7 @@ from mergeforge.errors import Problem, RecipeError
 
 Path = tuple["str | int", ...]
 Places = dict[Path, tuple[int, int]]
+Parsed = tuple[Any, Places, "list[Problem]"]  # a value, the 1-based (line, column) of every key and item, mistakes
 
 LARGEST_FILE = 1 << 20
 DEEPEST = 32
@@ -26,8 +27,8 @@ _PLAIN = {f"tag:yaml.org,2002:{tag}" for tag in ("str", "int", "float", "bool", 
 _OWN_TEXT = {f"tag:yaml.org,2002:{tag}" for tag in ("timestamp", "value", "merge")}  # no recipe has these: plain text
 
 
-def parse(text: str, name: str) -> tuple[Any, Places, list[Problem]]:
-    """The text's value, the 1-based (line, column) of every key and item, and the mistakes found.
+def parse(text: str, name: str) -> list[Parsed]:
+    """What each document of the text holds.
 
     Raises RecipeError at once for text that is not YAML or goes past a limit.
     """
@@ -40,15 +41,26 @@ def parse(text: str, name: str) -> tuple[Any, Places, list[Problem]]:
         raise RecipeError(f"{name} is not YAML: {error}") from None
     if not documents:
         raise RecipeError(f"{name} is empty", hint="`mergeforge init` writes a recipe to start from")
-    if len(documents) > 1:
-        raise _refusal(name, documents[1], "a second document starts here; one recipe is one document")
+    return [_parsed(document, name) for document in documents if len(documents) == 1 or not _is_nothing(document)]
+
+
+def _parsed(document: yaml.Node, name: str) -> Parsed:
     reader = _Reader(name)
-    return reader.value(documents[0], ()), reader.places, reader.problems
+    return reader.value(document, ()), reader.places, reader.problems
+
+
+def _is_nothing(document: yaml.Node) -> bool:
+    """Whether a document is empty: `---` at the end of a file."""
+    return isinstance(document, yaml.ScalarNode) and document.value == ""
 
 
 def scalar(text: str) -> Any:
     """The value of a `--set` text, read as YAML would read it."""
-    value, _, problems = parse(text, "--set") if text.strip() else ("", {}, [])
+    if not text.strip():
+        return ""
+    (value, _, problems), *more = parse(text, "--set")
+    if more:
+        raise RecipeError(f"--set: {text!r} is more than one value")
     if problems:
         raise RecipeError(f"--set: {problems[0]}")
     return value

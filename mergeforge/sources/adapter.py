@@ -15,7 +15,8 @@ from typing import Any
 from mergeforge.adapters.keys import Key, find_tensor, parse_key
 from mergeforge.adapters.lora import LoraSettings, read_settings
 from mergeforge.errors import SourceError, listing
-from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint, read_json
+from mergeforge.sources.checkpoint import Checkpoint, Model, open_checkpoint, read_json, says_tied
+from mergeforge.sources import Way
 from mergeforge.sources.edits import Added, Dora, Edit, LowRank, Replaced, RowsReplaced
 from mergeforge.sources.stored import Stored, same_content
 
@@ -46,7 +47,7 @@ class Adapter:
 
 
 def open_adapter(
-    folder: Path, label: str, base: Checkpoint, *, revision: str | None = None, allow_pickle: bool = False
+    folder: Path, label: str, base: Model, *, revision: str | None = None, allow_pickle: bool = False
 ) -> Adapter:
     """Read an adapter's headers and match every tensor to the base.
 
@@ -66,9 +67,9 @@ def open_adapter(
     return _Matching(label, base, table, settings).adapter(folder, revision, config)
 
 
-def tied_head(base: Checkpoint) -> tuple[str, str] | None:
+def tied_head(base: Model) -> tuple[str, str] | None:
     """(head, embedding) names of a checkpoint whose output embedding is its input embedding."""
-    if not (base.tied or _lacks_head(base)):
+    if not (says_tied(base.config) or _lacks_head(base)):
         return None
     for name in base.tensors:
         module, _, leaf = name.rpartition(".")
@@ -81,7 +82,7 @@ def tied_head(base: Checkpoint) -> tuple[str, str] | None:
     return None
 
 
-def _lacks_head(base: Checkpoint) -> bool:
+def _lacks_head(base: Model) -> bool:
     """Whether the config leaves the flag out (GPT-2, Gemma) and the head has no tensor of its own."""
     inner = base.config.get("text_config")
     parts = [base.config, *([inner] if isinstance(inner, Mapping) else [])]
@@ -100,7 +101,7 @@ class _Matching:
     """The work of opening one adapter: groups keys by module, then turns modules into edits."""
 
     label: str
-    base: Checkpoint
+    base: Model
     table: Checkpoint
     settings: LoraSettings
     edits: dict[str, list[Edit]] = field(default_factory=dict)
@@ -225,7 +226,7 @@ class _Matching:
             self._check_same_shape(module, bias, self._target(target_name))
             self._add(target_name, Added(bias, scale))
 
-    def _is_transposed(self, target: Stored, outside: tuple[int, int], module: str) -> bool:
+    def _is_transposed(self, target: Way, outside: tuple[int, int], module: str) -> bool:
         """Whether W is stored (in, out): told by its shape; a square W by the config or the model."""
         shape = tuple(target.info.shape)
         if outside[0] != outside[1]:
@@ -281,7 +282,7 @@ class _Matching:
             raise SourceError(f"{self.label}: {path} may mean any of {listing(found)} of {self.base.label}")
         return found[0] if found else ""
 
-    def _target(self, name: str) -> Stored:
+    def _target(self, name: str) -> Way:
         """The tensor that is edited: the base's, or what the adapter saved in its place."""
         if name in self.resized:
             return self.resized[name]
@@ -290,18 +291,18 @@ class _Matching:
         assert self.tied is not None and name == self.tied[0]
         return self.resized.get(self.tied[1], self.base.tensors[self.tied[1]])
 
-    def _check_size(self, module: str, stored: Stored, target: Stored) -> None:
+    def _check_size(self, module: str, stored: Stored, target: Way) -> None:
         """The shape of the base's tensor, but for the rows of a vocabulary."""
         may_grow = module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
         shape = (target.info.shape[0], *stored.info.shape[1:]) if may_grow else stored.info.shape
         if tuple(shape) != tuple(target.info.shape):
             self._refuse_shape(module, stored.info.shape, target)
 
-    def _check_same_shape(self, module: str, stored: Stored, target: Stored) -> None:
+    def _check_same_shape(self, module: str, stored: Stored, target: Way) -> None:
         if stored.info.shape != target.info.shape:
             self._refuse_shape(module, stored.info.shape, target)
 
-    def _refuse_shape(self, module: str, shape: tuple[int, ...], target: Stored) -> None:
+    def _refuse_shape(self, module: str, shape: tuple[int, ...], target: Way) -> None:
         theirs = f"{target.info.name} of {self.base.label} is {list(target.info.shape)}"
         hint = "the adapter was trained on another model, or its vocabulary was resized and not saved"
         raise SourceError(f"{self.label}: {module} is made for shape {list(shape)}, and {theirs}", hint=hint)

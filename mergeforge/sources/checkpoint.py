@@ -7,14 +7,37 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mergeforge.errors import SourceError, listing
+from mergeforge.sources import Way
 from mergeforge.sources.pickled import read_pickled
 from mergeforge.sources.safetensors_file import read_header, require_regular
 from mergeforge.sources.stored import Stored
 
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(safetensors|bin)")
+
+
+class Model(Protocol):
+    """A model that is merged: one that lies in files, or an earlier merge's result that lies nowhere."""
+
+    @property
+    def label(self) -> str:
+        """What the recipe calls it."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the files beside its weights lie."""
+
+    @property
+    def tensors(self) -> Mapping[str, Way]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its config.json; empty where there is none."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -37,14 +60,14 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(tensor.info.nbytes for tensor in self.tensors.values())
 
-    @property
-    def tied(self) -> bool:
-        """Whether config.json says that lm_head is the embedding (its text_config counts too)."""
-        inner = self.config.get("text_config")
-        outer = self.config.get("tie_word_embeddings")
-        if outer is None and isinstance(inner, Mapping):
-            outer = inner.get("tie_word_embeddings")
-        return outer is True
+
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that lm_head is the embedding (its text_config counts too)."""
+    inner = config.get("text_config")
+    outer = config.get("tie_word_embeddings")
+    if outer is None and isinstance(inner, Mapping):
+        outer = inner.get("tie_word_embeddings")
+    return outer is True
 
 
 @dataclass

@@ -12,14 +12,14 @@ from pathlib import Path
 from mergeforge.architectures import Place, spell
 from mergeforge.errors import SourceError, listing
 from mergeforge.sources.adapter import Adapter
-from mergeforge.sources.checkpoint import Checkpoint
+from mergeforge.sources.checkpoint import Checkpoint, Model
 from mergeforge.sources.edits import LowRank
 from mergeforge.sources.gguf_file import GGUFHeader, Held, read_gguf
 from mergeforge.sources.stored import Stored
 from mergeforge.tensors import FLOATS, TensorInfo
 
 
-def open_gguf_adapter(path: Path, label: str, base: Checkpoint) -> Adapter:
+def open_gguf_adapter(path: Path, label: str, base: Model) -> Adapter:
     """Read an adapter's header and match every pair of factors to the base.
 
     Raises SourceError when it is no LoRA, or a tensor matches nothing.

@@ -1,4 +1,4 @@
-"""A way under another name: a head that is its embedding."""
+"""A way under another name or dtype: a head that is its embedding, a layer of a stack, an earlier merge's result."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Renamed:
+    """`way`'s values; `info` is what they are called. Its shape is the way's."""
+
     way: Way
-    name: str
+    info: TensorInfo
 
     learns: bool = False
-
-    @property
-    def info(self) -> TensorInfo:
-        return self.way.info.renamed(self.name)
 
     @property
     def parts(self) -> tuple[Way, ...]:

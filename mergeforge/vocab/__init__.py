@@ -21,11 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import RecipeError, did_you_mean
 from mergeforge.keyvalues import Keys
+from mergeforge.side_files import SideFiles
 from mergeforge.vocab.families import KINDS
 from mergeforge.vocab.sources import TokenizerFiles
 
@@ -42,7 +42,7 @@ class Vocabulary:
 
 
 def vocabulary(
-    files: Mapping[str, Path], config: Mapping[str, Any], kind: str, *, rows: int, pre: str | None = None
+    files: SideFiles, config: Mapping[str, Any], kind: str, *, rows: int, pre: str | None = None
 ) -> Vocabulary:
     """The vocabulary of a model whose token embedding has `rows` rows.
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from mergeforge.errors import SourceError
+from mergeforge.side_files import SideFile
 from mergeforge.vocab.tokens import NORMAL, USER_DEFINED
 
 UNIGRAM, BPE = 1, 2
@@ -38,7 +38,7 @@ class PieceModel:
     remove_extra_whitespaces: bool
 
 
-def piece_model(path: Path) -> PieceModel:
+def piece_model(path: SideFile) -> PieceModel:
     """Read a sentencepiece model. Raises SourceError."""
     try:
         return _model(path.read_bytes())

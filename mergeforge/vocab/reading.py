@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import SourceError
+from mergeforge.side_files import SideFiles
 
-Files = Mapping[str, Path]  # the file's name in a model's folder -> where it is
+Files = SideFiles
 
 
 def text_of(files: Files, name: str) -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Set
-from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import SourceError
 from mergeforge.keyvalues import Keys, array, flag
+from mergeforge.side_files import SideFile
 from mergeforge.vocab.added import Added
 from mergeforge.vocab.bpe import bpe_tokens
 from mergeforge.vocab.pieces import piece_model
@@ -70,13 +70,13 @@ def _charsmap(tokenizer: Mapping[str, Any]) -> bytes:
     return b""
 
 
-def xlm_roberta_tokens(path: Path, rows: int) -> tuple[Tokens, Keys]:
+def xlm_roberta_tokens(path: SideFile, rows: int) -> tuple[Tokens, Keys]:
     """sentencepiece.bpe.model, whose ids XLM-RoBERTa shifts: its own special tokens come first."""
     model = piece_model(path)
     first = (("<s>", CONTROL), ("<pad>", CONTROL), ("</s>", CONTROL), ("<unk>", UNKNOWN))
     shifted = [(piece.text, piece.kind, piece.score) for piece in model.pieces[3:]]
     names = dict(enumerate([text for text, _ in first] + [piece.text for piece in model.pieces[3:]]))
-    check_rows(names, rows, names, path.name)
+    check_rows(names, rows, names, "sentencepiece.bpe.model")
     tokens = Tokens.padding(rows)
     tokens.texts = [f"[PAD{number - 1}]" for number in range(rows)]  # shifted, as llama.cpp's converter does
     for number, (text, kind) in enumerate(first):

@@ -17,6 +17,7 @@ from mergeforge.quants.mixes import MIXES
 from mergeforge.recipe import ModelRef, read
 from mergeforge.recipe.text import LARGEST_FILE
 
+SLICED = "merge_method: linear\nslices: [{sources: "
 GOOD = "merge_method: linear\nmodels:\n- {model: org/a, parameters: {weight: 1}}\n"
 
 
@@ -121,7 +122,10 @@ output: {pth: out, shard_size: large, safetensors: 1}
         (GOOD + "name: !!binary aGk=", 4, 7, "is not allowed", ""),
         (GOOD + "name: !!set {a}", 4, 7, "is not allowed", ""),
         (GOOD + "name: !mine {a: b}", 4, 7, "the tag !mine is not allowed", ""),
-        (GOOD + "---\na: b", 5, 1, "a second document starts here", ""),
+        (GOOD + "---\na: b", 5, 1, "unknown key 'a'", "known keys"),
+        (GOOD + "---\n" + GOOD, 1, 1, "this document has no name", "one document, the result, may go without"),
+        ("name: x\n" + GOOD + "---\nname: x\n" + GOOD + "---\n" + GOOD, 6, 1, "two documents are called 'x'", ""),
+        ("name: x\n" + GOOD + "output: {path: y}\n---\n" + GOOD, 5, 1, "this document's result is not written", ""),
         (GOOD + "a: [1, 2", 4, 9, "not YAML", ""),
         (GOOD + "a: &x [*x]", 4, 4, "an alias contains itself", ""),
         (GOOD + "a: &x {b: *x}", 4, 4, "an alias contains itself", ""),
@@ -130,11 +134,60 @@ output: {pth: out, shard_size: large, safetensors: 1}
         (GOOD + "a: " + "[" * 40 + "]" * 40, 4, 35, "nested more than 32 levels deep", ""),
         (GOOD + "a: " + "[" * 5000, 4, 35, "nested more than 32 levels deep", ""),
         (GOOD + "a: " + "{a: " * 5000, 4, 128, "nested more than 32 levels deep", ""),
-        (GOOD + "slices: []", 4, 1, "'slices' is not carried out by this version", "take it out"),
-        (GOOD + "modules: {a: b}", 4, 1, "'modules' is not carried out", ""),
-        (GOOD + "tokenizer: {source: union}", 4, 1, "'tokenizer' is not carried out", ""),
-        (GOOD + "chat_template: auto", 4, 1, "'chat_template' is not carried out", ""),
-        (GOOD + "tokenizer_source: union", 4, 1, "tokenizer_source 'union' is not carried out", "base"),
+        (GOOD + "slices: []", 4, 1, "'slices' must be a list, not an empty one", ""),
+        (
+            GOOD + "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]",
+            4,
+            1,
+            "both models and slices",
+            "one of them",
+        ),
+        (GOOD + "modules: {a: b}", 4, 11, "'a' must be a mapping, not 'b'", ""),
+        (SLICED + "[{model: a}]", 2, 21, "'sources' needs the key 'layer_range'", ""),
+        (SLICED + "[{model: a, layer_range: [8, 4]}]", 2, 32, "'layer_range' [8, 4] holds no layers", "[first layer"),
+        (SLICED + "[{model: a, layer_range: [-1, 4]}]", 2, 32, "'layer_range' [-1, 4] holds no layers", ""),
+        (SLICED + "[{model: a, layer_range: 4}]", 2, 32, "must be two whole numbers, not 4", ""),
+        (SLICED + "[{model: a, layer_range: [0, 1.5]}]", 2, 32, "must be two whole numbers, not [0, 1.5]", ""),
+        (
+            SLICED + "[{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]",
+            *(2, 11, "the sources of a slice give 2, 3 layers", "as many each"),
+        ),
+        (
+            SLICED + "[{model: a, layer_range: [0, 2]}, {model: a, layer_range: [0, 2]}]",
+            *(2, 54, "'a' is listed twice", ""),
+        ),
+        (
+            SLICED + "[{model: a, layer_range: [0, 2], parameters: {wieght: 1}}]",
+            2,
+            66,
+            "no parameter 'wieght'",
+            "weight",
+        ),
+        (
+            SLICED + "[{model: a, layer_range: [0, 2]}], residual_weight: 0.5",
+            2,
+            55,
+            "unknown key 'residual_weight'",
+            "",
+        ),
+        (GOOD + "rules: [{match: '('}]", 4, 10, "'(' is not a regular expression", "a dot"),
+        (GOOD + "rules: [{match: a, use: base, drop: true}]", 4, 9, "a rule has either use or drop", ""),
+        (GOOD + "rules: [{match: a}]", 4, 9, "this rule changes nothing", ""),
+        (
+            GOOD + "rules: [{match: a, use: org/a, parameters: {weight: 1}}]",
+            *(4, 9, "a rule with 'use' merges nothing", ""),
+        ),
+        (GOOD + "rules: [{match: a, merge_method: tise}]", 4, 20, "unknown merge method 'tise'", "'ties'?"),
+        (GOOD + "rules: [{match: a, merge_method: slerp}]", 4, 20, "slerp needs a base_model", ""),
+        (GOOD + "rules: [{match: a, parameters: {t: 1}}]", 4, 33, "linear has no parameter 't'", ""),
+        (GOOD + "tokenizer: {source: union}\ntokenizer_source: base", 5, 1, "tokenizer_source and tokenizer", "one of"),
+        (GOOD + "tokenizer: {pad_to_multiple_of: 0}", 4, 13, "must be a whole number of at least 1, not 0", ""),
+        (GOOD + "tokenizer: {tokens: {x: {source: {kind: zreo}}}}", 4, 35, "'kind' cannot be 'zreo'", "'zero'?"),
+        (
+            GOOD + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}",
+            *(4, 26, "takes either token or token_id", ""),
+        ),
+        (GOOD + "tokenizer: {tokens: {x: {force: true}}}", 4, 22, "'force' needs a source", ""),
         (GOOD + "output: {gguf: [q9_0]}", 4, 17, "unknown GGUF type 'q9_0'", "did you mean 'q"),
         (GOOD + "output: {gguf: [q8_0, q8_0]}", 4, 23, "two GGUF files of the type q8_0", "each type once"),
         (GOOD + "output: {gguf: {pure: true}}", 4, 10, "'gguf' needs the key 'type'", ""),
@@ -168,6 +221,7 @@ output: {pth: out, shard_size: large, safetensors: 1}
     ],
 )
 def test_one_mistake(tmp_path: Path, text: str, line: int, column: int, message: str, hint: str) -> None:
+    text = text + "}]" if text.startswith(SLICED) else text
     matching = [one for one in problems_of(text, tmp_path) if message in one.message]
     assert matching, f"not reported; instead: {[str(one) for one in problems_of(text, tmp_path)]}"
     assert (matching[0].line, matching[0].column) == (line, column)

@@ -1,0 +1,83 @@
+"""What a method's parameters are worth at one tensor: the innermost scope that says something wins.
+
+A rule's parameters come first, then an input's own, its slice's, its module's, the recipe's, and last
+the method's default. The order from the input outwards is mergekit's (mergekit/config.py,
+ConfigReader.parameter_sources), and so is that a filter of a per-input parameter is looked for in the
+tensor's name in that input, of any other in its name in the output (mergekit/parameter_resolver.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergeforge.errors import RecipeError
+from mergeforge.methods import Method
+from mergeforge.parameters import Parameter
+from mergeforge.recipe.settings import value_at
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a method: what it is called, its own parameters, and the tensor's name in it."""
+
+    label: str
+    settings: Settings
+    name: str
+
+
+def parameters_for(
+    method: Method,
+    name: str,
+    position: float,
+    inputs: Sequence[Input],
+    scopes: Sequence[Settings],
+    *,
+    own_first: bool = True,
+) -> dict[str, Any]:
+    """The method's parameters for one tensor; those that are per input as lists, in the inputs' order.
+
+    `scopes`: a rule's parameters, then the others from the inside out. `own_first`: an input's own
+    parameters come before the rule's.
+
+    Raises RecipeError for one that is needed and missing, or for values that make no sense together.
+    """
+    values: dict[str, Any] = {}
+    rule, *others = scopes
+    for parameter in method.parameters.values():
+        if not parameter.per_input:
+            values[parameter.name] = _value(method, parameter, name, position, scopes, "")
+            continue
+        values[parameter.name] = [
+            _value(
+                method,
+                parameter,
+                one.name,
+                position,
+                (one.settings, rule, *others) if own_first else (rule, one.settings, *others),
+                f" for {one.label}",
+            )
+            for one in inputs
+        ]
+    try:
+        method.check_parameters(values)
+    except ValueError as error:
+        raise RecipeError(f"{method.name} at {name}: {error}") from None
+    return values
+
+
+def _value(
+    method: Method, parameter: Parameter, name: str, position: float, scopes: Sequence[Settings], owner: str
+) -> Any:
+    found = (value_at(scope.get(parameter.name), name, position, kind=parameter.kind) for scope in scopes)
+    value = next((one for one in found if one is not None), None)
+    if value is None and parameter.required:
+        hint = f"add 'parameters: {{{parameter.name}: ...}}'; filters need one without a name for the rest"
+        raise RecipeError(f"{method.name} needs '{parameter.name}'{owner} at {name}", hint=hint)
+    value = parameter.default if value is None else value
+    if value is None:
+        return None
+    return bool(value) if parameter.kind == "bool" else float(value)

@@ -1,0 +1,106 @@
+"""Stages: each document of a recipe, decided. An earlier one's result is a model like any other.
+
+Nothing of a stage is written: its ways are computed wherever a later stage reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergeforge.errors import RecipeError
+from mergeforge.planning.compose import Composition, compose
+from mergeforge.planning.depth import stacked_config
+from mergeforge.planning.inputs import Inputs, Opener, Result
+from mergeforge.planning.sidecars import config_json, side_files
+from mergeforge.planning.tables import Table, table_of
+from mergeforge.recipe import OUT_DTYPES, Recipe
+from mergeforge.side_files import SideFiles
+from mergeforge.sources import Way
+from mergeforge.sources.renamed import Renamed
+from mergeforge.tensors import TensorInfo
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One document: its inputs, the ways and dtypes of its tensors, its config and the files beside them."""
+
+    recipe: Recipe
+    inputs: Inputs
+    composition: Composition
+    infos: Mapping[str, TensorInfo]
+    config: dict[str, Any] | None
+    files: SideFiles
+    notes: tuple[str, ...]
+
+
+def settle(recipe: Recipe, *, allow_pickle: bool = False) -> Stage:
+    """Decide a recipe: the documents that it uses first.
+
+    Raises RecipeError (also where documents use one another in a circle) or SourceError.
+    """
+    settling = _Settling({str(stage.name): stage for stage in recipe.stages}, Opener(allow_pickle=allow_pickle))
+    return settling.stage(recipe, ())
+
+
+class _Settling:
+    def __init__(self, documents: Mapping[str, Recipe], opener: Opener) -> None:
+        self.documents = documents
+        self.opener = opener
+
+    def stage(self, recipe: Recipe, above: tuple[str, ...]) -> Stage:
+        entries = [*([recipe.base_model] if recipe.base_model else []), *recipe.entries]
+        for name in dict.fromkeys(entry.model.path for entry in entries):
+            if name in above:
+                raise RecipeError(f"the document {name!r} uses its own result", hint=" -> ".join([*above, name]))
+            if name in self.documents and name not in self.opener.results:
+                self.opener.results[name] = _result(name, self.stage(self.documents[name], (*above, name)))
+        return _decided(recipe, self.opener.open(recipe))
+
+
+def _decided(recipe: Recipe, inputs: Inputs) -> Stage:
+    tables = _tables(inputs)
+    composition = compose(recipe, inputs, tables)
+    infos = _output_infos(recipe, composition, inputs)
+    files, notes = side_files(inputs)
+    config = config_json(recipe, inputs.donor.checkpoint.config, infos, composition.tied)
+    if config and composition.stacks:
+        config = stacked_config(config, composition.stacks)
+    return Stage(recipe, inputs, composition, infos, config, files, (*inputs.notes, *composition.notes, *notes))
+
+
+def _tables(inputs: Inputs) -> dict[str, Table]:
+    """Every model's table by its label."""
+    tables = {model.label: table_of(model) for model in inputs.models}
+    if inputs.base:
+        tables[inputs.base.label] = table_of(inputs.base, inputs.adapters)
+    return tables
+
+
+def _output_infos(recipe: Recipe, composition: Composition, inputs: Inputs) -> dict[str, TensorInfo]:
+    """Each output tensor as it is written: out_dtype, else dtype, else its own in the base."""
+    asked = recipe.out_dtype or recipe.dtype
+    wanted = OUT_DTYPES[asked] if asked else None
+    donor = inputs.donor.checkpoint.tensors
+    floats = [way.info for way in donor.values() if way.info.is_float]
+    usual = max(
+        {info.dtype for info in floats},
+        key=lambda dtype: sum(info.nbytes for info in floats if info.dtype == dtype),
+        default="F32",
+    )
+    infos = {}
+    for name, way in composition.ways.items():
+        own = donor[name].info.dtype if name in donor else usual
+        dtype = way.info.dtype if not way.info.is_float else wanted or own
+        infos[name] = way.info.with_dtype(dtype)
+    return infos
+
+
+def _result(name: str, stage: Stage) -> Result:
+    """A stage as a model: its values unrounded, its dtypes as they would be written."""
+    tensors: dict[str, Way] = {
+        tensor: way if way.info == stage.infos[tensor] else Renamed(way, stage.infos[tensor])
+        for tensor, way in stage.composition.ways.items()
+    }
+    return Result(name, stage.inputs, tensors, stage.config or {}, stage.files, stage.notes)

@@ -1,0 +1,168 @@
+"""Tables: every tensor of one model as a way, its own adapters folded in, head and embedding settled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mergeforge.errors import SourceError, listing
+from mergeforge.planning.inputs import OpenAdapter, OpenModel
+from mergeforge.recipe.settings import layer_positions, value_at
+from mergeforge.sources import Way
+from mergeforge.sources.adapted import Adapted
+from mergeforge.sources.adapter import EMBEDDINGS, is_head, tied_head
+from mergeforge.sources.checkpoint import Model
+from mergeforge.sources.edits import Edit, Replaced
+from mergeforge.sources.renamed import Renamed
+from mergeforge.sources.stored import Stored, same_content
+
+
+@dataclass(frozen=True)
+class Table:
+    """The ways of one model's tensors, and (head, embedding) while these are one tensor.
+
+    `parted`: the same names, once an adapter has made them two tensors. `actions` and `notes`: what
+    its own adapters did, in words.
+    """
+
+    label: str
+    config: Mapping[str, Any]
+    ways: Mapping[str, Way]
+    tied: tuple[str, str] | None
+    parted: tuple[str, str] | None = None
+    actions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def way(self, name: str) -> Way | None:
+        """A tensor's way; a tied head is its embedding under another name."""
+        if name in self.ways:
+            return self.ways[name]
+        if self.tied and name == self.tied[0]:
+            return renamed(self.ways[self.tied[1]], name)
+        return None
+
+    def edits(self, opened: OpenAdapter, name: str) -> tuple[Edit, ...]:
+        """An adapter's edits of a tensor; what it does to an embedding for its tied head, too."""
+        if self.parted and name == self.parted[0] and opened.adapter.keeps_tied:
+            name = self.parted[1]
+        return opened.adapter.edits.get(name, ())
+
+
+def table_of(model: OpenModel, later: Sequence[OpenAdapter] = ()) -> Table:
+    """A model's table with its own adapters folded in; `later` adapters only settle shapes and ties.
+
+    Raises SourceError when its adapters cannot be folded together.
+    """
+    opened = (*model.adapters, *later)
+    checkpoint = model.checkpoint
+    ways: dict[str, Way] = dict(checkpoint.tensors)
+    actions = _place_saved(ways, opened)
+    tied, notes = _settle_tied(ways, checkpoint, opened)
+    table = Table(model.label, checkpoint.config, ways, tied, None if tied else tied_head(checkpoint), actions, notes)
+    if model.adapters:
+        _fold_own(table, ways, actions, model.adapters)
+    follow_embedding(ways, tied, checkpoint)
+    if not later:
+        check_vocabulary(ways, checkpoint)
+    return table
+
+
+def folded(name: str, base: Way, edits: Sequence[tuple[Edit, ...]], weights: Sequence[float]) -> tuple[Way, str]:
+    """base + sum(weight * edit), and what that is in words ("" where nothing changes).
+
+    Raises SourceError for a replacement with another number of rows: it has no delta.
+    """
+    terms = [(weight, edit) for weight, some in zip(weights, edits, strict=True) for edit in some if weight]
+    if not terms:
+        return base, ""
+    if len(terms) == 1 and terms[0][0] == 1 and isinstance(terms[0][1], Replaced):
+        return renamed(terms[0][1].value, name), "replaced by the adapter's"
+    check_rows(name, base, edits)
+    kinds = dict.fromkeys(edit.about for _, edit in terms)
+    action = f"base + {len(terms)} x {'/'.join(kinds)}" if len(terms) > 1 else f"base + {terms[0][1].about}"
+    return Adapted(base, tuple(terms)), action
+
+
+def check_rows(name: str, base: Way, edits: Sequence[tuple[Edit, ...]]) -> None:
+    """A replacement with another number of rows has no delta: it cannot be weighted or combined."""
+    for edit in (edit for some in edits for edit in some):
+        if isinstance(edit, Replaced) and edit.value.info.shape != base.info.shape:
+            shapes = f"{list(edit.value.info.shape)}, the base has {list(base.info.shape)}"
+            hint = "fold that adapter alone, with weight 1, and merge the others into the result"
+            raise SourceError(f"{edit.value.file.path} replaces {name} with shape {shapes}", hint=hint)
+
+
+def renamed(way: Way, name: str) -> Way:
+    """The way's tensor under another name."""
+    if way.info.name == name:
+        return way
+    if isinstance(way, Stored):
+        return replace(way, info=way.info.renamed(name))
+    return Renamed(way, way.info.renamed(name))
+
+
+def follow_embedding(ways: dict[str, Way], tied: tuple[str, str] | None, checkpoint: Model) -> None:
+    """A tied head that is stored all the same is written as what the embedding becomes."""
+    if tied and tied[0] in ways and ways[tied[1]] is not checkpoint.tensors[tied[1]]:
+        ways[tied[0]] = renamed(ways[tied[1]], tied[0])
+
+
+def check_vocabulary(ways: Mapping[str, Way], checkpoint: Model) -> None:
+    """Raises SourceError when adapters leave a head and an embedding with different numbers of rows."""
+    heads = [name for name in ways if is_head(name)]
+    embeddings = [name for name in ways if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
+    if len(heads) != 1 or len(embeddings) != 1:
+        return
+    head, embedding = ways[heads[0]].info, ways[embeddings[0]].info
+    before = [checkpoint.tensors[info.name].info.rows for info in (head, embedding) if info.name in checkpoint.tensors]
+    if head.rows != embedding.rows and not {head.rows, embedding.rows} <= set(before):
+        text = f"{embedding.name} would have {embedding.rows} rows and {head.name} {head.rows}"
+        hint = "the adapter's file holds only one of the two that were resized (PEFT saves only a targeted one)"
+        raise SourceError(f"{text}: an adapter resized one of them alone", hint=hint)
+
+
+def _fold_own(table: Table, ways: dict[str, Way], actions: dict[str, str], adapters: Sequence[OpenAdapter]) -> None:
+    positions = layer_positions(ways)
+    for name, way in list(ways.items()):
+        edits = [table.edits(one, name) for one in adapters]
+        if any(edits):
+            ways[name], action = folded(name, way, edits, [_weight(one, name, positions[name]) for one in adapters])
+            if action:
+                actions[name] = action
+
+
+def _place_saved(ways: dict[str, Way], opened: Sequence[OpenAdapter]) -> dict[str, str]:
+    """Tensors that adapters bring whole: grown embeddings, heads that the base lacks."""
+    placed: dict[str, tuple[str, Stored]] = {}
+    for one in opened:
+        for name, stored in {**one.adapter.resized, **one.adapter.added}.items():
+            label, other = placed.setdefault(name, (one.adapter.label, stored))
+            if other is not stored and not same_content(other, stored):
+                hint = "fold them one after the other"
+                raise SourceError(f"{label} and {one.adapter.label} both bring their own {name}", hint=hint)
+            ways[name] = renamed(stored, name)
+    return dict.fromkeys(placed, "the adapter's")
+
+
+def _settle_tied(
+    ways: dict[str, Way], checkpoint: Model, opened: Sequence[OpenAdapter]
+) -> tuple[tuple[str, str] | None, tuple[str, ...]]:
+    """(head, embedding) that stay one tensor, or None where an adapter changes one and not the other."""
+    tied = tied_head(checkpoint)
+    if tied is None:
+        return None, ()
+    head, embedding = tied
+    for one in opened:
+        touched = {*one.adapter.edits, *one.adapter.resized} & {head, embedding}
+        if touched and not one.adapter.keeps_tied:
+            if head not in one.adapter.resized:
+                ways[head] = renamed(ways[embedding], head)
+            note = f"{one.adapter.label} changes {listing(sorted(touched))}, which {checkpoint.label} ties: "
+            return None, (note + "both are written, tie_word_embeddings becomes false",)
+    return tied, ()
+
+
+def _weight(opened: OpenAdapter, name: str, position: float) -> float:
+    value = value_at(opened.entry.weight, name, position)
+    return 0.0 if value is None else float(value)
