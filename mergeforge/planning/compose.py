@@ -94,9 +94,11 @@ class _Composer:
         return Composition(ways, self.actions, tied, tuple(self.notes), tuple(self.stacks))
 
     def _note_what_has_no_effect(self) -> None:
-        parts = [self.recipe, *self.recipe.slices, *self.recipe.modules, *self.recipe.rules]
+        recipe = self.recipe
+        scopes = [recipe.parameters, *(one.parameters for one in (*recipe.slices, *recipe.modules))]
+        scopes += [one.parameters for one in recipe.rules]
         for name in WITHOUT_EFFECT:
-            if any(name in part.parameters for part in parts):
+            if any(name in scope for scope in scopes):
                 self.notes.append(f"{name} has no effect: no mask is ever stored (mergekit's has none either)")
 
     def _base(self) -> Table:

@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_against_mergekit import BY_KIND, peer
 
 import mergeforge
 from mergeforge.random_model import SHAPES, write_model
-from tests.parity.test_against_mergekit import BY_KIND, peer
 
 pytestmark = pytest.mark.peers
 
@@ -129,7 +129,8 @@ class Both:
         for seed, name in enumerate(("base", "a", "b", "c")):
             write_model(folder / name, SHAPES["tiny"], seed=seed, near=0 if seed else None, dtype="F32")
 
-    def run_mergekit(self, python: Path) -> None:
+    def write(self) -> list[dict[str, Any]]:
+        """The recipes as files; the jobs that mergekit is to do."""
         jobs = []
         for name, value in {**STACKS, **SEVERAL}.items():
             documents = [self._placed(one, {}) for one in (value if isinstance(value, list) else [value])]
@@ -138,6 +139,10 @@ class Both:
             for one in documents:
                 out = results.get(one.pop("name", ""), str(self._out(name)))
                 jobs.append({"recipe": self._placed(one, results), "out": out})
+        return jobs
+
+    def run_mergekit(self, python: Path) -> None:
+        jobs = self.write()
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         command = [str(python), "-c", DRIVER]
         done = subprocess.run(
