@@ -42,10 +42,15 @@ class Key:
     role: str
 
 
+def clean_path(name: str) -> str:
+    """A key without what training wrapped around it: the module's path and the tensor's name there."""
+    path = _ADAPTER_NAME.sub(r"\1", _WRAPPERS.sub("", name)).removeprefix("module.")
+    return path.removeprefix("base_model.model.").removeprefix("base_model.").replace(".modules_to_save.", ".")
+
+
 def parse_key(name: str) -> Key | None:
     """Module and role of a key, or None where the suffix is unknown."""
-    path = _ADAPTER_NAME.sub(r"\1", _WRAPPERS.sub("", name))
-    path = path.removeprefix("module.").removeprefix("base_model.model.").replace(".modules_to_save.", ".")
+    path = clean_path(name)
     if _ORIGINAL in path:
         path = path.replace(_ORIGINAL, ".")
         module, _, leaf = path.rpartition(".")

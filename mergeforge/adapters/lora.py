@@ -105,6 +105,13 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
     )
 
 
+def plain_settings(config: Mapping[str, Any]) -> LoraSettings:
+    """What the tensors that any kind may bring (saved modules, trained tokens) need of a config."""
+    indices = config.get("trainable_token_indices", config.get("token_indices"))
+    saved = tuple(config.get("modules_to_save") or ())
+    return LoraSettings(0, 0.0, {}, {}, False, False, False, saved, indices, False)
+
+
 def _by_pattern(patterns: Mapping[str, Any], module: str) -> Iterator[Any]:
     """The values of the patterns, in the file's order, that match the module's path or its end."""
     return (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))

@@ -167,8 +167,13 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _adapters() -> list[dict[str, Any]]:
+    from mergeforge.adapters.kinds import KINDS
+    from mergeforge.adapters.refused import REFUSED
+
     about = "LoRA, rsLoRA, DoRA; rank and alpha patterns, biases, embeddings, modules_to_save, trained tokens"
-    return [{"name": "LORA", "about": about}]
+    rows = [{"name": "LORA", "about": about}]
+    rows += [{"name": name, "about": KINDS[name].about} for name in KINDS]
+    return rows + [{"name": name, "about": f"refused: {reason}"} for name, reason in REFUSED.items()]
 
 
 def _architectures() -> list[dict[str, Any]]:

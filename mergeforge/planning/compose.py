@@ -95,8 +95,8 @@ class _Composer:
 
     def _note_what_has_no_effect(self) -> None:
         recipe = self.recipe
-        scopes = [recipe.parameters, *(one.parameters for one in (*recipe.slices, *recipe.modules))]
-        scopes += [one.parameters for one in recipe.rules]
+        scopes = [recipe.parameters, *(one.parameters for one in recipe.slices)]
+        scopes += [*(one.parameters for one in recipe.modules), *(one.parameters for one in recipe.rules)]
         for name in WITHOUT_EFFECT:
             if any(name in scope for scope in scopes):
                 self.notes.append(f"{name} has no effect: no mask is ever stored (mergekit's has none either)")

@@ -6,18 +6,22 @@ shape, or the adapter is refused. The config decides only what has no trace in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mergeforge.adapters.keys import Key, find_tensor, parse_key
-from mergeforge.adapters.lora import LoraSettings, read_settings
+from mergeforge.adapters.keys import Key, clean_path, find_tensor, parse_key
+from mergeforge.adapters.kinds import KINDS, Formula, Kind, Module
+from mergeforge.adapters.lora import LoraSettings, plain_settings, read_settings
+from mergeforge.adapters.refused import REFUSED
 from mergeforge.errors import SourceError, listing
-from mergeforge.sources.checkpoint import Checkpoint, Model, open_checkpoint, read_json, says_tied
 from mergeforge.sources import Way
+from mergeforge.sources.checkpoint import Checkpoint, Model, open_checkpoint, read_json, says_tied
 from mergeforge.sources.edits import Added, Dora, Edit, LowRank, Replaced, RowsReplaced
+from mergeforge.sources.formulated import Formulated
 from mergeforge.sources.stored import Stored, same_content
 
 HEADS = ("lm_head", "embed_out", "output_layer")  # output embeddings that may be tied to the input's
@@ -54,17 +58,21 @@ def open_adapter(
     Raises SourceError when its kind or configuration cannot be folded, or a tensor matches nothing.
     """
     config = read_json(folder / "adapter_config.json")
-    kind = str(config.get("peft_type", "")).upper()
-    if kind != "LORA":
-        raise SourceError(
-            f"{label}: adapters of type {kind or 'unknown'} cannot be merged by this version", hint="LoRA"
-        )
+    name = str(config.get("peft_type", "")).upper()
+    if name in REFUSED:
+        raise SourceError(f"{label}: {name} adapters cannot be merged here: {REFUSED[name]}")
+    if name != "LORA" and name not in KINDS:
+        hint = "known: LORA, " + ", ".join(KINDS)
+        raise SourceError(f"{label}: adapters of type {name or 'unknown'} cannot be merged by this version", hint=hint)
+    kind = None if name == "LORA" else KINDS[name]
     try:
-        settings = read_settings(config)
+        if kind:
+            kind.check(config)
+        settings = plain_settings(config) if kind else read_settings(config)
     except ValueError as error:
         raise SourceError(f"{label}: {error}") from None
     table = open_checkpoint(folder, label, revision=revision, allow_pickle=allow_pickle, stem="adapter_model")
-    return _Matching(label, base, table, settings).adapter(folder, revision, config)
+    return _Matching(label, base, table, settings, kind, config).adapter(folder, revision, config)
 
 
 def tied_head(base: Model) -> tuple[str, str] | None:
@@ -104,6 +112,8 @@ class _Matching:
     base: Model
     table: Checkpoint
     settings: LoraSettings
+    kind: Kind | None
+    config: Mapping[str, Any]
     edits: dict[str, list[Edit]] = field(default_factory=dict)
     resized: dict[str, Stored] = field(default_factory=dict)
     added: dict[str, Stored] = field(default_factory=dict)
@@ -118,6 +128,8 @@ class _Matching:
             raise SourceError(f"{self.label} holds no tensors", hint="was it saved from an unwrapped model?")
         for module, roles in modules.items():
             self._start(module, roles)
+        if self.kind:
+            self._formulas(self.kind, modules)
         for module, roles in modules.items():
             self._module(module, roles)
         keeps_tied = self._settle_tied()
@@ -139,21 +151,73 @@ class _Matching:
     def _modules(self) -> dict[str, dict[str, Stored]]:
         modules: dict[str, dict[str, Stored]] = {}
         for name, stored in self.table.tensors.items():
-            key = parse_key(name)
+            key = self._key(name)
             if key is None:
-                raise SourceError(
-                    f"{self.label}: the meaning of its tensor {name!r} is unknown", hint="is it plain LoRA?"
-                )
+                kind = self.kind.name if self.kind else "LoRA"
+                raise SourceError(f"{self.label}: the meaning of its tensor {name!r} is unknown", hint=f"is it {kind}?")
             if stored.info.numel == 0:
                 hint = "DeepSpeed ZeRO-3 saved it without gathering: save it again with the weights gathered"
                 raise SourceError(f"{self.label}: {name!r} is empty (shape {list(stored.info.shape)})", hint=hint)
-            if not stored.info.is_float:
+            if not stored.info.is_float and not (self.kind and stored.info.dtype[0] in "UI"):
                 raise SourceError(f"{self.label}: {name!r} has dtype {stored.info.dtype}, not a float")
             roles = modules.setdefault(key.module, {})
             if key.role in roles and not same_content(roles[key.role], stored):
                 raise SourceError(f"{self.label}: {name!r} says again what {roles[key.role].info.name!r} says")
             roles[key.role] = stored
         return modules
+
+    def _key(self, name: str) -> Key | None:
+        own = self.kind.role_of(clean_path(name)) if self.kind else None
+        return Key(*own) if own else parse_key(name)
+
+    def _formulas(self, kind: Kind, modules: dict[str, dict[str, Stored]]) -> None:
+        """Turn the kind's own tensors into edits of weights and biases."""
+        shared = modules.pop("", {})
+        own = {
+            module: {role: roles.pop(role) for role in list(roles) if role.startswith(kind.prefixes)}
+            for module, roles in modules.items()
+        }
+        own = {module: factors for module, factors in own.items() if factors}
+        weights = {module: self._weight_of(module, factors) for module, factors in own.items()}
+        sizes = [(shape[0], math.prod(shape[1:])) for shape in (weight.info.shape for weight in weights.values())]
+        largest = (max((out for out, _ in sizes), default=0), max((inside for _, inside in sizes), default=0))
+        for module, factors in own.items():
+            self._formula(kind, module, {**factors, **shared}, weights[module], largest)
+
+    def _weight_of(self, module: str, factors: Mapping[str, Stored]) -> Way:
+        return self._target(self._name(Key(module, "weight"), next(iter(factors.values()))))
+
+    def _formula(
+        self, kind: Kind, module: str, factors: Mapping[str, Stored], weight: Way, largest: tuple[int, int]
+    ) -> None:
+        shapes = {role: stored.info.shape for role, stored in factors.items()}
+        transposed = self.base.config.get("model_type") in CONV1D_MODELS and len(weight.info.shape) == 2
+        if transposed and module.rpartition(".")[2] not in (*HEADS, *EMBEDDINGS):
+            raise SourceError(
+                f"{self.label}: {module} is stored transposed (Conv1D): {kind.name} is not supported there"
+            )
+        try:
+            formulas = kind.formulas(self.config, Module(module, shapes, tuple(weight.info.shape), largest))
+        except ValueError as error:
+            raise SourceError(f"{self.label}: {error}") from None
+        for leaf, formula in formulas.items():
+            name = weight.info.name if leaf == "weight" else self._find(f"{module}.{leaf}")
+            if not name and leaf == "bias" and "weight" in formulas:
+                continue  # a layer without a bias has none to change
+            target = weight if leaf == "weight" else self._target(name) if name else None
+            if target is None:
+                self._refuse_unknown(next(iter(factors.values())), f"{module}.{leaf}")
+                return
+            self._add(name, Formulated(formula, factors, target, self._inner(formula, target, module)))
+
+    def _inner(self, formula: Formula, target: Way, module: str) -> int:
+        """Rows of a Conv1d's tensor for each output."""
+        shape = target.info.shape
+        if len(shape) != 3:
+            return 1
+        if formula.needs_base:
+            raise SourceError(f"{self.label}: {module} is a Conv1d, on which {formula.about} is not supported")
+        return shape[1]
 
     def _start(self, module: str, roles: dict[str, Stored]) -> None:
         """What training started from, where the adapter brings it: an embedding of another size."""

@@ -92,6 +92,21 @@ class Lab:
             model.save_pretrained(folder)
         return Trained(folder, model.eval())
 
+    def tune(self, base: Path, name: str, config: dict[str, Any], seed: int = 0) -> Trained:
+        """Like train, for any of PEFT's configurations."""
+        import peft
+        import transformers
+
+        with quiet():
+            torch.manual_seed(seed)
+            model = transformers.AutoModelForCausalLM.from_pretrained(base)
+            settings = getattr(peft, name)(**config)
+            model = peft.get_peft_model(model, settings)
+            _shake((one for one in model.parameters() if one.requires_grad), seed)
+            folder = self._next("adapter")
+            model.save_pretrained(folder)
+        return Trained(folder, model.eval())
+
     def edited(
         self,
         adapter: Trained,

@@ -377,7 +377,7 @@ def plain(lab: Lab) -> Trained:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "type IA3 cannot be merged"),
+        ({"peft_type": "NEW"}, "type NEW cannot be merged"),
         ({"peft_type": None}, "cannot be merged"),
         ({"use_qalora": True}, "use_qalora: QA-LoRA"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens: activated LoRA"),
