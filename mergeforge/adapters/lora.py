@@ -16,7 +16,6 @@ _REFUSED = {
     "use_qalora": "QA-LoRA pools its input by groups",
     "alora_invocation_tokens": "activated LoRA applies only after certain tokens: it cannot be merged",
     "layer_replication": "it repeats layers of the base",
-    "target_parameters": "it adapts parameters such as fused experts",
     "use_bdlora": "its factors are block-diagonal",
     "arrow_config": "it routes between adapters: it cannot be merged",
     "kasa_config": "it truncates the base first",
@@ -30,7 +29,8 @@ _IRRELEVANT = (
     "alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config "
     "exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config "
     "lora_alpha lora_bias lora_dropout lora_ga_config megatron_core modules_to_save monteclora_config peft_type "
-    "peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type "
+    "lora_B_layout peft_version qalora_group_size r rank_pattern revision runtime_config target_modules "
+    "target_parameters task_type "
     "trainable_token_indices use_dora use_rslora velora_config"
 )
 KNOWN = set(_IRRELEVANT.split()) | set(_REFUSED)
@@ -50,6 +50,9 @@ class LoraSettings:
     modules_to_save: tuple[str, ...]
     token_indices: Any
     ensure_weight_tying: bool
+    target_parameters: tuple[str, ...] = ()
+    peft_version: tuple[int, ...] = ()
+    by_expert: bool = False
 
     def ranks_of(self, module: str) -> list[int]:
         """The ranks that it may have: those of every pattern that matches, else the default.
@@ -102,6 +105,9 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
         modules_to_save=tuple(config.get("modules_to_save") or ()),
         token_indices=config.get("trainable_token_indices"),
         ensure_weight_tying=bool(config.get("ensure_weight_tying")),
+        target_parameters=tuple(config.get("target_parameters") or ()),
+        peft_version=tuple(int(part) for part in re.findall(r"\d+", str(config.get("peft_version") or ""))[:2]),
+        by_expert=str(config.get("lora_B_layout") or "") == "expert_major",
     )
 
 

@@ -19,9 +19,9 @@ from mergeforge.recipe import GGUFEntry, Output
 from mergeforge.side_files import SideFiles
 from mergeforge.sinks.gguf import GGUFOutlet, GGUFTensor, lay_out, positions_of
 from mergeforge.sources import Way
-from mergeforge.sources.adapter import is_head, tied_head
 from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.stored import Stored, same_content
+from mergeforge.sources.tied import is_head, tied_head
 from mergeforge.tensors import TensorInfo
 from mergeforge.vocab import vocabulary
 

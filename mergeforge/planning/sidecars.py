@@ -11,7 +11,7 @@ from typing import Any
 from mergeforge.planning.inputs import Inputs, Result
 from mergeforge.recipe import OUT_DTYPES, Recipe
 from mergeforge.side_files import SideFile
-from mergeforge.sources.adapter import EMBEDDINGS, is_head
+from mergeforge.sources.tied import EMBEDDINGS, is_head
 from mergeforge.tensors import DTYPES, TensorInfo
 
 _TOKENIZER = (

@@ -11,11 +11,11 @@ from mergeforge.planning.inputs import OpenAdapter, OpenModel
 from mergeforge.recipe.settings import layer_positions, value_at
 from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
-from mergeforge.sources.adapter import EMBEDDINGS, is_head, tied_head
 from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.edits import Edit, Replaced
 from mergeforge.sources.renamed import Renamed
 from mergeforge.sources.stored import Stored, same_content
+from mergeforge.sources.tied import EMBEDDINGS, is_head, tied_head
 
 
 @dataclass(frozen=True)
