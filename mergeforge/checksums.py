@@ -7,7 +7,9 @@ forgery (40 GB/s here; SHA-256 takes 1.5 GB/s and would slow every merge).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -28,3 +30,12 @@ def strip_checksums(data: Tensor, sizes: Iterable[int]) -> tuple[str, ...]:
 def tensor_checksum(checksums: Iterable[str]) -> str:
     """Hex digest of a whole tensor from those of its strips, in order."""
     return xxhash.xxh3_128_hexdigest(b"".join(bytes.fromhex(one) for one in checksums))
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(8 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

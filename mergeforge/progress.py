@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mergeforge.joining import Join
 from mergeforge.planning import Plan
 from mergeforge.quants import backend
 from mergeforge.sizes import show_size
@@ -50,6 +51,10 @@ def _written(plan: Plan) -> Iterator[str]:
     files = len(plan.checkpoint.files)
     if files:
         yield f"writes   {show_size(plan.checkpoint.nbytes)} in {files} safetensors file{'s' if files > 1 else ''}"
+    if plan.join:
+        ranks = sum(one.rank for one in plan.join.sums)
+        cut = "every rank kept" if plan.join.exact else f"cut to {_cut(plan.join)}"
+        yield f"writes   one adapter of {len(plan.join.sums)} modules from {ranks} ranks in all, {cut}"
     for gguf in plan.ggufs:
         sizes = sorted(gguf.encoded.items(), key=lambda item: -item[1])
         kinds = ", ".join(f"{kind} {show_size(nbytes)}" for kind, nbytes in sizes)
@@ -57,6 +62,11 @@ def _written(plan: Plan) -> Iterator[str]:
         yield f"writes   {show_size(gguf.layout.nbytes)} in {name}: {gguf.bits_per_weight:.2f} bits a weight ({kinds})"
     if plan.ggufs:
         yield f"         encoded by {backend(plan.budget.device)} from {plan.recipe.output.gguf_from} values"
+
+
+def _cut(join: Join) -> str:
+    parts = [f"rank {join.rank}"] if join.rank else []
+    return " and ".join(parts + ([f"{join.energy:.4g} of the energy"] if join.energy else []))
 
 
 def show_notes(plan: Plan, to: Console) -> None:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergeforge.checksums import tensor_checksum
+from mergeforge.checksums import file_sha256, tensor_checksum
 from mergeforge.journal import Journal
 from mergeforge.planning import Piece, Plan
 from mergeforge.sinks import Outlet, Run, joined, strips
@@ -99,8 +99,9 @@ def _evenly(runs: list[Run]) -> list[list[int]]:
 
 
 def _side_file(content: bytes | Path) -> dict[str, Any]:
-    data = content if isinstance(content, bytes) else content.read_bytes()
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    if isinstance(content, bytes):
+        return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"size": content.stat().st_size, "sha256": file_sha256(content)}
 
 
 def _input(table: Checkpoint) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergeforge import joining
 from mergeforge.budget import Worker, one_torch_thread, steady_malloc
 from mergeforge.card import model_card
 from mergeforge.checksums import strip_checksums
@@ -52,7 +53,7 @@ def run(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Iterator
     try:
         if workspace.journal.commit is None:
             yield from _carry_all(plan, workspace)
-            sides = _side_files(plan)
+            sides = _side_files(plan) | _joined_adapter(plan, workspace)
             sides[RECEIPT] = receipt(plan, workspace.journal, sides, time.monotonic() - started)
             workspace.stage(sides)
         workspace.commit()
@@ -87,6 +88,17 @@ def _side_files(plan: Plan) -> dict[str, bytes | Path]:
         sides["Modelfile"] = modelfile(next(iter(first.layout.files)), first.keys).encode()
     sides[RECIPE] = plan.recipe.to_yaml().encode()
     return sides
+
+
+def _joined_adapter(plan: Plan, workspace: Workspace) -> dict[str, bytes | Path]:
+    """Join the adapters into one: in a folder beside the model, or alone."""
+    if plan.join is None:
+        return {}
+    place = "adapter/" if plan.files else ""
+    folder = workspace.folder / place
+    folder.mkdir(exist_ok=True)
+    joining.write_joined(plan.join, folder)
+    return {f"{place}{name}": folder / name for name in joining.FILES}
 
 
 @dataclass(frozen=True)

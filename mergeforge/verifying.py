@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from mergeforge.budget import Worker, cores, one_torch_thread
-from mergeforge.checksums import strip_checksums, tensor_checksum
+from mergeforge.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.computing import carry
 from mergeforge.disk import InputFile
 from mergeforge.engine import Closeness, compare_with_transformers
@@ -76,7 +76,8 @@ def in_engine(out: str | Path) -> list[Closeness]:
 
 
 def _weight_files(receipt: Mapping[str, Any]) -> list[str]:
-    return [name for name in receipt["files"] if name.endswith(".safetensors")]
+    """The checkpoint's files; a joined adapter's is hashed whole, like what lies beside."""
+    return [name for name, facts in receipt["files"].items() if name.endswith(".safetensors") and "sha256" not in facts]
 
 
 def _check_files(out: Path, files: Mapping[str, Any]) -> list[str]:
@@ -87,7 +88,7 @@ def _check_files(out: Path, files: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != facts["size"]:
             problems.append(f"{name} has {path.stat().st_size} bytes, not {facts['size']}")
-        elif "sha256" in facts and hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
+        elif "sha256" in facts and file_sha256(path) != facts["sha256"]:
             problems.append(f"{name} was changed")
     return problems
 

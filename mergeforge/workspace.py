@@ -63,6 +63,8 @@ class Workspace:
         for name, content in side_files.items():
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            if content == path:
+                continue  # written there already
             write_durably(path, content if isinstance(content, bytes) else content.read_bytes())
         sync_folder(self.folder)
         moves = [*self.plan.files, *side_files]

@@ -31,7 +31,7 @@ FLOORS = (
         "factoring",
     },
     {"sources", "sinks", "journal"},
-    {"planning", "random_model"},
+    {"planning", "random_model", "joining"},
     {
         "computing",
         "running",
@@ -43,7 +43,6 @@ FLOORS = (
         "engine",
         "exporting",
         "extracting",
-        "joining",
     },
     {"cli", "progress", "__main__", "api"},
 )
@@ -52,6 +51,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ALLOWED = {
     ("registry", "errors"),
     ("disk", "errors"),
+    ("planning", "joining"),
     ("running", "card"),
     ("running", "receipt"),
     ("running", "workspace"),

@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": ("looking", "inspect", "Show what is in a checkpoint, an adapter or a GGUF."),
     "diff": ("looking", "diff", "Compare two checkpoints tensor by tensor."),
     "demo": ("starting", "demo", "Make a small model and adapters on the spot, merge and verify them."),
+    "extract-lora": ("extracting", "extract_lora", "Write the difference of two models as a LoRA adapter."),
     "init": ("starting", "init", "Write a recipe to start from."),
     "recipes": ("starting", "recipes", "List, show or copy the recipes that come with the package."),
     "list": ("starting", "list_names", "List merge methods, adapter kinds, GGUF architectures or types."),

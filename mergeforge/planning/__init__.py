@@ -18,13 +18,14 @@ from typing import Any
 
 from mergeforge.budget import Budget, make_budget
 from mergeforge.errors import BudgetError, OutputError, RecipeError
+from mergeforge.joining import Join, folded_terms, plan_join
 from mergeforge.layout import Layout, OutputFile
 from mergeforge.methods import METHODS
 from mergeforge.planning.compose import Composition
 from mergeforge.planning.cutting import Piece, cut_all, peak
 from mergeforge.planning.gguf import GGUFInputs, GGUFPlan, gguf_config, plan_ggufs
 from mergeforge.planning.inputs import Inputs
-from mergeforge.planning.stages import settle
+from mergeforge.planning.stages import Stage, settle
 from mergeforge.quants.mixes import ALIASES, MIXES
 from mergeforge.recipe import Recipe, read
 from mergeforge.side_files import SideFiles
@@ -36,7 +37,7 @@ from mergeforge.tensors import TensorInfo
 
 __all__ = ["Piece", "Plan", "make_plan", "read_recipe"]
 
-NUMERICS = 1  # raised when a version computes other bytes from the same recipe
+NUMERICS = 2  # raised when a version computes other bytes from the same recipe
 WORK = ".mergeforge"  # the folder inside OUT where everything unfinished lies
 DISK_SLACK = 64 << 20
 NOTHING = Layout({}, {})  # no checkpoint is written
@@ -60,6 +61,7 @@ class Plan:
     notes: tuple[str, ...]
     fingerprint: str
     allow_nonfinite: bool
+    join: Join | None = None
 
     @property
     def peak(self) -> int:
@@ -136,6 +138,19 @@ def make_plan(
         notes=tuple(dict.fromkeys([*stage.notes, *gguf_notes])),
         fingerprint=_fingerprint(recipe, inputs, [checkpoint, *(gguf.layout for gguf in ggufs)], budget),
         allow_nonfinite=allow_nonfinite,
+        join=_join(recipe, stage, budget),
+    )
+
+
+def _join(recipe: Recipe, stage: Stage, budget: Budget) -> Join | None:
+    """The adapter that the recipe's adapters become, if it asks for one."""
+    asked = recipe.output.adapter
+    if asked is None or stage.inputs.base is None:
+        return None
+    adapters, base = [one.adapter for one in stage.inputs.adapters], stage.inputs.base.checkpoint
+    terms = folded_terms(stage.composition.ways, base, adapters)
+    return plan_join(
+        adapters, terms, base, rank=asked.rank, energy=asked.energy, dtype=asked.dtype, memory=budget.memory
     )
 
 
@@ -232,6 +247,7 @@ def _fingerprint(recipe: Recipe, inputs: Inputs, layouts: Sequence[Layout], budg
         "inputs": [[*sorted(table.file_hashes.items()), *_identities(table.tensors)] for table in inputs.checkpoints],
         "files": {name: hashlib.sha256(header).hexdigest() for name, header in files},
         "gguf_from": output.gguf_from,
+        "adapter": output.adapter,
         "imatrices": [_file_hash(entry.imatrix) for entry in output.gguf if entry.imatrix],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

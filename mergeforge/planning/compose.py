@@ -32,7 +32,7 @@ from mergeforge.sources.edits import Edit
 from mergeforge.sources.merged import Merged
 from mergeforge.sources.stored import Stored, same_content
 
-FOLDS = ("fold", "task_arithmetic")
+FOLDS = ("fold", "task_arithmetic", "linear")  # over adapters: base + sum(weight * delta)
 _AS_IT_IS = Rule()
 
 
@@ -411,4 +411,4 @@ def _check_count(method: Method, count: int) -> None:
 def _fold_weights(parameters: Mapping[str, Any]) -> list[float]:
     weights = parameters["weight"]
     divisor = sum(weights) if parameters["normalize"] and abs(sum(weights)) >= 1e-8 else 1.0
-    return [weight * parameters["lambda"] / divisor for weight in weights]
+    return [weight * parameters.get("lambda", 1.0) / divisor for weight in weights]

@@ -20,6 +20,7 @@ from mergeforge.recipe.checking import WITHOUT_EFFECT, Checker, Known, Method
 from mergeforge.recipe.entries import (
     OUT_DTYPES,
     AdapterEntry,
+    AdapterOutput,
     GGUFEntry,
     ModelEntry,
     ModelRef,
@@ -37,6 +38,7 @@ __all__ = [
     "OUT_DTYPES",
     "WITHOUT_EFFECT",
     "AdapterEntry",
+    "AdapterOutput",
     "GGUFEntry",
     "ModelEntry",
     "ModelRef",

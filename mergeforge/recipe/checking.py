@@ -12,6 +12,7 @@ from mergeforge.parameters import Parameter
 from mergeforge.recipe import text
 from mergeforge.recipe.entries import (
     AdapterEntry,
+    AdapterOutput,
     GGUFEntry,
     ModelEntry,
     ModelRef,
@@ -226,8 +227,16 @@ class Checker:
                 here = (here or {}).get(key) if isinstance(here, Mapping) else None
             if here is not None:
                 self.report(path, f"'{'.'.join(path)}' is not carried out by this version", "take it out for now")
-        if recipe.output.safetensors is False and not recipe.output.gguf:
+        output = recipe.output
+        if output.safetensors is False and not output.gguf and not output.adapter:
             self.report(("output", "safetensors"), "nothing would be written", "add output.gguf, or take this out")
+        if output.adapter and not recipe.adapters:
+            hint = "it joins what stands under 'adapters'; extract-lora makes one of a model"
+            self.report(("output", "adapter"), "there are no adapters to join", hint)
+        if output.adapter and recipe.lists:
+            self.report(("output", "adapter"), "models cannot be joined into an adapter", "take 'models' out, or this")
+        if output.adapter and output.adapter.energy is not None and not 0 < output.adapter.energy <= 1:
+            self.report(("output", "adapter", "energy"), "'energy' must lie in (0, 1]")
 
     def check_gguf(self, value: Mapping[str, Any], mixes: Known) -> None:
         """Every GGUF type is known, and no two files would have one name."""
@@ -397,7 +406,14 @@ def _output(value: Mapping[str, Any]) -> Output:
         gguf_from=value.get("gguf_from") or "float32",
         gguf_pre=value.get("gguf_pre"),
         name=value.get("name"),
+        adapter=_adapter_output(value.get("adapter")),
     )
+
+
+def _adapter_output(value: Mapping[str, Any] | None) -> AdapterOutput | None:
+    if not value or value.get("all") is False:
+        return None
+    return AdapterOutput(value.get("rank"), value.get("energy"), value.get("dtype") or AdapterOutput.dtype)
 
 
 def _gguf(entry: Mapping[str, Any]) -> GGUFEntry:

@@ -133,6 +133,15 @@ class GGUFEntry:
 
 
 @dataclass(frozen=True)
+class AdapterOutput:
+    """The adapters as one: all their ranks, or cut to `rank`, or to the `energy` share of the squared change."""
+
+    rank: int | None = None
+    energy: float | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class Output:
     """Where the result goes, in which formats, and how it is split: `shard_size` in bytes.
 
@@ -148,6 +157,7 @@ class Output:
     gguf_from: str = "float32"
     gguf_pre: str | None = None
     name: str | None = None
+    adapter: AdapterOutput | None = None
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,16 @@ _GGUF = Record(
     required=("type",),
     short="type",
 )
+_JOINED = Record(
+    {
+        "all": Flag("true: every rank of every adapter, exactly"),
+        "rank": Whole(1, "the sum's best approximation of this rank"),
+        "energy": Setting("the smallest rank that holds this share of the squared change, 0 to 1"),
+        "dtype": _DTYPE,
+    },
+    short="all",
+    about="the adapters as one PEFT adapter: true, or {rank, energy, dtype}",
+)
 _OUTPUT = Record(
     {
         "path": Text("the folder to write"),
@@ -113,7 +123,7 @@ _OUTPUT = Record(
         "gguf_from": Choice(("float32", "stored"), "what is quantised: the merged float32 values, or them as stored"),
         "gguf_pre": Text("the pre-tokenizer's name in GGUF, where its structure does not tell"),
         "name": Text("what the model is called in GGUF file names and metadata (default: the folder's name)"),
-        "adapter": Anything(),
+        "adapter": _JOINED,
         "publish": Anything(),
     }
 )
@@ -137,10 +147,7 @@ _FIELDS: dict[str, Shape] = {
 }
 RECIPE = Record(_FIELDS, about="a mergeforge recipe")
 # Keys of the recipe's language that this version reads but cannot carry out.
-NOT_YET = (
-    ("output", "adapter"),
-    ("output", "publish"),
-)
+NOT_YET = (("output", "publish"),)
 
 
 def json_schema() -> dict[str, Any]:

@@ -382,7 +382,6 @@ def plain(lab: Lab) -> Trained:
         ({"use_qalora": True}, "use_qalora: QA-LoRA"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens: activated LoRA"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication: it repeats layers"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters: it adapts parameters"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora: its factors are block-diagonal"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa, so it is relative to a changed base"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights: pissa_niter_16"),

@@ -77,7 +77,8 @@ def test_layers() -> None:
 def valid(value: Any, schema: dict[str, Any]) -> bool:
     """As much of JSON Schema as json_schema() uses; an unknown keyword is an error."""
     known = {"$schema", "title", "description", "type", "properties", "additionalProperties", "required"}
-    assert schema.keys() <= known | {"anyOf", "enum", "items", "minItems", "minLength", "minimum"}, schema.keys()
+    known |= {"anyOf", "enum", "items", "minItems", "maxItems", "minLength", "minimum", "format"}
+    assert schema.keys() <= known, schema.keys()
     if "anyOf" in schema and not any(valid(value, one) for one in schema["anyOf"]):
         return False
     if "enum" in schema and value not in schema["enum"]:
@@ -90,7 +91,9 @@ def valid(value: Any, schema: dict[str, Any]) -> bool:
     if isinstance(value, int | float) and value < schema.get("minimum", value):
         return False
     if isinstance(value, list):
-        return len(value) >= schema.get("minItems", 0) and all(valid(item, schema.get("items", {})) for item in value)
+        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
+            return False
+        return all(valid(item, schema.get("items", {})) for item in value)
     if isinstance(value, dict):
         fields, others = schema.get("properties", {}), schema.get("additionalProperties", True)
         if not set(schema.get("required", ())) <= value.keys():
@@ -113,9 +116,9 @@ def is_of(value: Any, kind: str) -> bool:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_of_the_package(path: Path) -> None:
-    assert valid(yaml.safe_load(path.read_text()), json_schema())
+    assert all(valid(document, json_schema()) for document in yaml.safe_load_all(path.read_text()))
     recipe = read(path, METHODS, mixes=MIXES)
-    assert read(yaml.safe_load(recipe.to_yaml()), METHODS, mixes=MIXES) == recipe
+    assert read(list(yaml.safe_load_all(recipe.to_yaml())), METHODS, mixes=MIXES) == recipe
 
 
 def test_the_schema_refuses_what_reading_refuses() -> None:

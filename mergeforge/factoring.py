@@ -1,0 +1,261 @@
+"""Low-rank factors of a matrix: D ~ L R, with L (rows, r) and R (r, columns), sqrt(S) on both sides.
+
+A matrix is seen only as *looks*: a look yields its blocks of rows in order, so it needs not fit into
+memory. Two ways lead to the factors. The exact one takes the eigenvectors of the smaller Gram matrix
+in float64. The randomised one (Halko, Martinsson and Tropp 2011, https://arxiv.org/abs/0909.4061)
+finds the row space from random vectors by subspace iteration on D^T D: each iteration is one look,
+(columns + rows) x (r + OVERSAMPLING) numbers are all that it holds. A sum of low-rank products is
+cut by QR and the SVD of the small core; the dense matrix never exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Look = Callable[[], Iterator[tuple[int, "Tensor"]]]  # one pass over D: (first row, rows in float32), in order
+OVERSAMPLING = 16  # random vectors beside the rank
+ITERATIONS = 3  # of D^T D: as good as 2.5 power iterations of the range finder
+PIECE = 1 << 19  # elements of a block of a matrix in memory
+CANCELLED = 1e-13  # what is left of a sum in float64 when its terms cancel, relative to them
+NOISE = 1e-6  # singular values below this share of the largest are rounding errors of float32 weights
+
+
+@dataclass(frozen=True)
+class Factors:
+    """L (rows, r), R (r, columns) and the squares of the singular values kept (float64, falling).
+
+    `square`: |D|^2, Frobenius. r is 0 where D is zero.
+    """
+
+    left: Tensor
+    right: Tensor
+    squares: Tensor
+    square: float
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[0]
+
+    @property
+    def energy(self) -> float:
+        """The share of |D|^2 that the factors keep, by their singular values."""
+        return min(float(self.squares.sum()) / self.square, 1.0) if self.square else 1.0
+
+    @property
+    def tail(self) -> float:
+        """|D - L R| / |D| by the singular values; below about 1e-7 it is rounding."""
+        return math.sqrt(max(1.0 - float(self.squares.sum()) / self.square, 0.0)) if self.square else 0.0
+
+
+class SquareSum:
+    """The sum of the squares of blocks, in float64. Asking for its value waits for the device.
+
+    What it holds is taken once: many small tensors between large ones split glibc's heap.
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._wide: Tensor | None = None
+
+    def add(self, rows: Tensor) -> Tensor:
+        """Count the block; gives it back in float64, until the next call."""
+        import torch
+
+        if self._wide is None or self._wide.numel() < rows.numel():
+            device = "cpu" if rows.device.type == "mps" else rows.device  # which has no float64
+            self._wide = torch.empty(rows.numel(), dtype=torch.float64, device=device)
+        if self._total is None:
+            self._total = self._wide.new_zeros(())
+        wide = self._wide[: rows.numel()].view(rows.shape).copy_(rows)
+        self._total += wide.flatten() @ wide.flatten()
+        return wide
+
+    @property
+    def value(self) -> float:
+        return float(self._total) if self._total is not None else 0.0
+
+
+def is_exact_cheaper(shape: tuple[int, int], rank: int | None) -> bool:
+    """Whether the Gram matrix costs no more than random vectors; by the shape and rank alone."""
+    return rank is None or min(shape) <= max(4 * (rank + OVERSAMPLING), 256)
+
+
+def exact_nbytes(shape: tuple[int, int], rank: int | None) -> int:
+    """The memory that `exact` takes beside a block: the Gram matrix, its eigenvectors and their work space."""
+    small = min(shape)
+    return 36 * small * small + 8 * min(rank or small, small) * sum(shape)
+
+
+def randomised_nbytes(shape: tuple[int, int], rank: int) -> int:
+    """The memory that `randomised` takes beside a block."""
+    width = min(rank + OVERSAMPLING, *shape)
+    return 40 * shape[1] * width + 4 * shape[0] * width + 8 * min(rank, width) * sum(shape)
+
+
+def exact(look: Look, shape: tuple[int, int], rank: int | None, energy: float | None = None) -> Factors:
+    """The best factors of at most `rank`, or of the smallest rank that keeps `energy` of |D|^2.
+
+    Two looks. Its memory goes with the columns: a wide matrix is better held (`exact_held`).
+    """
+    gram, square = None, SquareSum()
+    for _, rows in look():
+        wide = square.add(rows)
+        gram = wide.t() @ wide if gram is None else gram.addmm_(wide.t(), wide)
+    assert gram is not None
+    squares, vectors = _eigen(gram)
+    del gram
+    kept = kept_rank(squares, square.value, rank, energy)
+    split = squares[:kept] ** 0.25
+    towards, right = vectors[:, :kept] / split, (vectors[:, :kept] * split).t()
+    return _from_right(look, shape, towards, right, squares[:kept], square.value)
+
+
+def exact_held(matrix: Tensor, rank: int | None, energy: float | None = None) -> Factors:
+    """`exact` of a matrix in memory, over its shorter side."""
+    rows, columns = matrix.shape
+    if rows >= columns:
+        return exact(lambda: _pieces(matrix), (rows, columns), rank, energy)
+    turned = exact(lambda: _pieces(matrix.t()), (columns, rows), rank, energy)
+    return replace(turned, left=turned.right.t().contiguous(), right=turned.left.t().contiguous())
+
+
+def _pieces(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    height = max(16, PIECE // max(matrix.shape[1], 1))
+    for start in range(0, matrix.shape[0], height):
+        yield start, matrix[start : start + height]
+
+
+def randomised(
+    look: Look, shape: tuple[int, int], rank: int, energy: float | None = None, *, seed: str = "", device: str = "cpu"
+) -> Factors:
+    """Nearly the best factors of at most `rank`; ITERATIONS + 1 looks.
+
+    The same `seed` gives the same factors. Where `energy` asks for more than `rank` gives, it is `rank`.
+    """
+    import torch
+
+    width = min(rank + OVERSAMPLING, *shape)
+    basis = _random((shape[1], width), seed).to(device)
+    square = SquareSum()
+    product, image = torch.empty_like(basis), _double(basis)
+    wide = torch.empty_like(image)
+    for _ in range(ITERATIONS):
+        square = SquareSum()
+        image.zero_()
+        for _, rows in look():
+            image += wide.copy_(torch.mm(rows.t(), rows @ basis, out=product))
+            square.add(rows)
+        if not square.value or not math.isfinite(square.value):
+            return Factors(basis.new_zeros(shape[0], 0), basis.new_zeros(0, shape[1]), image[0, :0], square.value)
+        basis = _single(torch.linalg.qr(image).Q, basis)
+    del image, wide, product
+    return _within(look, shape, basis, square.value, rank, energy)
+
+
+def _within(
+    look: Look, shape: tuple[int, int], basis: Tensor, square: float, rank: int, energy: float | None
+) -> Factors:
+    """The best factors whose rows lie in the span of `basis` (columns, width): the SVD of D basis."""
+    import torch
+
+    image = basis.new_empty(shape[0], basis.shape[1])
+    gram = _double(basis).new_zeros(basis.shape[1], basis.shape[1])
+    for start, rows in look():
+        wide = _double(torch.mm(rows, basis, out=image[start : start + len(rows)]))
+        gram.addmm_(wide.t(), wide)
+    squares, vectors = _eigen(gram)
+    kept = kept_rank(squares, square, rank, energy)
+    split = squares[:kept] ** 0.25
+    left = image @ _single(vectors[:, :kept] / split, basis)
+    right = _single(vectors[:, :kept] * split, basis).t() @ basis.t()
+    return Factors(left, right, squares[:kept], square)
+
+
+def residual(look: Look, left: Tensor, right: Tensor) -> float:
+    """|D - L R|^2, measured block by block; one look."""
+    import torch
+
+    square, product = SquareSum(), None
+    for start, rows in look():
+        product = torch.empty_like(rows) if product is None else product
+        into = product[: len(rows)]
+        square.add(torch.addmm(rows, left[start : start + len(rows)], right, alpha=-1, out=into))
+    return square.value
+
+
+def cut_product(
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], rank: int | None, energy: float | None = None
+) -> Factors:
+    """The best factors of sum(L_i R_i), in float64, by QR of both stacks and the SVD of their core."""
+    import torch
+
+    rows, upper = torch.linalg.qr(torch.cat(list(lefts), dim=1).double())
+    columns, lower = torch.linalg.qr(torch.cat(list(rights)).double().t())
+    u, singular, vh = torch.linalg.svd(upper @ lower.t(), full_matrices=False)
+    singular *= singular > CANCELLED * upper.norm() * lower.norm()
+    squares = singular.square()
+    square = float(squares.sum())
+    kept = kept_rank(squares, square, rank, energy)
+    split = singular[:kept].sqrt()
+    return Factors(rows @ (u[:, :kept] * split), (columns @ (vh[:kept].t() * split)).t(), squares[:kept], square)
+
+
+def kept_rank(squares: Tensor, square: float, rank: int | None, energy: float | None) -> int:
+    """How many of the falling squares to keep: those above the noise, at most `rank`, enough for `energy`."""
+    if not len(squares) or not square > 0:
+        return 0
+    most = int((squares > squares[0] * NOISE**2).sum())
+    most = min(most, rank) if rank is not None else most
+    if energy is None:
+        return most
+    enough = int((squares.cumsum(0) < energy * square * (1 - 1e-12)).sum()) + 1
+    return min(most, enough)
+
+
+def _from_right(
+    look: Look, shape: tuple[int, int], towards: Tensor, right: Tensor, squares: Tensor, square: float
+) -> Factors:
+    """L = D `towards`, for an R that is known."""
+    import torch
+
+    left = None
+    for start, rows in look():
+        if left is None:
+            left, towards = rows.new_empty(shape[0], right.shape[0]), _single(towards, rows)
+        torch.mm(rows, towards, out=left[start : start + len(rows)])
+    assert left is not None
+    return Factors(left, _single(right, left), squares, square)
+
+
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (falling, none below zero) and eigenvectors as columns; NaN where `gram` is not finite."""
+    import torch
+
+    if not bool(gram.diagonal().sum().isfinite()):
+        return gram.diagonal()[:0], gram[:, :0]
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0).clamp_(min=0), vectors.flip(1)
+
+
+def _double(rows: Tensor) -> Tensor:
+    """In float64: on the CPU where the device has none."""
+    return (rows.cpu() if rows.device.type == "mps" else rows).double()
+
+
+def _single(value: Tensor, like: Tensor) -> Tensor:
+    """Back in the dtype and on the device of `like`."""
+    return value.to(device=like.device, dtype=like.dtype).contiguous()
+
+
+def _random(shape: tuple[int, int], seed: str) -> Tensor:
+    import torch
+
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number), dtype=torch.float32)

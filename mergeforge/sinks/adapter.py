@@ -1,0 +1,187 @@
+"""A PEFT adapter folder, written so that it is whole or absent.
+
+Ranks may follow from the data, so the header of adapter_model.safetensors is known only at the end:
+tensors first go to a spool file in the hidden folder that later becomes OUT, and are copied behind
+the header in safetensors' own order. So the bytes do not depend on which thread was first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.disk import InputFile, WriteBehind, disk_error, sync_folder, write_at, write_durably
+from mergeforge.errors import OutputError, listing
+from mergeforge.layout import OutputFiles
+from mergeforge.sinks.checkpoint import SINGLE, lay_out
+from mergeforge.tensors import TensorInfo, dtype_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+CARD = "README.md"
+SPOOL = "spool"
+LOCK = "lock"
+PIECE = 8 << 20  # bytes copied at a time
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the adapter and where its bytes lie now."""
+
+    info: TensorInfo
+    file: InputFile
+    offset: int
+
+
+class Spool:
+    """A file that takes tensors as they come, from any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / SPOOL
+        self._lock = threading.Lock()
+        self._held: dict[str, tuple[TensorInfo, int]] = {}
+        self._size = 0
+        self._behind = WriteBehind()
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as error:
+            raise disk_error(error, str(self.path)) from error
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor under its key in the adapter. Raises BudgetError when the disk is full."""
+        import torch
+
+        info = TensorInfo(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+        data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
+        with self._lock:
+            write_at(self._fd, data, self._size, str(self.path))
+            self._behind.wrote(self._fd, self._size, len(data))
+            self._held[name] = (info, self._size)
+            self._size += len(data)
+
+    def parts(self) -> list[Part]:
+        """What it holds, by name."""
+        file = InputFile(self.path)
+        return [Part(info, file, offset) for _, (info, offset) in sorted(self._held.items())]
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def write_adapter(folder: Path, parts: Sequence[Part], config: Mapping[str, Any], card: str) -> None:
+    """Write adapter_model.safetensors, adapter_config.json and README.md; durable on return."""
+    layout = lay_out([part.info for part in parts], 1 << 62)
+    files = OutputFiles(folder, {WEIGHTS: layout.files[SINGLE]})
+    behind = WriteBehind()
+    try:
+        files.open()
+        for part in sorted(parts, key=lambda part: layout.extents[part.info.name].offset):
+            _copy(part, files, layout.extents[part.info.name].offset, behind)
+            part.file.check_unchanged()
+        files.sync()
+    finally:
+        files.close()
+    write_durably(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    write_durably(folder / CARD, card.encode())
+
+
+def _copy(part: Part, files: OutputFiles, offset: int, behind: WriteBehind) -> None:
+    import torch
+
+    piece = torch.empty(min(PIECE, part.info.nbytes), dtype=torch.uint8)
+    for done in range(0, part.info.nbytes, PIECE):
+        some = piece[: min(PIECE, part.info.nbytes - done)]
+        part.file.read_into(some.numpy().data, part.offset + done)
+        files.write(WEIGHTS, some, offset + done, behind)
+
+
+def stored_part(part: Part, name: str) -> Part:
+    """The same bytes under another name."""
+    return replace(part, info=part.info.renamed(name))
+
+
+@contextmanager
+def new_folder(out: Path, written: Iterable[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A hidden folder beside OUT that becomes OUT when all went well; one run at a time may hold it.
+
+    `written`: the names that it will hold. Only a folder that holds nothing else is replaced, with
+    `overwrite`. Raises OutputError.
+    """
+    out = out.absolute()
+    work, old = out.with_name(f".{out.name}.mergeforge"), out.with_name(f".{out.name}.mergeforge-old")
+    if old.exists() and not out.exists():
+        os.rename(old, out)  # a run was killed between its two renames
+    check_out(out, written, overwrite=overwrite)
+    lock = _locked(work)
+    try:
+        _empty(work)
+        yield work
+        (work / SPOOL).unlink(missing_ok=True)
+        sync_folder(work)
+        (work / LOCK).unlink()
+        _put(work, out, old)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def check_out(out: Path, written: Iterable[str], *, overwrite: bool = False) -> None:
+    """Raises OutputError where OUT cannot become a folder that holds `written`."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file", hint="name a folder to write into")
+    held = sorted(path.name for path in out.iterdir())
+    if strangers := [name for name in held if name not in set(written)]:
+        hint = "write into a new folder with --out DIR"
+        raise OutputError(f"{out} holds {listing(strangers)}, which is no part of such an adapter", hint=hint)
+    if held and not overwrite:
+        raise OutputError(f"{out} already holds an adapter", hint="--overwrite replaces it, --out DIR writes elsewhere")
+
+
+def _locked(work: Path) -> int:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        fd = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        raise disk_error(error, str(work)) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise OutputError(
+            f"another run writes to {work}", hint="wait for it, or stop it; then run this again"
+        ) from None
+    return fd
+
+
+def _empty(work: Path) -> None:
+    """Remove what a killed run left."""
+    for path in work.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _put(work: Path, out: Path, old: Path) -> None:
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        if out.exists() and any(out.iterdir()):
+            os.rename(out, old)
+        os.rename(work, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise disk_error(error, str(out)) from error
+    shutil.rmtree(old, ignore_errors=True)
