@@ -6,10 +6,11 @@ What runs and what verifies a merge both compute here, so a checked tensor went 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergeforge.budget import Worker
 from mergeforge.errors import SourceError
+from mergeforge.measuring import Measured, base_of, looks_at, measure, total
 from mergeforge.planning import Piece
 from mergeforge.sinks import Outlet, strips
 from mergeforge.sinks.checkpoint import KEY
@@ -23,9 +24,15 @@ if TYPE_CHECKING:
 Encoded = list[tuple[Outlet, "Tensor"]]  # a tile as every outlet writes it: uint8, on the CPU
 
 
-def carry(
-    piece: Piece, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfinite: bool = False
-) -> Iterator[tuple[Tile, Encoded]]:
+class Carried(NamedTuple):
+    """A computed tile: its bytes for every outlet, and what was measured of its change (None: nothing)."""
+
+    tile: Tile
+    encoded: Encoded
+    measured: Measured | None = None
+
+
+def carry(piece: Piece, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfinite: bool = False) -> Iterator[Carried]:
     """Compute tiles of one piece: yields each with its bytes as every outlet writes them.
 
     A piece that learns gives all its tiles, in order.
@@ -42,12 +49,10 @@ def carry(
             worker.restart()  # what it read to learn is still there
         else:
             worker.clear()
-        yield (
-            tile,
-            _copy(piece, tile, worker)
-            if piece.copied
-            else _compute(piece, tile, worker, facts, compute, allow_nonfinite),
-        )
+        if piece.copied:
+            yield Carried(tile, _copy(piece, tile, worker))
+        else:
+            yield _compute(piece, tile, worker, facts, compute, allow_nonfinite)
 
 
 def _copy(piece: Piece, tile: Tile, worker: Worker) -> Encoded:
@@ -60,7 +65,7 @@ def _copy(piece: Piece, tile: Tile, worker: Worker) -> Encoded:
 
 def _compute(
     piece: Piece, tile: Tile, worker: Worker, facts: Facts, compute: torch.dtype, allow_nonfinite: bool
-) -> Encoded:
+) -> Carried:
     import torch
 
     rows = piece.way.stage(range(tile.start, tile.stop), worker, facts, compute)
@@ -69,9 +74,14 @@ def _compute(
         _Gather(height, piece.info, [pen for pen in pens if pen.outlet.strip_rows == height])
         for height in set(piece.strip_rows.values())
     ]
+    base = base_of(piece.way)
+    before = base.stage(range(tile.start, tile.stop), worker, facts, compute) if base else None
+    measured: list[Measured] = []
     extremes: list[Tensor] = []
     for start, stop in blocks(tile, piece.info):
         value = rows(start, stop)
+        if before and (count := looks_at(piece, start, stop)):
+            measured.append(measure(piece, before(start, start + count), value[:count]))
         extremes += value.aminmax()  # NaN carries through
         for gather in gathers:
             gather.take(value, start)
@@ -80,7 +90,7 @@ def _compute(
     for pen in pens:
         if pen.outlet.refuses(magnitude) and not (allow_nonfinite and pen.outlet.plain):
             raise _unfit(piece, tile, pen, magnitude)
-    return [(pen.outlet, pen.raw) for pen in pens]
+    return Carried(tile, [(pen.outlet, pen.raw) for pen in pens], total(measured) if before else None)
 
 
 class _Pen:

@@ -33,10 +33,11 @@ Checksums = Mapping[str, tuple[str, ...]]  # an outlet's key -> 32 hex digits fo
 
 @dataclass(frozen=True)
 class Done:
-    """A finished tile: for each outlet, the checksums of its strips."""
+    """A finished tile: for each outlet, the checksums of its strips; and what was measured of its change."""
 
     tile: Tile
     checksums: Checksums
+    measured: tuple[float, ...] = ()
 
 
 class Journal:
@@ -72,12 +73,20 @@ class Journal:
         starts = range(tile.start, tile.stop, strip_rows)
         return tuple(known[start] for start in starts) if all(start in known for start in starts) else None
 
+    def measured(self, name: str) -> list[tuple[float, ...]]:
+        """What was measured of a tensor, tile by tile: each block once, though it was cut otherwise before."""
+        found: dict[int, tuple[float, ...]] = {}
+        reached = 0
+        for one in sorted(self._by_tensor.get(name, ()), key=lambda one: (one.tile.start, -one.tile.stop)):
+            if one.tile.start >= reached and one.measured:
+                found[one.tile.start] = one.measured
+                reached = one.tile.stop
+        return list(found.values())
+
     def record(self, finished: Iterable[Done]) -> None:
         """Append tiles whose bytes are synced, and sync the journal."""
         finished = list(finished)
-        self._append(
-            [{"tile": [one.tile.name, one.tile.start, one.tile.stop], "sums": one.checksums} for one in finished]
-        )
+        self._append([_record(one) for one in finished])
         for one in finished:
             self.done[one.tile] = one
             self._by_tensor.setdefault(one.tile.name, []).append(one)
@@ -127,10 +136,16 @@ def read_journal(folder: Path) -> Journal | None:
     for record in records:
         if "tile" in record:
             tile = Tile(*record["tile"])
-            done[tile] = Done(tile, {key: tuple(sums) for key, sums in record["sums"].items()})
+            sums = {key: tuple(some) for key, some in record["sums"].items()}
+            done[tile] = Done(tile, sums, tuple(record.get("measured", ())))
         elif "commit" in record:
             commit = Commit(tuple(record["commit"]), tuple(record["removes"]))
     return Journal(path, records[0]["merge"], done, commit)
+
+
+def _record(done: Done) -> dict[str, object]:
+    record: dict[str, object] = {"tile": [done.tile.name, done.tile.start, done.tile.stop], "sums": done.checksums}
+    return record | ({"measured": done.measured} if done.measured else {})
 
 
 def _line(record: dict[str, object]) -> bytes:

@@ -14,10 +14,15 @@ from typing import Any
 
 from mergeforge.checksums import file_sha256, tensor_checksum
 from mergeforge.journal import Journal
+from mergeforge.measuring import Measured, total
 from mergeforge.planning import Piece, Plan
 from mergeforge.sinks import Outlet, Run, joined, strips
 from mergeforge.sinks.checkpoint import CheckpointOutlet
+from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.checkpoint import Checkpoint
+from mergeforge.sources.edits import Dora, Edit, LowRank
+from mergeforge.sources.experts import ExpertLowRank, InRows
+from mergeforge.sources.formulated import Formulated
 
 FORMAT = 1
 
@@ -61,6 +66,10 @@ def _tensor(plan: Plan, piece: Piece, journal: Journal) -> dict[str, Any]:
         "dtype": piece.info.dtype,
         "shape": list(piece.info.shape),
     }
+    if isinstance(piece.way, Adapted):
+        facts["terms"] = [_term(weight, edit) for weight, edit in piece.way.terms]
+    if measured := journal.measured(piece.info.name):
+        facts["change"] = total(Measured(*one) for one in measured).facts  # type: ignore[arg-type]  # numbers
     for outlet in piece.outlets:
         checksum = tensor_checksum(one for sums in held for one in sums.get(outlet.key, ()))
         if isinstance(outlet, CheckpointOutlet):
@@ -68,6 +77,21 @@ def _tensor(plan: Plan, piece: Piece, journal: Journal) -> dict[str, Any]:
         else:
             encoded = {"file": outlet.file, "type": outlet.about, "strips": _strips(outlet, piece), "xxh3": checksum}
             facts.setdefault("gguf", {})[outlet.key] = encoded
+    return facts
+
+
+def _term(weight: float, edit: Edit) -> dict[str, Any]:
+    """One adapter's part in a tensor: its kind, weight, and what decides its strength."""
+    facts: dict[str, Any] = {"kind": edit.about, "weight": weight}
+    low = edit.edit if isinstance(edit, InRows) else edit
+    low = low.low if isinstance(low, Dora) else low
+    if isinstance(low, LowRank | ExpertLowRank):
+        facts |= {"rank": low.rank, "scale": low.scale}
+    if isinstance(low, LowRank):
+        facts["adapter"] = Path(low.left.file.path).parent.name
+    if isinstance(low, Formulated):
+        facts |= low.formula.facts
+        facts["adapter"] = Path(next(iter(low.factors.values())).file.path).parent.name
     return facts
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -230,8 +230,11 @@ class _Crew:
                 self.results.put(done)
             return
         try:
-            for tile, encoded in carry(job.piece, job.tiles, worker, allow_nonfinite=self.plan.allow_nonfinite):
-                self.results.put(Done(tile, {one.key: self._write(one, tile, raw, worker) for one, raw in encoded}))
+            for tile, encoded, measured in carry(
+                job.piece, job.tiles, worker, allow_nonfinite=self.plan.allow_nonfinite
+            ):
+                sums = {one.key: self._write(one, tile, raw, worker) for one, raw in encoded}
+                self.results.put(Done(tile, sums, astuple(measured) if measured else ()))
                 if self.stop.is_set():
                     return
         except ArithmeticError as error:

@@ -195,7 +195,7 @@ def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], every
 def _computed(piece: Piece, worker: Worker) -> dict[str, str]:
     """The checksum of a tensor for each of its outlets, computed from the inputs."""
     sums: dict[str, list[str]] = {}
-    for tile, encoded in carry(piece, piece.tiles, worker, allow_nonfinite=True):
+    for tile, encoded, _ in carry(piece, piece.tiles, worker, allow_nonfinite=True):
         for outlet, raw in encoded:
             sizes = [outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)]
             sums.setdefault(outlet.key, []).extend(strip_checksums(raw, sizes))

@@ -34,6 +34,7 @@ FLOORS = (
     {"planning", "random_model", "joining"},
     {
         "computing",
+        "measuring",
         "running",
         "workspace",
         "receipt",
@@ -52,6 +53,8 @@ ALLOWED = {
     ("registry", "errors"),
     ("disk", "errors"),
     ("planning", "joining"),
+    ("computing", "measuring"),
+    ("receipt", "measuring"),
     ("running", "card"),
     ("running", "receipt"),
     ("running", "workspace"),
