@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -142,7 +142,7 @@ class Worker:
         self._staging = torch.empty(staging_nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
         self._on_device = self._staging if device == "cpu" else torch.empty_like(self._staging, device=device)
         self._used = self._first = -self._staging.data_ptr() % ALIGNMENT
-        self._read: dict[tuple[str, int, int], Tensor] = {}
+        self._kept: dict[Hashable, Tensor] = {}
         self._scratch: list[Tensor] = []
         self._slots = 0
 
@@ -150,7 +150,7 @@ class Worker:
         """Forget what was read: the staging buffer is free for the next tile."""
         self.wait()
         self._used = self._first
-        self._read.clear()
+        self._kept.clear()
         self.restart()
 
     def restart(self) -> None:
@@ -175,19 +175,41 @@ class Worker:
         self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         return piece
 
+    def room(self, nbytes: int) -> tuple[Tensor, Tensor]:
+        """`nbytes` of the staging buffer and of its twin on the device, which is the same on a CPU."""
+        at = self._used
+        piece = self.take(nbytes)
+        return piece, piece if self.device == "cpu" else self._on_device[at : at + nbytes]
+
     def read(self, file: InputFile, offset: int, nbytes: int, *, keep: bool = False) -> Tensor:
         """Bytes of a file, on the device; read once, however often they are asked for until clear().
 
         `keep`: other tiles need them too, so the page cache keeps them.
         """
-        key = (file.path, offset, nbytes)
-        if key not in self._read:
-            at = self._used
-            piece = self.take(nbytes)
+
+        def fetch() -> Tensor:
+            piece, there = self.room(nbytes)
             file.read_into(piece.numpy().data, offset, keep=keep)
-            there = self._on_device[at : at + nbytes]
-            self._read[key] = there.copy_(piece, non_blocking=True) if self.device != "cpu" else piece
-        return self._read[key]
+            return piece if there is piece else there.copy_(piece, non_blocking=True)
+
+        return self.once((file.path, offset, nbytes), fetch)
+
+    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` stages, made once, however often it is asked for until clear()."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def mark(self) -> tuple[int, int, int]:
+        """Where the staging buffer and the scratch blocks stand, for release()."""
+        return self._used, len(self._kept), self._slots
+
+    def release(self, mark: tuple[int, int, int]) -> None:
+        """Free what was staged and handed out since the mark."""
+        self.wait()  # a copy to the device may still read the buffer
+        self._used, kept, self._slots = mark
+        while len(self._kept) > kept:
+            self._kept.popitem()
 
     def scratch(self, slot: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The slot's reused temporary, in the given shape (one block); its old content is not kept."""

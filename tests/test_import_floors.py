@@ -29,6 +29,7 @@ FLOORS = (
         "metadata",
         "tokenizer",
         "factoring",
+        "dequantising",
     },
     {"sources", "sinks", "journal"},
     {"planning", "random_model", "joining"},

@@ -26,6 +26,7 @@ from mergeforge.planning.cutting import Piece, cut_all, peak
 from mergeforge.planning.gguf import GGUFInputs, GGUFPlan, gguf_config, plan_ggufs
 from mergeforge.planning.inputs import Inputs
 from mergeforge.planning.stages import Stage, settle
+from mergeforge.planning.tokens import tokenizer_files
 from mergeforge.quants.mixes import ALIASES, MIXES
 from mergeforge.recipe import Recipe, read
 from mergeforge.side_files import SideFiles
@@ -248,9 +249,18 @@ def _fingerprint(recipe: Recipe, inputs: Inputs, layouts: Sequence[Layout], budg
         "files": {name: hashlib.sha256(header).hexdigest() for name, header in files},
         "gguf_from": output.gguf_from,
         "adapter": output.adapter,
+        "tokenizers": _tokenizers(recipe, inputs),
         "imatrices": [_file_hash(entry.imatrix) for entry in output.gguf if entry.imatrix],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizers(recipe: Recipe, inputs: Inputs) -> list[str]:
+    """Hashes of the files that say which rows are which tokens, where that matters."""
+    if not any(one.tokenizer for one in (recipe, *recipe.stages)):
+        return []
+    files = [file for model in inputs.stored for file in tokenizer_files(model).values()]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def _file_hash(path: str) -> str:

@@ -15,11 +15,13 @@ from mergeforge.planning.depth import stacked_config
 from mergeforge.planning.inputs import Inputs, Opener, Result
 from mergeforge.planning.sidecars import config_json, side_files
 from mergeforge.planning.tables import Table, table_of
+from mergeforge.planning.tokens import follow, map_tables, plan_tokens, template_of
 from mergeforge.recipe import OUT_DTYPES, Recipe
 from mergeforge.side_files import SideFiles
 from mergeforge.sources import Way
 from mergeforge.sources.renamed import Renamed
 from mergeforge.tensors import TensorInfo
+from mergeforge.tokenizer import with_chat_template
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,17 @@ class _Settling:
 
 def _decided(recipe: Recipe, inputs: Inputs) -> Stage:
     tables = _tables(inputs)
-    composition = compose(recipe, inputs, tables)
+    tokens = plan_tokens(recipe, inputs, tables)
+    composition = compose(recipe, inputs, map_tables(tokens, inputs, tables) if tokens else tables)
     infos = _output_infos(recipe, composition, inputs)
     files, notes = side_files(inputs)
-    config = config_json(recipe, inputs.donor.checkpoint.config, infos, composition.tied)
+    given = inputs.donor.checkpoint.config
+    if tokens:
+        files, given = follow(tokens, inputs.donor, files)
+        notes = [*(note for note in notes if not note.startswith("tokenizer files")), *tokens.notes]
+    if template := template_of(recipe, inputs):
+        files = with_chat_template(files, template)
+    config = config_json(recipe, given, infos, composition.tied)
     if config and composition.stacks:
         config = stacked_config(config, composition.stacks)
     return Stage(recipe, inputs, composition, infos, config, files, (*inputs.notes, *composition.notes, *notes))

@@ -52,7 +52,7 @@ class Dequantised:
 
     def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
         every = self._units()
-        staged = [self._staged(at, every[at][rows.start : rows.stop], worker) for at in range(len(self.held))]
+        staged = [self._staged(at, every[at], rows, worker) for at in range(len(self.held))]
         slot = worker.slot()
 
         def block(start: int, stop: int) -> Tensor:
@@ -63,19 +63,24 @@ class Dequantised:
 
         return block
 
-    def _staged(self, at: int, wanted: np.ndarray, worker: Worker) -> tuple[np.ndarray, np.ndarray]:
-        """The units that are wanted of GGUF tensor `at`, ascending, and their bytes."""
+    def _staged(self, at: int, every: np.ndarray, rows: range, worker: Worker) -> tuple[np.ndarray, np.ndarray]:
+        """The units that the rows want of GGUF tensor `at`, ascending, and their bytes."""
         import numpy as np
 
         held = self.held[at][1]
         size = held.row_nbytes(self.info.columns)
-        units = np.sort(wanted)
+        units = np.sort(every[rows.start : rows.stop])
         units = units[np.searchsorted(units, 0) :]
-        raw = worker.take(len(units) * size).numpy()
-        filled = 0
-        for first, count in _runs(units):
-            held.file.read_into(raw[filled : filled + count * size].data, held.offset + first * size)
-            filled += count * size
+
+        def read() -> Tensor:
+            raw = worker.take(len(units) * size)
+            filled = 0
+            for first, count in _runs(units):
+                held.file.read_into(raw.numpy()[filled : filled + count * size].data, held.offset + first * size)
+                filled += count * size
+            return raw
+
+        raw = worker.once((id(self), at, rows), read).numpy()
         return units, raw.reshape(len(units), size)
 
     def _fill(self, into: Tensor, at: int, wanted: np.ndarray, units: np.ndarray, raw: np.ndarray) -> None:

@@ -1,0 +1,116 @@
+"""Chat templates: the models' own, a few known formats by name, or Jinja as the recipe gives it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mergeforge.errors import RecipeError, SourceError, did_you_mean
+from mergeforge.side_files import Made, SideFile, SideFiles
+from mergeforge.tokenizer.files import json_file
+from mergeforge.tokenizer.settings import TokenizerOf
+from mergeforge.tokenizer.vocabulary import read_object
+
+# In the form of Hugging Face: `messages`, `add_generation_prompt`, and blocks that take their line's end with them.
+# Sources: ChatML, github.com/openai/openai-python/blob/v0.28.1/chatml.md; Alpaca, github.com/tatsu-lab/stanford_alpaca
+# (with "user_context" for its Input); Llama 3's and Mistral's model cards; EXAONE's model card.
+NAMED = {
+    "alpaca": """\
+{%- set systems = messages | selectattr('role', 'equalto', 'system') | list -%}
+{%- if systems %}{{ systems[-1]['content'] | trim + '\\n\\n' }}{% endif -%}
+{%- set titles = {'user': 'Instruction', 'assistant': 'Response', 'user_context': 'Input'} -%}
+{%- for message in messages -%}
+  {%- if message['role'] in titles -%}
+    {{- '### ' + titles[message['role']] + ':\\n' + message['content'] | trim -}}
+    {%- if not loop.last %}{{ '\\n\\n' }}{% endif -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{ '\\n\\n### Response:\\n' }}{% endif -%}
+""",
+    "chatml": """\
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
+""",
+    "exaone": """\
+{%- if messages and messages[0]['role'] != 'system' %}{{ '[|system|][|endofturn|]\\n' }}{% endif -%}
+{%- for message in messages -%}
+  {{- '[|' + message['role'] + '|]' + message['content'] -}}
+  {{- '\\n' if message['role'] == 'user' else '[|endofturn|]\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '[|assistant|]' }}{% endif -%}
+""",
+    "llama3": """\
+{%- for message in messages -%}
+  {%- if loop.first %}{{ bos_token }}{% endif -%}
+  {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim -}}
+  {{- '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif -%}
+""",
+    "mistral": """\
+{%- set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' -%}
+{%- set turns = messages[1:] if system else messages -%}
+{{- bos_token -}}
+{%- for message in turns -%}
+  {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+    {{- raise_exception('after an optional system message, user and assistant must take turns') -}}
+  {%- elif message['role'] == 'user' -%}
+    {{- ' [INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' -}}
+  {%- else -%}
+    {{- ' ' + message['content'] + eos_token -}}
+  {%- endif -%}
+{%- endfor -%}
+""",
+}
+
+
+def chat_template(wanted: str, models: Sequence[TokenizerOf]) -> str | None:
+    """The output's chat template: `auto` (the most frequent of the models', None without any), a name, or Jinja.
+
+    Raises RecipeError for a name that is not known, SourceError for tokenizer files that cannot be read.
+    """
+    if wanted == "auto":
+        found = Counter(text.strip() for model in models if model.merged and (text := _own(model.files)))
+        return found.most_common(1)[0][0] if found else None  # of equally frequent ones, the first
+    if wanted in NAMED:
+        return NAMED[wanted]
+    if "{" not in wanted:
+        hint = did_you_mean(wanted, NAMED) or f"auto, {', '.join(NAMED)}, or a template in Jinja"
+        raise RecipeError(f"no chat template is called {wanted!r}", hint=hint)
+    return wanted
+
+
+def with_chat_template(files: SideFiles, template: str) -> dict[str, SideFile]:
+    """Side files with this chat template alone, in chat_template.jinja. Raises SourceError."""
+    stale = ("chat_template.json", "additional_chat_templates/")
+    found = {name: content for name, content in files.items() if not name.startswith(stale)}
+    found["chat_template.jinja"] = Made("chat_template.jinja", template.encode())
+    config = read_object(files, "tokenizer_config.json") or {}
+    if config.pop("chat_template", None) is not None:
+        found["tokenizer_config.json"] = json_file("tokenizer_config.json", config)
+    return found
+
+
+def _own(files: SideFiles) -> str:
+    """A model's default chat template; "" where it has none."""
+    if "chat_template.jinja" in files:
+        try:
+            return files["chat_template.jinja"].read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"{files['chat_template.jinja']} cannot be read: {error}") from None
+    names = ("tokenizer_config.json", "chat_template.json")
+    return next((text for name in names if (text := _default(read_object(files, name)))), "")
+
+
+def _default(config: Mapping[str, Any] | None) -> str:
+    """`chat_template` of a JSON file: text, or a list of named ones with a default."""
+    found = (config or {}).get("chat_template")
+    if isinstance(found, list):
+        named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else ""
