@@ -1,35 +1,19 @@
-"""From values of the right shape to a Recipe: what only the whole can tell, every mistake with its place."""
+"""What only a whole recipe can tell: keys that exclude or need one another, parameters that its methods take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path as FilePath
 from typing import Any, Protocol
 
 from mergeforge.errors import Problem, did_you_mean
 from mergeforge.parameters import Parameter
 from mergeforge.recipe import text
-from mergeforge.recipe.entries import (
-    AdapterEntry,
-    AdapterOutput,
-    GGUFEntry,
-    ModelEntry,
-    ModelRef,
-    Module,
-    Output,
-    Recipe,
-    Rule,
-    Slice,
-    TokenEntry,
-    TokenizerEntry,
-)
+from mergeforge.recipe.building import Builder, check_values, output_of
+from mergeforge.recipe.entries import ModelEntry, Recipe
 from mergeforge.recipe.language import NOT_YET
-from mergeforge.recipe.settings import scalars
 
 # Of mergekit's parameters, those that never had an effect; accepted for any method.
 WITHOUT_EFFECT = ("int8_mask",)
-_FOLD_WEIGHT = Parameter("weight", "float", per_input=True, required=False, default=1.0, within=None)
 
 
 class Known(Protocol):
@@ -67,26 +51,27 @@ class Checker:
     def recipe(self, value: Mapping[str, Any], raw: Any, methods: Mapping[str, Method]) -> Recipe | None:
         if not isinstance(raw, Mapping):
             return None
-        base = value.get("base_model")
+        build, base = Builder(self.report), value.get("base_model")
         recipe = Recipe(
             merge_method=value.get("merge_method") or ("" if self._needs_no_method(value) else "fold"),
-            base_model=self._model({"model": base}, ("base_model",)) if base else None,
-            models=self._models(value, ()),
+            base_model=build.model({"model": base}, ("base_model",)) if base else None,
+            models=build.models(value, ()),
             adapters=tuple(
-                self._adapter(item, ("adapters", at)) for at, item in enumerate(value.get("adapters") or [])
+                build.adapter(item, ("adapters", at)) for at, item in enumerate(value.get("adapters") or [])
             ),
             parameters=value.get("parameters") or {},
             dtype=value.get("dtype"),
             out_dtype=value.get("out_dtype"),
             random_seed=value.get("random_seed") or 0,
-            output=_output(value.get("output") or {}),
+            output=output_of(value.get("output") or {}),
             raw=raw,
             name=value.get("name"),
-            slices=self._slices(value, ()),
-            modules=tuple(self._module(name, item) for name, item in (value.get("modules") or {}).items()),
-            rules=tuple(self._rule(item, ("rules", at)) for at, item in enumerate(value.get("rules") or [])),
-            tokenizer=self._tokenizer(value),
+            slices=build.slices(value, ()),
+            modules=tuple(build.module(name, item) for name, item in (value.get("modules") or {}).items()),
+            rules=tuple(build.rule(item, ("rules", at)) for at, item in enumerate(value.get("rules") or [])),
+            tokenizer=build.tokenizer(value),
             chat_template=value.get("chat_template"),
+            base_numerics=value.get("base_numerics") or "original",
         )
         self._refuse_what_is_missing(value, recipe)
         self._check_whole(value, recipe)
@@ -108,117 +93,6 @@ class Checker:
             self.report(("name",), f"two documents are called {name!r}", "give each a name of its own")
         if value.get("output"):
             self.report(("output",), "this document's result is not written", "take it out")
-
-    def _models(self, value: Mapping[str, Any], path: text.Path) -> tuple[ModelEntry, ...]:
-        return tuple(self._model(item, (*path, "models", at)) for at, item in enumerate(value.get("models") or []))
-
-    def _slices(self, value: Mapping[str, Any], path: text.Path) -> tuple[Slice, ...]:
-        return tuple(self._slice(item, (*path, "slices", at)) for at, item in enumerate(value.get("slices") or []))
-
-    def _slice(self, item: Mapping[str, Any], path: text.Path) -> Slice:
-        sources = tuple(
-            replace(self._model(one, (*path, "sources", at)), layers=one.get("layer_range"))
-            for at, one in enumerate(item.get("sources") or [])
-        )
-        lengths = {one.layers[1] - one.layers[0] for one in sources if one.layers}
-        if len(lengths) > 1:
-            counts = ", ".join(str(one.layers[1] - one.layers[0]) for one in sources if one.layers)
-            self.report(
-                (*path, "sources"), f"the sources of a slice give {counts} layers", "they must give as many each"
-            )
-        base = item.get("base_model")
-        base_entry = self._model({"model": base}, (*path, "base_model")) if base else None
-        return Slice(sources, base_entry, item.get("parameters") or {})
-
-    def _module(self, name: str, item: Mapping[str, Any]) -> Module:
-        path: text.Path = ("modules", name)
-        if bool(item.get("models")) == bool(item.get("slices")):
-            self.report(path, f"the module {name!r} needs either models or slices")
-        models, slices = self._models(item, path), self._slices(item, path)
-        return Module(name, models, slices, item.get("parameters") or {})
-
-    def _rule(self, item: Mapping[str, Any], path: text.Path) -> Rule:
-        ways = [key for key in ("merge_method", "use", "drop") if item.get(key)]
-        if len(ways) > 1:
-            self.report(path, f"a rule has either {' or '.join(ways)}", "split it in two, or take one out")
-        if not item or (not ways and not item.get("parameters") and not item.get("models")):
-            self.report(path, "this rule changes nothing", "give it a merge_method, parameters, models, use or drop")
-        if ways and ways[0] != "merge_method" and (item.get("parameters") or item.get("models")):
-            self.report(path, f"a rule with '{ways[0]}' merges nothing", "take its parameters and models out")
-        return Rule(
-            match=tuple(pattern for pattern in item.get("match") or () if pattern),
-            merge_method=item.get("merge_method"),
-            models=self._models(item, path),
-            parameters=item.get("parameters") or {},
-            use=self._model({"model": item["use"]}, (*path, "use")) if item.get("use") else None,
-            drop=bool(item.get("drop")),
-        )
-
-    def _tokenizer(self, value: Mapping[str, Any]) -> TokenizerEntry | None:
-        short, full = value.get("tokenizer_source"), value.get("tokenizer")
-        if short and full:
-            self.report(("tokenizer_source",), "tokenizer_source and tokenizer say the same", "keep one of them")
-        if not short and full is None:
-            return None
-        path: text.Path = ("tokenizer", "source") if full is not None else ("tokenizer_source",)
-        source = short or (full or {}).get("source") or {"model": {"path": "union"}}
-        entry = self._model({"model": source}, path)
-        tokens = {
-            token: self._token(item, ("tokenizer", "tokens", token))
-            for token, item in ((full or {}).get("tokens") or {}).items()
-        }
-        named = str(entry) if str(entry) in ("union", "base") else entry
-        return TokenizerEntry(named, tokens, (full or {}).get("pad_to_multiple_of"))
-
-    def _token(self, item: Mapping[str, Any], path: text.Path) -> TokenEntry | None:
-        source = item.get("source")
-        if not source:
-            if item.get("force"):
-                self.report(path, "'force' needs a source", "a model, {kind: zero} or {kind: model_token, ...}")
-            return None
-        kind = source.get("kind") or "model"
-        model = self._model({"model": source["model"]}, (*path, "source")) if source.get("model") else None
-        given = [key for key in ("token", "token_id") if source.get(key) is not None]
-        if kind != "zero" and model is None:
-            self.report((*path, "source"), "a token's source needs a model", "or kind: zero")
-        if len(given) != (kind == "model_token"):
-            wanted = "either token or token_id" if kind == "model_token" else "neither token nor token_id"
-            self.report((*path, "source"), f"a source of the kind {kind} takes {wanted}")
-        return TokenEntry(kind, model, source.get("token"), source.get("token_id"), bool(item.get("force")))
-
-    def _model(self, item: Mapping[str, Any], path: text.Path) -> ModelEntry:
-        """`item`: a checked {model, adapters, parameters}."""
-        reference = item.get("model") or {}
-        model, adapters = self._ref(reference.get("model") or {}, path)
-        lora = reference.get("lora")
-        if lora:
-            adapters = (*adapters, self._ref(lora, path)[0])
-        entries = [AdapterEntry(adapter) for adapter in adapters]
-        entries += [self._folded(one, (*path, "adapters", at)) for at, one in enumerate(item.get("adapters") or [])]
-        return ModelEntry(model, tuple(entries), item.get("parameters") or {})
-
-    def _adapter(self, item: Mapping[str, Any], path: text.Path) -> AdapterEntry:
-        reference, more = self._ref({"path": item.get("adapter")}, path)
-        if more:
-            self.report(path, f"'{item['adapter']}' is more than one adapter", "list each adapter on its own")
-        return AdapterEntry(reference, item.get("weight", 1.0), item.get("parameters") or {})
-
-    def _folded(self, item: Mapping[str, Any], path: text.Path) -> AdapterEntry:
-        """An adapter inside a model takes a weight and nothing else: no method combines it."""
-        entry = self._adapter(item, path)
-        self._check_values(entry.weight, (*path, "weight"), _FOLD_WEIGHT)
-        if entry.parameters:
-            text = "an adapter inside a model is folded in by its weight alone"
-            self.report((*path, "parameters"), text, "list it under the top 'adapters' to combine it")
-        return entry
-
-    def _ref(self, item: Mapping[str, Any], path: text.Path) -> tuple[ModelRef, tuple[ModelRef, ...]]:
-        model, adapters = parse_ref(item.get("path") or "?")
-        if item.get("revision"):
-            model = ModelRef(model.path, item["revision"])
-        if not model.path or not all(adapter.path for adapter in adapters):
-            self.report(path, f"'{item.get('path')}' is not path[@revision][+adapter]")
-        return model, adapters
 
     def _refuse_what_is_missing(self, value: Mapping[str, Any], recipe: Recipe) -> None:
         for path in NOT_YET:
@@ -313,7 +187,7 @@ class Checker:
             path = ("adapters", at)
             self._check_settings(adapter.parameters, (*path, "parameters"), known, True, name)
             if "weight" in known:
-                self._check_values(adapter.weight, (*path, "weight"), known["weight"])
+                check_values(adapter.weight, (*path, "weight"), known["weight"], self.report)
             elif adapter.weight != 1:
                 self.report((*path, "weight"), f"{name} has no parameter 'weight'", "take it out")
             if "weight" in adapter.parameters:
@@ -335,18 +209,7 @@ class Checker:
                     (*path, name), f"'{name}' is one value for the whole merge", "move it to the top 'parameters'"
                 )
             else:
-                self._check_values(setting, (*path, name), known[name])
-
-    def _check_values(self, setting: Any, path: text.Path, parameter: Parameter) -> None:
-        for value in scalars(setting):
-            if parameter.kind == "float" and isinstance(value, bool):
-                self.report(path, f"'{parameter.name}' must be a number, not {str(value).lower()}")
-            elif parameter.kind == "bool" and not isinstance(value, bool) and value not in (0, 1):
-                self.report(path, f"'{parameter.name}' must be true or false, not {value}")
-            elif parameter.within and not isinstance(value, bool) and value not in parameter.within:
-                self.report(path, f"'{parameter.name}' must lie in {parameter.within}, not {value}")
-            elif value != value or value in (float("inf"), float("-inf")):
-                self.report(path, f"'{parameter.name}' must be a finite number, not {value}")
+                check_values(setting, (*path, name), known[name], self.report)
 
 
 def _lists(recipe: Recipe) -> Iterator[tuple[text.Path, tuple[ModelEntry, ...]]]:
@@ -369,60 +232,3 @@ def _shared_settings(recipe: Recipe) -> Iterator[tuple[text.Path, Mapping[str, A
         yield path, part.parameters
         for at, one in enumerate(part.slices):
             yield (*path, "slices", at), one.parameters
-
-
-def parse_ref(written: str) -> tuple[ModelRef, tuple[ModelRef, ...]]:
-    """`path[@revision][+adapter[@revision]]...` -> the model and its adapters.
-
-    A text that is an existing path is that path, whatever characters are in it.
-    """
-    if _exists(written):
-        return ModelRef(written), ()
-    model, *adapters = (_revision(part.strip()) for part in written.split("+"))
-    return model, tuple(adapters)
-
-
-def _revision(part: str) -> ModelRef:
-    if "@" not in part or _exists(part):
-        return ModelRef(part)
-    path, _, revision = part.partition("@")
-    return ModelRef(path, revision or None)
-
-
-def _exists(path: str) -> bool:
-    try:
-        return FilePath(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL
-        return False
-
-
-def _output(value: Mapping[str, Any]) -> Output:
-    """The checked `output` part of a recipe."""
-    return Output(
-        path=value.get("path"),
-        safetensors=value.get("safetensors") is not False,
-        shard_size=value.get("shard_size") or Output.shard_size,
-        gguf=tuple(_gguf(entry) for entry in value.get("gguf") or []),
-        gguf_from=value.get("gguf_from") or "float32",
-        gguf_pre=value.get("gguf_pre"),
-        name=value.get("name"),
-        adapter=_adapter_output(value.get("adapter")),
-    )
-
-
-def _adapter_output(value: Mapping[str, Any] | None) -> AdapterOutput | None:
-    if not value or value.get("all") is False:
-        return None
-    return AdapterOutput(value.get("rank"), value.get("energy"), value.get("dtype") or AdapterOutput.dtype)
-
-
-def _gguf(entry: Mapping[str, Any]) -> GGUFEntry:
-    return GGUFEntry(
-        type=str(entry.get("type") or "").lower(),
-        imatrix=entry.get("imatrix"),
-        tensor_types=tuple((str(name), kind) for name, kind in (entry.get("tensor_types") or {}).items()),
-        output_type=entry.get("output_tensor_type"),
-        embedding_type=entry.get("token_embedding_type"),
-        pure=bool(entry.get("pure")),
-        split_max_size=entry.get("split_max_size") or 0,
-    )

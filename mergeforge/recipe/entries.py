@@ -27,11 +27,15 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter with its weight and the method's other parameters for it."""
+    """An adapter with its weight and the method's other parameters for it.
+
+    `base_is_residual`: the base is what PiSSA, OLoRA and the like left of the original.
+    """
 
     adapter: ModelRef
     weight: Any = 1.0
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    base_is_residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,7 @@ class Output:
 class Recipe:
     """A whole merge, as the user wrote it; `raw` is the plain value that was read.
 
+    `base_numerics`: what adapters are folded into: the tensors as stored, or as NF4 would hold them.
     `stages`: the other documents of its file, whose results it may name as models. A `merge_method`
     of "" leaves every tensor to the rules.
     """
@@ -184,6 +189,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = None
+    base_numerics: str = "original"
     stages: tuple[Recipe, ...] = ()
 
     @property

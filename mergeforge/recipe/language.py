@@ -28,6 +28,7 @@ _ADAPTER = Record(
         "adapter": Text("a PEFT adapter: a folder or Hub repo id, with optional @revision"),
         "weight": Setting("a number, a gradient over the layers, or filters (default 1)"),
         "parameters": _PARAMETERS,
+        "base_is_residual": Flag("true: the base is the residual model that PiSSA, OLoRA, CorDA or LoftQ saved"),
     },
     required=("adapter",),
     short="adapter",
@@ -136,6 +137,11 @@ _FIELDS: dict[str, Shape] = {
     "dtype": _DTYPE,
     "out_dtype": _DTYPE,
     "tokenizer_source": _MODEL_REF,
+    "base_numerics": Choice(
+        ("original", "dequant_nf4", "dequant_nf4_single"),
+        "what adapters are folded into: tensors as stored, or as QLoRA trained on them (NF4, with or without double "
+        "quantisation)",
+    ),
     "random_seed": Whole(0, "seed of dare's random masks (default 0)"),
     "output": _OUTPUT,
     "slices": _SLICES,
