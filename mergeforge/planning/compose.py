@@ -6,16 +6,16 @@ With models, an adapter is one more model: the base plus its delta.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mergeforge.errors import RecipeError, SourceError, listing
 from mergeforge.methods import METHODS, Method
 from mergeforge.planning.inputs import Inputs, OpenAdapter
-from mergeforge.planning.modules import module_of
 from mergeforge.planning.scopes import Input, parameters_for
-from mergeforge.planning.sections import Section, Source, Spot, Stack, stacked_spots, whole_spots
+from mergeforge.planning.sections import Section, Source, Spot, Stack, whole_spots
+from mergeforge.planning.spots import section_of, spots_of
 from mergeforge.planning.tables import (
     Table,
     check_rows,
@@ -24,8 +24,7 @@ from mergeforge.planning.tables import (
     follow_embedding,
     renamed,
 )
-from mergeforge.recipe import WITHOUT_EFFECT, ModelEntry, Module, Recipe, Rule
-from mergeforge.recipe.settings import layer_positions
+from mergeforge.recipe import WITHOUT_EFFECT, ModelEntry, Recipe, Rule
 from mergeforge.sources import Way
 from mergeforge.sources.adapted import AdapterDelta
 from mergeforge.sources.edits import Edit
@@ -80,7 +79,7 @@ class _Composer:
     notes: list[str] = field(default_factory=list)
     actions: dict[str, str] = field(default_factory=dict)
     missing: dict[str, dict[str, None]] = field(default_factory=dict)
-    stacks: list[Stack] = field(default_factory=list)
+    stacks: tuple[Stack, ...] = ()
 
     def __post_init__(self) -> None:
         self._groups: dict[tuple[int, int], _Group] = {}
@@ -91,7 +90,7 @@ class _Composer:
     def composition(self) -> Composition:
         ways, tied = self._over_models() if self.recipe.lists else self._over_adapters()
         self._note_what_has_no_effect()
-        return Composition(ways, self.actions, tied, tuple(self.notes), tuple(self.stacks))
+        return Composition(ways, self.actions, tied, tuple(self.notes), self.stacks)
 
     def _note_what_has_no_effect(self) -> None:
         recipe = self.recipe
@@ -126,18 +125,15 @@ class _Composer:
     def _over_adapters(self) -> tuple[dict[str, Way], bool]:
         base, table = self.inputs.base, self._base()
         assert base is not None
-        positions = layer_positions(table.ways)
+        section = section_of((), self.recipe.base_model, (self.recipe.parameters,), self.tables)
         ways: dict[str, Way] = {}
-        for name, way in table.ways.items():
-            rule = self._rule(name)
-            edits = [table.edits(opened, name) for opened in self.inputs.adapters]
-            if rule.drop:
-                continue
+        for spot in whole_spots(section, table.ways):
+            rule, way = self._rule(spot.name), table.ways[spot.name]
+            edits = [table.edits(opened, spot.name) for opened in self.inputs.adapters]
             if rule.use:
-                used = self._used(Spot(name, self._section((), self.recipe.base_model, ()), positions[name]), rule.use)
-                ways |= {name: used} if used else {}
-            else:
-                ways[name] = self._adapted(name, way, edits, positions[name], rule) if any(edits) else way
+                ways[spot.name] = self._used(spot, rule.use) or way
+            elif not rule.drop:
+                ways[spot.name] = self._adapted(spot.name, way, edits, spot.position, rule) if any(edits) else way
         if self.missing:
             self._refuse_missing()
         follow_embedding(ways, table.tied, base.checkpoint)
@@ -166,7 +162,7 @@ class _Composer:
     # models, with or without adapters
 
     def _over_models(self) -> tuple[dict[str, Way], bool]:
-        spots = list(self._spots())
+        spots, self.stacks = spots_of(self.recipe, self.tables, lambda name: self._rule(name) is not _AS_IT_IS)
         ways = {spot.name: way for spot in spots if (way := self._way(spot)) is not None}
         if self.missing:
             self._refuse_missing()
@@ -184,59 +180,6 @@ class _Composer:
         if first.table is not last.table:
             text = f"the head is tied to the embedding of {first.label}, behind layers of {last.label}"
             self.notes.append(f"{text} (as in mergekit)")
-
-    def _spots(self) -> Iterator[Spot]:
-        """Every output tensor and the section that it belongs to, in the models' order."""
-        recipe = self.recipe
-        if not recipe.modules:
-            yield from self._spots_of(recipe, self._names(recipe), ())
-            return
-        parts = {module.name: module for module in recipe.modules}
-        names = {name: None for module in recipe.modules for name in self._names(module)}
-        belongs = {name: module_of(name, parts) for name in names}
-        if homeless := [name for name, part in belongs.items() if part is None and self._rule(name) is _AS_IT_IS]:
-            text = f"{listing(homeless)} belong to none of the modules {listing(parts)}"
-            raise RecipeError(text, hint="add a module for them, or a rule: {match: ..., use: base}")
-        for name, module in parts.items():
-            inside = [one for one, part in belongs.items() if part == name]
-            yield from self._spots_of(module, inside, (module.parameters,), f"the module {name!r}")
-        outside = [one for one, part in belongs.items() if part is None]
-        yield from whole_spots(self._section((), None, ()), outside)
-
-    def _names(self, part: Recipe | Module) -> list[str]:
-        """The tensors of every model that a part of the recipe merges, and of the base model."""
-        entries = [*part.models, *(source for one in part.slices for source in one.sources)]
-        if self.recipe.base_model and not part.slices:
-            entries.insert(0, self.recipe.base_model)
-        return list(dict.fromkeys(name for entry in entries for name in self.tables[str(entry)].ways))
-
-    def _spots_of(
-        self, part: Recipe | Module, names: Sequence[str], scopes: tuple[Mapping[str, Any], ...], where: str = ""
-    ) -> list[Spot]:
-        if not part.slices:
-            section = self._section(part.models, self.recipe.base_model, scopes)
-            return list(whole_spots(section, names))
-        sections = [
-            self._section(one.sources, one.base or self.recipe.base_model, (one.parameters, *scopes))
-            for one in part.slices
-        ]
-        spots, stack = stacked_spots(sections, names, where)
-        self.stacks.append(stack)
-        return spots
-
-    def _section(
-        self, entries: Sequence[ModelEntry], base: ModelEntry | None, scopes: tuple[Mapping[str, Any], ...]
-    ) -> Section:
-        sources = tuple(
-            Source(str(entry), self.tables[str(entry)], entry.parameters, entry.layers[0] if entry.layers else 0)
-            for entry in entries
-        )
-        count = entries[0].layers[1] - entries[0].layers[0] if entries and entries[0].layers else 0
-        base_source = next((source for source in sources if source.label == str(base)), None)
-        starts = {source.first for source in sources}
-        if base and base_source is None and len(starts) <= 1:  # else its layers are not told
-            base_source = Source(str(base), self.tables[str(base)], {}, min(starts, default=0))
-        return Section(sources, base_source, (*scopes, self.recipe.parameters), count)
 
     def _way(self, spot: Spot) -> Way | None:
         """How one output tensor comes about; None where it is dropped, or some input lacks it."""
@@ -288,7 +231,7 @@ class _Composer:
         if rule.models:
             base = section.base.label if section.base else None
             told = self.recipe.base_model
-            section = self._section(rule.models, told if base == str(told) else None, section.scopes[:-1])
+            section = section_of(rule.models, told if base == str(told) else None, section.scopes, self.tables)
         method = self._method(rule, spot.name, section.base is not None)
         sources, base_source = self._order(method, section)
         adapters = self.inputs.adapters
