@@ -45,6 +45,8 @@ FLOORS = (
         "engine",
         "exporting",
         "extracting",
+        "publishing",
+        "examining",
     },
     {"cli", "progress", "__main__", "api"},
 )

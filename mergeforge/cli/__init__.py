@@ -24,6 +24,8 @@ COMMANDS = {
     "diff": ("looking", "diff", "Compare two checkpoints tensor by tensor."),
     "demo": ("starting", "demo", "Make a small model and adapters on the spot, merge and verify them."),
     "extract-lora": ("extracting", "extract_lora", "Write the difference of two models as a LoRA adapter."),
+    "publish": ("publishing", "publish", "Publish a finished folder on the Hub: one commit, only what is missing."),
+    "doctor": ("examining", "doctor", "What this machine can do: what to paste into a bug report."),
     "init": ("starting", "init", "Write a recipe to start from."),
     "recipes": ("starting", "recipes", "List, show or copy the recipes that come with the package."),
     "list": ("starting", "list_names", "List merge methods, adapter kinds, GGUF architectures or types."),

@@ -108,7 +108,7 @@ def _run(
 ) -> None:
     started = time.monotonic()
     made = _made(recipe, sets, options)
-    from mergeforge import progress, running
+    from mergeforge import progress, publishing, running
     from mergeforge.sizes import show_size
 
     to = progress.console()
@@ -116,10 +116,17 @@ def _run(
         progress.show_plan(made, to)
     elif not quiet:
         progress.show_notes(made, to)
+    if made.recipe.output.publish:
+        publishing.check_access(made.recipe.output.publish.repo)  # before the work, not after it
     tiles = running.run(made, fresh=fresh, overwrite=overwrite)
     for _ in progress.watch(made, tiles, to, quiet=quiet):
         pass
     seconds = time.monotonic() - started
+    if asked := made.recipe.output.publish:
+        planned = publishing.plan_publication(made.out, asked.repo, revision=asked.revision, private=asked.private)
+        for done in publishing.publish(planned):
+            if not quiet:
+                to.print(f"sent {done}", markup=False)
     if as_json:
         facts = {
             "out": str(made.out),

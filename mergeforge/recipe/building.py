@@ -17,6 +17,7 @@ from mergeforge.recipe.entries import (
     ModelRef,
     Module,
     Output,
+    Publish,
     Rule,
     Slice,
     TokenEntry,
@@ -201,7 +202,14 @@ def output_of(value: Mapping[str, Any]) -> Output:
         gguf_pre=value.get("gguf_pre"),
         name=value.get("name"),
         adapter=_adapter_output(value.get("adapter")),
+        publish=_publish(value.get("publish")),
     )
+
+
+def _publish(value: Mapping[str, Any] | None) -> Publish | None:
+    if not value or not value.get("repo"):
+        return None
+    return Publish(value["repo"], value.get("private") is not False, value.get("revision") or "main")
 
 
 def _adapter_output(value: Mapping[str, Any] | None) -> AdapterOutput | None:

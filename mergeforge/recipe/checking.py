@@ -10,7 +10,6 @@ from mergeforge.parameters import Parameter
 from mergeforge.recipe import text
 from mergeforge.recipe.building import Builder, check_values, output_of
 from mergeforge.recipe.entries import ModelEntry, Recipe
-from mergeforge.recipe.language import NOT_YET
 
 # Of mergekit's parameters, those that never had an effect; accepted for any method.
 WITHOUT_EFFECT = ("int8_mask",)
@@ -73,7 +72,7 @@ class Checker:
             chat_template=value.get("chat_template"),
             base_numerics=value.get("base_numerics") or "original",
         )
-        self._refuse_what_is_missing(value, recipe)
+        self._check_output(recipe)
         self._check_whole(value, recipe)
         known = self._check_methods(recipe, methods)
         if known is not None:
@@ -94,13 +93,7 @@ class Checker:
         if value.get("output"):
             self.report(("output",), "this document's result is not written", "take it out")
 
-    def _refuse_what_is_missing(self, value: Mapping[str, Any], recipe: Recipe) -> None:
-        for path in NOT_YET:
-            here: Any = value
-            for key in path:
-                here = (here or {}).get(key) if isinstance(here, Mapping) else None
-            if here is not None:
-                self.report(path, f"'{'.'.join(path)}' is not carried out by this version", "take it out for now")
+    def _check_output(self, recipe: Recipe) -> None:
         output = recipe.output
         if output.safetensors is False and not output.gguf and not output.adapter:
             self.report(("output", "safetensors"), "nothing would be written", "add output.gguf, or take this out")

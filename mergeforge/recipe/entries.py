@@ -146,6 +146,15 @@ class AdapterOutput:
 
 
 @dataclass(frozen=True)
+class Publish:
+    """The Hub repo that the finished folder goes to."""
+
+    repo: str
+    private: bool = True
+    revision: str = "main"
+
+
+@dataclass(frozen=True)
 class Output:
     """Where the result goes, in which formats, and how it is split: `shard_size` in bytes.
 
@@ -162,6 +171,7 @@ class Output:
     gguf_pre: str | None = None
     name: str | None = None
     adapter: AdapterOutput | None = None
+    publish: Publish | None = None
 
 
 @dataclass(frozen=True)

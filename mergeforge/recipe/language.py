@@ -6,7 +6,6 @@ from typing import Any
 
 from mergeforge.recipe.entries import OUT_DTYPES
 from mergeforge.recipe.schema import (
-    Anything,
     Choice,
     Flag,
     ListOf,
@@ -115,6 +114,15 @@ _JOINED = Record(
     short="all",
     about="the adapters as one PEFT adapter: true, or {rank, energy, dtype}",
 )
+_PUBLISH = Record(
+    {
+        "repo": Text("the Hub repo that the result goes to: owner/name"),
+        "private": Flag("who sees a repo that is made now (default true)"),
+        "revision": Text("the branch (default main)"),
+    },
+    required=("repo",),
+    short="repo",
+)
 _OUTPUT = Record(
     {
         "path": Text("the folder to write"),
@@ -125,7 +133,7 @@ _OUTPUT = Record(
         "gguf_pre": Text("the pre-tokenizer's name in GGUF, where its structure does not tell"),
         "name": Text("what the model is called in GGUF file names and metadata (default: the folder's name)"),
         "adapter": _JOINED,
-        "publish": Anything(),
+        "publish": _PUBLISH,
     }
 )
 _FIELDS: dict[str, Shape] = {
@@ -152,8 +160,6 @@ _FIELDS: dict[str, Shape] = {
     "name": Text("what later documents of the file call this one's result"),
 }
 RECIPE = Record(_FIELDS, about="a mergeforge recipe")
-# Keys of the recipe's language that this version reads but cannot carry out.
-NOT_YET = (("output", "publish"),)
 
 
 def json_schema() -> dict[str, Any]:

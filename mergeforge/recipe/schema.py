@@ -295,19 +295,6 @@ class Record:
         return whole | _about(self.about)
 
 
-@dataclass(frozen=True)
-class Anything:
-    """A value that a later check reads."""
-
-    about: str = ""
-
-    def read(self, value: Any, path: Path, report: Report) -> Any:
-        return value
-
-    def json(self) -> dict[str, Any]:
-        return _about(self.about)
-
-
 def _last(path: Path) -> str:
     names = [part for part in path if isinstance(part, str)]
     return f"'{names[-1]}'" if names else "the recipe"

@@ -195,7 +195,7 @@ output: {pth: out, shard_size: large, safetensors: 1}
         (GOOD + "output: {safetensors: false}", 4, 10, "nothing would be written", "output.gguf"),
         (GOOD + "output: {adapter: {rank: 8}}", 4, 10, "there are no adapters to join", "extract-lora"),
         (GOOD + "output: {adapter: {rnak: 8}}", 4, 20, "unknown key 'rnak'", "'rank'?"),
-        (GOOD + "output: {publish: {}}", 4, 10, "'output.publish' is not carried out", ""),
+        (GOOD + "output: {publish: {}}", 4, 10, "'publish' needs the key 'repo'", ""),
         (GOOD + "output: {safetensors: false}", 4, 10, "nothing would be written", ""),
         (GOOD + "output: {shard_size: 0}", 4, 10, "a size must be at least one byte", ""),
         (GOOD + "output: {path: 5}", 4, 10, "'path' must be text, not 5", "quote it"),

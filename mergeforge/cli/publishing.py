@@ -1,0 +1,48 @@
+"""mergeforge publish."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("repo", metavar="REPO_ID")
+@click.option("--private/--public", default=True, show_default=True, help="Who sees a repo that is made now.")
+@click.option("--revision", default="main", metavar="BRANCH", show_default=True, help="The branch to publish on.")
+@click.option("--dry-run", is_flag=True, help="Show what would be sent and removed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def publish(folder: str, repo: str, *, private: bool, revision: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """Publish DIR (a merged model, a GGUF, an adapter) as the Hub repo REPO_ID.
+
+    Only what is missing is sent, and one commit makes it visible; interrupted, the same command goes on.
+    The token is that of `hf auth login`, or HF_TOKEN.
+
+    \b
+    mergeforge publish merged owner/name --dry-run
+    mergeforge publish merged owner/name --public
+    """
+    from mergeforge import publishing
+    from mergeforge.sizes import show_size
+
+    planned = publishing.plan_publication(folder, repo, revision=revision, private=private)
+
+    def say(text: str) -> None:
+        if not quiet and not as_json:
+            click.echo(text, err=not dry_run)
+
+    for one in planned.send:
+        say(f"{'would send' if dry_run else 'to send'} {one.name} ({show_size(one.nbytes)})")
+    for name in planned.remove:
+        say(f"{'would remove' if dry_run else 'to remove'} {name}, which an earlier publish left")
+    say(f"{len(planned.kept)} files are there already, {show_size(planned.nbytes)} to send")
+    address = None
+    for done in () if dry_run else publishing.publish(planned):
+        address = done
+        say(f"sent {done}" if done.count("://") == 0 else done)
+    if as_json:
+        facts = {"repo": repo, "sent": [one.name for one in planned.send], "removed": list(planned.remove)}
+        click.echo(json.dumps(facts | {"kept": list(planned.kept), "bytes": planned.nbytes, "commit": address}))
