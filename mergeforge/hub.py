@@ -2,20 +2,23 @@
 
 Repos come through huggingface_hub's cache. A branch is resolved to a commit once; only the files
 that a merge reads are downloaded (safetensors where there are any), and nothing when they are
-already there.
+already there. Weights that have just come are compared with the sha256 that the Hub tells.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergeforge.checksums import file_sha256
 from mergeforge.disk import write_durably
 from mergeforge.errors import MergeforgeError, SourceError, listing
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SIDE_FILES = re.compile(
     r"[^/]*\.(json|jinja|model|txt|md)|LICENSE[^/]*|NOTICE[^/]*|[^/]*tokenizer[^/]*|[^/]*\.tiktoken"
 )
@@ -60,7 +63,7 @@ def _download(repo: str, revision: str | None, stems: tuple[str, ...], allow_pic
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         wanted = wanted_files(names, stems, allow_pickle)
-        folder = Path(huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
+        folder = _checked(repo, str(info.sha), wanted)
         _remember(folder, revision or "main", str(info.sha))
         return Local(folder, info.sha)
     except SourceError:
@@ -73,6 +76,37 @@ def _download(repo: str, revision: str | None, stems: tuple[str, ...], allow_pic
         hint = "check the name and revision, `hf auth login` for a private or gated repo, or give a local path"
         asked = f"{repo}@{revision}" if revision else repo
         raise SourceError(f"there is no local {asked}, and the Hub says: {said.splitlines()[0]}", hint=hint) from None
+
+
+def _checked(repo: str, sha: str, wanted: list[str]) -> Path:
+    """Download what is missing; what was damaged on its way is fetched once more.
+
+    Large files lie in the cache under their sha256, so what has just come is compared with its own name.
+    Raises SourceError for one that comes damaged twice.
+    """
+    import huggingface_hub
+
+    for last in (False, True):
+        started = time.time()
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=sha, allow_patterns=wanted))
+        damaged = [path for path in map(folder.joinpath, wanted) if _is_damaged(path, started)]
+        if not damaged:
+            return folder
+        for path in damaged:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+        if last:
+            text = f"{listing(path.name for path in damaged)} of {repo} came damaged twice"
+            raise SourceError(text, hint="is something between here and the Hub changing what it sends?")
+    raise AssertionError("unreachable")
+
+
+def _is_damaged(path: Path, started: float) -> bool:
+    """Whether a file that was downloaded since `started` is not what its name in the cache says."""
+    blob = path.resolve()
+    if not _SHA256.fullmatch(blob.name) or blob.stat().st_mtime < started - 2:  # file systems keep whole seconds
+        return False
+    return file_sha256(blob) != blob.name
 
 
 def _remember(folder: Path, revision: str, sha: str) -> None:

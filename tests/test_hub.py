@@ -5,6 +5,7 @@ huggingface_hub reads its environment when it is imported, so each test runs in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -129,14 +130,14 @@ def test_a_branch_is_resolved_once(hub: FakeHub, machine: Machine) -> None:
     asked = []
     respond = hub.take_fault
 
-    def move(path: str) -> Any:
-        if path.startswith("/api/models/"):
+    def move(method: str, path: str, kinds: tuple[str, ...]) -> Any:
+        if path.startswith("/api/models/") and "status" in kinds:
             asked.append(path)
             if len(asked) == 2:
                 hub.push("org/base", {"model.safetensors": b"n" * 4000})
-        return respond(path)
+        return respond(method, path, kinds)
 
-    hub.take_fault = move  # type: ignore[method-assign]
+    hub.take_fault = move
     found = machine.fetch("org/base", "main")
     assert len(asked) >= 2
     assert found["revision"] == first
@@ -198,7 +199,7 @@ def test_a_broken_connection_is_reported_and_then_gone_on_from(hub: FakeHub, mac
 def test_a_merge_from_the_hub(hub: FakeHub, machine: Machine, models: Path, tmp_path: Path) -> None:
     for name, folder in (("org/base", "base"), ("org/tuned", "tuned-a"), ("me/loan", "adapters/loan")):
         hub.add_repo(name, {path.name: path.read_bytes() for path in (models / folder).iterdir()})
-    sha = hub.repos["org/tuned"].refs["main"]
+    sha = hub.repos[("model", "org/tuned")].refs["main"]
     code = """
 import sys, mergeforge
 parts = [{"model": name, "parameters": {"weight": 0.5}} for name in sys.argv[2:]]
@@ -233,3 +234,16 @@ mergeforge.merge({"merge_method": "linear", "models": parts}, out=sys.argv[1])
 )
 def test_wanted_files(names: list[str], stems: tuple[str, ...], pickled: bool, wanted: list[str]) -> None:
     assert wanted_files(names, stems, pickled) == wanted
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_byte_that_flips_on_its_way(hub: FakeHub, machine: Machine, times: int) -> None:
+    """Found by its sha256 and fetched again; twice in a row it is an error, and nothing damaged stays in the cache."""
+    hub.add_repo("org/base", REPO)
+    hub.fault(path=hashlib.sha256(REPO["model.safetensors"]).hexdigest(), method="GET", kind="corrupt", times=times)
+    found = machine.fetch("org/base")
+    if times == 1:
+        assert (Path(found["path"]) / "model.safetensors").read_bytes() == REPO["model.safetensors"]
+    else:
+        assert found["code"] == 3 and "came damaged twice" in found["error"]
+        assert machine.fetch("org/base")["files"].keys() == WANTED

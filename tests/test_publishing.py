@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback_hub import FakeHub
+from fakehub import FakeHub
 
 import mergeforge
 from mergeforge.random_model import SHAPES, write_adapter, write_model
