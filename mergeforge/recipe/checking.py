@@ -132,6 +132,7 @@ class Checker:
             self.report(("adapters",), "adapters and slices do not go together", "list them under the slices' models")
         for path, entries in _lists(recipe):
             self._check_twice(path, entries)
+        self._check_same_adapters(recipe)
         for at, rule in enumerate(recipe.rules):
             if rule.models and (recipe.slices or recipe.modules):
                 self.report(
@@ -144,6 +145,15 @@ class Checker:
             if str(entry) in seen:
                 self.report((*path, at), f"'{entry}' is listed twice", "add its weights and list it once")
             seen.add(str(entry))
+
+    def _check_same_adapters(self, recipe: Recipe) -> None:
+        """A model that is named several times must have the same adapters in it each time."""
+        first: dict[str, ModelEntry] = {}
+        for path, entries in _lists(recipe):
+            for at, entry in enumerate(entries):
+                if first.setdefault(str(entry), entry).adapters != entry.adapters:
+                    text = f"'{entry}' has its adapters with other weights here than above"
+                    self.report((*path, at), text, "give it a document and a name of its own")
 
     def _check_methods(self, recipe: Recipe, methods: Mapping[str, Method]) -> dict[str, Parameter] | None:
         """The parameters that the recipe's methods take; None where a method is unknown."""

@@ -170,6 +170,11 @@ output: {pth: out, shard_size: large, safetensors: 1}
             "unknown key 'residual_weight'",
             "",
         ),
+        (
+            GOOD + "- {model: b, adapters: [{adapter: c, weight: 1}], parameters: {weight: 1}}\nrules:\n"
+            "- {match: x, models: [{model: b, adapters: [{adapter: c, weight: 2}]}]}",
+            *(6, 23, "has its adapters with other weights here", ""),
+        ),
         (GOOD + "rules: [{match: '('}]", 4, 10, "'(' is not a regular expression", "a dot"),
         (GOOD + "rules: [{match: a, use: base, drop: true}]", 4, 9, "a rule has either use or drop", ""),
         (GOOD + "rules: [{match: a}]", 4, 9, "this rule changes nothing", ""),
