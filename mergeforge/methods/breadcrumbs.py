@@ -88,7 +88,7 @@ def breadcrumbs(
     int8_mask: bool = False,
 ) -> Tensor:
     """Keep `density` of the elements after leaving out the `gamma` largest, and add up. int8_mask has no effect."""
-    kept = [one.mul_(ratio) for one, ratio in zip(_kept(deltas, facts.found), facts.ratios, strict=True)]
+    kept = facts.scaled(_kept(deltas, facts.found))
     return weighted_sum(kept, weight, normalize).mul_(lambda_)
 
 
@@ -106,5 +106,5 @@ def breadcrumbs_ties(
     int8_mask: bool = False,
 ) -> Tensor:
     """breadcrumbs, and only elements that have the elected sign (TIES' election). int8_mask has no effect."""
-    kept = [one.mul_(ratio) for one, ratio in zip(_kept(deltas, facts.found), facts.ratios, strict=True)]
+    kept = facts.scaled(_kept(deltas, facts.found))
     return agreeing_sum(kept, weight, normalize).mul_(lambda_)

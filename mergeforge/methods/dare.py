@@ -9,24 +9,27 @@ from typing import TYPE_CHECKING
 
 from mergeforge.methods import DENSITY, Block, Look, method
 from mergeforge.methods.consensus import agreeing_sum, weighted_sum
+from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
 from mergeforge.methods.random_mask import masked
-from mergeforge.methods.rescale import ratios
+from mergeforge.methods.rescale import Rescaled, ratios
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: object) -> list[float]:
-    """The ratio that restores each task vector's mass."""
+def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: object) -> Rescaled[Masks]:
+    """The masks, and the ratio that restores each task vector's mass."""
+    count = len(density)
     if not rescale or all(one >= 1 for one in density):
-        return [1.0] * len(density)
-    return ratios(look, lambda deltas, block: masked(deltas, block, density), len(density))
+        return Rescaled([Masks() for _ in density], [1.0] * count)
+    masks = [Masks(KEPT) for _ in density]
+    return Rescaled(masks, ratios(look, lambda deltas, block: masked(deltas, block, density, masks), count))
 
 
-@method("dare_linear", live=2, facts=facts, within={"density": DENSITY})
+@method("dare_linear", live=1, facts=facts, facts_nbytes=MASKS_NBYTES, within={"density": DENSITY})
 def dare_linear(
     deltas: list[Tensor],
-    facts: list[float],
+    facts: Rescaled[Masks],
     block: Block,
     *,
     weight: list[float],
@@ -41,14 +44,14 @@ def dare_linear(
     The mask depends on random_seed, the tensor's name and the element's place only. int8_mask has
     no effect.
     """
-    kept = [one.mul_(ratio) for one, ratio in zip(masked(deltas, block, density), facts, strict=True)]
+    kept = facts.scaled(masked(deltas, block, density, facts.found))
     return weighted_sum(kept, weight, normalize).mul_(lambda_)
 
 
-@method("dare_ties", live=4, facts=facts, within={"density": DENSITY})
+@method("dare_ties", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, within={"density": DENSITY})
 def dare_ties(
     deltas: list[Tensor],
-    facts: list[float],
+    facts: Rescaled[Masks],
     block: Block,
     *,
     weight: list[float],
@@ -62,5 +65,5 @@ def dare_ties(
 
     int8_mask has no effect.
     """
-    kept = [one.mul_(ratio) for one, ratio in zip(masked(deltas, block, density), facts, strict=True)]
+    kept = facts.scaled(masked(deltas, block, density, facts.found))
     return agreeing_sum(kept, weight, normalize).mul_(lambda_)

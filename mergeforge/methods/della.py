@@ -6,23 +6,33 @@ https://arxiv.org/abs/2406.11617.
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import DENSITY, UNIT, Block, Look, method
 from mergeforge.methods.consensus import agreeing_sum, weighted_sum
+from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
+from mergeforge.methods.parts import by_rows
 from mergeforge.methods.random_mask import random_mask
-from mergeforge.methods.rescale import ratios
+from mergeforge.methods.rescale import Rescaled, ratios
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def kept(deltas: list[Tensor], block: Block, density: list[float], epsilon: list[float]) -> list[Tensor]:
+def kept(
+    deltas: list[Tensor], block: Block, density: list[float], epsilon: list[float], masks: list[Masks]
+) -> list[Tensor]:
     """Each delta's block, in place, with elements kept with a probability that grows with their rank in the row."""
-    return [
-        delta if share >= 1 else delta.mul_(random_mask(delta, block, at, _probability(delta, block, share, width)))
-        for at, (delta, share, width) in enumerate(zip(deltas, density, epsilon, strict=True))
-    ]
+    for at, (delta, share, width, mask) in enumerate(zip(deltas, density, epsilon, masks, strict=True)):
+        if share < 1:
+            mask.apply([delta], block, partial(_mask, delta, block, at, share, width))
+    return deltas
+
+
+def _mask(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor:
+    return random_mask(delta, block, index, _probability(delta, block, density, epsilon))
 
 
 def _probability(delta: Tensor, block: Block, density: float, epsilon: float) -> Tensor:
@@ -33,10 +43,31 @@ def _probability(delta: Tensor, block: Block, density: float, epsilon: float) ->
     columns = rows.shape[1]
     if columns == 1:
         return torch.full_like(delta, density, dtype=torch.float32)
-    order = rows.float().abs().sort(dim=1, stable=True).indices
-    steps = torch.arange(columns, dtype=torch.float32, device=delta.device).mul_(2 * epsilon / (columns - 1))
-    steps = steps.add_(density - epsilon).expand(rows.shape)
-    return torch.empty(rows.shape, device=delta.device).scatter_(1, order, steps).view(delta.shape)
+    result = torch.empty(rows.shape, device=delta.device)
+    for part, place in by_rows([rows, result]):
+        order = _order(part)
+        steps = torch.arange(columns, dtype=torch.float32, device=delta.device).mul_(2 * epsilon / (columns - 1))
+        place.scatter_(1, order, steps.add_(density - epsilon).expand(part.shape))
+    return result.view(delta.shape)
+
+
+def _order(rows: Tensor) -> Tensor:
+    """Each row's columns by rising magnitude (in float32), equal ones in their order.
+
+    On a CPU numpy sorts the magnitudes' bits with their columns behind them as one integer, which it does 15
+    times as fast as torch sorts floats.
+    """
+    import torch
+
+    if rows.device.type != "cpu":
+        return rows.float().abs().sort(dim=1, stable=True).indices
+    keys = torch.empty((*rows.shape, 2), dtype=torch.int32)
+    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
+    keys[..., low] = torch.arange(rows.shape[1], dtype=torch.int32)
+    torch.abs(rows.float(), out=keys[..., high].view(torch.float32))
+    order = keys.view(torch.int64).squeeze(-1)
+    order.numpy().sort(axis=1)
+    return order.bitwise_and_((1 << 32) - 1)
 
 
 def check(*, density: list[float], epsilon: list[float], **_: object) -> None:
@@ -47,20 +78,22 @@ def check(*, density: list[float], epsilon: list[float], **_: object) -> None:
 
 def facts(
     look: Look, numel: int, *, density: list[float], epsilon: list[float], rescale: bool, **_: object
-) -> list[float]:
-    """The ratio that restores each task vector's mass."""
+) -> Rescaled[Masks]:
+    """The masks, and the ratio that restores each task vector's mass."""
+    count = len(density)
     if not rescale or all(one >= 1 for one in density):
-        return [1.0] * len(density)
-    return ratios(look, lambda deltas, block: kept(deltas, block, density, epsilon), len(density))
+        return Rescaled([Masks() for _ in density], [1.0] * count)
+    masks = [Masks(KEPT) for _ in density]
+    return Rescaled(masks, ratios(look, lambda deltas, block: kept(deltas, block, density, epsilon, masks), count))
 
 
 WITHIN = {"density": DENSITY, "epsilon": UNIT}
 
 
-@method("della_linear", live=4, facts=facts, check=check, within=WITHIN)
+@method("della_linear", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, check=check, within=WITHIN)
 def della_linear(
     deltas: list[Tensor],
-    facts: list[float],
+    facts: Rescaled[Masks],
     block: Block,
     *,
     weight: list[float],
@@ -72,14 +105,14 @@ def della_linear(
     int8_mask: bool = False,
 ) -> Tensor:
     """Drop by magnitude ranks within rows, restore the mass, add up with weights. int8_mask has no effect."""
-    left = [one.mul_(ratio) for one, ratio in zip(kept(deltas, block, density, epsilon), facts, strict=True)]
+    left = facts.scaled(kept(deltas, block, density, epsilon, facts.found))
     return weighted_sum(left, weight, normalize).mul_(lambda_)
 
 
-@method("della", live=4, facts=facts, check=check, within=WITHIN)
+@method("della", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, check=check, within=WITHIN)
 def della(
     deltas: list[Tensor],
-    facts: list[float],
+    facts: Rescaled[Masks],
     block: Block,
     *,
     weight: list[float],
@@ -91,5 +124,5 @@ def della(
     int8_mask: bool = False,
 ) -> Tensor:
     """della_linear, and only elements that have the elected sign (TIES' election). int8_mask has no effect."""
-    left = [one.mul_(ratio) for one, ratio in zip(kept(deltas, block, density, epsilon), facts, strict=True)]
+    left = facts.scaled(kept(deltas, block, density, epsilon, facts.found))
     return agreeing_sum(left, weight, normalize).mul_(lambda_)

@@ -13,9 +13,10 @@ ELEMENTS = 1 << 16  # of all inputs together: an eighth of a block
 
 
 def by_rows(inputs: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Some thousand whole rows at once."""
-    for start in range(0, len(inputs[0]), ROWS):
-        yield [one[start : start + ROWS] for one in inputs]
+    """Some thousand whole rows at once, or as many as make an eighth of a block over all inputs."""
+    step = max(1, min(ROWS, ELEMENTS // max(1, len(inputs) * inputs[0].shape[1])))
+    for start in range(0, len(inputs[0]), step):
+        yield [one[start : start + step] for one in inputs]
 
 
 def by_elements(inputs: list[Tensor]) -> Iterator[list[Tensor]]:

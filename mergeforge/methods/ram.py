@@ -42,8 +42,9 @@ def gains(look: Look, numel: int, *, epsilon: float, r: float, alpha: float) -> 
     """What each task vector's unique changes are multiplied by: more, the more of them it shares."""
 
     def counts(deltas: list[Tensor], block: Block) -> list[tuple[int, int]]:
-        alone = _changes(deltas, epsilon).eq_(1)
-        return [(int(delta.count_nonzero()), int(delta.mul_(alone).count_nonzero())) for delta in deltas]
+        alone = _changes(deltas, epsilon).eq_(1).flatten()
+        changed = [delta.sign_().abs_().flatten() for delta in deltas]
+        return [(int(one.sum()), int(one.dot(alone))) for one in changed]
 
     found = []
     for parts in zip(*look(counts), strict=True):
@@ -61,7 +62,7 @@ def ramplus_tl(
     By 1 + r * (shared / unique changes of the tensor), the ratio at most alpha.
     """
     count = _changes(deltas, epsilon)
-    alone = count.eq(1).to(count.dtype)
+    alone = count.clone().eq_(1)
     total = deltas[0].mul_(alone.mul(facts[0] - 1).add_(1))
     for delta, gain in zip(deltas[1:], facts[1:], strict=True):
         total.add_(delta.mul_(alone.mul(gain - 1).add_(1)))

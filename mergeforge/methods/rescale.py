@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -23,16 +23,21 @@ class Rescaled(Generic[F]):
     found: list[F]
     ratios: list[float]
 
+    def scaled(self, kept: Iterable[Tensor]) -> list[Tensor]:
+        """What is kept of each input, multiplied by its ratio in place."""
+        return [one if ratio == 1 else one.mul_(ratio) for one, ratio in zip(kept, self.ratios, strict=True)]
+
 
 def ratios(look: Look, keep: Callable[[list[Tensor], Block], list[Tensor]], count: int) -> list[float]:
     """sum|delta| / sum|kept| over the whole tensor for each input; 1 where either is next to nothing.
 
+    `keep` is given magnitudes, and decides by nothing else.
     This is mergekit's L1 rescaling. (DARE's paper divides by the density: equal on average.)
     """
 
     def masses(deltas: list[Tensor], block: Block) -> list[tuple[float, float]]:
-        before = [float(delta.abs().sum()) for delta in deltas]
-        return list(zip(before, (float(kept.abs().sum()) for kept in keep(deltas, block)), strict=True))
+        before = [float(delta.abs_().sum()) for delta in deltas]
+        return list(zip(before, (float(kept.sum()) for kept in keep(deltas, block)), strict=True))
 
     seen = list(look(masses))
     return [_ratio(*(math.fsum(part) for part in zip(*(one[at] for one in seen), strict=True))) for at in range(count)]

@@ -39,5 +39,5 @@ def ties(
     Exactly max(1, int(density * n)) elements of a tensor are kept; among equal magnitudes at the
     threshold the first ones. int8_mask has no effect.
     """
-    kept = [one.mul_(ratio) for one, ratio in zip(trimmed(deltas, facts.found), facts.ratios, strict=True)]
+    kept = facts.scaled(trimmed(deltas, facts.found))
     return agreeing_sum(kept, weight, normalize).mul_(lambda_)

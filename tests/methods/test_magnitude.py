@@ -7,7 +7,7 @@ import pytest
 import torch
 from looking import Looking
 
-from mergeforge.methods import magnitude
+from mergeforge.methods import magnitude, ranks
 from mergeforge.methods.magnitude import Threshold, thresholds
 
 N = 30_000
@@ -119,14 +119,15 @@ def test_several_inputs_at_once() -> None:
         assert torch.equal(trim(look, at, threshold), expected)
 
 
-def test_few_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranges much wider than the histogram are narrowed in several looks."""
-    monkeypatch.setattr(magnitude, "BUCKETS", 64)
+@pytest.mark.parametrize("values", [8, 1 << 16])
+def test_more_candidates_than_a_search_holds(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are counted, and made coarser where there are more than 8; several looks narrow the range."""
+    monkeypatch.setattr(ranks, "CANDIDATES", 64)
+    monkeypatch.setattr(ranks, "VALUES", values)
     monkeypatch.setattr(magnitude, "SAMPLE_ELEMENTS", 4)
-    for name in ("random", "bfloat16", "misleading", "misleading up", "every scale", "infinite"):
-        value = DATA[name]
+    for name, value in DATA.items():
         look = Looking([value], 500)
-        (found,) = thresholds(look, N, [0.37])
+        (found,) = thresholds(look, len(value), [0.37])
         assert found is not None
         assert torch.equal(trim(look, 0, found), torch.where(torch.from_numpy(kept(value, 0.37)), value, 0.0)), name
 

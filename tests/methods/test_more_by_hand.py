@@ -11,7 +11,11 @@ from looking import Looking, combine
 from test_by_hand import equal, near
 
 from mergeforge.methods import METHODS, Block
+from mergeforge.methods.della import _order
 from mergeforge.methods.gram import gram
+from mergeforge.methods.masks import Masks
+from mergeforge.methods.parts import by_rows
+from mergeforge.methods.rescale import Rescaled
 
 HALF = math.sqrt(0.5)
 
@@ -146,10 +150,20 @@ def test_della_keeps_large_elements_more_often(name: str) -> None:
     rows = torch.arange(1.0, 401.0).expand(500, 400).contiguous()
     parameters = {one.name: one.default for one in METHODS[name].parameters.values()}
     parameters |= {"weight": [1.0], "density": [0.5], "epsilon": [0.3], "normalize": False}
-    kept = METHODS[name]([rows.clone()], [1.0], Block("w", 0, 0), parameters).ne(0).float().mean(dim=0)
+    facts = Rescaled([Masks()], [1.0])
+    kept = METHODS[name]([rows.clone()], facts, Block("w", 0, 0), parameters).ne(0).float().mean(dim=0)
     expected = torch.linspace(0.2, 0.8, 400)
     assert float((kept - expected).abs().amax()) < 5 * 0.5 / math.sqrt(500)
     assert float((kept - expected).view(8, 50).mean(dim=1).abs().amax()) < 5 * 0.5 / math.sqrt(500 * 50)
+
+
+@pytest.mark.parametrize("shape", [(64, 33), (3, 20_000), (1, 100_000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_della_ranks_as_a_stable_sort_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype).mul(4).round()  # many equals
+    rows[0, :3] = torch.tensor([math.nan, math.inf, -0.0])
+    for part in by_rows([rows]):
+        assert torch.equal(_order(part[0]), part[0].float().abs().sort(dim=1, stable=True).indices)
 
 
 def test_della_refuses_chances_that_are_none() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from mergeforge.methods import Block
-from mergeforge.methods.random_mask import masked, random_mask
+from mergeforge.methods.masks import Masks
+from mergeforge.methods.random_mask import _draw, _mixed_there, masked, random_mask
 
 N = 100_000
 PINNED = (
@@ -68,17 +71,47 @@ def test_the_values_are_pinned() -> None:
     assert mask((1 << 31) + 5, 24, tensor="model.norm.weight", seed=7, index=2, density=0.3).int().tolist() == PINNED[1]
 
 
-def test_shape_and_dtype_follow_the_tensor() -> None:
+def test_the_shape_follows_the_tensor() -> None:
     like = torch.empty(3, 4, dtype=torch.float64)
     drawn = random_mask(like, Block("w", 8, 0), 0, 0.5)
     assert drawn.shape == like.shape
-    assert drawn.dtype == torch.float64
-    assert torch.equal(drawn.flatten().float(), mask(8, 12))
+    assert torch.equal(drawn.flatten(), mask(8, 12))
+
+
+@pytest.mark.parametrize("start", [0, 3, 1 << 19, (1 << 31) - 64, 7 << 31])
+def test_numpy_and_torch_draw_the_same(start: int) -> None:
+    """More than one piece; torch's hash is what other devices run."""
+    count, first, second = (1 << 16) + 5, 0x89ABCDEF, 0x12345678
+    there = _mixed_there(torch.arange(count, dtype=torch.int32).add_(start & 0x7FFFFFFF), first, second)
+    for limit in (0.3 * 2**24, 2.5):
+        drawn = np.empty(count, np.bool_)
+        _draw(drawn, start & 0x7FFFFFFF, first, second, limit)
+        assert np.array_equal(drawn, (there.float() < limit).numpy())
+        _draw(drawn, start & 0x7FFFFFFF, first, second, np.full(count, limit, np.float32))
+        assert np.array_equal(drawn, (there.float() < limit).numpy())
 
 
 def test_masked_is_in_place_and_leaves_whole_ones_alone() -> None:
     first, second = torch.ones(50, 2), torch.ones(50, 2)
-    kept = masked([first, second], Block("w", 0, 0), [0.5, 1.0])
+    masks = [Masks(96), Masks()]
+    kept = masked([first, second], Block("w", 0, 0), [0.5, 1.0], masks)
     assert kept[0] is first and kept[1] is second
-    assert torch.equal(first.flatten(), mask(0, 100))
+    assert torch.equal(first.flatten(), mask(0, 100).float())
     assert bool((second == 1).all())
+
+
+@pytest.mark.parametrize("room", [0, 8, 96, 1 << 10])
+def test_masks_that_are_kept_are_the_same(room: int) -> None:
+    """Two of three blocks fit into 96 elements; the others are drawn again."""
+    masks, drawn = Masks(room), []
+
+    def draw(delta: torch.Tensor, block: Block) -> torch.Tensor:
+        drawn.append(block.start)
+        return random_mask(delta, block, 0, 0.5)
+
+    for _ in range(2):
+        for start in (0, 45, 90):
+            delta, block = torch.ones(45, 1), Block("w", start, 0)
+            masks.apply([delta], block, partial(draw, delta, block))
+            assert torch.equal(delta.flatten(), mask(start, 45).float())
+    assert drawn == [0, 45, 90, *{0: [0, 45, 90], 8: [0, 45, 90], 96: [90], 1 << 10: []}[room]]

