@@ -129,7 +129,7 @@ def _side_file(content: bytes | Path) -> dict[str, Any]:
 
 
 def _input(table: Checkpoint) -> dict[str, Any]:
-    sizes = {Path(stored.file.path).name: stored.file.size for stored in table.tensors.values()}
+    sizes = {Path(file.path).name: file.size for file in table.files}
     files = {name: {"size": sizes.get(name, 0), "header_sha256": digest} for name, digest in table.file_hashes.items()}
     return {"name": table.label, "revision": table.revision, "files": files}
 

@@ -70,7 +70,7 @@ def merge(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Path:
 
 
 def _input_files(plan: Plan) -> list[InputFile]:
-    found = {id(one.file): one.file for table in plan.inputs.checkpoints for one in table.tensors.values()}
+    found = {id(file): file for table in plan.inputs.checkpoints for file in table.files}
     return list(found.values())
 
 

@@ -60,7 +60,7 @@ def extract_lora(tuned: str, base: str, out: str | Path, **options: Any) -> dict
 
 def _files(plan: Extraction) -> list[InputFile]:
     """Every file that is read."""
-    found = {id(one.file): one.file for table in (plan.base, plan.tuned) for one in table.tensors.values()}
+    found = {id(file): file for table in (plan.base, plan.tuned) for file in table.files}
     return list(found.values())
 
 

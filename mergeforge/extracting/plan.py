@@ -14,6 +14,7 @@ from mergeforge.extracting.pairing import Choice, Pair, pair_up
 from mergeforge.recipe import OUT_DTYPES, ModelRef
 from mergeforge.sinks.adapter import CARD, CONFIG, WEIGHTS, check_out
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint
+from mergeforge.sources.quantised.way import Quantised
 
 REPORT = "extraction.json"
 FILES = (WEIGHTS, CONFIG, CARD, REPORT)
@@ -102,13 +103,17 @@ def _opened(name: str, allow_pickle: bool) -> tuple[ModelRef, Checkpoint]:
         raise SourceError(f"{name} is a GGUF file: quantised", hint="take the model that it was made from")
     if folder.is_dir() and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         raise SourceError(f"{name} is an adapter, not a model", hint="merge it first: mergeforge run")
-    return ref, open_checkpoint(folder, name, revision=where.revision, allow_pickle=allow_pickle)
+    table = open_checkpoint(folder, name, revision=where.revision, allow_pickle=allow_pickle)
+    if packed := [one for one, way in table.tensors.items() if isinstance(way, Quantised)]:
+        text = f"{name} is quantised ({packed[0]}): its difference would be mostly rounding"
+        raise SourceError(text, hint="take the 16-bit model")
+    return ref, table
 
 
 def _check_place(out: Path, tables: Sequence[Checkpoint]) -> None:
     """OUT may not be, or replace, what is read."""
     for table in tables:
-        folders = {table.folder.resolve(), *(Path(one.file.path).resolve().parent for one in table.tensors.values())}
+        folders = {table.folder.resolve(), *(Path(file.path).resolve().parent for file in table.files)}
         if any(folder == out.resolve() or out.resolve() in folder.parents for folder in folders):
             raise OutputError(f"{out} is, or holds, the input {table.label}", hint="write into another folder")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.budget import Budget, make_budget
+from mergeforge.disk import InputFile
 from mergeforge.errors import BudgetError, OutputError, RecipeError
 from mergeforge.joining import Join, folded_terms, plan_join
 from mergeforge.layout import Layout, OutputFile
@@ -34,6 +35,7 @@ from mergeforge.sinks import Outlet
 from mergeforge.sinks import checkpoint as sink
 from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sizes import show_size
+from mergeforge.sources.quantised.way import Quantised
 from mergeforge.tensors import TensorInfo
 
 __all__ = ["Piece", "Plan", "make_plan", "read_recipe"]
@@ -209,7 +211,8 @@ def _own_card(inputs: Inputs) -> dict[str, Path]:
 
 
 def _action(piece: Piece, composition: Composition) -> str:
-    action = composition.actions.get(piece.info.name, "copied" if piece.copied else "cast")
+    untouched = f"dequantised from {piece.way.packing.about}" if isinstance(piece.way, Quantised) else "cast"
+    action = composition.actions.get(piece.info.name, "copied" if piece.copied else untouched)
     stored = piece.way.info.dtype
     return action if stored == piece.info.dtype else f"{action}, {stored} to {piece.info.dtype}"
 
@@ -224,7 +227,7 @@ def _check_output(out: Path, inputs: Inputs) -> None:
     target = out.resolve()
     above = [folder for folder in (target, *target.parents) if folder.exists()]
     for table in inputs.checkpoints:
-        files = {Path(stored.file.path).resolve().parent for stored in table.tensors.values()}
+        files = {Path(file.path).resolve().parent for file in table.files}
         for source in {table.folder.resolve(), *files}:
             if source == target or any(
                 source.samefile(folder) and (folder == target or _is_model_folder(folder)) for folder in above
@@ -245,7 +248,7 @@ def _fingerprint(recipe: Recipe, inputs: Inputs, layouts: Sequence[Layout], budg
         "numerics": NUMERICS,
         "recipe": raw if len(raw) > 1 else raw[0],
         "device": budget.device.partition(":")[0],
-        "inputs": [[*sorted(table.file_hashes.items()), *_identities(table.tensors)] for table in inputs.checkpoints],
+        "inputs": [[*sorted(table.file_hashes.items()), *_identities(table.files)] for table in inputs.checkpoints],
         "files": {name: hashlib.sha256(header).hexdigest() for name, header in files},
         "gguf_from": output.gguf_from,
         "adapter": output.adapter,
@@ -267,7 +270,7 @@ def _file_hash(path: str) -> str:
     return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 
-def _identities(tensors: Mapping[str, Any]) -> list[tuple[int, int]]:
+def _identities(inputs: Sequence[InputFile]) -> list[tuple[int, int]]:
     """Size and time of change of each file."""
-    files = {stored.file.path: stored.file.identity for stored in tensors.values()}
+    files = {file.path: file.identity for file in inputs}
     return sorted((size, changed) for _, size, changed in files.values())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
 from mergeforge.side_files import SideFiles
 from mergeforge.sources import Way
 from mergeforge.sources.adapter import Adapter, open_adapter
-from mergeforge.sources.checkpoint import Checkpoint, Model, open_checkpoint
+from mergeforge.sources.checkpoint import Checkpoint, Model, open_checkpoint, read_json
 from mergeforge.sources.dequantised import open_gguf
 from mergeforge.sources.gguf_adapter import open_gguf_adapter
 
@@ -109,13 +109,17 @@ def _stored(inputs: Inputs) -> Iterator[OpenModel]:
             yield model
 
 
+Replicate = Callable[[OpenModel, Any], OpenModel]  # a model with its layers repeated, as an adapter says
+
+
 class Opener:
     """Finds and opens models and adapters, each once, however often recipes name them.
 
-    `results`: what earlier documents make, by their names.
+    `results`: what earlier documents make, by their names. `replicate`: what layer_replication asks for.
     """
 
-    def __init__(self, *, allow_pickle: bool = False) -> None:
+    def __init__(self, replicate: Replicate, *, allow_pickle: bool = False) -> None:
+        self.replicate = replicate
         self.allow_pickle = allow_pickle
         self.results: dict[str, Result] = {}
         self._opened: dict[tuple[Path, str | None], Checkpoint] = {}
@@ -124,7 +128,7 @@ class Opener:
     def open(self, recipe: Recipe) -> Inputs:
         """Everything that a recipe names. Raises SourceError."""
         self._find_plain([*([recipe.base_model] if recipe.base_model else []), *recipe.entries])
-        base = self._model(recipe.base_model) if recipe.base_model else None
+        base = self._model(recipe.base_model, recipe.adapters) if recipe.base_model else None
         models = [self._model(entry) for entry in recipe.entries]
         adapters = tuple(self._adapter(entry, base.checkpoint) for entry in recipe.adapters) if base else ()
         return Inputs(base, tuple(models), adapters)
@@ -139,9 +143,29 @@ class Opener:
                 raise SourceError("a GGUF file has neither config.json nor tokenizer files", hint=hint)
             self._plain = self._checkpoint(plain.model)
 
-    def _model(self, entry: ModelEntry) -> OpenModel:
-        checkpoint = self._named(entry.model)
-        return OpenModel(entry, checkpoint, tuple(self._adapter(one, checkpoint) for one in entry.adapters))
+    def _model(self, entry: ModelEntry, later: Sequence[AdapterEntry] = ()) -> OpenModel:
+        """A model with its adapters; `later` ones are opened by the caller, and may repeat its layers too."""
+        model = OpenModel(entry, self._named(entry.model), ())
+        if ranges := self._replication((*entry.adapters, *later)):
+            model = self.replicate(model, ranges)
+        return replace(model, adapters=tuple(self._adapter(one, model.checkpoint) for one in entry.adapters))
+
+    def _replication(self, entries: Sequence[AdapterEntry]) -> Any:
+        """What adapters of one model say of repeated layers: all the same, or nothing. Raises SourceError."""
+        told = [self._config(entry).get("layer_replication") or None for entry in entries]
+        if any(one != told[0] for one in told):
+            odd = next(entry for entry, one in zip(entries, told, strict=True) if one != told[0])
+            text = f"{odd.adapter} and {entries[0].adapter} were trained on differently repeated layers"
+            raise SourceError(text, hint="merge each into its own model first")
+        return told[0] if told else None
+
+    def _config(self, entry: AdapterEntry) -> dict[str, Any]:
+        path = self._found(entry).path / "adapter_config.json"
+        return read_json(path) if path.is_file() else {}
+
+    def _found(self, entry: AdapterEntry) -> hub.Local:
+        reference = entry.adapter
+        return hub.fetch(reference.path, reference.revision, ("adapter_model",), allow_pickle=self.allow_pickle)
 
     def _named(self, reference: ModelRef) -> Model:
         if reference.path in self.results and not reference.revision:
@@ -149,9 +173,7 @@ class Opener:
         return self._checkpoint(reference)
 
     def _adapter(self, entry: AdapterEntry, base: Model) -> OpenAdapter:
-        where = hub.fetch(
-            entry.adapter.path, entry.adapter.revision, ("adapter_model",), allow_pickle=self.allow_pickle
-        )
+        where = self._found(entry)
         label = str(entry.adapter)
         if where.path.suffix == ".gguf" and where.path.is_file():
             return OpenAdapter(entry, open_gguf_adapter(where.path, label, base))

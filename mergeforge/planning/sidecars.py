@@ -80,7 +80,7 @@ def config_dtype(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> str:
 def side_files(inputs: Inputs) -> tuple[dict[str, SideFile], list[str]]:
     """Files to write by name, and notes: the donor's, and an adapter's tokenizer where it changed."""
     donor = inputs.donor.checkpoint
-    found, notes = (dict(donor.files), []) if isinstance(donor, Result) else _files_of(donor.folder)
+    found, notes = (dict(donor.files), []) if isinstance(donor, Result) else files_of(donor.folder)
     opened = [*inputs.adapters, *(one for model in [inputs.donor] for one in model.adapters)]
     changed = {}
     for one in opened:
@@ -96,7 +96,7 @@ def side_files(inputs: Inputs) -> tuple[dict[str, SideFile], list[str]]:
     return found, notes
 
 
-def _files_of(donor: Path) -> tuple[dict[str, SideFile], list[str]]:
+def files_of(donor: Path) -> tuple[dict[str, SideFile], list[str]]:
     """What lies beside a model's weights, and notes on what is left out."""
     found: dict[str, SideFile] = {
         path.name: path for pattern in (*_TOKENIZER, *_OTHERS) for path in sorted(donor.glob(pattern)) if path.is_file()

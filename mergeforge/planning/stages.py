@@ -13,6 +13,7 @@ from mergeforge.errors import RecipeError
 from mergeforge.planning.compose import Composition, compose
 from mergeforge.planning.depth import stacked_config
 from mergeforge.planning.inputs import Inputs, Opener, Result
+from mergeforge.planning.replication import replicated
 from mergeforge.planning.sidecars import config_json, side_files
 from mergeforge.planning.tables import Table, table_of
 from mergeforge.planning.tokens import follow, map_tables, plan_tokens, template_of
@@ -42,7 +43,9 @@ def settle(recipe: Recipe, *, allow_pickle: bool = False) -> Stage:
 
     Raises RecipeError (also where documents use one another in a circle) or SourceError.
     """
-    settling = _Settling({str(stage.name): stage for stage in recipe.stages}, Opener(allow_pickle=allow_pickle))
+    settling = _Settling(
+        {str(stage.name): stage for stage in recipe.stages}, Opener(replicated, allow_pickle=allow_pickle)
+    )
     return settling.stage(recipe, ())
 
 
@@ -62,7 +65,7 @@ class _Settling:
 
 
 def _decided(recipe: Recipe, inputs: Inputs) -> Stage:
-    tables = _tables(inputs)
+    tables = _tables(inputs, recipe.base_numerics)
     tokens = plan_tokens(recipe, inputs, tables)
     composition = compose(recipe, inputs, map_tables(tokens, inputs, tables) if tokens else tables)
     infos = _output_infos(recipe, composition, inputs)
@@ -79,11 +82,11 @@ def _decided(recipe: Recipe, inputs: Inputs) -> Stage:
     return Stage(recipe, inputs, composition, infos, config, files, (*inputs.notes, *composition.notes, *notes))
 
 
-def _tables(inputs: Inputs) -> dict[str, Table]:
+def _tables(inputs: Inputs, numerics: str) -> dict[str, Table]:
     """Every model's table by its label."""
-    tables = {model.label: table_of(model) for model in inputs.models}
+    tables = {model.label: table_of(model, (), numerics) for model in inputs.models}
     if inputs.base:
-        tables[inputs.base.label] = table_of(inputs.base, inputs.adapters)
+        tables[inputs.base.label] = table_of(inputs.base, inputs.adapters, numerics)
     return tables
 
 

@@ -12,10 +12,12 @@ from mergeforge.recipe.settings import layer_positions, value_at
 from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.checkpoint import Model
-from mergeforge.sources.edits import Edit, Replaced
+from mergeforge.sources.edits import Edit, Replaced, RowsReplaced
+from mergeforge.sources.quantised.simulated import Simulated
+from mergeforge.sources.quantised.way import Quantised
 from mergeforge.sources.renamed import Renamed
 from mergeforge.sources.stored import Stored, same_content
-from mergeforge.sources.tied import EMBEDDINGS, is_head, tied_head
+from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, HEADS, is_head, tied_head
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,10 @@ class Table:
         return opened.adapter.edits.get(name, ())
 
 
-def table_of(model: OpenModel, later: Sequence[OpenAdapter] = ()) -> Table:
+def table_of(model: OpenModel, later: Sequence[OpenAdapter] = (), numerics: str = "original") -> Table:
     """A model's table with its own adapters folded in; `later` adapters only settle shapes and ties.
+
+    `numerics` "dequant_nf4": what adapters change is taken as NF4 would hold it, on which QLoRA trained them.
 
     Raises SourceError when its adapters cannot be folded together.
     """
@@ -59,6 +63,8 @@ def table_of(model: OpenModel, later: Sequence[OpenAdapter] = ()) -> Table:
     ways: dict[str, Way] = dict(checkpoint.tensors)
     actions = _place_saved(ways, opened)
     tied, notes = _settle_tied(ways, checkpoint, opened)
+    if numerics != "original":
+        notes += _as_trained(ways, checkpoint, opened, double_quant=numerics == "dequant_nf4")
     table = Table(model.label, checkpoint.config, ways, tied, None if tied else tied_head(checkpoint), actions, notes)
     if model.adapters:
         _fold_own(table, ways, actions, model.adapters)
@@ -161,6 +167,37 @@ def _settle_tied(
             note = f"{one.adapter.label} changes {listing(sorted(touched))}, which {checkpoint.label} ties: "
             return None, (note + "both are written, tie_word_embeddings becomes false",)
     return tied, ()
+
+
+def _as_trained(
+    ways: dict[str, Way], checkpoint: Model, adapters: Sequence[OpenAdapter], *, double_quant: bool
+) -> tuple[str, ...]:
+    """Put what NF4 makes of them in the place of the weights that adapters change.
+
+    bitsandbytes quantises linear layers alone: no embeddings, heads, norms, biases or stacks of experts.
+    Raises SourceError for GPT-2's Conv1D, whose blocks run along the other side of the weight.
+    """
+    if adapters and checkpoint.config.get("model_type") in CONV1D_MODELS:
+        hint = "base_numerics: original"
+        raise SourceError(f"{checkpoint.label} stores its weights transposed: NF4 cannot be told from that", hint=hint)
+    touched = {name for one in adapters for name, edits in one.adapter.edits.items() if any(map(_adds_up, edits))}
+    changed = [name for name in sorted(touched) if name in ways and _is_linear(name, ways[name])]
+    for name in changed:
+        ways[name] = Simulated(ways[name], double_quant)
+    how = f"NF4 {'with' if double_quant else 'without'} double quantisation"
+    text = f"base_numerics: {len(changed)} tensors of {checkpoint.label} are taken as {how} holds them"
+    return (text,) if changed else ()
+
+
+def _adds_up(edit: Edit) -> bool:
+    return not isinstance(edit, Replaced | RowsReplaced)
+
+
+def _is_linear(name: str, way: Way) -> bool:
+    if isinstance(way, Quantised):
+        return False  # it is already what was trained on
+    last = name.split(".")[-2:-1]
+    return len(way.info.shape) == 2 and way.info.is_float and not set(last) & {*HEADS, *EMBEDDINGS}
 
 
 def _weight(opened: OpenAdapter, name: str, position: float) -> float:

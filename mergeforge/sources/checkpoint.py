@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from mergeforge.disk import InputFile
 from mergeforge.errors import SourceError, listing
 from mergeforge.sources import Way
 from mergeforge.sources.pickled import read_pickled
+from mergeforge.sources.quantised import recognise
 from mergeforge.sources.safetensors_file import read_header, require_regular
 from mergeforge.sources.stored import Stored
 
@@ -58,7 +60,14 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+        """Bytes of its weights as they are stored."""
+        return sum(getattr(way, "stored_nbytes", way.info.nbytes) for way in self.tensors.values())
+
+    @property
+    def files(self) -> tuple[InputFile, ...]:
+        """Every file that its tensors are read from, each once."""
+        every = (file for way in self.tensors.values() for file in getattr(way, "files", (way.file,)))
+        return tuple({id(file): file for file in every}.values())
 
 
 def says_tied(config: Mapping[str, Any]) -> bool:
@@ -80,7 +89,7 @@ class _Shards:
 def open_checkpoint(
     path: Path, label: str, *, revision: str | None = None, allow_pickle: bool = False, stem: str = "model"
 ) -> Checkpoint:
-    """Read every header of a checkpoint; no weights.
+    """Read every header of a checkpoint; no weights. Quantised ones become what they stand for (sources/quantised).
 
     `stem` is the weights' file name: `model`, or `adapter_model` in an adapter's folder.
     Raises SourceError when something is missing, malformed or refused.
@@ -91,8 +100,12 @@ def open_checkpoint(
         path = path.parent
     else:
         _open_folder(shards, path, stem, allow_pickle)
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    return Checkpoint(label, path, revision, shards.tensors, config, shards.hashes, tuple(shards.warnings))
+    config: Any = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    tensors: Any = shards.tensors
+    if stem == "model":
+        tensors, config, notes = recognise(label, tensors, config)
+        shards.warnings.extend(notes)
+    return Checkpoint(label, path, revision, tensors, config, shards.hashes, tuple(shards.warnings))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,6 +136,8 @@ def _open_folder(shards: _Shards, folder: Path, stem: str, allow_pickle: bool) -
     except OSError as error:
         raise SourceError(f"{folder} cannot be read: {error.strerror}") from None
     if not found:
+        if stem == "model" and (folder / "adapter_config.json").exists():
+            raise SourceError(f"{folder} is an adapter, not a model", hint="list it under 'adapters'")
         others = sorted(entry.name for entry in folder.glob("*.safetensors"))
         if len(others) != 1:
             what = f"{stem}.safetensors or {stem}.safetensors.index.json"
@@ -139,7 +154,11 @@ def _open_folder(shards: _Shards, folder: Path, stem: str, allow_pickle: bool) -
 def _open_index(shards: _Shards, folder: Path, name: str, allow_pickle: bool) -> None:
     where = f"{folder / name}"
     weight_map = read_json(folder / name).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(one, str) for one in weight_map.values())
+    ):
         raise SourceError(f"{where} has no weight_map from tensor names to file names")
     files = sorted(set(weight_map.values()))
     if bad := [file for file in files if not _SHARD_NAME.fullmatch(file)]:

@@ -1,0 +1,24 @@
+"""MXFP4: E2M1 values, 32 of which share a power of two.
+
+gpt-oss stores its experts so, the lower four bits first (transformers' integrations/mxfp4.py,
+convert_moe_packed_tensors). A product with a power of two is exact.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mergeforge.dequantising.fp8 import powers
+from mergeforge.dequantising.nibbles import E2M1, pair_table, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP = 32
+
+
+def dequantise(packed: Tensor, exponents: Tensor) -> Tensor:
+    """packed (rows, groups * 16) and exponents (rows, groups), both uint8 -> (rows, groups * 32) float32."""
+    values = unpack(packed, pair_table(E2M1, high_first=False).to(packed.device))
+    values.view(-1, GROUP).mul_(powers(exponents).view(-1, 1))
+    return values.view(packed.shape[0], -1)

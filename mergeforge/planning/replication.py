@@ -1,0 +1,67 @@
+"""A model with layers repeated, as an adapter with layer_replication was trained on it.
+
+[[0, 2], [1, 3]] makes layers 0, 1, 1, 2; the adapter's layers are numbered as these are (peft/utils/integrations,
+LoraConfig.layer_replication). Every replica is written as a tensor of its own, since each gets its own change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mergeforge.errors import SourceError
+from mergeforge.planning.depth import stacked_config
+from mergeforge.planning.inputs import Inputs, OpenModel, Result
+from mergeforge.planning.sections import Source, Stack, main_stack, with_layer
+from mergeforge.planning.sidecars import files_of
+from mergeforge.planning.tables import Table, renamed
+from mergeforge.recipe.settings import layer_of
+from mergeforge.sources import Way
+
+
+def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
+    """The model with the layers of each range [first, stop), one range behind the other. Raises SourceError."""
+    base = model.checkpoint
+    prefix = main_stack(base.tensors, base.config)
+    layers = [layer for first, stop in _checked(ranges, model.label) for layer in range(first, stop)]
+    places: dict[int, list[int]] = {}
+    for place, layer in enumerate(layers):
+        places.setdefault(layer, []).append(place)
+    tensors: dict[str, Way] = {}
+    for name, way in base.tensors.items():
+        found = layer_of(name)
+        if found is None or found[0] != prefix:
+            tensors[name] = way
+            continue
+        for place in places.get(found[1], ()):
+            new = with_layer(name, place)
+            tensors[new] = renamed(way, new)
+    held = {found[1] for name in base.tensors if (found := layer_of(name)) and found[0] == prefix}
+    if lacking := sorted(set(layers) - held):
+        raise SourceError(f"layer_replication repeats layer {lacking[0]}, which {model.label} has not")
+    source = Source(model.label, Table(model.label, base.config, base.tensors, None), {})
+    stack = Stack(prefix, tuple((source, layer) for layer in layers))
+    files, notes = files_of(base.folder)
+    notes = [
+        f"layer_replication: {model.label} is written with {len(layers)} layers ({list(map(list, ranges))})",
+        *notes,
+    ]
+    result = Result(
+        base.label,
+        Inputs(model, (), ()),
+        tensors,
+        stacked_config(base.config, [stack]),
+        files,
+        (*base.warnings, *notes),
+    )
+    return OpenModel(model.entry, result, model.adapters)
+
+
+def _checked(ranges: Any, label: str) -> list[tuple[int, int]]:
+    good = isinstance(ranges, list) and all(
+        isinstance(one, list) and len(one) == 2 and all(isinstance(end, int) for end in one) and 0 <= one[0] < one[1]
+        for one in ranges
+    )
+    if not good or not ranges:
+        raise SourceError(f"layer_replication {ranges!r} is no list of [first layer, layer to stop before]")
+    return [(first, stop) for first, stop in ranges]
