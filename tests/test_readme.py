@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 import mergeforge
+from mergeforge.adapters.kinds import KINDS
+from mergeforge.adapters.refused import REFUSED
 from mergeforge.cli import run_command
 from mergeforge.cli.starting import shipped
 from mergeforge.methods import METHODS
@@ -57,6 +59,10 @@ def test_python_of_the_readme_runs(models: Path) -> None:
 
 def test_every_method_stands_in_the_readme() -> None:
     assert [name for name in METHODS if f"`{name}`" not in README] == []
+
+
+def test_every_adapter_kind_stands_in_the_readme() -> None:
+    assert [name for name in [*KINDS, *REFUSED] if f"`{name}`" not in README] == []
 
 
 @pytest.mark.parametrize("name", shipped())
