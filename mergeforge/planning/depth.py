@@ -66,10 +66,11 @@ def _depth_keys(part: Config, prefix: str) -> list[str]:
 def _restacked(part: Config, stack: Stack, where: str) -> dict[str, Any]:
     keys = _depth_keys(part, stack.prefix)
     if not keys:
-        return dict(part)
+        known = ", ".join(DEPTHS)
+        raise RecipeError(f"config.json does not say how many layers {stack.prefix} has", hint=f"known keys: {known}")
     before = part[keys[0]]
     layers = [(_inner(source.table.config, where), layer) for source, layer in stack.layers]
-    result = {**_with_attention_written_out(part, layers)}
+    result = dict(_with_attention_written_out(part, layers))
     for key, value in part.items():
         if _is_per_layer(key, value, before):
             entries = [_entry(own, key, layer, value) for own, layer in layers]
