@@ -209,9 +209,7 @@ class _Composer:
         label = str(self.recipe.base_model) if str(entry) == "base" else str(entry)
         if label not in self.tables:
             raise RecipeError(f"'use: {entry}' needs a base_model", hint="name one, or use one of the models")
-        section = spot.section
-        every = [*section.sources, *([section.base] if section.base else [])]
-        source = next((one for one in every if one.label == label), None)
+        source = next((one for one in spot.section.every if one.label == label), None)
         if source is None and spot.layer >= 0:
             text = f"'use: {entry}' at {spot.name}: the slice of that layer does not say which layer of it that is"
             raise RecipeError(text, hint="list it among the slice's sources")

@@ -44,6 +44,11 @@ class Section:
     scopes: tuple[Mapping[str, Any], ...]
     count: int = 0
 
+    @property
+    def every(self) -> tuple[Source, ...]:
+        """The base too, listed or not."""
+        return (*self.sources, *([self.base] if self.base else []))
+
 
 @dataclass(frozen=True)
 class Spot:
@@ -90,9 +95,10 @@ def stacked_spots(sections: Sequence[Section], names: Iterable[str], where: str 
     """
     names = list(names)
     prefix = main_stack(names, sections[0].sources[0].table.config, where)
+    layered = {id(one.table): _by_layer(one.table, prefix) for section in sections for one in section.every}
     for section in sections:
-        for source in (*section.sources, *([section.base] if section.base else [])):
-            _check_range(source, section.count, prefix)
+        for source in section.every:
+            _check_range(source, section.count, len(layered[id(source.table)]))
     outside = [name for name in names if (layer_of(name) or ("", 0))[0] != prefix]
     positions = layer_positions(outside)
     spots = [Spot(name, sections[0 if _BEFORE.search(name) else -1], positions[name]) for name in outside]
@@ -101,25 +107,23 @@ def stacked_spots(sections: Sequence[Section], names: Iterable[str], where: str 
         first = section.sources[0]
         for at in range(section.count):
             position = at / (section.count - 1) if section.count > 1 else 1.0
-            names_here = [with_layer(name, len(layers)) for name in _inside(section, prefix, at)]
-            spots += [Spot(name, section, position, at) for name in names_here]
+            inside = [name for one in section.sources for name in layered[id(one.table)].get(one.first + at, ())]
+            numbered = dict.fromkeys(with_layer(name, len(layers)) for name in inside)
+            spots += [Spot(name, section, position, at) for name in numbered]
             layers.append((first, first.first + at))
     return spots, Stack(prefix, tuple(layers))
 
 
-def _inside(section: Section, prefix: str, at: int) -> list[str]:
-    """The names of a layer's tensors, as any of the section's sources has them, numbered as in the first."""
-    first = section.sources[0].first + at
-    found: dict[str, None] = {}
-    for source in section.sources:
-        wanted = (prefix, source.first + at)
-        found |= {with_layer(name, first): None for name in source.table.ways if layer_of(name) == wanted}
-    return list(found)
+def _by_layer(table: Table, prefix: str) -> dict[int, list[str]]:
+    """The names of each layer's tensors."""
+    layers: dict[int, list[str]] = {}
+    for name in table.ways:
+        if (found := layer_of(name)) and found[0] == prefix:
+            layers.setdefault(found[1], []).append(name)
+    return layers
 
 
-def _check_range(source: Source, count: int, prefix: str) -> None:
-    layers = [found[1] for name in source.table.ways if (found := layer_of(name)) and found[0] == prefix]
-    depth = 1 + max(layers, default=-1)
+def _check_range(source: Source, count: int, depth: int) -> None:
     if source.first + count > depth:
         text = f"layer_range [{source.first}, {source.first + count}] of {source.label} goes beyond its {depth} layers"
         raise RecipeError(text, hint=f"the last layer is {depth - 1}; layer_range ends before its second number")
