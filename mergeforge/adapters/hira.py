@@ -15,12 +15,16 @@ _FIELDS = "r hira_dropout fan_in_fan_out bias rank_pattern runtime_config init_h
 
 @adapter("HIRA", prefixes=("hira_",), fields=_FIELDS)
 def hira(config: Config, module: Module) -> dict[str, Formula]:
-    """W + W * (B A), without a scale (peft/tuners/hira/layer.py)."""
-    rank, _ = module.require("hira_A", None, module.inside)
-    module.require("hira_B", module.outside, rank)
+    """W + W * (B A), without a scale (peft/tuners/hira/layer.py).
+
+    A convolution's A is (r, in, *kernel), its B (out, r, 1, ...).
+    """
+    flat = (1,) * (len(module.weight) - 2)
+    rank = module.require("hira_A", None, *module.weight[1:])[0]
+    module.require("hira_B", module.outside, rank, *flat)
 
     def prepare(factors: Mapping[str, Tensor]) -> Delta:
-        left, right = factors["hira_B"], factors["hira_A"]
+        left, right = factors["hira_B"].flatten(1), factors["hira_A"].flatten(1)
         return lambda start, stop, base: (left[start:stop] @ right).mul_(base)
 
     return {"weight": Formula("HiRA", prepare, needs_base=True, live=1)}

@@ -7,14 +7,16 @@ stripped when it saves; old FSDP and DeepSpeed dumps keep them and their wrapper
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ADAPTER_NAME = re.compile(
-    r"(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|trainable_tokens_delta)\.default(?=\.|$)"
+    r"(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector|diag|velora_embed)|modules_to_save|trainable_tokens_delta)\.default(?=\.|$)"
 )
 _ORIGINAL = ".original_module."  # beside a grown vocabulary PEFT also saves what modules_to_save started from
+UNUSED = "unused"  # the role of what only training needed
+_SAMPLER = ".lora_monteclora_sampler."
 # suffix on disk -> role, longest first
 ROLES = {
     "lora_A.weight": "A",
@@ -24,6 +26,13 @@ ROLES = {
     "lora_embedding_B": "embedding_B",
     "lora_magnitude_vector.weight": "magnitude",
     "lora_magnitude_vector": "magnitude",
+    "lora_diag": "diagonal",
+    "lora_mid.weight": "middle",
+    "lora_a": "turned_A",
+    "lora_b": "turned_B",
+    "lora_velora_embed": UNUSED,
+    "diff": "added",
+    "diff_b": "added_bias",
     "token_adapter.base_layer.weight": "base_weight",
     "token_adapter.trainable_tokens_delta": "tokens",
     "trainable_tokens_delta": "tokens",
@@ -55,19 +64,20 @@ def parse_key(name: str) -> Key | None:
         path = path.replace(_ORIGINAL, ".")
         module, _, leaf = path.rpartition(".")
         return Key(module, f"original_{leaf}") if leaf in ("weight", "bias") else None
+    if _SAMPLER in path:
+        return Key(path.partition(_SAMPLER)[0], UNUSED)
     for suffix, role in ROLES.items():
         if path.endswith("." + suffix):
             return Key(path[: -len(suffix) - 1], role)
     return None
 
 
-def find_tensor(path: str, names: Iterable[str]) -> list[str]:
+def find_tensor(path: str, names: Collection[str]) -> list[str]:
     """The checkpoint's tensors that `path` can mean: itself, or those that differ by a prefix.
 
     A model class and its headless twin name the same tensor with and without a leading `model.` or
     `transformer.`; one name must then end in the other, at a dot.
     """
-    names = list(names)
     if path in names:
         return [path]
     if ends := [name for name in names if path.endswith("." + name)]:

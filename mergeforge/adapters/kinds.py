@@ -16,7 +16,7 @@ blocks of W's rows, so no dense matrix of W's size is ever held. W is (out, in),
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -143,9 +143,20 @@ def low_rank(left: Tensor, right: Tensor) -> Delta:
 def by_pattern(config: Config, patterns: str, default: str, path: str) -> Any:
     """The first value of a `*_pattern` whose key matches the module's path or its end, else the default field's.
 
-    peft/utils/other.py, get_pattern_key.
+    peft/utils/other.py, get_pattern_key. Raises ValueError where that is no number.
     """
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return config[default]
+    found = matching(config.get(patterns), path)
+    value = next(found, config.get(default))
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"its config says {default} = {value!r} for {path}, which is no number")
+    return value
+
+
+def matching(patterns: Any, path: str) -> Iterator[Any]:
+    """The values of the patterns, in the file's order, that match the module's path or its end. Raises ValueError."""
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise ValueError(f"its config has {patterns!r} where patterns and their values belong")
+    try:
+        return iter([value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)])
+    except re.error as error:
+        raise ValueError(f"its config has a pattern that is no regular expression: {error}") from None

@@ -23,6 +23,14 @@ def loha(config: Config, module: Module) -> dict[str, Formula]:
     rank = module.require("hada_w1_b")[0]
     scale = by_pattern(config, "alpha_pattern", "alpha", module.path) / rank
     cores = "hada_t1" in module.shapes
+    for number in "12" if cores else "":
+        module.require(f"hada_w{number}_a", rank, module.outside)
+        module.require(f"hada_w{number}_b", rank, module.weight[1])
+        core = module.require(f"hada_t{number}")
+        if core[:2] != (rank, rank) or prod(core[2:]) != prod(module.weight[2:]):
+            raise ValueError(
+                f"{module.path}: hada_t{number} {list(core)} does not fit its weight {list(module.weight)}"
+            )
     if not cores:
         for number in "12":
             module.require(f"hada_w{number}_a", None, rank)
@@ -49,6 +57,6 @@ def _sides(factors: Mapping[str, Tensor], number: str, cores: bool) -> tuple[Ten
     a, b = factors[f"hada_w{number}_a"], factors[f"hada_w{number}_b"]
     if not cores:
         return a, b
-    core = factors[f"hada_t{number}"]  # (r, r, height, width); a is (r, out), b (r, in)
-    spread = (b.t() @ core.permute(1, 0, 2, 3).reshape(len(b), -1)).view(b.shape[1], core.shape[0], -1)
+    core = factors[f"hada_t{number}"]  # (r, r, *kernel); a is (r, out), b (r, in)
+    spread = (b.t() @ core.transpose(0, 1).reshape(len(b), -1)).view(b.shape[1], core.shape[0], -1)
     return a.t(), spread.permute(1, 0, 2).reshape(core.shape[0], b.shape[1] * prod(core.shape[2:]))

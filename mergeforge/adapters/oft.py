@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import sqrt
+from math import prod, sqrt
 from typing import TYPE_CHECKING
 
 from mergeforge.adapters.kinds import Config, Delta, Formula, Module, adapter
@@ -25,6 +25,9 @@ def oft(config: Config, module: Module) -> dict[str, Formula]:
     """
     if config.get("oft_block_size") is None or "oft_embedding_R" in module.shapes:
         raise ValueError(f"{module.path}: OFT of embeddings, or from a PEFT older than 0.16, is not supported")
+    if len(module.weight) > 2 and prod(module.weight[2:]) > 1:
+        reason = "PEFT trains it on sums of overlapping patches, which no kernel computes"
+        raise ValueError(f"{module.path} is a convolution of {list(module.weight)}: {reason}")
     blocks, numbers = module.require("oft_R")
     size = round((1 + sqrt(1 + 8 * numbers)) / 2)
     if size * (size - 1) // 2 != numbers or module.inside % size or blocks not in (1, module.inside // size):

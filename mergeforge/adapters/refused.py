@@ -24,9 +24,7 @@ REFUSED = {
     "FROD": _FROM_BASE,
     "PEANUT": "its change is a network's answer to the weight itself, which no row alone tells: merge it with PEFT",
     "DEFT": "its factors are of the original weight's whole product: merge it with PEFT",
-    "GLORA": "it is not supported by this version: merge it with PEFT",
     "UNILORA": "it is not supported by this version: merge it with PEFT",
     "ADAMSS": "it is not supported by this version: merge it with PEFT",
     "WAVEFT": "it is not supported by this version: merge it with PEFT",
-    "SUPERTUNING": "it is not supported by this version: merge it with PEFT",
 }

@@ -109,6 +109,7 @@ def _stored(inputs: Inputs) -> Iterator[OpenModel]:
             yield model
 
 
+ADAPTER_STEMS = ("adapter_model", "adapters", "pytorch_lora_weights")  # PEFT's, MLX's and diffusers' names
 Replicate = Callable[[OpenModel, Any], OpenModel]  # a model with its layers repeated, as an adapter says
 
 
@@ -160,12 +161,13 @@ class Opener:
         return told[0] if told else None
 
     def _config(self, entry: AdapterEntry) -> dict[str, Any]:
-        path = self._found(entry).path / "adapter_config.json"
+        found = self._found(entry).path
+        path = (found.parent if found.is_file() else found) / "adapter_config.json"
         return read_json(path) if path.is_file() else {}
 
     def _found(self, entry: AdapterEntry) -> hub.Local:
         reference = entry.adapter
-        return hub.fetch(reference.path, reference.revision, ("adapter_model",), allow_pickle=self.allow_pickle)
+        return hub.fetch(reference.path, reference.revision, ADAPTER_STEMS, allow_pickle=self.allow_pickle)
 
     def _named(self, reference: ModelRef) -> Model:
         if reference.path in self.results and not reference.revision:
@@ -177,7 +179,15 @@ class Opener:
         label = str(entry.adapter)
         if where.path.suffix == ".gguf" and where.path.is_file():
             return OpenAdapter(entry, open_gguf_adapter(where.path, label, base))
-        adapter = open_adapter(where.path, label, base, revision=where.revision, allow_pickle=self.allow_pickle)
+        adapter = open_adapter(
+            where.path,
+            label,
+            base,
+            revision=where.revision,
+            allow_pickle=self.allow_pickle,
+            residual=entry.base_is_residual,
+            stacked=True,  # _model has repeated the layers that its layer_replication says
+        )
         return OpenAdapter(entry, adapter)
 
     def _checkpoint(self, reference: ModelRef) -> Checkpoint:

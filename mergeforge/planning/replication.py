@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mergeforge.adapters import lora
 from mergeforge.errors import SourceError
 from mergeforge.planning.depth import stacked_config
 from mergeforge.planning.inputs import Inputs, OpenModel, Result
@@ -23,7 +24,7 @@ def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
     """The model with the layers of each range [first, stop), one range behind the other. Raises SourceError."""
     base = model.checkpoint
     prefix = main_stack(base.tensors, base.config)
-    layers = [layer for first, stop in _checked(ranges, model.label) for layer in range(first, stop)]
+    layers = _layers(ranges)
     places: dict[int, list[int]] = {}
     for place, layer in enumerate(layers):
         places.setdefault(layer, []).append(place)
@@ -57,11 +58,8 @@ def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
     return OpenModel(model.entry, result, model.adapters)
 
 
-def _checked(ranges: Any, label: str) -> list[tuple[int, int]]:
-    good = isinstance(ranges, list) and all(
-        isinstance(one, list) and len(one) == 2 and all(isinstance(end, int) for end in one) and 0 <= one[0] < one[1]
-        for one in ranges
-    )
-    if not good or not ranges:
-        raise SourceError(f"layer_replication {ranges!r} is no list of [first layer, layer to stop before]")
-    return [(first, stop) for first, stop in ranges]
+def _layers(ranges: Any) -> list[int]:
+    try:
+        return lora.replicated(ranges)
+    except ValueError as error:
+        raise SourceError(str(error), hint="[[first layer, layer to stop before], ...]") from None

@@ -85,9 +85,18 @@ def folded(name: str, base: Way, edits: Sequence[tuple[Edit, ...]], weights: Seq
     if len(terms) == 1 and terms[0][0] == 1 and isinstance(terms[0][1], Replaced):
         return renamed(terms[0][1].value, name), "replaced by the adapter's"
     check_rows(name, base, edits)
+    _check_replacements(name, terms)
     kinds = dict.fromkeys(edit.about for _, edit in terms)
     action = f"base + {len(terms)} x {'/'.join(kinds)}" if len(terms) > 1 else f"base + {terms[0][1].about}"
     return Adapted(base, tuple(terms)), action
+
+
+def _check_replacements(name: str, terms: Sequence[tuple[float, Edit]]) -> None:
+    """Several replacements of one tensor can be averaged; added up they are nobody's."""
+    weights = [weight for weight, edit in terms if isinstance(edit, Replaced)]
+    if len(weights) > 1 and abs(sum(weights) - 1) > 1e-6:
+        text = f"{len(weights)} adapters each bring their own {name}, and their weights sum to {sum(weights):g}"
+        raise SourceError(text, hint="give them weights that sum to 1, or merge one after the other")
 
 
 def check_rows(name: str, base: Way, edits: Sequence[tuple[Edit, ...]]) -> None:

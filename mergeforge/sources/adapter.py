@@ -1,27 +1,67 @@
-"""A PEFT adapter folder, ready to fold: its kind and configuration are checked, its tensors matched to the base."""
+"""An adapter, ready to fold: its dialect, kind and configuration are checked, its tensors matched to the base."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mergeforge.adapters.kinds import KINDS
-from mergeforge.adapters.lora import plain_settings, read_settings
+from mergeforge.adapters.kinds import KINDS, Kind
+from mergeforge.adapters.lora import LoraSettings, plain_settings, read_settings
 from mergeforge.adapters.refused import REFUSED
 from mergeforge.errors import SourceError
-from mergeforge.sources.checkpoint import Model, open_checkpoint, read_json
+from mergeforge.sources.checkpoint import Checkpoint, Model, open_checkpoint, read_json
+from mergeforge.sources.dialects import Translated
+from mergeforge.sources.dialects.diffusion import read_diffusion
+from mergeforge.sources.dialects.mlx import STEM, is_mlx, read_mlx
 from mergeforge.sources.matching import Adapter, Matching
+from mergeforge.sources.safetensors_file import read_header
 
 __all__ = ["Adapter", "open_adapter"]
+_CONFIG = "adapter_config.json"
 
 
 def open_adapter(
-    folder: Path, label: str, base: Model, *, revision: str | None = None, allow_pickle: bool = False
+    path: Path,
+    label: str,
+    base: Model,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    residual: bool = False,
+    stacked: bool = False,
 ) -> Adapter:
     """Read an adapter's headers and match every tensor to the base.
 
+    `path`: a folder of PEFT or mlx-lm, or a single file (kohya, LyCORIS, diffusers). `residual`: the base
+    is what the adapter's start (PiSSA and the like) left of the original; `stacked`: its layers are those of the
+    adapter's layer_replication.
     Raises SourceError when its kind or configuration cannot be folded, or a tensor matches nothing.
     """
-    config = read_json(folder / "adapter_config.json")
+    folder = path.parent if path.is_file() else path
+    ours = path if path.is_dir() or path.stem not in ("adapter_model", STEM) else folder
+    config = read_json(folder / _CONFIG) if ours.is_dir() and (folder / _CONFIG).exists() else None
+
+    def table(stem: str) -> Checkpoint:
+        return open_checkpoint(ours, label, revision=revision, allow_pickle=allow_pickle, stem=stem)
+
+    if config is not None and is_mlx(config):
+        found = table(STEM)
+        return _matched(found, read_mlx(found.tensors, config, label), label, base, folder)
+    if config is None and (ours.is_file() or _is_single(ours)):
+        found = table("adapter_model")
+        return _matched(found, read_diffusion(found.tensors, _metadata(found), label, base), label, base, folder)
+    if config is None:
+        raise SourceError(f"{folder / _CONFIG} does not exist", hint="is it the adapter's folder?")
+    settings, kind = _read_config(config, label, residual, stacked)
+    return Matching(label, base, table("adapter_model"), settings, kind, config).adapter(folder, revision)
+
+
+def _read_config(
+    config: Mapping[str, Any], label: str, residual: bool, stacked: bool
+) -> tuple[LoraSettings, Kind | None]:
+    """What PEFT's configuration says. Raises SourceError where it cannot be folded."""
     name = str(config.get("peft_type", "")).upper()
     if name in REFUSED:
         raise SourceError(f"{label}: {name} adapters cannot be merged here: {REFUSED[name]}")
@@ -32,8 +72,26 @@ def open_adapter(
     try:
         if kind:
             kind.check(config)
-        settings = plain_settings(config) if kind else read_settings(config)
+        settings = plain_settings(config) if kind else read_settings(config, residual=residual, stacked=stacked)
     except ValueError as error:
         raise SourceError(f"{label}: {error}") from None
-    table = open_checkpoint(folder, label, revision=revision, allow_pickle=allow_pickle, stem="adapter_model")
-    return Matching(label, base, table, settings, kind, config).adapter(folder, revision)
+    return settings, kind
+
+
+def _matched(table: Checkpoint, translated: Translated, label: str, base: Model, folder: Path) -> Adapter:
+    known = replace(table, tensors=translated.tensors, warnings=(*table.warnings, *translated.notes))
+    matching = Matching(label, base, known, translated.settings, translated.kind, translated.config)
+    return matching.adapter(folder, table.revision)
+
+
+def _is_single(folder: Path) -> bool:
+    """Whether a folder holds one safetensors file, and not under PEFT's name."""
+    names = [entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors"] if folder.is_dir() else []
+    return len(names) == 1 and names[0] != "adapter_model.safetensors"
+
+
+def _metadata(table: Checkpoint) -> Mapping[str, str]:
+    files = {one.file.path for one in table.tensors.values()}
+    return (
+        read_header(files.pop()).metadata if len(files) == 1 and str(next(iter(files))).endswith(".safetensors") else {}
+    )

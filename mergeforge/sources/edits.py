@@ -123,19 +123,21 @@ class Dora:
     """Weight-decomposed LoRA (https://arxiv.org/abs/2402.09353): V = W + s L R, W' = m / |V| * V.
 
     |V| is taken over each output's weights: over a row of W, or over a column where W is stored
-    transposed (Conv1D) or is an embedding; columns need a look at the whole tensor first.
+    transposed (Conv1D) or is an embedding; columns need a look at the whole tensor first. `columns`:
+    whether it is over columns where that is not told by how L and R are stored (MLX, LyCORIS).
     Defined by peft/tuners/lora/dora.py.
     """
 
     low: LowRank
     magnitude: Stored
+    columns: bool | None = None
 
     about: str = "DoRA"
     needs_base: bool = True
 
     @property
     def learns(self) -> bool:
-        return self.low.transposed
+        return self.low.transposed if self.columns is None else self.columns
 
     @property
     def need(self) -> Need:

@@ -36,51 +36,47 @@ class Formulated:
 
     @property
     def needs_base(self) -> bool:
-        return self.formula.needs_base and self.formula.reach == 1
+        return self.formula.needs_base and self._group == 1
+
+    @property
+    def _group(self) -> int:
+        """W's rows are taken in whole groups of so many."""
+        return self.formula.reach * self.inner
 
     @property
     def need(self) -> Need:
         read = sum(one.info.nbytes + 4 * one.info.numel + ALIGNMENT for one in self.factors.values())
         own = Need(fixed=read + self.formula.fixed, live=self.formula.live)
-        if self.formula.reach == 1:
+        if self._group == 1:
             return own
-        groups = 2 * self.formula.reach * self.base.info.row_nbytes
-        return own + self.base.need + Need(fixed=groups, live=self.base.need.live + self.formula.live)
+        ends = 2 * self._group * self.base.info.columns * (self.base.info.bits // 8 + 4 * (1 + self.formula.live))
+        return own + self.base.need + Need(fixed=ends, live=self.base.need.live + self.formula.live)
 
     def learn(self, scan: Scan, base: Way) -> Any:
         return None
 
     def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Any:  # sources.edits.Delta
         delta = self.formula.prepare({role: _read(one, worker, dtype) for role, one in self.factors.items()})
-        if self.inner > 1:
-            return self._finer(delta)
-        if self.formula.reach == 1:
+        if self._group == 1:
             return delta
         wide = range(self._down(rows.start), min(self._up(rows.stop), self.base.info.rows))
-        return self._grouped(delta, self.base.stage(wide, worker, facts, dtype))
+        whole = self.base.stage(wide, worker, facts, dtype) if self.formula.needs_base else None
+        return self._grouped(delta, whole)
 
     def _down(self, row: int) -> int:
-        return row // self.formula.reach * self.formula.reach
+        return row // self._group * self._group
 
     def _up(self, row: int) -> int:
-        return -(-row // self.formula.reach) * self.formula.reach
+        return -(-row // self._group) * self._group
 
-    def _grouped(self, delta: Any, whole: Rows) -> Any:
+    def _grouped(self, delta: Any, whole: Rows | None) -> Any:
         def grouped(start: int, stop: int, base: Any) -> Tensor:
-            first, last = self._down(start), self._up(stop)
-            changed: Tensor = delta(first, last, whole(first, last))
-            return changed[start - first : stop - first]
+            first, last = self._down(start), min(self._up(stop), self.base.info.rows)
+            wide = whole(first, last).reshape((last - first) // self.inner, -1) if whole else None
+            changed: Tensor = delta(first // self.inner, last // self.inner, wide)
+            return changed.reshape(last - first, -1)[start - first : stop - first]
 
         return grouped
-
-    def _finer(self, delta: Any) -> Any:
-        def finer(start: int, stop: int, base: Any) -> Tensor:
-            first = start // self.inner
-            changed: Tensor = delta(first, -(-stop // self.inner), None)
-            rows = changed.reshape(len(changed) * self.inner, -1)
-            return rows[start - first * self.inner : stop - first * self.inner]
-
-        return finer
 
 
 def _read(stored: Stored, worker: Worker, dtype: torch.dtype) -> Tensor:

@@ -63,6 +63,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gralora": ("GraloraConfig", {"r": 8, "alpha": 5, "gralora_k": 2}),
     "gralora hybrid": ("GraloraConfig", {"r": 8, "alpha": 5, "gralora_k": 4, "hybrid_r": 4}),
     "hira": ("HiraConfig", {"r": 4}),
+    "glora": ("GloraConfig", {"r": 4}),
+    "glora vectors": ("GloraConfig", {"r": 4, "config_A_B": "vector"}),
+    "glora numbers": ("GloraConfig", {"r": 4, "config_A_B": "constant"}),
+    "supertuning": ("SupertuningConfig", {"sparsity": 0.9}),
+    "supertuning with lora": ("SupertuningConfig", {"sparsity": 0.9, "r": 3, "lora_alpha": 5}),
     "ln tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm", "post_attention_layernorm", "model.norm"]}),
     "trainable tokens": ("TrainableTokensConfig", {"token_indices": [3, 7, 41], "target_modules": ["embed_tokens"]}),
     "loha and saved head": ("LoHaConfig", {"r": 4, "alpha": 9, "modules_to_save": ["lm_head"]}),
@@ -70,6 +75,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 BIASES = {
     "ia3 on biases": ("IA3Config", {"feedforward_modules": []}),
     "road on biases": ("RoadConfig", {"group_size": 8}),
+    "glora on biases": ("GloraConfig", {"r": 4, "config_C": "none", "config_D_E": "vector"}),
+    "glora, biases by numbers": ("GloraConfig", {"r": 4, "config_C": "none", "config_A_B": "none"}),
     "beft": ("BeftConfig", {"target_modules": ["q_proj", "v_proj"]}),
     "gralora beside biases": ("GraloraConfig", {"r": 8, "alpha": 5, "gralora_k": 2}),
 }
