@@ -171,9 +171,15 @@ def _blocks(given: Any) -> int:
 def replicated(ranges: Sequence[Sequence[int]]) -> list[int]:
     """The base's layer that each layer of a layer_replication is: [[0, 2], [1, 3]] gives 0, 1, 1, 2.
 
-    peft/tuners/tuners_utils.py, replicate_layers.
+    peft/tuners/tuners_utils.py, replicate_layers. Raises ValueError for what is no list of such pairs.
     """
-    return [layer for start, end in ranges for layer in range(start, end)]
+    pairs = [tuple(one) for one in ranges if isinstance(one, list | tuple)] if isinstance(ranges, list | tuple) else []
+    good = bool(pairs) and len(pairs) == len(ranges)
+    if not good or not all(len(one) == 2 and all(isinstance(end, int) for end in one) for one in pairs):
+        raise ValueError(f"layer_replication {ranges!r} is no list of [first layer, layer to stop before]")
+    if not all(0 <= start < end for start, end in pairs):
+        raise ValueError(f"layer_replication {ranges!r} holds a range without layers")
+    return [layer for start, end in pairs for layer in range(start, end)]
 
 
 def plain_settings(config: Mapping[str, Any]) -> LoraSettings:

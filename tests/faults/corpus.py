@@ -237,6 +237,10 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "LoftQ on the original": {"init_lora_weights": "loftq"},
     "DoRA without magnitudes": {"use_dora": True},
     "ranks of other modules": {"rank_pattern": {".*": 99}},
+    "repeated layers: a number": {"layer_replication": 5},
+    "repeated layers: no pairs": {"layer_replication": [[1, 2, 3]]},
+    "repeated layers: reversed": {"layer_replication": [[2, 1]]},
+    "repeated layers: beyond the model": {"layer_replication": [[0, 99]]},
     "a pattern that is no expression": {"rank_pattern": {"(": 4}},
 }
 
