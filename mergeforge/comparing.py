@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.budget import Worker
+from mergeforge.explaining import explain
 from mergeforge.hub import fetch
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from mergeforge.sources.dequantised import Dequantised, open_gguf, open_gguf_alone
@@ -67,7 +68,9 @@ def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     table = open_checkpoint(folder, path, allow_pickle=allow_pickle, stem=stem)
     config = read_json(folder / "adapter_config.json") if is_adapter else dict(table.config)
     shown = {name: config[name] for name in facts if config.get(name) not in (None, {}, [])}
-    return _described(kind, [stored.info for stored in table.tensors.values()], shown)
+    infos = [stored.info for stored in table.tensors.values()]
+    told = {"in_words": explain(config, infos)} if is_adapter else {}
+    return _described(kind, infos, shown) | told
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ FLOORS = (
     {
         "computing",
         "measuring",
+        "explaining",
         "running",
         "workspace",
         "receipt",
@@ -57,6 +58,7 @@ ALLOWED = {
     ("disk", "errors"),
     ("planning", "joining"),
     ("computing", "measuring"),
+    ("comparing", "explaining"),
     ("receipt", "measuring"),
     ("running", "card"),
     ("running", "receipt"),

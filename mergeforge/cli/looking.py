@@ -75,6 +75,8 @@ def inspect(path: str, allow_pickle: bool, as_json: bool, verbose: bool) -> None
     click.echo(f"{len(facts['tensors'])} tensors, {facts['parameters']:,} parameters, {show_size(facts['bytes'])}")
     for dtype, nbytes in facts["bytes_by_dtype"].items():
         click.echo(f"  {dtype:6} {show_size(nbytes)}")
+    for sentence in facts.get("in_words", ()):
+        click.echo(f"- {sentence}")
     for name, value in facts["config"].items():
         click.echo(f"  {name}: {_short(value)}")
     if verbose:
