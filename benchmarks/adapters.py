@@ -49,7 +49,8 @@ def main() -> None:
         rows = []
         for name, case in chosen.items():
             exact, logits = _errors(lab, "qwen2" if name in BIASES else "llama", case)
-            cost = "" if given.no_time else f"{_seconds(lab, case) / lora:.2f}"
+            untimed = given.no_time or name in BIASES  # the wide model has none
+            cost = "" if untimed else f"{_seconds(lab, case) / lora:.2f}"
             rows.append([name, _told(case[1]), f"{exact:.1e}", f"{logits:.1e}", cost])
             print(f"{name}: {rows[-1][2:]}", file=sys.stderr, flush=True)
     print(f"{machine()}\n\n{table(HEAD, rows)}")
