@@ -41,7 +41,7 @@ Merged with [mergeforge](https://pypi.org/project/mergeforge/) by the method `{p
 Arithmetic is float32, rounded once when a tensor is written. `mergeforge.json` holds every tensor's
 way and checksum; `mergeforge verify` checks them.
 
-## Recipe
+{_notes(plan)}## Recipe
 
 ```yaml
 {recipe}
@@ -71,6 +71,17 @@ def _front_matter(plan: Plan) -> dict[str, Any]:
     if licences and licences[0] and all(one == licences[0] for one in licences):
         front |= licences[0]
     return front
+
+
+def _notes(plan: Plan) -> str:
+    """What the plan noted, inputs by their names alone."""
+    if not plan.notes:
+        return ""
+    text = "\n".join(f"- {note}" for note in plan.notes)
+    for table in sorted(plan.inputs.checkpoints, key=lambda table: -len(table.label)):
+        if Path(table.label).is_absolute():
+            text = text.replace(table.label, Path(table.label).name)
+    return f"## Notes\n\n{text}\n\n"
 
 
 def _files(plan: Plan) -> str:

@@ -356,6 +356,12 @@ def test_the_card_tells_every_model(models: Path) -> None:
     assert re.search(r"- 1\n- 2\n- 3\n", card) and "name: half" in card
 
 
+def test_the_card_tells_the_notes(models: Path) -> None:
+    merged(models, {"merge_method": "linear", "parameters": {"weight": 1, "int8_mask": True}, "models": ["1", "2"]})
+    card = (models / "out" / "README.md").read_text()
+    assert "## Notes\n\n- int8_mask has no effect" in card and str(models) not in card.partition("## Recipe")[0]
+
+
 def test_int8_mask_is_taken_and_said_to_do_nothing(models: Path) -> None:
     recipe = {"merge_method": "linear", "parameters": {"weight": 1, "int8_mask": True}, "models": ["1", "2"]}
     assert any(
