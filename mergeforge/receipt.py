@@ -18,6 +18,7 @@ from mergeforge.measuring import Measured, total
 from mergeforge.planning import Piece, Plan
 from mergeforge.sinks import Outlet, Run, joined, strips
 from mergeforge.sinks.checkpoint import CheckpointOutlet
+from mergeforge.sinks.fp8 import FP8Outlet
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.checkpoint import Checkpoint
 from mergeforge.sources.edits import Dora, Edit, LowRank
@@ -76,7 +77,7 @@ def _tensor(plan: Plan, piece: Piece, journal: Journal) -> dict[str, Any]:
             facts |= {"file": outlet.file, "xxh3": checksum}
         else:
             encoded = {"file": outlet.file, "type": outlet.about, "strips": _strips(outlet, piece), "xxh3": checksum}
-            facts.setdefault("gguf", {})[outlet.key] = encoded
+            facts.setdefault("fp8" if isinstance(outlet, FP8Outlet) else "gguf", {})[outlet.key] = encoded
     return facts
 
 

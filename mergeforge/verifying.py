@@ -21,6 +21,7 @@ from mergeforge.errors import SourceError
 from mergeforge.planning import Piece, Plan, make_plan
 from mergeforge.sinks import strips
 from mergeforge.sinks.checkpoint import KEY
+from mergeforge.sinks.fp8 import SCALES
 from mergeforge.sources.safetensors_file import Header, read_header
 from mergeforge.tensors import Tile, blocks
 from mergeforge.workspace import RECEIPT, RECIPE, read_receipt
@@ -55,7 +56,7 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
     problems = _check_files(out, receipt["files"])
     headers = {name: _header(out / name, problems) for name in _weight_files(receipt)}
     problems += _check_tensors(receipt["tensors"], headers)
-    problems += _check_ggufs(out, receipt)
+    problems += _check_encoded(out, receipt)
     again = _recompute(out, receipt, problems, everything) if deep and not problems else 0
     return Verdict(len(receipt["files"]), len(receipt["tensors"]), again, tuple(problems))
 
@@ -105,6 +106,8 @@ def _header(path: Path, problems: list[str]) -> Header | None:
 def _check_tensors(tensors: Mapping[str, Any], headers: Mapping[str, Header | None]) -> list[str]:
     """Compare every tensor's place, dtype, shape and checksum; one thread a core reads."""
     held = {name: header for file, header in headers.items() if header for name in header.tensors}
+    packed = {packed for name, facts in tensors.items() if "fp8" in facts for packed in (name, f"{name}{SCALES}")}
+    held = {name: header for name, header in held.items() if name not in packed}
     tensors = {name: facts for name, facts in tensors.items() if "file" in facts}
     problems = [f"{name} stands in a file and not in the receipt" for name in sorted(set(held) - set(tensors))]
 
@@ -128,9 +131,10 @@ def _check_tensors(tensors: Mapping[str, Any], headers: Mapping[str, Header | No
         return problems + [problem for problem in pool.map(check, tensors) if problem]
 
 
-def _check_ggufs(out: Path, receipt: Mapping[str, Any]) -> list[str]:
-    """Compare the GGUF files' headers and every tensor's bytes with the receipt; one thread a core reads."""
-    files = {name: facts for name, facts in receipt["files"].items() if name.endswith(".gguf")}
+def _check_encoded(out: Path, receipt: Mapping[str, Any]) -> list[str]:
+    """Compare encoded files' headers (GGUF, FP8) and every tensor's bytes with the receipt; one thread a core reads."""
+    used = {one["file"] for tensor in receipt["tensors"].values() for one in _encoded(tensor).values()}
+    files = {name: facts for name, facts in receipt["files"].items() if name.endswith(".gguf") or name in used}
     opened = {name: InputFile(out / name) for name, facts in files.items() if _has_size(out / name, facts["size"])}
     problems = []
     for name, file in opened.items():
@@ -149,11 +153,16 @@ def _check_ggufs(out: Path, receipt: Mapping[str, Any]) -> list[str]:
     tasks = [
         (name, key, facts)
         for name, tensor in receipt["tensors"].items()
-        for key, facts in tensor.get("gguf", {}).items()
+        for key, facts in _encoded(tensor).items()
         if facts["file"] in opened
     ]
     with ThreadPoolExecutor(cores()) as pool:
         return problems + [problem for problem in pool.map(check, tasks) if problem]
+
+
+def _encoded(tensor: Mapping[str, Any]) -> dict[str, Any]:
+    """What the receipt says of a tensor's encoded forms."""
+    return {**tensor.get("gguf", {}), **tensor.get("fp8", {})}
 
 
 def _strip_sums(file: InputFile, strips: list[Any]) -> Iterator[str]:
@@ -204,7 +213,7 @@ def _computed(piece: Piece, worker: Worker) -> dict[str, str]:
 
 def _noted(facts: Mapping[str, Any]) -> dict[str, str]:
     """The checksums that the receipt holds of a tensor."""
-    noted = {key: encoded["xxh3"] for key, encoded in facts.get("gguf", {}).items()}
+    noted = {key: encoded["xxh3"] for key, encoded in _encoded(facts).items()}
     return noted | ({KEY: facts["xxh3"]} if "xxh3" in facts else {})
 
 

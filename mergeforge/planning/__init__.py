@@ -24,6 +24,7 @@ from mergeforge.layout import Layout, OutputFile
 from mergeforge.methods import METHODS
 from mergeforge.planning.compose import Composition
 from mergeforge.planning.cutting import Piece, cut_all, peak
+from mergeforge.planning.eight_bits import checkpoint_outlets, quantization_config, stored_infos
 from mergeforge.planning.gguf import GGUFInputs, GGUFPlan, gguf_config, plan_ggufs
 from mergeforge.planning.inputs import Inputs
 from mergeforge.planning.stages import Stage, settle
@@ -33,7 +34,6 @@ from mergeforge.recipe import Recipe, read
 from mergeforge.side_files import SideFiles
 from mergeforge.sinks import Outlet
 from mergeforge.sinks import checkpoint as sink
-from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sizes import show_size
 from mergeforge.sources.quantised.way import Quantised
 from mergeforge.tensors import TensorInfo
@@ -89,8 +89,9 @@ class Plan:
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """The checkpoint's tensors in the order of its files."""
-        by_name = {piece.info.name: piece.info for piece in self.pieces}
-        return tuple(by_name[name] for name in self.checkpoint.extents)
+        infos = {piece.info.name: piece.info for piece in self.pieces}
+        held = {info.name: info for info in stored_infos(infos, self.recipe.output.fp8)}
+        return tuple(held[name] for name in self.checkpoint.extents)
 
 
 def read_recipe(
@@ -119,9 +120,13 @@ def make_plan(
     inputs, ways, infos = stage.inputs, stage.composition.ways, stage.infos
     name = recipe.output.name or where.absolute().name
     told = gguf_config(stage.config, inputs.donor.checkpoint, ways) if recipe.output.gguf else stage.config
+    config = stage.config
+    if config is not None and recipe.output.fp8:
+        config = config | {"quantization_config": quantization_config(infos)}
     given = GGUFInputs(name, told, infos, {**stage.files, **_own_card(inputs)}, budget.device)
     ggufs, gguf_outlets, gguf_notes = plan_ggufs(recipe.output, given)
-    checkpoint = sink.lay_out(list(infos.values()), recipe.output.shard_size) if recipe.output.safetensors else NOTHING
+    stored = stored_infos(infos, recipe.output.fp8)
+    checkpoint = sink.lay_out(stored, recipe.output.shard_size) if recipe.output.safetensors else NOTHING
     outlets = _outlets(infos, checkpoint, gguf_outlets)
     pieces, budget = cut_all(ways, {name: infos[name] for name in outlets}, outlets, budget)
     actions = {piece.info.name: _action(piece, stage.composition) for piece in pieces}
@@ -136,7 +141,7 @@ def make_plan(
         checkpoint=checkpoint,
         ggufs=tuple(ggufs),
         tied=stage.composition.tied,
-        config=stage.config if recipe.output.safetensors else None,
+        config=config if recipe.output.safetensors else None,
         side_files=stage.files if recipe.output.safetensors else {},
         notes=tuple(dict.fromkeys([*stage.notes, *gguf_notes])),
         fingerprint=_fingerprint(recipe, inputs, [checkpoint, *(gguf.layout for gguf in ggufs)], budget),
@@ -168,9 +173,7 @@ def _outlets(
     infos: Mapping[str, TensorInfo], checkpoint: Layout, ggufs: Mapping[str, Sequence[Outlet]]
 ) -> dict[str, list[Outlet]]:
     """What takes each tensor, for those that anything takes, in the order of the checkpoint's files."""
-    outlets: dict[str, list[Outlet]] = {
-        name: [CheckpointOutlet(infos[name], extent)] for name, extent in checkpoint.extents.items()
-    }
+    outlets = checkpoint_outlets(infos, checkpoint)
     for name in infos:
         if ggufs[name]:
             outlets.setdefault(name, []).extend(ggufs[name])
@@ -251,6 +254,7 @@ def _fingerprint(recipe: Recipe, inputs: Inputs, layouts: Sequence[Layout], budg
         "inputs": [[*sorted(table.file_hashes.items()), *_identities(table.files)] for table in inputs.checkpoints],
         "files": {name: hashlib.sha256(header).hexdigest() for name, header in files},
         "gguf_from": output.gguf_from,
+        "fp8": output.fp8,
         "adapter": output.adapter,
         "tokenizers": _tokenizers(recipe, inputs),
         "imatrices": [_file_hash(entry.imatrix) for entry in output.gguf if entry.imatrix],

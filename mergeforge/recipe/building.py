@@ -203,6 +203,7 @@ def output_of(value: Mapping[str, Any]) -> Output:
         name=value.get("name"),
         adapter=_adapter_output(value.get("adapter")),
         publish=_publish(value.get("publish")),
+        fp8=bool(value.get("fp8")),
     )
 
 

@@ -97,6 +97,8 @@ class Checker:
         output = recipe.output
         if output.safetensors is False and not output.gguf and not output.adapter:
             self.report(("output", "safetensors"), "nothing would be written", "add output.gguf, or take this out")
+        if output.fp8 and not output.safetensors:
+            self.report(("output", "fp8"), "only safetensors hold FP8, and none are written", "take one out")
         if output.adapter and not recipe.adapters:
             hint = "it joins what stands under 'adapters'; extract-lora makes one of a model"
             self.report(("output", "adapter"), "there are no adapters to join", hint)

@@ -158,6 +158,7 @@ class Publish:
 class Output:
     """Where the result goes, in which formats, and how it is split: `shard_size` in bytes.
 
+    `fp8`: linear weights are stored as FP8 (E4M3) with a scale for each block of 128 x 128.
     `gguf_from` "stored": GGUF is made from values rounded as safetensors would hold them.
     `gguf_pre` overrides what the tokenizer's structure says of its pre-tokenizer. `name` is what the
     model is called in file names and metadata (default: the folder's name).
@@ -172,6 +173,7 @@ class Output:
     name: str | None = None
     adapter: AdapterOutput | None = None
     publish: Publish | None = None
+    fp8: bool = False
 
 
 @dataclass(frozen=True)

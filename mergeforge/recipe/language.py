@@ -127,6 +127,7 @@ _OUTPUT = Record(
     {
         "path": Text("the folder to write"),
         "safetensors": Flag("false: only GGUF, no other copy on disk at any time"),
+        "fp8": Flag("true: linear weights as FP8 (E4M3) with a scale for each block of 128 x 128"),
         "shard_size": Size("largest size of one safetensors file, e.g. 5GB"),
         "gguf": ListOf(_GGUF, "GGUF files to write, by their types: q4_k_m, q8_0, f16, ...", lone=True),
         "gguf_from": Choice(("float32", "stored"), "what is quantised: the merged float32 values, or them as stored"),

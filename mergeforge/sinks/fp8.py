@@ -1,0 +1,90 @@
+"""A tensor written back as FP8: codes and their blocks' scales, each an outlet of the same computed rows.
+
+The two need not lie in one file: transformers, vLLM and SGLang find the scales by their name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mergeforge.dequantising import fp8
+from mergeforge.layout import Extent
+from mergeforge.sinks import Run
+from mergeforge.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALES = "_scale_inv"  # what follows the codes' name
+LIVE = 13  # bytes of temporaries for each element: padded, magnitudes or scaled values, codes
+
+
+@dataclass(frozen=True)
+class FP8Outlet:
+    """The codes of a matrix, or (`scales`) the scales of its blocks of `block` (rows, columns).
+
+    `info`: the tensor as it is computed; `extent`: where these codes or scales lie. A strip is whole
+    blocks of the engine's and of FP8's.
+    """
+
+    info: TensorInfo
+    extent: Extent
+    block: tuple[int, int]
+    scales: bool = False
+
+    plain: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"fp8{SCALES}" if self.scales else "fp8"
+
+    @property
+    def about(self) -> str:
+        return "FP8's scales" if self.scales else "FP8"
+
+    @property
+    def file(self) -> str:
+        return self.extent.file
+
+    @property
+    def strip_rows(self) -> int:
+        return min(math.lcm(self.info.block_rows, self.block[0]), self.info.rows)
+
+    @property
+    def row_nbytes(self) -> int:
+        return self._across * 4 if self.scales else self.info.columns
+
+    @property
+    def live(self) -> int:
+        return LIVE * (self.strip_rows + self.block[0]) * (self.info.columns + self.block[1])
+
+    @property
+    def _across(self) -> int:
+        return -(-self.info.columns // self.block[1])
+
+    def nbytes(self, start: int, stop: int) -> int:
+        if self.scales:
+            return -(-(stop - start) // self.block[0]) * self._across * 4
+        return (stop - start) * self.info.columns
+
+    def runs(self, start: int, stop: int) -> list[Run]:
+        before = start // self.block[0] * self._across * 4 if self.scales else start * self.info.columns
+        return [(self.extent.offset + before, self.nbytes(start, stop))]
+
+    def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
+        import torch
+
+        codes, scales = fp8.quantise(rows.float(), *self.block)
+        found = scales.contiguous() if self.scales else codes.contiguous()
+        into.copy_(found.view(torch.uint8).flatten(), non_blocking=True)
+
+    def refuses(self, magnitude: float) -> bool:
+        return not magnitude < math.inf
+
+
+def stored_as(info: TensorInfo, block: tuple[int, int]) -> tuple[TensorInfo, TensorInfo]:
+    """What a matrix in FP8 is stored as: its codes, and their scales."""
+    shape = tuple(-(-size // wide) for size, wide in zip(info.shape, block, strict=True))
+    return info.with_dtype("F8_E4M3"), TensorInfo(f"{info.name}{SCALES}", "F32", shape)

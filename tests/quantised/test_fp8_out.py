@@ -1,0 +1,65 @@
+"""FP8 written: strips of every height against transformers' quantiser, and read back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mergeforge import tensors as table
+from mergeforge.dequantising import fp8
+from mergeforge.layout import Extent
+from mergeforge.sinks import strips
+from mergeforge.sinks.fp8 import FP8Outlet, stored_as
+from mergeforge.tensors import TensorInfo
+
+BLOCK = (16, 32)
+
+
+def weight(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+def written(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both outlets write, strip by strip."""
+    info = TensorInfo("w", "BF16", tuple(values.shape))
+    found = []
+    for one, scales in zip(stored_as(info, BLOCK), (False, True), strict=True):
+        outlet = FP8Outlet(info, Extent("file", 100, one.nbytes), BLOCK, scales)
+        raw = torch.zeros(one.nbytes, dtype=torch.uint8)
+        for start, stop in strips(0, info.rows, outlet):
+            [(offset, nbytes)] = outlet.runs(start, stop)
+            outlet.encode(values[start:stop], start, raw[offset - 100 : offset - 100 + nbytes])
+        found.append(raw.view(torch.float32 if scales else torch.float8_e4m3fn).view(one.shape))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("elements", [1 << 19, 1000])
+def test_transformers_makes_the_same_bits(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    monkeypatch.setattr(table, "BLOCK_ELEMENTS", elements)
+    values = weight(96, 64)
+    config = SimpleNamespace(weight_block_size=BLOCK, scale_fmt="float")
+    theirs = Fp8Quantize(SimpleNamespace(quantization_config=config))._quantize_one("m.weight", values)
+    codes, scales = written(values)
+    assert torch.equal(codes.view(torch.uint8), theirs["m.weight"].view(torch.uint8))
+    assert torch.equal(scales, theirs["m.weight_scale_inv"])
+
+
+@pytest.mark.parametrize("elements", [1 << 19, 1000])
+def test_ragged_edges_read_back(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within half a step of E4M3, 1/16 of each number, or of its block's smallest steps."""
+    monkeypatch.setattr(table, "BLOCK_ELEMENTS", elements)
+    values = weight(41, 70)
+    codes, scales = written(values)
+    assert scales.shape == (3, 3)
+    back = fp8.dequantise(codes, scales.repeat_interleave(16, 0)[:41], 32)
+    assert bool(((back - values).abs() <= values.abs() / 16 + scales.max() / 512).all())
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    codes, scales = written(torch.zeros(16, 32))
+    assert not codes.view(torch.uint8).any()
+    assert scales.tolist() == [[1.0]]
