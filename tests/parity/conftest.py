@@ -70,6 +70,7 @@ class Lab:
         folder = self.folder / f"{kind}-{dtype}"
         if not folder.exists():
             with quiet():
+                torch.manual_seed(0)
                 model = _model(kind)
                 _shake(model.parameters(), seed=1)
                 model.to(getattr(torch, dtype)).save_pretrained(folder)
