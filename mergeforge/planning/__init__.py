@@ -122,7 +122,7 @@ def make_plan(
     told = gguf_config(stage.config, inputs.donor.checkpoint, ways) if recipe.output.gguf else stage.config
     config = stage.config
     if config is not None and recipe.output.fp8:
-        config = config | {"quantization_config": quantization_config(infos)}
+        config = config | {"quantization_config": quantization_config(infos, config.get("model_type"))}
     given = GGUFInputs(name, told, infos, {**stage.files, **_own_card(inputs)}, budget.device)
     ggufs, gguf_outlets, gguf_notes = plan_ggufs(recipe.output, given)
     stored = stored_infos(infos, recipe.output.fp8)

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mergeforge.errors import SourceError
 from mergeforge.layout import Layout
 from mergeforge.sinks import Outlet
 from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sinks.fp8 import SCALES, FP8Outlet, stored_as
-from mergeforge.sources.tied import EMBEDDINGS, HEADS
+from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.tensors import TensorInfo
 
 BLOCK = (128, 128)
 _KEPT = ("gate", "router", "score", "classifier", "norm", "proj_out")  # a router's gate; gate_proj is another word
+_TABLES = ("wpe", "shared", "relative_attention_bias")  # embeddings whose names do not say so
 
 
 def fp8_names(infos: Mapping[str, TensorInfo]) -> list[str]:
@@ -29,7 +31,9 @@ def fp8_names(infos: Mapping[str, TensorInfo]) -> list[str]:
 def _is_linear(name: str, info: TensorInfo) -> bool:
     module, _, leaf = name.rpartition(".")
     last = module.rpartition(".")[2]
-    return leaf == "weight" and len(info.shape) == 2 and info.is_float and last not in (*EMBEDDINGS, *HEADS, *_KEPT)
+    is_table = "embed" in last or last in (*EMBEDDINGS, *_TABLES)
+    is_matrix = leaf == "weight" and len(info.shape) == 2 and info.is_float
+    return is_matrix and not is_table and last not in (*HEADS, *_KEPT)
 
 
 def stored_infos(infos: Mapping[str, TensorInfo], fp8: bool) -> list[TensorInfo]:
@@ -53,8 +57,11 @@ def checkpoint_outlets(infos: Mapping[str, TensorInfo], layout: Layout) -> dict[
     return outlets
 
 
-def quantization_config(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """What config.json says of them."""
+def quantization_config(infos: Mapping[str, TensorInfo], model_type: str | None) -> dict[str, Any]:
+    """What config.json says of them. Raises SourceError for models whose weights stand as (in, out)."""
+    if model_type in CONV1D_MODELS:
+        what = f"output.fp8: {model_type} stores its weights transposed, which FP8's loaders do not read"
+        raise SourceError(what, hint="take fp8 out")
     packed = set(fp8_names(infos))
     matrices = [name for name, info in infos.items() if len(info.shape) == 2 and name.endswith(".weight")]
     kept = sorted(name.removesuffix(".weight") for name in matrices if name not in packed)

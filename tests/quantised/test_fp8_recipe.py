@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 import mergeforge
 from mergeforge.cli import run_command
 from mergeforge.dequantising import fp8
+from mergeforge.errors import SourceError
+from mergeforge.planning.eight_bits import quantization_config
 from mergeforge.random_model import Shape, write_adapter, write_model
+from mergeforge.tensors import TensorInfo
 
 SHAPE = Shape(hidden=192, intermediate=320, layers=2, heads=4, kv_heads=2, vocab=320)
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -80,3 +83,12 @@ def test_memory_does_not_change_the_bytes(models: Path, memory: str, monkeypatch
 def test_beside_gguf(models: Path) -> None:
     out = mergeforge.merge(RECIPE | {"output": {"fp8": True, "gguf": "q8_0"}}, out="both")
     assert list(out.glob("*.gguf")) and run_command(["verify", "both", "--deep"]) == 0
+
+
+def test_embeddings_stay_wide_and_transposed_weights_are_refused() -> None:
+    names = ("wpe", "shared", "embed_positions", "layers.0.mlp.gate", "layers.0.mlp.gate_proj")
+    infos = {f"{name}.weight": TensorInfo(f"{name}.weight", "F32", (4, 4)) for name in names}
+    config = quantization_config(infos, "t5")
+    assert config["modules_to_not_convert"] == ["embed_positions", "layers.0.mlp.gate", "shared", "wpe"]
+    with pytest.raises(SourceError, match="gpt2 stores its weights transposed"):
+        quantization_config(infos, "gpt2")
