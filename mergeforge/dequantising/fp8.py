@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST = 448.0  # of E4M3's numbers
+TINIEST = 1e-35  # 448 / 1e-36 is beyond float32
 
 
 def dequantise(weight: Tensor, scales: Tensor, block_columns: int) -> Tensor:
@@ -47,14 +48,35 @@ def quantise(values: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
     """(E4M3 codes, float32 scales) of float32 rows that begin with a block; blocks at the edges may be ragged.
 
     A block's largest magnitude becomes 448. The rule is transformers' Fp8Quantize
-    (integrations/finegrained_fp8.py), which inverts the factor before it stores it.
+    (integrations/finegrained_fp8.py), which inverts the factor before it stores it. Unlike there, a block
+    whose factor float32 cannot hold becomes zero, not NaN.
     """
     import torch
 
     rows, columns = values.shape
-    padded = torch.nn.functional.pad(values, (0, -columns % wide, 0, -rows % high))
-    blocks = padded.view(-(-rows // high), high, -(-columns // wide), wide)
-    largest = blocks.abs().amax(dim=(1, 3))
-    factors = torch.where(largest > 0, LARGEST / largest, 1.0)
+    blocks = _in_blocks(values, high, wide)
+    factors = _factors(blocks)
     codes = (blocks * factors[:, None, :, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return codes.view(padded.shape)[:rows, :columns], 1.0 / factors
+    return codes.view(len(blocks) * high, -1)[:rows, :columns], 1.0 / factors
+
+
+def scales_of(values: Tensor, high: int, wide: int) -> Tensor:
+    """quantise's scales without the codes."""
+    return 1.0 / _factors(_in_blocks(values, high, wide))
+
+
+def _in_blocks(values: Tensor, high: int, wide: int) -> Tensor:
+    """(blocks down, high, blocks across, wide); what is beyond the edges is zero."""
+    import torch
+
+    rows, columns = values.shape
+    padded = torch.nn.functional.pad(values, (0, -columns % wide, 0, -rows % high))
+    return padded.view(-(-rows // high), high, -(-columns // wide), wide)
+
+
+def _factors(blocks: Tensor) -> Tensor:
+    """(blocks down, blocks across): what takes each block's largest magnitude to 448."""
+    import torch
+
+    largest = blocks.abs().amax(dim=(1, 3))
+    return torch.where(largest > TINIEST, LARGEST / largest, 1.0)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALES = "_scale_inv"  # what follows the codes' name
-LIVE = 13  # bytes of temporaries for each element: padded, magnitudes or scaled values, codes
+LIVE = 13  # bytes of temporaries for each element of a band: as float32, padded, scaled; codes
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class FP8Outlet:
 
     @property
     def live(self) -> int:
-        return LIVE * (self.strip_rows + self.block[0]) * (self.info.columns + self.block[1])
+        return LIVE * self.block[0] * (self.info.columns + self.block[1])
 
     @property
     def _across(self) -> int:
@@ -76,9 +76,13 @@ class FP8Outlet:
     def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
         import torch
 
-        codes, scales = fp8.quantise(rows.float(), *self.block)
-        found = scales.contiguous() if self.scales else codes.contiguous()
-        into.copy_(found.view(torch.uint8).flatten(), non_blocking=True)
+        at = 0
+        for band in rows.split(self.block[0]):
+            values = band.float()
+            found = fp8.scales_of(values, *self.block) if self.scales else fp8.quantise(values, *self.block)[0]
+            raw = found.contiguous().view(torch.uint8).flatten()
+            into[at : at + len(raw)].copy_(raw, non_blocking=True)
+            at += len(raw)
 
     def refuses(self, magnitude: float) -> bool:
         return not magnitude < math.inf

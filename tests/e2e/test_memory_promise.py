@@ -41,10 +41,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("method", ["fold", "ties", "dare_ties", "slerp"])
+@pytest.mark.parametrize("method", ["fold", "fp8", "ties", "dare_ties", "slerp"])
 def test_peak_stays_within_the_memory_given(root: Path, method: str) -> None:
-    recipe: dict[str, object] = {"base_model": str(root / "base"), "output": {"path": str(root / method)}}
-    if method == "fold":
+    output = {"path": str(root / method), "fp8": method == "fp8"}
+    recipe: dict[str, object] = {"base_model": str(root / "base"), "output": output}
+    if method in ("fold", "fp8"):
         recipe["adapters"] = [str(root / "adapter")]
     else:
         parameters = {} if method == "slerp" else {"weight": 1.0, "density": 0.5}
