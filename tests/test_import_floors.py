@@ -31,7 +31,7 @@ FLOORS = (
         "factoring",
         "dequantising",
     },
-    {"sources", "sinks", "journal"},
+    {"sources", "sinks", "journal", "data"},
     {"planning", "random_model", "joining"},
     {
         "computing",

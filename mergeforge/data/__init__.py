@@ -1,0 +1,48 @@
+"""Data: rows of files, folders, the Hub or Python -> tokens and labels, and what was decided on the way.
+
+settings = settings_of({"data": ["train.jsonl"], "val": 0.05}, seq_len=1024)
+prepared = prepare(settings, load_tokenizer("model"), Path("run/data"))
+prepared.train[0].tokens, prepared.train[0].labels, prepared.counts, prepared.decisions
+"""
+
+from __future__ import annotations
+
+from mergeforge.data.conversations import Conversation, Passage
+from mergeforge.data.counting import Counts, Skipped
+from mergeforge.data.formats import Format
+from mergeforge.data.preparing import Prepared, open_prepared, prepare
+from mergeforge.data.reading import Decision, open_files
+from mergeforge.data.rendering import UNTRAINED, Example, Renderer, example, make_renderer
+from mergeforge.data.rows import Bad, Row
+from mergeforge.data.settings import FIELDS, DataSettings, DataSource, settings_of
+from mergeforge.data.stores import TokenStore
+from mergeforge.data.templates import Template, choose_template
+from mergeforge.data.tokenizers import load_tokenizer
+
+__all__ = [
+    "FIELDS",
+    "UNTRAINED",
+    "Bad",
+    "Conversation",
+    "Counts",
+    "DataSettings",
+    "DataSource",
+    "Decision",
+    "Example",
+    "Format",
+    "Passage",
+    "Prepared",
+    "Renderer",
+    "Row",
+    "Skipped",
+    "Template",
+    "TokenStore",
+    "choose_template",
+    "example",
+    "load_tokenizer",
+    "make_renderer",
+    "open_files",
+    "open_prepared",
+    "prepare",
+    "settings_of",
+]

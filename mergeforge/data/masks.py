@@ -1,0 +1,246 @@
+"""Masks: which tokens of a rendered conversation are the answers, exactly or not at all.
+
+Three ways, the first that is exact wins:
+
+1. tags: the template marks the answers itself with {% generation %}.
+2. prefix: an answer is what the rendering up to it adds to the rendering of what came before with the generation
+   prompt: what the model would be given, and what it should then write. Both must be prefixes of the whole; so must the
+   prompt's tokens be, else the answer's characters say which tokens are its (way `offsets`).
+3. offsets: the answers are replaced with marks; where the rendering around the marks stands unchanged around
+   the answers, their characters are known, and through the tokenizer's offsets their tokens.
+
+Templates that rewrite earlier answers (reasoning is taken out of them) fit none of these as a whole. Then each answer
+becomes an example of its own, with just what the model would be given before it.
+
+An answer's span goes on to the special token that ends it, and not past it: without that token in the loss
+a model never learns to stop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.data.conversations import BadRow, Conversation
+from mergeforge.data.templates import Template, TemplateRefusal
+from mergeforge.data.tokenizers import Offsets, Tokens, special_ids, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Token ids, the spans [start, stop) of the answers in order, and the way in which these were found."""
+
+    ids: list[int]
+    spans: tuple[Span, ...]
+    way: str
+
+
+class NotExact(Exception):
+    """The answers cannot be told from the rest; the text says why."""
+
+
+@dataclass(frozen=True)
+class Masker:
+    """Finds the answers in conversations rendered by one template for one tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    end: int | None  # the special token that ends an answer
+
+    def masks(self, conversation: Conversation, wanted: Sequence[int]) -> list[Masked]:
+        """The conversation's tokens with the spans of the wanted messages: once, or once for each of these.
+
+        Raises BadRow where the template refuses the messages or an answer cannot be found exactly.
+        """
+        try:
+            return [self._whole(conversation, wanted)]
+        except NotExact as error:
+            if len(wanted) < 2 and (not wanted or wanted[-1] == len(conversation.messages) - 1):
+                raise BadRow(f"the chat template ({self.template.name}) cannot be masked exactly: {error}") from None
+        except TemplateRefusal as error:
+            raise BadRow(str(error)) from None
+        return [self._alone(conversation, at) for at in wanted]
+
+    def rendered(self, conversation: Conversation) -> list[int]:
+        """The conversation's tokens, without a look at what is an answer. Raises BadRow."""
+        try:
+            text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
+        except TemplateRefusal as error:
+            raise BadRow(str(error)) from None
+        return tokenize(self.tokenizer, [text])[0].ids
+
+    def _alone(self, conversation: Conversation, at: int) -> Masked:
+        """The conversation up to one answer, which is all that is trained on."""
+        try:
+            found = self._whole(_until(conversation, at + 1), [at])
+        except NotExact as error:
+            raise BadRow(f"the chat template ({self.template.name}) cannot be masked exactly: {error}") from None
+        except TemplateRefusal as error:
+            raise BadRow(str(error)) from None
+        return replace(found, way=f"{found.way}, an answer an example")
+
+    def _whole(self, conversation: Conversation, wanted: Sequence[int]) -> Masked:
+        if self.template.tagged:
+            return self._by_tags(conversation, wanted)
+        text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
+        try:
+            return self._by_prefix(conversation, wanted, text)
+        except (NotExact, TemplateRefusal):
+            return self._by_marks(conversation, wanted, text)
+
+    def _by_tags(self, conversation: Conversation, wanted: Sequence[int]) -> Masked:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        answers = [at for at, one in enumerate(conversation.messages) if one["role"] == "assistant"]
+        if any(at not in answers for at in wanted):
+            raise NotExact("it marks no other messages than the assistant's")
+        try:
+            settings: dict[str, Any] = {**self.tokenizer.special_tokens_map, "chat_template": self.template.jinja}
+            conversations = [[dict(one) for one in conversation.messages]]
+            found: Any = render_jinja_template(
+                conversations, list(conversation.tools) or None, return_assistant_tokens_mask=True, **settings
+            )
+        except Exception as error:  # as in Template.text
+            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise TemplateRefusal(f"the chat template ({self.template.name}) refuses it: {said}") from None
+        (text,), (places,) = found
+        marked = [(start, stop) for start, stop in places if stop > start]
+        if len(marked) != len(answers):
+            raise NotExact(f"it marks {len(marked)} answers where there are {len(answers)}")
+        characters = [marked[answers.index(at)] for at in wanted]
+        return self._from_characters(tokenize(self.tokenizer, [text])[0], characters, "tags")
+
+    def _by_prefix(self, conversation: Conversation, wanted: Sequence[int], text: str) -> Masked:
+        prompts, ends = [], []
+        for at in wanted:
+            prompt, until = self._around(conversation, at, text)
+            if not (text.startswith(prompt) and text.startswith(until) and len(prompt) < len(until)):
+                raise NotExact(f"the rendering up to message {at + 1} is no beginning of the whole")
+            prompts.append(prompt)
+            ends.append(len(until))
+        whole, *before = tokenize(self.tokenizer, [text, *prompts])
+        if all(whole.ids[: len(one.ids)] == one.ids for one in before):
+            spans = [(len(one.ids), stop) for one, stop in zip(before, self._stops(whole, text, ends), strict=True)]
+            return self._masked(whole.ids, spans, "prefix")
+        characters = [(len(prompt), end) for prompt, end in zip(prompts, ends, strict=True)]
+        return self._from_characters(whole, characters, "offsets")
+
+    def _stops(self, whole: Tokens, text: str, ends: Sequence[int]) -> list[int]:
+        """The tokens before which the characters `ends` lie."""
+        if whole.offsets is not None:
+            return [_stop(whole.offsets, end) for end in ends]
+        until = tokenize(self.tokenizer, [text[:end] for end in ends])
+        if any(whole.ids[: len(one.ids)] != one.ids for one in until):
+            raise NotExact("an answer and what follows it share a token")
+        return [len(one.ids) for one in until]
+
+    def _around(self, conversation: Conversation, at: int, text: str) -> tuple[str, str]:
+        """The rendering before a message, with the generation prompt, and the rendering after it."""
+        messages, tools = conversation.messages, conversation.tools
+        if messages[at]["role"] != "assistant" or at == 0:
+            raise NotExact(f"nothing asks for message {at + 1}")
+        prompt = self.template.text(self.tokenizer, messages[:at], tools, prompt=True)
+        if at == len(messages) - 1:
+            return prompt, text
+        return prompt, self.template.text(self.tokenizer, messages[: at + 1], tools)
+
+    def _by_marks(self, conversation: Conversation, wanted: Sequence[int], text: str) -> Masked:
+        marks = [f"Mark{hashlib.sha1(f'{at}{text}'.encode(errors='replace')).hexdigest()[:16]}" for at in wanted]
+        messages = list(conversation.messages)
+        for mark, at in zip(marks, wanted, strict=True):
+            messages[at] = {**messages[at], "content": mark}
+        rest, parts = self.template.text(self.tokenizer, messages, conversation.tools), []
+        for mark in marks:
+            if rest.count(mark) != 1:
+                raise NotExact("an answer is left out, or stands in it more than once")
+            part, _, rest = rest.partition(mark)
+            parts.append(part)
+        characters, here = [], 0
+        for at, part, after in zip(wanted, parts, [*parts[1:], rest], strict=True):
+            here = _past(text, here, part)
+            stop = _past_answer(text, here, str(conversation.messages[at]["content"]), after)
+            characters.append((here, stop))
+            here = stop
+        if text[here:] != rest:
+            raise NotExact("what follows the last answer depends on it")
+        return self._from_characters(tokenize(self.tokenizer, [text])[0], characters, "offsets")
+
+    def _from_characters(self, tokens: Tokens, characters: Sequence[Span], way: str) -> Masked:
+        if tokens.offsets is None:
+            raise NotExact("the tokenizer does not tell which characters a token stands for")
+        spans = [(_start(tokens.offsets, start), _stop(tokens.offsets, stop)) for start, stop in characters]
+        return self._masked(tokens.ids, spans, way)
+
+    def _masked(self, ids: list[int], spans: Sequence[Span], way: str) -> Masked:
+        ended = [self._ended(ids, start, stop) for start, stop in spans]
+        if any(start >= stop for start, stop in ended):
+            raise NotExact("an answer has no tokens")
+        return Masked(ids, tuple(ended), way)
+
+    def _ended(self, ids: list[int], start: int, stop: int) -> Span:
+        """The span up to and with the token that ends an answer; white space may lie between."""
+        if self.end is None:
+            return start, stop
+        last = after = stop
+        while last > start and ids[last - 1] != self.end and self._is_space(ids[last - 1]):
+            last -= 1
+        if last > start and ids[last - 1] == self.end:
+            return start, last
+        while after < len(ids) and ids[after] != self.end and self._is_space(ids[after]):
+            after += 1
+        return start, after + 1 if after < len(ids) and ids[after] == self.end else stop
+
+    def _is_space(self, token: int) -> bool:
+        return not str(self.tokenizer.decode([token])).strip()
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | None:
+    """The special token that the template puts after an answer; None where there is none."""
+    asked, mark = {"role": "user", "content": "Question"}, "Answer"
+    for before in ([], [{"role": "system", "content": "System"}]):
+        try:
+            text = template.text(tokenizer, [*before, asked, {"role": "assistant", "content": mark}])
+        except TemplateRefusal:
+            continue
+        special = special_ids(tokenizer)
+        for token in tokenize(tokenizer, [text.rpartition(mark)[2]])[0].ids:
+            if token in special:
+                return token
+            if str(tokenizer.decode([token])).strip():
+                return None
+    return None
+
+
+def _until(conversation: Conversation, stop: int) -> Conversation:
+    return Conversation(conversation.messages[:stop], conversation.trained[:stop], conversation.tools)
+
+
+def _start(offsets: Offsets, character: int) -> int:
+    """The first token that reaches past a character."""
+    return next((at for at, (_, stop) in enumerate(offsets) if stop > character), len(offsets))
+
+
+def _stop(offsets: Offsets, character: int) -> int:
+    """The token after the last one that begins before a character."""
+    return next((at for at, (start, _) in enumerate(offsets) if start >= character), len(offsets))
+
+
+def _past(text: str, here: int, part: str) -> int:
+    if not text.startswith(part, here):
+        raise NotExact("what surrounds an answer depends on it")
+    return here + len(part)
+
+
+def _past_answer(text: str, here: int, answer: str, after: str) -> int:
+    """Where an answer ends that stands as it is, or without the white space around it."""
+    for spelling in (answer, answer.rstrip(), answer.strip(), answer.lstrip()):
+        if spelling and text.startswith(spelling + after, here):
+            return here + len(spelling)
+    raise NotExact("an answer is rewritten")

@@ -1,0 +1,115 @@
+"""Token stores: examples in flat files, mapped into memory, so that a data set may be larger than it.
+
+A folder holds `tokens.i32`, `labels.i32` and `offsets.i64` of all examples, one after the other, and for each named
+store (`train`, `validation`) the numbers of its examples in `NAME.index`. `keys.u64` holds a hash of the row that
+each example comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.data.rendering import Example
+from mergeforge.disk import disk_error
+from mergeforge.errors import SourceError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+TOKENS, LABELS, OFFSETS, KEYS = "tokens.i32", "labels.i32", "offsets.i64", "keys.u64"
+
+
+class TokenStore:
+    """Examples by number. Opened anew in another process, so workers of a data loader share the file's pages."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        import numpy as np
+
+        self.folder, self.name = folder, name
+        try:
+            self._offsets = np.memmap(folder / OFFSETS, np.int64, "r")
+            self._index = np.fromfile(folder / f"{name}.index", np.int64)
+            self._tokens = np.memmap(folder / TOKENS, np.int32, "r")
+            self._labels = np.memmap(folder / LABELS, np.int32, "r")
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{folder} holds no token store '{name}': {error}") from None
+        if not len(self._tokens) == len(self._labels) == self._offsets[-1]:
+            raise SourceError(f"{folder}: the files of the token store do not belong together", hint="delete it")
+        starts = self._offsets[self._index]
+        self.lengths: NDArray[np.int32] = (self._offsets[self._index + 1] - starts).astype(np.int32)
+
+    @classmethod
+    def open(cls, folder: str | Path, name: str) -> TokenStore:
+        """The store `name` of a folder. Raises SourceError."""
+        return cls(Path(folder), name)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, at: int) -> Example:
+        import numpy as np
+
+        number = self._index[at]
+        start, stop = self._offsets[number], self._offsets[number + 1]
+        return Example(np.array(self._tokens[start:stop]), np.array(self._labels[start:stop]))
+
+    def __reduce__(self) -> Any:
+        return TokenStore, (self.folder, self.name)
+
+
+class StoreWriter:
+    """Writes examples as they come; nothing is held."""
+
+    def __init__(self, folder: Path) -> None:
+        import numpy as np
+
+        self.folder = folder
+        self.count = self.tokens = self.trained = 0
+        try:
+            self._files = {name: (folder / name).open("wb") for name in (TOKENS, LABELS, OFFSETS, KEYS)}
+        except OSError as error:
+            raise disk_error(error, str(folder)) from error
+        np.zeros(1, np.int64).tofile(self._files[OFFSETS])
+
+    def add(self, example: Example, key: int) -> None:
+        import numpy as np
+
+        self.count += 1
+        self.tokens += len(example)
+        self.trained += example.trained
+        self._write(TOKENS, example.tokens)
+        self._write(LABELS, example.labels)
+        self._write(OFFSETS, np.array([self.tokens], np.int64))
+        self._write(KEYS, np.array([key], np.uint64))
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def lengths(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """The lengths of the examples [start, stop), once closed."""
+        import numpy as np
+
+        offsets = np.fromfile(self.folder / OFFSETS, np.int64)
+        return np.diff(offsets[start : (self.count if stop is None else stop) + 1])
+
+    def keys(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint64]:
+        """The keys of the examples [start, stop), once closed."""
+        import numpy as np
+
+        return np.fromfile(self.folder / KEYS, np.uint64)[start:stop]
+
+    def name(self, name: str, numbers: NDArray[np.int64] | Sequence[int]) -> None:
+        """Make a store of these examples, once closed."""
+        import numpy as np
+
+        np.asarray(numbers, np.int64).tofile(self.folder / f"{name}.index")
+
+    def _write(self, name: str, values: NDArray[Any]) -> None:
+        try:
+            self._files[name].write(values.data)
+        except OSError as error:
+            raise disk_error(error, str(self.folder / name)) from error
