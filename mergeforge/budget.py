@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,17 @@ def make_budget(memory: str | int | None = None, device: str = "auto", threads: 
 def cores() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resident_memory() -> int:
+    """This process's memory now (its peak where the system does not tell)."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except (OSError, ValueError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_memory() -> int:
@@ -145,6 +157,7 @@ class Worker:
         self._kept: dict[Hashable, Tensor] = {}
         self._scratch: list[Tensor] = []
         self._slots = 0
+        self.rereads = False  # whether what is read now is read again soon: the page cache keeps it
 
     def clear(self) -> None:
         """Forget what was read: the staging buffer is free for the next tile."""
@@ -189,7 +202,7 @@ class Worker:
 
         def fetch() -> Tensor:
             piece, there = self.room(nbytes)
-            file.read_into(piece.numpy().data, offset, keep=keep)
+            file.read_into(piece.numpy().data, offset, keep=keep or self.rereads)
             return piece if there is piece else there.copy_(piece, non_blocking=True)
 
         return self.once((file.path, offset, nbytes), fetch)

@@ -35,8 +35,8 @@ class Local:
 def fetch(path: str, revision: str | None, stems: tuple[str, ...], *, allow_pickle: bool = False) -> Local:
     """The local folder (or file) of a model or adapter; downloads what is missing of a Hub repo.
 
-    `stems` are the weights' file names without ending. Raises SourceError when there is neither a
-    local path nor a repo that can be reached.
+    `stems` are the weights' file names without ending; with none, only what lies beside weights is downloaded.
+    Raises SourceError when there is neither a local path nor a repo that can be reached.
     """
     local = _local(path)
     if local is not None:
@@ -139,9 +139,9 @@ def wanted_files(names: list[str], stems: tuple[str, ...], allow_pickle: bool) -
     Raises SourceError when there are no weights that may be read.
     """
     weights = [name for stem in stems for name in _weights(names, stem, ".safetensors")]
-    if not weights and allow_pickle:
+    if stems and not weights and allow_pickle:
         weights = [name for stem in stems for name in _weights(names, stem, ".bin")]
-    if not weights:
+    if stems and not weights:
         held = listing(name for name in names if name.endswith((".safetensors", ".bin", ".gguf", ".pth")))
         raise SourceError(f"the repo holds no safetensors weights (it holds: {held or 'no weights'})")
     return weights + [name for name in names if _SIDE_FILES.fullmatch(name) and name not in weights]

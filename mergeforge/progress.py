@@ -5,16 +5,17 @@ A bar on a terminal, a plain line now and then elsewhere. Everything goes to std
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mergeforge.budget import resident_memory
 from mergeforge.joining import Join
 from mergeforge.planning import Plan
 from mergeforge.quants import backend
@@ -159,7 +160,9 @@ class _Count:
         done = sum(not left for left in self.left.values())
         speed = self.nbytes / max(time.monotonic() - self.started, 1e-3)
         sizes = f"{show_size(self.nbytes)} of {show_size(self.total)}"
-        return f"{sizes}, {show_size(speed)}/s, {done} of {len(self.left)} tensors, {show_size(_rss())} memory"
+        return (
+            f"{sizes}, {show_size(speed)}/s, {done} of {len(self.left)} tensors, {show_size(resident_memory())} memory"
+        )
 
 
 def _bar(plan: Plan, tiles: Iterable[Tile], to: Console) -> Iterator[Tile]:
@@ -184,12 +187,30 @@ def _lines(plan: Plan, tiles: Iterable[Tile], to: Console) -> Iterator[Tile]:
         yield tile
 
 
-def _rss() -> int:
-    """This process's memory now (its peak where the system does not tell)."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-    except (OSError, ValueError):
-        import resource
+@contextmanager
+def steps(total: int, to: Console) -> Iterator[Callable[[int, str], None]]:
+    """Gives a function that takes a step and a text: a bar on a terminal, a plain line now and then elsewhere."""
+    if not to.is_terminal:
+        yield _StepLines(total, to)
+        return
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    with Progress(*columns, console=to) as progress:
+        task = progress.add_task("", total=total, text="")
+        yield lambda step, text: progress.update(task, completed=step or None, text=escape(text))
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+class _StepLines:
+    """A line for the first step, the last one, and every PLAIN_SECONDS; whatever is no step is told at once."""
+
+    def __init__(self, total: int, to: Console) -> None:
+        self.total = total
+        self.to = to
+        self._last = -PLAIN_SECONDS
+        self._step = 0
+
+    def __call__(self, step: int, text: str) -> None:
+        now = time.monotonic()
+        if step == self._step or step == self.total or now - self._last > PLAIN_SECONDS:
+            self._last = now
+            self.to.print(f"step {step} of {self.total}: {text}" if step else text, markup=False)
+        self._step = step

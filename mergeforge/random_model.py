@@ -115,11 +115,12 @@ def write_model(
     near: int | None = None,
     dtype: str = "BF16",
     shard_size: int = 5 * 10**9,
+    std: float = STD,
 ) -> Path:
     """A checkpoint with config and a byte-level tokenizer; with `near`, a fine-tune of that seed's model."""
     import torch
 
-    pool = _pool(seed if near is None else near, STD)
+    pool = _pool(seed if near is None else near, std)
     if near is not None:
         pool = pool + _pool(seed, CHANGE)
     known = torch_dtype(dtype)

@@ -49,6 +49,8 @@ FLOORS = (
         "publishing",
         "examining",
     },
+    {"evaluating"},
+    {"train"},
     {"cli", "progress", "__main__", "api"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -73,6 +75,8 @@ ALLOWED = {
 }
 HEAVY = {"torch", "numpy", "transformers", "peft", "safetensors", "huggingface_hub", "gguf"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
+STEPS = PACKAGE / "train" / "steps"  # needs the extra `train`, and says so at its modules' heads
+LIGHT = [path for path in MODULES if STEPS not in path.parents]
 
 
 def top(path: Path) -> str:
@@ -127,14 +131,14 @@ def test_no_circles() -> None:
     assert not ALLOWED & {(two, one) for one, two in ALLOWED}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", LIGHT, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_heavy_at_module_level(path: Path) -> None:
     for module, _, line in imports(ast.parse(path.read_text()), inside_functions=False):
         assert module.split(".")[0] not in HEAVY, f"{path.name}, line {line}: {module}"
 
 
 def test_importing_everything_loads_nothing_heavy() -> None:
-    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES]
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in LIGHT]
     names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
     code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
     code += f"assert not {HEAVY} & sys.modules.keys(), {HEAVY} & sys.modules.keys()"

@@ -7,16 +7,15 @@ reports every mistake of a file at once, each with its line and column.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
 from pathlib import Path as FilePath
 from typing import Any
 
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import text
 from mergeforge.recipe.checking import WITHOUT_EFFECT, Checker, Known, Method
+from mergeforge.recipe.documents import file_text, overridden, plain
 from mergeforge.recipe.entries import (
     OUT_DTYPES,
     AdapterEntry,
@@ -73,16 +72,16 @@ def read(
         source = source.documents
     name = "the recipe"
     if isinstance(source, Mapping):
-        documents: list[text.Parsed] = [(_plain(source), {}, [])]
+        documents: list[text.Parsed] = [(plain(source), {}, [])]
     elif isinstance(source, str | FilePath):
         name = str(source)
-        documents = text.parse(_file_text(FilePath(source)), name)
+        documents = text.parse(file_text(FilePath(source)), name)
     else:
-        documents = [(_plain(one), {}, []) for one in source]
+        documents = [(plain(one), {}, []) for one in source]
     last = _result_among([value for value, _, _ in documents])
     for override in sets:
         value, places, problems = documents[last]
-        documents[last] = _override(value, override, places), places, problems
+        documents[last] = overridden(value, override), places, problems
     recipes, mistakes = _read_all(documents, methods, mixes)
     if mistakes:
         raise RecipeError(f"{name} has mistakes:", problems=sorted(set(mistakes)))
@@ -116,54 +115,3 @@ def _result_among(documents: Sequence[Any]) -> int:
     """Which document gives the result: the one without a name, else the last."""
     unnamed = [at for at, value in enumerate(documents) if isinstance(value, Mapping) and value.get("name") is None]
     return unnamed[-1] if unnamed else len(documents) - 1
-
-
-def _plain(value: Any) -> Any:
-    """A dict from Python as YAML would give it: numbers of NumPy, tuples and paths become plain ones."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
-
-
-def _file_text(path: FilePath) -> str:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(text.LARGEST_FILE + 1)
-        if len(data) > text.LARGEST_FILE:
-            raise RecipeError(f"{path} is larger than 1 MiB", hint="a recipe is a few dozen lines")
-        return data.decode("utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}", hint="`mergeforge init` writes one to start from") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{path} is a folder, not a recipe") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not UTF-8 text") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
-
-
-def _override(value: Any, override: str, places: text.Places) -> Any:
-    """`value` with PATH=VALUE set; list items by index (`adapters.0.weight=0.5`)."""
-    path, equals, written = override.partition("=")
-    if not equals or not path:
-        raise RecipeError(f"--set {override}: write PATH=VALUE, such as --set adapters.0.weight=0.5")
-    return _with(value, path.split("."), text.scalar(written), override)
-
-
-def _with(value: Any, path: list[str], new: Any, override: str) -> Any:
-    if not path:
-        return new
-    key, *rest = path
-    if isinstance(value, list):
-        if not key.isdecimal() or int(key) >= len(value):
-            raise RecipeError(f"--set {override}: '{key}' is not an item of a list of {len(value)}")
-        return [_with(item, rest, new, override) if at == int(key) else item for at, item in enumerate(value)]
-    if value is not None and not isinstance(value, Mapping):
-        raise RecipeError(f"--set {override}: '{key}' is inside {value!r}, which is not a mapping")
-    return {**(value or {}), key: _with((value or {}).get(key), rest, new, override)}

@@ -6,6 +6,8 @@ mistake with its path, and `json()` gives the JSON Schema for editors.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -71,6 +73,37 @@ class Whole:
 
     def json(self) -> dict[str, Any]:
         return {"type": "integer", "minimum": self.low} | _about(self.about)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in [low, high]; None: no bound."""
+
+    low: float | None = None
+    high: float | None = None
+    about: str = ""
+
+    def read(self, value: Any, path: Path, report: Report) -> Any:
+        if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or not self._inside(value):
+            report(path, f"{_last(path)} must be a number{self._bounds()}, not {_kind(value)}", "")
+            return None
+        return value
+
+    def json(self) -> dict[str, Any]:
+        low = {} if self.low is None else {"minimum": self.low}
+        high = {} if self.high is None else {"maximum": self.high}
+        return {"type": "number"} | low | high | _about(self.about)
+
+    def _inside(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def _bounds(self) -> str:
+        low = "" if self.low is None else f" of at least {self.low:g}"
+        return low if self.high is None else f"{low}{' and' if low else ''} at most {self.high:g}"
 
 
 @dataclass(frozen=True)

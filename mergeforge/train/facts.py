@@ -1,0 +1,114 @@
+"""ModelFacts: what memory and time depend on, counted on the model's own modules without any weight.
+
+The model is built on torch's meta device from its config.json alone, so this holds for every architecture and
+needs no download of weights.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.errors import SourceError
+from mergeforge.train.settings import Lora
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module: its path, inputs and outputs."""
+
+    name: str
+    into: int
+    out: int
+
+    @property
+    def numel(self) -> int:
+        return self.into * self.out
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes in elements. `linears`: what 4 bit quantises and all-linear adapts; `others`: norms, biases, experts."""
+
+    linears: tuple[Linear, ...]
+    embedding: int
+    head: int  # 0 where it is the embedding
+    others: int
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    longest: int  # tokens that positions are known for
+    fused_experts: bool
+
+    @property
+    def parameters(self) -> int:
+        return sum(one.numel for one in self.linears) + self.embedding + self.head + self.others
+
+    def adapted(self, lora: Lora) -> list[Linear]:
+        """The linear modules that get an adapter."""
+        targets = lora.targets
+        if targets is None or targets == "all-linear":
+            return list(self.linears)
+        if isinstance(targets, str):
+            return [one for one in self.linears if re.fullmatch(targets, one.name)]
+        return [
+            one for one in self.linears if any(one.name == name or one.name.endswith(f".{name}") for name in targets)
+        ]
+
+    def adapter_parameters(self, lora: Lora) -> int:
+        """Elements of A, B (and DoRA's magnitudes)."""
+        rank = lora.r or 16
+        return sum(rank * (one.into + one.out) + (one.out if lora.dora else 0) for one in self.adapted(lora))
+
+
+def model_facts(folder: str) -> ModelFacts:
+    """The facts of a folder that holds a config.json. Raises SourceError where transformers does not know the model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except (ValueError, OSError, KeyError) as error:
+        raise SourceError(f"{folder} is no causal language model: {str(error).splitlines()[0]}") from None
+    return _facts(model, config.get_text_config())
+
+
+def _facts(model: Any, config: Any) -> ModelFacts:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    linears = tuple(_linear(name, one) for name, one in model.named_modules() if _is_linear(one) and one is not head)
+    tied = head is None or getattr(config, "tie_word_embeddings", False)
+    heads = 0 if tied else head.weight.numel()
+    everything = sum(one.numel() for one in model.parameters()) - (
+        head.weight.numel() if tied and head is not None and head.weight is not embedding.weight else 0
+    )
+    rest = everything - sum(one.numel for one in linears) - embedding.weight.numel() - heads
+    layers = int(getattr(config, "num_hidden_layers", 0))
+    hidden = int(getattr(config, "hidden_size", embedding.weight.shape[1]))
+    return ModelFacts(
+        linears=linears,
+        embedding=embedding.weight.numel(),
+        head=heads,
+        others=max(rest, 0),
+        vocabulary=embedding.weight.shape[0],
+        hidden=hidden,
+        intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+        layers=layers,
+        longest=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
+        fused_experts=any(one.dim() == 3 for one in model.parameters()),
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).__name__ in ("Linear", "Conv1D")
+
+
+def _linear(name: str, module: Any) -> Linear:
+    out, into = module.weight.shape
+    return Linear(name, into, out) if type(module).__name__ == "Linear" else Linear(name, out, into)

@@ -1,0 +1,141 @@
+"""What follows training: the adapter is folded into its base, GGUF files come out of the same pass, all is published.
+
+Which numerics the base has for the fold is decided by measuring: the adapter was trained on the NF4 form of the base
+(`dequant_nf4` reproduces it), while the base's own weights are usually, but not always, the better model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergeforge.disk import write_durably
+from mergeforge.errors import RecipeError
+from mergeforge.train.planning import TrainPlan
+from mergeforge.train.settings import After, Merge
+
+STEPS = ("merge", "gguf", "publish")
+CLOSE = 1e-3  # nats a token: the original base is kept when it is worse by less
+Tell = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What was made. `losses`: of the validation data, in nats a token, by what was measured."""
+
+    merged: Path | None = None
+    base_numerics: str = "original"
+    ggufs: tuple[Path, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
+    published: str | None = None
+
+
+def write_recipe(plan: TrainPlan) -> None:
+    """merge.yaml: a recipe that folds the run's adapter into its base."""
+    lines = ["# Folds this run's adapter into its base."]
+    numerics = None
+    if plan.settings.method == "qlora":
+        numerics = "dequant_nf4"
+        lines.append(
+            "# dequant_nf4: the base as the adapter saw it; original: its own weights, often the better model."
+        )
+    text = yaml.safe_dump(merge_recipe(plan, numerics, plan.folder.merged), sort_keys=False)
+    write_durably(plan.folder.recipe, ("\n".join(lines) + "\n" + text).encode())
+
+
+def merge_recipe(plan: TrainPlan, numerics: str | None, out: Path) -> dict[str, Any]:
+    """A recipe with the adapter as it lies in the run's folder."""
+    local = Path(plan.base)
+    base = str(local.resolve()) if local.exists() else plan.base
+    base = f"{base}@{plan.revision}" if plan.revision else base
+    recipe: dict[str, Any] = {"base_model": base, "adapters": [str(plan.folder.adapter.resolve())]}
+    recipe |= {} if numerics in (None, "original") else {"base_numerics": numerics}
+    return recipe | {"output": {"path": str(out.resolve())}}
+
+
+def after_of_steps(after: After, steps: str) -> After:
+    """`--then merge,gguf,publish` on top of the file's `after`. Raises RecipeError for a step that is not known."""
+    asked = [one.strip() for one in steps.split(",") if one.strip()]
+    for one in asked:
+        if one not in STEPS:
+            raise RecipeError(f"--then {one}: it is {', '.join(STEPS)}")
+    if "publish" in asked and not after.publish:
+        raise RecipeError("--then publish: where to?", hint="after: {publish: owner/name} in train.yaml")
+    return replace(
+        after,
+        merge=after.merge or Merge(),
+        gguf=(after.gguf or ("q4_k_m",)) if "gguf" in asked else after.gguf,
+        publish=after.publish if "publish" in asked else None,
+    )
+
+
+def follow(plan: TrainPlan, after: After, *, memory: str | None = None, tell: Tell = lambda line: None) -> Followed:
+    """Merge, write GGUF, publish, as `after` says. Raises what merging and publishing raise."""
+    wanted = after.merge
+    if wanted is None:
+        return Followed()
+    out = Path(wanted.path) if wanted.path else plan.folder.merged
+    measured = wanted.evaluate and plan.data.validation is not None
+    losses = {"adapter": _adapter_loss(plan)} if measured else {}
+    numerics = _first_numerics(plan, wanted)
+    _merge(plan, after, wanted, numerics, out, memory)
+    if measured:
+        losses[numerics] = merged_loss(plan, out)
+        tell(f"validation loss: adapter {losses['adapter']:.4f}, merged on {numerics} {losses[numerics]:.4f}")
+        worse = losses[numerics] > losses["adapter"] + CLOSE
+        if wanted.base_numerics == "auto" and plan.settings.method == "qlora" and worse:
+            first, numerics = numerics, "dequant_nf4"
+            tell(f"the merge on the {first} base is worse: once more on the base as the adapter saw it")
+            _merge(plan, after, wanted, numerics, out, memory)
+            losses[numerics] = merged_loss(plan, out)
+            tell(f"validation loss: merged on {numerics} {losses[numerics]:.4f}")
+    published = _publish(out, after.publish, tell) if after.publish else None
+    return Followed(out, numerics, tuple(sorted(out.glob("*.gguf"))), losses, published)
+
+
+def _adapter_loss(plan: TrainPlan) -> float:
+    """The validation loss that the run ended with."""
+    return float((plan.folder.manifest() or {}).get("validation_loss", float("nan")))
+
+
+def _first_numerics(plan: TrainPlan, wanted: Merge) -> str:
+    if plan.settings.method != "qlora" or wanted.base_numerics == "auto":
+        return "original"
+    return wanted.base_numerics
+
+
+def _merge(plan: TrainPlan, after: After, wanted: Merge, numerics: str, out: Path, memory: str | None) -> None:
+    """Fold the adapter and write GGUF files in the same pass."""
+    from mergeforge import running
+    from mergeforge.planning import make_plan as plan_merge
+
+    recipe = merge_recipe(plan, numerics, out)
+    if after.gguf:
+        recipe["output"]["gguf"] = list(after.gguf)
+    if wanted.dtype:
+        recipe["out_dtype"] = wanted.dtype
+    running.merge(plan_merge(recipe, memory=memory, device=plan.choices.device), overwrite=True)
+
+
+def merged_loss(plan: TrainPlan, folder: Path) -> float:
+    """The validation loss of a merged folder, in nats a token, on the run's device."""
+    from mergeforge.evaluating import open_model
+
+    assert plan.data.validation is not None
+    model = open_model(str(folder), device=plan.choices.device)
+    rows = [plan.data.validation[at] for at in range(len(plan.data.validation))]
+    scores = [score for _, score in model.scores(rows)]
+    return sum(one.nll for one in scores) / sum(one.tokens for one in scores)
+
+
+def _publish(folder: Path, wanted: Mapping[str, Any], tell: Tell) -> str:
+    from mergeforge.publishing import plan_publication, publish
+
+    options = {"private": wanted.get("private", True), "revision": wanted.get("revision", "main")}
+    for done in publish(plan_publication(folder, wanted["repo"], **options)):
+        tell(f"published {done}")
+    return str(wanted["repo"])

@@ -1,0 +1,88 @@
+"""How a run begins: anew, or from the newest checkpoint of the same run; with other settings or data not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mergeforge.errors import OutputError, SourceError
+from mergeforge.train import extra
+from mergeforge.train.folder import FINISHED, RUNNING, RunFolder
+from mergeforge.train.planning import TrainPlan
+from mergeforge.train.processes import is_main
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where to start: auto (the newest checkpoint), never, or a checkpoint's path.
+
+    `extend_epochs` are added to a finished run; with `overwrite` one may be thrown away.
+    """
+
+    how: str = "auto"
+    extend_epochs: float = 0.0
+    overwrite: bool = False
+
+
+def start(plan: TrainPlan, resume: Resume) -> tuple[TrainPlan, Path | None]:
+    """The plan, with the choices of the run that goes on if one does, and the checkpoint to go on from.
+
+    Raises OutputError for a finished run, and for one that began with other settings or data.
+    """
+    folder, manifest = plan.folder, plan.folder.manifest()
+    finished = manifest is not None and manifest.get("state") == FINISHED
+    if finished and not resume.overwrite and not resume.extend_epochs:
+        hint = "--extend-epochs N trains on, --overwrite starts over, another output keeps both"
+        raise OutputError(f"{folder.root} holds a finished run", hint=hint)
+    if manifest is None or resume.how == "never" or (finished and resume.overwrite):
+        if is_main():
+            folder.clear()
+            folder.record(manifest_of(plan, RUNNING))
+        return plan, None
+    _refuse_changes(plan, manifest)
+    checkpoint = _checkpoint(folder, resume)
+    before = manifest["choices"]
+    plan = replace(plan, choices=plan.choices.as_before(before, float(before["epochs"]) + resume.extend_epochs))
+    if is_main():
+        folder.record(manifest_of(plan, RUNNING))
+        folder.cut_metrics(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    return plan, checkpoint
+
+
+def manifest_of(plan: TrainPlan, state: str) -> dict[str, Any]:
+    """run.json as far as the plan tells it."""
+    return {
+        "state": state,
+        "settings": plan.settings.raw,
+        "fingerprint": plan.settings.fingerprint,
+        "base": plan.base,
+        "revision": plan.revision,
+        "data": plan.data.fingerprint,
+        "counts": asdict(plan.data.counts),
+        "template": plan.data.template_name,
+        "choices": asdict(plan.choices),
+        "versions": extra.versions(),
+    }
+
+
+def _checkpoint(folder: RunFolder, resume: Resume) -> Path | None:
+    if resume.how != "auto":
+        path = Path(resume.how)
+        if not (path / "trainer_state.json").is_file():
+            raise SourceError(f"{path} is no checkpoint", hint=f"one of {folder.checkpoints}/, or --resume auto")
+        return path
+    steps = folder.steps()
+    return folder.checkpoint(steps[-1]) if steps else None
+
+
+def _refuse_changes(plan: TrainPlan, manifest: Mapping[str, Any]) -> None:
+    before, now = manifest.get("settings") or {}, plan.settings.raw
+    hint = "put it back, or --resume never starts over"
+    if manifest.get("fingerprint") != plan.settings.fingerprint:
+        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        text = f"{plan.folder.root} began with other settings: {', '.join(changed) or 'unknown'}"
+        raise OutputError(text, hint=hint)
+    if manifest.get("data") != plan.data.fingerprint:
+        raise OutputError(f"the data is not what {plan.folder.root} began with", hint=hint)

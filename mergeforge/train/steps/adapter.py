@@ -1,0 +1,78 @@
+"""The adapter that is trained: which modules get one, with which settings, and which token rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from mergeforge.errors import RecipeError, listing
+from mergeforge.train.settings import Lora
+
+ALL = "all-linear"
+INITS: dict[str, Any] = {"default": True}
+
+
+def with_adapter(model: PreTrainedModel, lora: Lora, new_tokens: Sequence[int]) -> PeftModel:
+    """The model with a LoRA adapter; of `new_tokens` (ids) the embedding and lm_head rows are trained too.
+
+    Adapters are float32 whatever the base is. Raises RecipeError where no module is called as `targets` say.
+    """
+    try:
+        adapted = get_peft_model(model, lora_config(model, lora, new_tokens))
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if _is_linear(one)})
+        hint = f"its linear modules: {listing(names, 12)}"
+        raise RecipeError(f"the adapter does not fit the model: {str(error).splitlines()[0]}", hint=hint) from None
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def lora_config(model: PreTrainedModel, lora: Lora, new_tokens: Sequence[int]) -> LoraConfig:
+    """PEFT's configuration of the settings."""
+    rank = lora.r or 16
+    targets: Any = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets or ALL
+    if targets == ALL and lora.layers:  # PEFT takes layers with names only
+        targets = sorted(linear_names(model))
+    return LoraConfig(
+        r=rank,
+        lora_alpha=lora.alpha if lora.alpha is not None else 2 * rank,  # type: ignore[arg-type]  # PEFT takes floats
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=INITS.get(lora.init, lora.init),
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        layers_to_transform=list(lora.layers) or None,
+        modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=_token_rows(model, new_tokens) if new_tokens else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def linear_names(model: PreTrainedModel) -> set[str]:
+    """The last names of all linear modules but the head: what `all-linear` stands for."""
+    head = model.get_output_embeddings()
+    return {name.rpartition(".")[2] for name, one in model.named_modules() if _is_linear(one) and one is not head}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit", "Linear8bitLt")
+
+
+def _token_rows(model: PreTrainedModel, new_tokens: Sequence[int]) -> dict[str, list[int]]:
+    """PEFT's trainable_token_indices: rows of the embedding, and of lm_head where it is a tensor of its own.
+
+    With the embedding's rows alone an untied lm_head keeps arbitrary rows, and the model never says the tokens.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    names = {id(module): name for name, module in model.named_modules()}
+    return {names[id(layer)].rpartition(".")[2]: list(new_tokens) for layer in layers}

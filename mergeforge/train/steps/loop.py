@@ -1,0 +1,75 @@
+"""The run as a short loop, to read and to compare with: same order, loss, optimizer and rates as trainer.py.
+
+One device, no checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, get_scheduler
+
+from mergeforge.train.steps.batches import Shuffled
+from mergeforge.train.steps.job import Batch, Job, Metrics, autocast, validation_sums
+from mergeforge.train.steps.loss import IGNORED
+from mergeforge.train.steps.trainer import SCHEDULES, Outcome, Stop, arguments
+
+
+def train(job: Job, stop: Stop) -> Outcome:
+    """Train to the end."""
+    settings, schedule, metrics = job.settings, job.schedule, Metrics(job)
+    trained = [one for one in job.model.parameters() if one.requires_grad]
+    kind, given = Trainer.get_optimizer_cls_and_kwargs(arguments(job))
+    optimizer = kind(trained, **given, weight_decay=settings.weight_decay)
+    rates = get_scheduler(SCHEDULES[settings.schedule], optimizer, schedule.warmup, schedule.total)
+    scaler = torch.amp.GradScaler(torch.device(job.device).type, enabled=job.dtype == "fp16")
+    sampler = Shuffled(len(job.train), settings.seed)
+    loader: DataLoader[Any] = DataLoader(job.train, schedule.micro, sampler=sampler, collate_fn=job.collator())
+    step, best = 0, (float("inf"), 0)
+    job.model.train()
+    while step < schedule.total and not stop.asked:
+        sampler.set_epoch(step // schedule.per_epoch)
+        for at, passes in enumerate(_together(loader, schedule.accumulate), start=1):
+            rate = rates.get_last_lr()[0]
+            loss = _accumulate(job, passes, metrics, scaler)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm or float("inf"))
+            scaler.step(optimizer)
+            scaler.update()
+            rates.step()
+            optimizer.zero_grad()
+            step += 1
+            metrics.step(step, loss, rate, float(norm))
+            if job.validation is not None and (at % schedule.evaluate == 0 or step == schedule.total):
+                total, count = validation_sums(job.model, job)
+                best = min(best, (total / count, step))
+                metrics.note({"step": step, "epoch": step / schedule.per_epoch, "eval_loss": total / count})
+            if step == schedule.total or stop.asked:
+                break
+    known = best[1] > 0
+    return Outcome(step, best[0] if known else None, best[1] if known else None, step < schedule.total)
+
+
+def _accumulate(job: Job, passes: list[Batch], metrics: Metrics, scaler: torch.amp.GradScaler) -> float:
+    """The gradient of the mean loss of all trained tokens of these passes; that loss."""
+    count = sum(int((batch["labels"] != IGNORED).sum()) for batch in passes)
+    loss = 0.0
+    for batch in passes:
+        metrics.saw(int((batch["input_ids"] != job.pad).sum()))
+        given = {name: value.to(job.device) for name, value in batch.items()}
+        with autocast(job):
+            part = job.model(**given, num_items_in_batch=count)["loss"]
+        scaler.scale(part).backward()
+        loss += float(part)
+    return loss
+
+
+def _together(loader: DataLoader[Any], size: int) -> Iterator[list[Batch]]:
+    """The batches of an epoch, `size` at a time."""
+    batches = iter(loader)
+    while some := list(islice(batches, size)):
+        yield some
