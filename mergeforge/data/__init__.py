@@ -16,6 +16,7 @@ from mergeforge.data.rendering import UNTRAINED, Example, Renderer, example, mak
 from mergeforge.data.rows import Bad, Row
 from mergeforge.data.settings import FIELDS, DataSettings, DataSource, settings_of
 from mergeforge.data.stores import TokenStore
+from mergeforge.data.surveying import prompts_of
 from mergeforge.data.templates import Template, choose_template
 from mergeforge.data.tokenizers import load_tokenizer
 
@@ -44,5 +45,6 @@ __all__ = [
     "open_files",
     "open_prepared",
     "prepare",
+    "prompts_of",
     "settings_of",
 ]

@@ -1,0 +1,118 @@
+"""Showing: how sources are read and what their first rows become, for a person to look at."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage
+from mergeforge.data.counting import Skipped, Tally
+from mergeforge.data.formats import Format
+from mergeforge.data.marking import Run, marked, runs
+from mergeforge.data.reading import Decision, OpenFile, decisions, open_files
+from mergeforge.data.rendering import Example, Renderer, make_renderer
+from mergeforge.data.settings import DataSettings
+from mergeforge.data.surveying import read_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row, and its examples where there is a tokenizer. `way`: how the answers were found."""
+
+    place: str
+    content: Conversation | Passage
+    examples: tuple[Example, ...] = ()
+    way: str = ""
+
+    def lines(self) -> list[str]:
+        """What the row says, as plain text."""
+        if isinstance(self.content, Passage):
+            return [self.content.text]
+        return [f"{message['role']}: {message['content']}" for message in self.content.messages]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a preview shows. `template`: where the chat template is from ("": none is needed)."""
+
+    decisions: tuple[Decision, ...]
+    rows: tuple[ShownRow, ...]
+    skipped: tuple[Skipped, ...]
+    template: str
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def runs(self, example: Example) -> list[Run]:
+        assert self.tokenizer is not None
+        return list(runs(example, self.tokenizer))
+
+    def marked(self, example: Example) -> str:
+        assert self.tokenizer is not None
+        return marked(example, self.tokenizer)
+
+    def spelling(self, token: int) -> str:
+        """One token, so that white space in it is seen."""
+        assert self.tokenizer is not None
+        return repr(self.tokenizer.decode([token]))
+
+    def json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "decisions": [asdict(one) for one in self.decisions],
+            "template": self.template,
+            "rows": [self._row(row) for row in self.rows],
+            "skipped": [asdict(one) for one in self.skipped],
+        }
+
+    def _row(self, row: ShownRow) -> dict[str, Any]:
+        content = row.content
+        what = {"text": content.text} if isinstance(content, Passage) else {"messages": list(content.messages)}
+        examples = [
+            {"tokens": one.tokens.tolist(), "labels": one.labels.tolist(), "text": marked(one, self.tokenizer)}
+            for one in row.examples
+            if self.tokenizer is not None
+        ]
+        return {"place": row.place, **what, "way": row.way, "examples": examples}
+
+
+def show(settings: DataSettings, count: int, tokenizer: PreTrainedTokenizerBase | None = None) -> Shown:
+    """The first `count` rows of each source that can be used, and what was left out before them.
+
+    Raises SourceError and RecipeError as reading does.
+    """
+    renderer = make_renderer(settings, tokenizer) if tokenizer is not None else None
+    opened: list[tuple[str, str, Format]] = []
+    rows: list[ShownRow] = []
+    tally = Tally()
+    for source in settings.sources:
+        left = count
+        for file in open_files(source):
+            opened.append((source.path, file.file.name, file.format))
+            found = _rows(file, left, renderer, settings.system, tally) if left else []
+            left -= len(found)
+            rows += found
+    conversations = any(isinstance(row.content, Conversation) for row in rows)
+    template = renderer.template.name if renderer is not None and conversations else ""
+    return Shown(decisions(opened), tuple(rows), tuple(tally.skipped), template, tokenizer)
+
+
+def _rows(file: OpenFile, count: int, renderer: Renderer | None, system: str | None, tally: Tally) -> list[ShownRow]:
+    found: list[ShownRow] = []
+    for row in read_file(file, tally, system):
+        shown = ShownRow(row.place, row.content)
+        if renderer is not None:
+            try:
+                rendered = renderer.render(row.content)
+            except (BadRow, EmptyRow) as error:
+                tally.skip(row.place, "empty" if isinstance(error, EmptyRow) else "bad", str(error))
+                continue
+            if not rendered.examples:
+                tally.skip(row.place, "too_long", f"more than {renderer.seq_len} tokens")
+                continue
+            shown = ShownRow(row.place, row.content, rendered.examples, rendered.way)
+        found.append(shown)
+        if len(found) == count:
+            break
+    return found
