@@ -10,9 +10,11 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.budget import cores
@@ -25,6 +27,10 @@ PROBE = 16  # tokens of a prompt that log-probabilities are compared on
 PROBES = 8  # such prompts; the first one on which the engine tells them counts
 # Largest difference of a next-token log-probability from transformers in float32 that an encoding explains.
 CLOSE = {"F32": 0.01, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.5}
+
+
+class ContextError(SourceError):
+    """A prompt does not fit in the engine's context."""
 
 
 class Engine:
@@ -41,6 +47,7 @@ class Engine:
         settings.n_parallel = 1
         settings.warmup = False
         settings.verbosity = -1
+        settings.force_pure_content_parser = True  # an answer is what the model writes, thoughts and calls and all
         settings.cpuparams.n_threads = cores()
         try:
             self._server = xllamacpp.Server(settings)
@@ -66,6 +73,36 @@ class Engine:
         given = prompt if isinstance(prompt, str) else list(prompt)
         reply = self._server.handle_completions({"prompt": given, "n_predict": tokens, "temperature": 0})
         return str(_checked(reply)["choices"][0]["text"])
+
+    def stream(self, asked: Mapping[str, Any], *, chat: bool = False) -> Generator[Any, None, None]:
+        """The chunks of a completion as they come; closing the iterator ends it.
+
+        The engine works in a thread of its own, so that Ctrl-C reaches the caller. Raises ContextError, SourceError.
+        """
+        chunks: SimpleQueue[Any] = SimpleQueue()
+        ended = threading.Event()
+        handle = self._server.handle_chat_completions if chat else self._server.handle_completions
+
+        def take(chunk: Any) -> bool:
+            chunks.put(chunk)
+            return ended.is_set()
+
+        def ask() -> None:
+            try:
+                handle({**asked, "stream": True}, take)
+            except Exception as error:  # whatever llama.cpp says of it
+                chunks.put({"error": str(error)})
+            finally:
+                chunks.put(None)
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        try:
+            while (chunk := chunks.get()) is not None:
+                yield from (_checked(one) for one in (chunk if isinstance(chunk, list) else [chunk]))
+        finally:
+            ended.set()
+            thread.join()
 
     def answer(
         self,
@@ -171,7 +208,10 @@ def _logprobs_apart(path: Path, prompts: list[list[int]], vocabulary: int) -> tu
 
 def _checked(reply: Any) -> Any:
     if isinstance(reply, Mapping) and ("error" in reply or reply.get("code")):
-        raise SourceError(f"the engine failed: {reply.get('error') or reply.get('message')}")
+        inner = reply.get("error") or reply
+        if isinstance(inner, Mapping) and inner.get("type") == "exceed_context_size_error":
+            raise ContextError(str(inner.get("message")))
+        raise SourceError(f"the engine failed: {inner.get('message') if isinstance(inner, Mapping) else inner}")
     return reply
 
 
