@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mergeforge.data import Counts, Decision, Example
+    from mergeforge.data.building import Built
     from mergeforge.data.showing import Shown, ShownRow
 
 BAR = 40  # characters of the longest bar
@@ -94,3 +95,16 @@ def skipped_lines(counts: Counts) -> Iterator[str]:
     more = counts.rows - counts.used - len(counts.skipped)
     if more > 0:
         yield f"and {more:,} more rows that are not used"
+
+
+def show_built(built: Built, to: Console) -> None:
+    """What was written, by category and difficulty."""
+    written = f"{built.rows:,} rows of {built.topics:,} topic files" if built.rows else "nothing to write yet"
+    to.print(f"{built.out}: {written}", markup=False, style="bold")
+    for title, numbers in (("category", built.categories), ("difficulty", built.difficulties)):
+        if numbers:
+            to.print(f"  by {title}: {', '.join(f'{name} {count:,}' for name, count in numbers.items())}", markup=False)
+    if built.scaffolded:
+        to.print(f"  made, without entries: {', '.join(built.scaffolded)}", markup=False)
+    elif built.empty:
+        to.print(f"  without entries: {', '.join(built.empty)}", markup=False)

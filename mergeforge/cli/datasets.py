@@ -140,6 +140,42 @@ def split(file: str, val: str, out: str, seed: int, overwrite: bool, as_json: bo
         click.echo(line, err=True)
 
 
+@data.command()
+@click.argument("structure", metavar="STRUCTURE")
+@click.option("--out", required=True, metavar="FILE", help="The JSONL file to write.")
+@click.option("--tokenizer", metavar="PATH", help="Count tokens with this one, not characters (extra: train).")
+@click.option("--no-stats", is_flag=True, help="Do not count lengths.")
+@click.option("--scaffold", is_flag=True, help="Make topic files that are not there, without entries.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def build(structure: str, out: str, tokenizer: str | None, no_stats: bool, scaffold: bool, as_json: bool) -> None:
+    """Flatten a hierarchy of topic files into one JSONL file to train on.
+
+    STRUCTURE (YAML or JSON) lists categories, subcategories and their types; topics/CATEGORY.SUBCATEGORY.TYPE.json hold
+    entries of question, think, output and difficulty.
+
+    \b
+    mergeforge data build structure.yaml --out train.jsonl --scaffold
+    mergeforge data build structure.yaml --out train.jsonl --tokenizer ./model
+    """
+    from mergeforge import progress
+    from mergeforge.data.building import build as build_rows
+
+    built = build_rows(structure, out, make_missing=scaffold)
+    settings, _ = _asked((out,), {"kind": "messages"})
+    counted = None if no_stats or not built.rows else _prepared(settings, tokenizer) if tokenizer else _surveyed(settings)
+    unit = "tokens" if tokenizer else "characters"
+    if as_json:
+        facts = {**asdict(built), "out": str(built.out)} | (
+            {"unit": unit, "counts": counted[0].json()} if counted else {}
+        )
+        click.echo(json.dumps(facts))
+        return
+    to = progress.console(stderr=False)
+    data_tables.show_built(built, to)
+    if counted:
+        data_tables.show_counts(counted[0], unit, to)
+
+
 def _asked(files: tuple[str, ...], options: Mapping[str, Any]) -> tuple[DataSettings, str | None]:
     """(settings, model) of data named on the command line, or in a train.yaml; options come first."""
     from mergeforge.data import FIELDS, settings_of

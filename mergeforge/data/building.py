@@ -1,0 +1,144 @@
+"""Building: a hierarchy of topic files -> one JSONL file of conversations with their metadata.
+
+mergeforge/data/structure.py and topics.py say what is in the files. A row:
+
+    {"messages": [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", ...}],
+     "id": "identity.name.qa:1", "category": "identity", "subcategory": "name", "type": "qa",
+     "tags": ["self", "name"], "difficulty": 1}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergeforge.data.structure import Structure, Topic, read_structure
+from mergeforge.data.topics import Entry, fill, read_topic, scaffold
+from mergeforge.disk import disk_error
+from mergeforge.errors import OutputError, Problem, RecipeError, did_you_mean, listing
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was written (nothing where there are no rows yet): rows in all and by category and difficulty.
+
+    `scaffolded`: topic files that were made; `empty`: those without entries.
+    """
+
+    out: Path
+    rows: int
+    topics: int
+    categories: Mapping[str, int]
+    difficulties: Mapping[str, int]
+    scaffolded: tuple[str, ...]
+    empty: tuple[str, ...]
+
+
+def build(structure_file: str | Path, out: str | Path, *, make_missing: bool = False) -> Built:
+    """Write the rows of all topic files; with `make_missing`, topic files that are not there are made first, empty.
+
+    Raises RecipeError with every mistake of the structure or of the topic files, OutputError.
+    """
+    structure, out = read_structure(Path(structure_file)), Path(out)
+    _check_out(structure, out)
+    made = _scaffolded(structure) if make_missing else ()
+    rows, empty = _rows(structure)
+    if not rows and not made:
+        raise RecipeError(f"the topic files in {structure.folder} hold no entries", hint="fill in their 'entries'")
+    if rows:
+        _write(out, rows)
+    by_difficulty = Counter(str(row["difficulty"]) for row in rows if "difficulty" in row)
+    return Built(
+        out,
+        len(rows),
+        len(structure.topics) - len(empty),
+        Counter(row["category"] for row in rows),
+        dict(sorted(by_difficulty.items())),
+        made,
+        empty,
+    )
+
+
+def _rows(structure: Structure) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """(rows, names of topic files without entries)."""
+    problems: list[Problem] = []
+
+    def report(message: str, hint: str) -> None:
+        problems.append(Problem(0, 0, message, hint))
+
+    _check_files(structure, report)
+    system = fill(structure.system, structure.placeholders, f"{structure.path.name}, system", report)
+    rows: list[dict[str, Any]] = []
+    empty: list[str] = []
+    for topic in structure.topics if not problems else ():
+        before = len(problems)
+        entries = read_topic(topic, structure.placeholders, report)
+        if not entries and len(problems) == before:
+            empty.append(topic.path.name)
+        rows += [_row(entry, topic, structure, system) for entry in entries]
+    if problems:
+        raise RecipeError(f"the data of {structure.path} cannot be built:", problems=problems)
+    return rows, tuple(empty)
+
+
+def _row(entry: Entry, topic: Topic, structure: Structure, system: str) -> dict[str, Any]:
+    think = structure.think.replace("{}", entry.think, 1) if entry.think else ""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [
+        {"role": "user", "content": entry.question},
+        {"role": "assistant", "content": think + structure.output.replace("{}", entry.output, 1)},
+    ]
+    return {
+        "messages": messages,
+        "id": f"{topic.name}:{entry.number}",
+        "category": topic.category,
+        "subcategory": topic.subcategory,
+        "type": topic.kind,
+        "tags": list(dict.fromkeys([*topic.tags, *entry.tags])),
+        **({} if entry.difficulty is None else {"difficulty": entry.difficulty}),
+    }
+
+
+def _check_files(structure: Structure, report: Any) -> None:
+    """Every file that the structure asks for is there, and no other."""
+    wanted = {topic.path.name for topic in structure.topics}
+    there = {path.name for path in structure.folder.glob("*.json") if path.resolve() != structure.path.resolve()}
+    if missing := sorted(wanted - there):
+        report(f"{structure.folder} lacks {listing(missing)}", "--scaffold makes them")
+    for name in sorted(there - wanted):
+        report(f"{structure.folder / name} belongs to nothing in the structure", did_you_mean(name, wanted))
+
+
+def _scaffolded(structure: Structure) -> tuple[str, ...]:
+    """Make the topic files that are not there; their names."""
+    missing = [topic for topic in structure.topics if not topic.path.exists()]
+    try:
+        structure.folder.mkdir(parents=True, exist_ok=True)
+        for topic in missing:
+            topic.path.write_text(scaffold(topic), encoding="utf-8")
+    except OSError as error:
+        raise disk_error(error, str(structure.folder)) from error
+    return tuple(topic.path.name for topic in missing)
+
+
+def _check_out(structure: Structure, out: Path) -> None:
+    inputs = [structure.path, *(topic.path for topic in structure.topics)]
+    if any(out.resolve() == path.resolve() for path in inputs):
+        raise OutputError(f"{out} is an input", hint="name another --out")
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    part = out.with_name(f"{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(part, out)
+    except OSError as error:
+        raise disk_error(error, str(out)) from error
