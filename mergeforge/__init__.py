@@ -18,6 +18,7 @@ _NAMES = {
     "run": ("mergeforge.running", "run"),
     "merge": ("mergeforge.api", "merge"),
     "verify": ("mergeforge.verifying", "verify"),
+    "QuickTrainer": ("mergeforge.train.quick", "QuickTrainer"),
     "Plan": ("mergeforge.planning", "Plan"),
     "Recipe": ("mergeforge.recipe", "Recipe"),
     "MergeforgeError": ("mergeforge.errors", "MergeforgeError"),

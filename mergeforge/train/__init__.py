@@ -2,4 +2,32 @@
 
 settings -> planning -> running -> flow: what is asked for, what is decided, the run, and what follows it. Torch's part
 lies in `steps/`.
+
+    from mergeforge.train import follow, make_plan, train
+    plan = make_plan("train.yaml")
+    trained = train(plan)
+    follow(plan, plan.settings.after)
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_NAMES = {
+    "QuickTrainer": "quick",
+    "Resume": "resuming",
+    "TrainPlan": "planning",
+    "TrainSettings": "settings",
+    "Trained": "running",
+    "follow": "flow",
+    "make_plan": "planning",
+    "train": "running",
+}
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'mergeforge.train' has no attribute {name!r}")
+    return getattr(import_module(f"mergeforge.train.{_NAMES[name]}"), name)

@@ -77,9 +77,10 @@ def decide(settings: TrainSettings, facts: ModelFacts, lengths: Lengths, machine
     """The choices. Raises BudgetError, with the estimate by part, when nothing fits."""
     way, notes = _first(settings, facts, lengths, machine), _remarks(settings, facts, machine)
     for give_up in _concessions(settings, lengths, machine):
+        note = ""
         while estimate(facts, way).total > machine.memory and (smaller := give_up(way)):
             way, note = smaller
-            notes.append(note)
+        notes += [note] if note else []
     if estimate(facts, way).total > machine.memory:
         raise _too_much(facts, way, machine)
     return Choices(

@@ -64,7 +64,7 @@ def _accumulate(job: Job, passes: list[Batch], metrics: Metrics, scaler: torch.a
         with autocast(job):
             part = job.model(**given, num_items_in_batch=count)["loss"]
         scaler.scale(part).backward()
-        loss += float(part)
+        loss += part.item()
     return loss
 
 

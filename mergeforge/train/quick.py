@@ -1,0 +1,56 @@
+"""QuickTrainer: training in three lines of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.data import DataSource
+from mergeforge.train.flow import Followed, follow
+from mergeforge.train.planning import TrainPlan, make_plan
+from mergeforge.train.resuming import Resume
+from mergeforge.train.running import Trained, train
+from mergeforge.train.settings import After, Merge, read
+
+if TYPE_CHECKING:
+    from mergeforge.train.steps.job import Listener
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class QuickTrainer:
+    """A training run from a model and data.
+
+        mergeforge.QuickTrainer("org/model", "sample:chat").train()
+
+    `data`: a path, `sample:NAME`, `hf://owner/name`, or a list of rows. Other keywords are keys of train.yaml.
+    """
+
+    def __init__(self, model: str | Path, data: str | Path | Rows, *, device: str = "auto", **settings: Any) -> None:
+        name = str(data) if isinstance(data, str | Path) else "rows"
+        output = f"runs/{Path(str(model).rpartition(':')[2]).name}-{Path(name.rpartition(':')[2]).stem}"
+        self.settings = read({"model": str(model), "data": name, "output": output} | settings)
+        if not isinstance(data, str | Path):
+            source = DataSource(name, rows=tuple(dict(row) for row in data))
+            self.settings = replace(self.settings, data=replace(self.settings.data, sources=(source,)))
+        self.device = device
+        self._plan: TrainPlan | None = None
+        self._trained: Trained | None = None
+
+    def plan(self) -> TrainPlan:
+        """What would be done; reads the data, and of the model its configuration and tokenizer."""
+        self._plan = self._plan or make_plan(self.settings, device=self.device)
+        return self._plan
+
+    def train(self, *, resume: str = "auto", overwrite: bool = False, listeners: Sequence[Listener] = ()) -> Trained:
+        """Train; the adapter lies in `.result` of what comes back. Goes on where an earlier run stopped."""
+        self._trained = train(self.plan(), Resume(resume, overwrite=overwrite), listeners)
+        return self._trained
+
+    def merge(self, *, gguf: Sequence[str] = (), base_numerics: str = "auto", memory: str | None = None) -> Followed:
+        """Fold the trained adapter into its base; GGUF files come out of the same pass."""
+        if self._trained is None:
+            self.train()
+        return follow(self.plan(), After(Merge(base_numerics=base_numerics), tuple(gguf)), memory=memory)
