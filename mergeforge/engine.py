@@ -11,7 +11,7 @@ import math
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -103,33 +103,6 @@ class Engine:
         finally:
             ended.set()
             thread.join()
-
-    def answer(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        max_tokens: int,
-        temperature: float,
-        tell: Callable[[str], None],
-    ) -> str:
-        """The answer to a chat; `tell` gets it piece by piece."""
-        pieces: list[str] = []
-
-        def take(chunk: Any) -> None:
-            for one in chunk if isinstance(chunk, list) else [chunk]:
-                for choice in _checked(one).get("choices", []):
-                    piece = choice.get("delta", {}).get("content") or ""
-                    pieces.append(piece)
-                    tell(piece)
-
-        asked = {
-            "messages": [dict(message) for message in messages],
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "stream": True,
-        }
-        self._server.handle_chat_completions(asked, take)
-        return "".join(pieces)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ FLOORS = (
         "publishing",
         "examining",
     },
-    {"evaluating"},
+    {"evaluating", "chatting"},
     {"train"},
     {"cli", "progress", "__main__", "api"},
 )
@@ -70,6 +70,7 @@ ALLOWED = {
     ("verifying", "workspace"),
     ("verifying", "engine"),
     ("exporting", "running"),
+    ("chatting", "evaluating"),
     ("__main__", "cli"),
     ("cli", "progress"),
 }

@@ -21,7 +21,7 @@ COMMANDS = {
     "gguf": ("exporting", "gguf", "Write a finished model as GGUF, quantised in one pass."),
     "eval": ("evaluating", "evaluate", "Measure how well a model predicts the answers of a data set."),
     "compare": ("evaluating", "compare", "Set models side by side on the same rows, with intervals."),
-    "chat": ("exporting", "chat", "Talk to a GGUF file."),
+    "chat": ("chatting", "chat", "Talk to a model, an adapter or a GGUF file."),
     "data": ("datasets", "data", "Look at training data, split it, build it."),
     "inspect": ("looking", "inspect", "Show what is in a checkpoint, an adapter or a GGUF."),
     "diff": ("looking", "diff", "Compare two checkpoints tensor by tensor."),

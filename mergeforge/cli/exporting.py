@@ -1,4 +1,4 @@
-"""mergeforge gguf and mergeforge chat."""
+"""mergeforge gguf."""
 
 from __future__ import annotations
 
@@ -90,37 +90,3 @@ def _pair(written: str) -> tuple[str, str]:
     if not equals or not name or not kind:
         raise RecipeError(f"--tensor-type {written}: write NAME=TYPE, such as attn_v=q6_k")
     return name, kind
-
-
-@click.command()
-@click.argument("model")
-@click.option("--system", metavar="TEXT", help="A system message.")
-@click.option("--max-tokens", type=int, default=512, show_default=True, help="Of one answer.")
-@click.option("--temperature", type=float, default=0.7, show_default=True, help="0: always the likeliest token.")
-@click.option("--context", type=int, default=4096, show_default=True, help="Tokens of context.")
-def chat(model: str, system: str | None, max_tokens: int, temperature: float, context: int) -> None:
-    """Talk to a GGUF file; an empty line or Ctrl-D ends. Needs the extra `engine`.
-
-    \b
-    mergeforge chat merged/merged-Q4_K_M.gguf
-    """
-    from mergeforge.engine import Engine
-
-    engine = Engine(model, context=context)
-    messages = [{"role": "system", "content": system}] if system else []
-    while (asked := _asked()) is not None:
-        messages.append({"role": "user", "content": asked})
-        answer = engine.answer(messages, max_tokens=max_tokens, temperature=temperature, tell=_tell)
-        messages.append({"role": "assistant", "content": answer})
-        click.echo()
-
-
-def _asked() -> str | None:
-    try:
-        return input("> ").strip() or None
-    except EOFError:
-        return None
-
-
-def _tell(piece: str) -> None:
-    click.echo(piece, nl=False)

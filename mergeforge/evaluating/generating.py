@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from mergeforge.evaluating.sampling import Sampling
 
+LEAST = 32  # tokens that a prompt must leave for an answer
+
 
 def generate(
     model: Any,
@@ -30,10 +32,10 @@ def generate(
     room: int,
     vocabulary: int | None = None,
 ) -> Answer:
-    """Go on from the prompt for `room` tokens at most. `vocabulary`: only so many tokens can come."""
+    """Go on from the prompt for `room` tokens at most. `vocabulary`: only so many tokens can come. Raises TooLong."""
     import torch
 
-    if room < 1:
+    if room < min(sampling.max_tokens, LEAST):
         raise TooLong(f"the prompt's {len(prompt)} tokens leave no room for an answer", hint="shorten it, or /reset")
     watch = _Watch(tokenizer, ends(model, tokenizer), sampling.stop, tell, vocabulary)
     given = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)

@@ -1,4 +1,4 @@
-"""GGUF files in a real llama.cpp engine: `verify --engine`, `chat`, and greedy text."""
+"""GGUF files in a real llama.cpp engine: `verify --engine` and greedy text."""
 
 from __future__ import annotations
 
@@ -57,19 +57,12 @@ def test_greedy_text_is_that_of_transformers(merged: Path) -> None:
     assert Engine(merged / "m-F32.gguf").text(prompt, 6) == wanted
 
 
-def test_chat(merged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    answers = iter(["hello", "and again", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(answers))
-    assert run_command(["chat", "merged/m-Q8_0.gguf", "--max-tokens", "4", "--temperature", "0"]) == 0
-    assert len(capsys.readouterr().out.strip()) > 0
-
-
-def test_what_the_engine_cannot_load(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_engine_cannot_load(models: Path) -> None:
     Path("broken.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(SourceError, match=r"broken\.gguf"):
         Engine("broken.gguf")
-    assert run_command(["chat", "base"]) == 3
-    assert "is not a GGUF file" in capsys.readouterr().err
+    with pytest.raises(SourceError, match="is not a GGUF file"):
+        Engine("base")
     assert run_command(["verify", "base", "--engine"]) == 3
 
 
