@@ -162,7 +162,9 @@ def build(structure: str, out: str, tokenizer: str | None, no_stats: bool, scaff
 
     built = build_rows(structure, out, make_missing=scaffold)
     settings, _ = _asked((out,), {"kind": "messages"})
-    counted = None if no_stats or not built.rows else _prepared(settings, tokenizer) if tokenizer else _surveyed(settings)
+    counted = None
+    if built.rows and not no_stats:
+        counted = _prepared(settings, tokenizer) if tokenizer else _surveyed(settings)
     unit = "tokens" if tokenizer else "characters"
     if as_json:
         facts = {**asdict(built), "out": str(built.out)} | (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.data.rows import ending_of
-from mergeforge.errors import RecipeError, SourceError, listing
+from mergeforge.errors import MergeforgeError, RecipeError, SourceError, listing
 
 _NAME = re.compile(r"hf://(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:]+))?(?::(?P<what>.+))?")
 # Of a repo that holds its rows in more than one of these, the first is taken.
@@ -34,9 +34,22 @@ def hub_files(path: str) -> list[tuple[str, Path]]:
     if parts is None:
         raise RecipeError(f"{path} is no data set of the Hub", hint="hf://owner/name[@revision][:split or file]")
     repo, revision, what = parts["repo"], parts["revision"], parts["what"] or ""
-    sha, names, local = _listed(repo, revision)
-    wanted = chosen(names, what, path)
-    return [(f"{path} {name}" if len(wanted) > 1 else path, _fetched(repo, sha, name, local)) for name in wanted]
+    here = f"{repo}@{revision}" if revision else repo
+    try:
+        wanted = chosen(_listed(repo, revision), what, path)
+        folder = _downloaded(repo, revision, wanted)
+    except MergeforgeError:
+        raise
+    except Exception as error:  # its own, its HTTP library's, a name that it finds not valid
+        cached = _cached(repo, revision)
+        if cached is None:
+            said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+            hint = "check the name and revision, or `hf auth login` for a private or gated data set"
+            raise SourceError(f"data set {here}: the Hub says: {said.splitlines()[0]}", hint=hint) from None
+        folder = cached
+        there = [one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file()]
+        wanted = chosen(there, what, path)
+    return [(f"{path} {name}" if len(wanted) > 1 else path, folder / name) for name in wanted]
 
 
 def chosen(names: Sequence[str], what: str, path: str) -> list[str]:
@@ -52,7 +65,7 @@ def chosen(names: Sequence[str], what: str, path: str) -> list[str]:
         raise SourceError(f"{path}: the repo holds no data file {what and f'for {what!r}'}".rstrip(), hint=hint)
     folders = sorted({name.rpartition("/")[0] for name in found})
     if len(folders) > 1 and "*" not in what:
-        hint = f"say which: {path.split(':hf')[0].removesuffix(':' + what)}:{folders[0] or found[0]}/{what or 'train'}"
+        hint = f"say which: {path.removesuffix(':' + what)}:{folders[0] or found[0]}/{what or 'train'}"
         raise SourceError(f"{path} has several sets of data: {listing(folders, 10)}", hint=hint)
     return found
 
@@ -79,46 +92,28 @@ def _kind(name: str) -> int | None:
     return next((at for at, endings in enumerate(_KINDS) if ending_of(Path(name)) in endings), None)
 
 
-def _listed(repo: str, revision: str | None) -> tuple[str, list[str], Path | None]:
-    """(commit, file names, None); from the cache where the Hub cannot be asked: then with the folder."""
+def _listed(repo: str, revision: str | None) -> list[str]:
     import huggingface_hub
 
-    try:
-        info = huggingface_hub.HfApi().dataset_info(repo, revision=revision)
-        return str(info.sha), [one.rfilename for one in info.siblings or []], None
-    except Exception as error:  # its own, its HTTP library's, a name that it finds not valid
-        cached = _cached(repo, revision)
-        if cached is not None:
-            names = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
-            return cached.name, names, cached
-        raise _refusal(repo, revision, error) from None
+    info = huggingface_hub.HfApi().dataset_info(repo, revision=revision)
+    return [one.rfilename for one in info.siblings or []]
+
+
+def _downloaded(repo: str, revision: str | None, wanted: list[str]) -> Path:
+    import huggingface_hub
+
+    folder: Any = huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
+    return Path(folder)
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
+    """What an earlier download left, for a machine that is offline."""
     import huggingface_hub
 
     try:
-        found: Any = huggingface_hub.snapshot_download(
+        folder: Any = huggingface_hub.snapshot_download(
             repo, repo_type="dataset", revision=revision, local_files_only=True
         )
     except Exception:  # nothing of it is there; the caller says why the Hub could not be asked
         return None
-    return Path(found)
-
-
-def _fetched(repo: str, sha: str, name: str, local: Path | None) -> Path:
-    import huggingface_hub
-
-    if local is not None:
-        return local / name
-    try:
-        return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", revision=sha))
-    except Exception as error:  # as above
-        raise _refusal(f"{repo} {name}", None, error) from None
-
-
-def _refusal(repo: str, revision: str | None, error: Exception) -> SourceError:
-    said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
-    asked = f"{repo}@{revision}" if revision else repo
-    hint = "check the name and revision, or `hf auth login` for a private or gated data set"
-    return SourceError(f"data set {asked}: the Hub says: {said.splitlines()[0]}", hint=hint)
+    return Path(folder)

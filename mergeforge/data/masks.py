@@ -1,16 +1,16 @@
 """Masks: which tokens of a rendered conversation are the answers, exactly or not at all.
 
-Three ways, the first that is exact wins:
+The first way that is exact wins:
 
 1. tags: the template marks the answers itself with {% generation %}.
 2. prefix: an answer is what the rendering up to it adds to the rendering of what came before with the generation
    prompt: what the model would be given, and what it should then write. Both must be prefixes of the whole; so must the
    prompt's tokens be, else the answer's characters say which tokens are its (way `offsets`).
-3. offsets: the answers are replaced with marks; where the rendering around the marks stands unchanged around
-   the answers, their characters are known, and through the tokenizer's offsets their tokens.
-
-Templates that rewrite earlier answers (reasoning is taken out of them) fit none of these as a whole. Then each answer
-becomes an example of its own, with just what the model would be given before it.
+3. Templates that render an earlier answer otherwise than the last one (Qwen3 and DeepSeek-R1 take its reasoning out) do
+   not fit 2 as a whole. Then each answer becomes an example of its own, with just what the model would be given before.
+4. offsets: the answers are replaced with marks; where the rendering around the marks stands unchanged around
+   the answers, their characters are known, and through the tokenizer's offsets their tokens. This is for generation
+   prompts that begin the answer (with `<think>`) or are not there at all.
 
 An answer's span goes on to the special token that ends it, and not past it: without that token in the loss
 a model never learns to stop.
@@ -19,7 +19,7 @@ a model never learns to stop.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+APART = "each answer apart"
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,20 @@ class Masker:
     template: Template
     end: int | None  # the special token that ends an answer
 
-    def masks(self, conversation: Conversation, wanted: Sequence[int]) -> list[Masked]:
-        """The conversation's tokens with the spans of the wanted messages: once, or once for each of these.
+    def masks(self, conversation: Conversation, wanted: Sequence[int], *, apart: bool = True) -> list[Masked]:
+        """The conversation's tokens with the spans of the wanted messages: once, or (`apart`) once for each of these.
 
         Raises BadRow where the template refuses the messages or an answer cannot be found exactly.
         """
-        try:
-            return [self._whole(conversation, wanted)]
-        except NotExact as error:
-            if len(wanted) < 2 and (not wanted or wanted[-1] == len(conversation.messages) - 1):
-                raise BadRow(f"the chat template ({self.template.name}) cannot be masked exactly: {error}") from None
-        except TemplateRefusal as error:
-            raise BadRow(str(error)) from None
-        return [self._alone(conversation, at) for at in wanted]
+        why = ""
+        for way in self._ways(apart):
+            try:
+                return way(conversation, wanted)
+            except NotExact as error:
+                why = f"the chat template ({self.template.name}) cannot be masked exactly: {error}"
+            except TemplateRefusal as error:
+                why = str(error)
+        raise BadRow(why)
 
     def rendered(self, conversation: Conversation) -> list[int]:
         """The conversation's tokens, without a look at what is an answer. Raises BadRow."""
@@ -76,24 +78,16 @@ class Masker:
             raise BadRow(str(error)) from None
         return tokenize(self.tokenizer, [text])[0].ids
 
-    def _alone(self, conversation: Conversation, at: int) -> Masked:
-        """The conversation up to one answer, which is all that is trained on."""
-        try:
-            found = self._whole(_until(conversation, at + 1), [at])
-        except NotExact as error:
-            raise BadRow(f"the chat template ({self.template.name}) cannot be masked exactly: {error}") from None
-        except TemplateRefusal as error:
-            raise BadRow(str(error)) from None
-        return replace(found, way=f"{found.way}, an answer an example")
-
-    def _whole(self, conversation: Conversation, wanted: Sequence[int]) -> Masked:
+    def _ways(self, apart: bool) -> list[Callable[[Conversation, Sequence[int]], list[Masked]]]:
         if self.template.tagged:
-            return self._by_tags(conversation, wanted)
-        text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
-        try:
-            return self._by_prefix(conversation, wanted, text)
-        except (NotExact, TemplateRefusal):
-            return self._by_marks(conversation, wanted, text)
+            return [lambda *row: [self._by_tags(*row)]]
+        whole = [lambda *row: [self._by_prefix(*row)], lambda *row: [self._by_marks(*row)]]
+        return [whole[0], self._one_by_one, whole[1]] if apart else whole
+
+    def _one_by_one(self, conversation: Conversation, wanted: Sequence[int]) -> list[Masked]:
+        """For each answer the conversation up to it, in which it alone is trained on."""
+        found = [self._by_prefix(_until(conversation, at + 1), [at]) for at in wanted]
+        return [replace(one, way=f"{one.way}, {APART}") for one in found]
 
     def _by_tags(self, conversation: Conversation, wanted: Sequence[int]) -> Masked:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -117,7 +111,8 @@ class Masker:
         characters = [marked[answers.index(at)] for at in wanted]
         return self._from_characters(tokenize(self.tokenizer, [text])[0], characters, "tags")
 
-    def _by_prefix(self, conversation: Conversation, wanted: Sequence[int], text: str) -> Masked:
+    def _by_prefix(self, conversation: Conversation, wanted: Sequence[int]) -> Masked:
+        text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
         prompts, ends = [], []
         for at in wanted:
             prompt, until = self._around(conversation, at, text)
@@ -151,7 +146,8 @@ class Masker:
             return prompt, text
         return prompt, self.template.text(self.tokenizer, messages[: at + 1], tools)
 
-    def _by_marks(self, conversation: Conversation, wanted: Sequence[int], text: str) -> Masked:
+    def _by_marks(self, conversation: Conversation, wanted: Sequence[int]) -> Masked:
+        text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
         marks = [f"Mark{hashlib.sha1(f'{at}{text}'.encode(errors='replace')).hexdigest()[:16]}" for at in wanted]
         messages = list(conversation.messages)
         for mark, at in zip(marks, wanted, strict=True):

@@ -17,6 +17,7 @@ import xxhash
 from mergeforge.data.conversations import BadRow, EmptyRow
 from mergeforge.data.counting import Counts, Tally, counts_of, total_of
 from mergeforge.data.formats import Format
+from mergeforge.data.masks import APART
 from mergeforge.data.reading import Decision, OpenFile, decisions, open_files
 from mergeforge.data.rendering import Renderer, make_renderer
 from mergeforge.data.rows import Bad, ending_of, files_of
@@ -243,7 +244,7 @@ class _Pass:
                 tally.skip(row.place, "too_long", f"more than {self.settings.seq_len} tokens")
                 continue
             self.conversations += file.format.name != "text"
-            self.several += found.way.endswith("an example")
+            self.several += APART in found.way
             tally.kinds["used"] += 1
             tally.kinds["cut"] += found.cut
             key = read.key(self.settings.seed)
@@ -265,7 +266,7 @@ class _Pass:
     def notes(self) -> Iterator[str]:
         if self.several:
             rows = f"{self.several} row{'s' if self.several > 1 else ''}"
-            yield f"the template rewrites earlier answers: in {rows} each answer became an example of its own"
+            yield f"the template renders earlier answers otherwise: in {rows} each answer became an example of its own"
         if self.conversations and self.renderer.masker.end is None:
             yield "the template ends an answer with no special token: EOS is added after the last one of each row"
 
