@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -102,9 +103,15 @@ def keep_gradients_whole(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def hush() -> None:
+    """Keep bitsandbytes from advising to install `kernels`, which fetches code from the Hub, when it is imported."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def _loaded(folder: Path, tokenizer: Path, quantise: str, device: str) -> Loaded:
     transformers = extra("transformers", "train")
     transformers.utils.logging.disable_progress_bar()
+    hush()
     device = choose_device(device)
     options: dict[str, Any] = {"dtype": "auto"}
     if quantise == "nf4" and not _read(folder / CONFIG).get("quantization_config"):
@@ -194,13 +201,13 @@ def _source_errors(folder: Path) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No remarks of transformers about what is done on purpose."""
-    logging = extra("transformers", "train").utils.logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    said = extra("transformers", "train").utils.logging
+    before = said.get_verbosity()
+    said.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        said.set_verbosity(before)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -101,7 +101,7 @@ def smoke(
 
 def agreement(one: Smoke, other: Smoke) -> Agreement:
     """How far the answers to the same prompts agree."""
-    pairs = [(a.text, b.text) for a, b in zip(one.answers, other.answers, strict=True)]
+    pairs = [(a.text.strip(), b.text.strip()) for a, b in zip(one.answers, other.answers, strict=True)]
     common = sum(_common(a, b) for a, b in pairs)
     longest = sum(max(len(a), len(b)) for a, b in pairs)
     same = sum(a == b for a, b in pairs)

@@ -18,8 +18,8 @@ from mergeforge.evaluating.smoke import PROMPTS
 ANSWERS = ("Hello, née Ünal 😀!", "4", "red, green, blue</output> and more", "The sea is wide.")
 
 
-def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
-    """A LoRA adapter by PEFT, with both factors random."""
+def make_adapter(base: Path, folder: Path, *, std: float = 0.05, **settings: Any) -> Path:
+    """A LoRA adapter by PEFT, with both factors random (the second of deviation `std`)."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -31,7 +31,7 @@ def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
     torch.manual_seed(0)
     for name, tensor in wrapped.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(tensor, std=0.05)
+            torch.nn.init.normal_(tensor, std=std)
     wrapped.save_pretrained(folder)
     return folder
 
