@@ -135,8 +135,8 @@ def _check_plain(adapter: Adapter, base: Model) -> None:
 
 def _is_bases(name: str, adapter: Adapter, base: Model) -> bool:
     """Whether a tensor that came with the adapter is the base's own, as PEFT saves it beside an embedding's factors."""
-    held = base.tensors.get(name)
-    return isinstance(held, Stored) and same_content(adapter.resized[name], held)
+    held, brought = base.tensors.get(name), adapter.resized[name]
+    return isinstance(held, Stored) and isinstance(brought, Stored) and same_content(brought, held)
 
 
 def _sum(name: str, terms: Sequence[tuple[float, Edit]]) -> Sum | None:

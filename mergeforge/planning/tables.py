@@ -13,10 +13,11 @@ from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.edits import Edit, Replaced, RowsReplaced
+from mergeforge.sources.extended import same_rows
 from mergeforge.sources.quantised.simulated import Simulated
 from mergeforge.sources.quantised.way import Quantised
 from mergeforge.sources.renamed import Renamed
-from mergeforge.sources.stored import Stored, same_content
+from mergeforge.sources.stored import Stored
 from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, HEADS, is_head, tied_head
 
 
@@ -149,14 +150,14 @@ def _fold_own(table: Table, ways: dict[str, Way], actions: dict[str, str], adapt
 
 def _place_saved(ways: dict[str, Way], opened: Sequence[OpenAdapter]) -> dict[str, str]:
     """Tensors that adapters bring whole: grown embeddings, heads that the base lacks."""
-    placed: dict[str, tuple[str, Stored]] = {}
+    placed: dict[str, tuple[str, Way]] = {}
     for one in opened:
-        for name, stored in {**one.adapter.resized, **one.adapter.added}.items():
-            label, other = placed.setdefault(name, (one.adapter.label, stored))
-            if other is not stored and not same_content(other, stored):
+        for name, brought in {**one.adapter.resized, **one.adapter.added}.items():
+            label, other = placed.setdefault(name, (one.adapter.label, brought))
+            if other is not brought and not same_rows(other, brought):
                 hint = "fold them one after the other"
                 raise SourceError(f"{label} and {one.adapter.label} both bring their own {name}", hint=hint)
-            ways[name] = renamed(stored, name)
+            ways[name] = renamed(brought, name)
     return dict.fromkeys(placed, "the adapter's")
 
 

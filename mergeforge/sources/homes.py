@@ -35,7 +35,7 @@ class Homes:
 
     label: str
     base: Model
-    resized: dict[str, Stored]
+    resized: dict[str, Way]
     misfits: list[Misfit] = field(default_factory=list)
 
     @contextmanager

@@ -21,6 +21,7 @@ from mergeforge.sources.checkpoint import Checkpoint, Model
 from mergeforge.sources.edits import Added, Edit, LowRank, Replaced, RowsReplaced
 from mergeforge.sources.expert_matching import Pair as ExpertPair
 from mergeforge.sources.expert_matching import expert_edits, is_expert_module, split_module
+from mergeforge.sources.extended import Extended, same_rows
 from mergeforge.sources.formulated import Formulated
 from mergeforge.sources.homes import Homes
 from mergeforge.sources.low_rank import Pair, check_rank, low_rank_edits, take_pair
@@ -41,7 +42,7 @@ class Adapter:
     folder: Path
     revision: str | None
     edits: Mapping[str, tuple[Edit, ...]]
-    resized: Mapping[str, Stored]
+    resized: Mapping[str, Way]
     added: Mapping[str, Stored]
     keeps_tied: bool
     files: tuple[Checkpoint, ...]
@@ -59,7 +60,7 @@ class Matching:
     kind: Kind | None
     config: Mapping[str, Any]
     edits: dict[str, list[Edit]] = field(default_factory=dict)
-    resized: dict[str, Stored] = field(default_factory=dict)
+    resized: dict[str, Way] = field(default_factory=dict)
     added: dict[str, Stored] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -253,9 +254,14 @@ class Matching:
             raise SourceError(
                 f"{self.label}: {module} has {stored.info.rows} trained tokens; its config does not name them"
             )
-        if stored.info.columns != target.info.columns or max(indices) >= target.info.rows or min(indices) < 0:
+        new = [index for index in indices if index >= target.info.rows]
+        grown = sorted(new) == list(range(target.info.rows, target.info.rows + len(new)))
+        if stored.info.columns != target.info.columns or not grown or min(indices) < 0:
             self.homes.refuse_shape(module, stored.info.shape, target)
-        self._add(name, RowsReplaced(tuple(indices), stored))
+        if new:
+            self.resized[name] = Extended(target, stored, tuple(indices.index(index) for index in sorted(new)))
+        if len(new) < len(indices):
+            self._add(name, RowsReplaced(tuple(indices), stored))
 
     def _replacement(self, module: str, leaf: str, stored: Stored) -> None:
         saved = self.settings.saves(module)
@@ -285,7 +291,7 @@ class Matching:
             self.resized.pop(head, None)
             return True
         both = {head, embedding} <= self.resized.keys()
-        if both and same_content(self.resized[head], self.resized[embedding]):
+        if both and same_rows(self.resized[head], self.resized[embedding]):
             del self.resized[head]
         edits, head_edits = self.edits.get(embedding, []), self.edits.get(head, [])
         if head in self.resized or not (edits or head_edits):
@@ -300,9 +306,11 @@ class Matching:
 
     def _whole(self, name: str) -> Stored | None:
         """The tensor that the adapter brings in place of the base's, if it does nothing else to it."""
-        edits = self.edits.get(name, [])
+        edits, resized = self.edits.get(name, []), self.resized.get(name)
         replaced = [edit.value for edit in edits if isinstance(edit, Replaced)]
-        return (replaced[0] if len(edits) == len(replaced) == 1 else None) if edits else self.resized.get(name)
+        if edits:
+            return replaced[0] if len(edits) == len(replaced) == 1 else None
+        return resized if isinstance(resized, Stored) else None
 
 
 def _same_change(one: Edit, other: Edit) -> bool:

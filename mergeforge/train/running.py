@@ -64,6 +64,7 @@ def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[Listene
     from mergeforge.train.steps.samples import Samples
 
     started = time.monotonic()
+    shutil.rmtree(plan.folder.partial, ignore_errors=True)
     job, notes = make_job(plan, listeners)
     for note in notes:
         job.tell({"note": note})

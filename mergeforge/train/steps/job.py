@@ -136,7 +136,8 @@ def autocast(job: Job) -> Any:
 def save_model(job: Job, folder: Path, model: Any = None) -> None:
     """The adapter (or, fully trained, the model) with tokenizer and chat template."""
     model = model or job.model
-    model.save_pretrained(folder)
+    whole = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, **whole)
     job.write_side_files(folder)
 
 

@@ -17,7 +17,6 @@ from mergeforge.errors import SourceError
 from mergeforge.evaluating.loading import keep_gradients_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ROWS = 64  # an embedding that grows, grows to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -100,13 +99,14 @@ def checkpoint_activations(model: Any, *, offload: bool) -> None:
 def make_room(model: Any, tokens: int) -> int:
     """Give embeddings (and lm_head) rows for a vocabulary of `tokens`; the number of rows. Never shrinks.
 
+    No rows are added for alignment: each new row is a token's, so the adapter's token rows alone tell the whole table.
     New rows start at the mean of the old ones: a row at random costs a model its first steps.
     """
     embedding = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
     if tokens <= rows:
         return int(rows)
-    model.resize_token_embeddings(tokens, pad_to_multiple_of=ROWS, mean_resizing=False)
+    model.resize_token_embeddings(tokens, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:
             _fill(layer.weight, rows)

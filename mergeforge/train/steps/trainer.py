@@ -152,6 +152,7 @@ class _Run(Trainer):
         self.accelerator.wait_for_everyone()
         if self.job.main:
             folder.adopt(folder.partial / f"checkpoint-{step}", step)
+            shutil.rmtree(folder.partial)
             folder.drop_old(self.job.settings.save.keep, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
         self.metrics_file.aside(time.monotonic() - started)

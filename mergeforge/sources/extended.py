@@ -1,0 +1,67 @@
+"""A tensor with more rows than the base's: an embedding or head whose new tokens an adapter brings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.budget import ALIGNMENT, Need, Worker
+from mergeforge.sources import Facts, Rows, Scan, Way
+from mergeforge.sources.stored import Stored, same_content
+from mergeforge.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Extended:
+    """The base's rows, then those of `trained` (rows, columns) that `order` names."""
+
+    base: Way
+    trained: Stored
+    order: tuple[int, ...]
+
+    parts: tuple[Way, ...] = ()
+    learns: bool = False
+
+    @property
+    def info(self) -> TensorInfo:
+        base = self.base.info
+        return TensorInfo(base.name, base.dtype, (base.rows + len(self.order), *base.shape[1:]))
+
+    @property
+    def need(self) -> Need:
+        trained = self.trained.info
+        return self.base.need + Need(fixed=trained.nbytes + 8 * trained.numel + ALIGNMENT, live=1)
+
+    def learn(self, scan: Scan) -> Any:
+        return None
+
+    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
+        old = self.base.info.rows
+        inside = range(rows.start, min(rows.stop, old))
+        whole = self.base.stage(inside, worker, facts, dtype) if inside else None
+        new = self.trained.read_all(worker).to(dtype)[list(self.order)]
+        slot = worker.slot()
+
+        def block(start: int, stop: int) -> Tensor:
+            into = worker.scratch(slot, (stop - start, self.info.columns), dtype)
+            edge = min(max(old - start, 0), stop - start)
+            if edge and whole is not None:
+                into[:edge] = whole(start, start + edge)
+            if start + edge < stop:
+                into[edge:] = new[start + edge - old : stop - old]
+            return into
+
+        return block
+
+
+def same_rows(one: Way, other: Way) -> bool:
+    """Whether two tensors that adapters bring, whole or with new rows, are the same."""
+    if isinstance(one, Stored) and isinstance(other, Stored):
+        return same_content(one, other)
+    if not isinstance(one, Extended) or not isinstance(other, Extended):
+        return False
+    return one.order == other.order and same_content(one.trained, other.trained)
