@@ -57,7 +57,7 @@ def build(structure_file: str | Path, out: str | Path, *, make_missing: bool = F
         out,
         len(rows),
         len(structure.topics) - len(empty),
-        Counter(row["category"] for row in rows),
+        dict(Counter(row["category"] for row in rows)),
         dict(sorted(by_difficulty.items())),
         made,
         empty,

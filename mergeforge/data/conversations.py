@@ -27,7 +27,7 @@ ROLES = {
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 TRAIN_KEYS = ("train", "training", "weight")
 _ROLE_OF = {alias: role for role, aliases in ROLES.items() for alias in aliases}
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadRow(Exception):
@@ -103,7 +103,7 @@ def text_of(value: Any, what: str) -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         raise BadRow(f"{what} holds {kind_of(value)}, not text")
-    if _SURROGATE.search(value):
+    if SURROGATE.search(value):
         raise BadRow(f"{what} is not UTF-8 text")
     return value
 

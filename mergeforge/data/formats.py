@@ -80,7 +80,7 @@ class Format:
 
     def _exchange(self, row: Mapping[str, Any], system: str | None) -> Conversation:
         prompt, response = self._cell(row, "prompt", needed=True), self._cell(row, "response", needed=True)
-        if isinstance(prompt, list | tuple) or isinstance(response, list | tuple):
+        if _are_messages(prompt) or _are_messages(response):
             return self._continued(prompt, response, row, system)
         asked = [text_of(prompt, f"'{self.columns['prompt']}'"), text_of(self._cell(row, "input"), "'input'")]
         return exchange(
@@ -93,9 +93,8 @@ class Format:
 
     def _continued(self, prompt: Any, response: Any, row: Mapping[str, Any], system: str | None) -> Conversation:
         """Prompt and completion as lists of messages (TRL's form): only the completion's answers are trained on."""
-        first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        then = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
-        given = [{**one, "train": False} if isinstance(one, Mapping) else one for one in first]
+        given = [{**one, "train": False} for one in _turns(prompt, "user")]
+        then = _turns(response, "assistant")
         return conversation([*given, *then], system=system, tools=self._cell(row, "tools"))
 
     def _cell(self, row: Mapping[str, Any], role: str, needed: bool = False) -> Any:
@@ -255,9 +254,17 @@ def _first_messages(rows: Sequence[Mapping[str, Any]], column: str) -> list[Mapp
                 value = json.loads(value)
             except ValueError:
                 continue
-        if isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value):
+        if value is not None and _are_messages(value):
             return list(value)
     return []
+
+
+def _turns(value: Any, role: str) -> list[Mapping[str, Any]]:
+    return list(value) if _are_messages(value) else [{"role": role, "content": value}]
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, Mapping) for one in value)
 
 
 def _check_format(name: str) -> None:

@@ -16,6 +16,7 @@ from mergeforge.data.rows import ending_of
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError, listing
 
 _NAME = re.compile(r"hf://(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:]+))?(?::(?P<what>.+))?")
+_SHARD = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")
 # Of a repo that holds its rows in more than one of these, the first is taken.
 _KINDS = ((".parquet",), (".jsonl", ".ndjson"), (".json",), (".csv", ".tsv"), (".txt",))
 _SPLITS = {
@@ -49,6 +50,7 @@ def hub_files(path: str) -> list[tuple[str, Path]]:
         folder = cached
         there = [one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file()]
         wanted = chosen(there, what, path)
+        _check_shards(path, wanted)
     return [(f"{path} {name}" if len(wanted) > 1 else path, folder / name) for name in wanted]
 
 
@@ -111,9 +113,19 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     import huggingface_hub
 
     try:
-        folder: Any = huggingface_hub.snapshot_download(
-            repo, repo_type="dataset", revision=revision, local_files_only=True
-        )
-    except Exception:  # nothing of it is there; the caller says why the Hub could not be asked
+        repos = huggingface_hub.scan_cache_dir().repos
+    except Exception:  # there is no cache; the caller says why the Hub could not be asked
         return None
-    return Path(folder)
+    held = [one for repo_ in repos if (repo_.repo_type, repo_.repo_id) == ("dataset", repo) for one in repo_.revisions]
+    asked = revision or "main"
+    return next((one.snapshot_path for one in held if asked in one.refs or one.commit_hash.startswith(asked)), None)
+
+
+def _check_shards(path: str, wanted: Sequence[str]) -> None:
+    """Raises SourceError where some of the files of a split have not come: they say how many there are."""
+    for name in wanted:
+        match = _SHARD.fullmatch(name)
+        if match and sum(_SHARD.sub(r"\1-of-\3\4", one) == _SHARD.sub(r"\1-of-\3\4", name) for one in wanted) < int(
+            match[3]
+        ):
+            raise SourceError(f"{path} was downloaded in part only, and the Hub cannot be asked", hint="go online")

@@ -50,7 +50,7 @@ def _lines(file: TextIO, name: str) -> Iterator[str]:
 
 def _line(line: str, place: str) -> Row | Bad:
     try:
-        return row_of(json.loads(line), place)
+        return row_of(json.loads(line.rstrip()), place)
     except json.JSONDecodeError as error:
         return Bad(place, f"not JSON: {error.msg} at column {error.colno}")
     except (RecursionError, ValueError) as error:  # nested too deep; a number of more than 4300 digits

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.conversations import BadRow, Conversation
+from mergeforge.data.conversations import SURROGATE, BadRow, Conversation
 from mergeforge.data.templates import Template, TemplateRefusal
 from mergeforge.data.tokenizers import Offsets, Tokens, special_ids, tokenize
 
@@ -105,6 +105,8 @@ class Masker:
             said = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise TemplateRefusal(f"the chat template ({self.template.name}) refuses it: {said}") from None
         (text,), (places,) = found
+        if SURROGATE.search(text):
+            raise TemplateRefusal("what the chat template makes of it is not UTF-8 text")
         marked = [(start, stop) for start, stop in places if stop > start]
         if len(marked) != len(answers):
             raise NotExact(f"it marks {len(marked)} answers where there are {len(answers)}")

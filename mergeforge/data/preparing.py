@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from mergeforge.data.conversations import BadRow, EmptyRow
-from mergeforge.data.counting import Counts, Tally, counts_of, total_of
+from mergeforge.data.counting import KINDS, Counts, Tally, counts_of, total_of
 from mergeforge.data.formats import Format
 from mergeforge.data.masks import APART
 from mergeforge.data.reading import Decision, OpenFile, decisions, open_files
@@ -273,10 +273,10 @@ class _Pass:
 
 def _check_enough(name: str, tally: Tally, settings: DataSettings) -> None:
     """Raises SourceError where next to nothing of a source is left."""
-    rows = tally.kinds["used"] + sum(tally.kinds[kind] for kind in ("bad", "empty", "too_long"))
+    rows = tally.kinds["used"] + sum(tally.kinds[kind] for kind in KINDS)
     if tally.kinds["used"] > _FEWEST * rows or not rows:
         return
-    why = ", ".join(f"{tally.kinds[kind]} {kind.replace('_', ' ')}" for kind in ("bad", "empty", "too_long"))
+    why = ", ".join(f"{tally.kinds[kind]} {kind.replace('_', ' ')}" for kind in KINDS if tally.kinds[kind])
     lines = "\n".join(f"  {one.place}: {one.why}" for one in tally.skipped[:8])
     hint = "mergeforge data preview shows one of them"
     if tally.kinds["too_long"] > rows / 2:

@@ -103,14 +103,16 @@ FIELDS: dict[str, Shape] = {
 }
 
 
+def _source_of(value: str | Mapping[str, Any]) -> DataSource:
+    if isinstance(value, str):
+        return DataSource(value)
+    return DataSource(value["path"], value.get("format") or "auto", dict(value.get("columns") or {}))
+
+
 def settings_of(value: Mapping[str, Any], *, seq_len: int | None = None, seed: int = 0) -> DataSettings:
     """The settings that a checked record of FIELDS gives."""
-    sources = [
-        DataSource(one["path"], one.get("format") or "auto", dict(one.get("columns") or {}))
-        for one in value.get("data") or []
-    ]
     return DataSettings(
-        sources=tuple(sources),
+        sources=tuple(_source_of(one) for one in value.get("data") or ()),
         validation=value.get("val"),
         template=value.get("template") or "auto",
         system=value.get("system"),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.data.conversations import SURROGATE
 from mergeforge.data.tokenizers import added_first
 from mergeforge.errors import RecipeError, SourceError, did_you_mean
 from mergeforge.tokenizer.chat_templates import NAMED
@@ -78,6 +79,8 @@ class Template:
         except Exception as error:  # Jinja's own, and whatever an expression in it comes upon
             said = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise TemplateRefusal(f"the chat template ({self.name}) refuses it: {said}") from None
+        if SURROGATE.search(found):
+            raise TemplateRefusal("what the chat template makes of it is not UTF-8 text")
         return str(found)
 
 
