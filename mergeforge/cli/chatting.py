@@ -63,6 +63,8 @@ def chat(
     from mergeforge.chatting import DEMO, Chat
 
     sampling = _sampling(preset, drawn)
+    if sys.stderr.isatty():
+        click.echo(f"loading {model} ...", err=True)
     opened = evaluating.open_model(
         model, base=base, quantise=quantise, device=device, context=context, template=template
     )
@@ -171,7 +173,9 @@ def _lines(terminal: bool) -> Iterator[str]:
 
 
 def _tell(piece: str) -> None:
-    click.echo(piece, nl=False)
+    from mergeforge.cli.evaluation_tables import printable
+
+    click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
 
 
 def _note(text: str) -> None:

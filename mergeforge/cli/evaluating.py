@@ -14,7 +14,7 @@ from mergeforge.errors import RecipeError, SourceError, did_you_mean
 
 if TYPE_CHECKING:
     from mergeforge.data import DataSettings
-    from mergeforge.evaluating import Sampling
+    from mergeforge.evaluating import Sampling, Smoke
     from mergeforge.evaluating.evaluation import Progress
 
 METRIC_SAMPLES = 50  # answers that text metrics are taken of, unless --samples says how many
@@ -37,10 +37,10 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--stop", multiple=True, metavar="TEXT", help="An answer ends before this text (repeatable)."),
         click.option("--metrics", default="", metavar="NAMES", help="Of the answers: bleu,chrf,rouge (extra metrics)."),
         click.option("--base", metavar="MODEL", help="An adapter's base, where it lies elsewhere."),
-        click.option("--tokenizer", metavar="FOLDER", help="Of a GGUF file, where it does not lie beside it."),
+        click.option("--tokenizer", metavar="FOLDER", help="Where it does not lie with the model."),
         click.option("--quantise", default="none", metavar="none|nf4", help="nf4: load in 4 bits (bitsandbytes)."),
         click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."),
-        click.option("--context", type=click.IntRange(64), default=4096, metavar="N", help="Of a GGUF file.",
+        click.option("--context", type=click.IntRange(64), default=4096, metavar="N", help="A GGUF file answers in.",
                      show_default=True),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
         click.option("-q", "--quiet", is_flag=True, help="No progress."),
@@ -150,13 +150,15 @@ def _smoke(models: tuple[str, ...], path: str | None, asked: Mapping[str, Any]) 
     from mergeforge.evaluating.smoke import PROMPTS, failed, read_prompts
 
     prompts = read_prompts(path) if path else PROMPTS
-    found = []
-    for name in models:
+
+    def one(name: str) -> Smoke:
         try:
             model = evaluating.open_model(name, **_opening(asked), template=asked["template"])
-            found.append(evaluating.smoke(model, prompts, _greedy(asked), system=asked["system"]))
+            return evaluating.smoke(model, prompts, _greedy(asked), system=asked["system"])
         except SourceError as error:
-            found.append(failed(name, error))
+            return failed(name, error)
+
+    found = [one(name) for name in models]
     ran = [one for one in found if one.answers]
     agreements = [evaluating.agreement(ran[0], other) for other in ran[1:]]
     if asked["as_json"]:
@@ -169,8 +171,10 @@ def _smoke(models: tuple[str, ...], path: str | None, asked: Mapping[str, Any]) 
 
 def _harness(name: str, tasks: list[str], asked: Mapping[str, Any]) -> int:
     from mergeforge import evaluating
+    from mergeforge.evaluating.extras import extra
     from mergeforge.evaluating.harness import run_tasks
 
+    extra("lm_eval", "eval")  # before a model is loaded
     model = evaluating.open_model(name, **_opening(asked))
     found = run_tasks(model, tasks, limit=asked["limit"], batch=asked["batch"] or 8)
     if asked["as_json"]:

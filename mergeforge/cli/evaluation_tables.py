@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SHOWN = 400  # characters of a text in a sample
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_COMMANDS = {at: "\ufffd" for at in (*range(32), *range(127, 160)) if chr(at) not in "\n\t"}
 COLOURS = {"worse": "red", "better": "green"}
 
 
@@ -134,6 +135,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def printable(text: str) -> str:
+    """A text without what a terminal takes as commands (colours, the window's title, the cursor)."""
+    return text.translate(_COMMANDS)
+
+
 def _number(value: float) -> str:
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
@@ -142,7 +148,7 @@ def _number(value: float) -> str:
 
 def _short(text: str, *, end: bool = False) -> str:
     """A text in one line, its start or its end."""
-    line = text.replace("\n", "\\n")
+    line = printable(text).replace("\n", "\\n")
     if len(line) <= SHOWN:
         return line
     return f"...{line[-SHOWN:]}" if end else f"{line[:SHOWN]}..."

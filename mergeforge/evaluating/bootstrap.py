@@ -48,6 +48,10 @@ def paired(
     import numpy as np
 
     a, b = np.array(one, np.float64).reshape(-1, 2), np.array(other, np.float64).reshape(-1, 2)
+    if not np.isfinite(b).all():
+        return Interval(np.inf, np.inf, np.inf, margin)  # what is not a number is worse than any
+    if not np.isfinite(a).all():
+        return Interval(-np.inf, -np.inf, -np.inf, margin)
     sums = np.concatenate([a, b], axis=1)
     found = _differences(sums.sum(0, keepdims=True))[0]
     if len(sums) < 2:
@@ -58,10 +62,14 @@ def paired(
     for start in range(0, draws, step):
         counts = random.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=min(step, draws - start))
         parts.append(_differences(counts @ sums))
-    low, high = np.percentile(np.concatenate(parts), [2.5, 97.5])
+    differences = np.concatenate(parts)
+    low, high = np.percentile(differences[np.isfinite(differences)], [2.5, 97.5])
     return Interval(float(found), float(low), float(high), margin)
 
 
 def _differences(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = sums[:, 2] / sums[:, 3] - sums[:, 0] / sums[:, 1]
+    import numpy as np
+
+    with np.errstate(invalid="ignore", divide="ignore"):  # rows without text alone have no bytes to divide by
+        found: NDArray[np.float64] = sums[:, 2] / sums[:, 3] - sums[:, 0] / sums[:, 1]
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 import xxhash
 
 from mergeforge.errors import RecipeError, SourceError
-from mergeforge.evaluating.answerer import Answerer, Row
+from mergeforge.evaluating.answerer import Answerer
 from mergeforge.evaluating.bootstrap import FEWEST, Interval, paired
 from mergeforge.evaluating.evaluation import Evaluation, Progress, RowResult, score
 from mergeforge.evaluating.opening import open_model
-from mergeforge.evaluating.rows import Data, rows_of
+from mergeforge.evaluating.rows import Data, RowList, rows_of
 from mergeforge.evaluating.sampling import GREEDY, Sampling
 
 PER_TOKEN, PER_BYTE = "nats a token", "bits a byte"
@@ -87,23 +87,28 @@ def compare(
     if not models:
         raise RecipeError("there is nothing to compare")
     found: list[Evaluation] = []
-    prints: list[set[str]] = []
+    prints: list[dict[int, str]] = []
     for answerer in _opened(models, opening):
         with tempfile.TemporaryDirectory(prefix="mergeforge-compare-") as folder:
             rows = rows_of(data, answerer, Path(folder))
             progress = tell(answerer.name) if tell else None
             found.append(score(answerer, rows, limit, batch, samples, sampling, progress))
-            prints.append({_fingerprint(rows.rows[row.row]) for row in found[-1].rows})
+            prints.append(_fingerprints(rows.rows, found[-1].rows))
+        del answerer, rows  # before the next one is loaded
     return side_by_side(found, prints, margin)
 
 
-def side_by_side(evaluations: Sequence[Evaluation], prints: Sequence[set[str]], margin: float = 0.0) -> Comparison:
-    """The comparison of evaluations; `prints`: fingerprints of the tokens of each one's rows."""
+def side_by_side(
+    evaluations: Sequence[Evaluation], prints: Sequence[Mapping[int, str]], margin: float = 0.0
+) -> Comparison:
+    """The comparison of evaluations; `prints`: for each of them, key -> digest of the tokens. Raises SourceError."""
     units = [_by_key(one.rows) for one in evaluations]
     common = [key for key in units[0] if all(key in one for one in units)]
     if not common:
         raise SourceError("there is no row that all models can take")
-    same = all(one == prints[0] for one in prints)
+    same = all(one[key] == prints[0][key] for one in prints for key in common)
+    if not same and not all(any(one[key].nbytes for key in common) for one in units):
+        raise SourceError("the models cut the rows into different tokens, and there is no text to count bytes of")
     first, *others = [[_ratio(one[key], same) for key in common] for one in units]
     intervals = tuple(paired(first, other, margin=margin) for other in others)
     left_out = len(set().union(*units)) - len(common)
@@ -150,5 +155,12 @@ def _ratio(row: RowResult, per_token: bool) -> tuple[float, float]:
     return (row.nll, row.tokens) if per_token else (row.nll / math.log(2), row.nbytes)
 
 
-def _fingerprint(row: Row) -> str:
-    return xxhash.xxh3_64_hexdigest(row.tokens.tobytes() + row.labels.tobytes())
+def _fingerprints(rows: RowList, scored: Sequence[RowResult]) -> dict[int, str]:
+    """Key -> digest of the tokens and labels of all examples that have it."""
+    found: dict[int, str] = {}
+    for one in scored:
+        row = rows[one.row]
+        found[one.key] = xxhash.xxh3_64_hexdigest(
+            found.get(one.key, "").encode() + row.tokens.tobytes() + row.labels.tobytes()
+        )
+    return found

@@ -6,13 +6,13 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergeforge.data import Counts
 from mergeforge.errors import SourceError
-from mergeforge.evaluating.answerer import Answer, Answerer, Row, RowScore
+from mergeforge.evaluating.answerer import Answer, Answerer, Row, RowScore, TooLong
 from mergeforge.evaluating.opening import open_model
 from mergeforge.evaluating.rows import Data, Rows, counts_anything, nbytes, rows_of, spans
 from mergeforge.evaluating.sampling import GREEDY, Sampling
@@ -162,8 +162,9 @@ def score(
         raise SourceError(f"none of {len(chosen)} rows can be scored: too long for {answerer.name}, or nothing counts")
     places = list(fit)
     found: dict[int, RowScore] = {}
+    scores = answerer.scores(list(fit.values()), batch=batch)
     started = time.monotonic()
-    for at, one in answerer.scores(list(fit.values()), batch=batch):
+    for at, one in scores:
         found[places[at]] = one
         if progress:
             progress(len(found), len(fit))
@@ -173,7 +174,8 @@ def score(
         for at, one in sorted(found.items())
     )
     read = sum(len(row.tokens) for row in fit.values())
-    answered = tuple(_sample(answerer, places[at], fit[places[at]], sampling) for at in spread(len(fit), samples))
+    shown = [places[at] for at in spread(len(fit), samples)]
+    answered = tuple(sample for at in shown if (sample := _sample(answerer, at, fit[at], sampling)))
     left_out = len(chosen) - len(fit)
     return Evaluation(
         answerer.name, answerer.kind, results, left_out, seconds, read, answered, rows.counts, rows.template
@@ -185,16 +187,17 @@ def spread(count: int, limit: int) -> list[int]:
     return [at * count // limit for at in range(limit)] if limit < count else list(range(count))
 
 
-def _sample(answerer: Answerer, at: int, row: Row, sampling: Sampling) -> Sample:
-    """The answer to a row's last question; a text's second half."""
+def _sample(answerer: Answerer, at: int, row: Row, sampling: Sampling) -> Sample | None:
+    """The answer to a row's last question; a text's second half. None where the context has no room for it."""
     start, stop = spans(row)[-1]
     cut = start if start > 1 else max(1, (start + stop) // 2)
     tokens = row.tokens.tolist()
     prompt = decoded(answerer.tokenizer, tokens[:cut], special=True)[-CHARACTERS:]
     expected = decoded(answerer.tokenizer, tokens[cut:stop], special=False)
-    room = max(1, answerer.context - cut)
-    drawn = replace(sampling, max_tokens=min(sampling.max_tokens, room))
-    return Sample(at, prompt, expected, answerer.answer(tokens[:cut], drawn))
+    try:
+        return Sample(at, prompt, expected, answerer.answer(tokens[:cut], sampling))
+    except TooLong:
+        return None
 
 
 def _ratio(one: float, other: float) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.data.tokenizers import special_ids
 from mergeforge.evaluating.answerer import Answer, Tell, TooLong
-from mergeforge.evaluating.extras import extra
+from mergeforge.evaluating.extras import extra, quiet
 from mergeforge.evaluating.stops import StopText, TokenText, decoded
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def generate(
     watch = _Watch(tokenizer, ends(model, tokenizer), sampling.stop, tell, vocabulary)
     given = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
     try:
-        with torch.inference_mode(), _seeded(sampling.seed, given.device):
+        with quiet(), torch.inference_mode(), _seeded(sampling.seed, given.device):
             model.generate(
                 given,
                 attention_mask=torch.ones_like(given),

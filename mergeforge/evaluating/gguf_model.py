@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.data import load_tokenizer
 from mergeforge.engine import ContextError, Engine
 from mergeforge.errors import MergeforgeError, SourceError
-from mergeforge.evaluating.answerer import Answer, Messages, Row, RowScore, Tell, TooLong
+from mergeforge.evaluating.answerer import UNTRAINED, Answer, Messages, Row, RowScore, Tell, TooLong
 from mergeforge.evaluating.extras import extra
-from mergeforge.evaluating.prompts import plain_prompt
+from mergeforge.evaluating.prompts import plain_prompt, prompt_tokens
 from mergeforge.evaluating.scoring_process import ScoringProcess
 from mergeforge.evaluating.stops import StopText
 from mergeforge.sources.gguf_file import GGUFHeader
@@ -35,21 +35,22 @@ PROBE = "Hello, world!  It's 12345 o'clock.\n\n\tdéjà vu - naïve; 你好, м�
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A GGUF file; llama.cpp loads it when it is first asked. `tokens_from`: a tokenizer's folder, to score rows."""
+    """A GGUF file; llama.cpp loads it when it is first asked.
+
+    `most`: tokens of context to answer in (rows are scored in as many as they have); `tokens_from`: a tokenizer's
+    folder, to score rows; `asked`: a chat template over the file's own.
+    """
 
     name: str
     path: Path
     header: GGUFHeader
-    most: int  # tokens of context
+    most: int
     tokens_from: str | None = None
+    asked: str = "auto"
     kind: str = "gguf"
 
     @property
     def context(self) -> int:
-        return min(self.most, self.trained_context)
-
-    @property
-    def trained_context(self) -> int:
         architecture = self.header.get("general.architecture")
         return int(self.header.get(f"{architecture}.context_length") or self.most)
 
@@ -71,13 +72,13 @@ class GgufModel:
 
     def scores(self, rows: Sequence[Row], *, batch: int | None = None) -> Iterator[tuple[int, RowScore]]:
         """See Answerer. One row at a time, in a process of its own; `batch` says nothing here."""
-        lengths = [len(row.tokens) for row in rows]
-        with ScoringProcess(self.path, max(lengths, default=1)) as process:
+        process = ScoringProcess(self.path, max((len(row.tokens) for row in rows), default=1))
+        try:
             self._check(process)
-            for at in sorted(range(len(rows)), key=lambda at: -lengths[at]):
-                counted = [place for place, label in enumerate(rows[at].labels.tolist()) if place and label >= 0]
-                nll, correct = process.score(rows[at].tokens.tolist(), counted)
-                yield at, RowScore(nll, len(counted), correct)
+        except BaseException:
+            process.close()
+            raise
+        return _scores(process, rows)
 
     def answer(self, prompt: Sequence[int], sampling: Sampling, tell: Tell | None = None) -> Answer:
         """See Answerer."""
@@ -85,6 +86,8 @@ class GgufModel:
 
     def reply(self, messages: Messages, sampling: Sampling, tell: Tell | None = None) -> Answer:
         """See Answerer. llama.cpp renders the file's own template; without one it is the plain one."""
+        if self.asked != "auto":
+            return self.answer(prompt_tokens(self.tokenizer, messages, self.asked), sampling, tell)
         if not self.template:
             asked: dict[str, Any] = {"prompt": plain_prompt(messages, self._eos), "n_predict": sampling.max_tokens}
             return self._stream(asked, sampling, tell, chat=False)
@@ -98,11 +101,15 @@ class GgufModel:
 
     @cached_property
     def _engine(self) -> Engine:
-        return Engine(self.path, context=self.context)
+        return Engine(self.path, context=self._room)
+
+    @property
+    def _room(self) -> int:
+        return min(self.most, self.context)
 
     def _stream(self, asked: dict[str, Any], sampling: Sampling, tell: Tell | None, *, chat: bool) -> Answer:
         names = set(self.special.values())
-        asked |= drawn(sampling, self.context) | {"preserved_tokens": [stop for stop in sampling.stop if stop in names]}
+        asked |= drawn(sampling, self._room) | {"preserved_tokens": [stop for stop in sampling.stop if stop in names]}
         engine = self._engine  # loaded before the clock runs
         watch = _Watch(self.special, sampling.stop, tell)
         try:
@@ -122,6 +129,17 @@ class GgufModel:
         if list(found) != process.tokens(PROBE):
             text = f"{self.path} cuts text into other tokens than the tokenizer of {self.tokenizer.name_or_path}"
             raise SourceError(text, hint="--tokenizer FOLDER names the model that the file was made from")
+
+
+def _scores(process: ScoringProcess, rows: Sequence[Row]) -> Iterator[tuple[int, RowScore]]:
+    """The longest rows first, as everywhere; the process ends with them."""
+    try:
+        for at in sorted(range(len(rows)), key=lambda at: -len(rows[at].tokens)):
+            counted = [place for place, label in enumerate(rows[at].labels.tolist()) if place and label != UNTRAINED]
+            nll, correct = process.score(rows[at].tokens.tolist(), counted)
+            yield at, RowScore(nll, len(counted), correct)
+    finally:
+        process.close()
 
 
 class _Watch:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.data import load_tokenizer
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
-from mergeforge.evaluating.extras import extra
+from mergeforge.evaluating.extras import extra, quiet
 from mergeforge.hub import fetch
 from mergeforge.sources.safetensors_file import read_header
 
@@ -50,7 +50,15 @@ def find(path: str) -> Path:
     return fetch(name, revision or None, WEIGHTS).path
 
 
-def load(folder: Path, *, base: str | None, quantise: str, device: str, adapter: bool = True) -> Loaded:
+def load(
+    folder: Path,
+    *,
+    base: str | None,
+    quantise: str,
+    device: str,
+    adapter: bool = True,
+    tokenizer: str | None = None,
+) -> Loaded:
     """Load a model folder, or an adapter folder with its base. Raises SourceError, RecipeError, MissingExtraError."""
     if quantise not in QUANTISE:
         raise RecipeError(f"--quantise {quantise}: it is {' or '.join(QUANTISE)}")
@@ -59,12 +67,14 @@ def load(folder: Path, *, base: str | None, quantise: str, device: str, adapter:
             raise SourceError(
                 f"{folder} holds neither {CONFIG} nor {ADAPTER}", hint="give a model, an adapter or a GGUF"
             )
-        return _loaded(folder, folder, quantise, device)
+        if base:
+            raise RecipeError(f"{folder} is no adapter, so it takes no --base", hint="it is a whole model")
+        return _loaded(folder, tokenizer or str(folder), quantise, device)
     found = find(base) if base else base_of(folder)
     if not adapter:
-        return _loaded(found, found, quantise, device)
+        return _loaded(found, tokenizer or str(found), quantise, device)
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
-    return _adapted(folder, _loaded(found, folder if own else found, quantise, device))
+    return _adapted(folder, _loaded(found, tokenizer or str(folder if own else found), quantise, device))
 
 
 def base_of(folder: Path) -> Path:
@@ -108,7 +118,7 @@ def hush() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def _loaded(folder: Path, tokenizer: Path, quantise: str, device: str) -> Loaded:
+def _loaded(folder: Path, tokenizer: str, quantise: str, device: str) -> Loaded:
     transformers = extra("transformers", "train")
     transformers.utils.logging.disable_progress_bar()
     hush()
@@ -119,11 +129,11 @@ def _loaded(folder: Path, tokenizer: Path, quantise: str, device: str) -> Loaded
     if quantise == "nf4" or device != "cpu":
         extra("accelerate", "train")
         options["device_map"] = {"": device}
-    with _source_errors(folder), _quiet():
+    with _source_errors(folder), quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
     keep_gradients_whole(model)
     rows = int(model.get_input_embeddings().weight.shape[0])
-    return Loaded(model, load_tokenizer(str(tokenizer)), None, rows, device, str(folder))
+    return Loaded(model, load_tokenizer(tokenizer), None, rows, device, str(folder))
 
 
 def _nf4(transformers: Any) -> Any:
@@ -164,7 +174,7 @@ def _grow(loaded: Loaded, rows: int) -> None:
 
     if rows <= loaded.rows:
         return
-    with _quiet():
+    with quiet():
         loaded.model.resize_token_embeddings(rows, mean_resizing=False)
     model: Any = loaded.model
     with torch.no_grad():
@@ -196,18 +206,6 @@ def _source_errors(folder: Path) -> Iterator[None]:
             raise SourceError(text, hint=hint) from None
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SourceError(f"{folder} cannot be loaded: {first.strip()[:500]}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No remarks of transformers about what is done on purpose."""
-    said = extra("transformers", "train").utils.logging
-    before = said.get_verbosity()
-    said.set_verbosity_error()
-    try:
-        yield
-    finally:
-        said.set_verbosity(before)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

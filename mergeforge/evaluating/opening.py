@@ -26,8 +26,8 @@ def open_model(
 
     `path`: a folder or Hub repo (owner/name[@revision]) of a model or a PEFT adapter, or a GGUF file. `base`: of an
     adapter, where its configuration names another. `quantise`: nf4 loads in 4 bits. `adapter` False: the adapter's
-    base. `tokenizer`: where a GGUF file's is, if neither beside it nor named by its receipt; `context`: its tokens.
-    `template`: what a model in transformers answers with (as `template:` of the data); a GGUF file has its own.
+    base. `tokenizer`: where it is, if not with the model (or for a GGUF file, neither beside it nor named by its
+    receipt). `context`: tokens in which a GGUF file answers. `template`: to answer with, over the model's own.
     Raises SourceError, RecipeError and MissingExtraError.
     """
     file = gguf_file(path)
@@ -35,8 +35,10 @@ def open_model(
         if base or quantise != "none":
             given = "--base" if base else "--quantise"
             raise RecipeError(f"{path} is a GGUF file, which takes no {given}", hint="it holds a whole model")
-        return _gguf(str(path), file, tokenizer or None, context)
-    return _torch(str(path), base=base, quantise=quantise, device=device, adapter=adapter, template=template)
+        return _gguf(str(path), file, tokenizer, context, template)
+    return _torch(
+        str(path), tokenizer=tokenizer, base=base, quantise=quantise, device=device, adapter=adapter, template=template
+    )
 
 
 def gguf_file(path: str | Path) -> Path | None:
@@ -54,7 +56,7 @@ def gguf_file(path: str | Path) -> Path | None:
     return firsts[0] if firsts else None
 
 
-def _gguf(name: str, file: Path, tokenizer: str | None, context: int) -> Answerer:
+def _gguf(name: str, file: Path, tokenizer: str | None, context: int, template: str) -> Answerer:
     from mergeforge.evaluating.extras import extra
     from mergeforge.evaluating.gguf_model import GgufModel
     from mergeforge.sources.gguf_file import read_gguf
@@ -62,7 +64,7 @@ def _gguf(name: str, file: Path, tokenizer: str | None, context: int) -> Answere
     if not file.is_file():
         raise SourceError(f"there is no {file}", hint="`mergeforge gguf MODEL --type q4_k_m` writes one")
     extra("xllamacpp", "engine")
-    return GgufModel(name, file, read_gguf(file), context, tokenizer)
+    return GgufModel(name, file, read_gguf(file), context, tokenizer, template)
 
 
 def _torch(name: str, *, template: str, **options: Any) -> Answerer:

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mergeforge.budget import cores
@@ -16,27 +15,22 @@ from mergeforge.errors import SourceError
 
 
 class ScoringProcess:
-    """A GGUF file that scores rows of at most `context` tokens, while it is entered."""
+    """A GGUF file that scores rows of at most `context` tokens, until it is closed. Raises SourceError."""
 
     def __init__(self, path: Path, context: int) -> None:
         self._path = path
-        self._opened = {"path": str(path), "context": context, "threads": cores()}
-
-    def __enter__(self) -> ScoringProcess:
         command = [sys.executable, "-m", "mergeforge.evaluating.llama_scores"]
         pipe = subprocess.PIPE
-        self._stderr = tempfile.TemporaryFile("w+", errors="replace")
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # until close
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr, text=True)
         try:
-            self._ask(self._opened)
+            self._ask({"path": str(path), "context": context, "threads": cores()})
         except BaseException:
-            self.__exit__(None, None, None)
+            self.close()
             raise
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the process."""
         self._process.kill()
         self._process.communicate()
         self._stderr.close()

@@ -31,11 +31,12 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"bleu": b
 
 
 def read_metrics(written: str) -> tuple[str, ...]:
-    """The names in `bleu,rouge`. Raises RecipeError for one that is not known."""
+    """The names in `bleu,rouge`. Raises RecipeError for one that is not known, MissingExtraError before any work."""
     found = tuple(name.strip().lower() for name in written.split(",") if name.strip())
     for name in found:
         if name not in METRICS:
             raise RecipeError(f"no metric is called '{name}'", hint=did_you_mean(name, METRICS) or ", ".join(METRICS))
+        extra("rouge_score.rouge_scorer" if name == "rouge" else "sacrebleu", "metrics")
     return found
 
 

@@ -126,3 +126,19 @@ def test_a_row_longer_than_llama_cpp_takes_at_once(base: Path, merged: Path) -> 
     assert max(len(row.tokens) for row in rows) > 1024
     wanted = evaluating.evaluate(str(merged), rows)
     assert evaluating.evaluate(str(merged / "m-F32.gguf"), rows).nll == pytest.approx(wanted.nll, abs=2e-4)
+
+
+def test_four_bits_stay_what_they_are(base: Path, adapter: Path) -> None:
+    """Scoring and answering repack nothing (bitsandbytes does on some processors): the same scores before and after."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    rows = random_rows(4)
+    model = evaluating.open_model(str(adapter), quantise="nf4")
+    assert isinstance(model, evaluating.TorchModel)
+    linears = [one for one in model.loaded.model.modules() if isinstance(one, bitsandbytes.nn.Linear4bit)]
+    packed = [one.weight.data.clone() for one in linears]
+    before = evaluating.evaluate(model, rows).rows
+    model.reply([{"role": "user", "content": "the hen"}], evaluating.Sampling(4, 0))
+    assert evaluating.evaluate(model, rows).rows == before
+    assert len(linears) == 28 and all(torch.equal(a.weight.data, b) for a, b in zip(linears, packed, strict=True))
+    plain = evaluating.evaluate(model.base(), rows).nll
+    assert plain == pytest.approx(evaluating.evaluate(base, rows, quantise="nf4").nll, rel=1e-6)

@@ -127,7 +127,7 @@ def test_rows_that_one_model_cannot_take_are_left_out(base: Path, questions: Pat
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
     found = evaluating.compare([base, short], questions)
-    assert 0 < found.rows < 40 and found.left_out == 40 - found.rows
+    assert 0 < found.rows < 40 and found.left_out == 40 - found.rows and found.measure == "nats a token"
     assert found.intervals[0].difference == pytest.approx(0, abs=1e-6)
     assert found.evaluations[0].nll == pytest.approx(found.evaluations[1].nll, rel=1e-6)
 
@@ -202,3 +202,29 @@ def test_an_adapter_of_another_base(adapter: Path, base: Path, tmp_path: Path) -
     (lost / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "../base"}))
     (tmp_path / "base").symlink_to(base)
     assert evaluating.evaluate(lost, rows).nll == pytest.approx(wanted), "a base relative to the adapter"
+
+
+def test_a_model_without_numbers_is_worse() -> None:
+    rows, broken = [(1.0, 2.0)] * 5, [(math.nan, 2.0)] * 5
+    assert paired(rows, broken).verdict == "worse" and paired(broken, rows).verdict == "better"
+
+
+def test_only_one_model_is_in_memory(
+    base: Path, taught: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import weakref
+
+    from mergeforge.evaluating import comparison
+
+    alive: list[weakref.ref[object]] = []
+    opened = comparison.open_model
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        assert not any(one() for one in alive), "the one before is gone"
+        model = opened(*arguments, **settings)
+        alive.append(weakref.ref(model.loaded.model))  # type: ignore[attr-defined]
+        return model
+
+    monkeypatch.setattr(comparison, "open_model", watched)
+    evaluating.compare([base, taught, base], questions, limit=3)
+    assert len(alive) == 3
