@@ -76,6 +76,8 @@ def preview(files: tuple[str, ...], rows: int, tokens: bool, as_json: bool, **op
     data_tables.show_decisions(shown.decisions, to)
     if shown.template:
         to.print(f"  template    {shown.template}", markup=False)
+    for note in shown.notes:
+        to.print(f"  note        {note}", markup=False)
     for row in shown.rows:
         data_tables.show_row(row, shown, tokens, to)
     for one in shown.skipped:

@@ -19,6 +19,7 @@ a model never learns to stop.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -222,12 +223,12 @@ def _until(conversation: Conversation, stop: int) -> Conversation:
 
 def _start(offsets: Offsets, character: int) -> int:
     """The first token that reaches past a character."""
-    return next((at for at, (_, stop) in enumerate(offsets) if stop > character), len(offsets))
+    return bisect_right(offsets, character, key=lambda place: place[1])
 
 
 def _stop(offsets: Offsets, character: int) -> int:
     """The token after the last one that begins before a character."""
-    return next((at for at, (start, _) in enumerate(offsets) if start >= character), len(offsets))
+    return bisect_left(offsets, character, key=lambda place: place[0])
 
 
 def _past(text: str, here: int, part: str) -> int:

@@ -144,6 +144,8 @@ def _make(settings: DataSettings, renderer: Renderer, fingerprint: str, home: Pa
         facts |= {"fingerprint": fingerprint}
         write_durably(part / FACTS, json.dumps(facts, indent=1).encode())
         sync_folder(part)
+        if home.exists() and not (home / FACTS).exists():
+            shutil.rmtree(home)
         try:
             os.rename(part, home)
         except OSError:  # another process was faster
@@ -267,8 +269,8 @@ class _Pass:
         if self.several:
             rows = f"{self.several} row{'s' if self.several > 1 else ''}"
             yield f"the template renders earlier answers otherwise: in {rows} each answer became an example of its own"
-        if self.conversations and self.renderer.masker.end is None:
-            yield "the template ends an answer with no special token: EOS is added after the last one of each row"
+        if self.conversations:
+            yield from self.renderer.notes()
 
 
 def _check_enough(name: str, tally: Tally, settings: DataSettings) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage, conversation
 from mergeforge.data.masks import Masked, Masker, end_of_answer
 from mergeforge.data.settings import DataSettings
-from mergeforge.data.templates import Template, choose_template
+from mergeforge.data.templates import Template, choose_template, marks_without_a_token
 from mergeforge.data.tokenizers import added_first, tokenize
+from mergeforge.errors import SourceError, listing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,6 +82,15 @@ class Renderer:
                 examples.append(found)
             ways.add(masked.way)
         return Rendered(tuple(examples), cut, len(masks) - kept, ", ".join(sorted(ways)))
+
+    def notes(self) -> list[str]:
+        """What a person should know of the template together with this tokenizer."""
+        notes = []
+        if marks := marks_without_a_token(self.template, self.tokenizer):
+            notes.append(f"{listing(marks)} of the template are no tokens of the tokenizer, so they are plain text")
+        if self.masker.end is None and self.loss_on != "all":
+            notes.append("the template ends an answer with no special token: EOS follows the last one of each row")
+        return notes
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
         """Token ids of messages, ready for the assistant's next one."""
@@ -174,8 +184,6 @@ def example(
     loss_on: str = "assistant",
 ) -> Example:
     """One conversation (or text), rendered and masked. Raises SourceError where that cannot be done exactly."""
-    from mergeforge.errors import SourceError
-
     renderer = make_renderer(DataSettings((), template=template, loss_on=loss_on), tokenizer)
     try:
         row = Passage(messages) if isinstance(messages, str) else conversation(messages, system=system)

@@ -69,7 +69,7 @@ def rows_of(source: DataSource, file: RowFile) -> Iterator[Row | Bad]:
     """The rows of one file of a source. Raises SourceError for a file that cannot be read at all."""
     if file.path is None:
         for at, value in enumerate(source.rows or ()):
-            yield _row(value, f"{file.name}[{at}]")
+            yield row_of(value, f"{file.name}[{at}]")
         return
     ending = ending_of(file.path)
     try:
@@ -96,7 +96,7 @@ def _reader(ending: str) -> Any:
     return read_text
 
 
-def _row(value: Any, place: str) -> Row | Bad:
+def row_of(value: Any, place: str) -> Row | Bad:
     """A value as a row: a mapping, a list of messages, or plain text."""
     if isinstance(value, Mapping):
         return Row(value, place)
@@ -105,9 +105,6 @@ def _row(value: Any, place: str) -> Row | Bad:
     if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
         return Row({"messages": value}, place)
     return Bad(place, f"a row must be a mapping, not {kind_of(value)}")
-
-
-row_of = _row
 
 
 def kind_of(value: Any) -> str:

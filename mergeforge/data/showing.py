@@ -42,6 +42,7 @@ class Shown:
     rows: tuple[ShownRow, ...]
     skipped: tuple[Skipped, ...]
     template: str
+    notes: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase | None
 
     def runs(self, example: Example) -> list[Run]:
@@ -62,6 +63,7 @@ class Shown:
         return {
             "decisions": [asdict(one) for one in self.decisions],
             "template": self.template,
+            "notes": list(self.notes),
             "rows": [self._row(row) for row in self.rows],
             "skipped": [asdict(one) for one in self.skipped],
         }
@@ -94,8 +96,9 @@ def show(settings: DataSettings, count: int, tokenizer: PreTrainedTokenizerBase 
             left -= len(found)
             rows += found
     conversations = any(isinstance(row.content, Conversation) for row in rows)
-    template = renderer.template.name if renderer is not None and conversations else ""
-    return Shown(decisions(opened), tuple(rows), tuple(tally.skipped), template, tokenizer)
+    used = renderer if conversations else None
+    template, notes = (used.template.name, tuple(used.notes())) if used is not None else ("", ())
+    return Shown(decisions(opened), tuple(rows), tuple(tally.skipped), template, notes, tokenizer)
 
 
 def _rows(file: OpenFile, count: int, renderer: Renderer | None, system: str | None, tally: Tally) -> list[ShownRow]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage
+from mergeforge.data.conversations import SURROGATE, BadRow, Conversation, EmptyRow, Passage
 from mergeforge.data.counting import Counts, Tally, total_of
 from mergeforge.data.formats import Format
 from mergeforge.data.reading import Decision, OpenFile, decisions, open_files
@@ -128,9 +128,14 @@ def _write_sides(source: DataSource, held: NDArray[np.bool_], train: IO[str], va
         for row in read_file(file, Tally()):
             if at == len(held):
                 raise SourceError(f"{source.path} changed while it was read", hint="run again")
-            line = json.dumps(row.value, ensure_ascii=False, default=str)
-            (validation if held[at] else train).write(line + "\n")
+            (validation if held[at] else train).write(_line(row.value))
             at += 1
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    """A row as a line of JSON; what is no UTF-8 text in it (in a column that is not used) is escaped."""
+    line = json.dumps(value, ensure_ascii=False, default=str)
+    return (json.dumps(value, default=str) if SURROGATE.search(line) else line) + "\n"
 
 
 def _survey(

@@ -12,6 +12,7 @@ template later, see the same tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ RAW = """\
   {%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif -%}
 {%- endfor -%}
 """
+_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK = re.compile(r"<\|[^|<>'{}]+\|>|\[\|[^|\[\]'{}]+\|\]")  # what looks like a special token
 KNOWN = {**NAMED, "plain": PLAIN, "raw": RAW}
 _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -57,7 +60,7 @@ class Template:
 
     @property
     def tagged(self) -> bool:
-        return "generation %}" in self.jinja or "generation -%}" in self.jinja
+        return bool(_TAG.search(self.jinja))
 
     def text(
         self,
@@ -98,6 +101,11 @@ def choose_template(wanted: str, tokenizer: PreTrainedTokenizerBase) -> Template
     if "{%" in wanted or "{{" in wanted:
         return _fitted(Template(wanted, "as given"), tokenizer)
     return _fitted(Template(_file(wanted), wanted), tokenizer)
+
+
+def marks_without_a_token(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What looks like a special token in the template and is none of the tokenizer: it is rendered as plain text."""
+    return [mark for mark in dict.fromkeys(_MARK.findall(template.jinja)) if mark not in tokenizer.get_vocab()]
 
 
 def _own(tokenizer: PreTrainedTokenizerBase) -> str:

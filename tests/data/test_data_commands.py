@@ -134,6 +134,13 @@ def test_split_writes_whole_rows_once(data: str, capsys: pytest.CaptureFixture[s
     assert "val" in said(capsys, "split", data, "--val", "1.5", "--out", "new", code=2)
 
 
+def test_split_keeps_what_is_not_utf_8_in_other_columns(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.dumps({**row, "id": f"x{row['id']}"}).encode().replace(b'"x', b'"\xff') for row in ROWS]
+    Path("odd.jsonl").write_bytes(b"\n".join(rows))
+    said(capsys, "split", "odd.jsonl", "--out", "out")
+    assert "\\udcff" in Path("out/train.jsonl").read_text()
+
+
 def test_equal_rows_stay_on_one_side(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     copies = [{**row, "id": at} for at, row in enumerate(ROWS * 3)]
     write_rows(Path("copies.jsonl"), copies)

@@ -185,6 +185,21 @@ def test_next_to_nothing_to_train_on_is_an_error(
     assert not list((tmp_path / "store").iterdir()), "nothing is left behind"
 
 
+def test_rows_that_are_not_utf_8_are_counted_and_the_others_used(tmp_path: Path, tokenizer: Any) -> None:
+    lines = [json.dumps(row).encode() for row in ROWS[:3]]
+    lines[1] = lines[1].replace(b"aa", "ü".encode("latin-1"))
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    found = made(tmp_path, tokenizer, tmp_path / "a.jsonl").counts
+    assert (found.used, found.bad) == (2, 1)
+    assert (found.skipped[0].place, found.skipped[0].why) == (f"{tmp_path}/a.jsonl:2", "'response' is not UTF-8 text")
+
+
+def test_what_a_template_and_a_tokenizer_do_not_share_is_noted(tmp_path: Path, tokenizer: Any, data: Path) -> None:
+    notes = made(tmp_path, tokenizer, data, template="chatml").notes
+    assert notes[0] == "<|im_start|>, <|im_end|> of the template are no tokens of the tokenizer, so they are plain text"
+    assert notes[1].startswith("the template ends an answer with no special token")
+
+
 def test_a_template_that_refuses_some_rows_costs_these_rows(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"messages": chat("q", "a")}, {"messages": [{"role": "assistant", "content": "a"}]}]
     found = made(tmp_path, tokenizer, write_rows(tmp_path / "a.jsonl", rows), template="mistral").counts
