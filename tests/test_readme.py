@@ -15,6 +15,7 @@ from mergeforge.adapters.refused import REFUSED
 from mergeforge.cli import run_command
 from mergeforge.cli.starting import shipped
 from mergeforge.methods import METHODS
+from mergeforge.train.settings import read
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,15 +25,28 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("mergeforge ")]
+DATA = ("instruct", "documents", "forecast")  # what the README's rows are called, in their order
+
+
+def commands() -> list[tuple[list[str], set[int]]]:
+    """Arguments and the exit codes that they may end with."""
+    found = []
+    for line in (line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()):
+        if line.startswith("mergeforge "):
+            arguments = shlex.split(line.removesuffix("|| true"))[1:]
+            codes = {0, 1} if line.endswith("|| true") else {1} if arguments[0] == "diff" else {0}
+            found.append((arguments, codes))
+    return found
+
+
+def is_training(recipe: str) -> bool:
+    return "data" in yaml.safe_load(recipe)
 
 
 def test_every_command_of_the_readme_runs(models: Path) -> None:
-    assert len(commands()) >= 9
-    for arguments in commands():
-        assert run_command(arguments) == (1 if arguments[0] == "diff" else 0), arguments
+    assert len(commands()) >= 17
+    for arguments, codes in commands():
+        assert run_command(arguments) in codes, arguments
 
 
 def test_ci_runs_the_set_up_and_test_commands_of_the_readme() -> None:
@@ -43,16 +57,30 @@ def test_ci_runs_the_set_up_and_test_commands_of_the_readme() -> None:
     assert setup in script and tests in script
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
+@pytest.mark.parametrize("text", [block for block in blocks("yaml") if not is_training(block)])
 def test_recipes_of_the_readme_run(text: str, models: Path) -> None:
     assert mergeforge.merge(yaml.safe_load(text), out="out").is_dir()
+
+
+@pytest.mark.parametrize("text", [block for block in blocks("yaml") if is_training(block)])
+def test_trainings_of_the_readme_run(text: str, models: Path) -> None:
+    for name, rows in zip(DATA, blocks("json"), strict=True):
+        Path(f"{name}.jsonl").write_text(rows)
+    Path("train.yaml").write_text(text)
+    assert run_command(["train", "train.yaml", "-q", "--set", "max_steps=2"]) == 0
+    assert Path("runs/train/adapter/adapter_model.safetensors").is_file()
+
+
+def test_training_from_python_runs(models: Path) -> None:
+    exec(next(block for block in blocks("python") if "QuickTrainer" in block), {})
+    assert Path("runs/tiny-chat/adapter").is_dir() and Path("runs/steps/adapter").is_dir()
 
 
 def test_python_of_the_readme_runs(models: Path) -> None:
     (models / "recipe.yaml").write_text(shipped()["fold_one"].read_text())
     for name in ("a", "b"):
         (models / "adapters" / name).rename(models / name)
-    code = next(block for block in blocks("python") if "import mergeforge" in block)
+    code = next(block for block in blocks("python") if "mergeforge.merge" in block)
     exec(code, {})
     assert Path("merged/mergeforge.json").exists() and Path("averaged/mergeforge.json").exists()
 
@@ -65,7 +93,15 @@ def test_every_adapter_kind_stands_in_the_readme() -> None:
     assert [name for name in [*KINDS, *REFUSED] if f"`{name}`" not in README] == []
 
 
-@pytest.mark.parametrize("name", shipped())
+def test_shipped_trainings_are_read() -> None:
+    trainings = [path for name, path in shipped().items() if name.startswith("train-")]
+    assert len(trainings) == 6
+    for path in trainings:
+        assert path.read_text().startswith("# Training: ")
+        read(path)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if not name.startswith("train-")])
 def test_shipped_recipes_run(name: str, models: Path) -> None:
     recipe = shipped()[name]
     assert recipe.read_text().startswith("# ")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("config")
+@click.argument("config", required=False)
 @click.option("--out", metavar="DIR", help="The run's folder, over `output`.")
 @click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Override a key of the file (repeatable).")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def train(
-    config: str,
+    config: str | None,
     *,
     out: str | None,
     sets: tuple[str, ...],
@@ -50,20 +50,26 @@ def train(
 ) -> int:
     """Train an adapter (QLoRA, LoRA, DoRA) or a whole model, as CONFIG says. Needs the extra `train`.
 
+    Without CONFIG, --then goes on from the newest finished run of runs/.
+
     \b
     mergeforge train recipes/train-demo.yaml
     mergeforge train train.yaml --plan
     mergeforge train train.yaml --then merge,gguf
+    mergeforge train --then merge
     torchrun --nproc-per-node 2 -m mergeforge train train.yaml
     """
     if extend_epochs < 0:
         raise RecipeError("--extend-epochs must not be negative")
-    from mergeforge.train import flow, planning, processes, running
+    if config is None and not then:
+        raise RecipeError("which run? give its train.yaml", hint="`mergeforge recipes cp train-demo` writes one")
+    from mergeforge.train import flow, folder, planning, processes, running
     from mergeforge.train.resuming import Resume
 
     quiet = quiet or not processes.is_main()
     with processes.main_first():
-        plan = planning.make_plan(config, sets=sets, out=out, device=device)
+        source = config or folder.newest_run().settings()
+        plan = planning.make_plan(source, sets=sets, out=out, device=device)
     after = flow.after_of_steps(plan.settings.after, then) if then else plan.settings.after
     if not quiet:
         _show(plan, price_per_hour, whole=only_plan)
@@ -71,8 +77,10 @@ def train(
         if as_json:
             click.echo(json.dumps(_plan_facts(plan), default=str))
         return 0
-    with _bar(plan, quiet=quiet) as listener:
-        trained = running.train(plan, Resume(resume, extend_epochs, overwrite), [listener])
+    trained = None if overwrite or extend_epochs or not after.merge else running.trained_before(plan)
+    if trained is None:
+        with _bar(plan, quiet=quiet) as listener:
+            trained = running.train(plan, Resume(resume, extend_epochs, overwrite), [listener])
     if trained.interrupted:
         click.echo(f"interrupted after step {trained.steps}; the same command goes on from there", err=True)
         return 130

@@ -7,7 +7,7 @@ Which numerics the base has for the fold is decided by measuring: the adapter wa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import yaml
 from mergeforge.disk import write_durably
 from mergeforge.errors import RecipeError
 from mergeforge.train.planning import TrainPlan
+from mergeforge.train.report import write_report
 from mergeforge.train.settings import After, Merge
 
 STEPS = ("merge", "gguf", "publish")
@@ -94,7 +95,10 @@ def follow(plan: TrainPlan, after: After, *, memory: str | None = None, tell: Te
             losses[numerics] = merged_loss(plan, out)
             tell(f"validation loss: merged on {numerics} {losses[numerics]:.4f}")
     published = _publish(out, after.publish, tell) if after.publish else None
-    return Followed(out, numerics, tuple(sorted(out.glob("*.gguf"))), losses, published)
+    made = Followed(out, numerics, tuple(sorted(out.glob("*.gguf"))), losses, published)
+    plan.folder.record((plan.folder.manifest() or {}) | {"followed": asdict(made)})
+    write_report(plan.folder)
+    return made
 
 
 def _adapter_loss(plan: TrainPlan) -> float:

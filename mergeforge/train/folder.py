@@ -71,6 +71,10 @@ class RunFolder:
             raise OutputError(f"{path} cannot be read: {error}", hint="--fresh starts over") from None
         return found if isinstance(found, dict) else {}
 
+    def settings(self) -> dict[str, Any]:
+        """What the run was asked for, its folder among it."""
+        return {**(self.manifest() or {}).get("settings", {}), "output": str(self.root)}
+
     def record(self, facts: Mapping[str, Any]) -> None:
         """Write run.json, whole or not at all."""
         write_durably(self.root / RUN, json.dumps(facts, indent=2, default=str).encode() + b"\n")

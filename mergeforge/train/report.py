@@ -58,23 +58,26 @@ def _parts(folder: RunFolder, facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    counts, numbers = (
-        facts.get("counts", {}),
-        (("loss", "training loss, last steps"), ("validation_loss", "validation loss")),
-    )
-    rows = {"state": facts.get("state"), "steps": facts.get("step")}
-    rows |= {title: f"{facts[name]:.4f}" for name, title in numbers if facts.get(name) is not None}
-    rows |= {"best step": facts.get("best_step")} if facts.get("best_step") else {}
-    rows |= (
-        {"merged": ", ".join(f"{name} {loss:.4f}" for name, loss in facts["losses"].items())}
-        if facts.get("losses")
-        else {}
-    )
-    rows |= {"rows": counts.get("rows"), "trained tokens": counts.get("trained")}
-    rows |= {"time": f"{facts.get('seconds', 0):.0f} s", "peak memory": show_size(facts.get("peak_memory") or 0)}
-    rows |= {"versions": ", ".join(f"{name} {one}" for name, one in facts.get("versions", {}).items())}
+    counts, losses = facts.get("counts", {}), facts.get("followed", {}).get("losses", {})
+    rows = {
+        "state": facts.get("state"),
+        "steps": facts.get("step"),
+        "training loss, last steps": _number(facts.get("loss")),
+        "validation loss": _number(facts.get("validation_loss")),
+        "best step": facts.get("best_step"),
+        "validation loss by form": ", ".join(f"{name} {_number(loss)}" for name, loss in losses.items()),
+        "rows": counts.get("rows"),
+        "trained tokens": counts.get("trained"),
+        "time": f"{facts.get('seconds', 0):.0f} s",
+        "peak memory": show_size(facts.get("peak_memory") or 0),
+        "versions": ", ".join(f"{name} {one}" for name, one in facts.get("versions", {}).items()),
+    }
     cells = (f"<tr><th>{html.escape(name)}<td>{html.escape(str(value))}" for name, value in rows.items() if value)
     return f"<table>{''.join(cells)}</table>"
+
+
+def _number(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
 
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.budget import resident_memory
 from mergeforge.errors import BudgetError, OutputError
+from mergeforge.sizes import show_size
 from mergeforge.train import extra
 from mergeforge.train.flow import write_recipe
 from mergeforge.train.folder import FINISHED, INTERRUPTED, RunFolder
@@ -59,6 +60,30 @@ def train(plan: TrainPlan, resume: Resume | None = None, listeners: Sequence[Lis
         return _train(plan, checkpoint, listeners)
 
 
+def trained_before(plan: TrainPlan) -> Trained | None:
+    """The finished run that lies in the plan's folder, if its settings and data are the plan's."""
+    facts = plan.folder.manifest() or {}
+    if facts.get("state") != FINISHED or (facts["fingerprint"], facts["data"]) != (
+        plan.settings.fingerprint,
+        plan.data.fingerprint,
+    ):
+        return None
+    return _trained(plan.folder, facts)
+
+
+def _trained(folder: RunFolder, facts: Mapping[str, Any]) -> Trained:
+    return Trained(
+        folder,
+        facts["step"],
+        facts["loss"],
+        facts.get("validation_loss"),
+        facts["best_step"],
+        facts["interrupted"],
+        facts["seconds"],
+        facts["peak_memory"],
+    )
+
+
 def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[Listener]) -> Trained:
     from mergeforge.train.steps.building import make_job
     from mergeforge.train.steps.samples import Samples
@@ -68,6 +93,8 @@ def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[Listene
     job, notes = make_job(plan, listeners)
     for note in notes:
         job.tell({"note": note})
+    if job.device.startswith("cuda"):
+        _probe(job, plan)
     samples = Samples(plan, job)
     if checkpoint is None and is_main():
         plan.folder.record_samples(samples.take())
@@ -81,16 +108,22 @@ def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[Listene
     if is_main():
         plan.folder.record(facts)
         write_report(plan.folder)
-    return Trained(
-        plan.folder,
-        outcome.step,
-        facts["loss"],
-        facts.get("validation_loss"),
-        outcome.best_step,
-        outcome.interrupted,
-        facts["seconds"],
-        facts["peak_memory"],
-    )
+    return _trained(plan.folder, facts)
+
+
+def _probe(job: Job, plan: TrainPlan) -> None:
+    """Try the largest batch; with less memory than was estimated, half of it."""
+    import torch
+
+    from mergeforge.train.steps.probing import probe
+
+    try:
+        peak = probe(job, plan.choices.way.seq_len)
+    except torch.OutOfMemoryError as error:
+        _halve(job, error)
+        return
+    estimated = plan.choices.estimate.total
+    job.tell({"note": f"a full batch takes {show_size(peak)}; {show_size(estimated)} was the estimate"})
 
 
 def _steps(plan: TrainPlan, job: Job, checkpoint: Path | None, stop: Stop) -> Outcome:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mergeforge.cli.starting import shipped
 from mergeforge.errors import BudgetError
 from mergeforge.train.deciding import Choices, Lengths, Machine, decide
 from mergeforge.train.estimate import Way, estimate
@@ -21,6 +22,7 @@ GB = 10**9
 CARD = Machine("cuda:0", 8 * GB, "bf16")
 ROWS = Lengths(p95=700, p99=1000, longest=1800, rows=3000)
 LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 32768}
+QWEN: dict[str, Any] = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 MODELS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "mistral-7b": {
@@ -38,9 +40,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    "qwen2.5-3b": {
+        **QWEN,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-14b": {
+        **QWEN,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+    },
     "qwen2.5-7b": {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
+        **QWEN,
         "hidden_size": 3584,
         "intermediate_size": 18944,
         "num_hidden_layers": 28,
@@ -63,9 +83,10 @@ def chosen(name: str, machine: Machine = CARD, lengths: Lengths = ROWS, **settin
 
 
 def test_parameters_are_counted_without_weights() -> None:
-    counts = {name: facts(name).parameters for name in MODELS}
-    wanted = {"llama-2-7b": 6738415616, "mistral-7b": 7241732096, "llama-3.1-8b": 8030261248, "qwen2.5-7b": 7615616512}
-    assert counts == wanted
+    """As the models' cards give them, exactly."""
+    wanted = {"llama-2-7b": 6738415616, "mistral-7b": 7241732096, "llama-3.1-8b": 8030261248}
+    wanted |= {"qwen2.5-3b": 3085938688, "qwen2.5-7b": 7615616512, "qwen2.5-14b": 14770033664}
+    assert {name: facts(name).parameters for name in wanted} == wanted
     assert facts("llama-2-7b").adapter_parameters(Lora(r=16)) == 39976960
 
 
@@ -113,3 +134,13 @@ def test_rates_and_epochs_follow_model_and_data() -> None:
 def test_short_rows_are_packed_and_long_ones_are_not() -> None:
     assert chosen("mistral-7b", lengths=Lengths(100, 150, 200, 1000)).pack
     assert not chosen("mistral-7b", lengths=Lengths(1500, 1700, 1800, 1000)).pack
+
+
+@pytest.mark.parametrize("size", [6, 8, 12, 16, 24])
+def test_shipped_settings_fit_their_card(size: int) -> None:
+    settings = read(shipped()[f"train-{size}gb"])
+    assert settings.memory.budget == size * GB
+    name = settings.model.rpartition("/")[2].lower().removesuffix("-instruct")
+    machine = Machine("cuda:0", int(size * GB * 0.93), "bf16")  # of such a card that a desktop uses too
+    found = decide(settings, facts(name), ROWS, machine)
+    assert found.way.seq_len == settings.seq_len and found.way.lora.r == settings.lora.r

@@ -14,7 +14,10 @@ import torch
 from training_runs import adapter, lines, run, same
 
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError
+from mergeforge.train.planning import make_plan
 from mergeforge.train.resuming import Resume
+from mergeforge.train.steps.building import make_job
+from mergeforge.train.steps.probing import probe
 
 Settings = dict[str, Any]
 
@@ -169,3 +172,10 @@ def test_a_run_leaves_what_it_promises(settings: Settings) -> None:
     names = {path.name for path in folder.adapter.iterdir()}
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"}
     assert len(folder.steps()) == 2
+
+
+def test_a_probe_leaves_nothing_behind(settings: Settings) -> None:
+    job, _ = make_job(make_plan(settings, device="cpu"))
+    state = torch.random.get_rng_state()
+    assert probe(job, 64) > 1e8
+    assert torch.random.get_rng_state().equal(state) and all(one.grad is None for one in job.model.parameters())
