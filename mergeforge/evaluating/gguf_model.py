@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data import load_tokenizer
 from mergeforge.engine import ContextError, Engine
-from mergeforge.errors import MergeforgeError, SourceError
 from mergeforge.evaluating.answerer import UNTRAINED, Answer, Messages, Row, RowScore, Tell, TooLong
-from mergeforge.evaluating.extras import extra
+from mergeforge.evaluating.gguf_tokenizer import find_tokenizer
 from mergeforge.evaluating.prompts import plain_prompt, prompt_tokens
 from mergeforge.evaluating.scoring_process import ScoringProcess
 from mergeforge.evaluating.stops import StopText
@@ -28,9 +25,6 @@ if TYPE_CHECKING:
     from mergeforge.evaluating.sampling import Sampling
 
 CONTROL = 3  # llama_token_type of a mark that is no text
-RECEIPT = "mergeforge.json"
-# What tokenizers that are not the same differ on: spaces, lines, digits, accents, other scripts, symbols.
-PROBE = "Hello, world!  It's 12345 o'clock.\n\n\tdéjà vu - naïve; 你好, мир 😀 <tag> x=a[0]+1"
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ class GgufModel:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the file was made with. Raises SourceError where there is none that agrees with it."""
-        return find_tokenizer(self.path, self.tokens_from)
+        return find_tokenizer(self.path, self.header, self.tokens_from)
 
     @cached_property
     def special(self) -> Mapping[int, str]:
@@ -72,13 +66,7 @@ class GgufModel:
 
     def scores(self, rows: Sequence[Row], *, batch: int | None = None) -> Iterator[tuple[int, RowScore]]:
         """See Answerer. One row at a time, in a process of its own; `batch` says nothing here."""
-        process = ScoringProcess(self.path, max((len(row.tokens) for row in rows), default=1))
-        try:
-            self._check(process)
-        except BaseException:
-            process.close()
-            raise
-        return _scores(process, rows)
+        return _scores(ScoringProcess(self.path, max((len(row.tokens) for row in rows), default=1)), rows)
 
     def answer(self, prompt: Sequence[int], sampling: Sampling, tell: Tell | None = None) -> Answer:
         """See Answerer."""
@@ -122,13 +110,6 @@ class GgufModel:
         except KeyboardInterrupt:
             watch.ended = "interrupted"
         return watch.answer()
-
-    def _check(self, process: ScoringProcess) -> None:
-        """Raises SourceError unless the tokenizer and llama.cpp cut a text into the same tokens."""
-        found = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-        if list(found) != process.tokens(PROBE):
-            text = f"{self.path} cuts text into other tokens than the tokenizer of {self.tokenizer.name_or_path}"
-            raise SourceError(text, hint="--tokenizer FOLDER names the model that the file was made from")
 
 
 def _scores(process: ScoringProcess, rows: Sequence[Row]) -> Iterator[tuple[int, RowScore]]:
@@ -203,32 +184,3 @@ def drawn(sampling: Sampling, context: int) -> dict[str, Any]:
         "seed": -1 if sampling.seed is None else sampling.seed,
         "n_probs": 1,
     }
-
-
-def find_tokenizer(path: Path, named: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a GGUF file: the one named, beside it, of the model it was made from, or out of the file.
-
-    Raises SourceError where there is none.
-    """
-    if named:
-        return load_tokenizer(named)
-    for folder in (path.parent, path.parent.parent, *_made_from(path.parent)):
-        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            return load_tokenizer(str(folder))
-    try:
-        found = extra("transformers", "train").AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except MergeforgeError:
-        raise
-    except Exception as error:  # transformers reads the vocabularies of some architectures and not of others
-        text = f"there is no tokenizer beside {path}, and none can be made of it: {error}"
-        raise SourceError(text, hint="--tokenizer FOLDER names the model that the file was made from") from None
-    return found  # type: ignore[no-any-return]
-
-
-def _made_from(folder: Path) -> list[Path]:
-    """The folders that the receipt beside a file names as its inputs."""
-    try:
-        inputs = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))["inputs"]
-        return [Path(one["name"]) for one in inputs]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
