@@ -141,15 +141,18 @@ def list_names(kind: str, as_json: bool) -> None:
 
 
 @click.command()
-def schema() -> None:
+@click.option("--train", is_flag=True, help="Of train.yaml instead.")
+def schema(train: bool) -> None:
     """Print the JSON Schema of a recipe, for editors.
 
     \b
     mergeforge schema > mergeforge.schema.json
+    mergeforge schema --train > train.schema.json
     """
-    from mergeforge.recipe import json_schema
+    from mergeforge import recipe
+    from mergeforge.train import language
 
-    click.echo(json.dumps(json_schema(), indent=2))
+    click.echo(json.dumps(language.json_schema() if train else recipe.json_schema(), indent=2))
 
 
 def _methods() -> list[dict[str, Any]]:

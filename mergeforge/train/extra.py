@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mergeforge.budget import free_memory
 from mergeforge.errors import MissingExtraError, RecipeError
@@ -21,8 +22,8 @@ BF16_FROM = (8, 0)  # compute capability; older cards emulate bf16, slowly
 KEPT_BACK = 0.05  # of a card's free memory
 
 
-def check(*, quantise: bool = False) -> None:
-    """Raise MissingExtraError unless everything that training imports is there."""
+def check(*, quantise: bool = False, track: Sequence[str] = ()) -> None:
+    """Raise MissingExtraError unless everything that training imports is there, and what metrics are sent to."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it asks for a package that fetches code
     for name in (*PACKAGES, "bitsandbytes") if quantise else PACKAGES:
         try:
@@ -30,6 +31,10 @@ def check(*, quantise: bool = False) -> None:
         except ImportError as error:
             hint = "pip install 'mergeforge[train]'"
             raise MissingExtraError(f"training needs {name}: {error}", hint=hint) from None
+    for name in track:
+        if importlib.util.find_spec(name) is None:
+            hint = "pip install 'mergeforge[track]'" if name == "tensorboard" else f"pip install {name}"
+            raise MissingExtraError(f"track: {name} is not installed", hint=hint)
 
 
 def versions() -> dict[str, str]:

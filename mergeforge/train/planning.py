@@ -84,7 +84,7 @@ def make_plan(
     if out is not None:
         sets = (*sets, f"output={out}")
     settings = source if isinstance(source, TrainSettings) else read(source, sets)
-    extra.check(quantise=settings.method == "qlora")
+    extra.check(quantise=settings.method == "qlora", track=settings.track)
     folder = RunFolder(settings.output)
     base, revision, small = _base(settings, folder)
     tokenizer = load_tokenizer(str(small))

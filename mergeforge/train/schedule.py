@@ -34,8 +34,8 @@ def make_schedule(
     """
     rows_each = max(rows / max(sequences, 1), 1.0)
     wanted = max(1, round(settings.batch_size / rows_each / devices))  # sequences of a step, on each device
-    micro = min(micro, wanted)
-    accumulate = max(1, round(wanted / micro))
+    accumulate = math.ceil(wanted / micro)
+    micro = math.ceil(wanted / accumulate)
     batches = math.ceil(math.ceil(sequences / devices) / micro)
     per_epoch = math.ceil(batches / accumulate)
     total = settings.max_steps or max(1, math.ceil(per_epoch * epochs))

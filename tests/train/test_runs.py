@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from training_runs import adapter, lines, run, same
 
-from mergeforge.errors import BudgetError, MergeforgeError, OutputError
+from mergeforge.errors import BudgetError, MergeforgeError, MissingExtraError, OutputError
 from mergeforge.train.planning import make_plan
 from mergeforge.train.resuming import Resume
 from mergeforge.train.steps.building import make_job
@@ -179,3 +180,63 @@ def test_a_probe_leaves_nothing_behind(settings: Settings) -> None:
     state = torch.random.get_rng_state()
     assert probe(job, 64) > 1e8
     assert torch.random.get_rng_state().equal(state) and all(one.grad is None for one in job.model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "adafactor"])
+def test_optimizers_learn(optimizer: str, settings: Settings) -> None:
+    found = run(settings, optimizer=optimizer, lr=1e-3)
+    assert lines(found)[-1] < lines(found)[0]
+
+
+def test_checkpointed_activations_and_the_precision_of_a_card(settings: Settings) -> None:
+    plain = run(settings)
+    again = run(settings, memory={"checkpointing": True}, output="again")
+    assert lines(again) == pytest.approx(lines(plain), rel=1e-6)
+    halves = run(settings, dtype="bf16", output="halves")
+    assert lines(halves) == pytest.approx(lines(plain), rel=2e-2) and lines(halves) != lines(plain)
+    assert {one.dtype for one in adapter(halves).values()} == {torch.float32}
+
+
+def test_a_step_has_as_many_rows_packed_or_not(settings: Settings) -> None:
+    """So rates and steps mean the same; one step on all rows has one loss."""
+    changed: Settings = {"batch": {"size": 40, "micro": 4}, "lr": 1e-4}
+    packed, apart = (run(settings, **changed, pack=pack, output=str(pack)) for pack in (True, False))
+    assert packed.steps == apart.steps == 1
+    assert lines(packed) == pytest.approx(lines(apart), rel=1e-5)
+
+
+def test_metrics_go_to_tensorboard(settings: Settings, here: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run(settings, track="tensorboard", max_steps=2)
+    assert list(here.glob("run/**/events.out.tfevents.*"))
+
+
+def test_what_is_missing_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MissingExtraError) as error:
+        run(settings, track="mlflow")
+    assert error.value.hint == "pip install mlflow"
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError) as error:
+        run(settings)
+    assert error.value.hint == "pip install 'mergeforge[train]'" and error.value.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"lora": {"targets": ["no_such"]}},
+            "the adapter does not fit the model: Target modules {'no_such'} not found",
+        ),
+        ({"loss": "nowhere.loss"}, "there is no loss nowhere.loss"),
+        ({"dtype": "fp16"}, "cpu does not train in fp16"),
+        ({"memory": {"budget": "100MB"}}, "training takes about .* and cpu has 100.0 MB"),
+        ({"model": "nobody/nothing"}, "there is no local nobody/nothing"),
+        ({"data": "nothing.jsonl"}, "nothing.jsonl"),
+        ({"val": 40}, "val: 40 of 40 different rows leaves none to train on"),
+        ({"seq_len": 8}, "too long"),
+    ],
+)
+def test_bad_settings_are_said_so(changed: Settings, said: str, settings: Settings) -> None:
+    with pytest.raises(MergeforgeError, match=f"(?s){said}"):
+        run(settings, **changed)

@@ -17,7 +17,7 @@ from mergeforge.train.steps import adapter, batches, loading, loss
 from mergeforge.train.steps.job import Job, Listener
 
 SMALL = 20_000_000  # parameters below which one thread beats several: 0.1 s a step instead of 0.3 to 1.0 s on two cores
-OPTIMIZERS = {"adamw": "adamw_torch"}  # the others are called as transformers calls them
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_32bit": "adamw_torch"}  # the others are called as transformers calls them
 
 
 def make_job(plan: TrainPlan, listeners: Sequence[Listener] = ()) -> tuple[Job, list[str]]:
@@ -44,7 +44,7 @@ def make_job(plan: TrainPlan, listeners: Sequence[Listener] = ()) -> tuple[Job, 
         schedule=plan.schedule(len(packs)),
         folder=plan.folder,
         lr=plan.choices.lr,
-        optimizer=OPTIMIZERS.get(way.optimizer, way.optimizer),
+        optimizer=_optimizer(way.optimizer, plan.choices.device),
         dtype=plan.choices.dtype,
         device=plan.choices.device,
         pad=_pad(plan.tokenizer),
@@ -77,6 +77,12 @@ def _load(plan: TrainPlan) -> Any:
     model = loading.load_base(how)
     loading.make_room(model, len(plan.tokenizer))
     return model
+
+
+def _optimizer(name: str, device: str) -> str:
+    """An optimizer as transformers calls it; only a card has pages to move."""
+    name = name if device.startswith("cuda") else name.removeprefix("paged_")
+    return OPTIMIZERS.get(name, name)
 
 
 def _pad(tokenizer: Any) -> int:

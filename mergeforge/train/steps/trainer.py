@@ -63,7 +63,7 @@ def arguments(job: Job) -> TrainingArguments:
     """transformers' TrainingArguments of a job. Fails loudly where this version lacks one of them."""
     settings, schedule = job.settings, job.schedule
     wanted: dict[str, Any] = {
-        "output_dir": str(job.folder.partial),
+        "output_dir": str(job.folder.root),
         "per_device_train_batch_size": schedule.micro,
         "gradient_accumulation_steps": schedule.accumulate,
         "max_steps": schedule.total,
