@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mergeforge.evaluating import Sampling, Smoke
     from mergeforge.evaluating.evaluation import Progress
 
-METRIC_SAMPLES = 50  # answers that text metrics are taken of, unless --samples says how many
+SAMPLES, METRIC_SAMPLES = 3, 50  # answers that are shown, and that text metrics are taken of, unless --samples says
 
 
 def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,8 +32,8 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seq-len", type=click.IntRange(8), metavar="N", help="Leave longer rows out (8192)."),
         click.option("--limit", type=click.IntRange(1), metavar="N", help="So many rows, the same ones every time."),
         click.option("--batch", type=click.IntRange(1), metavar="N", help="Rows at a time; by the device."),
-        click.option("--samples", type=click.IntRange(0), metavar="N", help="Answers to show.", default=None),
-        click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of one answer."),
+        click.option("--samples", type=click.IntRange(0), metavar="N", help="Answers to give and show. (3)"),
+        click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of one answer."),
         click.option("--stop", multiple=True, metavar="TEXT", help="An answer ends before this text (repeatable)."),
         click.option("--metrics", default="", metavar="NAMES", help="Of the answers: bleu,chrf,rouge (extra metrics)."),
         click.option("--base", metavar="MODEL", help="An adapter's base, where it lies elsewhere."),
@@ -226,7 +226,7 @@ def _greedy(asked: Mapping[str, Any]) -> Sampling:
 
 def _samples(asked: Mapping[str, Any], metrics: tuple[str, ...]) -> int:
     given: int | None = asked["samples"]
-    return given if given is not None else METRIC_SAMPLES if metrics else 0
+    return given if given is not None else METRIC_SAMPLES if metrics else SAMPLES
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def generate(
     watch = _Watch(tokenizer, ends(model, tokenizer), sampling.stop, tell, vocabulary)
     given = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
     try:
-        with quiet(), torch.inference_mode(), _seeded(sampling.seed, given.device):
+        with quiet(), torch.no_grad(), _seeded(sampling.seed, given.device):
             model.generate(
                 given,
                 attention_mask=torch.ones_like(given),

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import mergeforge.evaluating.answerer as answerer
-from mergeforge.evaluating.answerer import Row, RowScore
+from mergeforge.errors import SourceError
+from mergeforge.evaluating.answerer import UNTRAINED, Row, RowScore
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOGITS = 1 << 25  # logits at a time: 128 MiB in float32
+LOGITS = 1 << 24  # logits at a time: 64 MiB in float32
 TOKENS = {"cpu": 2048, "cuda": 16384}  # of a batch, padding included
 ROWS = {"cpu": 8, "cuda": 32}
 
@@ -41,8 +41,9 @@ def scores(
     """(index, score) of every row, the longest first.
 
     `vocabulary`: only so many tokens can come (None: all that the model has). A batch that does not fit on the card
-    is halved.
+    is halved. Raises SourceError for tokens that the model has not.
     """
+    _check_tokens(rows, vocabulary or model.get_input_embeddings().weight.shape[0])
     kind = device.partition(":")[0]
     most = batch or ROWS.get(kind, ROWS["cpu"])
     tokens = 1 << 40 if batch else TOKENS.get(kind, TOKENS["cpu"])
@@ -55,6 +56,13 @@ def scores(
         else:
             half = (len(some) + 1) // 2
             waiting += [some[half:], some[:half]]
+
+
+def _check_tokens(rows: Sequence[Row], vocabulary: int) -> None:
+    largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
+    if largest >= vocabulary:
+        text = f"the rows hold token {largest}, and the model knows {vocabulary} of them"
+        raise SourceError(text, hint="rows must be made with the model's own tokenizer")
 
 
 def _attempt(model: Any, rows: Sequence[Row], device: str, vocabulary: int | None) -> list[RowScore] | None:
@@ -75,21 +83,21 @@ def _score(model: Any, rows: Sequence[Row], device: str, vocabulary: int | None)
 
     length = max(len(row.tokens) for row in rows)
     tokens = torch.zeros((len(rows), length), dtype=torch.long)
-    labels = torch.full((len(rows), length), answerer.UNTRAINED, dtype=torch.long)
+    labels = torch.full((len(rows), length), UNTRAINED, dtype=torch.long)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
     for at, row in enumerate(rows):
         count = len(row.tokens)
         tokens[at, :count] = torch.from_numpy(row.tokens.astype("int64"))
         labels[at, :count] = torch.from_numpy(row.labels.astype("int64"))
         mask[at, :count] = 1
-    owner, place = torch.nonzero(labels[:, 1:] != answerer.UNTRAINED, as_tuple=True)
+    owner, place = torch.nonzero(labels[:, 1:] != UNTRAINED, as_tuple=True)
     wanted = labels[owner, place + 1].to(device)
     given = {"input_ids": tokens.to(device), "use_cache": False}
     if not bool(mask.all()):
         given["attention_mask"] = mask.to(device)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: buffers that a model makes now may be trained with later
         found, right = _logprobs(model, given, owner.to(device), place.to(device), wanted, vocabulary)
-    return _by_row(len(rows), owner, found.double().cpu(), right.cpu())
+    return _by_row(len(rows), owner, found.cpu().double(), right.cpu())
 
 
 def _by_row(rows: int, owner: Tensor, logprobs: Tensor, right: Tensor) -> list[RowScore]:

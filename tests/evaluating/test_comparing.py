@@ -22,7 +22,8 @@ from mergeforge.random_model import SHAPES, write_model
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> Any:
     """The JSON that a command prints."""
-    assert run_command([*map(str, arguments), "--json"]) == 0
+    shown = [] if "--metrics" in arguments else ["--samples", "0"]
+    assert run_command([*map(str, arguments), *shown, "--json"]) == 0
     return json.loads(capfd.readouterr().out)
 
 
@@ -70,12 +71,13 @@ def test_an_interval_covers_the_truth_19_times_of_20() -> None:
 
 
 def test_a_worse_model_fails(base: Path, taught: Path, questions: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    found = run(capfd, "compare", base, taught, base, "--data", questions, "--template", "plain", "--samples", 1)
+    found = run(capfd, "compare", base, taught, base, "--data", questions, "--template", "plain")
     worse, same = (model["against_first"] for model in found["models"][1:])
     assert worse["verdict"] == "worse" and 0 < worse["low"] < worse["difference"] < worse["high"]
     assert (same["verdict"], same["difference"]) == ("no difference", 0)
     assert found["measure"] == "nats a token" and found["rows"] == 40
-    command = ["compare", str(base), str(taught), "--data", str(questions), "--template", "plain", "--fail-if-worse"]
+    options = ["--data", str(questions), "--template", "plain", "--limit", "20", "--samples", "1", "--max-tokens", "4"]
+    command = ["compare", str(base), str(taught), *options, "--fail-if-worse"]
     assert run_command(command) == 1 and "worse" in capfd.readouterr().out
     assert run_command([*command, "--margin", "100"]) == 0
     command[1:3] = command[2:0:-1]

@@ -11,6 +11,7 @@ import torch
 from small_models import random_rows
 
 from mergeforge import evaluating
+from mergeforge.errors import SourceError
 from mergeforge.evaluating import Row
 
 NEW = ["<think>", "</think>"]
@@ -76,6 +77,8 @@ def test_the_base_is_what_it_was(base: Path, tmp_path: Path, way: str) -> None:
     greedy = evaluating.Sampling(12, 0)
     assert model.base().reply(messages, greedy).text == evaluating.open_model(base).reply(messages, greedy).text
     assert len(model.base().tokenizer) < 322
+    with pytest.raises(SourceError, match="token 321"):
+        evaluating.evaluate(model.base(), rows_with_new_tokens())
 
 
 def test_every_load_is_the_same(base: Path, tmp_path: Path) -> None:
