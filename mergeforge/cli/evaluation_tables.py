@@ -27,8 +27,8 @@ def show_evaluation(found: Evaluation, metrics: Mapping[str, float]) -> None:
         click.echo(line)
     for sample in found.samples:
         click.echo(f"\n--- row {sample.row + 1}: {_short(sample.prompt, end=True)}")
-        click.echo(f"expected: {_short(sample.expected)}")
-        click.echo(f"answered: {_short(sample.answer.text)}  [{sample.answer.ended}]")
+        click.echo(f"expected: {_short(sample.expected.strip())}")
+        click.echo(f"answered: {_short(sample.answer.text.strip())}  [{sample.answer.ended}]")
 
 
 def show_comparison(found: Comparison, metrics: Sequence[Mapping[str, float]]) -> None:
@@ -55,10 +55,10 @@ def show_comparison(found: Comparison, metrics: Sequence[Mapping[str, float]]) -
 def _show_samples(found: Comparison) -> None:
     for at, first in enumerate(found.evaluations[0].samples):
         click.echo(f"\n--- {_short(first.prompt, end=True)}")
-        click.echo(f"expected: {_short(first.expected)}")
+        click.echo(f"expected: {_short(first.expected.strip())}")
         for letter, one in zip(LETTERS, found.evaluations, strict=False):
             if at < len(one.samples):
-                click.echo(f"{letter}: {_short(one.samples[at].answer.text)}  [{one.samples[at].answer.ended}]")
+                click.echo(f"{letter}: {_short(one.samples[at].answer.text.strip())}  [{one.samples[at].answer.ended}]")
 
 
 def show_smoke(found: Sequence[Smoke], agreements: Sequence[Agreement]) -> None:
@@ -70,7 +70,7 @@ def show_smoke(found: Sequence[Smoke], agreements: Sequence[Agreement]) -> None:
             click.echo(f"      {failure.check}: {failure.why}")
         for prompt, answer in zip(one.prompts, one.answers, strict=True):
             click.echo(f"      > {_short(prompt)}")
-            click.echo(f"        {_short(answer.text)}  [{answer.ended}, {answer.tokens} tokens]")
+            click.echo(f"        {_short(answer.text.strip())}  [{answer.ended}, {answer.tokens} tokens]")
     for pair in agreements:
         same = f"{pair.same} of {pair.prompts} answers are the same"
         click.echo(f"{pair.other} against {pair.one}: {same}, {pair.share:.0%} of the text before they part")

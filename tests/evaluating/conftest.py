@@ -15,7 +15,7 @@ import mergeforge
 from mergeforge.random_model import SHAPES, write_model
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

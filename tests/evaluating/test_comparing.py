@@ -162,7 +162,7 @@ def test_samples_and_text_metrics(taught: Path, tmp_path: Path, capfd: pytest.Ca
     assert [one["answer"].strip() for one in found["samples"]] == list(ANSWERS)
     assert found["accuracy"] > 0.99 and found["perplexity"] < 1.1
     assert run_command(["eval", str(taught), "--data", str(path), "--samples", "1", "--stop", "née"]) == 0
-    assert "answered:  Hello,   [stop]" in capfd.readouterr().out
+    assert "answered: Hello,  [stop]" in capfd.readouterr().out
     assert run_command(["eval", str(taught), "--data", str(path), "--metrics", "blue"]) == 2
 
 
