@@ -22,11 +22,12 @@ import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mergeforge.data.conversations import SURROGATE, BadRow, Conversation
+from mergeforge.data.conversations import BadRow, Conversation
+from mergeforge.data.probing import Ending
 from mergeforge.data.templates import Template, TemplateRefusal
-from mergeforge.data.tokenizers import Offsets, Tokens, special_ids, tokenize
+from mergeforge.data.tokenizers import Offsets, Tokens, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ class Masker:
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
-    end: int | None  # the special token that ends an answer
+    ending: Ending
 
     def masks(self, conversation: Conversation, wanted: Sequence[int], *, apart: bool = True) -> list[Masked]:
         """The conversation's tokens with the spans of the wanted messages: once, or (`apart`) once for each of these.
@@ -91,28 +92,26 @@ class Masker:
         return [replace(one, way=f"{one.way}, {APART}") for one in found]
 
     def _by_tags(self, conversation: Conversation, wanted: Sequence[int]) -> Masked:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         answers = [at for at, one in enumerate(conversation.messages) if one["role"] == "assistant"]
         if any(at not in answers for at in wanted):
             raise NotExact("it marks no other messages than the assistant's")
-        try:
-            settings: dict[str, Any] = {**self.tokenizer.special_tokens_map, "chat_template": self.template.jinja}
-            conversations = [[dict(one) for one in conversation.messages]]
-            found: Any = render_jinja_template(
-                conversations, list(conversation.tools) or None, return_assistant_tokens_mask=True, **settings
-            )
-        except Exception as error:  # as in Template.text
-            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise TemplateRefusal(f"the chat template ({self.template.name}) refuses it: {said}") from None
-        (text,), (places,) = found
-        if SURROGATE.search(text):
-            raise TemplateRefusal("what the chat template makes of it is not UTF-8 text")
-        marked = [(start, stop) for start, stop in places if stop > start]
-        if len(marked) != len(answers):
+        text, marked = self.template.tagged_text(self.tokenizer, conversation.messages, conversation.tools)
+        if len(wanted) < len(answers):
+            owners = answers if len(marked) == len(answers) else self._owners(conversation, answers, text, marked)
+            marked = [mark for mark, owner in zip(marked, owners, strict=True) if owner in wanted]
+        if len(marked) < len(wanted):
+            raise NotExact(f"it marks {len(marked)} answers where there are {len(wanted)}")
+        return self._from_characters(tokenize(self.tokenizer, [text])[0], marked, "tags")
+
+    def _owners(
+        self, conversation: Conversation, answers: Sequence[int], text: str, marked: Sequence[Span]
+    ) -> list[int]:
+        """The message that each mark belongs to, where there is more than one for an answer."""
+        prompts = [self._around(conversation, at, text)[0] for at in answers]
+        if not all(text.startswith(prompt) for prompt in prompts):
             raise NotExact(f"it marks {len(marked)} answers where there are {len(answers)}")
-        characters = [marked[answers.index(at)] for at in wanted]
-        return self._from_characters(tokenize(self.tokenizer, [text])[0], characters, "tags")
+        begins = [len(prompt) for prompt in prompts]
+        return [answers[max(bisect_right(begins, start) - 1, 0)] for start, _ in marked]
 
     def _by_prefix(self, conversation: Conversation, wanted: Sequence[int]) -> Masked:
         text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
@@ -163,10 +162,10 @@ class Masker:
             parts.append(part)
         characters, here = [], 0
         for at, part, after in zip(wanted, parts, [*parts[1:], rest], strict=True):
-            here = _past(text, here, part)
-            stop = _past_answer(text, here, str(conversation.messages[at]["content"]), after)
-            characters.append((here, stop))
-            here = stop
+            start = _past(text, here, part)
+            here = _past_answer(text, start, str(conversation.messages[at]["content"]), after)
+            ends = text.startswith(self.ending.text, here)
+            characters.append((start, here + (len(self.ending.text) if ends else 0)))
         if text[here:] != rest:
             raise NotExact("what follows the last answer depends on it")
         return self._from_characters(tokenize(self.tokenizer, [text])[0], characters, "offsets")
@@ -184,37 +183,20 @@ class Masker:
         return Masked(ids, tuple(ended), way)
 
     def _ended(self, ids: list[int], start: int, stop: int) -> Span:
-        """The span up to and with the token that ends an answer; white space may lie between."""
-        if self.end is None:
+        """The span up to and with the tokens that end an answer; white space may lie between."""
+        ends, last, after = list(self.ending.ids), stop, stop
+        if not ends:
             return start, stop
-        last = after = stop
-        while last > start and ids[last - 1] != self.end and self._is_space(ids[last - 1]):
+        while last > start and ids[last - 1] != ends[-1] and self._is_space(ids[last - 1]):
             last -= 1
-        if last > start and ids[last - 1] == self.end:
+        if ids[max(start, last - len(ends)) : last] == ends:
             return start, last
-        while after < len(ids) and ids[after] != self.end and self._is_space(ids[after]):
+        while after < len(ids) and ids[after] != ends[0] and self._is_space(ids[after]):
             after += 1
-        return start, after + 1 if after < len(ids) and ids[after] == self.end else stop
+        return start, after + len(ends) if ids[after : after + len(ends)] == ends else stop
 
     def _is_space(self, token: int) -> bool:
         return not str(self.tokenizer.decode([token])).strip()
-
-
-def end_of_answer(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | None:
-    """The special token that the template puts after an answer; None where there is none."""
-    asked, mark = {"role": "user", "content": "Question"}, "Answer"
-    for before in ([], [{"role": "system", "content": "System"}]):
-        try:
-            text = template.text(tokenizer, [*before, asked, {"role": "assistant", "content": mark}])
-        except TemplateRefusal:
-            continue
-        special = special_ids(tokenizer)
-        for token in tokenize(tokenizer, [text.rpartition(mark)[2]])[0].ids:
-            if token in special:
-                return token
-            if str(tokenizer.decode([token])).strip():
-                return None
-    return None
 
 
 def _until(conversation: Conversation, stop: int) -> Conversation:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage, conversation
-from mergeforge.data.masks import Masked, Masker, end_of_answer
+from mergeforge.data.masks import Masked, Masker
+from mergeforge.data.probing import ending, fitted, template_notes
 from mergeforge.data.settings import DataSettings
-from mergeforge.data.templates import Template, choose_template, marks_without_a_token
+from mergeforge.data.templates import Template, choose_template
 from mergeforge.data.tokenizers import added_first, tokenize
-from mergeforge.errors import SourceError, listing
+from mergeforge.errors import SourceError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,14 +63,17 @@ class Renderer:
     seq_len: int | None
     too_long: str
     first: tuple[int, ...]  # what the tokenizer puts before any text: BOS, or nothing
+    problem: SourceError | None = None  # why there is no template; texts need none
 
     def render(self, row: Conversation | Passage) -> Rendered:
         """The examples of a row: one, or several of a long text or where each answer stands alone.
 
-        Raises BadRow and EmptyRow.
+        Raises BadRow and EmptyRow; SourceError for a conversation where there is no template that serves.
         """
         if isinstance(row, Passage):
             return self._passage(row)
+        if self.problem is not None:
+            raise self.problem
         kept = cut = 0
         examples, ways = [], set()
         masks = list(self._masked(row))
@@ -85,10 +89,8 @@ class Renderer:
 
     def notes(self) -> list[str]:
         """What a person should know of the template together with this tokenizer."""
-        notes = []
-        if marks := marks_without_a_token(self.template, self.tokenizer):
-            notes.append(f"{listing(marks)} of the template are no tokens of the tokenizer, so they are plain text")
-        if self.masker.end is None and self.loss_on != "all":
+        notes = template_notes(self.template, self.tokenizer)
+        if not self.masker.ending.ids and self.loss_on != "all":
             notes.append("the template ends an answer with no special token: EOS follows the last one of each row")
         return notes
 
@@ -118,7 +120,7 @@ class Renderer:
         for start, stop in masked.spans:
             labels[start:stop] = ids[start:stop]
         last, eos = masked.spans[-1][1], self.tokenizer.eos_token_id
-        if self.masker.end is None and eos is not None and ids[last - 1] != eos and self._is_space(ids[last:]):
+        if not self.masker.ending.ids and eos is not None and ids[last - 1] != eos and self._is_space(ids[last:]):
             ids, labels = [*ids[:last], eos], [*labels[:last], eos]
         labels[0] = UNTRAINED
         return ids, labels
@@ -168,11 +170,15 @@ class Renderer:
 
 
 def make_renderer(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    """The renderer that the settings ask for. Raises RecipeError or SourceError for a template that is none."""
-    template = choose_template(settings.template, tokenizer)
-    masker = Masker(tokenizer, template, end_of_answer(tokenizer, template))
+    """The renderer that the settings ask for. Raises RecipeError for a template that there is not."""
+    problem = None
+    try:
+        template = fitted(choose_template(settings.template, tokenizer), tokenizer)
+    except SourceError as error:
+        template, problem = Template("", "none"), error
+    masker = Masker(tokenizer, template, ending(template, tokenizer))
     first = tuple(added_first(tokenizer))
-    return Renderer(tokenizer, template, masker, settings.loss_on, settings.seq_len, settings.too_long, first)
+    return Renderer(tokenizer, template, masker, settings.loss_on, settings.seq_len, settings.too_long, first, problem)
 
 
 def example(

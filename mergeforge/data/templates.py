@@ -42,9 +42,11 @@ RAW = """\
 {%- endfor -%}
 """
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARK = re.compile(r"<\|[^|<>'{}]+\|>|\[\|[^|\[\]'{}]+\|\]")  # what looks like a special token
 KNOWN = {**NAMED, "plain": PLAIN, "raw": RAW}
 _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+Messages = Sequence[Mapping[str, Any]]
 
 
 class TemplateRefusal(Exception):
@@ -53,38 +55,50 @@ class TemplateRefusal(Exception):
 
 @dataclass(frozen=True)
 class Template:
-    """Jinja that renders messages. `name`: where it is from; `tagged`: it marks the answers with {% generation %}."""
+    """Jinja that renders messages. `name`: where it is from; `parts`: it wants contents as lists of parts."""
 
     jinja: str
     name: str
+    parts: bool = False
 
     @property
     def tagged(self) -> bool:
+        """Whether it marks the answers with {% generation %}."""
         return bool(_TAG.search(self.jinja))
 
     def text(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Any] = (),
-        *,
-        prompt: bool = False,
+        self, tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Sequence[Any] = (), *, prompt: bool = False
     ) -> str:
         """The messages as text; with `prompt`, ready for the assistant's next one. Raises TemplateRefusal."""
+        return self._rendered(tokenizer, messages, tools, add_generation_prompt=prompt)[0]
+
+    def tagged_text(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Sequence[Any] = ()
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The messages as text, and [start, stop) of the characters that are marked. Raises TemplateRefusal."""
+        text, places = self._rendered(tokenizer, messages, tools, return_assistant_tokens_mask=True)
+        return text, [(start, stop) for start, stop in places if stop > start]
+
+    def _rendered(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Sequence[Any], **how: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        settings: dict[str, Any] = {**tokenizer.special_tokens_map, "chat_template": self.jinja, **how}
         try:
-            found: Any = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=list(tools) or None,
-                chat_template=self.jinja,
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
+            found: Any = render_jinja_template([self._spelled(messages)], list(tools) or None, **settings)
         except Exception as error:  # Jinja's own, and whatever an expression in it comes upon
             said = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise TemplateRefusal(f"the chat template ({self.name}) refuses it: {said}") from None
-        if SURROGATE.search(found):
+        (text,), places = found
+        if SURROGATE.search(text):
             raise TemplateRefusal("what the chat template makes of it is not UTF-8 text")
-        return str(found)
+        return text, places[0] if places else []
+
+    def _spelled(self, messages: Messages) -> list[dict[str, Any]]:
+        if not self.parts:
+            return [dict(one) for one in messages]
+        return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
 
 
 def choose_template(wanted: str, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -101,11 +115,6 @@ def choose_template(wanted: str, tokenizer: PreTrainedTokenizerBase) -> Template
     if "{%" in wanted or "{{" in wanted:
         return _fitted(Template(wanted, "as given"), tokenizer)
     return _fitted(Template(_file(wanted), wanted), tokenizer)
-
-
-def marks_without_a_token(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What looks like a special token in the template and is none of the tokenizer: it is rendered as plain text."""
-    return [mark for mark in dict.fromkeys(_MARK.findall(template.jinja)) if mark not in tokenizer.get_vocab()]
 
 
 def _own(tokenizer: PreTrainedTokenizerBase) -> str:

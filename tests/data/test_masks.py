@@ -109,6 +109,25 @@ def test_the_ways_that_are_taken(folder: Path, template: str, way: str) -> None:
     assert renderer.render(conversation(chat("a", "b", "c", "d"))).way == way
 
 
+def test_tags_that_mark_an_answer_in_several_pieces(folder: Path) -> None:
+    """As where the end of the whole is marked on its own; the last answer is known by what was asked before it."""
+    template = TAGGED + "{%- if not add_generation_prompt %}{% generation %}{{ '</s>' }}{% endgeneration %}{% endif -%}"
+    tokenizer = chatml(folder, template)
+    messages = chat("a", "b", "c", "d")
+    assert trained(example(messages, tokenizer)) == [*ids("b"), IM_END, *ids("d"), IM_END, 257]
+    assert trained(example(messages, tokenizer, loss_on="last")) == [*ids("d"), IM_END, 257]
+
+
+def test_two_special_tokens_that_end_an_answer_are_both_trained(folder: Path) -> None:
+    def spelled(template: str) -> str:
+        template = template.replace("'<|im_end|>\\n'", "'<|im_end|></s>\\n'")
+        return template.replace("<|im_end|>' }}", "<|im_end|></s>' }}")
+
+    want = [*ids("b"), IM_END, 257, *ids("d"), IM_END, 257]
+    for template in (CHATML, TAGGED, PROMPT_THINKS):
+        assert trained(example(chat("a", "b", "c", "d"), chatml(folder, spelled(template)))) == want
+
+
 def test_tags_without_the_end_of_turn_get_it(folder: Path) -> None:
     inside = TAGGED.replace("m['content'] + '<|im_end|>' }}{% endgeneration %}", "m['content'] }}{% endgeneration %}")
     inside = inside.replace("{{- '\\n' -}}", "{{- ('<|im_end|>' if m['role'] == 'assistant' else '') + '\\n' -}}")
@@ -151,17 +170,29 @@ def test_one_answer_with_reasoning_is_one_example(folder: Path) -> None:
     assert (len(found.examples), found.way) == (1, "prefix")
 
 
-@pytest.mark.parametrize("filter", ["upper", "replace('e', '3')"])
-def test_a_template_that_rewrites_answers_is_refused(folder: Path, filter: str) -> None:
-    template = PROMPT_THINKS.replace("message['content']", f"message['content'] | {filter}")
-    with pytest.raises(SourceError, match="cannot be masked exactly: an answer"):
+def test_a_template_that_rewrites_an_answer_is_refused(folder: Path) -> None:
+    template = PROMPT_THINKS.replace("message['content']", "message['content'] | replace('see', 'sea')")
+    assert trained(example(chat("a", "look here"), chatml(folder, template))) == [*ids("look here"), IM_END]
+    with pytest.raises(SourceError, match="cannot be masked exactly: an answer is rewritten"):
         example(chat("a", "see here"), chatml(folder, template))
 
 
-def test_a_template_that_leaves_answers_out_is_refused(folder: Path) -> None:
-    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-    with pytest.raises(SourceError, match="cannot be masked exactly"):
-        example(chat("a", "see here"), chatml(folder, template))
+@pytest.mark.parametrize("content", ["m.content | upper", "''", "m.content if m.role == 'user' else ''"])
+def test_a_template_that_leaves_out_what_messages_say_is_refused(folder: Path, content: str) -> None:
+    tokenizer = chatml(folder, "{% for m in messages %}{{ " + content + " }}{% endfor %}")
+    with pytest.raises(SourceError, match="leaves out or rewrites what messages say"):
+        example(chat("a", "see here"), tokenizer)
+    assert trained(example("a text needs no template", tokenizer)) == [*ids("a text needs no template")[1:], IM_END]
+
+
+def test_templates_of_vision_models_get_their_lists_of_parts(folder: Path) -> None:
+    """Given text, some leave it out without a word, and some break."""
+    want = example(chat("a", "b", "c", "d"), chatml(folder))
+    for parts in ("message['content']", "message['content'] | selectattr('type', 'equalto', 'text')"):
+        inside = " }}{% for part in " + parts + " %}{{ part['text'] }}{% endfor %}{{ "
+        template = CHATML.replace(" + message['content'] + ", inside).replace("{{- '<|im_start|>'", "{{ '<|im_start|>'")
+        found = example(chat("a", "b", "c", "d"), chatml(folder, template))
+        assert found.labels.tolist() == want.labels.tolist()
 
 
 def test_what_a_template_raises_is_told(folder: Path) -> None:
