@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mergeforge.errors import RecipeError, did_you_mean
@@ -18,7 +18,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = field(default=())
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():

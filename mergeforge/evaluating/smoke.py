@@ -37,7 +37,6 @@ MARKS = (
     "</s>",
     "[|endofturn|]",
 )
-CHECKS = ("not empty", "ends by itself", "no repetition", "finite", "no marks in the text", "template")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Smoke:
-    """What one model answered, and the checks that it fails. `error`: it could not be run at all."""
+    """What one model answered, and the checks that it fails: of the answers, `template`, or `runs`."""
 
     model: str
     kind: str
