@@ -44,18 +44,24 @@ def write_recipe(plan: TrainPlan) -> None:
         lines.append(
             "# dequant_nf4: the base as the adapter saw it; original: its own weights, often the better model."
         )
-    text = yaml.safe_dump(merge_recipe(plan, numerics, plan.folder.merged), sort_keys=False)
+    text = yaml.safe_dump(merge_recipe(plan, numerics, plan.folder.merged, str), sort_keys=False)
     write_durably(plan.folder.recipe, ("\n".join(lines) + "\n" + text).encode())
 
 
-def merge_recipe(plan: TrainPlan, numerics: str | None, out: Path) -> dict[str, Any]:
-    """A recipe with the adapter as it lies in the run's folder."""
+def merge_recipe(plan: TrainPlan, numerics: str | None, out: Path, spell: Callable[[Path], str]) -> dict[str, Any]:
+    """A recipe with the adapter as it lies in the run's folder. `spell`: how an absolute path is written."""
     local = Path(plan.base)
-    base = str(local.resolve()) if local.exists() else plan.base
+    base = spell(local.resolve()) if local.exists() else plan.base
     base = f"{base}@{plan.revision}" if plan.revision else base
-    recipe: dict[str, Any] = {"base_model": base, "adapters": [str(plan.folder.adapter.resolve())]}
+    recipe: dict[str, Any] = {"base_model": base, "adapters": [spell(plan.folder.adapter.resolve())]}
     recipe |= {} if numerics in (None, "original") else {"base_numerics": numerics}
-    return recipe | {"output": {"path": str(out.resolve())}}
+    return recipe | {"output": {"path": spell(out.resolve())}}
+
+
+def _from_here(path: Path) -> str:
+    """A path below the current folder as such: the model card shows the recipe, and not where a home lies."""
+    here = Path.cwd().resolve()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def after_of_steps(after: After, steps: str) -> After:
@@ -117,7 +123,7 @@ def _merge(plan: TrainPlan, after: After, wanted: Merge, numerics: str, out: Pat
     from mergeforge import running
     from mergeforge.planning import make_plan as plan_merge
 
-    recipe = merge_recipe(plan, numerics, out)
+    recipe = merge_recipe(plan, numerics, out, _from_here)
     if after.gguf:
         recipe["output"]["gguf"] = list(after.gguf)
     if wanted.dtype:
