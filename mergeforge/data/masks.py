@@ -118,6 +118,7 @@ class Masker:
         prompts, ends = [], []
         for at in wanted:
             prompt, until = self._around(conversation, at, text)
+            until = self._shared(until, text)
             if not (text.startswith(prompt) and text.startswith(until) and len(prompt) < len(until)):
                 raise NotExact(f"the rendering up to message {at + 1} is no beginning of the whole")
             prompts.append(prompt)
@@ -128,6 +129,12 @@ class Masker:
             return self._masked(whole.ids, spans, "prefix")
         characters = [(len(prompt), end) for prompt, end in zip(prompts, ends, strict=True)]
         return self._from_characters(whole, characters, "offsets")
+
+    def _shared(self, until: str, text: str) -> str:
+        """The rendering up to an answer, without what the template writes after the very last one alone."""
+        if text.startswith(until) or not self.ending.mark or not until.endswith(self.ending.text):
+            return until
+        return until.removesuffix(self.ending.text) + self.ending.mark
 
     def _stops(self, whole: Tokens, text: str, ends: Sequence[int]) -> list[int]:
         """The tokens before which the characters `ends` lie."""
@@ -164,8 +171,8 @@ class Masker:
         for at, part, after in zip(wanted, parts, [*parts[1:], rest], strict=True):
             start = _past(text, here, part)
             here = _past_answer(text, start, str(conversation.messages[at]["content"]), after)
-            ends = text.startswith(self.ending.text, here)
-            characters.append((start, here + (len(self.ending.text) if ends else 0)))
+            written = next((one for one in (self.ending.text, self.ending.mark) if text.startswith(one, here)), "")
+            characters.append((start, here + len(written)))
         if text[here:] != rest:
             raise NotExact("what follows the last answer depends on it")
         return self._from_characters(tokenize(self.tokenizer, [text])[0], characters, "offsets")

@@ -22,9 +22,11 @@ _INSTRUCTED = {"role": "system", "content": SYSTEM}
 
 @dataclass(frozen=True)
 class Ending:
-    """What the template writes after an answer: all of it, and the special tokens that it begins with."""
+    """What the template writes after the last answer: all of it (`text`), and that up to and with the special tokens
+    that it begins with (`mark`, their `ids`)."""
 
     text: str = ""
+    mark: str = ""
     ids: tuple[int, ...] = ()
 
 
@@ -51,13 +53,14 @@ def ending(template: Template, tokenizer: PreTrainedTokenizerBase) -> Ending:
     if text is None or ANSWER not in text:
         return Ending()
     tail, special = text.rpartition(ANSWER)[2], special_ids(tokenizer)
-    ids: list[int] = []
-    for token in tokenize(tokenizer, [tail])[0].ids:
-        if token in special:
-            ids.append(token)
-        elif ids or str(tokenizer.decode([token])).strip():
-            break
-    return Ending(tail, tuple(ids))
+    tokens = tokenize(tokenizer, [tail])[0].ids
+    start = next((at for at, token in enumerate(tokens) if token in special), len(tokens))
+    if start == len(tokens) or str(tokenizer.decode(tokens[:start])).strip():
+        return Ending(tail)
+    stop = next((at for at in range(start, len(tokens)) if tokens[at] not in special), len(tokens))
+    written = "".join(tokenizer.convert_ids_to_tokens(tokens[start:stop]))
+    before, mark, _ = tail.partition(written)
+    return Ending(tail, before + mark, tuple(tokens[start:stop])) if mark else Ending(tail)
 
 
 def template_notes(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -128,6 +128,21 @@ def test_two_special_tokens_that_end_an_answer_are_both_trained(folder: Path) ->
         assert trained(example(chat("a", "b", "c", "d"), chatml(folder, spelled(template)))) == want
 
 
+def test_what_ends_the_whole_does_not_part_the_answers(folder: Path) -> None:
+    """Phi-3 writes EOS after the last answer's end of turn; Mistral's and others' end every answer alike."""
+    template = CHATML + "{%- if not add_generation_prompt %}{{ '</s>' }}{% endif -%}"
+    found = make_renderer(DataSettings(()), chatml(folder, template)).render(conversation(chat("a", "b", "c", "d")))
+    assert found.way == "prefix"
+    assert trained(found.examples[0]) == [*ids("b"), IM_END, *ids("d"), IM_END, 10, 257]
+
+
+def test_another_end_for_the_last_answer_parts_them(folder: Path) -> None:
+    """As gpt-oss does it: <|return|> after the last answer, <|end|> after those before."""
+    template = CHATML.replace("'<|im_end|>\\n'", "('</s>' if loop.last and loop.index % 2 == 0 else '<|im_end|>\\n')")
+    found = make_renderer(DataSettings(()), chatml(folder, template)).render(conversation(chat("a", "b", "c", "d")))
+    assert [trained(one) for one in found.examples] == [[*ids("b"), 257], [*ids("d"), 257]]
+
+
 def test_tags_without_the_end_of_turn_get_it(folder: Path) -> None:
     inside = TAGGED.replace("m['content'] + '<|im_end|>' }}{% endgeneration %}", "m['content'] }}{% endgeneration %}")
     inside = inside.replace("{{- '\\n' -}}", "{{- ('<|im_end|>' if m['role'] == 'assistant' else '') + '\\n' -}}")
