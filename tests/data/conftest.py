@@ -1,21 +1,14 @@
-"""Tokenizers that most data tests use: byte-level, so that the ids of a text can be written by hand.
-
-A byte is its own id; the commonest pairs are 259 to 276 (mergeforge/random_model.py); added tokens follow from 277 on.
-"""
+"""Tokenizers that most data tests use: byte-level, so that the ids of a text can be written by hand."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mergeforge.data import Example, load_tokenizer
-from mergeforge.random_model import PAIRS, SHAPES, write_model
-
-TEMPLATES = Path(__file__).parent / "templates"
+from mergeforge.data import load_tokenizer
+from mergeforge.random_model import SHAPES, write_model
 
 
 @pytest.fixture(scope="session")
@@ -27,52 +20,3 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(folder: Path) -> Any:
     """Without a chat template, BOS or anything added."""
     return load_tokenizer(str(folder))
-
-
-def with_tokens(folder: Path, *tokens: str, eos: str = "", template: str | None = None, bos: bool = False) -> Any:
-    """The tokenizer with special tokens from 277 on, an end-of-text token, a template, BOS before every text."""
-    made = load_tokenizer(str(folder))
-    if tokens:
-        made.add_tokens(list(tokens), special_tokens=True)
-    if eos:
-        made.eos_token = eos
-    made.chat_template = template
-    if bos:
-        from tokenizers.processors import TemplateProcessing
-
-        made.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 256)]
-        )
-    return made
-
-
-def ids(text: str) -> list[int]:
-    """The ids of plain text, by hand: bytes, and pairs by their rank."""
-    pieces = [bytes([byte]) for byte in text.encode()]
-    for pair in PAIRS:
-        at = 0
-        while at + 1 < len(pieces):
-            if pieces[at] + pieces[at + 1] == pair.encode():
-                pieces[at : at + 2] = [pair.encode()]
-            at += 1
-    known = {pair.encode(): 259 + rank for rank, pair in enumerate(PAIRS)}
-    return [known[piece] if piece in known else piece[0] for piece in pieces]
-
-
-def trained(example: Example) -> list[int]:
-    """The ids of the trained tokens; each label is its own token's."""
-    assert all(label in (token, -100) for token, label in zip(example.tokens, example.labels, strict=True))
-    return [int(label) for label in example.labels if label != -100]
-
-
-def chat(*contents: str, system: str = "") -> list[dict[str, Any]]:
-    """Messages that take turns, the user first."""
-    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(contents)]
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-def write_rows(path: Path, rows: Iterable[Any]) -> Path:
-    """Rows as JSON Lines; text as it stands."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path

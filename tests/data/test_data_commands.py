@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import chat, ids, write_rows
+from byte_chats import REASONING, chat, chatml, ids, write_rows
 
 from mergeforge.cli import run_command
 
@@ -181,8 +181,6 @@ def test_a_model_without_a_tokenizer(data: str, capsys: pytest.CaptureFixture[st
 def test_several_examples_of_a_row_are_shown_each(
     data: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from test_masks import REASONING, chatml
-
     chatml(folder, REASONING).save_pretrained(tmp_path / "reasoning")
     write_rows(Path("r.jsonl"), [{"messages": chat("q", "<think>x</think>a", "r", "b")}])
     text = said(capsys, "preview", "r.jsonl", "--model", str(tmp_path / "reasoning"))

@@ -6,7 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import chat, ids, trained, with_tokens
+from byte_chats import (
+    CHATML,
+    IM_END,
+    IM_START,
+    PROMPT_THINKS,
+    REASONING,
+    TAGGED,
+    chat,
+    chatml,
+    ids,
+    trained,
+    with_tokens,
+)
 
 from mergeforge.data import example
 from mergeforge.data.conversations import BadRow, conversation
@@ -14,34 +26,6 @@ from mergeforge.data.rendering import make_renderer
 from mergeforge.data.settings import DataSettings
 from mergeforge.errors import RecipeError, SourceError
 from mergeforge.tokenizer.chat_templates import NAMED
-
-IM_START, IM_END = 277, 278
-CHATML = NAMED["chatml"]
-TAGGED = """\
-{%- for m in messages -%}
-{{- '<|im_start|>' + m['role'] + '\\n' -}}
-{%- if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}
-{%- else %}{{ m['content'] + '<|im_end|>' }}{% endif -%}
-{{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
-"""
-# what Qwen3 and DeepSeek-R1 do: reasoning stands in the last answer alone, and is begun by the generation prompt
-REASONING = """\
-{%- for m in messages -%}
-{%- set said = m['content'] -%}
-{%- if m['role'] == 'assistant' and not loop.last and '</think>' in said -%}
-{%- set said = said.split('</think>')[-1].lstrip('\\n') -%}
-{%- endif -%}
-{{- '<|im_start|>' + m['role'] + '\\n' + said + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
-"""
-PROMPT_THINKS = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n' }}")
-
-
-def chatml(folder: Path, template: str = CHATML) -> Any:
-    return with_tokens(folder, "<|im_start|>", "<|im_end|>", eos="<|im_end|>", template=template)
 
 
 def test_chatml_by_hand(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import chat, ids, trained, with_tokens, write_rows
+from byte_chats import REASONING, chat, chatml, ids, trained, with_tokens, write_rows
 
 from mergeforge.data import DataSettings, DataSource, Prepared, TokenStore, prepare, settings_of
 from mergeforge.data.rendering import make_renderer
@@ -271,8 +271,6 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, data: Path, tokenizer: 
 
 
 def test_a_row_with_reasoning_becomes_several_examples_on_one_side(tmp_path: Path, folder: Path) -> None:
-    from test_masks import REASONING, chatml
-
     rows = [{"messages": chat(f"q{at}", "<think>x</think>a", "more", "<think>y</think>b")} for at in range(8)]
     found = made(tmp_path, chatml(folder, REASONING), write_rows(tmp_path / "a.jsonl", rows), val=0.25)
     assert found.validation is not None and (len(found.train), len(found.validation)) == (12, 4)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_rows
+from byte_chats import write_rows
 
 from mergeforge.data.rows import Bad, Row, files_of, rows_of
 from mergeforge.data.settings import DataSource
