@@ -12,26 +12,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from mergeforge.data.conversations import BadRow, EmptyRow
 from mergeforge.data.counting import KINDS, Counts, Tally, counts_of, total_of
+from mergeforge.data.fingerprints import fingerprint_of
 from mergeforge.data.formats import Format
 from mergeforge.data.masks import APART
 from mergeforge.data.reading import Decision, OpenFile, decisions, open_files
 from mergeforge.data.rendering import Renderer, make_renderer
-from mergeforge.data.rows import Bad, ending_of, files_of
+from mergeforge.data.rows import Bad
 from mergeforge.data.settings import DataSettings, DataSource
 from mergeforge.data.splitting import held_out
 from mergeforge.data.stores import StoreWriter, TokenStore
-from mergeforge.data.tokenizers import tokenizer_fingerprint
 from mergeforge.disk import disk_error, sync_folder, write_durably
 from mergeforge.errors import SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 1  # of what the same rows and settings give; raised when that changes
 FACTS = "facts.json"
 _FEWEST = 0.01  # of the rows; with less left something is wrong with all of them
 _STALE = 86400.0  # seconds after which an unfinished folder belongs to nobody
@@ -71,7 +68,7 @@ def prepare(
     `also`: text that makes the fingerprint another one. Raises SourceError where next to nothing could be trained on.
     """
     renderer = make_renderer(settings, tokenizer)
-    fingerprint = fingerprint_of(settings, renderer, also)
+    fingerprint = fingerprint_of(settings, validation_source(settings), renderer, also)
     home = folder / fingerprint[:16]
     if not (home / FACTS).is_file():
         _make(settings, renderer, fingerprint, home, watch or (lambda rows: None))
@@ -101,38 +98,8 @@ def open_prepared(folder: Path) -> Prepared:
     )
 
 
-def fingerprint_of(settings: DataSettings, renderer: Renderer, also: str = "") -> str:
-    """128 bits over everything that the tokens depend on; files count by their content and not by their names."""
-    digest = xxhash.xxh3_128()
-    plain = asdict(replace(settings, sources=()))
-    parts = [VERSION, plain, renderer.template.jinja, tokenizer_fingerprint(renderer.tokenizer), also]
-    digest.update(_bytes(parts))
-    for source in (*settings.sources, *_validation_source(settings)):
-        digest.update(_bytes([source.format, dict(source.columns)]))
-        _add_rows(digest, source)
-    return digest.hexdigest()
-
-
-def _add_rows(digest: Any, source: DataSource) -> None:
-    for row in source.rows or ():
-        digest.update(_bytes(row))
-    for file in files_of(source):
-        if file.path is None:
-            continue
-        digest.update(ending_of(file.path).encode())
-        try:
-            with open(file.path, "rb") as read:
-                while piece := read.read(8 << 20):
-                    digest.update(piece)
-        except OSError as error:
-            raise SourceError(f"{file.name} cannot be read: {error.strerror or error}") from None
-
-
-def _bytes(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
-
-
-def _validation_source(settings: DataSettings) -> tuple[DataSource, ...]:
+def validation_source(settings: DataSettings) -> tuple[DataSource, ...]:
+    """The source that is held out, where it is data of its own."""
     return (DataSource(settings.validation),) if isinstance(settings.validation, str) else ()
 
 
@@ -177,7 +144,7 @@ def _write(settings: DataSettings, renderer: Renderer, part: Path, watch: Watch)
         for source in settings.sources:
             pass_.source(source, source.path, writer)
         trained_on = writer.count
-        for source in _validation_source(settings):
+        for source in validation_source(settings):
             pass_.source(source, f"validation: {source.path}", writer)
     finally:
         writer.close()

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from mergeforge.data.formats import Format, detect
+from mergeforge.data.detecting import detect
+from mergeforge.data.formats import Format
 from mergeforge.data.rows import Bad, Row, RowFile, files_of, rows_of
 from mergeforge.data.settings import DataSource
 from mergeforge.errors import SourceError

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.data.rendering import Example
-from mergeforge.disk import disk_error
+from mergeforge.disk import disk_error, sync_file
 from mergeforge.errors import SourceError
 
 if TYPE_CHECKING:
@@ -86,8 +86,10 @@ class StoreWriter:
         self._write(KEYS, np.array([key], np.uint64))
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        for name, file in self._files.items():
+            with file:
+                file.flush()
+                sync_file(file.fileno(), str(self.folder / name))
 
     def lengths(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """The lengths of the examples [start, stop), once closed."""

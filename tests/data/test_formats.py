@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage
-from mergeforge.data.formats import detect
+from mergeforge.data.detecting import detect
 from mergeforge.data.settings import DataSource
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 
