@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mergeforge.errors import BudgetError
+from mergeforge.errors import BudgetError, RecipeError
 from mergeforge.sizes import show_size
 from mergeforge.train.estimate import Estimate, Way, estimate
 from mergeforge.train.facts import ModelFacts
@@ -75,6 +75,9 @@ Concession = Callable[[Way], "tuple[Way, str] | None"]  # a smaller way and what
 
 def decide(settings: TrainSettings, facts: ModelFacts, lengths: Lengths, machine: Machine) -> Choices:
     """The choices. Raises BudgetError, with the estimate by part, when nothing fits."""
+    if settings.seq_len and settings.seq_len > facts.longest:
+        text = f"seq_len: the model knows positions for {facts.longest} tokens, not {settings.seq_len}"
+        raise RecipeError(text, hint=f"seq_len: {facts.longest}, or a model for longer texts")
     way, notes = _first(settings, facts, lengths, machine), _remarks(settings, facts, machine)
     for give_up in _concessions(settings, lengths, machine):
         note = ""

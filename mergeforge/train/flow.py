@@ -133,13 +133,10 @@ def _merge(plan: TrainPlan, after: After, wanted: Merge, numerics: str, out: Pat
 
 def merged_loss(plan: TrainPlan, folder: Path) -> float:
     """The validation loss of a merged folder, in nats a token, on the run's device."""
-    from mergeforge.evaluating import open_model
+    from mergeforge.evaluating import evaluate
 
     assert plan.data.validation is not None
-    model = open_model(str(folder), device=plan.choices.device)
-    rows = [plan.data.validation[at] for at in range(len(plan.data.validation))]
-    scores = [score for _, score in model.scores(rows)]
-    return sum(one.nll for one in scores) / sum(one.tokens for one in scores)
+    return evaluate(str(folder), plan.data.validation, device=plan.choices.device).nll
 
 
 def _publish(folder: Path, wanted: Mapping[str, Any], tell: Tell) -> str:

@@ -123,6 +123,13 @@ class RunFolder:
             if step != best:
                 shutil.rmtree(self.checkpoint(step))
 
+    def noted(self, key: str) -> list[float]:
+        """The values of a key in metrics.jsonl, in order."""
+        if not self.metrics.exists():
+            return []
+        lines = (json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines())
+        return [line[key] for line in lines if key in line]
+
     def cut_metrics(self, step: int) -> None:
         """Forget what was noted after `step`: it is done again."""
         if not self.metrics.exists():

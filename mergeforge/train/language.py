@@ -119,7 +119,7 @@ _MEMORY = Record(
 )
 _EVAL = Record(
     {
-        "every": Share("validate this often: a share of an epoch, or steps (default 0.5)"),
+        "every": Share("validate this often: a share of an epoch, or steps; 0: at the end (default 0.5)"),
         "samples": Either(Text("a file with a prompt on each line"), ListOf(Text("a prompt"))),
         "max_tokens": Whole(1, "of a sample (default 128)"),
         "stop": ListOf(Text(), "texts that end a sample", lone=True),
@@ -127,7 +127,7 @@ _EVAL = Record(
 )
 _SAVE = Record(
     {
-        "every": Share("a checkpoint this often: a share of an epoch, or steps (default 0.5)"),
+        "every": Share("a checkpoint this often: a share of an epoch, or steps; 0: at the end (default 0.5)"),
         "keep": Whole(1, "checkpoints that stay (default 2)"),
         "best": Flag("end with the checkpoint of the lowest validation loss (default: where there is validation)"),
     }

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergeforge.errors import OutputError, SourceError
+from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.train import extra
 from mergeforge.train.folder import FINISHED, RUNNING, RunFolder
 from mergeforge.train.planning import TrainPlan
@@ -41,6 +41,8 @@ def start(plan: TrainPlan, resume: Resume) -> tuple[TrainPlan, Path | None]:
             folder.clear()
             folder.record(manifest_of(plan, RUNNING))
         return plan, None
+    if resume.extend_epochs and plan.settings.max_steps:
+        raise RecipeError("--extend-epochs: max_steps ends this run", hint="take max_steps out of the file")
     _refuse_changes(plan, manifest)
     checkpoint = _checkpoint(folder, resume)
     before = manifest["choices"]

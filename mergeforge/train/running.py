@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -198,8 +197,7 @@ def _before_and_after(folder: RunFolder, after: Mapping[str, str]) -> list[dict[
 
 def _last_loss(folder: RunFolder) -> float | None:
     """The mean of the last ten steps."""
-    lines = (json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines())
-    losses = [line["loss"] for line in lines if "loss" in line][-10:]
+    losses = folder.noted("loss")[-10:]
     return sum(losses) / len(losses) if losses else None
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from mergeforge.train.settings import TrainSettings
 
+NEVER = 1 << 62  # steps
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -45,8 +47,8 @@ def make_schedule(
         per_epoch,
         total,
         _steps(settings.warmup, total),
-        max(1, _steps(settings.eval.every, per_epoch)),
-        max(1, _steps(settings.save.every, per_epoch)),
+        _steps(settings.eval.every, per_epoch) or NEVER,
+        _steps(settings.save.every, per_epoch) or NEVER,
     )
 
 

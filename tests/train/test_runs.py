@@ -235,8 +235,23 @@ def test_what_is_missing_is_named(settings: Settings, monkeypatch: pytest.Monkey
         ({"data": "nothing.jsonl"}, "nothing.jsonl"),
         ({"val": 40}, "val: 40 of 40 different rows leaves none to train on"),
         ({"seq_len": 8}, "too long"),
+        ({"seq_len": 4096}, "the model knows positions for 2048 tokens, not 4096"),
     ],
 )
 def test_bad_settings_are_said_so(changed: Settings, said: str, settings: Settings) -> None:
     with pytest.raises(MergeforgeError, match=f"(?s){said}"):
         run(settings, **changed)
+
+
+def test_patience_is_counted_over_an_interruption(settings: Settings) -> None:
+    changed: Settings = {"early_stop": {"patience": 3}, "val": 8, "eval": {"every": 1, "max_tokens": 4}, "lr": 0.3}
+    whole = run(settings, **changed, epochs=4)
+    broken = run(settings, listeners=[interrupt_at(whole.steps - 3)], **changed, epochs=4, output="broken")
+    assert broken.interrupted
+    again = run(settings, **changed, epochs=4, output="broken")
+    assert again.steps == whole.steps and lines(again, "eval_loss") == lines(whole, "eval_loss")
+
+
+def test_validation_and_checkpoints_only_at_the_end(settings: Settings) -> None:
+    found = run(settings, val=4, eval={"every": 0, "max_tokens": 4}, save={"every": 0}, epochs=2)
+    assert len(lines(found, "eval_loss")) == 1 and found.folder.steps() == [found.steps]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ class _Timing(TrainerCallback):
 
     def __init__(self, run: _Run, stop: Stop, early: EarlyStop | None) -> None:
         self._run, self._stop, self._early = run, stop, early
-        self._without = 0  # validations since the last better one
+        self._losses = run.job.folder.noted("eval_loss")
         self.ended_early = False
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -205,11 +206,18 @@ class _Timing(TrainerCallback):
 
     def judge(self, loss: float, state: TrainerState) -> None:
         """Whether a validation loss is the best one yet, and whether there were too many that were not."""
-        threshold = self._early.threshold if self._early else 0.0
-        better = state.best_metric is None or loss < state.best_metric - threshold
-        self._without = 0 if better else self._without + 1
+        self._losses.append(loss)
         if state.best_metric is None or loss < state.best_metric:
             state.best_metric, state.best_global_step = loss, state.global_step
             self._run.control.should_save = True
-        if self._early and self._without >= self._early.patience:
+        if self._early and without_gain(self._losses, self._early.threshold) >= self._early.patience:
             self.ended_early = self._run.control.should_training_stop = self._run.control.should_save = True
+
+
+def without_gain(losses: Sequence[float], threshold: float) -> int:
+    """How many of the last losses in a row are not lower than the best before by more than `threshold`."""
+    best, since = float("inf"), 0
+    for loss in losses:
+        since = 0 if loss < best - threshold else since + 1
+        best = min(best, loss)
+    return since
