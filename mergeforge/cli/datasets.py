@@ -127,8 +127,8 @@ def split(file: str, val: str, out: str, seed: int, overwrite: bool, as_json: bo
     \b
     mergeforge data split train.csv --val 0.1 --out split
     """
-    from mergeforge.data.surveying import SIDES
-    from mergeforge.data.surveying import split as split_rows
+    from mergeforge.data.splitting import SIDES
+    from mergeforge.data.splitting import split as split_rows
 
     settings, _ = _asked((file,), options)
     done = split_rows(settings.sources[0], _share(val), Path(out), seed=seed, overwrite=overwrite)

@@ -79,13 +79,18 @@ class Tally:
         if self.kinds[kind] <= SHOWN:
             self.skipped.append(Skipped(place, kind, why))
 
+    @property
+    def rows(self) -> int:
+        """How many there were so far."""
+        return self.kinds["used"] + sum(self.kinds[kind] for kind in KINDS)
+
     def counts(self, lengths: NDArray[np.int64], trained: int, keys: NDArray[np.uint64]) -> Counts:
         """With the lengths of the source's examples, and a key a used row that is the same for equal ones."""
         import numpy as np
 
         used = self.kinds["used"]
         return Counts(
-            rows=used + sum(self.kinds[kind] for kind in KINDS),
+            rows=self.rows,
             used=used,
             empty=self.kinds["empty"],
             too_long=self.kinds["too_long"],

@@ -7,7 +7,8 @@ two columns could be the same thing nothing is guessed: it is an error that list
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mergeforge.data.formats import IN_MESSAGES, Format, are_messages
@@ -33,6 +34,7 @@ OTHER_WORDS = {
     "context": "input",
 }
 _PREFERENCE = ("chosen", "rejected")
+_PAIRS = ("alpaca", "prompt_response")  # formats of a question and its answer
 
 
 def detect(rows: Sequence[Mapping[str, Any]], source: DataSource, name: str) -> Format:
@@ -40,104 +42,106 @@ def detect(rows: Sequence[Mapping[str, Any]], source: DataSource, name: str) -> 
 
     Raises SourceError for columns that are not known or could be two things, RecipeError for a mapping that is wrong.
     """
+    if source.format not in FORMATS:
+        hint = did_you_mean(source.format, FORMATS) or f"one of: {', '.join(FORMATS)}"
+        raise RecipeError(f"there is no data format '{source.format}'", hint=hint)
     seen = list(dict.fromkeys(str(column) for row in rows for column in row))
     given = _given(source.columns, seen, name)
-    _check_format(source.format)
-    free = [column for column in seen if column not in given.values()]
-    _refuse_preference(free, given, name)
-    for look in _LOOKS[source.format]:
-        found = look(rows, free, given, name)
+    table = _Table(name, rows, given, tuple(column for column in seen if column not in given.values()))
+    table.refuse_preference()
+    for look in table.looks(source.format):
+        found = look()
         if found is not None:
-            kind, columns, why = found
-            unused = tuple(column for column in seen if column not in columns.values())
-            return Format(kind, columns, why, unused)
+            kind = source.format if source.format in _PAIRS else found.name
+            return replace(found, name=kind, unused=tuple(one for one in seen if one not in found.columns.values()))
     asked = f" for the format {source.format}" if source.format != "auto" else ""
     raise SourceError(f"{name} has no columns that are known{asked}: it has {listing(seen, 20)}", hint=_fix(seen))
 
 
-def _messages(rows: Sequence[Mapping[str, Any]], free: list[str], given: dict[str, str], name: str) -> Any:
-    if {"prompt", "response", "text"} & given.keys():
-        return None
-    named = [given["messages"]] if "messages" in given else _called("messages", free)
-    held = [column for column in named if "messages" in given or _holds_messages(rows, column)]
-    if len(held) > 1:
-        raise _ambiguous(name, "messages", held)
-    if not held:
-        return None
-    keys = {str(key) for message in _first_messages(rows, held[0]) for key in message}
-    sharegpt = "from" in keys and "role" not in keys
-    columns = {"messages": held[0]} | {role: given[role] for role in IN_MESSAGES if role in given}
-    columns |= _optional(("system", "tools"), free, given, name)
-    return (
-        "sharegpt" if sharegpt else "messages",
-        columns,
-        f"'{held[0]}' is a list of messages ({listing(sorted(keys))})",
-    )
+@dataclass(frozen=True)
+class _Table:
+    """A file's first rows. `given`: our role -> a column that is named for it; `free`: the other columns."""
 
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    given: Mapping[str, str]
+    free: tuple[str, ...]
 
-def _pair(rows: Sequence[Mapping[str, Any]], free: list[str], given: dict[str, str], name: str) -> Any:
-    if {"messages", "text"} & given.keys():
-        return None
-    response = _one("response", free, given, name)
-    columns: dict[str, str] = {}
-    if "prompt" in given:
-        columns["prompt"] = given["prompt"]
-    elif asked := [column for column in _called("prompt", free) if column != response]:
+    def looks(self, format: str) -> Sequence[Callable[[], Format | None]]:
+        """What is looked for, in order: what the format says, or the named columns, or all there is."""
+        if format in _PAIRS:
+            return (self.pair,)
+        if format == "text" or (format == "auto" and "text" in self.given):
+            return (self.text,)
+        if format == "auto" and {"prompt", "response"} & self.given.keys():
+            return (self.pair,)
+        if format == "auto" and "messages" not in self.given:
+            return (self.messages, self.pair, self.text)
+        return (self.messages,)
+
+    def messages(self) -> Format | None:
+        """A list of messages."""
+        held = [self.given["messages"]] if "messages" in self.given else self._with_messages()
+        if not held:
+            return None
+        column = self._only("messages", held)
+        keys = {str(key) for message in _first_messages(self.rows, column) for key in message}
+        columns = {"messages": column} | {role: self.given[role] for role in IN_MESSAGES if role in self.given}
+        kind = "sharegpt" if "from" in keys and "role" not in keys else "messages"
+        why = f"'{column}' is a list of messages ({listing(sorted(keys))})"
+        return Format(kind, columns | self._also(("system", "tools")), why)
+
+    def pair(self) -> Format | None:
+        """A question and its answer."""
+        response = self._one("response")
+        asked = [column for column in self._called("prompt") if column != response]
         main = [column for column in asked if column.strip().lower() != "input"] or asked
-        if len(main) > 1:
-            raise _ambiguous(name, "prompt", main)
-        columns["prompt"] = main[0]
-    if response is None or "prompt" not in columns:
-        return None
-    columns["response"] = response
-    rest = [column for column in free if column not in columns.values()]
-    columns |= _optional(("input", "system", "history", "tools"), rest, given, name)
-    kind = "alpaca" if columns["prompt"].strip().lower() == "instruction" else "prompt_response"
-    joined = f" (after it '{columns['input']}', an empty line between)" if "input" in columns else ""
-    return kind, columns, f"'{columns['prompt']}'{joined} asks, '{response}' answers"
+        prompt = self.given.get("prompt") or (self._only("prompt", main) if main else None)
+        if response is None or prompt is None:
+            return None
+        columns = {"prompt": prompt, "response": response}
+        columns |= self._also(("input", "system", "history", "tools"), taken=(prompt, response))
+        kind = "alpaca" if prompt.strip().lower() == "instruction" else "prompt_response"
+        joined = f" (after it '{columns['input']}', an empty line between)" if "input" in columns else ""
+        return Format(kind, columns, f"'{prompt}'{joined} asks, '{response}' answers")
 
+    def text(self) -> Format | None:
+        """Plain text."""
+        column = self._one("text")
+        if column is None:
+            return None
+        return Format("text", {"text": column}, f"'{column}' is plain text, all of it trained on")
 
-def _alpaca(rows: Sequence[Mapping[str, Any]], free: list[str], given: dict[str, str], name: str) -> Any:
-    found = _pair(rows, free, given, name)
-    return found and ("alpaca", *found[1:])
+    def refuse_preference(self) -> None:
+        """Raises SourceError for chosen and rejected answers, where nothing says which column is meant."""
+        lower = {column.lower(): column for column in self.free}
+        if self.given or not all(column in lower for column in _PREFERENCE):
+            return
+        chosen, prompt = lower["chosen"], next((lower[word] for word in ALIASES["prompt"] if word in lower), None)
+        way = f"columns: {{prompt: {prompt}, response: {chosen}}}" if prompt else f"columns: {{messages: {chosen}}}"
+        text = f"{self.name} is preference data (chosen, rejected), which is for DPO and its kin"
+        raise SourceError(text, hint=f"to train on the chosen answers alone: {way}")
 
+    def _with_messages(self) -> list[str]:
+        return [column for column in self._called("messages") if _first_messages(self.rows, column)]
 
-def _exchange(rows: Sequence[Mapping[str, Any]], free: list[str], given: dict[str, str], name: str) -> Any:
-    found = _pair(rows, free, given, name)
-    return found and ("prompt_response", *found[1:])
+    def _called(self, role: str) -> list[str]:
+        return [column for column in self.free if column.strip().lower() in ALIASES[role]]
 
+    def _one(self, role: str, taken: Sequence[str] = ()) -> str | None:
+        found = [column for column in self._called(role) if column not in taken]
+        return self.given.get(role) or (self._only(role, found) if found else None)
 
-def _text(rows: Sequence[Mapping[str, Any]], free: list[str], given: dict[str, str], name: str) -> Any:
-    column = _one("text", free, given, name)
-    return None if column is None else ("text", {"text": column}, f"'{column}' is plain text, all of it trained on")
+    def _also(self, roles: Sequence[str], taken: Sequence[str] = ()) -> dict[str, str]:
+        found = {role: self._one(role, taken) for role in roles}
+        return {role: column for role, column in found.items() if column is not None}
 
-
-_LOOKS = {
-    "auto": (_messages, _pair, _text),
-    "messages": (_messages,),
-    "sharegpt": (_messages,),
-    "alpaca": (_alpaca,),
-    "prompt_response": (_exchange,),
-    "text": (_text,),
-}
-
-
-def _one(role: str, free: list[str], given: dict[str, str], name: str) -> str | None:
-    if role in given:
-        return given[role]
-    found = _called(role, free)
-    if len(found) > 1:
-        raise _ambiguous(name, role, found)
-    return found[0] if found else None
-
-
-def _optional(roles: Iterable[str], free: list[str], given: dict[str, str], name: str) -> dict[str, str]:
-    found = {role: _one(role, free, given, name) for role in roles}
-    return {role: column for role, column in found.items() if column is not None}
-
-
-def _called(role: str, columns: Iterable[str]) -> list[str]:
-    return [column for column in columns if column.strip().lower() in ALIASES[role]]
+    def _only(self, role: str, columns: Sequence[str]) -> str:
+        if len(columns) > 1:
+            both = " and ".join(f"'{column}'" for column in columns)
+            hint = f"say which: columns: {{{role}: {columns[0]}}}"
+            raise SourceError(f"{self.name}: {both} could each be the {role}", hint=hint)
+        return columns[0]
 
 
 def _given(columns: Mapping[str, str], seen: Sequence[str], name: str) -> dict[str, str]:
@@ -158,20 +162,6 @@ def _given(columns: Mapping[str, str], seen: Sequence[str], name: str) -> dict[s
     return found
 
 
-def _refuse_preference(free: Sequence[str], given: Mapping[str, str], name: str) -> None:
-    lower = {column.lower(): column for column in free}
-    if all(column in lower for column in _PREFERENCE) and not given:
-        chosen = lower["chosen"]
-        prompt = next((lower[word] for word in ALIASES["prompt"] if word in lower), None)
-        way = f"columns: {{prompt: {prompt}, response: {chosen}}}" if prompt else f"columns: {{messages: {chosen}}}"
-        text = f"{name} is preference data (chosen, rejected), which is for DPO and its kin"
-        raise SourceError(text, hint=f"to train on the chosen answers alone: {way}")
-
-
-def _holds_messages(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
-    return bool(_first_messages(rows, column))
-
-
 def _first_messages(rows: Sequence[Mapping[str, Any]], column: str) -> list[Mapping[str, Any]]:
     """The messages of the first row in which the column holds any."""
     for row in rows:
@@ -184,18 +174,6 @@ def _first_messages(rows: Sequence[Mapping[str, Any]], column: str) -> list[Mapp
         if value is not None and are_messages(value):
             return list(value)
     return []
-
-
-def _check_format(name: str) -> None:
-    if name not in FORMATS:
-        hint = did_you_mean(name, FORMATS) or f"one of: {', '.join(FORMATS)}"
-        raise RecipeError(f"there is no data format '{name}'", hint=hint)
-
-
-def _ambiguous(name: str, role: str, columns: Sequence[str]) -> SourceError:
-    both = " and ".join(f"'{column}'" for column in columns)
-    hint = f"say which: columns: {{{role}: {columns[0]}}}"
-    return SourceError(f"{name}: {both} could each be the {role}", hint=hint)
 
 
 def _fix(seen: Sequence[str]) -> str:

@@ -7,19 +7,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.conversations import BadRow, EmptyRow
-from mergeforge.data.counting import KINDS, Counts, Tally, counts_of, total_of
+from mergeforge.data.counting import Counts, counts_of
+from mergeforge.data.filling import HELD_OUT, Filling, Watch
 from mergeforge.data.fingerprints import fingerprint_of
-from mergeforge.data.formats import Format
-from mergeforge.data.masks import APART
-from mergeforge.data.reading import Decision, OpenFile, decisions, open_files
+from mergeforge.data.reading import Decision, decisions
 from mergeforge.data.rendering import Renderer, make_renderer
-from mergeforge.data.rows import Bad
 from mergeforge.data.settings import DataSettings, DataSource
 from mergeforge.data.splitting import held_out
 from mergeforge.data.stores import StoreWriter, TokenStore
@@ -30,10 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FACTS = "facts.json"
-_FEWEST = 0.01  # of the rows; with less left something is wrong with all of them
 _STALE = 86400.0  # seconds after which an unfinished folder belongs to nobody
-
-Watch = Callable[[int], None]  # called with the rows so far
 
 
 @dataclass(frozen=True)
@@ -137,26 +130,40 @@ def _part(home: Path) -> Path:
 
 
 def _write(settings: DataSettings, renderer: Renderer, part: Path, watch: Watch) -> dict[str, Any]:
-    import numpy as np
-
-    writer, pass_ = StoreWriter(part), _Pass(settings, renderer, watch)
+    """Write the stores into a folder; what else is known of them."""
+    writer = StoreWriter(part)
+    filling = Filling(settings, renderer, writer, watch)
     try:
         for source in settings.sources:
-            pass_.source(source, source.path, writer)
-        trained_on = writer.count
+            filling.add(source, source.path)
+        own = writer.count
         for source in validation_source(settings):
-            pass_.source(source, f"validation: {source.path}", writer)
+            filling.add(source, f"{HELD_OUT}{source.path}")
     finally:
         writer.close()
-    counted = pass_.counted(writer)
-    keys = writer.keys()
-    held = np.arange(writer.count) >= trained_on
-    notes = list(pass_.notes())
-    train = ~held
+    notes = [*filling.notes(), *_name_sides(settings, writer, own)]
+    return {
+        "counts": filling.counts().json(),
+        "decisions": [asdict(one) for one in decisions(filling.formats)],
+        "template": renderer.template.jinja if filling.conversations else "",
+        "template_name": renderer.template.name if filling.conversations else "",
+        "notes": notes,
+    }
+
+
+def _name_sides(settings: DataSettings, writer: StoreWriter, own: int) -> list[str]:
+    """Make the stores `train` and `validation` of all examples, of which the first `own` are not held out as data.
+
+    Returns notes.
+    """
+    import numpy as np
+
+    keys, notes = writer.keys(), []
+    held = np.arange(writer.count) >= own
     if isinstance(settings.validation, int | float):
         held = held_out(keys, settings.validation)
-        train = ~held
-    elif held.any():
+    train = ~held
+    if isinstance(settings.validation, str):
         train &= ~np.isin(keys, keys[held])
         if again := int((~held).sum() - train.sum()):
             notes.append(f"{again} examples are in the validation data too; they are not trained on")
@@ -165,89 +172,4 @@ def _write(settings: DataSettings, renderer: Renderer, part: Path, watch: Watch)
     writer.name("train", np.flatnonzero(train))
     if held.any():
         writer.name("validation", np.flatnonzero(held))
-    return {
-        "counts": counted.json(),
-        "decisions": [asdict(one) for one in decisions(pass_.formats)],
-        "template": renderer.template.jinja if pass_.conversations else "",
-        "template_name": renderer.template.name if pass_.conversations else "",
-        "notes": notes,
-    }
-
-
-class _Pass:
-    """One way through all rows: what was decided, and what was counted."""
-
-    def __init__(self, settings: DataSettings, renderer: Renderer, watch: Watch) -> None:
-        self.settings, self.renderer, self.watch = settings, renderer, watch
-        self.formats: list[tuple[str, str, Format]] = []
-        self.conversations = 0
-        self.several = 0
-        self._rows = 0
-        self._parts: list[tuple[str, Tally, int, int, int]] = []
-
-    def source(self, source: DataSource, name: str, writer: StoreWriter) -> None:
-        start, before, tally = writer.count, writer.trained, Tally()
-        for file in open_files(source):
-            self.formats.append((name, file.file.name, file.format))
-            self._file(file, tally, writer)
-        _check_enough(name, tally, self.settings)
-        self._parts.append((name, tally, start, writer.count, writer.trained - before))
-
-    def _file(self, file: OpenFile, tally: Tally, writer: StoreWriter) -> None:
-        for row in file.rows:
-            self._rows += 1
-            self.watch(self._rows)
-            if isinstance(row, Bad):
-                tally.skip(row.place, "bad", row.why)
-                continue
-            try:
-                read = file.format.read(row.value, self.settings.system)
-                found = self.renderer.render(read)
-            except BadRow as error:
-                tally.skip(row.place, "bad", str(error))
-                continue
-            except EmptyRow as error:
-                tally.skip(row.place, "empty", str(error))
-                continue
-            if not found.examples:
-                tally.skip(row.place, "too_long", f"more than {self.settings.seq_len} tokens")
-                continue
-            self.conversations += file.format.name != "text"
-            self.several += APART in found.way
-            tally.kinds["used"] += 1
-            tally.kinds["cut"] += found.cut
-            key = read.key(self.settings.seed)
-            for one in found.examples:
-                writer.add(one, key)
-
-    def counted(self, writer: StoreWriter) -> Counts:
-        """All counts, once the writer is closed."""
-        lengths, keys = writer.lengths(), writer.keys()
-        parts: dict[str, Counts] = {}
-        for name, tally, start, stop, trained in self._parts:
-            while name in parts:
-                name += " (again)"
-            parts[name] = tally.counts(lengths[start:stop], trained, keys[start:stop])
-        own = {name: one for name, one in parts.items() if not name.startswith("validation: ")}
-        stop = sum(one.examples for one in own.values())
-        return replace(total_of(own, lengths[:stop], keys[:stop]), sources=parts)
-
-    def notes(self) -> Iterator[str]:
-        if self.several:
-            rows = f"{self.several} row{'s' if self.several > 1 else ''}"
-            yield f"the template renders earlier answers otherwise: in {rows} each answer became an example of its own"
-        if self.conversations:
-            yield from self.renderer.notes()
-
-
-def _check_enough(name: str, tally: Tally, settings: DataSettings) -> None:
-    """Raises SourceError where next to nothing of a source is left."""
-    rows = tally.kinds["used"] + sum(tally.kinds[kind] for kind in KINDS)
-    if tally.kinds["used"] > _FEWEST * rows or not rows:
-        return
-    why = ", ".join(f"{tally.kinds[kind]} {kind.replace('_', ' ')}" for kind in KINDS if tally.kinds[kind])
-    lines = "\n".join(f"  {one.place}: {one.why}" for one in tally.skipped[:8])
-    hint = "mergeforge data preview shows one of them"
-    if tally.kinds["too_long"] > rows / 2:
-        hint = "a larger seq_len, or too_long: cut_prompt"
-    raise SourceError(f"of {rows} rows of {name}, {tally.kinds['used']} can be trained on ({why}):\n{lines}", hint=hint)
+    return notes

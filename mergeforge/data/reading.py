@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Any
 
+from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage
+from mergeforge.data.counting import Tally
 from mergeforge.data.detecting import detect
 from mergeforge.data.formats import Format
 from mergeforge.data.rows import Bad, Row, RowFile, files_of, rows_of
@@ -38,12 +41,27 @@ class OpenFile:
     rows: Iterator[Row | Bad]
 
 
+@dataclass(frozen=True)
+class ReadRow:
+    """A row that can be used: where it stands, what it holds, and what that is."""
+
+    place: str
+    value: Mapping[str, Any]
+    content: Conversation | Passage
+
+
 def open_files(source: DataSource) -> Iterator[OpenFile]:
-    """The files of a source, each opened when it is asked for. Raises SourceError and RecipeError."""
-    for file in files_of(source):
+    """The files of a source, each opened when it is asked for; empty ones of several are passed over.
+
+    Raises SourceError and RecipeError.
+    """
+    files = files_of(source)
+    for file in files:
         rows = rows_of(source, file)
         first = list(_first(rows))
         whole = [row for row in first if isinstance(row, Row)]
+        if not first and len(files) > 1:
+            continue
         if not whole:
             said = f": {first[0].place}: {first[0].why}" if first and isinstance(first[0], Bad) else ""
             raise SourceError(f"{file.name} holds no rows{said}")
@@ -57,6 +75,22 @@ def _first(rows: Iterator[Row | Bad]) -> Iterator[Row | Bad]:
         yield row
         if good >= _LOOKED_AT:
             return
+
+
+def read_file(file: OpenFile, tally: Tally, system: str | None = None) -> Iterator[ReadRow]:
+    """The rows of a file that can be used; the others are counted."""
+    for row in file.rows:
+        if isinstance(row, Bad):
+            tally.skip(row.place, "bad", row.why)
+            continue
+        try:
+            content = file.format.read(row.value, system)
+        except BadRow as error:
+            tally.skip(row.place, "bad", str(error))
+        except EmptyRow as error:
+            tally.skip(row.place, "empty", str(error))
+        else:
+            yield ReadRow(row.place, row.value, content)
 
 
 def decisions(opened: list[tuple[str, str, Format]]) -> tuple[Decision, ...]:

@@ -14,7 +14,7 @@ from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passag
 from mergeforge.data.masks import Masked, Masker
 from mergeforge.data.probing import ending, fitted, template_notes
 from mergeforge.data.settings import DataSettings
-from mergeforge.data.templates import Template, choose_template
+from mergeforge.data.templates import Template, TemplateRefusal, choose_template
 from mergeforge.data.tokenizers import added_first, tokenize
 from mergeforge.errors import SourceError
 
@@ -79,6 +79,8 @@ class Renderer:
         masks = list(self._masked(row))
         for masked in masks:
             ids, labels = self._labelled(masked)
+            if labels.count(UNTRAINED) == len(labels):
+                raise EmptyRow("nothing in it is trained on")
             found = self._fitted(ids, labels, masked)
             if found is not None:
                 kept += 1
@@ -95,8 +97,14 @@ class Renderer:
         return notes
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
-        """Token ids of messages, ready for the assistant's next one."""
-        return tokenize(self.tokenizer, [self.template.text(self.tokenizer, messages, tools, prompt=True)])[0].ids
+        """Token ids of messages, ready for the assistant's next one. Raises SourceError where the template refuses."""
+        if self.problem is not None:
+            raise self.problem
+        try:
+            text = self.template.text(self.tokenizer, messages, tools, prompt=True)
+        except TemplateRefusal as error:
+            raise SourceError(str(error)) from None
+        return tokenize(self.tokenizer, [text])[0].ids
 
     def _masked(self, row: Conversation) -> Iterator[Masked]:
         row = row if self.loss_on == "all" else _to_last_answer(row)
@@ -119,14 +127,16 @@ class Renderer:
         ids, labels = list(masked.ids), [UNTRAINED] * len(masked.ids)
         for start, stop in masked.spans:
             labels[start:stop] = ids[start:stop]
-        last, eos = masked.spans[-1][1], self.tokenizer.eos_token_id
-        if not self.masker.ending.ids and eos is not None and ids[last - 1] != eos and self._is_space(ids[last:]):
+        last, eos = max((stop for _, stop in masked.spans), default=0), self.tokenizer.eos_token_id
+        if eos is not None and self._lacks_eos(ids, last):
             ids, labels = [*ids[:last], eos], [*labels[:last], eos]
-        labels[0] = UNTRAINED
-        return ids, labels
+        return ids, [UNTRAINED, *labels[1:]]
 
-    def _is_space(self, ids: list[int]) -> bool:
-        return not str(self.tokenizer.decode(ids)).strip() if ids else True
+    def _lacks_eos(self, ids: list[int], last: int) -> bool:
+        """Whether what is trained on ends before `last` with no special token, and nothing is said after it."""
+        if self.masker.ending.ids or not last or ids[last - 1] == self.tokenizer.eos_token_id:
+            return False
+        return not str(self.tokenizer.decode(ids[last:])).strip()
 
     def _fitted(self, ids: list[int], labels: list[int], masked: Masked) -> Example | None:
         """The example in seq_len tokens, or None where it is too long or nothing of it would be trained on."""

@@ -6,6 +6,7 @@ held but the row at hand, so files may be larger than memory.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,9 @@ def rows_of(source: DataSource, file: RowFile) -> Iterator[Row | Bad]:
     ending = ending_of(file.path)
     try:
         yield from _reader(ending)(file.path, file.name)
-    except OSError as error:
-        raise SourceError(f"{file.name} cannot be read: {error.strerror or error}") from None
+    except (OSError, EOFError, zlib.error) as error:  # the last two of a damaged .gz
+        said = (error.strerror if isinstance(error, OSError) else "") or error
+        raise SourceError(f"{file.name} cannot be read: {said}") from None
 
 
 def _reader(ending: str) -> Any:

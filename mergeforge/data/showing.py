@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage
+from mergeforge.data.conversations import Conversation, Passage
 from mergeforge.data.counting import Skipped, Tally
+from mergeforge.data.filling import rendered_rows
 from mergeforge.data.formats import Format
 from mergeforge.data.marking import Run, marked, runs
-from mergeforge.data.reading import Decision, OpenFile, decisions, open_files
+from mergeforge.data.reading import Decision, OpenFile, decisions, open_files, read_file
 from mergeforge.data.rendering import Example, Renderer, make_renderer
 from mergeforge.data.settings import DataSettings
-from mergeforge.data.surveying import read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +94,7 @@ def show(settings: DataSettings, count: int, tokenizer: PreTrainedTokenizerBase 
         left = count
         for file in open_files(source):
             opened.append((source.path, file.file.name, file.format))
-            found = _rows(file, left, renderer, settings.system, tally) if left else []
+            found = list(islice(_rows(file, renderer, settings.system, tally), left))
             left -= len(found)
             rows += found
     conversations = any(isinstance(row.content, Conversation) for row in rows)
@@ -101,21 +103,9 @@ def show(settings: DataSettings, count: int, tokenizer: PreTrainedTokenizerBase 
     return Shown(decisions(opened), tuple(rows), tuple(tally.skipped), template, notes, tokenizer)
 
 
-def _rows(file: OpenFile, count: int, renderer: Renderer | None, system: str | None, tally: Tally) -> list[ShownRow]:
-    found: list[ShownRow] = []
-    for row in read_file(file, tally, system):
-        shown = ShownRow(row.place, row.content)
-        if renderer is not None:
-            try:
-                rendered = renderer.render(row.content)
-            except (BadRow, EmptyRow) as error:
-                tally.skip(row.place, "empty" if isinstance(error, EmptyRow) else "bad", str(error))
-                continue
-            if not rendered.examples:
-                tally.skip(row.place, "too_long", f"more than {renderer.seq_len} tokens")
-                continue
-            shown = ShownRow(row.place, row.content, rendered.examples, rendered.way)
-        found.append(shown)
-        if len(found) == count:
-            break
-    return found
+def _rows(file: OpenFile, renderer: Renderer | None, system: str | None, tally: Tally) -> Iterator[ShownRow]:
+    if renderer is None:
+        yield from (ShownRow(row.place, row.content) for row in read_file(file, tally, system))
+        return
+    for row in rendered_rows(file, renderer, tally, system):
+        yield ShownRow(row.place, row.content, row.rendered.examples, row.rendered.way)

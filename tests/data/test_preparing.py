@@ -135,8 +135,7 @@ def test_too_long_rows_are_dropped_or_cut(tmp_path: Path, tokenizer: Any) -> Non
 
 def _contents(path: Path) -> Any:
     from mergeforge.data.counting import Tally
-    from mergeforge.data.reading import open_files
-    from mergeforge.data.surveying import read_file
+    from mergeforge.data.reading import open_files, read_file
 
     for file in open_files(DataSource(str(path))):
         yield from (row.content for row in read_file(file, Tally()))
