@@ -137,7 +137,7 @@ def _local(path: str) -> list[Path]:
         raise SourceError(f"{path} cannot be read: {error}") from None
     if any(sign in path for sign in "*?["):
         matches = Path(here.anchor).glob(str(here.relative_to(here.anchor)))
-        found = sorted(path for path in matches if path.is_file())
+        found = sorted(path for path in matches if path.is_file() and not path.name.startswith("."))
         if not found:
             raise SourceError(f"no file matches {path}")
         return [_known(one) for one in found]

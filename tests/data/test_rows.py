@@ -145,7 +145,7 @@ def test_folders_and_globs_in_order(tmp_path: Path) -> None:
     write(tmp_path / "README.md", "about")
     write(tmp_path / ".hidden.jsonl", "x")
     assert values(tmp_path) == [ROWS[1], ROWS[0], ROWS[2]]
-    assert values(tmp_path / "*.jsonl") == [ROWS[1], ROWS[0]]
+    assert [row.place for row in read(tmp_path / "*.jsonl")] == [f"{tmp_path / name}.jsonl:1" for name in "ab"]
     assert values(tmp_path / "**" / "*.jsonl") == values(tmp_path)
     for path, said in ((tmp_path / "x*", "no file matches"), (tmp_path / "no", "there is no data")):
         with pytest.raises(SourceError, match=said):
