@@ -19,19 +19,20 @@ from mergeforge.train.settings import read
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+HOW_TO = (ROOT / "recipes" / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 DATA = ("instruct", "documents", "forecast")  # what the README's rows are called, in their order
 
 
-def commands() -> list[tuple[list[str], set[int]]]:
+def commands(page: str) -> list[tuple[list[str], set[int]]]:
     """Arguments and the exit codes that they may end with."""
     found = []
-    for line in (line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()):
+    for line in (line.split(" #")[0].strip() for block in blocks("sh", page) for line in block.splitlines()):
         if line.startswith("mergeforge "):
             arguments = shlex.split(line.removesuffix("|| true"))[1:]
             codes = {0, 1} if line.endswith("|| true") else {1} if arguments[0] == "diff" else {0}
@@ -44,8 +45,16 @@ def is_training(recipe: str) -> bool:
 
 
 def test_every_command_of_the_readme_runs(models: Path) -> None:
-    assert len(commands()) >= 17
-    for arguments, codes in commands():
+    assert len(commands(README)) >= 17
+    for arguments, codes in commands(README):
+        assert run_command(arguments) in codes, arguments
+
+
+def test_every_command_of_the_how_tos_runs(models: Path) -> None:
+    recipe = {"base_model": "base", "adapters": ["adapters/a"], "output": {"path": "merged", "gguf": ["q4_k_m"]}}
+    Path("merge.yaml").write_text(yaml.safe_dump(recipe))
+    assert len(commands(HOW_TO)) >= 9
+    for arguments, codes in commands(HOW_TO):
         assert run_command(arguments) in codes, arguments
 
 
