@@ -124,7 +124,7 @@ def _stages() -> Iterator[Counter[str]]:
     found: Counter[str] = Counter()
     lock = threading.Lock()
     places = {
-        "read": (disk.InputFile, "read_into"),
+        "read": (disk.DiskFile, "read_into"),
         "write": (layout.OutputFiles, "write"),
         "compute": (budget.Worker, "wait"),
     }

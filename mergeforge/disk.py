@@ -14,7 +14,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError, SourceError
 
@@ -159,8 +159,31 @@ def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
         raise disk_error(error, path) from error
 
 
-class InputFile:
-    """A file that tiles are read from: opened at the first read, shared by all threads.
+class InputFile(Protocol):
+    """A file that tiles are read from, by all threads: on a disk, or somewhere else (remote/)."""
+
+    @property
+    def path(self) -> str:
+        """Its name for messages; a path where it lies on a disk."""
+
+    @property
+    def identity(self) -> tuple[Any, int, Any]:
+        """Where it is, its size, and what changes when its content does."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read_into(self, buffer: memoryview, offset: int, *, keep: bool = False) -> None:
+        """Fill `buffer` from `offset`; `keep` at hand what will soon be read again."""
+
+    def check_unchanged(self) -> None:
+        """Raise SourceError when it is no longer what it was when its header was read."""
+
+    def close(self) -> None: ...
+
+
+class DiskFile:
+    """An input on a disk: opened at the first read, shared by all threads.
 
     Remembers what the file was when its header was read; `check_unchanged` raises SourceError when
     it has been touched since.
@@ -208,4 +231,4 @@ class InputFile:
         return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
     def __getstate__(self) -> Any:
-        raise TypeError("an InputFile belongs to one process")
+        raise TypeError("an open file belongs to one process")

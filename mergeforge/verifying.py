@@ -15,7 +15,7 @@ import xxhash
 from mergeforge.budget import Worker, cores, one_torch_thread
 from mergeforge.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.computing import carry
-from mergeforge.disk import InputFile
+from mergeforge.disk import DiskFile, InputFile
 from mergeforge.engine import Closeness, compare_with_transformers
 from mergeforge.errors import SourceError
 from mergeforge.planning import Piece, Plan, make_plan
@@ -135,7 +135,7 @@ def _check_encoded(out: Path, receipt: Mapping[str, Any]) -> list[str]:
     """Compare encoded files' headers (GGUF, FP8) and every tensor's bytes with the receipt; one thread a core reads."""
     used = {one["file"] for tensor in receipt["tensors"].values() for one in _encoded(tensor).values()}
     files = {name: facts for name, facts in receipt["files"].items() if name.endswith(".gguf") or name in used}
-    opened = {name: InputFile(out / name) for name, facts in files.items() if _has_size(out / name, facts["size"])}
+    opened = {name: DiskFile(out / name) for name, facts in files.items() if _has_size(out / name, facts["size"])}
     problems = []
     for name, file in opened.items():
         facts = files[name]

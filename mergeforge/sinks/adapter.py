@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.disk import InputFile, WriteBehind, disk_error, sync_folder, write_at, write_durably
+from mergeforge.disk import DiskFile, InputFile, WriteBehind, disk_error, sync_folder, write_at, write_durably
 from mergeforge.errors import OutputError, listing
 from mergeforge.layout import OutputFiles
 from mergeforge.sinks.checkpoint import SINGLE, lay_out
@@ -72,7 +72,7 @@ class Spool:
 
     def parts(self) -> list[Part]:
         """What it holds, by name."""
-        file = InputFile(self.path)
+        file = DiskFile(self.path)
         return [Part(info, file, offset) for _, (info, offset) in sorted(self._held.items())]
 
     def close(self) -> None:

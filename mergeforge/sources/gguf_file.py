@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeforge.disk import InputFile
+from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import SourceError
 from mergeforge.keyvalues import KINDS, Value
 from mergeforge.sources.safetensors_file import require_regular
@@ -91,7 +91,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         require_regular(str(path))
         self.path = path
-        self.file = InputFile(path)
+        self.file = DiskFile(path)
         self.digest = hashlib.sha256()
 
     def header(self) -> GGUFHeader:

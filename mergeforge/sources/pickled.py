@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergeforge.disk import InputFile
+from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
 from mergeforge.sources.stored import Stored
 from mergeforge.tensors import DTYPES, TensorInfo, dtype_name
@@ -38,7 +38,7 @@ def read_pickled(path: Path) -> tuple[dict[str, Stored], str]:
     records = _records(path)
     offsets = _offsets(value, records, path)
     digest = hashlib.sha256(repr(sorted(records.items())).encode()).hexdigest()
-    file = InputFile(path)
+    file = DiskFile(path)
     found = {}
     for name, tensor in tensors.items():
         start = offsets[tensor.untyped_storage().data_ptr()] if tensor.numel() else 0

@@ -14,9 +14,9 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from typing import Any, BinaryIO
+from typing import Any
 
-from mergeforge.disk import InputFile
+from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import SourceError
 from mergeforge.tensors import DTYPES, TensorInfo
 
@@ -42,14 +42,22 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = os.fspath(path)
     require_regular(path)
-    file = InputFile(path)
-    with _open(path) as stream:
-        length = int.from_bytes(_exactly(stream.read(8), 8, path), "little")
-        if length > LARGEST_HEADER or 8 + length > file.size:
-            truncated = length <= LARGEST_HEADER
-            hint = "download it again" if truncated else "is it a safetensors file at all?"
-            raise SourceError(f"{path}: its header claims {length} bytes, the file has {file.size}", hint=hint)
-        raw = _exactly(stream.read(length), length, path)
+    file = DiskFile(path)
+    try:
+        return header_of(file)
+    finally:
+        file.close()  # opened again at the first read
+
+
+def header_of(file: InputFile) -> Header:
+    """As read_header, of a file that need not lie on a disk."""
+    path = file.path
+    length = int.from_bytes(_read(file, 0, 8), "little")
+    if length > LARGEST_HEADER or 8 + length > file.size:
+        truncated = length <= LARGEST_HEADER
+        hint = "download it again" if truncated else "is it a safetensors file at all?"
+        raise SourceError(f"{path}: its header claims {length} bytes, the file has {file.size}", hint=hint)
+    raw = _read(file, 8, length)
     entries = _json(raw, path)
     metadata = _metadata(entries.pop("__metadata__", {}), path)
     tensors = {name: _entry(name, entry, 8 + length, path) for name, entry in entries.items()}
@@ -69,17 +77,12 @@ def require_regular(path: str) -> None:
         raise SourceError(f"{path} is not a regular file")
 
 
-def _open(path: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _exactly(data: bytes, length: int, path: str) -> bytes:
-    if len(data) < length:
-        raise SourceError(f"{path} is cut off within its header", hint="download it again")
-    return data
+def _read(file: InputFile, offset: int, length: int) -> bytes:
+    if offset + length > file.size:
+        raise SourceError(f"{file.path} is cut off within its header", hint="download it again")
+    data = bytearray(length)
+    file.read_into(memoryview(data), offset, keep=True)
+    return bytes(data)
 
 
 def _json(raw: bytes, path: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tiny_llamas import computed
 
 from mergeforge import tensors
 from mergeforge.budget import Worker
-from mergeforge.disk import InputFile
+from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
 from mergeforge.methods import METHODS
 from mergeforge.sources import Facts, Scan, Way, learn
@@ -100,13 +100,13 @@ def test_the_dtype_holds_every_source(stored: dict[str, Stored]) -> None:
 
 def test_neighbouring_rows_are_one_read(stored: dict[str, Stored], monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
-    plain = InputFile.read_into
+    plain = DiskFile.read_into
 
-    def read_into(self: InputFile, buffer: memoryview, offset: int, *, keep: bool = False) -> None:
+    def read_into(self: DiskFile, buffer: memoryview, offset: int, *, keep: bool = False) -> None:
         lengths.append(len(buffer) // (4 * COLUMNS))
         plain(self, buffer, offset, keep=keep)
 
-    monkeypatch.setattr(InputFile, "read_into", read_into)
+    monkeypatch.setattr(DiskFile, "read_into", read_into)
     computed(mapped("w", picks(90, a=[*range(40), 60, *range(50, 99)]), stored))
     assert lengths == [40, 1, 49]
 
