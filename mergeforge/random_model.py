@@ -131,7 +131,7 @@ def write_model(
     _write(folder, lay_out(tensors, shard_size), tensors, pool.to(known), ones)
     _write_json(folder / "config.json", shape.config(dtype))
     _write_json(folder / "generation_config.json", {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258})
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     return folder
 
 
@@ -207,7 +207,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """A byte-level BPE: 256 bytes, three special tokens, and the commonest pairs of English letters."""
     vocabulary = {character: at for at, character in enumerate(_byte_characters())}
     specials = {"<s>": 256, "</s>": 257, "<pad>": 258}

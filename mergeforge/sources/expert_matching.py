@@ -42,29 +42,33 @@ def split_module(module: str) -> tuple[str, int]:
     return own, (len(module) - len(own)) // len(".base_layer")
 
 
-def is_expert_module(module: str, settings: LoraSettings) -> bool:
+Loaded = Mapping[str, tuple[Part, ...]]  # parameters of the loaded model -> where they lie in the checkpoint
+
+
+def is_expert_module(module: str, settings: LoraSettings, base: Model, loaded: Loaded) -> bool:
     """Whether target_parameters names parameters of the module."""
-    return bool(_leaves(split_module(module)[0], settings))
+    return bool(_leaves(split_module(module)[0], settings, base, loaded))
 
 
-def _leaves(module: str, settings: LoraSettings) -> list[str]:
+def _leaves(module: str, settings: LoraSettings, base: Model, loaded: Loaded) -> list[str]:
+    """The module's parameters that are adapted; a name without a module is one of every module that has it."""
     found = [
         leaf
         for name in settings.target_parameters
         for owner, _, leaf in [name.rpartition(".")]
-        if module == owner or module.endswith(f".{owner}")
+        if (module == owner or module.endswith(f".{owner}") if owner else _parts(f"{module}.{leaf}", base, loaded))
     ]
     return sorted(found, key=lambda leaf: _ORDER.index(leaf) if leaf in _ORDER else len(_ORDER))
 
 
 def expert_edits(
-    module: str, pairs: Sequence[Pair], settings: LoraSettings, base: Model, loaded: Mapping[str, tuple[Part, ...]]
+    module: str, pairs: Sequence[Pair], settings: LoraSettings, base: Model, loaded: Loaded
 ) -> dict[str, ExpertLowRank]:
     """Edits by stored tensor for one module's wrapped parameters.
 
     Raises ValueError where no assignment of factors to parameters fits their shapes.
     """
-    leaves = _leaves(module, settings)
+    leaves = _leaves(module, settings, base, loaded)
     pairs = sorted(pairs, key=lambda pair: -pair.depth)
     stacks = {leaf: _parts(f"{module}.{leaf}", base, loaded) for leaf in leaves}
     for chosen in permutations(leaves, len(pairs)):
@@ -73,14 +77,14 @@ def expert_edits(
         ):
             edits: dict[str, ExpertLowRank] = {}
             for pair, leaf in zip(pairs, chosen, strict=True):
-                edits |= _edits(module, pair, stacks[leaf], settings, base)
+                edits |= _edits(f"{module}.{leaf}", pair, stacks[leaf], settings, base)
             return edits
     shapes = ", ".join(str(list(pair.sizes)) for pair in pairs)
     held = {leaf: _shape(parts, base) for leaf, parts in stacks.items()}
     raise ValueError(f"{module}: factors for {shapes} fit none of its parameters {held}")
 
 
-def _parts(path: str, base: Model, loaded: Mapping[str, tuple[Part, ...]]) -> tuple[Part, ...]:
+def _parts(path: str, base: Model, loaded: Loaded) -> tuple[Part, ...]:
     """Where a parameter of the loaded model lies in the checkpoint; a stack as it is has one part without an expert."""
     for name in (path, *(name for name in base.tensors if name.endswith(f".{path}") or path.endswith(f".{name}"))):
         if name in base.tensors:
@@ -121,11 +125,11 @@ def _swapped(pair: Pair, shape: tuple[int, ...], settings: LoraSettings, base: M
 
 
 def _edits(
-    module: str, pair: Pair, parts: Sequence[Part], settings: LoraSettings, base: Model
+    parameter: str, pair: Pair, parts: Sequence[Part], settings: LoraSettings, base: Model
 ) -> dict[str, ExpertLowRank]:
     shape = _shape(parts, base)
     rank = pair.a.info.shape[0] // shape[0]
-    scale = settings.scale(module, rank)
+    scale = settings.scale(parameter, rank)
     swapped = _swapped(pair, shape, settings, base)
     return {
         part.name: ExpertLowRank(

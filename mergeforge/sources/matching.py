@@ -155,7 +155,7 @@ class Matching:
     def _experts(self, modules: dict[str, dict[str, Stored]]) -> None:
         """Turn the factors of fused experts into edits of their stack, or of each expert."""
         wrapped: dict[str, list[ExpertPair]] = {}
-        for module in [one for one in modules if is_expert_module(one, self.settings)]:
+        for module in [one for one in modules if is_expert_module(one, self.settings, self.base, self.homes.loaded)]:
             own, depth = split_module(module)
             if {"A", "B"} <= modules[module].keys():
                 a, b = modules[module].pop("A"), modules[module].pop("B")

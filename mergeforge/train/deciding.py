@@ -190,8 +190,8 @@ def _smaller_rank(way: Way) -> tuple[Way, str] | None:
 
 def _remarks(settings: TrainSettings, facts: ModelFacts, machine: Machine) -> list[str]:
     notes = []
-    if facts.fused_experts and settings.trains_adapter:
-        notes.append("its experts are no linear modules: they are neither quantised nor trained")
+    if facts.stacks and settings.method == "qlora":
+        notes.append("its experts are no linear modules: they stay in 16 bit")
     if settings.method == "qlora" and not machine.on_card:
         notes.append("4 bit on a CPU saves memory, not time")
     return notes

@@ -100,5 +100,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # PEFT's own, for fused experts
         yield
     said.set_verbosity(kept)

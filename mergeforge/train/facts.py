@@ -32,7 +32,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes in elements. `linears`: what 4 bit quantises and all-linear adapts; `others`: norms, biases, experts."""
+    """Sizes in elements. `linears`: what 4 bit quantises and all-linear adapts; `others`: norms, biases, experts.
+
+    `stacks`: the parameters that hold all experts of a layer, (experts, in and out); all-linear adapts these too.
+    `left`: last names of modules that get no adapter by themselves.
+    """
 
     linears: tuple[Linear, ...]
     embedding: int
@@ -43,7 +47,8 @@ class ModelFacts:
     intermediate: int
     layers: int
     longest: int  # tokens that positions are known for
-    fused_experts: bool
+    stacks: tuple[tuple[int, int], ...] = ()
+    left: frozenset[str] = frozenset()
 
     @property
     def parameters(self) -> int:
@@ -53,7 +58,8 @@ class ModelFacts:
         """The linear modules that get an adapter."""
         targets = lora.targets
         if targets is None or targets == "all-linear":
-            return list(self.linears)
+            left = self.left if targets is None else ()
+            return [one for one in self.linears if one.name.rpartition(".")[2] not in left]
         if isinstance(targets, str):
             return [one for one in self.linears if re.fullmatch(targets, one.name)]
         return [
@@ -63,7 +69,10 @@ class ModelFacts:
     def adapter_parameters(self, lora: Lora) -> int:
         """Elements of A, B (and DoRA's magnitudes)."""
         rank = lora.r or 16
-        return sum(rank * (one.into + one.out) + (one.out if lora.dora else 0) for one in self.adapted(lora))
+        experts = (
+            sum(count * rank * sizes for count, sizes in self.stacks) if lora.targets in (None, "all-linear") else 0
+        )
+        return experts + sum(rank * (one.into + one.out) + (one.out if lora.dora else 0) for one in self.adapted(lora))
 
 
 def model_facts(folder: str) -> ModelFacts:
@@ -101,8 +110,23 @@ def _facts(model: Any, config: Any) -> ModelFacts:
         intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
         layers=layers,
         longest=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
-        fused_experts=any(one.dim() == 3 for one in model.parameters()),
+        left=frozenset(left_alone(config.model_type)),
+        stacks=tuple(
+            (one.shape[0], _ranks(name) * sum(one.shape[1:]))
+            for name, one in model.named_parameters()
+            if one.dim() == 3 and "expert" in name
+        ),
     )
+
+
+def left_alone(model_type: str) -> set[str]:
+    """Linear modules that get no adapter: Mamba's kernels read these weights themselves, past it, and PEFT refuses."""
+    return {"out_proj"} if "mamba" in model_type else set()
+
+
+def _ranks(name: str) -> int:
+    """Of what an adapter gives a linear module, as a multiple: gate and up are two in one (PEFT doubles its rank)."""
+    return 2 if name.endswith("gate_up_proj") else 1
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -14,12 +14,13 @@ from typing import Any
 import yaml
 
 from mergeforge.disk import write_durably
-from mergeforge.errors import RecipeError
+from mergeforge.errors import RecipeError, SourceError
 from mergeforge.train.planning import TrainPlan
 from mergeforge.train.report import write_report
 from mergeforge.train.settings import After, Merge
 
 STEPS = ("merge", "gguf", "publish")
+NF4 = "dequant_nf4"
 CLOSE = 1e-3  # nats a token: the original base is kept when it is worse by less
 Tell = Callable[[str], object]
 
@@ -39,8 +40,8 @@ def write_recipe(plan: TrainPlan) -> None:
     """merge.yaml: a recipe that folds the run's adapter into its base."""
     lines = ["# Folds this run's adapter into its base."]
     numerics = None
-    if plan.settings.method == "qlora":
-        numerics = "dequant_nf4"
+    if plan.settings.method == "qlora" and not plan.stored_transposed:
+        numerics = NF4
         lines.append(
             "# dequant_nf4: the base as the adapter saw it; original: its own weights, often the better model."
         )
@@ -95,11 +96,11 @@ def follow(plan: TrainPlan, after: After, *, memory: str | None = None, tell: Te
         tell(f"validation loss: adapter {losses['adapter']:.4f}, merged on {numerics} {losses[numerics]:.4f}")
         worse = losses[numerics] > losses["adapter"] + CLOSE
         if wanted.base_numerics == "auto" and plan.settings.method == "qlora" and worse:
-            first, numerics = numerics, "dequant_nf4"
-            tell(f"the merge on the {first} base is worse: once more on the base as the adapter saw it")
-            _merge(plan, after, wanted, numerics, out, memory)
-            losses[numerics] = merged_loss(plan, out)
-            tell(f"validation loss: merged on {numerics} {losses[numerics]:.4f}")
+            tell("the merge on the original base is worse: once more on the base as the adapter saw it")
+            numerics = NF4 if _again(plan, after, wanted, out, memory, tell) else numerics
+            if numerics == NF4:
+                losses[NF4] = merged_loss(plan, out)
+                tell(f"validation loss: merged on {NF4} {losses[NF4]:.4f}")
     published = _publish(out, after.publish, tell) if after.publish else None
     made = Followed(out, numerics, tuple(sorted(out.glob("*.gguf"))), losses, published)
     plan.folder.record((plan.folder.manifest() or {}) | {"followed": asdict(made)})
@@ -110,6 +111,16 @@ def follow(plan: TrainPlan, after: After, *, memory: str | None = None, tell: Te
 def _adapter_loss(plan: TrainPlan) -> float:
     """The validation loss that the run ended with."""
     return float((plan.folder.manifest() or {}).get("validation_loss", float("nan")))
+
+
+def _again(plan: TrainPlan, after: After, wanted: Merge, out: Path, memory: str | None, tell: Tell) -> bool:
+    """Merge on the NF4 form of the base; False where the model has none that could be told."""
+    try:
+        _merge(plan, after, wanted, NF4, out, memory)
+    except SourceError as error:  # found while planning: the merge that is there stays
+        tell(f"it stays: {error}")
+        return False
+    return True
 
 
 def _first_numerics(plan: TrainPlan, wanted: Merge) -> str:

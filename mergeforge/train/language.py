@@ -169,7 +169,7 @@ FIELDS: dict[str, Shape] = {
     "max_grad_norm": Number(0, None, "gradients are scaled down to this norm (default 1)"),
     "optimizer": Auto(Choice(OPTIMIZERS)),
     "dtype": Auto(Choice(("bf16", "fp16", "fp32"), "of the computation")),
-    "attention": Choice(("sdpa", "eager", "flash_attention_2"), "default sdpa"),
+    "attention": Choice(("sdpa", "eager", "flash_attention_2"), "default: the model's own choice"),
     "memory": _MEMORY,
     "loss": Text("module.function(logits, labels, count) instead of cross-entropy"),
     "loop": Choice(("trainer", "simple"), "transformers' Trainer, or the short readable loop"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from mergeforge.data import Prepared, load_tokenizer, prepare
 from mergeforge.errors import OutputError, SourceError
 from mergeforge.hub import fetch
 from mergeforge.random_model import Shape, write_model
+from mergeforge.sources.tied import CONV1D_MODELS
 from mergeforge.train import extra, processes
 from mergeforge.train.deciding import Choices, Lengths, Machine, decide
 from mergeforge.train.facts import ModelFacts, model_facts
@@ -49,6 +51,12 @@ class TrainPlan:
     def template_is_own(self) -> bool:
         """Whether the chat template is the one that the base came with."""
         return not self.data.template or self.data.template == getattr(self.tokenizer, "chat_template", None)
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether the base is one of GPT-2's kind, whose NF4 form cannot be told from its files."""
+        config = json.loads((self.small / "config.json").read_text(encoding="utf-8"))
+        return config.get("model_type") in CONV1D_MODELS
 
     def packs(self, *, packed: bool) -> list[list[int]]:
         """Rows of each training sequence."""

@@ -131,7 +131,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     optimizer: str | None = None
     dtype: str | None = None
-    attention: str = "sdpa"
+    attention: str | None = None
     memory: Memory = field(default_factory=Memory)
     loss: str | None = None
     loop: str = "trainer"

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mergeforge.errors import RecipeError, listing
+from mergeforge.train.facts import left_alone
 from mergeforge.train.settings import Lora
 
 ALL = "all-linear"
@@ -38,12 +39,14 @@ def lora_config(model: PreTrainedModel, lora: Lora, new_tokens: Sequence[int]) -
     """PEFT's configuration of the settings."""
     rank = lora.r or 16
     targets: Any = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets or ALL
-    if targets == ALL and lora.layers:  # PEFT takes layers with names only
-        targets = sorted(linear_names(model))
+    left = left_alone(model.config.model_type) if lora.targets is None else set()
+    if targets == ALL and (lora.layers or left):  # PEFT takes layers with names only
+        targets = sorted(linear_names(model) - left)
     return LoraConfig(
         r=rank,
         lora_alpha=lora.alpha if lora.alpha is not None else 2 * rank,  # type: ignore[arg-type]  # PEFT takes floats
         lora_dropout=lora.dropout,
+        fan_in_fan_out=any(type(one).__name__ == "Conv1D" for one in model.modules()),
         target_modules=targets,
         use_rslora=lora.rslora,
         use_dora=lora.dora,

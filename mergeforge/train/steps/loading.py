@@ -28,7 +28,7 @@ class Loading:
     device: str
     quantise: bool
     train_all: bool = False
-    attention: str = "sdpa"
+    attention: str | None = None
     embed_on_cpu: bool = False
 
 
@@ -40,7 +40,8 @@ def load_base(how: Loading) -> Any:
     """
     config = _config(how)
     wanted = torch.float32 if how.train_all and how.dtype != "fp16" else DTYPES[how.dtype]
-    given: dict[str, Any] = {"dtype": wanted, "attn_implementation": how.attention, "device_map": {"": how.device}}
+    given: dict[str, Any] = {"dtype": wanted, "device_map": {"": how.device}}
+    given |= {"attn_implementation": how.attention} if how.attention else {}
     if how.quantise and getattr(config, "quantization_config", None) is None:
         given["quantization_config"] = _nf4(how)
     try:

@@ -1,0 +1,69 @@
+"""Model families: what an adapter learns on them is what its merge knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_models import write_tiny
+from training_runs import run
+
+from mergeforge.random_model import write_tokenizer
+from mergeforge.train.flow import follow
+from mergeforge.train.planning import make_plan
+from mergeforge.train.settings import After, Merge
+
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gpt_neox": {},
+    "bloom": {},
+    "mamba": {},
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "gpt_oss": EXPERTS,
+}
+APART = ("bloom", "mamba", "gpt_oss")  # ALiBi, a state, sinks: rows in one sequence would see each other
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_and_merge_have_one_loss(family: str, settings: dict[str, Any], here: Path) -> None:
+    base = write_tiny(here, family, vocab_size=320, **FAMILIES[family])
+    write_tokenizer(base)
+    settings |= {"model": str(base), "val": 8, "pack": True, "seq_len": 128, "lora": {"r": 4}, "epochs": 4}
+    notes: list[str] = []
+    trained = run(settings, listeners=[lambda line: notes.append(line["note"]) if "note" in line else None])
+    losses = trained.folder.noted("loss")
+    assert losses[-1] < losses[0]
+    assert any("does not keep packed rows apart" in note for note in notes) == (family in APART)
+    plan = make_plan(settings, device="cpu")
+    followed = follow(plan, After(Merge(dtype="float32")))
+    assert followed.losses["original"] == pytest.approx(followed.losses["adapter"], rel=1e-5)
+    found = sum(one.numel() for one in adapter_of(trained.folder.adapter).values())
+    planned = plan.facts.adapter_parameters(plan.choices.way.lora)
+    assert found <= 1.15 * planned and (found >= 0.85 * planned or family == "gpt_oss")  # PEFT leaves its experts out
+
+
+def adapter_of(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_nf4_that_cannot_be_told_leaves_the_merge_on_the_original(settings: dict[str, Any], here: Path) -> None:
+    base = write_tiny(here, "gpt2", vocab_size=320)
+    write_tokenizer(base)
+    settings |= {"model": str(base), "val": 8, "method": "qlora"}
+    run(settings)
+    told: list[str] = []
+    followed = follow(make_plan(settings, device="cpu"), After(Merge()), tell=told.append)
+    assert followed.base_numerics == "original" and followed.merged and (followed.merged / "mergeforge.json").is_file()
+    assert "base_numerics" not in (here / "run" / "merge.yaml").read_text()
