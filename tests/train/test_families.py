@@ -67,3 +67,13 @@ def test_nf4_that_cannot_be_told_leaves_the_merge_on_the_original(settings: dict
     followed = follow(make_plan(settings, device="cpu"), After(Merge()), tell=told.append)
     assert followed.base_numerics == "original" and followed.merged and (followed.merged / "mergeforge.json").is_file()
     assert "base_numerics" not in (here / "run" / "merge.yaml").read_text()
+
+
+def test_fused_experts_have_a_rank_and_alpha_of_their_own(settings: dict[str, Any], here: Path) -> None:
+    """PEFT doubles both for gate and up in one; with rank-stabilised LoRA their scale is another one."""
+    base = write_tiny(here, "mixtral", vocab_size=320, **EXPERTS)
+    write_tokenizer(base)
+    settings |= {"model": str(base), "val": 8, "lora": {"r": 4, "rslora": True}}
+    run(settings)
+    followed = follow(make_plan(settings, device="cpu"), After(Merge(dtype="float32")))
+    assert followed.losses["original"] == pytest.approx(followed.losses["adapter"], rel=1e-5)
