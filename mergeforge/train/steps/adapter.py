@@ -15,6 +15,7 @@ from mergeforge.train.facts import left_alone
 from mergeforge.train.settings import Lora
 
 ALL = "all-linear"
+PLAIN = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 INITS: dict[str, Any] = {"default": True}
 
 
@@ -48,6 +49,7 @@ def lora_config(model: PreTrainedModel, lora: Lora, new_tokens: Sequence[int]) -
         lora_dropout=lora.dropout,
         fan_in_fan_out=any(type(one).__name__ == "Conv1D" for one in model.modules()),
         target_modules=targets,
+        exclude_modules=sorted(_others(model)) or None if targets == ALL else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights=INITS.get(lora.init, lora.init),
@@ -67,7 +69,13 @@ def linear_names(model: PreTrainedModel) -> set[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit", "Linear8bitLt")
+    return type(module).__name__ in PLAIN
+
+
+def _others(model: PreTrainedModel) -> set[str]:
+    """Last names of what is made from nn.Linear and does something else (PhiMoE's router returns a tuple)."""
+    odd = (name for name, one in model.named_modules() if isinstance(one, nn.Linear) and not _is_linear(one))
+    return {name.rpartition(".")[2] for name in odd}
 
 
 def _token_rows(model: PreTrainedModel, new_tokens: Sequence[int]) -> dict[str, list[int]]:
