@@ -29,20 +29,33 @@ ALIGNMENT = 64  # of every piece of a staging buffer, in bytes
 MOST_THREADS = 8  # more only fight over the disk
 DEFAULT_MEMORY = 2 << 30
 SMALLEST_MEMORY = 16 << 20
+STREAMING_THREADS = 4  # workers at least, where they wait for the network, as far as each gets STREAMING_SHARE
+STREAMING_SHARE = 32 << 20
+MOST_KEPT = 64 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Working memory in bytes, torch device name, number of workers (0: as many as fit)."""
+    """Working memory in bytes, torch device name, number of workers (0: as many as fit).
+
+    `kept`: the part of the memory that is set aside for inputs that lie elsewhere; 0 where all lie here.
+    """
 
     memory: int
     device: str
     threads: int = 0
+    kept: int = 0
 
     @property
     def share(self) -> int:
-        return self.memory // max(self.threads, 1)
+        return (self.memory - self.kept) // max(self.threads, 1)
+
+    @property
+    def most_threads(self) -> int:
+        """The workers that make sense: one a processor, and more where they wait for the network."""
+        waiting = min(STREAMING_THREADS, self.memory // STREAMING_SHARE) if self.kept else 0
+        return min(max(cores(), waiting), MOST_THREADS)
 
     @property
     def copies(self) -> int:

@@ -2,7 +2,8 @@
 
 Repos come through huggingface_hub's cache. A branch is resolved to a commit once; only the files
 that a merge reads are downloaded (safetensors where there are any), and nothing when they are
-already there. Weights that have just come are compared with the sha256 that the Hub tells.
+already there. Weights that have just come are compared with the sha256 that the Hub tells. On request
+weights stay where they are, and only what lies beside them is downloaded (remote/).
 """
 
 from __future__ import annotations
@@ -10,14 +11,20 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergeforge.checksums import file_sha256
-from mergeforge.disk import write_durably
+from mergeforge.disk import InputFile, write_durably
 from mergeforge.errors import MergeforgeError, SourceError, listing
 
+if TYPE_CHECKING:
+    from mergeforge.remote import Link
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB = "hf://"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SIDE_FILES = re.compile(
     r"[^/]*\.(json|jinja|model|txt|md)|LICENSE[^/]*|NOTICE[^/]*|[^/]*tokenizer[^/]*|[^/]*\.tiktoken"
@@ -26,26 +33,43 @@ _SIDE_FILES = re.compile(
 
 @dataclass(frozen=True)
 class Local:
-    """Where an input lies on this machine, and its Hub commit if it came from there."""
+    """Where an input lies on this machine, and its Hub commit if it came from there.
+
+    `files`: weights that belong there and lie elsewhere, by name.
+    """
 
     path: Path
     revision: str | None
+    files: Mapping[str, InputFile] = field(default_factory=dict)
 
 
-def fetch(path: str, revision: str | None, stems: tuple[str, ...], *, allow_pickle: bool = False) -> Local:
+def fetch(
+    path: str,
+    revision: str | None,
+    stems: tuple[str, ...],
+    *,
+    allow_pickle: bool = False,
+    link: Link | None = None,
+    stream: bool = False,
+) -> Local:
     """The local folder (or file) of a model or adapter; downloads what is missing of a Hub repo.
 
     `stems` are the weights' file names without ending; with none, only what lies beside weights is downloaded.
-    Raises SourceError when there is neither a local path nor a repo that can be reached.
+    Through a `link`, weights behind URLs (hf://owner/name too) are opened where they lie; those of every repo if
+    `stream` says so. Raises SourceError when there is neither a local path nor a repo that can be reached.
     """
     local = _local(path)
     if local is not None:
         if revision:
             raise SourceError(f"{path} is a local path, which has no revision '{revision}'")
         return Local(local, None)
+    if path.startswith(_HUB):
+        path, stream = path.removeprefix(_HUB).rstrip("/"), True
+    elif "://" in path:
+        return _behind(path, revision, stems, link)
     if not _REPO_ID.fullmatch(path) or path.startswith(("./", "../", "/")):
         raise SourceError(f"there is no {path}", hint="neither a local path nor a Hub repo id (owner/name)")
-    return _download(path, revision, stems, allow_pickle)
+    return _download(path, revision, stems, allow_pickle, link if stream else None)
 
 
 def _local(path: str) -> Path | None:
@@ -56,16 +80,37 @@ def _local(path: str) -> Path | None:
         return None
 
 
-def _download(repo: str, revision: str | None, stems: tuple[str, ...], allow_pickle: bool) -> Local:
+def _behind(url: str, revision: str | None, stems: tuple[str, ...], link: Link | None) -> Local:
+    """A folder, or one safetensors file, behind a URL: what lies beside the weights is copied here."""
+    from mergeforge.remote.place import place_of
+
+    if link is None:
+        raise SourceError(f"{url} can be read by run and plan alone", hint="copy it to a folder here first")
+    if revision:
+        raise SourceError(f"{url} is not a Hub repo, so it has no revision '{revision}'")
+    single = url.rpartition("/")[2] if url.endswith(".safetensors") else ""
+    place = place_of(url.removesuffix(single), link)
+    names = place.names(() if single else stems)
+    wanted = [single, *wanted_files(names, (), False)] if single else wanted_files(names, stems, False)
+    folder = link.folder()
+    for name in beside_weights(wanted):
+        (folder / name).write_bytes(place.read(name))
+    return Local(folder, None, {name: place.open(name) for name in wanted if name.endswith(".safetensors")})
+
+
+def _download(
+    repo: str, revision: str | None, stems: tuple[str, ...], allow_pickle: bool, link: Link | None = None
+) -> Local:
+    """A repo's files in the cache; through a link its weights stay on the Hub, but for those that are here already."""
     import huggingface_hub
 
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
-        wanted = wanted_files(names, stems, allow_pickle)
-        folder = _checked(repo, str(info.sha), wanted)
+        wanted = wanted_files(names, stems, allow_pickle and link is None)
+        folder = _checked(repo, str(info.sha), beside_weights(wanted) if link else wanted)
         _remember(folder, revision or "main", str(info.sha))
-        return Local(folder, info.sha)
+        return Local(folder, info.sha, _elsewhere(repo, str(info.sha), wanted, folder, link) if link else {})
     except SourceError:
         raise
     except Exception as error:  # its own, its HTTP library's, a name that it finds not valid
@@ -76,6 +121,18 @@ def _download(repo: str, revision: str | None, stems: tuple[str, ...], allow_pic
         hint = "check the name and revision, `hf auth login` for a private or gated repo, or give a local path"
         asked = f"{repo}@{revision}" if revision else repo
         raise SourceError(f"there is no local {asked}, and the Hub says: {said.splitlines()[0]}", hint=hint) from None
+
+
+def _elsewhere(repo: str, sha: str, wanted: list[str], folder: Path, link: Link) -> dict[str, InputFile]:
+    from mergeforge.remote.repo import open_repo_files
+
+    absent = [name for name in wanted if name not in beside_weights(wanted) and not (folder / name).exists()]
+    return {**open_repo_files(repo, sha, absent, link)}
+
+
+def beside_weights(names: list[str]) -> list[str]:
+    """Of the files that a merge reads, the small ones."""
+    return [name for name in names if not name.endswith((".safetensors", ".bin"))]
 
 
 def _checked(repo: str, sha: str, wanted: list[str]) -> Path:

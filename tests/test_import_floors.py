@@ -23,6 +23,7 @@ FLOORS = (
         "layout",
         "budget",
         "hub",
+        "remote",
         "quants",
         "architectures",
         "vocab",
@@ -58,6 +59,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ALLOWED = {
     ("registry", "errors"),
     ("disk", "errors"),
+    ("hub", "remote"),
     ("planning", "joining"),
     ("computing", "measuring"),
     ("comparing", "explaining"),

@@ -19,6 +19,12 @@ OPTIONS = [
     ),
     click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", show_default=True),
     click.option("--threads", type=int, metavar="N", help="Workers (default: the processors, as far as they fit)."),
+    click.option("--stream-inputs", is_flag=True, help="Read Hub repos where they lie, without downloading them."),
+    click.option(
+        "--stream-to-hub",
+        metavar="REPO_ID",
+        help="Send each file to this Hub repo when it is finished, and remove it here.",
+    ),
     click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with torch's weights_only loader."),
     click.option("--allow-nonfinite", is_flag=True, help="Write infinite and NaN values instead of refusing."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, the rest on stderr."),
@@ -71,9 +77,19 @@ def plan(recipe: str, **options: Any) -> None:
 def _made(recipe: str, sets: tuple[str, ...], options: dict[str, Any]) -> Any:
     from mergeforge.planning import make_plan, read_recipe
 
-    read_recipe(recipe, sets)  # its mistakes are told before torch is loaded
+    sets = (*sets, *_streaming(read_recipe(recipe, sets), options))  # mistakes are told before torch is loaded
     names = ("out", "memory", "device", "threads", "allow_pickle", "allow_nonfinite")
     return make_plan(recipe, sets=sets, **{name: options[name] for name in names})
+
+
+def _streaming(recipe: Any, options: dict[str, Any]) -> list[str]:
+    """The recipe keys that --stream-inputs and --stream-to-hub stand for."""
+    sets = ["stream_inputs=true"] if options["stream_inputs"] else []
+    if repo := options["stream_to_hub"]:
+        known = recipe.output.publish
+        rest = {"private": known.private, "revision": known.revision} if known else {}
+        sets.append("output.publish=" + json.dumps({"repo": repo, "stream": True, **rest}))
+    return sets
 
 
 def _plan(recipe: str, *, sets: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:

@@ -12,12 +12,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergeforge.budget import Budget, make_budget
-from mergeforge.disk import InputFile
+from mergeforge.budget import MOST_KEPT, Budget, make_budget
+from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import BudgetError, OutputError, RecipeError
 from mergeforge.joining import Join, folded_terms, plan_join
 from mergeforge.layout import Layout, OutputFile
@@ -31,6 +31,7 @@ from mergeforge.planning.stages import Stage, settle
 from mergeforge.planning.tokens import tokenizer_files
 from mergeforge.quants.mixes import ALIASES, MIXES
 from mergeforge.recipe import Recipe, read
+from mergeforge.remote import Link
 from mergeforge.side_files import SideFiles
 from mergeforge.sinks import Outlet
 from mergeforge.sinks import checkpoint as sink
@@ -43,6 +44,7 @@ __all__ = ["Piece", "Plan", "make_plan", "read_recipe"]
 NUMERICS = 2  # raised when a version computes other bytes from the same recipe
 WORK = ".mergeforge"  # the folder inside OUT where everything unfinished lies
 DISK_SLACK = 64 << 20
+_ELSEWHERE = ("output", "stream_inputs")  # keys that do not decide any byte by themselves
 NOTHING = Layout({}, {})  # no checkpoint is written
 
 
@@ -69,7 +71,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Working memory in bytes beside the interpreter's own: what the tiles can take at most."""
-        return peak(self.pieces, self.budget)
+        return peak(self.pieces, self.budget) + self.budget.kept
 
     @property
     def nbytes_read(self) -> int:
@@ -116,7 +118,10 @@ def make_plan(
     recipe = read_recipe(source, sets)
     where = _where(recipe, out)
     budget = make_budget(memory, device, threads)
-    stage = settle(recipe, allow_pickle=allow_pickle)
+    kept = min(budget.memory // 8, MOST_KEPT)
+    stage = settle(recipe, allow_pickle=allow_pickle, link=Link(kept))
+    if stage.inputs.streamed:
+        budget = replace(budget, kept=2 * kept)  # as much again for what is on its way
     inputs, ways, infos = stage.inputs, stage.composition.ways, stage.infos
     name = recipe.output.name or where.absolute().name
     told = gguf_config(stage.config, inputs.donor.checkpoint, ways) if recipe.output.gguf else stage.config
@@ -230,7 +235,7 @@ def _check_output(out: Path, inputs: Inputs) -> None:
     target = out.resolve()
     above = [folder for folder in (target, *target.parents) if folder.exists()]
     for table in inputs.checkpoints:
-        files = {Path(file.path).resolve().parent for file in table.files}
+        files = {Path(file.path).resolve().parent for file in table.files if isinstance(file, DiskFile)}
         for source in {table.folder.resolve(), *files}:
             if source == target or any(
                 source.samefile(folder) and (folder == target or _is_model_folder(folder)) for folder in above
@@ -244,7 +249,7 @@ def _is_model_folder(folder: Path) -> bool:
 
 def _fingerprint(recipe: Recipe, inputs: Inputs, layouts: Sequence[Layout], budget: Budget) -> str:
     """A hash of everything that decides the output's bytes: not of memory, threads or names of folders."""
-    raw = [{key: value for key, value in one.items() if key != "output"} for one in recipe.documents]
+    raw = [{key: value for key, value in one.items() if key not in _ELSEWHERE} for one in recipe.documents]
     output = recipe.output
     files = [(name, file.header) for layout in layouts for name, file in layout.files.items()]
     facts = {
@@ -274,7 +279,7 @@ def _file_hash(path: str) -> str:
     return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 
-def _identities(inputs: Sequence[InputFile]) -> list[tuple[int, int]]:
-    """Size and time of change of each file."""
+def _identities(inputs: Sequence[InputFile]) -> list[tuple[int, Any]]:
+    """Size and time of change (or etag) of each file."""
     files = {file.path: file.identity for file in inputs}
-    return sorted((size, changed) for _, size, changed in files.values())
+    return sorted(((size, changed) for _, size, changed in files.values()), key=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mergeforge.budget import ALIGNMENT, MOST_THREADS, Budget, cores
+from mergeforge.budget import ALIGNMENT, Budget
 from mergeforge.errors import BudgetError
 from mergeforge.sinks import Outlet, common_strip
 from mergeforge.sinks.checkpoint import CheckpointOutlet
@@ -55,7 +55,7 @@ def cut_all(
     """
     explicit = budget.threads
     live = max((_live(ways[name], info, outlets[name]) for name, info in infos.items()), default=0)
-    for threads in [explicit] if explicit else range(min(cores(), MOST_THREADS), 0, -1):
+    for threads in [explicit] if explicit else range(budget.most_threads, 0, -1):
         tried = replace(budget, threads=threads)
         room = (tried.share - live) // tried.copies  # a worker keeps its largest staging buffer and its scratch blocks
         pieces = [_piece(ways[name], info, tuple(outlets[name]), room) for name, info in infos.items()]

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge import hub
+from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
+from mergeforge.remote import Link
 from mergeforge.side_files import SideFiles
 from mergeforge.sources import Way
 from mergeforge.sources.adapter import Adapter, open_adapter
@@ -95,6 +97,11 @@ class Inputs:
         return tuple({id(table): table for table in found}.values())
 
     @property
+    def streamed(self) -> bool:
+        """Whether any of it lies elsewhere and is read in pieces."""
+        return any(not isinstance(file, DiskFile) for table in self.checkpoints for file in table.files)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         notes = [note for model in self.every for note in model.checkpoint.warnings]
         notes += [note for one in self.opened_adapters for note in one.adapter.notes]
@@ -117,12 +124,18 @@ class Opener:
     """Finds and opens models and adapters, each once, however often recipes name them.
 
     `results`: what earlier documents make, by their names. `replicate`: what layer_replication asks for.
+    `link`: how inputs that lie elsewhere are read; `stream`: so are all Hub repos.
     """
 
-    def __init__(self, replicate: Replicate, *, allow_pickle: bool = False) -> None:
+    def __init__(
+        self, replicate: Replicate, *, allow_pickle: bool = False, link: Link | None = None, stream: bool = False
+    ) -> None:
         self.replicate = replicate
         self.allow_pickle = allow_pickle
+        self.link = link
+        self.stream = stream
         self.results: dict[str, Result] = {}
+        self._places: dict[tuple[ModelRef, tuple[str, ...]], hub.Local] = {}
         self._opened: dict[tuple[Path, str | None], Checkpoint] = {}
         self._plain: Checkpoint | None = None
 
@@ -166,8 +179,20 @@ class Opener:
         return read_json(path) if path.is_file() else {}
 
     def _found(self, entry: AdapterEntry) -> hub.Local:
-        reference = entry.adapter
-        return hub.fetch(reference.path, reference.revision, ADAPTER_STEMS, allow_pickle=self.allow_pickle)
+        return self._place(entry.adapter, ADAPTER_STEMS)
+
+    def _place(self, reference: ModelRef, stems: tuple[str, ...]) -> hub.Local:
+        """Where an input lies, found once: a branch that moves meanwhile does not matter."""
+        if (reference, stems) not in self._places:
+            self._places[reference, stems] = hub.fetch(
+                reference.path,
+                reference.revision,
+                stems,
+                allow_pickle=self.allow_pickle,
+                link=self.link,
+                stream=self.stream,
+            )
+        return self._places[reference, stems]
 
     def _named(self, reference: ModelRef) -> Model:
         if reference.path in self.results and not reference.revision:
@@ -187,11 +212,12 @@ class Opener:
             allow_pickle=self.allow_pickle,
             residual=entry.base_is_residual,
             stacked=True,  # _model has repeated the layers that its layer_replication says
+            files=where.files,
         )
         return OpenAdapter(entry, adapter)
 
     def _checkpoint(self, reference: ModelRef) -> Checkpoint:
-        where = hub.fetch(reference.path, reference.revision, ("model",), allow_pickle=self.allow_pickle)
+        where = self._place(reference, ("model",))
         key = (where.path.resolve(), where.revision)
         if key not in self._opened:
             self._opened[key] = self._open(where, str(reference))
@@ -201,7 +227,9 @@ class Opener:
         if where.path.suffix == ".gguf" and where.path.is_file():
             assert self._plain is not None
             return open_gguf(where.path, label, self._plain)
-        return open_checkpoint(where.path, label, revision=where.revision, allow_pickle=self.allow_pickle)
+        return open_checkpoint(
+            where.path, label, revision=where.revision, allow_pickle=self.allow_pickle, files=where.files
+        )
 
 
 def _is_gguf(reference: ModelRef) -> bool:

@@ -18,6 +18,7 @@ from mergeforge.planning.sidecars import config_json, side_files
 from mergeforge.planning.tables import Table, table_of
 from mergeforge.planning.tokens import follow, map_tables, plan_tokens, template_of
 from mergeforge.recipe import OUT_DTYPES, Recipe
+from mergeforge.remote import Link
 from mergeforge.side_files import SideFiles
 from mergeforge.sources import Way
 from mergeforge.sources.renamed import Renamed
@@ -38,14 +39,13 @@ class Stage:
     notes: tuple[str, ...]
 
 
-def settle(recipe: Recipe, *, allow_pickle: bool = False) -> Stage:
-    """Decide a recipe: the documents that it uses first.
+def settle(recipe: Recipe, *, allow_pickle: bool = False, link: Link | None = None) -> Stage:
+    """Decide a recipe: the documents that it uses first. `link`: how inputs that lie elsewhere are read.
 
     Raises RecipeError (also where documents use one another in a circle) or SourceError.
     """
-    settling = _Settling(
-        {str(stage.name): stage for stage in recipe.stages}, Opener(replicated, allow_pickle=allow_pickle)
-    )
+    opener = Opener(replicated, allow_pickle=allow_pickle, link=link, stream=recipe.stream_inputs)
+    settling = _Settling({str(stage.name): stage for stage in recipe.stages}, opener)
     return settling.stage(recipe, ())
 
 

@@ -178,7 +178,7 @@ def parse_ref(written: str) -> tuple[ModelRef, tuple[ModelRef, ...]]:
 
 
 def _revision(part: str) -> ModelRef:
-    if "@" not in part or _exists(part):
+    if "@" not in part or _exists(part) or ("://" in part and not part.startswith("hf://")):
         return ModelRef(part)
     path, _, revision = part.partition("@")
     return ModelRef(path, revision or None)
@@ -210,7 +210,8 @@ def output_of(value: Mapping[str, Any]) -> Output:
 def _publish(value: Mapping[str, Any] | None) -> Publish | None:
     if not value or not value.get("repo"):
         return None
-    return Publish(value["repo"], value.get("private") is not False, value.get("revision") or "main")
+    private, revision = value.get("private") is not False, value.get("revision") or "main"
+    return Publish(value["repo"], private, revision, bool(value.get("stream")))
 
 
 def _adapter_output(value: Mapping[str, Any] | None) -> AdapterOutput | None:

@@ -71,6 +71,7 @@ class Checker:
             tokenizer=build.tokenizer(value),
             chat_template=value.get("chat_template"),
             base_numerics=value.get("base_numerics") or "original",
+            stream_inputs=bool(value.get("stream_inputs")),
         )
         self._check_output(recipe)
         self._check_whole(value, recipe)

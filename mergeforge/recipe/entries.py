@@ -147,11 +147,12 @@ class AdapterOutput:
 
 @dataclass(frozen=True)
 class Publish:
-    """The Hub repo that the finished folder goes to."""
+    """The Hub repo that the finished folder goes to; with `stream`, file by file while the merge goes on."""
 
     repo: str
     private: bool = True
     revision: str = "main"
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ class Recipe:
     """A whole merge, as the user wrote it; `raw` is the plain value that was read.
 
     `base_numerics`: what adapters are folded into: the tensors as stored, or as NF4 would hold them.
+    `stream_inputs`: Hub repos are read where they lie, not downloaded.
     `stages`: the other documents of its file, whose results it may name as models. A `merge_method`
     of "" leaves every tensor to the rules.
     """
@@ -202,6 +204,7 @@ class Recipe:
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = None
     base_numerics: str = "original"
+    stream_inputs: bool = False
     stages: tuple[Recipe, ...] = ()
 
     @property

@@ -119,6 +119,7 @@ _PUBLISH = Record(
         "repo": Text("the Hub repo that the result goes to: owner/name"),
         "private": Flag("who sees a repo that is made now (default true)"),
         "revision": Text("the branch (default main)"),
+        "stream": Flag("true: each file is sent and removed here when it is finished, and needs no room afterwards"),
     },
     required=("repo",),
     short="repo",
@@ -151,6 +152,7 @@ _FIELDS: dict[str, Shape] = {
         "what adapters are folded into: tensors as stored, or as QLoRA trained on them (NF4, with or without double "
         "quantisation)",
     ),
+    "stream_inputs": Flag("true: Hub repos are read where they lie, in pieces, and not downloaded"),
     "random_seed": Whole(0, "seed of dare's random masks (default 0)"),
     "output": _OUTPUT,
     "slices": _SLICES,

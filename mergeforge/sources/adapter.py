@@ -10,13 +10,14 @@ from typing import Any
 from mergeforge.adapters.kinds import KINDS, Kind
 from mergeforge.adapters.lora import LoraSettings, plain_settings, read_settings
 from mergeforge.adapters.refused import REFUSED
+from mergeforge.disk import InputFile
 from mergeforge.errors import SourceError
-from mergeforge.sources.checkpoint import Checkpoint, Model, open_checkpoint, read_json
+from mergeforge.sources.checkpoint import NOTHING, Checkpoint, Model, open_checkpoint, read_json
 from mergeforge.sources.dialects import Translated
 from mergeforge.sources.dialects.diffusion import read_diffusion
 from mergeforge.sources.dialects.mlx import STEM, is_mlx, read_mlx
 from mergeforge.sources.matching import Adapter, Matching
-from mergeforge.sources.safetensors_file import read_header
+from mergeforge.sources.safetensors_file import header_of
 
 __all__ = ["Adapter", "open_adapter"]
 _CONFIG = "adapter_config.json"
@@ -31,12 +32,13 @@ def open_adapter(
     allow_pickle: bool = False,
     residual: bool = False,
     stacked: bool = False,
+    files: Mapping[str, InputFile] = NOTHING,
 ) -> Adapter:
     """Read an adapter's headers and match every tensor to the base.
 
     `path`: a folder of PEFT or mlx-lm, or a single file (kohya, LyCORIS, diffusers). `residual`: the base
     is what the adapter's start (PiSSA and the like) left of the original; `stacked`: its layers are those of the
-    adapter's layer_replication.
+    adapter's layer_replication. `files`: weights of the folder that lie elsewhere.
     Raises SourceError when its kind or configuration cannot be folded, or a tensor matches nothing.
     """
     folder = path.parent if path.is_file() else path
@@ -44,12 +46,12 @@ def open_adapter(
     config = read_json(folder / _CONFIG) if ours.is_dir() and (folder / _CONFIG).exists() else None
 
     def table(stem: str) -> Checkpoint:
-        return open_checkpoint(ours, label, revision=revision, allow_pickle=allow_pickle, stem=stem)
+        return open_checkpoint(ours, label, revision=revision, allow_pickle=allow_pickle, stem=stem, files=files)
 
     if config is not None and is_mlx(config):
         found = table(STEM)
         return _matched(found, read_mlx(found.tensors, config, label), label, base, folder)
-    if config is None and (ours.is_file() or _is_single(ours)):
+    if config is None and (ours.is_file() or _is_single(ours, files)):
         found = table("adapter_model")
         return _matched(found, read_diffusion(found.tensors, _metadata(found), label, base), label, base, folder)
     if config is None:
@@ -84,14 +86,14 @@ def _matched(table: Checkpoint, translated: Translated, label: str, base: Model,
     return matching.adapter(folder, table.revision)
 
 
-def _is_single(folder: Path) -> bool:
+def _is_single(folder: Path, files: Mapping[str, InputFile]) -> bool:
     """Whether a folder holds one safetensors file, and not under PEFT's name."""
-    names = [entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors"] if folder.is_dir() else []
+    held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    names = [name for name in held | files.keys() if name.endswith(".safetensors")]
     return len(names) == 1 and names[0] != "adapter_model.safetensors"
 
 
 def _metadata(table: Checkpoint) -> Mapping[str, str]:
-    files = {one.file.path for one in table.tensors.values()}
-    return (
-        read_header(files.pop()).metadata if len(files) == 1 and str(next(iter(files))).endswith(".safetensors") else {}
-    )
+    files = {one.file.path: one.file for one in table.tensors.values()}
+    path, file = next(iter(files.items()), ("", None))
+    return header_of(file).metadata if len(files) == 1 and file and path.endswith(".safetensors") else {}

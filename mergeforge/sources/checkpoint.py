@@ -14,9 +14,10 @@ from mergeforge.errors import SourceError, listing
 from mergeforge.sources import Way
 from mergeforge.sources.pickled import read_pickled
 from mergeforge.sources.quantised import recognise
-from mergeforge.sources.safetensors_file import read_header, require_regular
+from mergeforge.sources.safetensors_file import header_of, read_header, require_regular
 from mergeforge.sources.stored import Stored
 
+NOTHING: Mapping[str, InputFile] = {}
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(safetensors|bin)")
 
 
@@ -81,20 +82,30 @@ def says_tied(config: Mapping[str, Any]) -> bool:
 
 @dataclass
 class _Shards:
+    """What was read so far; `files`: those that lie elsewhere, by name."""
+
+    files: Mapping[str, InputFile]
     tensors: dict[str, Stored] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
 def open_checkpoint(
-    path: Path, label: str, *, revision: str | None = None, allow_pickle: bool = False, stem: str = "model"
+    path: Path,
+    label: str,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    stem: str = "model",
+    files: Mapping[str, InputFile] = NOTHING,
 ) -> Checkpoint:
     """Read every header of a checkpoint; no weights. Quantised ones become what they stand for (sources/quantised).
 
-    `stem` is the weights' file name: `model`, or `adapter_model` in an adapter's folder.
+    `stem` is the weights' file name: `model`, or `adapter_model` in an adapter's folder. `files`: weights of
+    the folder that lie elsewhere.
     Raises SourceError when something is missing, malformed or refused.
     """
-    shards = _Shards()
+    shards = _Shards(files)
     if path.is_file():
         _add_shard(shards, path, allow_pickle)
         path = path.parent
@@ -132,13 +143,14 @@ def _open_folder(shards: _Shards, folder: Path, stem: str, allow_pickle: bool) -
     if not folder.is_dir():
         raise SourceError(f"{folder} is neither a folder nor a file")
     try:
-        found = weight_files([entry.name for entry in folder.iterdir()], stem)
+        names = {entry.name for entry in folder.iterdir()} | shards.files.keys()
     except OSError as error:
         raise SourceError(f"{folder} cannot be read: {error.strerror}") from None
+    found = weight_files(sorted(names), stem)
     if not found:
         if stem == "model" and (folder / "adapter_config.json").exists():
             raise SourceError(f"{folder} is an adapter, not a model", hint="list it under 'adapters'")
-        others = sorted(entry.name for entry in folder.glob("*.safetensors"))
+        others = sorted(name for name in names if name.endswith(".safetensors"))
         if len(others) != 1:
             what = f"{stem}.safetensors or {stem}.safetensors.index.json"
             raise SourceError(f"{folder} holds no {what}", hint="is it the model's folder?")
@@ -163,7 +175,7 @@ def _open_index(shards: _Shards, folder: Path, name: str, allow_pickle: bool) ->
     files = sorted(set(weight_map.values()))
     if bad := [file for file in files if not _SHARD_NAME.fullmatch(file)]:
         raise SourceError(f"{where} names files outside its folder: {listing(map(repr, bad))}")
-    if missing := [file for file in files if not (folder / file).exists()]:
+    if missing := [file for file in files if file not in shards.files and not (folder / file).exists()]:
         raise SourceError(f"{folder} lacks {listing(missing)}, which {name} names", hint="download them again")
     for file in files:
         _add_shard(shards, folder / file, allow_pickle)
@@ -176,7 +188,8 @@ def _open_index(shards: _Shards, folder: Path, name: str, allow_pickle: bool) ->
 
 def _add_shard(shards: _Shards, path: Path, allow_pickle: bool) -> None:
     if path.suffix == ".safetensors":
-        header = read_header(path)
+        elsewhere = shards.files.get(path.name)
+        header = header_of(elsewhere) if elsewhere and not path.exists() else read_header(path)
         found = {name: Stored(info, header.file, offset) for name, (info, offset) in header.tensors.items()}
         digest = header.sha256
     elif allow_pickle:
