@@ -191,6 +191,7 @@ def _as_trained(
         hint = "base_numerics: original"
         raise SourceError(f"{checkpoint.label} stores its weights transposed: NF4 cannot be told from that", hint=hint)
     touched = {name for one in adapters for name, edits in one.adapter.edits.items() if any(map(_adds_up, edits))}
+    touched -= {name for one in adapters for name in one.adapter.parameters}
     changed = [name for name in sorted(touched) if name in ways and _is_linear(name, ways[name])]
     for name in changed:
         ways[name] = Simulated(ways[name], double_quant)

@@ -35,7 +35,8 @@ class Adapter:
 
     `resized` holds tensors that take the base's place before anything else (an embedding saved with
     a grown vocabulary), `added` tensors that the base lacks (a new head). `keeps_tied`: what it does
-    to the embedding is meant for the tied lm_head too.
+    to the embedding is meant for the tied lm_head too. `parameters`: tensors that it changes as parameters of
+    modules that are not linear (fused experts, routers): bitsandbytes leaves these in 16 bit.
     """
 
     label: str
@@ -47,6 +48,7 @@ class Adapter:
     keeps_tied: bool
     files: tuple[Checkpoint, ...]
     notes: tuple[str, ...]
+    parameters: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Matching:
     resized: dict[str, Way] = field(default_factory=dict)
     added: dict[str, Stored] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    parameters: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.homes = Homes(self.label, self.base, self.resized)
@@ -98,6 +101,7 @@ class Matching:
             keeps_tied,
             (self.table,),
             (*self.table.warnings, *self.notes),
+            frozenset(self.parameters),
         )
 
     def _note_base(self) -> None:
@@ -159,7 +163,8 @@ class Matching:
             own, depth = split_module(module)
             if {"A", "B"} <= modules[module].keys():
                 a, b = modules[module].pop("A"), modules[module].pop("B")
-                if self.homes.find(f"{own}.weight"):
+                if name := self.homes.find(f"{own}.weight"):
+                    self.parameters.add(name)
                     self._low_rank(Pair(own, a, b))  # one matrix, such as a router's
                 else:
                     wrapped.setdefault(own, []).append(ExpertPair(a, b, depth))
@@ -169,6 +174,7 @@ class Matching:
             except ValueError as error:
                 raise SourceError(f"{self.label}: {error}", hint="does it belong to this model?") from None
             for name, edit in edits.items():
+                self.parameters.add(name)
                 self._add(name, edit)
         if wrapped:
             layout = "the ranks of each expert together" if self.settings.by_expert else "as PEFT's"

@@ -77,3 +77,16 @@ def test_fused_experts_have_a_rank_and_alpha_of_their_own(settings: dict[str, An
     run(settings)
     followed = follow(make_plan(settings, device="cpu"), After(Merge(dtype="float32")))
     assert followed.losses["original"] == pytest.approx(followed.losses["adapter"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen3_moe"])
+def test_qlora_and_its_merge_have_one_loss(family: str, settings: dict[str, Any], here: Path) -> None:
+    """What bitsandbytes leaves in 16 bit (fused experts, routers) stays as it is in the merge too."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 32}  # whole blocks
+    experts = {**EXPERTS, "moe_intermediate_size": 128}
+    base = write_tiny(here, family, vocab_size=320, **wide, **(experts if family in FAMILIES else {}))
+    write_tokenizer(base)
+    settings |= {"model": str(base), "val": 8, "method": "qlora", "lora": {"r": 4}}
+    run(settings)
+    followed = follow(make_plan(settings, device="cpu"), After(Merge(dtype="float32", base_numerics="dequant_nf4")))
+    assert followed.losses["dequant_nf4"] == pytest.approx(followed.losses["adapter"], abs=1e-3)
