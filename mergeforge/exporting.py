@@ -14,6 +14,7 @@ from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.planning import Plan, make_plan
 from mergeforge.running import run
 from mergeforge.tensors import Tile
+from mergeforge.workspace import RECEIPT
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ def plan_export(
     if to_file and (len(types) > 1 or settings.get("split_max_size")):
         raise RecipeError(f"--out {out} names one file, and there would be several", hint="name a folder")
     file = Path(str(out)).expanduser().absolute() if to_file else None
+    folder = file.with_name(f".{file.name}.mergeforge") if file else Path(out or f"{name}-GGUF")
     if file and file.exists() and not options.pop("overwrite", False):
+        if (folder / RECEIPT).exists() and not any(folder.glob("*.gguf")):
+            shutil.rmtree(folder, ignore_errors=True)  # a run was killed in its last step
         raise OutputError(f"{file} exists", hint="--overwrite replaces it")
     options.pop("overwrite", None)
-    folder = file.with_name(f".{file.name}.mergeforge") if file else Path(out or f"{name}-GGUF")
     settings = dict(settings)
     pre = settings.pop("pre", None)
     output = {"safetensors": False, "gguf": [{"type": one, **settings} for one in types], "name": name}
@@ -62,7 +65,7 @@ def export(export: Export, *, fresh: bool = False, overwrite: bool = False) -> I
         (written,) = export.plan.files
         os.replace(export.plan.out / written, export.file)
         sync_folder(export.file.parent)
-        shutil.rmtree(export.plan.out)
+        shutil.rmtree(export.plan.out, ignore_errors=True)
 
 
 def _refuse_adapters(model: str) -> None:

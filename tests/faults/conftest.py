@@ -1,20 +1,74 @@
-"""The merge that the tests here break, and what they break it with."""
+"""The merge that the tests here break, what they break it with, and the table of what survived."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from breaking import Operation, Strikes, World
+from scenarios import Scenarios
+from tally import KEY, Tally, kind_of, table
+from warm import Warm
 
 from mergeforge import running
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("faults"))
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory where there is one: the runs here sync thousands of times."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 1 << 30:
+        yield tmp_path_factory.mktemp("faults")
+        return
+    with tempfile.TemporaryDirectory(dir=memory, prefix="mergeforge-faults-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def tmp_path(disk: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(dir=disk))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def world(disk: Path) -> World:
+    return World(disk / "world")
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    with Warm() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def scenarios(world: World, warm: Warm, disk: Path) -> Scenarios:
+    return Scenarios(world, warm, disk / "scenarios")
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """Counts the runs of a test for the table; a test that counts none is one run."""
+    counted = Tally()
+    request.node.user_properties.append((KEY, counted.counts))
+    return counted
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--table", action="store_true", help="Print what was broken how often, and what survived.")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not config.getoption("--table", False):
+        return
+    reports = [one for some in terminalreporter.stats.values() for one in some if isinstance(one, pytest.TestReport)]
+    terminalreporter.write_line(table([one for one in reports if kind_of(one)]))
 
 
 @pytest.fixture

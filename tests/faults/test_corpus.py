@@ -29,9 +29,9 @@ FINE = {
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def good(disk: Path) -> Path:
     """A model, the same in shards and as GGUF, and an adapter."""
-    folder = tmp_path_factory.mktemp("good")
+    folder = disk / "good"
     write_model(folder / "base", SHAPES["tiny"], seed=0)
     write_adapter(folder / "legal", SHAPES["tiny"], str(folder / "base"), rank=4, seed=1)
     recipe = {"merge_method": "passthrough", "models": [str(folder / "base")]}

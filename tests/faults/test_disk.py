@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from breaking import Strikes, World, assert_nothing_half_done, digests, go_on
+from tally import Tally
 
 from mergeforge import running
 from mergeforge.disk import sync_folder
@@ -33,7 +34,7 @@ def failing(code: int) -> Callable[..., Any]:
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_full_at_every_write(
-    world: World, out: Path, monkeypatch: pytest.MonkeyPatch, strike: Strike, code: int
+    world: World, out: Path, monkeypatch: pytest.MonkeyPatch, strike: Strike, code: int, tally: Tally
 ) -> None:
     reference, plan, number = world.reference(), world.plan(out), 1
     step = 1 if code == errno.ENOSPC else 13
@@ -46,10 +47,11 @@ def test_full_at_every_write(
             except BudgetError as error:
                 assert error.exit_code == 4
                 assert "run the same command again" in error.hint
-        assert strikes.struck
-        assert_nothing_half_done(out, reference)
-        running.merge(plan)
-        assert digests(out) == reference, f"full at write {number}"
+        with tally.run():
+            assert strikes.struck
+            assert_nothing_half_done(out, reference)
+            running.merge(plan)
+            assert digests(out) == reference, f"full at write {number}"
         shutil.rmtree(out)
         number += step
     assert digests(out) == reference
@@ -57,7 +59,9 @@ def test_full_at_every_write(
 
 
 @pytest.mark.usefixtures("eager")
-def test_fsync_that_fails_is_fatal(world: World, out: Path, monkeypatch: pytest.MonkeyPatch, strike: Strike) -> None:
+def test_fsync_that_fails_is_fatal(
+    world: World, out: Path, monkeypatch: pytest.MonkeyPatch, strike: Strike, tally: Tally
+) -> None:
     """Linux reports a lost write once and then says that all is well: the second answer must not be believed."""
     reference, plan, number = world.reference(), world.plan(out), 1
     while True:
@@ -69,11 +73,12 @@ def test_fsync_that_fails_is_fatal(world: World, out: Path, monkeypatch: pytest.
             except MergeforgeError as error:
                 assert error.exit_code == 1
                 assert "Input/output error" in str(error)
-        if strikes.calls[number - 1] == "fsync":
-            assert "write" not in strikes.calls[number:], "a tile was noted as done although its sync had failed"
-        assert_nothing_half_done(out, reference)
-        go_on(plan)
-        assert digests(out) == reference, f"failed at call {number}"
+        with tally.run():
+            if strikes.calls[number - 1] == "fsync":
+                assert "write" not in strikes.calls[number:], "a tile was noted as done although its sync had failed"
+            assert_nothing_half_done(out, reference)
+            go_on(plan)
+            assert digests(out) == reference, f"failed at call {number}"
         shutil.rmtree(out)
         number += 1
     assert number > 40
