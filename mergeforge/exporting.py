@@ -11,10 +11,9 @@ from typing import Any
 
 from mergeforge.disk import sync_folder
 from mergeforge.errors import OutputError, RecipeError, SourceError
-from mergeforge.planning import Plan, make_plan
+from mergeforge.planning import WORK, Plan, make_plan
 from mergeforge.running import run
 from mergeforge.tensors import Tile
-from mergeforge.workspace import RECEIPT
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def plan_export(
     file = Path(str(out)).expanduser().absolute() if to_file else None
     folder = file.with_name(f".{file.name}.mergeforge") if file else Path(out or f"{name}-GGUF")
     if file and file.exists() and not options.pop("overwrite", False):
-        if (folder / RECEIPT).exists() and not any(folder.glob("*.gguf")):
+        if folder.is_dir() and not (folder / WORK).exists() and not any(folder.glob("*.gguf")):
             shutil.rmtree(folder, ignore_errors=True)  # a run was killed in its last step
         raise OutputError(f"{file} exists", hint="--overwrite replaces it")
     options.pop("overwrite", None)
