@@ -16,7 +16,15 @@ from mergeforge.quants import backend
 from mergeforge.sizes import show_size
 
 PACKAGES = ("mergeforge", "torch", "safetensors", "numpy", "huggingface_hub", "gguf", "click", "rich", "pyyaml")
-EXTRAS = {"fast": ("numba",), "engine": ("xllamacpp",), "train": ("transformers", "peft", "accelerate", "datasets")}
+EXTRAS = {
+    "fast": ("numba",),
+    "engine": ("xllamacpp",),
+    "train": ("transformers", "peft", "accelerate", "bitsandbytes"),
+    "data": ("pyarrow",),
+    "metrics": ("sacrebleu", "rouge-score"),
+    "track": ("tensorboard",),
+    "eval": ("lm-eval",),
+}
 PIECE = 8 << 20  # bytes written at a time
 SECONDS = 5.0
 

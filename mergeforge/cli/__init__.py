@@ -19,21 +19,21 @@ COMMANDS = {
     "plan": ("merging", "plan", "Show what run would do; reads headers only."),
     "verify": ("looking", "verify", "Check a finished merge against its receipt."),
     "gguf": ("exporting", "gguf", "Write a finished model as GGUF, quantised in one pass."),
+    "inspect": ("looking", "inspect", "Show what is in a checkpoint, an adapter or a GGUF."),
+    "diff": ("looking", "diff", "Compare two checkpoints tensor by tensor."),
+    "extract-lora": ("extracting", "extract_lora", "Write the difference of two models as a LoRA adapter."),
+    "publish": ("publishing", "publish", "Publish a finished folder on the Hub: one commit, only what is missing."),
+    "train": ("training", "train", "Train a QLoRA, LoRA or DoRA adapter, or a whole model."),
+    "data": ("datasets", "data", "Look at training data, split it, build it."),
     "eval": ("evaluating", "evaluate", "Measure how well a model predicts the answers of a data set."),
     "compare": ("evaluating", "compare", "Set models side by side on the same rows, with intervals."),
     "chat": ("chatting", "chat", "Talk to a model, an adapter or a GGUF file."),
-    "data": ("datasets", "data", "Look at training data, split it, build it."),
-    "inspect": ("looking", "inspect", "Show what is in a checkpoint, an adapter or a GGUF."),
-    "diff": ("looking", "diff", "Compare two checkpoints tensor by tensor."),
     "demo": ("starting", "demo", "Make a small model and adapters on the spot, merge and verify them."),
-    "extract-lora": ("extracting", "extract_lora", "Write the difference of two models as a LoRA adapter."),
-    "train": ("training", "train", "Train a QLoRA, LoRA or DoRA adapter, or a whole model."),
-    "publish": ("publishing", "publish", "Publish a finished folder on the Hub: one commit, only what is missing."),
-    "doctor": ("examining", "doctor", "What this machine can do: what to paste into a bug report."),
     "init": ("starting", "init", "Write a recipe to start from."),
     "recipes": ("starting", "recipes", "List, show or copy the recipes that come with the package."),
     "list": ("starting", "list_names", "List merge methods, adapter kinds, GGUF architectures or types."),
     "schema": ("starting", "schema", "Print the JSON Schema of a recipe, for editors."),
+    "doctor": ("examining", "doctor", "What this machine can do: what to paste into a bug report."),
 }
 
 
@@ -71,6 +71,7 @@ def cli() -> None:
     mergeforge demo                      a first merge, in under a minute
     mergeforge plan recipe.yaml          what would be done
     mergeforge run recipe.yaml --memory 2GiB
+    mergeforge train train.yaml          an adapter of your own
     """
 
 
