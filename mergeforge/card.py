@@ -55,7 +55,8 @@ def _front_matter(plan: Plan) -> dict[str, Any]:
     named = list(dict.fromkeys(str(model.entry.model.path) for model in models))
     adapters = [str(one.entry.adapter.path) for one in inputs.opened_adapters]
     merged = len(named) > 1 or len(adapters) > 1
-    front: dict[str, Any] = {"base_model": [name for name in [*named, *adapters] if not Path(name).exists()]}
+    repos = [name.removeprefix("hf://") for name in [*named, *adapters] if not Path(name).exists()]
+    front: dict[str, Any] = {"base_model": [name for name in repos if "://" not in name]}
     if not front["base_model"]:
         del front["base_model"]
     else:

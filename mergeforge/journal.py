@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from mergeforge.disk import disk_error, sync_folder
 from mergeforge.tensors import Tile
@@ -40,14 +41,31 @@ class Done:
     measured: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A finished file that was sent to a Hub repo, and is no longer here."""
+
+    repo: str
+    sha256: str
+    nbytes: int
+
+
 class Journal:
     """The journal of one output folder, open for appending."""
 
-    def __init__(self, path: Path, fingerprint: str, done: dict[Tile, Done], commit: Commit | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: str,
+        done: dict[Tile, Done],
+        commit: Commit | None,
+        sent: Mapping[str, Sent] = MappingProxyType({}),
+    ) -> None:
         self.path = path
         self.fingerprint = fingerprint
         self.done = done
         self.commit = commit
+        self.sent = dict(sent)
         self._by_tensor: dict[str, list[Done]] = {}
         for one in done.values():
             self._by_tensor.setdefault(one.tile.name, []).append(one)
@@ -91,6 +109,11 @@ class Journal:
             self.done[one.tile] = one
             self._by_tensor.setdefault(one.tile.name, []).append(one)
 
+    def record_sent(self, name: str, sent: Sent) -> None:
+        """Record that a file has arrived, before it is removed here."""
+        self._append([{"sent": name, "repo": sent.repo, "sha256": sent.sha256, "size": sent.nbytes}])
+        self.sent[name] = sent
+
     def start_commit(self, commit: Commit) -> None:
         """Record that everything is written and synced, and what is going to be moved and removed."""
         self._append([{"commit": commit.moves, "removes": commit.removes}])
@@ -132,15 +155,17 @@ def read_journal(folder: Path) -> Journal | None:
     if not records or "merge" not in records[0]:
         return None
     os.truncate(path, whole)
-    done, commit = {}, None
+    done, commit, sent = {}, None, {}
     for record in records:
         if "tile" in record:
             tile = Tile(*record["tile"])
             sums = {key: tuple(some) for key, some in record["sums"].items()}
             done[tile] = Done(tile, sums, tuple(record.get("measured", ())))
+        elif "sent" in record:
+            sent[record["sent"]] = Sent(record["repo"], record["sha256"], record["size"])
         elif "commit" in record:
             commit = Commit(tuple(record["commit"]), tuple(record["removes"]))
-    return Journal(path, records[0]["merge"], done, commit)
+    return Journal(path, records[0]["merge"], done, commit, sent)
 
 
 def _record(done: Done) -> dict[str, object]:

@@ -86,6 +86,7 @@ def plan_facts(plan: Plan) -> dict[str, object]:
         ],
         "bytes_read": plan.nbytes_read,
         "bytes_written": plan.nbytes_written,
+        "disk": plan.disk,
         "files": {name: file.nbytes for name, file in plan.files.items()},
         "gguf": [
             {"type": gguf.mix.label, "files": list(gguf.layout.files), "bits_per_weight": gguf.bits_per_weight}
@@ -139,7 +140,7 @@ def _disk(plan: Plan) -> str:
     from mergeforge.planning import existing_folder
 
     free = shutil.disk_usage(existing_folder(plan.out)).free
-    return f"{show_size(plan.nbytes_written)} needed, {show_size(free)} free"
+    return f"{show_size(plan.disk)} needed, {show_size(free)} free"
 
 
 class _Count:

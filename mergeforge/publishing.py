@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from mergeforge.checksums import file_sha256
 from mergeforge.errors import MergeforgeError, OutputError, RecipeError, SourceError, listing
 
 RECEIPT = "mergeforge.json"
+AGAIN = "the same command again: what was sent is kept"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -60,10 +61,10 @@ def plan_publication(folder: str | Path, repo: str, *, revision: str = "main", p
     folder = Path(folder)
     files = _files_of(folder)
     check_access(repo)
-    parent, held = _held(repo, revision)
-    same = {name for name, path in files.items() if name in held and _is_same(path, held[name])}
+    parent, held = held_files(repo, revision)
+    same = {name for name, path in files.items() if name in held and is_same(path, held[name])}
     send = [Upload(name, path, path.stat().st_size) for name, path in files.items() if name not in same]
-    remove = _stale(repo, parent, held, files)
+    remove = stale_files(repo, parent, held, files)
     return Publication(folder, repo, revision, private, parent, tuple(send), tuple(sorted(same)), tuple(remove))
 
 
@@ -77,7 +78,7 @@ def publish(publication: Publication) -> Iterator[str]:
     api, one = HfApi(), publication
     if not (one.send or one.remove):
         return
-    with _hub(one.repo):
+    with hub_errors(one.repo):
         if one.parent is None:
             api.create_repo(one.repo, private=one.private, exist_ok=True)
         if one.revision != "main":
@@ -85,12 +86,12 @@ def publish(publication: Publication) -> Iterator[str]:
     operations: list[Any] = []
     for upload in one.send:
         operation = CommitOperationAdd(path_in_repo=upload.name, path_or_fileobj=str(upload.path))
-        with _hub(one.repo):
+        with hub_errors(one.repo):
             api.preupload_lfs_files(one.repo, additions=[operation], revision=one.revision, free_memory=False)
         operations.append(operation)
         yield upload.name
     operations += [CommitOperationDelete(path_in_repo=name) for name in one.remove]
-    with _hub(one.repo):
+    with hub_errors(one.repo):
         parent = one.parent or api.repo_info(one.repo, revision=one.revision).sha
         done = api.create_commit(
             one.repo, operations, commit_message=_title(one), revision=one.revision, parent_commit=parent
@@ -106,7 +107,7 @@ def check_access(repo: str) -> str:
 
     if not get_token():
         raise MergeforgeError("there is no Hub token", hint="`hf auth login`, or set HF_TOKEN")
-    with _hub(repo):
+    with hub_errors(repo):
         return str(HfApi().whoami()["name"])
 
 
@@ -136,14 +137,14 @@ def _listed(receipt: Any) -> list[str]:
     return [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
 
 
-def _held(repo: str, revision: str) -> tuple[str | None, dict[str, Any]]:
+def held_files(repo: str, revision: str) -> tuple[str | None, dict[str, Any]]:
     """The repo's newest commit and its files by name; None where there is no such repo or branch."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
     try:
-        with _hub(repo):
+        with hub_errors(repo):
             sha = str(HfApi().repo_info(repo, revision=revision).sha)
             files = HfApi().list_repo_tree(repo, recursive=True, revision=sha)
             return sha, {one.path: one for one in files if isinstance(one, RepoFile)}
@@ -151,7 +152,7 @@ def _held(repo: str, revision: str) -> tuple[str | None, dict[str, Any]]:
         return None, {}
 
 
-def _is_same(path: Path, held: Any) -> bool:
+def is_same(path: Path, held: Any) -> bool:
     """Whether the repo holds the file's content already."""
     if held.size != path.stat().st_size:
         return False
@@ -161,7 +162,12 @@ def _is_same(path: Path, held: Any) -> bool:
     return bool(hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == held.blob_id)
 
 
-def _stale(repo: str, parent: str | None, held: Mapping[str, Any], files: Mapping[str, Path]) -> list[str]:
+def lfs_of(held: Any) -> tuple[str, int]:
+    """The sha256 and size of a large file in a repo; ("", 0) for one that is none."""
+    return (str(held.lfs.sha256), int(held.size)) if held.lfs is not None else ("", 0)
+
+
+def stale_files(repo: str, parent: str | None, held: Mapping[str, Any], files: Collection[str]) -> list[str]:
     """What an earlier publish left that this one does not have: by its receipt, and shards that would be read first."""
     if parent is None:
         return []
@@ -169,7 +175,7 @@ def _stale(repo: str, parent: str | None, held: Mapping[str, Any], files: Mappin
     if RECEIPT in held:
         from huggingface_hub import hf_hub_download
 
-        with _hub(repo):
+        with hub_errors(repo):
             earlier = _listed(json.loads(Path(hf_hub_download(repo, RECEIPT, revision=parent)).read_text("utf-8")))
     if any(_WEIGHTS.fullmatch(name) for name in files):
         earlier += [name for name in held if _WEIGHTS.fullmatch(name)]
@@ -177,7 +183,7 @@ def _stale(repo: str, parent: str | None, held: Mapping[str, Any], files: Mappin
 
 
 @contextmanager
-def _hub(repo: str) -> Iterator[None]:
+def hub_errors(repo: str) -> Iterator[None]:
     """The Hub's refusals as our errors; what was not found stays what it is."""
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -189,13 +195,13 @@ def _hub(repo: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", 0)
         if status == 412:
             text = f"{repo} was changed by somebody else meanwhile"
-            raise OutputError(text, hint="publish again: what was sent is kept") from None
+            raise OutputError(text, hint=AGAIN) from None
         said = error.server_message or str(error).splitlines()[0]
-        hint = "`hf auth login` with a token that may write there" if status in (401, 403) else "publish again"
+        hint = "`hf auth login` with a token that may write there" if status in (401, 403) else AGAIN
         raise MergeforgeError(f"the Hub refused {repo}: {said}", hint=hint) from None
     except Exception as error:  # of its HTTP library, or a RuntimeError around any of these
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = "publish again: what was sent is kept"
+        hint = AGAIN
         raise MergeforgeError(f"publishing to {repo} broke off: {first}", hint=hint) from None
 
 

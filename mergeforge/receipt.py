@@ -44,6 +44,9 @@ def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], sec
         for name in gguf.layout.files:
             files[name]["type"] = gguf.mix.label
     files |= {name: _side_file(content) for name, content in sides.items()}
+    revision = plan.recipe.output.publish.revision if plan.recipe.output.publish else ""
+    for name, sent in journal.sent.items() if plan.streams else ():
+        files[name] |= {"sent_to": {"repo": sent.repo, "revision": revision}, "lfs_sha256": sent.sha256}
     value = {
         "format": FORMAT,
         "mergeforge": version("mergeforge"),

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,12 +23,13 @@ from mergeforge.budget import Worker, one_torch_thread, steady_malloc
 from mergeforge.card import model_card
 from mergeforge.checksums import strip_checksums
 from mergeforge.computing import carry
-from mergeforge.disk import InputFile
+from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import BudgetError, MergeforgeError, SourceError
 from mergeforge.journal import Done
 from mergeforge.layout import OutputFiles
-from mergeforge.planning import Piece, Plan
+from mergeforge.planning import Batch, Piece, Plan
 from mergeforge.receipt import receipt
+from mergeforge.shipping import Shipment, open_shipment
 from mergeforge.sinks import Outlet, Run, joined, strips
 from mergeforge.sinks.checkpoint import index
 from mergeforge.tensors import Tile
@@ -41,8 +42,12 @@ if TYPE_CHECKING:
 SYNC_SECONDS = 2.0
 
 
-def run(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Iterator[Tile]:
+def run(
+    plan: Plan, *, fresh: bool = False, overwrite: bool = False, tell: Callable[[str], None] = lambda _: None
+) -> Iterator[Tile]:
     """Do the merge, yielding each tile when it is written (or was, by an interrupted run).
+
+    `tell` hears of each file that is sent to the Hub, where the recipe streams them there.
 
     Goes on by itself where an interrupted run of the same merge stopped. Raises OutputError when
     OUT holds something else, BudgetError when the disk is full, SourceError when an input is bad;
@@ -51,11 +56,14 @@ def run(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Iterator
     started = time.monotonic()
     workspace = Workspace(plan, fresh=fresh, overwrite=overwrite)
     try:
-        if workspace.journal.commit is None:
-            yield from _carry_all(plan, workspace)
+        shipment = open_shipment(plan, workspace, tell) if plan.streams else None
+        if workspace.journal.commit is None or (shipment and shipment.lost):
+            yield from _carry_all(plan, workspace, shipment)
             sides = _side_files(plan) | _joined_adapter(plan, workspace)
             sides[RECEIPT] = receipt(plan, workspace.journal, sides, time.monotonic() - started)
             workspace.stage(sides)
+        if shipment:
+            shipment.publish()
         workspace.commit()
     finally:
         workspace.close()
@@ -109,12 +117,20 @@ class _Job:
     tiles: tuple[Tile, ...]
 
 
-def _carry_all(plan: Plan, workspace: Workspace) -> Iterator[Tile]:
-    files = OutputFiles(workspace.folder, plan.files)
+def _carry_all(plan: Plan, workspace: Workspace, shipment: Shipment | None) -> Iterator[Tile]:
+    with one_torch_thread():  # and whatever the caller had, afterwards
+        for batch in plan.batches:
+            yield from _carry(plan, batch, workspace, frozenset(shipment.sent if shipment else ()))
+            for name in batch.finished if shipment else ():
+                shipment.ship(name)  # type: ignore[union-attr]
+
+
+def _carry(plan: Plan, batch: Batch, workspace: Workspace, sent: Set[str]) -> Iterator[Tile]:
+    """Carry the tiles of a batch; files that were `sent` are not here, and not written again."""
+    files = OutputFiles(workspace.folder, {name: plan.files[name] for name in batch.files if name not in sent})
     try:
         files.open()
-        with one_torch_thread():  # and whatever the caller had, afterwards
-            yield from _Crew(plan, workspace, files).finished()
+        yield from _Crew(plan, batch, workspace, files).finished()
     finally:
         files.close()
 
@@ -122,11 +138,11 @@ def _carry_all(plan: Plan, workspace: Workspace) -> Iterator[Tile]:
 class _Crew:
     """The workers, their list of jobs, and what they have finished."""
 
-    def __init__(self, plan: Plan, workspace: Workspace, files: OutputFiles) -> None:
+    def __init__(self, plan: Plan, batch: Batch, workspace: Workspace, files: OutputFiles) -> None:
         self.plan = plan
         self.journal = workspace.journal
         self.files = files
-        self.jobs = deque(_jobs(plan))
+        self.jobs = deque(_jobs(batch))
         self.results: queue.Queue[Done | BaseException | None] = queue.Queue()
         self.stop = threading.Event()
         self.waiting: list[Done] = []
@@ -144,6 +160,9 @@ class _Crew:
             yield from self._gather(len(threads))
         except BaseException:
             self.stop.set()
+            for file in self.inputs:
+                if not isinstance(file, DiskFile):
+                    file.close()  # ends waits for the network
             for thread in threads:
                 thread.join()
             self._keep_finished()
@@ -244,6 +263,8 @@ class _Crew:
 
     def _write(self, outlet: Outlet, tile: Tile, raw: Tensor, worker: Worker) -> tuple[str, ...]:
         """Write an encoded tile where it belongs; the checksums of its strips."""
+        if outlet.file not in self.files.files:
+            return _checksums(outlet, tile, raw)
         at = 0
         for offset, nbytes in joined(_runs(outlet, tile)):
             self.files.write(outlet.file, raw[at : at + nbytes], offset, worker.write_behind)
@@ -255,7 +276,7 @@ class _Crew:
         checksums = self.journal.held(tile, piece.strip_rows)
         if checksums is None:
             return None
-        for outlet in piece.outlets:
+        for outlet in (one for one in piece.outlets if one.file in self.files.files):
             worker.clear()
             if _checksums(outlet, tile, self._read(outlet, tile, worker)) != checksums[outlet.key]:
                 return None
@@ -280,8 +301,8 @@ def _checksums(outlet: Outlet, tile: Tile, raw: Tensor) -> tuple[str, ...]:
     return strip_checksums(raw, [outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)])
 
 
-def _jobs(plan: Plan) -> Iterator[_Job]:
-    for piece in plan.pieces:
+def _jobs(batch: Batch) -> Iterator[_Job]:
+    for piece in batch.pieces:
         if piece.learns:
             yield _Job(piece, piece.tiles)
         else:

@@ -17,8 +17,9 @@ from mergeforge.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.computing import carry
 from mergeforge.disk import DiskFile, InputFile
 from mergeforge.engine import Closeness, compare_with_transformers
-from mergeforge.errors import SourceError
+from mergeforge.errors import MergeforgeError, SourceError
 from mergeforge.planning import Piece, Plan, make_plan
+from mergeforge.publishing import held_files, lfs_of
 from mergeforge.sinks import strips
 from mergeforge.sinks.checkpoint import KEY
 from mergeforge.sinks.fp8 import SCALES
@@ -53,7 +54,9 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
     receipt = read_receipt(out)
     if receipt is None:
         raise SourceError(f"{out} has no receipt ({RECEIPT})", hint="is it a finished merge of mergeforge?")
-    problems = _check_files(out, receipt["files"])
+    away = {name: facts for name, facts in receipt["files"].items() if "sent_to" in facts and not (out / name).exists()}
+    problems = _check_files(out, {name: facts for name, facts in receipt["files"].items() if name not in away})
+    problems += _check_sent(away)
     headers = {name: _header(out / name, problems) for name in _weight_files(receipt)}
     problems += _check_tensors(receipt["tensors"], headers)
     problems += _check_encoded(out, receipt)
@@ -91,6 +94,24 @@ def _check_files(out: Path, files: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} has {path.stat().st_size} bytes, not {facts['size']}")
         elif "sha256" in facts and file_sha256(path) != facts["sha256"]:
             problems.append(f"{name} was changed")
+    return problems
+
+
+def _check_sent(files: Mapping[str, Any]) -> list[str]:
+    """Compare files that were sent to the Hub, and are not here, with what a repo's newest commit holds."""
+    problems = []
+    for repo in dict.fromkeys(facts["sent_to"]["repo"] for facts in files.values()):
+        ours = {name: facts for name, facts in files.items() if facts["sent_to"]["repo"] == repo}
+        try:
+            _, held = held_files(repo, next(iter(ours.values()))["sent_to"]["revision"])
+        except MergeforgeError as error:
+            problems.append(f"{repo} cannot be asked: {error}")
+            continue
+        for name, facts in ours.items():
+            if name not in held:
+                problems.append(f"{name} is neither here nor in {repo}")
+            elif lfs_of(held[name]) != (facts["lfs_sha256"], facts["size"]):
+                problems.append(f"{name} of {repo} is not the file that was sent")
     return problems
 
 

@@ -67,7 +67,7 @@ class Workspace:
                 continue  # written there already
             write_durably(path, content if isinstance(content, bytes) else content.read_bytes())
         sync_folder(self.folder)
-        moves = [*self.plan.files, *side_files]
+        moves = [*(() if self.plan.streams else self.plan.files), *side_files]
         moves.sort(key=lambda name: (name == RECEIPT, name == INDEX))  # these two last, in this order
         self.journal.start_commit(Commit(tuple(moves), self._replaced()))
 

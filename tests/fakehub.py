@@ -504,6 +504,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({})
 
     # ---- write API
+    def r_branch(self, g, q, body):
+        if not self._need_write() or not (r := self._repo(g)):
+            return None
+        if self.command == "DELETE":
+            if r.refs.pop(g["branch"], None) is None:
+                return self._err(404, "RevisionNotFound", f"Invalid rev id: {g['branch']}")
+            return self._send(200)
+        if g["branch"] in r.refs:
+            return self._err(409, None, "Reference already exists")
+        if (c := self._rev(r, json.loads(body or b"{}").get("startingPoint") or "main")) is None:
+            return None
+        r.refs[g["branch"]] = c.sha
+        return self._json({}, 201)
+
     def r_create(self, g, q, body):
         if not self._need_write():
             return None
@@ -643,6 +657,7 @@ _ROUTES = [
     (_API + r"/refs", "refs"),
     (_API + r"/commits/(?P<rev>[^/]+)", "commits"),
     (_API + r"/auth-check", "auth_check"),
+    (_API + r"/branch/(?P<branch>[^/]+)", "branch"),
     (_API + r"/preupload/(?P<rev>[^/]+)", "preupload"),
     (_API + r"/commit/(?P<rev>[^/]+)", "commit"),
     (_API + r"(?:/revision/(?P<rev>[^/]+))?", "info"),

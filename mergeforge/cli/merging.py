@@ -134,15 +134,19 @@ def _run(
         progress.show_notes(made, to)
     if made.recipe.output.publish:
         publishing.check_access(made.recipe.output.publish.repo)  # before the work, not after it
-    tiles = running.run(made, fresh=fresh, overwrite=overwrite)
+
+    def say(text: str) -> None:
+        if not quiet:
+            to.print(text, markup=False)
+
+    tiles = running.run(made, fresh=fresh, overwrite=overwrite, tell=say)
     for _ in progress.watch(made, tiles, to, quiet=quiet):
         pass
     seconds = time.monotonic() - started
-    if asked := made.recipe.output.publish:
+    if (asked := made.recipe.output.publish) and not asked.stream:
         planned = publishing.plan_publication(made.out, asked.repo, revision=asked.revision, private=asked.private)
         for done in publishing.publish(planned):
-            if not quiet:
-                to.print(f"sent {done}", markup=False)
+            say(f"sent {done}")
     if as_json:
         facts = {
             "out": str(made.out),
@@ -152,4 +156,5 @@ def _run(
         }
         click.echo(json.dumps(facts))
     elif not quiet:
-        to.print(f"wrote {show_size(made.nbytes_written)} to {made.out} in {seconds:.1f} s", markup=False)
+        where = asked.repo if asked and asked.stream else made.out
+        to.print(f"wrote {show_size(made.nbytes_written)} to {where} in {seconds:.1f} s", markup=False)

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mergeforge.errors import BudgetError, OutputError, RecipeError
 from mergeforge.joining import Join, folded_terms, plan_join
 from mergeforge.layout import Layout, OutputFile
 from mergeforge.methods import METHODS
+from mergeforge.planning.batches import Batch, at_once, by_file, most_open
 from mergeforge.planning.compose import Composition
 from mergeforge.planning.cutting import Piece, cut_all, peak
 from mergeforge.planning.eight_bits import checkpoint_outlets, quantization_config, stored_infos
@@ -39,9 +41,9 @@ from mergeforge.sizes import show_size
 from mergeforge.sources.quantised.way import Quantised
 from mergeforge.tensors import TensorInfo
 
-__all__ = ["Piece", "Plan", "make_plan", "read_recipe"]
+__all__ = ["Batch", "Piece", "Plan", "make_plan", "read_recipe"]
 
-NUMERICS = 2  # raised when a version computes other bytes from the same recipe
+NUMERICS = 3  # raised when a version computes other bytes from the same recipe
 WORK = ".mergeforge"  # the folder inside OUT where everything unfinished lies
 DISK_SLACK = 64 << 20
 _ELSEWHERE = ("output", "stream_inputs")  # keys that do not decide any byte by themselves
@@ -87,6 +89,22 @@ class Plan:
     @property
     def nbytes_written(self) -> int:
         return sum(file.nbytes for file in self.files.values())
+
+    @property
+    def streams(self) -> bool:
+        """Whether finished files go to the Hub while the merge goes on, and do not stay here."""
+        return self.recipe.output.publish is not None and self.recipe.output.publish.stream
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """What is carried one after the other: all at once, or file by file where each is sent when it is finished."""
+        return by_file(self.pieces, tuple(self.files)) if self.streams else (at_once(self.pieces, tuple(self.files)),)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of weights that lie on the disk at once, at most."""
+        sizes = {name: file.nbytes for name, file in self.files.items()}
+        return most_open(self.batches, sizes) if self.streams else sum(sizes.values())
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -190,7 +208,7 @@ def check_disk(plan: Plan) -> None:
     folder = existing_folder(plan.out)
     held = sum(_allocated(plan.out / WORK / name) for name in plan.files)
     free = shutil.disk_usage(folder).free
-    needed = plan.nbytes_written - held + DISK_SLACK
+    needed = plan.disk - held + DISK_SLACK
     if needed > free:
         text = f"the result takes {show_size(needed)} more on the disk of {folder}, which has {show_size(free)} free"
         raise BudgetError(text, hint="make room, or write elsewhere with --out DIR")
