@@ -8,12 +8,13 @@ without these calls everything still works, as plain reads and writes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError, SourceError
@@ -93,6 +94,15 @@ def disk_error(error: OSError, path: str) -> MergeforgeError:
         return OutputError(f"{path} cannot be written: {error.strerror}", hint="write elsewhere with --out DIR")
     hint = "the disk or its filesystem failed; run the same command again once it works, it goes on where it stopped"
     return MergeforgeError(f"{path} cannot be written: {error.strerror}", hint=hint)
+
+
+@contextlib.contextmanager
+def on_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the system refuses inside, as an error of ours that names the file, or `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, str(error.filename or os.fspath(path))) from error
 
 
 class WriteBehind:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeforge.disk import sync_folder
+from mergeforge.disk import on_disk, sync_folder
 from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.planning import WORK, Plan, make_plan
 from mergeforge.running import run
@@ -62,7 +62,8 @@ def export(export: Export, *, fresh: bool = False, overwrite: bool = False) -> I
     yield from run(export.plan, fresh=fresh, overwrite=overwrite or export.file is not None)
     if export.file:
         (written,) = export.plan.files
-        os.replace(export.plan.out / written, export.file)
+        with on_disk(export.file):
+            os.replace(export.plan.out / written, export.file)
         sync_folder(export.file.parent)
         shutil.rmtree(export.plan.out, ignore_errors=True)
 

@@ -16,7 +16,7 @@ import shutil
 import socket
 from pathlib import Path
 
-from mergeforge.disk import disk_error, sync_folder, write_at, write_durably
+from mergeforge.disk import disk_error, on_disk, sync_folder, write_at, write_durably
 from mergeforge.errors import MergeforgeError, OutputError, listing
 from mergeforge.journal import NAME as JOURNAL
 from mergeforge.journal import Commit, Journal, read_journal, start_journal
@@ -39,7 +39,8 @@ class Workspace:
             self._refuse_strangers(overwrite)  # before anything is made there
         self._lock = self._locked()
         try:
-            self.journal = self._journal(fresh, overwrite)
+            with on_disk(self.folder):
+                self.journal = self._journal(fresh, overwrite)
         except BaseException:
             if not (self.folder / JOURNAL).exists():
                 with contextlib.suppress(MergeforgeError, OSError):
@@ -62,10 +63,11 @@ class Workspace:
         """
         for name, content in side_files.items():
             path = self.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
             if content == path:
                 continue  # written there already
-            write_durably(path, content if isinstance(content, bytes) else content.read_bytes())
+            with on_disk(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_durably(path, content if isinstance(content, bytes) else content.read_bytes())
         sync_folder(self.folder)
         moves = [*(() if self.plan.streams else self.plan.files), *side_files]
         moves.sort(key=lambda name: (name == RECEIPT, name == INDEX))  # these two last, in this order
@@ -74,12 +76,10 @@ class Workspace:
     def commit(self) -> None:
         """Give every staged file its final name; goes on where a crash stopped it."""
         assert self.journal.commit is not None
-        try:
+        with on_disk(self.out):
             self._make_way(self.journal.commit)
             self._move(self.journal.commit)
             self._remove()
-        except OSError as error:
-            raise disk_error(error, str(self.out)) from error
 
     def _move(self, commit: Commit) -> None:
         for name in commit.moves:

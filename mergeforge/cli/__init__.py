@@ -94,6 +94,15 @@ def run_command(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout is quiet
         return 1
+    except OSError as error:
+        tell_error(_refused(error))
+        return 1
+
+
+def _refused(error: OSError) -> MergeforgeError:
+    """What the system refused at a place that did not expect it, such as too many open files."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return MergeforgeError(what, hint="run the same command again once that is mended")
 
 
 def tell_error(error: MergeforgeError) -> None:
