@@ -88,3 +88,24 @@ def test_auto_takes_the_numerics_that_do_better(settings: dict[str, Any], here: 
     used = yaml.safe_load(Path("out/mergeforge.yml").read_text()).get("base_numerics", "original")
     kept = "original" if losses["original"] <= losses["adapter"] + 1e-3 else "dequant_nf4"
     assert used == kept and (kept == "original" or kept in losses)
+
+
+def test_a_base_and_data_of_the_hub(settings: dict[str, Any], here: Path) -> None:
+    """The plan downloads no weights; adapter and recipe name the repo, at its commit, and no path of this machine."""
+    base, rows = Path(settings["model"]), Path(settings["data"])
+    with FakeHub() as hub:
+        hub.add_repo("org/base")
+        hub.add_repo("org/rows", type="dataset")
+        sha = hub.push("org/base", {path.name: path.read_bytes() for path in base.iterdir()})
+        hub.push("org/rows", {"train.jsonl": rows.read_bytes()}, type="dataset")
+        config = write(settings, model="org/base", data="hf://org/rows", output="run")
+        env = {**os.environ, **hub.env(), "HF_HOME": str(here / "home"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "mergeforge", "train", config, "-q"]
+        planned = subprocess.run([*command, "--plan"], env=env, capture_output=True, text=True)
+        assert planned.returncode == 0, planned.stderr
+        assert not list((here / "home").rglob("model.safetensors"))
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    config = json.loads(Path("run/adapter/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", sha)
+    assert yaml.safe_load(Path("run/merge.yaml").read_text())["base_model"] == f"org/base@{sha}"

@@ -35,6 +35,7 @@ def make_job(plan: TrainPlan, listeners: Sequence[Listener] = ()) -> tuple[Job, 
     if settings.trains_adapter:
         model = adapter.with_adapter(base, way.lora, plan.new_tokens)
         model.peft_config["default"].base_model_name_or_path = named(plan.base)
+        model.peft_config["default"].revision = plan.revision
     packs, validation = plan.packs(packed=packed), plan.data.validation
     job = Job(
         settings=settings,
