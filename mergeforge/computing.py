@@ -14,7 +14,7 @@ from mergeforge.measuring import Measured, base_of, looks_at, measure, total
 from mergeforge.planning import Piece
 from mergeforge.sinks import Outlet, strips
 from mergeforge.sinks.checkpoint import KEY
-from mergeforge.sources import Facts, Scan, learn
+from mergeforge.sources import Facts, Rows, Scan, learn
 from mergeforge.tensors import TensorInfo, Tile, blocks, torch_dtype
 
 if TYPE_CHECKING:
@@ -32,6 +32,13 @@ class Carried(NamedTuple):
     measured: Measured | None = None
 
 
+class _Staged(NamedTuple):
+    """Rows that are read: what they become, and what they were in the base where that is measured."""
+
+    value: Rows
+    before: Rows | None
+
+
 def carry(piece: Piece, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfinite: bool = False) -> Iterator[Carried]:
     """Compute tiles of one piece: yields each with its bytes as every outlet writes them.
 
@@ -40,19 +47,28 @@ def carry(piece: Piece, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfin
     facts: Facts = {}
     compute = torch_dtype(piece.compute)
     assert compute is not None
+    everything = range(piece.info.rows)
     if piece.learns:
-        whole = [range(tile.start, tile.stop) for tile in piece.tiles]
+        parts = [everything] if piece.whole else [range(tile.start, tile.stop) for tile in piece.tiles]
         worker.clear()
-        learn(piece.way, Scan(piece.info, whole, worker, facts, compute))
+        worker.rereads = not piece.whole
+        learn(piece.way, Scan(piece.info, parts, worker, facts, compute))
+        worker.rereads = False
+    if piece.whole:
+        worker.restart()  # what it read to learn is still there
+        staged = _stage(piece, everything, worker, facts, compute)
+        mark = worker.mark()
     for tile in tiles:
-        if piece.learns and len(piece.tiles) == 1:
-            worker.restart()  # what it read to learn is still there
+        if piece.whole:
+            worker.release(mark)
         else:
             worker.clear()
         if piece.copied:
             yield Carried(tile, _copy(piece, tile, worker))
-        else:
-            yield _compute(piece, tile, worker, facts, compute, allow_nonfinite)
+            continue
+        if not piece.whole:
+            staged = _stage(piece, range(tile.start, tile.stop), worker, facts, compute)
+        yield _compute(piece, tile, worker, staged, allow_nonfinite)
 
 
 def _copy(piece: Piece, tile: Tile, worker: Worker) -> Encoded:
@@ -63,19 +79,21 @@ def _copy(piece: Piece, tile: Tile, worker: Worker) -> Encoded:
     return [(piece.outlets[0], raw)]
 
 
-def _compute(
-    piece: Piece, tile: Tile, worker: Worker, facts: Facts, compute: torch.dtype, allow_nonfinite: bool
-) -> Carried:
+def _stage(piece: Piece, rows: range, worker: Worker, facts: Facts, compute: torch.dtype) -> _Staged:
+    base = base_of(piece.way)
+    value = piece.way.stage(rows, worker, facts, compute)
+    return _Staged(value, base.stage(rows, worker, facts, compute) if base else None)
+
+
+def _compute(piece: Piece, tile: Tile, worker: Worker, staged: _Staged, allow_nonfinite: bool) -> Carried:
     import torch
 
-    rows = piece.way.stage(range(tile.start, tile.stop), worker, facts, compute)
+    rows, before = staged
     pens = [_Pen(outlet, tile, worker) for outlet in piece.outlets]
     gathers = [
         _Gather(height, piece.info, [pen for pen in pens if pen.outlet.strip_rows == height])
         for height in set(piece.strip_rows.values())
     ]
-    base = base_of(piece.way)
-    before = base.stage(range(tile.start, tile.stop), worker, facts, compute) if base else None
     measured: list[Measured] = []
     extremes: list[Tensor] = []
     for start, stop in blocks(tile, piece.info):

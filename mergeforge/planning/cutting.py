@@ -23,8 +23,8 @@ class Piece:
     """One output tensor, cut: `info` as written, `way` as computed, in `compute` ("F32" or "F64").
 
     `outlets`: what takes it. `copied`: bytes go through unchanged. `learns`: facts about the whole
-    tensor come first, so its tiles belong to one worker, in order. `staging` and `live`: bytes that
-    one worker needs.
+    tensor come first, so its tiles belong to one worker, in order. `whole`: there is room for all of its inputs
+    at once, which are then read once for all tiles. `staging` and `live`: bytes that one worker needs.
     """
 
     info: TensorInfo
@@ -33,6 +33,7 @@ class Piece:
     compute: str
     copied: bool
     learns: bool
+    whole: bool
     tiles: tuple[Tile, ...]
     staging: int
     live: int
@@ -79,16 +80,19 @@ def _piece(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int) -
     if _is_copied(way, info, outlets):
         return _copied(way, info, outlets, room)
     need = way.need
-    row = need.row + sum(outlet.row_nbytes for outlet in outlets)
+    written = sum(outlet.row_nbytes for outlet in outlets)
+    strip = common_strip(info.block_rows, outlets, info.rows)
     slack = SLACK + ALIGNMENT * len(outlets)
     room -= need.fixed + slack
     learns = any_learns(way)
-    fits = learns and info.rows * row <= room
-    rows = info.rows if fits else min(room, TILE_NBYTES) // max(row, 1)
-    tiles = tuple(cut(info, max(rows, 1), common_strip(info.block_rows, outlets, info.rows)))
+    beside = room - info.rows * need.row  # all rows of the inputs
+    whole = learns and beside >= min(strip, info.rows) * written
+    row, free = (written, beside) if whole else (need.row + written, room)
+    tiles = tuple(cut(info, max(min(free, TILE_NBYTES) // max(row, 1), 1), strip))
     highest = max((tile.rows for tile in tiles), default=0)
-    staging = highest * row + need.fixed + slack
-    return Piece(info, way, outlets, _compute(way, info), False, learns, tiles, staging, _live(way, info, outlets))
+    staging = (info.rows * need.row if whole else 0) + highest * row + need.fixed + slack
+    compute, live = _compute(way, info), _live(way, info, outlets)
+    return Piece(info, way, outlets, compute, False, learns, whole, tiles, staging, live)
 
 
 def _live(way: Way, info: TensorInfo, outlets: Sequence[Outlet]) -> int:
@@ -115,7 +119,7 @@ def _copied(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int) 
     rows = min(TILE_NBYTES, room - SLACK) // max(info.row_nbytes, 1)
     tiles = tuple(cut(info, max(rows, 1)))
     highest = max((tile.rows for tile in tiles), default=0)
-    return Piece(info, way, outlets, "F32", True, False, tiles, highest * info.row_nbytes + SLACK, 0)
+    return Piece(info, way, outlets, "F32", True, False, False, tiles, highest * info.row_nbytes + SLACK, 0)
 
 
 def _stored_dtypes(way: Way) -> set[str]:
@@ -124,6 +128,6 @@ def _stored_dtypes(way: Way) -> set[str]:
 
 def _ordered(pieces: list[Piece], budget: Budget) -> list[Piece]:
     """In the order of the files, but tensors that keep one worker busy for long come first."""
-    long = {id(piece) for piece in pieces if piece.learns and len(piece.tiles) > 1}
+    long = {id(piece) for piece in pieces if piece.learns and not piece.whole}
     longest = sorted((piece for piece in pieces if id(piece) in long), key=lambda piece: -piece.info.nbytes)
     return longest + [piece for piece in pieces if id(piece) not in long]
