@@ -88,8 +88,8 @@ def breadcrumbs(
     int8_mask: bool = False,
 ) -> Tensor:
     """Keep `density` of the elements after leaving out the `gamma` largest, and add up. int8_mask has no effect."""
-    kept = facts.scaled(_kept(deltas, facts.found))
-    return weighted_sum(kept, weight, normalize).mul_(lambda_)
+    left = _kept(deltas, facts.found)
+    return weighted_sum(left, weight, normalize, lambda_, facts.ratios)
 
 
 @method("breadcrumbs_ties", live=4, facts=bands, facts_nbytes=2 * SEARCH_NBYTES, within=WITHIN)
@@ -106,5 +106,5 @@ def breadcrumbs_ties(
     int8_mask: bool = False,
 ) -> Tensor:
     """breadcrumbs, and only elements that have the elected sign (TIES' election). int8_mask has no effect."""
-    kept = facts.scaled(_kept(deltas, facts.found))
-    return agreeing_sum(kept, weight, normalize).mul_(lambda_)
+    left = _kept(deltas, facts.found)
+    return agreeing_sum(left, weight, normalize, lambda_, facts.ratios)

@@ -44,8 +44,8 @@ def dare_linear(
     The mask depends on random_seed, the tensor's name and the element's place only. int8_mask has
     no effect.
     """
-    kept = facts.scaled(masked(deltas, block, density, facts.found))
-    return weighted_sum(kept, weight, normalize).mul_(lambda_)
+    left = masked(deltas, block, density, facts.found)
+    return weighted_sum(left, weight, normalize, lambda_, facts.ratios)
 
 
 @method("dare_ties", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, within={"density": DENSITY})
@@ -65,5 +65,5 @@ def dare_ties(
 
     int8_mask has no effect.
     """
-    kept = facts.scaled(masked(deltas, block, density, facts.found))
-    return agreeing_sum(kept, weight, normalize).mul_(lambda_)
+    left = masked(deltas, block, density, facts.found)
+    return agreeing_sum(left, weight, normalize, lambda_, facts.ratios)

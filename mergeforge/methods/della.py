@@ -105,8 +105,8 @@ def della_linear(
     int8_mask: bool = False,
 ) -> Tensor:
     """Drop by magnitude ranks within rows, restore the mass, add up with weights. int8_mask has no effect."""
-    left = facts.scaled(kept(deltas, block, density, epsilon, facts.found))
-    return weighted_sum(left, weight, normalize).mul_(lambda_)
+    left = kept(deltas, block, density, epsilon, facts.found)
+    return weighted_sum(left, weight, normalize, lambda_, facts.ratios)
 
 
 @method("della", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, check=check, within=WITHIN)
@@ -124,5 +124,5 @@ def della(
     int8_mask: bool = False,
 ) -> Tensor:
     """della_linear, and only elements that have the elected sign (TIES' election). int8_mask has no effect."""
-    left = facts.scaled(kept(deltas, block, density, epsilon, facts.found))
-    return agreeing_sum(left, weight, normalize).mul_(lambda_)
+    left = kept(deltas, block, density, epsilon, facts.found)
+    return agreeing_sum(left, weight, normalize, lambda_, facts.ratios)

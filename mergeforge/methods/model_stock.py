@@ -9,7 +9,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Look, method
-from mergeforge.methods.gram import combined, gram, is_vector, lengths
+from mergeforge.methods.consensus import combined
+from mergeforge.methods.gram import gram, is_vector, lengths
 from mergeforge.methods.parts import by_rows
 
 if TYPE_CHECKING:

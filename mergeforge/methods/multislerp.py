@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Look, method
-from mergeforge.methods.gram import combined, gram, lengths
+from mergeforge.methods.consensus import combined
+from mergeforge.methods.gram import gram, lengths
 from mergeforge.parameters import Interval
 
 if TYPE_CHECKING:

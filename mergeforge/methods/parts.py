@@ -19,9 +19,9 @@ def by_rows(inputs: list[Tensor]) -> Iterator[list[Tensor]]:
         yield [one[start : start + step] for one in inputs]
 
 
-def by_elements(inputs: list[Tensor]) -> Iterator[list[Tensor]]:
-    """As many elements at once, flat, as make an eighth of a block over all inputs."""
+def by_elements(inputs: list[Tensor], made: int | None = None) -> Iterator[list[Tensor]]:
+    """As many elements at once, flat, as make an eighth of a block over all inputs, or over the `made` temporaries."""
     flat = [one.view(-1) for one in inputs]
-    step = max(1, ELEMENTS // len(inputs))
+    step = max(1, ELEMENTS // (made or len(inputs)))
     for start in range(0, len(flat[0]), step):
         yield [one[start : start + step] for one in flat]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -22,10 +22,6 @@ class Rescaled(Generic[F]):
 
     found: list[F]
     ratios: list[float]
-
-    def scaled(self, kept: Iterable[Tensor]) -> list[Tensor]:
-        """What is kept of each input, multiplied by its ratio in place."""
-        return [one if ratio == 1 else one.mul_(ratio) for one, ratio in zip(kept, self.ratios, strict=True)]
 
 
 def ratios(look: Look, keep: Callable[[list[Tensor], Block], list[Tensor]], count: int) -> list[float]:

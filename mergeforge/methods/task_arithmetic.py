@@ -27,4 +27,4 @@ def task_arithmetic(
 
     With adapters alone this is the fold: W + sum(weight * B A alpha / r). int8_mask has no effect.
     """
-    return weighted_sum(deltas, weight, normalize).mul_(lambda_)
+    return weighted_sum(deltas, weight, normalize, lambda_)

@@ -39,5 +39,5 @@ def ties(
     Exactly max(1, int(density * n)) elements of a tensor are kept; among equal magnitudes at the
     threshold the first ones. int8_mask has no effect.
     """
-    kept = facts.scaled(trimmed(deltas, facts.found))
-    return agreeing_sum(kept, weight, normalize).mul_(lambda_)
+    left = list(trimmed(deltas, facts.found))
+    return agreeing_sum(left, weight, normalize, lambda_, facts.ratios)
