@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING
 
 from mergeforge.methods import Block, Look
 from mergeforge.methods.parts import by_elements
-from mergeforge.methods.ranks import ALL_BITS, SEARCH_NBYTES, Search
+from mergeforge.methods.ranks import NOTHING, SEARCH_NBYTES, Search
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergeforge.methods.ranks import Bits
 
-__all__ = ["SEARCH_NBYTES", "Threshold", "below", "largest", "sample", "survey", "thresholds", "trimmed"]
+__all__ = ["SEARCH_NBYTES", "Threshold", "below", "largest", "largest_share", "sample", "some", "survey"]
+__all__ += ["thresholds", "trimmed"]
 
 SAMPLE = 1 << 19  # elements of a tensor that is seen whole
 SAMPLE_BLOCKS = 8
@@ -86,14 +87,22 @@ def largest(
     ArithmeticError where the threshold itself is NaN.
     """
     searches = {at: Search(count, numel) for at, count in keep.items() if count}
+    return dict.fromkeys(keep, Threshold(*NOTHING)) | _found(look, searches, samples)
+
+
+def largest_share(look: Look, numel: int, share: float) -> Threshold:
+    """The threshold that keeps int(share * n) of the n elements of the only input that are not zero."""
+    return _found(look, {0: Search(0, numel, share)})[0]
+
+
+def _found(look: Look, searches: dict[int, Search], samples: dict[int, Bits] | None = None) -> dict[int, Threshold]:
     if samples is None:
         samples = _sampled(look, list(searches)) if searches else {}
     for at, search in searches.items():
         search.bracket(samples.pop(at))
     while pending := {at: search for at, search in searches.items() if not search.found}:
         _count_all(look, pending)
-    nothing = dict.fromkeys(keep, Threshold(ALL_BITS - 1, 0, 1))
-    return nothing | {at: Threshold(*search.found) for at, search in searches.items() if search.found}
+    return {at: Threshold(*search.found) for at, search in searches.items() if search.found}
 
 
 def below(value: float) -> float:
@@ -114,24 +123,29 @@ def _sampled(look: Look, inputs: list[int]) -> dict[int, Bits]:
 
 
 def sample(delta: Tensor, numel: int, most: int) -> Bits:
-    """The bits of some magnitudes of a block, so many that `numel` elements give at most `most`.
+    """The bits of some magnitudes of a block, so many that `numel` elements give at most `most`."""
+    return _bits(some(delta, numel, most))
 
-    An odd step sees every column of a matrix.
-    """
-    return _bits(delta.flatten()[:: -(-numel // most) | 1])
+
+def some(block: Tensor, numel: int, most: int) -> Tensor:
+    """Some elements of a block, flat, as `sample` takes them. An odd step sees every column of a matrix."""
+    return block.flatten()[:: -(-numel // most) | 1]
 
 
 def survey(blocks: Iterable[Tensor], numel: int, count: Callable[[Tensor], int]) -> tuple[int, Tensor]:
-    """What `count` (which may overwrite a block) adds up to, and a sample of the whole tensor as one flat tensor."""
+    """What `count` (which may overwrite a block) adds up to, and a sample of the whole tensor as one flat tensor.
+
+    A sample of a few blocks misleads where rows differ.
+    """
     import torch
 
     total = used = 0
     kept = torch.empty(0)
     for block in blocks:
-        some = block.flatten()[:: -(-numel // SAMPLE) | 1]
-        kept = kept if used else some.new_empty(min(numel, 2 * SAMPLE))
-        kept[used : used + len(some)] = some
-        total, used = total + count(block), used + len(some)
+        seen = some(block, numel, SAMPLE)
+        kept = kept if used else seen.new_empty(min(numel, 2 * SAMPLE))
+        kept[used : used + len(seen)] = seen
+        total, used = total + count(block), used + len(seen)
     return total, kept[:used]
 
 
@@ -155,7 +169,8 @@ def _count_block(deltas: list[Tensor], searches: dict[int, Search]) -> None:
         for (part,) in by_elements([delta]) if delta.device.type == "cpu" else [[delta]]:
             bits = _magnitude_bits(part)
             for search in looking:
-                search.add(*_split(bits, search.low, search.high))
+                nonzero = int(bits.count_nonzero()) if search.share is not None else 0
+                search.add(*_split(bits, search.low, search.high), nonzero)
 
 
 def _magnitude_bits(delta: Tensor) -> Tensor:

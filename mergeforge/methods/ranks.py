@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CANDIDATES = 1 << 19  # magnitudes that a search keeps as they are
 VALUES = 1 << 16  # different ones that it counts
 ALL_BITS = 0x7F800001  # one more than the bits of infinity
+NOTHING = (ALL_BITS - 1, 0, 1)  # what is found for k = 0: infinity
 SEARCH_NBYTES = 3 * 4 * CANDIDATES  # what one search holds: candidates, where their values change, counts
 
 
@@ -78,11 +79,14 @@ def _firsts(ordered: Bits) -> NDArray[np.int64]:
 class Search:
     """Narrows [low, high) to the bits of the k-th largest of `numel` magnitudes.
 
+    With a `share`, k is that share of the magnitudes that are not zero, and a look counts them too.
     `found`: these bits, how many of the elements that have them are among the k, and how many there are.
     """
 
     keep: int
     numel: int
+    share: float | None = None
+    nonzero: int = 0
     low: int = 0
     high: int = ALL_BITS
     above: int = 0
@@ -95,6 +99,8 @@ class Search:
         """Start with the range that holds the threshold unless the sample is unlike the tensor."""
         import numpy as np
 
+        if self.share is not None:
+            self.keep = int(self.share * self.numel * np.count_nonzero(sample) / len(sample))
         rank = len(sample) * self.keep / self.numel
         spread = 4.5 * math.sqrt(rank * max(1 - self.keep / self.numel, 0)) + 8
         ordered = np.sort(sample)[::-1]
@@ -107,11 +113,12 @@ class Search:
         """Begin a look."""
         import numpy as np
 
-        self.above, self.tally, self.waiting, self.held = 0, None, np.empty(CANDIDATES, np.int32), 0
+        self.above, self.nonzero, self.tally, self.waiting, self.held = 0, 0, None, np.empty(CANDIDATES, np.int32), 0
 
-    def add(self, above: int, inside: Bits) -> None:
+    def add(self, above: int, inside: Bits, nonzero: int = 0) -> None:
         assert self.waiting is not None
         self.above += above
+        self.nonzero += nonzero
         if self.held + len(inside) > CANDIDATES:
             self._count(self.waiting[: self.held])
             self.held = 0
@@ -123,6 +130,11 @@ class Search:
 
     def finish(self) -> None:
         """After a look: the threshold is found, or the range is narrower, or it was the wrong one."""
+        if self.share is not None:
+            self.keep = int(self.share * self.nonzero)
+        if self.keep == 0:
+            self.found = NOTHING
+            return
         inside = self.held + (int(self.tally.counts.sum()) if self.tally else 0)
         if self.above >= self.keep and self.high >= ALL_BITS:
             raise ArithmeticError("a task vector holds values that are not numbers (NaN)")

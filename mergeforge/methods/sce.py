@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.methods import UNIT, Block, Look, method
-from mergeforge.methods.consensus import weighted_sum
-from mergeforge.methods.magnitude import SEARCH_NBYTES, Threshold, largest, sample, survey
+from mergeforge.methods.consensus import combined
+from mergeforge.methods.magnitude import SAMPLE_ELEMENTS, SEARCH_NBYTES, Threshold, largest_share, some
 from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
 from mergeforge.methods.parts import by_elements
 
@@ -56,16 +56,18 @@ def select(look: Look, numel: int, *, select_topk: float, int8_mask: bool) -> Se
 def _threshold(look: Look, numel: int, share: float) -> Threshold | None:
     if share >= 1 or not numel:
         return None
-    variances = look(lambda deltas, block: _variance(deltas))
-    varying, seen = survey(variances, numel, lambda variance: int(variance.sign_().sum()))
-    return largest(_of_variance(look), numel, {0: int(varying * share)}, {0: sample(seen, 1, 1)})[0]
+    return largest_share(_of_variance(look), numel, share)
 
 
 def _of_variance(look: Look) -> Any:
     """Looks at the variance of the task vectors as if it were one task vector."""
 
     def looking(see: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
-        return look(lambda deltas, block: see([_variance(deltas)], block), sample)
+        def variance(deltas: list[Tensor]) -> Tensor:
+            few = [some(delta, delta.numel(), SAMPLE_ELEMENTS) for delta in deltas] if sample else deltas
+            return _variance(few)
+
+        return look(lambda deltas, block: see([variance(deltas)], block), sample)
 
     return looking
 
@@ -75,7 +77,7 @@ def _variance(deltas: list[Tensor]) -> Tensor:
     import torch
 
     result = torch.empty_like(deltas[0])
-    for first, *others, place in by_elements([*deltas, result]):
+    for first, *others, place in by_elements([*deltas, result], made=2):
         place.copy_(_spread(first, others))
     return result
 
@@ -85,15 +87,18 @@ def _spread(first: Tensor, others: list[Tensor]) -> Tensor:
 
     (torch.var makes sce 17 times slower.)
     """
+    import torch
+
     origin, count = first.double(), len(others) + 1
     if not others:
-        return origin.zero_()
-    apart = [other.double().sub_(origin) for other in others]
-    total, squares = apart[0].clone(), apart[0].mul_(apart[0])
-    for one in apart[1:]:
-        total.add_(one)
-        squares.addcmul_(one, one)
-    return squares.mul_(count).addcmul_(total, total, value=-1).div_(count * count)
+        return torch.zeros_like(origin)
+    total = others[0].to(torch.float64, copy=True).sub_(origin)
+    squares = total * total
+    for other in others[1:]:
+        apart = other.to(torch.float64, copy=True).sub_(origin)
+        total.add_(apart)
+        squares.addcmul_(apart, apart)
+    return squares.mul_(count).addcmul_(total, total, value=-1).mul_(1 / (count * count))
 
 
 @method("sce", live=3, facts=select, facts_nbytes=SEARCH_NBYTES + MASKS_NBYTES, within={"select_topk": UNIT})
@@ -108,7 +113,7 @@ def sce(
     import torch
 
     facts.keep(deltas, block)
-    sign = weighted_sum([deltas[0].clone(), *deltas[1:]], [1.0] * len(deltas), False)
+    sign = combined([deltas[0].clone(), *deltas[1:]], [1.0] * len(deltas))
     sign.ge_(0).mul_(2).sub_(1)
     result, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in zip(deltas, facts.weights, strict=True):

@@ -13,9 +13,11 @@ from test_by_hand import equal, near
 from mergeforge.methods import METHODS, Block
 from mergeforge.methods.della import _order
 from mergeforge.methods.gram import gram
+from mergeforge.methods.magnitude import SAMPLE_BLOCKS, largest_share
 from mergeforge.methods.masks import Masks
 from mergeforge.methods.parts import by_rows
 from mergeforge.methods.rescale import Rescaled
+from mergeforge.methods.sce import _of_variance, _variance
 
 HALF = math.sqrt(0.5)
 
@@ -188,6 +190,26 @@ def test_sce_selects_what_varies() -> None:
     near(combine("sce", deltas, select_topk=0.7), [0.0, 3 - 2 * 2 / 36, 5 - 4 * 2 / 36, 0.0])
     equal(combine("sce", deltas, select_topk=0.0), [0.0] * 4)
     equal(combine("sce", [[1.0, 2.0]] * 3, select_topk=0.5), [0.0, 0.0])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+def test_sce_selects_a_share_of_what_varies(share: float) -> None:
+    """Of 3000 elements every third varies, more and more; the sample sees blocks that hardly do."""
+    varying = torch.arange(3000.0).mul(torch.arange(3000) % 3 == 0)
+    for start in Looking([varying], 100).starts(SAMPLE_BLOCKS):
+        varying[start : start + 100] *= 1e-3
+    look = Looking([torch.zeros(3000), varying], 100)
+    threshold = largest_share(_of_variance(look), 3000, share)
+    ranked = varying.double().square().div(4).float().sort(descending=True).values
+    assert threshold.value == float(ranked[int(share * int(varying.count_nonzero())) - 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_variances_leave_their_deltas_alone(dtype: torch.dtype) -> None:
+    deltas = [torch.randn(50, 4, dtype=dtype) for _ in range(3)]
+    kept = [delta.clone() for delta in deltas]
+    torch.testing.assert_close(_variance(deltas), torch.stack(kept).var(dim=0, correction=0))
+    assert all(map(torch.equal, deltas, kept))
 
 
 def test_ram() -> None:
