@@ -11,12 +11,12 @@ import torch
 
 from mergeforge.methods import Block
 from mergeforge.methods.masks import Masks
-from mergeforge.methods.random_mask import _draw, _mixed_there, masked, random_mask
+from mergeforge.methods.random_mask import _drawn, _drawn_there, masked, random_mask
 
 N = 100_000
 PINNED = (
-    [1, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 0, 1, 1, 0],
-    [0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1],
+    [1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1],
+    [0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0],
 )
 
 
@@ -40,7 +40,7 @@ def test_elements_beyond_two_to_the_31_differ() -> None:
     assert torch.equal(mask((1 << 31) - 64, 64), mask((1 << 31) - 128, 128)[64:])
 
 
-@pytest.mark.parametrize("density", [2.0**-24, 0.001, 0.1, 0.3, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("density", [2.0**-16, 0.001, 0.1, 0.3, 0.5, 0.9, 0.999, 1 - 2.0**-16])
 def test_the_density_is_right(density: float) -> None:
     count = 10 * N
     kept = int(mask(count=count, density=density).sum())
@@ -81,14 +81,27 @@ def test_the_shape_follows_the_tensor() -> None:
 @pytest.mark.parametrize("start", [0, 3, 1 << 19, (1 << 31) - 64, 7 << 31])
 def test_numpy_and_torch_draw_the_same(start: int) -> None:
     """More than one piece; torch's hash is what other devices run."""
-    count, first, second = (1 << 16) + 5, 0x89ABCDEF, 0x12345678
-    there = _mixed_there(torch.arange(count, dtype=torch.int32).add_(start & 0x7FFFFFFF), first, second)
-    for limit in (0.3 * 2**24, 2.5):
-        drawn = np.empty(count, np.bool_)
-        _draw(drawn, start & 0x7FFFFFFF, first, second, limit)
-        assert np.array_equal(drawn, (there.float() < limit).numpy())
-        _draw(drawn, start & 0x7FFFFFFF, first, second, np.full(count, limit, np.float32))
-        assert np.array_equal(drawn, (there.float() < limit).numpy())
+    like = torch.empty((1 << 17) + 5)
+    drawn = _drawn(start & 0x7FFFFFFF, like.numel(), 0x89ABCDEF, 0x12345678)
+    assert np.array_equal(drawn, _drawn_there(start & 0x7FFFFFFF, like, 0x89ABCDEF, 0x12345678).numpy())
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_density_for_each_element(start: int) -> None:
+    densities = torch.full((100, 7), 0.3)
+    densities[::2] = 0.9
+    drawn = random_mask(torch.empty(100, 7), Block("w", start, 0), 0, densities)
+    for row, density in ((0, 0.9), (1, 0.3)):
+        assert torch.equal(drawn[row::2].flatten(), mask(start, 700, density=density).view(100, 7)[row::2].flatten())
+
+
+def test_draws_are_even() -> None:
+    """As many of each sixteenth, from the low and from the high halves of the hashes."""
+    drawn = _drawn(0, 10 * N, 1, 2)
+    for half in (drawn[::2], drawn[1::2]):
+        counts = np.bincount(half >> 12, minlength=16)
+        assert np.abs(counts - len(half) / 16).max() < 5 * math.sqrt(len(half) / 16)
+    assert abs(np.corrcoef(drawn[::2], drawn[1::2])[0, 1]) < 5 / math.sqrt(len(drawn) / 2)
 
 
 def test_masked_is_in_place_and_leaves_whole_ones_alone() -> None:
