@@ -75,6 +75,17 @@ class MissingExtraError(MergeforgeError):
     exit_code = 6
 
 
+def out_of_memory(error: BaseException, what: str = "") -> BudgetError | None:
+    """A BudgetError for Python's and torch's ways to run out of memory (of `what`) or threads; None for other errors."""
+    said = str(error).strip()
+    words = ("alloc", "out of memory", "can't start new thread")
+    if not isinstance(error, MemoryError) and not any(word in said for word in words):
+        return None
+    why = f" ({said.splitlines()[0][:120]})" if said else ""
+    text = f"{what}: " if what else ""
+    return BudgetError(f"{text}the system has no more memory{why}", hint="give less with --memory, or fewer --threads")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean 'weight'?`, or nothing when no known word is near."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)

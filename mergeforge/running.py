@@ -24,7 +24,7 @@ from mergeforge.card import model_card
 from mergeforge.checksums import strip_checksums
 from mergeforge.computing import carry
 from mergeforge.disk import DiskFile, InputFile
-from mergeforge.errors import BudgetError, MergeforgeError, SourceError
+from mergeforge.errors import MergeforgeError, SourceError, out_of_memory
 from mergeforge.journal import Done
 from mergeforge.layout import OutputFiles
 from mergeforge.planning import Batch, Piece, Plan
@@ -154,9 +154,9 @@ class _Crew:
         """Run the workers; yield tiles as they finish, and make them durable now and then."""
         steady_malloc()
         threads = [threading.Thread(target=self._work, name=f"worker-{at}") for at in range(self.plan.budget.threads)]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             yield from self._gather(len(threads))
         except BaseException:
             self.stop.set()
@@ -164,7 +164,8 @@ class _Crew:
                 if not isinstance(file, DiskFile):
                     file.close()  # ends waits for the network
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # else the system let no more of them start
+                    thread.join()
             self._keep_finished()
             raise
         for thread in threads:
@@ -259,7 +260,9 @@ class _Crew:
         except ArithmeticError as error:
             raise SourceError(f"{job.piece.info.name}: {error}") from None
         except (MemoryError, RuntimeError) as error:
-            raise _out_of_memory(error, job.piece) from error
+            if told := out_of_memory(error, job.piece.info.name):
+                raise told from error
+            raise
 
     def _write(self, outlet: Outlet, tile: Tile, raw: Tensor, worker: Worker) -> tuple[str, ...]:
         """Write an encoded tile where it belongs; the checksums of its strips."""
@@ -307,14 +310,3 @@ def _jobs(batch: Batch) -> Iterator[_Job]:
             yield _Job(piece, piece.tiles)
         else:
             yield from (_Job(piece, (tile,)) for tile in piece.tiles)
-
-
-def _out_of_memory(error: BaseException, piece: Piece) -> BaseException:
-    """A BudgetError for torch's various ways to run out of memory; any other error as it is."""
-    text = str(error)
-    if isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text:
-        hint = "give less with --memory, or fewer --threads"
-        return BudgetError(
-            f"{piece.info.name}: the system has no more memory ({text.splitlines()[0][:120]})", hint=hint
-        )
-    return error

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from mergeforge.errors import MergeforgeError
+from mergeforge.errors import MergeforgeError, out_of_memory
 
 # command -> (module, function, one line for the list), so that --help imports no command
 COMMANDS = {
@@ -97,6 +97,12 @@ def run_command(arguments: list[str] | None = None) -> int:
     except OSError as error:
         tell_error(_refused(error))
         return 1
+    except (MemoryError, RuntimeError) as error:
+        told = out_of_memory(error)
+        if told is None:
+            raise
+        tell_error(told)
+        return told.exit_code
 
 
 def _refused(error: OSError) -> MergeforgeError:

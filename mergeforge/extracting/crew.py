@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mergeforge.budget import Worker, steady_malloc
-from mergeforge.errors import BudgetError, SourceError
+from mergeforge.errors import SourceError, out_of_memory
 from mergeforge.extracting.difference import Difference, Job
 from mergeforge.extracting.pairing import Pair
 from mergeforge.extracting.plan import Extraction
@@ -39,9 +39,9 @@ class Crew:
     def found(self) -> Iterator[Found]:
         steady_malloc()
         threads = [threading.Thread(target=self._work, name=f"worker-{at}") for at in range(self.plan.budget.threads)]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             working = len(threads)
             while working:
                 result = self.results.get()
@@ -53,7 +53,8 @@ class Crew:
         finally:
             self.stop.set()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # else the system let no more of them start
+                    thread.join()
 
     def _work(self) -> None:
         import torch
@@ -77,10 +78,8 @@ class Crew:
         try:
             self.results.put(_done(job, self.plan, worker, self.spool))
         except (MemoryError, RuntimeError) as error:
-            text = str(error)
-            if isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text:
-                hint = "give less with --memory, or fewer --threads"
-                raise BudgetError(f"{job.pair.name}: the system has no more memory", hint=hint) from error
+            if told := out_of_memory(error, job.pair.name):
+                raise told from error
             raise
 
 
