@@ -7,7 +7,6 @@ weights, and the gathering branch goes away. A run that was killed asks that bra
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +78,11 @@ class Shipment:
                     parent_commit=self.parent,
                 )
             self.tell(f"sent {done.commit_url}")
-        with contextlib.suppress(Exception):  # it does no harm where it is
-            HfApi().delete_branch(self.to.repo, branch=self.branch)
+        try:
+            _persist(lambda: HfApi().delete_branch(self.to.repo, branch=self.branch))
+        except Exception as error:  # of huggingface_hub or its HTTP library; it does no harm where it is
+            if _status(error) != 404:
+                self.tell(f"{self.to.repo} still has the branch {self.branch}: it can be deleted")
 
     def _send(self, name: str) -> Sent:
         from huggingface_hub import CommitOperationAdd, HfApi
@@ -161,8 +163,11 @@ def _persist(action: Callable[[], T]) -> T:
         try:
             return action()
         except Exception as error:  # of huggingface_hub or its HTTP library
-            status = getattr(getattr(error, "response", None), "status_code", 500)
-            if 400 <= status < 500 and status not in (408, 429):
+            if 400 <= _status(error) < 500 and _status(error) not in (408, 429):
                 raise
             time.sleep(seconds)
     return action()
+
+
+def _status(error: Exception) -> int:
+    return int(getattr(getattr(error, "response", None), "status_code", 500))

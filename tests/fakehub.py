@@ -17,6 +17,7 @@ Faults (each consumed `times` times, then gone):
     hub.fault(path=r"/resolve/", method="GET", kind="drop", after=1000)   # RST after N body bytes
     kind="status" code=503 [headers={"Retry-After": "0"}] | "stall" secs=5 | "corrupt" (flip 1 byte)
     kind="ignore_range" (200 + whole body) | "short" after=N (N body bytes, honest FIN, full length)
+    kind="etag" (another one) | "long" more=N (N bytes too many, honestly told)
     kind="lost_response" (the server does the work, the client sees a reset)
 """
 
@@ -118,7 +119,7 @@ class FakeHub:
             pass
 
         H.hub = hub
-        self.server = ThreadingHTTPServer((host, port), H)
+        self.server = _Server((host, port), H)
         self.server.daemon_threads = True
         self.url = f"http://{host}:{self.server.server_address[1]}"
         # The CDN must have another host NAME than HF_ENDPOINT: huggingface_hub follows a HEAD redirect that
@@ -127,7 +128,7 @@ class FakeHub:
 
     # ---- test-side API
     def start(self) -> FakeHub:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def stop(self) -> None:
@@ -216,6 +217,11 @@ class FakeHub:
 _TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A client that goes away is none."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
@@ -251,15 +257,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _send(self, code: int, body: bytes = b"", headers: dict | None = None, ctype="application/json"):
-        f = self.hub.take_fault(self.command, self.path, ("drop", "short", "corrupt", "lost_response"))
+        f = self.hub.take_fault(self.command, self.path, ("drop", "short", "corrupt", "lost_response", "etag", "long"))
         if f and f["kind"] == "lost_response":
             return self._reset()
         if f and f["kind"] == "corrupt" and body:
             i = f.get("at", len(body) // 2) % len(body)
-            body = body[:i] + bytes([body[i] ^ 0xFF]) + body[i + 1 :]
+            body = bytes(body[:i]) + bytes([body[i] ^ 0xFF]) + bytes(body[i + 1 :])
+        if f and f["kind"] == "long":
+            body = bytes(body) + b"x" * f.get("more", 100)
         self.send_response(code)
         h = {"Content-Type": ctype, "Content-Length": str(len(body)), "X-Request-Id": "fakehub"}
         h.update(headers or {})
+        if f and f["kind"] == "etag":
+            h.update({k: '"' + "0" * 64 + '"' for k in ("ETag", "X-Linked-Etag") if k in h})
         for k, v in h.items():
             self.send_header(k, v)
         if f and f["kind"] == "short":
@@ -480,7 +490,7 @@ class _Handler(BaseHTTPRequestHandler):
             if lo >= len(data) or hi < lo:
                 return self._send(416, b"", {**h, "Content-Range": f"bytes */{len(data)}"})
             h = {**h, "Content-Range": f"bytes {lo}-{hi}/{len(data)}"}
-            return self._send(206, data[lo : hi + 1], h, "application/octet-stream")
+            return self._send(206, memoryview(data)[lo : hi + 1], h, "application/octet-stream")
         self._send(200, data, h, "application/octet-stream")
         return None
 

@@ -103,7 +103,7 @@ class WebRanges:
         status = answer.status
         if status in _AGAIN:
             raise Passing(f"the server says {status}", _seconds(answer.headers.get("Retry-After")))
-        if status in _EXPIRED and asked != self.url:
+        if status in _EXPIRED and (asked != self.url or answer.before):
             self._location = self.url
             raise Passing(f"the server says {status}")
         if status in (412, 416):
