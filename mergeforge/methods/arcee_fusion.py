@@ -74,8 +74,10 @@ def threshold(look: Look, numel: int) -> Importance:
     ranks = [int(share * (numel - 1)) for share in QUARTILES]
     below = [rank < negative for rank in ranks]
     keep = {at: rank + 1 if below[at] else numel - rank for at, rank in enumerate(ranks)}
-    samples = {at: sample(part, 1, 1) for at, part in enumerate(_parts(seen, below))}
-    del seen
+    parts = dict(zip(below, _parts(seen, below), strict=True))
+    bits = {one: sample(part, 1, 1) for one, part in parts.items()}
+    samples = {at: bits[one] for at, one in enumerate(below)}
+    del seen, parts, bits
     edges = largest(_of_importance(look, found, below), numel, keep, samples)
     values = (-edges[at].value if below[at] else edges[at].value for at in range(len(ranks)))
     first, middle, third = map(np.float32, values)

@@ -83,8 +83,8 @@ def largest(
 ) -> dict[int, Threshold]:
     """Input -> the threshold that keeps its `keep` largest elements (for 0: infinity).
 
-    `samples`: bits of some magnitudes of each input, where a look before has seen to them; taken out. Raises
-    ArithmeticError where the threshold itself is NaN.
+    `samples`: bits of some magnitudes of each input, where a look before has seen to them; sorted and taken out.
+    Inputs may share one. Raises ArithmeticError where the threshold itself is NaN.
     """
     searches = {at: Search(count, numel) for at, count in keep.items() if count}
     return dict.fromkeys(keep, Threshold(*NOTHING)) | _found(look, searches, samples)
@@ -98,6 +98,8 @@ def largest_share(look: Look, numel: int, share: float) -> Threshold:
 def _found(look: Look, searches: dict[int, Search], samples: dict[int, Bits] | None = None) -> dict[int, Threshold]:
     if samples is None:
         samples = _sampled(look, list(searches)) if searches else {}
+    for bits in {id(bits): bits for bits in samples.values()}.values():
+        bits.sort()
     for at, search in searches.items():
         search.bracket(samples.pop(at))
     while pending := {at: search for at, search in searches.items() if not search.found}:

@@ -96,14 +96,14 @@ class Search:
     found: tuple[int, int, int] | None = None
 
     def bracket(self, sample: Bits) -> None:
-        """Start with the range that holds the threshold unless the sample is unlike the tensor."""
+        """Start with the range that holds the threshold unless the sample (in rising order) is unlike the tensor."""
         import numpy as np
 
         if self.share is not None:
             self.keep = int(self.share * self.numel * np.count_nonzero(sample) / len(sample))
         rank = len(sample) * self.keep / self.numel
         spread = 4.5 * math.sqrt(rank * max(1 - self.keep / self.numel, 0)) + 8
-        ordered = np.sort(sample)[::-1]
+        ordered = sample[::-1]
         high = int(rank - spread)
         low = int(rank + spread)
         self.high = min(int(ordered[high]) + 1, ALL_BITS) if high >= 0 else ALL_BITS
