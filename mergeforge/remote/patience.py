@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
-from mergeforge.errors import SourceError
+from mergeforge.errors import MergeforgeError, SourceError
+
+T = TypeVar("T")
 
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds, one after each failure in a row
 LONGEST = 120.0  # what a server may ask for with Retry-After
@@ -42,6 +46,20 @@ class Patience:
         self.failures += 1
         if self.stopped.wait(seconds):
             raise SourceError(f"reading {self.what} was stopped") from None
+
+
+def persist(what: str, stopped: threading.Event, action: Callable[[], T]) -> T:
+    """Do something with `what` again while it fails on the network. Raises SourceError."""
+    patience = Patience(what, stopped)
+    while True:
+        try:
+            return action()
+        except MergeforgeError:
+            raise
+        except Exception as error:
+            if not is_passing(error):
+                raise SourceError(f"{what} cannot be read: {reason(error)}") from error
+            patience.wait(error)
 
 
 def is_passing(error: Exception) -> bool:

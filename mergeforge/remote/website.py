@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from mergeforge.errors import SourceError
 from mergeforge.remote.file import RemoteFile
 from mergeforge.remote.link import Link
-from mergeforge.remote.patience import Passing, Patience, is_passing
-from mergeforge.remote.web import WebRanges, answered, etag_of
+from mergeforge.remote.patience import Passing, persist
+from mergeforge.remote.web import Answer, WebRanges, answered, etag_of
 
 BESIDE = (
     "config.json",
@@ -61,21 +61,17 @@ class WebPlace:
 
     def open(self, name: str) -> RemoteFile:
         url = f"{self.url}/{name}"
-        patience = Patience(url, self.link.stopped)
-        while True:
-            try:
-                with answered(url, {"Accept-Encoding": "identity"}, "HEAD") as answer:
-                    length = answer.headers.get("Content-Length", "")
-                    if answer.status >= 500:
-                        raise Passing(f"the server says {answer.status}")
-                    if answer.status != 200 or not length.isdecimal():
-                        raise SourceError(f"{url} cannot be read: the server says {answer.status}, length {length!r}")
-                    ranges = WebRanges(url, url, int(length), etag_of(answer.headers), location=answer.url)
-                    return RemoteFile(ranges, self.link)
-            except Exception as error:
-                if not is_passing(error):
-                    raise
-                patience.wait(error)
+
+        def look() -> RemoteFile:
+            with answered(url, {"Accept-Encoding": "identity"}, "HEAD") as answer:
+                length = answer.headers.get("Content-Length", "")
+                _check_busy(answer)
+                if answer.status != 200 or not length.isdecimal():
+                    raise SourceError(f"{url} cannot be read: the server says {answer.status}, length {length!r}")
+                ranges = WebRanges(url, url, int(length), etag_of(answer.headers), location=answer.url)
+                return RemoteFile(ranges, self.link)
+
+        return persist(url, self.link.stopped, look)
 
     def _weights(self, stems: Sequence[str], indices: Sequence[str]) -> list[str]:
         """The shards that an index names, or the file that there is without one."""
@@ -88,33 +84,43 @@ class WebPlace:
         return [name for name in (f"{stem}.safetensors" for stem in stems) if self._is_there(name)]
 
     def _is_there(self, name: str) -> bool:
-        with answered(f"{self.url}/{name}", {}, "HEAD") as answer:
-            return answer.status == 200
+        url = f"{self.url}/{name}"
+
+        def look() -> bool:
+            with answered(url, {}, "HEAD") as answer:
+                _check_busy(answer)
+                return answer.status == 200
+
+        return persist(url, self.link.stopped, look)
 
     def _get(self, name: str) -> bytes | None:
         """A small file, or None where there is none (or a page that says so)."""
         url = f"{self.url}/{name}"
-        patience = Patience(url, self.link.stopped)
-        while True:
-            try:
-                with answered(url, {"Accept-Encoding": "identity"}) as answer:
-                    if answer.status in _ABSENT or "html" in answer.headers.get("Content-Type", ""):
-                        return None
-                    if answer.status != 200:
-                        raise Passing(f"the server says {answer.status}")
-                    return _whole(answer.body, answer.headers.get("Content-Length", ""), url)
-            except Exception as error:
-                if not is_passing(error):
-                    raise
-                patience.wait(error)
+
+        def get() -> bytes | None:
+            with answered(url, {"Accept-Encoding": "identity"}) as answer:
+                if answer.status in _ABSENT or "html" in answer.headers.get("Content-Type", ""):
+                    return None
+                _check_busy(answer)
+                if answer.status != 200:
+                    raise SourceError(f"{url} cannot be read: the server says {answer.status}")
+                return _whole(answer, url)
+
+        return persist(url, self.link.stopped, get)
 
 
-def _whole(body: object, length: str, url: str) -> bytes:
+def _check_busy(answer: Answer) -> None:
+    if answer.status >= 500 or answer.status in (408, 429):
+        raise Passing(f"the server says {answer.status}")
+
+
+def _whole(answer: Answer, url: str) -> bytes:
     data = bytearray()
-    for piece in body:  # type: ignore[attr-defined]
+    for piece in answer.body:
         data += piece
         if len(data) > LARGEST:
             raise SourceError(f"{url} is too large to lie beside weights")
+    length = answer.headers.get("Content-Length", "")
     if length.isdecimal() and len(data) != int(length):
         raise Passing("the answer is shorter than it says")
     return bytes(data)
