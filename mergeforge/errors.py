@@ -76,7 +76,7 @@ class MissingExtraError(MergeforgeError):
 
 
 def out_of_memory(error: BaseException, what: str = "") -> BudgetError | None:
-    """A BudgetError for Python's and torch's ways to run out of memory (of `what`) or threads; None for other errors."""
+    """A BudgetError for Python's and torch's ways to run out of memory (at `what`) or threads; None for any other."""
     said = str(error).strip()
     words = ("alloc", "out of memory", "can't start new thread")
     if not isinstance(error, MemoryError) and not any(word in said for word in words):
