@@ -6,14 +6,16 @@ torch a thousand times. A child may wait for a tracer, have limits on what it us
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
-import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 KILLED = -signal.SIGKILL
-NO_TRACER = 99  # exit code of a child that waited in vain
+GO = signal.SIGUSR1  # what a child that is to be traced waits for
 PR_SET_PTRACER = 0x59616D61  # linux/prctl.h
 
 
@@ -108,7 +110,7 @@ class Warm:
 
 @dataclass(frozen=True)
 class Order:
-    """What a child does. `traced`: wait for a tracer first. `eager`: sync after each tile. `limits`: RLIMIT_* -> soft
+    """What a child does. `traced`: wait for GO first. `eager`: sync after each tile. `limits`: RLIMIT_* -> soft
     limit; `DATA_MORE`: bytes that it may take beyond what it has. `env` is added to the environment. `imported`: a file
     for the names of its modules."""
 
@@ -131,15 +133,19 @@ def serve() -> None:
     import mergeforge.verifying  # noqa: F401
 
     torch.set_num_threads(1)
+    torch.zeros(9).bfloat16()  # torch looks at the processor now
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     tell(answers, ready=True)
     for line in sys.stdin:
         order = Order(**json.loads(line))
+        ready, waited = os.pipe()
         pid = os.fork()
         if pid == 0:
-            answers.close()
-            os._exit(obey(order))
+            os._exit(obey(order, waited))
+        os.close(waited)
+        os.read(ready, 1)  # ends when the child has closed it
+        os.close(ready)
         tell(answers, pid=pid)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         for name in Path(order.imported).read_text().split() if order.imported else ():
@@ -153,7 +159,7 @@ def tell(answers: Any, **facts: Any) -> None:
     answers.flush()
 
 
-def obey(order: Order) -> int:
+def obey(order: Order, ready: int) -> int:
     """Run the command as `python -m mergeforge` would; its exit code."""
     from mergeforge import running
     from mergeforge.cli import run_command
@@ -164,14 +170,16 @@ def obey(order: Order) -> int:
     os.environ.update(order.env or {})
     if order.eager:
         running.SYNC_SECONDS = 0.0
-    if order.traced and not is_traced():
-        return NO_TRACER
+    if order.traced:
+        ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(-1))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {GO})
+    os.close(ready)
+    if order.traced:
+        signal.sigwait({GO})
     limit(order.limits or {})
     try:
         code = run_command(order.arguments)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         code = 1
     if order.imported:
@@ -182,22 +190,7 @@ def obey(order: Order) -> int:
     return code
 
 
-def is_traced() -> bool:
-    """Wait until somebody traces this process."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(-1))
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        if "TracerPid:\t0\n" not in Path("/proc/self/status").read_text():
-            return True
-        time.sleep(0.001)
-    return False
-
-
 def limit(limits: dict[str, int]) -> None:
-    import resource
-
     for name, value in limits.items():
         if name == "DATA_MORE":
             held = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
