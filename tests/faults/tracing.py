@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE
 
@@ -24,13 +26,20 @@ def traced(warm: Warm, scenario: Scenario, folder: Path, call: str, inject: str,
 
 def follow(child: Child, *words: str) -> bool:
     """Let a child that waits for it run under strace; False where strace may not look at it."""
+    with following(child, *words) as attached:
+        return attached
+
+
+@contextmanager
+def following(child: Child, *words: str) -> Iterator[bool]:
+    """The same, while something else is done."""
     with subprocess.Popen(["strace", "-qq", "-o", "/dev/null", "-p", str(child.pid), *words], stderr=PIPE) as strace:
         while strace.poll() is None and not _has_tracer(child.pid):
             time.sleep(0.0005)
         attached = strace.poll() is None
         child.kill(GO if attached else signal.SIGKILL)
+        yield attached
         strace.communicate()
-    return attached
 
 
 def _has_tracer(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""Scores of padded batches, with the head in chunks, against transformers' logits of each row alone, family by family."""
+"""Scores of padded batches, the head in chunks, against transformers' logits of each row alone, family by family."""
 
 from __future__ import annotations
 
