@@ -96,6 +96,14 @@ def disk_error(error: OSError, path: str) -> MergeforgeError:
     return MergeforgeError(f"{path} cannot be written: {error.strerror}", hint=hint)
 
 
+def is_same(fd: int, path: str | os.PathLike[str]) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def on_disk(path: str | os.PathLike[str]) -> Iterator[None]:
     """What the system refuses inside, as an error of ours that names the file, or `path`."""

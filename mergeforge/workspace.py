@@ -16,7 +16,7 @@ import shutil
 import socket
 from pathlib import Path
 
-from mergeforge.disk import disk_error, on_disk, sync_folder, write_at, write_durably
+from mergeforge.disk import disk_error, is_same, on_disk, sync_folder, write_at, write_durably
 from mergeforge.errors import MergeforgeError, OutputError, listing
 from mergeforge.journal import NAME as JOURNAL
 from mergeforge.journal import Commit, Journal, read_journal, start_journal
@@ -166,7 +166,7 @@ class Workspace:
                 os.close(fd)
                 hint = "wait for it, or stop it; then run this again"
                 raise OutputError(f"another run writes to {self.out} ({holder})", hint=hint) from None
-            if _is_same(fd, self.folder / LOCK):
+            if is_same(fd, self.folder / LOCK):
                 holder = f"process {os.getpid()} on {socket.gethostname()}\n"
                 try:
                     os.ftruncate(fd, 0)
@@ -242,10 +242,3 @@ def _lies_inside(name: str) -> bool:
     """Whether a receipt's file name stays in its folder, or one folder below it."""
     parts = Path(name).parts
     return 0 < len(parts) < 3 and not {"/", "..", WORK} & set(parts)
-
-
-def _is_same(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False

@@ -13,13 +13,23 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.disk import DiskFile, InputFile, WriteBehind, disk_error, sync_folder, write_at, write_durably
-from mergeforge.errors import OutputError, listing
+from mergeforge.disk import (
+    DiskFile,
+    InputFile,
+    WriteBehind,
+    disk_error,
+    is_same,
+    on_disk,
+    sync_folder,
+    write_at,
+    write_durably,
+)
+from mergeforge.errors import MergeforgeError, OutputError, listing
 from mergeforge.layout import OutputFiles
 from mergeforge.sinks.checkpoint import SINGLE, lay_out
 from mergeforge.tensors import TensorInfo, dtype_name
@@ -31,7 +41,6 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
 SPOOL = "spool"
-LOCK = "lock"
 PIECE = 8 << 20  # bytes copied at a time
 
 
@@ -120,22 +129,22 @@ def new_folder(out: Path, written: Iterable[str], *, overwrite: bool = False) ->
     """
     out = out.absolute()
     work, old = out.with_name(f".{out.name}.mergeforge"), out.with_name(f".{out.name}.mergeforge-old")
-    if old.exists() and not out.exists():
-        os.rename(old, out)  # a run was killed between its two renames
-    check_out(out, written, overwrite=overwrite)
-    lock = _locked(work)
-    try:
-        _empty(work)
-        yield work
-        (work / SPOOL).unlink(missing_ok=True)
-        sync_folder(work)
-        (work / LOCK).unlink()
-        _put(work, out, old)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
+    with _locked(out):
+        try:
+            with on_disk(out):
+                if old.exists() and not out.exists():
+                    os.rename(old, out)  # a run was killed between its two renames
+                check_out(out, written, overwrite=overwrite)
+                shutil.rmtree(work, ignore_errors=True)  # what a killed run left
+                work.mkdir()
+            yield work
+            with on_disk(out):
+                (work / SPOOL).unlink(missing_ok=True)
+                sync_folder(work)
+                _put(work, out, old)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def check_out(out: Path, written: Iterable[str], *, overwrite: bool = False) -> None:
@@ -149,39 +158,48 @@ def check_out(out: Path, written: Iterable[str], *, overwrite: bool = False) -> 
         hint = "write into a new folder with --out DIR"
         raise OutputError(f"{out} holds {listing(strangers)}, which is no part of such an adapter", hint=hint)
     if held and not overwrite:
+        if _lock_of(out.absolute()).exists():  # of a run that was killed when all was done
+            with suppress(MergeforgeError), _locked(out.absolute()):
+                pass
         raise OutputError(f"{out} already holds an adapter", hint="--overwrite replaces it, --out DIR writes elsewhere")
 
 
-def _locked(work: Path) -> int:
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold OUT for this run. The lock lies beside it, because the folder that becomes OUT must not hold one."""
+    path = _lock_of(out)
+    fd = _lock(path, out)
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        fd = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    except OSError as error:
-        raise disk_error(error, str(work)) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
         os.close(fd)
-        raise OutputError(
-            f"another run writes to {work}", hint="wait for it, or stop it; then run this again"
-        ) from None
-    return fd
 
 
-def _empty(work: Path) -> None:
-    """Remove what a killed run left."""
-    for path in work.iterdir():
-        if path.name != LOCK:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def _lock_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.mergeforge-lock")
+
+
+def _lock(path: Path, out: Path) -> int:
+    while True:
+        with on_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            hint = "wait for it, or stop it; then run this again"
+            raise OutputError(f"another run writes to {out}", hint=hint) from None
+        if is_same(fd, path):
+            return fd
+        os.close(fd)  # the run that held it has just taken it away
 
 
 def _put(work: Path, out: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
-    try:
-        if out.exists() and any(out.iterdir()):
-            os.rename(out, old)
-        os.rename(work, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise disk_error(error, str(out)) from error
+    if out.exists() and any(out.iterdir()):
+        os.rename(out, old)
+    os.rename(work, out)
+    sync_folder(out.parent)
     shutil.rmtree(old, ignore_errors=True)
