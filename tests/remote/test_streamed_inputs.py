@@ -33,13 +33,17 @@ def test_the_merge_is_that_from_files(
     assert commits == {name: machine.hub.repos["model", name].refs["main"] for name in commits}
 
 
-def test_plan_fetches_headers_and_small_files_alone(machine: Machine, recipe: str, inputs: Path) -> None:
-    done = machine.run(["plan", recipe, "--stream-inputs", "--out", "out", "--json"])
-    assert done.codes == [0], done.err
-    facts = json.loads("\n".join(line for line in done.out.splitlines()[1:-1]))
-    assert facts["bytes_read"] > 39_000_000
+def test_plan_fetches_headers_and_small_files_alone(machine: Machine, hub: FakeHub, recipe: str) -> None:
+    """And refuses pickles, which cannot be read in pieces."""
+    hub.add_repo("org/old", {"pytorch_model.bin": b"p" * 100, "config.json": b"{}"})
+    old = machine.recipe("old", merge_method="passthrough", models=["org/old"])
+    plans = [["plan", one, "--stream-inputs", "--allow-pickle", "--out", "out", "--json"] for one in (recipe, old)]
+    done = machine.run(*plans)
+    assert done.codes == [0, 3], done.err
+    assert '"bytes_read": 39948544' in done.out
     assert machine.fetched < 2_500_000, "a chunk of each file"
     assert machine.downloaded == []
+    assert "holds no safetensors weights (it holds: pytorch_model.bin" in done.err
 
 
 def test_a_recipe_says_so_for_all_or_with_hf_for_one(
@@ -48,10 +52,8 @@ def test_a_recipe_says_so_for_all_or_with_hf_for_one(
     every = machine.recipe("every", **merge_of("org/base", "org/tuned", "org/loan"), stream_inputs=True)
     one = machine.recipe("one", **merge_of("org/base", "hf://org/tuned@main", "org/loan"))
     outs = tmp_path / "every-out", tmp_path / "one-out"
-    first = machine.run(["run", every, "--out", str(outs[0])])
-    assert first.codes == [0] and machine.downloaded == []
-    second = machine.run(["run", one, "--out", str(outs[1])])
-    assert second.codes == [0], second.err
+    done = machine.run(["run", every, "--out", str(outs[0])], ["run", one, "--out", str(outs[1])])
+    assert done.codes == [0, 0], done.err
     assert {path.parent.parent.parent.name for path in machine.downloaded} == {"models--org--base", "models--org--loan"}
     assert weights(outs[0]) == weights(outs[1]) == expected
     assert "base_model:\n- org/base\n- org/tuned\n" in (outs[1] / "README.md").read_text()
@@ -60,11 +62,10 @@ def test_a_recipe_says_so_for_all_or_with_hf_for_one(
 def test_what_is_in_the_cache_already_is_read_from_there(
     machine: Machine, recipe: str, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    machine.run(["plan", recipe, "--out", "out"])
-    assert machine.downloaded
     out = str(tmp_path / "out")
-    done = machine.run(["run", recipe, "--stream-inputs", "--out", out], ["verify", out, "--deep"])
-    assert done.codes == [0, 0] and machine.fetched == 0
+    streamed = ["run", recipe, "--stream-inputs", "--out", out]
+    done = machine.run(["plan", recipe, "--out", "out"], streamed, ["verify", out, "--deep"])
+    assert done.codes == [0, 0, 0] and machine.downloaded and machine.fetched == 0
     assert weights(tmp_path / "out") == expected
 
 
@@ -74,14 +75,6 @@ def test_layers_that_are_not_taken_are_not_fetched(machine: Machine, inputs: Pat
     done = machine.run(["run", recipe, "--stream-inputs", "--out", str(tmp_path / "out")])
     assert done.codes == [0], done.err
     assert machine.fetched < sizes(inputs, "tuned") / 2
-
-
-def test_pickles_are_refused(machine: Machine, hub: FakeHub, inputs: Path) -> None:
-    hub.add_repo("org/old", {"pytorch_model.bin": b"p" * 100, "config.json": b"{}"})
-    recipe = machine.recipe("old", merge_method="linear", models=["org/old"], parameters={"weight": 1})
-    done = machine.run(["plan", recipe, "--stream-inputs", "--allow-pickle", "--out", "out"])
-    assert done.codes == [3]
-    assert "holds no safetensors weights (it holds: pytorch_model.bin" in done.err
 
 
 STEPS: list[dict[str, Any]] = [
@@ -142,11 +135,12 @@ def test_killed_it_goes_on_and_fetches_what_is_missing(
     machine: Machine, recipe: str, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     command = ["run", recipe, "--stream-inputs", "--threads", "1", "--memory", "32MiB", "--out", str(tmp_path / "out")]
+    journal = tmp_path / "out" / ".mergeforge" / "journal.jsonl"
     asked = machine.hub.take_fault
     process = machine.start(command, setup=EAGER)
 
     def kill(method: str, path: str, kinds: tuple[str, ...]) -> Any:
-        if sum("/cdn/" in one["path"] for one in machine.hub.log) > 50:
+        if journal.exists() and journal.read_text().count('"tile"') >= 20:
             process.send_signal(signal.SIGKILL)
         return asked(method, path, kinds)
 
@@ -154,13 +148,11 @@ def test_killed_it_goes_on_and_fetches_what_is_missing(
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     machine.hub.take_fault = asked  # type: ignore[method-assign]
-    journal = (tmp_path / "out" / ".mergeforge" / "journal.jsonl").read_text()
-    assert journal.count('"tile"') > 2, "some tiles were finished"
     whole = 2 * sum(len(data) for data in expected.values())
     done = machine.run(command, setup=EAGER)
     assert done.codes == [0], done.err
     assert weights(tmp_path / "out") == expected
-    assert machine.fetched < 0.8 * whole
+    assert machine.fetched < 0.9 * whole
 
 
 def test_the_schema_knows_the_keys() -> None:

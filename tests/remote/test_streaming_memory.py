@@ -49,7 +49,7 @@ def machine(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ma
         yield Machine(hub, tmp_path_factory.mktemp("machine"))
 
 
-@pytest.mark.parametrize("where", ["org", "file://"])
+@pytest.mark.parametrize("where", ["org", pytest.param("file://", marks=pytest.mark.slow)])
 def test_peak_stays_within_the_memory_given(machine: Machine, wide: Path, tmp_path: Path, where: str) -> None:
     root = where + str(wide) if where == "file://" else where
     output = {"shard_size": "40MB", "publish": {"repo": f"fake/{where.strip(':/')}", "stream": True}}
