@@ -19,6 +19,7 @@ PACKAGES = ("mergeforge", "torch", "safetensors", "numpy", "huggingface_hub", "g
 EXTRAS = {
     "fast": ("numba",),
     "engine": ("xllamacpp",),
+    "remote": ("fsspec",),
     "train": ("transformers", "peft", "accelerate", "bitsandbytes"),
     "data": ("pyarrow",),
     "metrics": ("sacrebleu", "rouge-score"),

@@ -38,7 +38,10 @@ def show_plan(plan: Plan, to: Console) -> None:
         inputs.add_row(escape(name), str(len(table.tensors)), show_size(table.nbytes))
     to.print(inputs, "")
     to.print(_groups(plan), "")
-    to.print(f"reads    {show_size(plan.nbytes_read)}")
+    away = show_size(plan.nbytes_streamed)
+    to.print(
+        f"reads    {show_size(plan.nbytes_read)}" + (f", {away} of it where it lies" if plan.nbytes_streamed else "")
+    )
     for line in _written(plan):
         to.print(line, markup=False)
     device = f"{plan.budget.threads} worker{'s' if plan.budget.threads > 1 else ''} on {plan.budget.device}"
@@ -52,6 +55,8 @@ def _written(plan: Plan) -> Iterator[str]:
     files = len(plan.checkpoint.files)
     if files:
         yield f"writes   {show_size(plan.checkpoint.nbytes)} in {files} safetensors file{'s' if files > 1 else ''}"
+    if plan.streams and (to := plan.recipe.output.publish):
+        yield f"sends    each file to {to.repo} when it is finished, and removes it here"
     if plan.join:
         ranks = sum(one.rank for one in plan.join.sums)
         cut = "every rank kept" if plan.join.exact else f"cut to {_cut(plan.join)}"
@@ -85,6 +90,7 @@ def plan_facts(plan: Plan) -> dict[str, object]:
             for table in plan.inputs.checkpoints
         ],
         "bytes_read": plan.nbytes_read,
+        "bytes_streamed": plan.nbytes_streamed,
         "bytes_written": plan.nbytes_written,
         "disk": plan.disk,
         "files": {name: file.nbytes for name, file in plan.files.items()},

@@ -124,6 +124,8 @@ def _run(
 ) -> None:
     started = time.monotonic()
     made = _made(recipe, sets, options)
+    import huggingface_hub
+
     from mergeforge import progress, publishing, running
     from mergeforge.sizes import show_size
 
@@ -132,6 +134,10 @@ def _run(
         progress.show_plan(made, to)
     elif not quiet:
         progress.show_notes(made, to)
+    if made.streams:
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
+
+        disable_progress_bars()  # they would break into ours
     if made.recipe.output.publish:
         publishing.check_access(made.recipe.output.publish.repo)  # before the work, not after it
 

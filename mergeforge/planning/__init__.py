@@ -81,6 +81,11 @@ class Plan:
         return sum(table.nbytes for table in self.inputs.checkpoints)
 
     @property
+    def nbytes_streamed(self) -> int:
+        """Bytes of those that lie elsewhere and are read in pieces."""
+        return sum(table.nbytes for table in self.inputs.checkpoints if table.lies_elsewhere)
+
+    @property
     def files(self) -> dict[str, OutputFile]:
         """Every file of weights by name."""
         layouts = [self.checkpoint, *(gguf.layout for gguf in self.ggufs)]

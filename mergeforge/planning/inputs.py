@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge import hub
-from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
 from mergeforge.remote import Link
@@ -99,7 +98,7 @@ class Inputs:
     @property
     def streamed(self) -> bool:
         """Whether any of it lies elsewhere and is read in pieces."""
-        return any(not isinstance(file, DiskFile) for table in self.checkpoints for file in table.files)
+        return any(table.lies_elsewhere for table in self.checkpoints)
 
     @property
     def notes(self) -> tuple[str, ...]:

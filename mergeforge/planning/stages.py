@@ -44,7 +44,8 @@ def settle(recipe: Recipe, *, allow_pickle: bool = False, link: Link | None = No
 
     Raises RecipeError (also where documents use one another in a circle) or SourceError.
     """
-    opener = Opener(replicated, allow_pickle=allow_pickle, link=link, stream=recipe.stream_inputs)
+    stream = any(one.stream_inputs for one in (recipe, *recipe.stages))
+    opener = Opener(replicated, allow_pickle=allow_pickle, link=link, stream=stream)
     settling = _Settling({str(stage.name): stage for stage in recipe.stages}, opener)
     return settling.stage(recipe, ())
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mergeforge.disk import InputFile
+from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import SourceError, listing
 from mergeforge.sources import Way
 from mergeforge.sources.pickled import read_pickled
@@ -63,6 +63,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of its weights as they are stored."""
         return sum(getattr(way, "stored_nbytes", way.info.nbytes) for way in self.tensors.values())
+
+    @property
+    def lies_elsewhere(self) -> bool:
+        """Whether any of it is not on a disk here."""
+        return any(not isinstance(file, DiskFile) for file in self.files)
 
     @property
     def files(self) -> tuple[InputFile, ...]:
