@@ -38,10 +38,8 @@ def show_plan(plan: Plan, to: Console) -> None:
         inputs.add_row(escape(name), str(len(table.tensors)), show_size(table.nbytes))
     to.print(inputs, "")
     to.print(_groups(plan), "")
-    away = show_size(plan.nbytes_streamed)
-    to.print(
-        f"reads    {show_size(plan.nbytes_read)}" + (f", {away} of it where it lies" if plan.nbytes_streamed else "")
-    )
+    away = f", {show_size(plan.nbytes_streamed)} of it where it lies" if plan.nbytes_streamed else ""
+    to.print(f"reads    {show_size(plan.nbytes_read)}{away}")
     for line in _written(plan):
         to.print(line, markup=False)
     device = f"{plan.budget.threads} worker{'s' if plan.budget.threads > 1 else ''} on {plan.budget.device}"
