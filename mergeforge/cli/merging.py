@@ -124,7 +124,6 @@ def _run(
 ) -> None:
     started = time.monotonic()
     made = _made(recipe, sets, options)
-
     from mergeforge import progress, publishing, running
     from mergeforge.sizes import show_size
 
