@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,23 @@ class World:
         return self._references[kind]
 
 
-def digests(out: Path) -> dict[str, str]:
-    """sha256 of every file by name, work folder included; of the receipt without its `run` part."""
-    return {str(path.relative_to(out)): digest(path) for path in sorted(out.rglob("*")) if path.is_file()}
+RUN = ("run",)  # what two receipts of the same merge may differ in
 
 
-def digest(path: Path) -> str:
-    data = path.read_bytes()
-    if path.name == RECEIPT:
+def digests(out: Path, apart: Sequence[str] = RUN) -> dict[str, str]:
+    """sha256 of every file by name, work folder included; of the receipt without the parts `apart`."""
+    return {str(path.relative_to(out)): digest(path, apart) for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def digest(path: Path, apart: Sequence[str] = RUN) -> str:
+    return digest_of(path.name, path.read_bytes(), apart)
+
+
+def digest_of(name: str, data: bytes, apart: Sequence[str] = RUN) -> str:
+    if name == RECEIPT:
         receipt = json.loads(data)
-        del receipt["run"]
+        for part in apart:
+            del receipt[part]
         data = json.dumps(receipt, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from breaking import Operation, Strikes, World
+from hubs import Talks, Wire
 from scenarios import Scenarios
 from tally import KEY, Tally, kind_of, table
 from warm import Warm
@@ -50,6 +51,13 @@ def warm() -> Iterator[Warm]:
 @pytest.fixture(scope="session")
 def scenarios(world: World, warm: Warm, disk: Path) -> Scenarios:
     return Scenarios(world, warm, disk / "scenarios")
+
+
+@pytest.fixture(scope="session")
+def talks(world: World, disk: Path) -> Iterator[Talks]:
+    (disk / "talks").mkdir()
+    with Wire() as hub, Warm(**hub.env(), HF_HOME=str(disk / "cache"), HF_HUB_DISABLE_PROGRESS_BARS="1") as warm:
+        yield Talks(hub, warm, disk / "cache", disk / "talks", world)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from breaking import World, digests
+from breaking import RUN, World, digests
 from warm import Ended, Warm
 
 from mergeforge.random_model import SHAPES, write_model
@@ -25,10 +25,15 @@ class Scenario:
     arguments: tuple[str, ...]
     reference: dict[str, str]
     before: Path | None = None
+    apart: tuple[str, ...] = RUN
 
     @property
     def old(self) -> dict[str, str]:
-        return digests(self.before) if self.before else {}
+        return self.left(self.before) if self.before else {}
+
+    def left(self, folder: Path) -> dict[str, str]:
+        """What lies in the folder, as far as it must be the same each time."""
+        return digests(folder, self.apart)
 
     def place(self, within: Path) -> Path:
         """A new folder to run it in."""
@@ -39,7 +44,7 @@ class Scenario:
 
     def assert_nothing_half_done(self, folder: Path) -> None:
         """What has its final name is whole; what vouches for others stands there only with all of them."""
-        held = {name: value for name, value in digests(folder).items() if not _is_hidden(name)}
+        held = {name: value for name, value in self.left(folder).items() if not _is_hidden(name)}
         for name, value in held.items():
             assert value in (self.reference.get(name), self.old.get(name)), f"{name} is neither whole nor absent"
         for name in held:
@@ -48,11 +53,15 @@ class Scenario:
                 weights = {one: value for one, value in state.items() if one.endswith((".safetensors", ".gguf"))}
                 assert weights.items() <= held.items(), f"{name} stands there without what it names"
 
+    def assert_left(self, folder: Path) -> None:
+        left = self.left(folder)
+        assert left == self.reference, difference(left, self.reference)
+
     def assert_goes_on(self, warm: Warm, folder: Path) -> None:
         """The same command again leaves what an undisturbed one does, and verify agrees."""
         ended = warm.run(self.arguments, folder)
         assert ended.code == 0 or (ended.code == 5 and any(said in ended.err for said in DONE)), ended
-        assert digests(folder) == self.reference, difference(digests(folder), self.reference)
+        self.assert_left(folder)
         if (folder / "out" / "mergeforge.json").exists():
             assert warm.run(["verify", "out"], folder).code == 0
 
