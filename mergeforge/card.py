@@ -41,7 +41,7 @@ Merged with [mergeforge](https://pypi.org/project/mergeforge/) by the method `{p
 Arithmetic is float32, rounded once when a tensor is written. `mergeforge.json` holds every tensor's
 way and checksum; `mergeforge verify` checks them.
 
-{_notes(plan)}## Recipe
+{_notes(plan)}{_use(plan)}## Recipe
 
 ```yaml
 {recipe}
@@ -105,6 +105,25 @@ def _files(plan: Plan) -> str:
 Encoded from {origin}.
 
 """
+
+
+def _use(plan: Plan) -> str:
+    """How a language model is loaded and served, by its repo's name if it is known."""
+    architectures = plan.inputs.stored[0].checkpoint.config.get("architectures") if plan.inputs.stored else None
+    if not any(str(one).endswith("ForCausalLM") for one in architectures or ()):
+        return ""
+    publish = plan.recipe.output.publish
+    repo = publish.repo if publish else f"OWNER/{plan.out.absolute().name}"
+    parts = []
+    if plan.checkpoint.files:
+        code = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        code += f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
+        code += f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")'
+        parts += [f"```python\n{code}\n```", f"```sh\nvllm serve {repo}\n```"]
+    if plan.ggufs:
+        label = plan.ggufs[0].mix.label
+        parts.append(f"```sh\nllama-server -hf {repo}:{label}\nollama run hf.co/{repo}:{label}\n```")
+    return "## Use\n\n" + "\n\n".join(parts) + "\n\n"
 
 
 def _described(table: Checkpoint) -> str:

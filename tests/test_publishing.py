@@ -198,3 +198,11 @@ def test_doctor_tells_no_token(publish: Publisher) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hub"].endswith("a token is there")
     assert publish.hub.token not in done.stdout
+
+
+def test_the_card_says_how_to_use_it(merged: Path, tmp_path: Path) -> None:
+    output = {"publish": "me/joined", "gguf": ["q8_0"]}
+    recipe = {"base_model": str(merged.parent / "base"), "adapters": [str(merged.parent / "legal")], "output": output}
+    card = (mergeforge.merge(recipe, out=tmp_path / "out") / "README.md").read_text()
+    for line in ('from_pretrained("me/joined"', "vllm serve me/joined", "ollama run hf.co/me/joined:Q8_0"):
+        assert line in card
