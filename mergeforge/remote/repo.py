@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.remote.file import RemoteFile
+from mergeforge.remote.file import CHUNK, RemoteFile
 from mergeforge.remote.link import Link
 from mergeforge.remote.patience import Passing, Patience, is_passing
 from mergeforge.remote.web import WebRanges
@@ -16,9 +16,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def open_repo_files(repo: str, sha: str, names: Sequence[str], link: Link) -> dict[str, RemoteFile]:
-    """Ask for size and etag of each file at the commit `sha`. Raises SourceError, or what the Hub says."""
-    opened = link.pool.map(lambda name: _opened(repo, sha, name, link), names)
-    return dict(zip(names, opened, strict=True))
+    """Ask for each file's size, etag and first bytes at the commit `sha`. Raises SourceError, or what the Hub says."""
+    ahead = len(names) * CHUNK <= link.kept.nbytes
+
+    def one(name: str) -> RemoteFile:
+        file = _opened(repo, sha, name, link)
+        if ahead:
+            file.read_into(memoryview(bytearray(min(8, file.size))), 0)  # its header comes along, and is kept
+        return file
+
+    return dict(zip(names, link.pool.map(one, names), strict=True))
 
 
 def _opened(repo: str, sha: str, name: str, link: Link) -> RemoteFile:
