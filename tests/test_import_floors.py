@@ -48,6 +48,7 @@ FLOORS = (
         "exporting",
         "extracting",
         "publishing",
+        "parting",
         "shipping",
         "examining",
     },

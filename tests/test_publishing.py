@@ -14,6 +14,7 @@ import pytest
 from fakehub import FakeHub
 
 import mergeforge
+from mergeforge.cli import run_command
 from mergeforge.random_model import SHAPES, write_adapter, write_model
 
 REPO = "fake/merged"
@@ -206,3 +207,29 @@ def test_the_card_says_how_to_use_it(merged: Path, tmp_path: Path) -> None:
     card = (mergeforge.merge(recipe, out=tmp_path / "out") / "README.md").read_text()
     for line in ('from_pretrained("me/joined"', "vllm serve me/joined", "ollama run hf.co/me/joined:Q8_0"):
         assert line in card
+
+
+def test_ggufs_in_a_repo_of_their_own(hub: FakeHub, publish: Publisher, merged: Path, tmp_path: Path) -> None:
+    """Both repos hold what their receipts say; published whole before, the model's repo loses the GGUF."""
+    recipe = {"base_model": str(merged.parent / "base"), "adapters": [str(merged.parent / "legal")]}
+    out = mergeforge.merge(recipe | {"output": {"gguf": ["q8_0"]}}, out=tmp_path / "out")
+    assert publish("publish", str(out), REPO).returncode == 0
+    done = publish("publish", str(out), REPO, "--gguf", "apart")
+    assert done.returncode == 0, done.stderr
+    assert not [name for name in hub.listing(REPO) if name.endswith(".gguf") or name == "Modelfile"]
+    apart = f"{REPO}-GGUF"
+    assert "model.safetensors" not in hub.listing(apart) and "out-Q8_0.gguf" in hub.listing(apart)
+    assert f"base_model:\n- {REPO}" in hub.read(apart, "README.md").decode()
+    for repo in (REPO, apart):
+        folder = tmp_path / repo.replace("/", "-")
+        folder.mkdir()
+        for name in hub.listing(repo):
+            (folder / name).write_bytes(hub.read(repo, name))
+        assert run_command(["verify", str(folder)]) == 0
+    again = publish("publish", str(out), REPO, "--gguf", "apart").stderr
+    assert again.count("0 B to send") == 2
+
+
+def test_what_cannot_be_parted_is_told(publish: Publisher, merged: Path) -> None:
+    done = publish("publish", str(merged), REPO, "--gguf", "apart")
+    assert done.returncode == 3 and "does not hold both safetensors and GGUF files" in done.stderr
