@@ -46,7 +46,7 @@ class Machine:
         self.hub = hub
         self.root = root
         self.home = root / "home"
-        keep = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        keep = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
         self.env = {**keep, **hub.env(), "HF_HOME": str(self.home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
     def start(self, *commands: list[str], setup: str = "", **env: str) -> subprocess.Popen[str]:
