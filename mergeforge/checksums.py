@@ -32,6 +32,11 @@ def tensor_checksum(checksums: Iterable[str]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(bytes.fromhex(one) for one in checksums))
 
 
+def git_sha1(data: bytes) -> str:
+    """The name that git, and so the Hub, gives a small file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()

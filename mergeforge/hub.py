@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge.checksums import file_sha256
+from mergeforge.checksums import file_sha256, git_sha1
 from mergeforge.disk import InputFile, write_durably
 from mergeforge.errors import MergeforgeError, SourceError, listing
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB = "hf://"
+_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SIDE_FILES = re.compile(
     r"[^/]*\.(json|jinja|model|txt|md)|LICENSE[^/]*|NOTICE[^/]*|[^/]*tokenizer[^/]*|[^/]*\.tiktoken"
@@ -138,7 +139,7 @@ def beside_weights(names: list[str]) -> list[str]:
 def _checked(repo: str, sha: str, wanted: list[str]) -> Path:
     """Download what is missing; what was damaged on its way is fetched once more.
 
-    Large files lie in the cache under their sha256, so what has just come is compared with its own name.
+    Files lie in the cache under their sha256 or git's sha1, so what has just come is compared with its own name.
     Raises SourceError for one that comes damaged twice.
     """
     import huggingface_hub
@@ -159,8 +160,10 @@ def _checked(repo: str, sha: str, wanted: list[str]) -> Path:
 
 
 def _is_damaged(path: Path, started: float) -> bool:
-    """Whether a file that was downloaded since `started` is not what its name in the cache says."""
+    """Whether a file is not what its name in the cache says: a small one, or a large one that came since `started`."""
     blob = path.resolve()
+    if _SHA1.fullmatch(blob.name):
+        return git_sha1(blob.read_bytes()) != blob.name
     if not _SHA256.fullmatch(blob.name) or blob.stat().st_mtime < started - 2:  # file systems keep whole seconds
         return False
     return file_sha256(blob) != blob.name

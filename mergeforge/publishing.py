@@ -7,7 +7,6 @@ that was looked at names them, and takes away what an earlier publish left. Noth
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeforge.checksums import file_sha256
+from mergeforge.checksums import file_sha256, git_sha1
 from mergeforge.errors import MergeforgeError, OutputError, RecipeError, SourceError, listing
 
 RECEIPT = "mergeforge.json"
@@ -158,8 +157,7 @@ def is_same(path: Path, held: Any) -> bool:
         return False
     if held.lfs is not None:
         return bool(file_sha256(path) == held.lfs.sha256)
-    data = path.read_bytes()
-    return bool(hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == held.blob_id)
+    return bool(git_sha1(path.read_bytes()) == held.blob_id)
 
 
 def lfs_of(held: Any) -> tuple[str, int]:
