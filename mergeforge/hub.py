@@ -109,7 +109,7 @@ def _download(
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         wanted = wanted_files(names, stems, allow_pickle and link is None)
-        folder = _checked(repo, str(info.sha), beside_weights(wanted) if link else wanted)
+        folder = download_whole(repo, str(info.sha), beside_weights(wanted) if link else wanted)
         _remember(folder, revision or "main", str(info.sha))
         return Local(folder, info.sha, _elsewhere(repo, str(info.sha), wanted, folder, link) if link else {})
     except SourceError:
@@ -136,7 +136,7 @@ def beside_weights(names: list[str]) -> list[str]:
     return [name for name in names if not name.endswith((".safetensors", ".bin"))]
 
 
-def _checked(repo: str, sha: str, wanted: list[str]) -> Path:
+def download_whole(repo: str, revision: str | None, wanted: list[str], kind: str = "model") -> Path:
     """Download what is missing; what was damaged on its way is fetched once more.
 
     Files lie in the cache under their sha256 or git's sha1, so what has just come is compared with its own name.
@@ -146,7 +146,7 @@ def _checked(repo: str, sha: str, wanted: list[str]) -> Path:
 
     for last in (False, True):
         started = time.time()
-        folder = Path(huggingface_hub.snapshot_download(repo, revision=sha, allow_patterns=wanted))
+        folder = Path(huggingface_hub.snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=wanted))
         damaged = [path for path in map(folder.joinpath, wanted) if _is_damaged(path, started)]
         if not damaged:
             return folder

@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from mergeforge.data.rows import ending_of
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError, listing
+from mergeforge.hub import download_whole
 
 _NAME = re.compile(r"hf://(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:]+))?(?::(?P<what>.+))?")
 _SHARD = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")
@@ -38,7 +38,7 @@ def hub_files(path: str) -> list[tuple[str, Path]]:
     here = f"{repo}@{revision}" if revision else repo
     try:
         wanted = chosen(_listed(repo, revision), what, path)
-        folder = _downloaded(repo, revision, wanted)
+        folder = download_whole(repo, revision, wanted, "dataset")
     except MergeforgeError:
         raise
     except Exception as error:  # its own, its HTTP library's, a name that it finds not valid
@@ -99,13 +99,6 @@ def _listed(repo: str, revision: str | None) -> list[str]:
 
     info = huggingface_hub.HfApi().dataset_info(repo, revision=revision)
     return [one.rfilename for one in info.siblings or []]
-
-
-def _downloaded(repo: str, revision: str | None, wanted: list[str]) -> Path:
-    import huggingface_hub
-
-    folder: Any = huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
-    return Path(folder)
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
