@@ -226,6 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
     server_version = "fakehub"
+    disable_nagle_algorithm = True  # an answer is several writes: each would wait 40 ms for the one before it
 
     def log_message(self, *a):
         pass
