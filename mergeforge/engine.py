@@ -134,7 +134,8 @@ def compare_with_transformers(folder: Path, files: Mapping[str, str]) -> list[Cl
 
     transformers = _imported("transformers", "train")
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompts = np.random.default_rng(0).integers(0, min(vocabulary, 1000), (PROBES, PROBE))
     with torch.inference_mode():

@@ -32,7 +32,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         path, _, after = path.partition("@")
         revision = after or None
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(Path(path).expanduser()), revision=revision)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(Path(path).expanduser()), revision=revision, trust_remote_code=False
+        )
     except Exception as error:  # of a dozen kinds: files that are missing, broken, of a class it does not know
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         hint = "a folder with tokenizer.json and tokenizer_config.json, or a Hub repo id"

@@ -123,7 +123,7 @@ def _loaded(folder: Path, tokenizer: str, quantise: str, device: str) -> Loaded:
     transformers.utils.logging.disable_progress_bar()
     hush()
     device = choose_device(device)
-    options: dict[str, Any] = {"dtype": "auto"}
+    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
     if quantise == "nf4" and not _read(folder / CONFIG).get("quantization_config"):
         options["quantization_config"] = _nf4(transformers)
     if quantise == "nf4" or device != "cpu":
@@ -156,6 +156,8 @@ def _adapted(folder: Path, loaded: Loaded) -> Loaded:
         raise SourceError(
             f"{folder} is a {kind} adapter, which changes prompts and no weights", hint="it cannot be run"
         )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise SourceError(f"{folder} holds no adapter_model.safetensors", hint="pickled weights are not read here")
     _grow(loaded, max(len(loaded.tokenizer), _rows(folder)))
     with _source_errors(folder), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from mergeforge.errors import SourceError
 from mergeforge.evaluating.loading import keep_gradients_whole
 
+NO_CODE = {"use_safetensors": True, "trust_remote_code": False}  # neither pickles nor a model's own Python
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -40,7 +41,7 @@ def load_base(how: Loading) -> Any:
     """
     config = _config(how)
     wanted = torch.float32 if how.train_all and how.dtype != "fp16" else DTYPES[how.dtype]
-    given: dict[str, Any] = {"dtype": wanted, "device_map": {"": how.device}}
+    given: dict[str, Any] = {"dtype": wanted, "device_map": {"": how.device}, **NO_CODE}
     given |= {"attn_implementation": how.attention} if how.attention else {}
     if how.quantise and getattr(config, "quantization_config", None) is None:
         given["quantization_config"] = _nf4(how)
@@ -57,7 +58,7 @@ def load_base(how: Loading) -> Any:
 
 
 def _config(how: Loading) -> Any:
-    config = AutoConfig.from_pretrained(how.folder)
+    config = AutoConfig.from_pretrained(how.folder, trust_remote_code=False)
     stored = getattr(config, "quantization_config", None) or {}
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if method and (str(method) != "bitsandbytes" or not how.quantise):
