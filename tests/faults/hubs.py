@@ -22,14 +22,14 @@ State = dict[str, str]
 
 
 class Wire(FakeHub):
-    """A Hub that calls `act(number, stage)` at each request: stage "status" before its work, "drop" after it.
+    """A Hub that calls `act(number, stage, path)` at each request: stage "status" before its work, "drop" after it.
 
     What `act` returns is the fault that the request meets then, or None.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.act: Callable[[int, str], dict[str, Any] | None] = lambda number, stage: None
+        self.act: Callable[[int, str, str], dict[str, Any] | None] = lambda number, stage, path: None
         self._local = threading.local()
         self._begun = self._ended = 0
 
@@ -41,7 +41,7 @@ class Wire(FakeHub):
             self._ended += "drop" in kinds
         if kinds[0] not in ("status", "drop"):
             return None
-        fault = self.act(self._local.number, kinds[0])
+        fault = self.act(self._local.number, kinds[0], path)
         return fault if fault and fault["kind"] in kinds else None
 
     @property
@@ -57,7 +57,7 @@ class Wire(FakeHub):
     def restart(self) -> None:
         """Count from the first request again, and do nothing to any."""
         self.settle()
-        self.act = lambda number, stage: None
+        self.act = lambda number, stage, path: None
         self._begun = self._ended = 0
         self.log.clear()
 

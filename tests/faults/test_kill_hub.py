@@ -25,7 +25,9 @@ def test_killed_at_every_request(talks: Talks, tmp_path: Path, tally: Tally, nam
         folder = talks.begin(talk, tmp_path)
         running: list[Child] = []
 
-        def kill(at: int, when: str, number: int = number, running: list[Child] = running) -> dict[str, Any] | None:
+        def kill(
+            at: int, when: str, path: str, number: int = number, running: list[Child] = running
+        ) -> dict[str, Any] | None:
             if at == number and when == stage:
                 while not running:
                     time.sleep(0.001)
