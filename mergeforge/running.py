@@ -23,7 +23,7 @@ from mergeforge.budget import Worker, one_torch_thread, steady_malloc
 from mergeforge.card import model_card
 from mergeforge.checksums import strip_checksums
 from mergeforge.computing import carry
-from mergeforge.disk import DiskFile, InputFile
+from mergeforge.disk import DiskFile, InputFile, WriteBehind
 from mergeforge.errors import MergeforgeError, SourceError, out_of_memory
 from mergeforge.journal import Done
 from mergeforge.layout import OutputFiles
@@ -118,19 +118,20 @@ class _Job:
 
 
 def _carry_all(plan: Plan, workspace: Workspace, shipment: Shipment | None) -> Iterator[Tile]:
+    idle: list[Worker] = []  # from batch to batch: what threads free, malloc does not give to other threads
     with one_torch_thread():  # and whatever the caller had, afterwards
         for batch in plan.batches:
-            yield from _carry(plan, batch, workspace, frozenset(shipment.sent if shipment else ()))
+            yield from _carry(plan, batch, workspace, frozenset(shipment.sent if shipment else ()), idle)
             for name in batch.finished if shipment else ():
                 shipment.ship(name)  # type: ignore[union-attr]
 
 
-def _carry(plan: Plan, batch: Batch, workspace: Workspace, sent: Set[str]) -> Iterator[Tile]:
+def _carry(plan: Plan, batch: Batch, workspace: Workspace, sent: Set[str], idle: list[Worker]) -> Iterator[Tile]:
     """Carry the tiles of a batch; files that were `sent` are not here, and not written again."""
     files = OutputFiles(workspace.folder, {name: plan.files[name] for name in batch.files if name not in sent})
     try:
         files.open()
-        yield from _Crew(plan, batch, workspace, files).finished()
+        yield from _Crew(plan, batch, workspace, files, idle).finished()
     finally:
         files.close()
 
@@ -138,8 +139,9 @@ def _carry(plan: Plan, batch: Batch, workspace: Workspace, sent: Set[str]) -> It
 class _Crew:
     """The workers, their list of jobs, and what they have finished."""
 
-    def __init__(self, plan: Plan, batch: Batch, workspace: Workspace, files: OutputFiles) -> None:
+    def __init__(self, plan: Plan, batch: Batch, workspace: Workspace, files: OutputFiles, idle: list[Worker]) -> None:
         self.plan = plan
+        self.idle = idle
         self.journal = workspace.journal
         self.files = files
         self.jobs = deque(_jobs(batch))
@@ -229,15 +231,24 @@ class _Crew:
 
         try:
             torch.set_num_threads(1)  # parallelism belongs to the tiles
-            staging = max((piece.staging for piece in self.plan.pieces), default=0)
             with torch.inference_mode():
-                worker = Worker(self.plan.budget.device, staging)
+                worker = self._worker()
                 with torch.cuda.stream(worker.stream):
                     while not self.stop.is_set() and self.jobs:
                         self._do(worker)
+            self.idle.append(worker)
             self.results.put(None)
         except BaseException as error:
             self.results.put(error)
+
+    def _worker(self) -> Worker:
+        """One that an earlier batch has done with, or a new one."""
+        try:
+            worker = self.idle.pop()
+        except IndexError:
+            return Worker(self.plan.budget.device, max((piece.staging for piece in self.plan.pieces), default=0))
+        worker.write_behind = WriteBehind()  # the files that it wrote are closed
+        return worker
 
     def _do(self, worker: Worker) -> None:
         try:
