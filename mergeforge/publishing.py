@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergeforge.checksums import file_sha256, git_sha1
 from mergeforge.errors import MergeforgeError, OutputError, RecipeError, SourceError, listing
+from mergeforge.hub import download_whole
 
 RECEIPT = "mergeforge.json"
 AGAIN = "the same command again: what was sent is kept"
@@ -118,16 +119,32 @@ def _files_of(folder: Path) -> dict[str, Path]:
         raise SourceError(f"{folder} is not finished", hint="run its recipe again, then publish")
     receipt = folder / RECEIPT
     if receipt.is_file():
-        names = [*_listed(json.loads(receipt.read_text(encoding="utf-8"))), RECEIPT]
+        names = [*_listed(_receipt(receipt)), RECEIPT]
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise SourceError(f"{folder} lacks {listing(missing)}, which its receipt lists", hint="mergeforge verify")
-        return {name: folder / name for name in sorted(names)}
+        return _inside(folder, {name: folder / name for name in sorted(names)})
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     relative = {path.relative_to(folder).as_posix(): path for path in found}
     shown = {name: path for name, path in relative.items() if not name.startswith(".") and "/." not in name}
     if not shown:
         raise SourceError(f"{folder} is empty")
-    return shown
+    return _inside(folder, shown)
+
+
+def _inside(folder: Path, files: dict[str, Path]) -> dict[str, Path]:
+    """The same files. Raises SourceError for a link that leads out of the folder: it would publish what lies there."""
+    root = folder.resolve()
+    for path in files.values():
+        if not path.resolve().is_relative_to(root):
+            raise SourceError(f"{path} is a link that leads out of {folder}", hint="put the file itself there")
+    return files
+
+
+def _receipt(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise SourceError(f"{path} is no receipt", hint="mergeforge verify") from None
 
 
 def _listed(receipt: Any) -> list[str]:
@@ -171,10 +188,8 @@ def stale_files(repo: str, parent: str | None, held: Mapping[str, Any], files: C
         return []
     earlier: list[str] = []
     if RECEIPT in held:
-        from huggingface_hub import hf_hub_download
-
-        with hub_errors(repo):
-            earlier = _listed(json.loads(Path(hf_hub_download(repo, RECEIPT, revision=parent)).read_text("utf-8")))
+        with hub_errors(repo), suppress(ValueError):  # what somebody else wrote there may be no receipt
+            earlier = _listed(json.loads((download_whole(repo, parent, [RECEIPT]) / RECEIPT).read_text("utf-8")))
     if any(_WEIGHTS.fullmatch(name) for name in files):
         earlier += [name for name in held if _WEIGHTS.fullmatch(name)]
     return sorted({name for name in earlier if name in held and name not in files})
