@@ -21,12 +21,19 @@ def weighted_sum(
 ) -> Tensor:
     """lambda * sum(ratio_i * weight_i * delta_i), overwriting the first delta; normalize divides by sum(weight_i).
 
-    A sum of weights below 1e-8 divides by 1, as in mergekit's generalized task arithmetic.
+    A sum of weights below 1e-8 divides by 1, as in mergekit's generalized task arithmetic. Each product is rounded
+    before it is added, and lambda comes last, as there: the sums are equal, bit for bit.
     """
+    for delta, factor in zip(deltas, _factors(weight, ratios), strict=True):
+        if factor != 1:
+            delta.mul_(factor)
+    total = deltas[0]
+    for delta in deltas[1:]:
+        total.add_(delta)
     if normalize:
-        divisor = float(deltas[0].new_tensor(weight).sum())
-        lambda_ /= divisor if abs(divisor) >= 1e-8 else 1.0
-    return combined(deltas, [lambda_ * one for one in _factors(weight, ratios)])
+        divisor = float(total.new_tensor(weight).sum())
+        total.div_(divisor if abs(divisor) >= 1e-8 else 1.0)
+    return total if lambda_ == 1 else total.mul_(lambda_)
 
 
 def agreeing_sum(

@@ -16,6 +16,7 @@ from mergeforge.methods import METHODS
 from mergeforge.quants.mixes import MIXES
 from mergeforge.recipe import OUT_DTYPES, json_schema, read
 from mergeforge.recipe.settings import layer_of, layer_positions, scalars, value_at
+from mergeforge.train import language
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MLP, ATTENTION = "model.layers.3.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.weight"
@@ -78,6 +79,7 @@ def valid(value: Any, schema: dict[str, Any]) -> bool:
     """As much of JSON Schema as json_schema() uses; an unknown keyword is an error."""
     known = {"$schema", "title", "description", "type", "properties", "additionalProperties", "required"}
     known |= {"anyOf", "enum", "items", "minItems", "maxItems", "minLength", "minimum", "format"}
+    known |= {"const", "maximum", "exclusiveMaximum"}
     assert schema.keys() <= known, schema.keys()
     if "anyOf" in schema and not any(valid(value, one) for one in schema["anyOf"]):
         return False
@@ -89,6 +91,12 @@ def valid(value: Any, schema: dict[str, Any]) -> bool:
     if isinstance(value, str) and len(value) < schema.get("minLength", 0):
         return False
     if isinstance(value, int | float) and value < schema.get("minimum", value):
+        return False
+    if isinstance(value, int | float) and not value <= schema.get("maximum", value) < schema.get(
+        "exclusiveMaximum", 1e99
+    ):
+        return False
+    if "const" in schema and value != schema["const"]:
         return False
     if isinstance(value, list):
         if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
@@ -114,11 +122,19 @@ def is_of(value: Any, kind: str) -> bool:
     return kind != "boolean" and isinstance(value, kinds[kind])
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+MERGES = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith("train-"))
+
+
+@pytest.mark.parametrize("path", MERGES, ids=lambda path: path.stem)
 def test_the_recipes_of_the_package(path: Path) -> None:
     assert all(valid(document, json_schema()) for document in yaml.safe_load_all(path.read_text()))
     recipe = read(path, METHODS, mixes=MIXES)
     assert read(list(yaml.safe_load_all(recipe.to_yaml())), METHODS, mixes=MIXES) == recipe
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("train-*.yaml")), ids=lambda path: path.stem)
+def test_the_trainings_of_the_package(path: Path) -> None:
+    assert valid(yaml.safe_load(path.read_text()), language.json_schema())
 
 
 def test_the_schema_refuses_what_reading_refuses() -> None:
