@@ -122,8 +122,9 @@ def _carry_all(plan: Plan, workspace: Workspace, shipment: Shipment | None) -> I
     with one_torch_thread():  # and whatever the caller had, afterwards
         for batch in plan.batches:
             yield from _carry(plan, batch, workspace, frozenset(shipment.sent if shipment else ()), idle)
-            for name in batch.finished if shipment else ():
-                shipment.ship(name)  # type: ignore[union-attr]
+            if shipment:
+                for name in batch.finished:
+                    shipment.ship(name)
 
 
 def _carry(plan: Plan, batch: Batch, workspace: Workspace, sent: Set[str], idle: list[Worker]) -> Iterator[Tile]:

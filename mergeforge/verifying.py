@@ -54,7 +54,7 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
     receipt = read_receipt(out)
     if receipt is None:
         raise SourceError(f"{out} has no receipt ({RECEIPT})", hint="is it a finished merge of mergeforge?")
-    away = {name: facts for name, facts in receipt["files"].items() if "sent_to" in facts and not (out / name).exists()}
+    away = {name: facts for name, facts in receipt["files"].items() if _sent_to(facts)[0] and not (out / name).exists()}
     problems = _check_files(out, {name: facts for name, facts in receipt["files"].items() if name not in away})
     problems += _check_sent(away)
     headers = {name: _header(out / name, problems) for name in _weight_files(receipt)}
@@ -100,19 +100,25 @@ def _check_files(out: Path, files: Mapping[str, Any]) -> list[str]:
 def _check_sent(files: Mapping[str, Any]) -> list[str]:
     """Compare files that were sent to the Hub, and are not here, with what a repo's newest commit holds."""
     problems = []
-    for repo in dict.fromkeys(facts["sent_to"]["repo"] for facts in files.values()):
-        ours = {name: facts for name, facts in files.items() if facts["sent_to"]["repo"] == repo}
+    for repo, revision in dict.fromkeys(map(_sent_to, files.values())):
+        ours = {name: facts for name, facts in files.items() if _sent_to(facts) == (repo, revision)}
         try:
-            _, held = held_files(repo, next(iter(ours.values()))["sent_to"]["revision"])
+            _, held = held_files(repo, revision)
         except MergeforgeError as error:
             problems.append(f"{repo} cannot be asked: {error}")
             continue
         for name, facts in ours.items():
             if name not in held:
                 problems.append(f"{name} is neither here nor in {repo}")
-            elif lfs_of(held[name]) != (facts["lfs_sha256"], facts["size"]):
+            elif lfs_of(held[name]) != (facts.get("lfs_sha256"), facts["size"]):
                 problems.append(f"{name} of {repo} is not the file that was sent")
     return problems
+
+
+def _sent_to(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """The repo and branch that a file was sent to; "" for none."""
+    told = facts.get("sent_to")
+    return (str(told.get("repo", "")), str(told.get("revision", ""))) if isinstance(told, Mapping) else ("", "")
 
 
 def _header(path: Path, problems: list[str]) -> Header | None:
