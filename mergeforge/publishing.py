@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +52,17 @@ class Publication:
         return sum(one.nbytes for one in self.send)
 
 
-def plan_publication(folder: str | Path, repo: str, *, revision: str = "main", private: bool = True) -> Publication:
-    """Compare a folder with a repo; sends nothing.
+def plan_publication(
+    folder: str | Path, repo: str, *, revision: str = "main", private: bool = True, links_into: str | Path | None = None
+) -> Publication:
+    """Compare a folder with a repo; sends nothing. `links_into`: where its links may lead, but for the folder itself.
 
     Raises SourceError for a folder that is unfinished, RecipeError for a name that is none, and
     MergeforgeError where the Hub does not let us in.
     """
     folder = Path(folder)
     files = _files_of(folder)
+    _check_links(files.values(), [folder, *([Path(links_into)] if links_into else [])])
     check_access(repo)
     parent, held = held_files(repo, revision)
     same = {name for name, path in files.items() if name in held and is_same(path, held[name])}
@@ -122,22 +125,21 @@ def _files_of(folder: Path) -> dict[str, Path]:
         names = [*_listed(_receipt(receipt)), RECEIPT]
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise SourceError(f"{folder} lacks {listing(missing)}, which its receipt lists", hint="mergeforge verify")
-        return _inside(folder, {name: folder / name for name in sorted(names)})
+        return {name: folder / name for name in sorted(names)}
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     relative = {path.relative_to(folder).as_posix(): path for path in found}
     shown = {name: path for name, path in relative.items() if not name.startswith(".") and "/." not in name}
     if not shown:
         raise SourceError(f"{folder} is empty")
-    return _inside(folder, shown)
+    return shown
 
 
-def _inside(folder: Path, files: dict[str, Path]) -> dict[str, Path]:
-    """The same files. Raises SourceError for a link that leads out of the folder: it would publish what lies there."""
-    root = folder.resolve()
-    for path in files.values():
-        if not path.resolve().is_relative_to(root):
-            raise SourceError(f"{path} is a link that leads out of {folder}", hint="put the file itself there")
-    return files
+def _check_links(files: Iterable[Path], places: Sequence[Path]) -> None:
+    """Raises SourceError for a link that leads out of the places: it would publish what lies there."""
+    roots = [place.resolve() for place in places]
+    for path in files:
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            raise SourceError(f"{path} is a link that leads out of its folder", hint="put the file itself there")
 
 
 def _receipt(path: Path) -> Any:

@@ -45,17 +45,18 @@ def publish(folder: str, repo: str, *, gguf: str, as_json: bool, **options: Any)
 
     with tempfile.TemporaryDirectory() as work:
         parts = part(Path(folder), Path(work), repo)
+        options["links_into"] = folder
         both = [_publish(parts.model, repo, **options), _publish(parts.ggufs, parts.gguf_repo, **options)]
     if as_json:
         click.echo(json.dumps(both))
 
 
-def _publish(folder: Path, repo: str, *, private: bool, revision: str, dry_run: bool, quiet: bool) -> dict[str, Any]:
+def _publish(folder: Path, repo: str, *, dry_run: bool, quiet: bool, **options: Any) -> dict[str, Any]:
     """Publish one folder; what was done, for --json."""
     from mergeforge import publishing
     from mergeforge.sizes import show_size
 
-    planned = publishing.plan_publication(folder, repo, revision=revision, private=private)
+    planned = publishing.plan_publication(folder, repo, **options)
 
     def say(text: str) -> None:
         if not quiet:
