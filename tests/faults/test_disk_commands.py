@@ -49,7 +49,7 @@ def test_a_system_call_that_fails(
     scenario, untouched = scenarios[name], 0
     for number in count(1, step):
         folder = scenario.place(tmp_path)
-        ended = traced(warm, scenario, folder, call, f"error={error}:when={number}", everywhere=everywhere)
+        ended = traced(warm, scenario.arguments, folder, call, f"error={error}:when={number}", everywhere=everywhere)
         untouched = untouched + 1 if ended.code == 0 else 0
         if untouched > 3:  # it is past the last one
             break

@@ -31,7 +31,9 @@ def test_killed_at_the_nth_system_call(
         for everywhere in (False, True) if call == "pwrite64" else (False,):
             for number in count(1, step * stride):
                 folder = scenario.place(tmp_path)
-                ended = traced(warm, scenario, folder, call, f"signal=KILL:when={number}", everywhere=everywhere)
+                ended = traced(
+                    warm, scenario.arguments, folder, call, f"signal=KILL:when={number}", everywhere=everywhere
+                )
                 if ended.code != KILLED:
                     assert ended.code == 0, ended
                     break

@@ -6,19 +6,20 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-from scenarios import Scenario
 from warm import GO, Child, Ended, Warm
 
 
-def traced(warm: Warm, scenario: Scenario, folder: Path, call: str, inject: str, *, everywhere: bool = False) -> Ended:
+def traced(
+    warm: Warm, arguments: Sequence[str], folder: Path, call: str, inject: str, *, everywhere: bool = False
+) -> Ended:
     """Run it with `inject` (strace's words) at a system call of its main thread, or of every thread."""
-    child = warm.start(scenario.arguments, folder, traced=True, eager=True)
+    child = warm.start(arguments, folder, traced=True, eager=True)
     words = ["-e", f"trace={call}", "-e", f"inject={call}:{inject}", *(["-f"] if everywhere else [])]
     assert follow(child, *words), "strace could not attach"
     return child.wait()
