@@ -22,17 +22,21 @@ def weighted_sum(
     """lambda * sum(ratio_i * weight_i * delta_i), overwriting the first delta; normalize divides by sum(weight_i).
 
     A sum of weights below 1e-8 divides by 1, as in mergekit's generalized task arithmetic. Each product is rounded
-    before it is added, and lambda comes last, as there: the sums are equal, bit for bit.
+    before it is added, and lambda comes last, as there: the sums are equal, bit for bit. With ratios (random masks are
+    nobody else's) all is one factor, added in one pass.
     """
-    for delta, factor in zip(deltas, _factors(weight, ratios), strict=True):
-        if factor != 1:
-            delta.mul_(factor)
+    divisor = float(deltas[0].new_tensor(weight).sum()) if normalize else 1.0
+    divisor = divisor if abs(divisor) >= 1e-8 else 1.0
+    if ratios and any(ratio != 1 for ratio in ratios):
+        return combined(deltas, [lambda_ / divisor * one for one in _factors(weight, ratios)])
+    for delta, one in zip(deltas, weight, strict=True):
+        if one != 1:
+            delta.mul_(one)
     total = deltas[0]
     for delta in deltas[1:]:
         total.add_(delta)
     if normalize:
-        divisor = float(total.new_tensor(weight).sum())
-        total.div_(divisor if abs(divisor) >= 1e-8 else 1.0)
+        total.div_(divisor)
     return total if lambda_ == 1 else total.mul_(lambda_)
 
 
