@@ -12,7 +12,9 @@ Each says what is wrong, with which tensor, file or recipe line, and `hint` says
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -84,6 +86,20 @@ def out_of_memory(error: BaseException, what: str = "") -> BudgetError | None:
     why = f" ({said.splitlines()[0][:120]})" if said else ""
     text = f"{what}: " if what else ""
     return BudgetError(f"{text}the system has no more memory{why}", hint="give less with --memory, or fewer --threads")
+
+
+# What code trips over that meets a list, a text or a huge number where a file should hold something else.
+ODD = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, struct.error)
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """What trips over the odd form of a file from somewhere, as a SourceError that names it."""
+    try:
+        yield
+    except ODD as error:
+        text = f"{what} is not of the form that is expected: {type(error).__name__}: {str(error)[:200]}"
+        raise SourceError(text, hint="download it again; if transformers reads it, report this") from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

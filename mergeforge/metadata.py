@@ -115,7 +115,7 @@ def _sampling(files: SideFiles) -> dict[str, Value]:
     keys: dict[str, Value] = {}
     try:
         given = json.loads(files["generation_config.json"].read_text("utf-8"))
-    except (KeyError, OSError, ValueError):
+    except (KeyError, OSError, ValueError, RecursionError):
         return keys
     for key, names, typed in _SAMPLING if isinstance(given, dict) else ():
         value = next((given[name] for name in names if name in given), None)

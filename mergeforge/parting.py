@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mergeforge.errors import SourceError
+from mergeforge.errors import ODD, SourceError
 from mergeforge.sizes import show_size
 
 RECEIPT, CARD, MODELFILE, CONFIG = "mergeforge.json", "README.md", "Modelfile", "config.json"
@@ -35,7 +35,7 @@ def part(folder: Path, into: Path, repo: str) -> Parts:
     try:
         receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
         names = list(receipt["files"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *ODD) as error:
         raise SourceError(f"{folder} has no receipt to part it by ({error})", hint="publish it whole") from None
     apart = {name for name in names if name.endswith(".gguf") or name.startswith(MODELFILE)}
     if not any(name.endswith(".gguf") for name in apart) or not any(name.endswith(".safetensors") for name in names):

@@ -17,7 +17,7 @@ from mergeforge.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.computing import carry
 from mergeforge.disk import DiskFile, InputFile
 from mergeforge.engine import Closeness, compare_with_transformers
-from mergeforge.errors import MergeforgeError, SourceError
+from mergeforge.errors import MergeforgeError, SourceError, reading
 from mergeforge.planning import Piece, Plan, make_plan
 from mergeforge.publishing import held_files, lfs_of
 from mergeforge.sinks import strips
@@ -54,14 +54,21 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
     receipt = read_receipt(out)
     if receipt is None:
         raise SourceError(f"{out} has no receipt ({RECEIPT})", hint="is it a finished merge of mergeforge?")
-    away = {name: facts for name, facts in receipt["files"].items() if _sent_to(facts)[0] and not (out / name).exists()}
-    problems = _check_files(out, {name: facts for name, facts in receipt["files"].items() if name not in away})
+    with reading(out / RECEIPT):
+        problems = _check_all(out, receipt)
+    again = _recompute(out, receipt, problems, everything) if deep and not problems else 0
+    return Verdict(len(receipt["files"]), len(receipt["tensors"]), again, tuple(problems))
+
+
+def _check_all(out: Path, receipt: Mapping[str, Any]) -> list[str]:
+    """Everything that is not as the receipt says."""
+    files = receipt["files"]
+    away = {name: facts for name, facts in files.items() if _sent_to(facts)[0] and not (out / name).exists()}
+    problems = _check_files(out, {name: facts for name, facts in files.items() if name not in away})
     problems += _check_sent(away)
     headers = {name: _header(out / name, problems) for name in _weight_files(receipt)}
     problems += _check_tensors(receipt["tensors"], headers)
-    problems += _check_encoded(out, receipt)
-    again = _recompute(out, receipt, problems, everything) if deep and not problems else 0
-    return Verdict(len(receipt["files"]), len(receipt["tensors"]), again, tuple(problems))
+    return problems + _check_encoded(out, receipt)
 
 
 def in_engine(out: str | Path) -> list[Closeness]:

@@ -233,7 +233,7 @@ def read_receipt(out: Path) -> dict | None:  # type: ignore[type-arg]  # any JSO
     """The receipt in a folder, or None."""
     try:
         value = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and "tensors" in value else None
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.errors import SourceError, did_you_mean
+from mergeforge.errors import ODD, SourceError, did_you_mean, reading
 from mergeforge.keyvalues import Keys
 from mergeforge.registry import Registry
 
@@ -95,7 +95,8 @@ def spell(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Spell
     """
     from mergeforge.architectures.model import Model
 
-    name = class_name(config)
+    with reading("config.json"):
+        name = class_name(config)
     if name not in ARCHITECTURES:
         near = did_you_mean(name, ARCHITECTURES)
         hint = f"{near} " if near else ""
@@ -105,7 +106,7 @@ def spell(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Spell
         )
     try:
         return ARCHITECTURES[name](Model.of(name, config, tensors))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:  # a value of another kind than its key's
+    except ODD as error:  # a value of another kind than its key's
         text = f"config.json does not describe a {name}: {type(error).__name__}: {error}"
         raise SourceError(text, hint="compare it with the config.json of the model's makers") from error
 

@@ -10,6 +10,8 @@ from mergeforge.architectures.config import completed
 from mergeforge.errors import SourceError
 from mergeforge.tensors import TensorInfo
 
+MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class Model:
@@ -43,7 +45,10 @@ class Model:
 
     @property
     def layers(self) -> int:
-        return int(self.need("n_layers", "num_hidden_layers", "n_layer", "num_layers"))
+        layers = int(self.need("n_layers", "num_hidden_layers", "n_layer", "num_layers"))
+        if not 0 <= layers <= MOST_LAYERS:
+            raise SourceError(f"config.json says that the model has {layers} layers", hint="copy it from the base model")
+        return layers
 
     @property
     def hidden(self) -> int:

@@ -190,7 +190,7 @@ def _call(call: Any) -> Any:
     if isinstance(call.get("arguments"), str):
         try:
             arguments = json.loads(call["arguments"])
-        except ValueError:
+        except (ValueError, RecursionError):
             return call
         call["arguments"] = arguments if isinstance(arguments, dict) else call["arguments"]
     return call

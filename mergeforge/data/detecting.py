@@ -169,7 +169,7 @@ def _first_messages(rows: Sequence[Mapping[str, Any]], column: str) -> list[Mapp
         if isinstance(value, str) and value.lstrip().startswith("["):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
         if value is not None and are_messages(value):
             return list(value)

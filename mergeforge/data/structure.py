@@ -133,7 +133,7 @@ def _parsed(path: Path) -> text.Parsed:
         return documents[0]
     try:
         return json.loads(written), {}, []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not JSON: {error}") from None
 
 

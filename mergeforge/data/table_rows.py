@@ -23,7 +23,10 @@ def read_csv(path: Path, name: str) -> Iterator[Row | Bad]:
         mark = "\t" if ".tsv" in path.name.lower() else max(",;\t|", key=first.count)
         file.seek(0)
         records = csv.reader(file, delimiter=mark, strict=True)
-        columns = [column.strip() for column in next(records)]
+        try:
+            columns = [column.strip() for column in next(records)]
+        except csv.Error as error:
+            raise SourceError(f"{name}: its first line names no columns: {error}") from None
         if repeated := sorted({column for column in columns if columns.count(column) > 1}):
             raise SourceError(f"{name} has columns of one name: {listing(repeated)}")
         yield from _records(records, columns, name)

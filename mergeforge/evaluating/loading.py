@@ -213,7 +213,7 @@ def _source_errors(folder: Path) -> Iterator[None]:
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise SourceError(f"{path} holds no object")

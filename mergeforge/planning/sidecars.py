@@ -117,7 +117,7 @@ def _differs(path: Path, other: SideFile | None) -> bool:
         return one != two
     try:
         return bool(json.loads(one) != json.loads(two))
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
 
 

@@ -7,8 +7,8 @@ mistake with its path, and `json()` gives the JSON Schema for editors.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -87,7 +87,8 @@ class Number:
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
             with contextlib.suppress(ValueError):
                 value = float(value)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        good = number and abs(value) <= sys.float_info.max  # neither NaN nor a whole number beyond all floats
         if not good or not self._inside(value):
             report(path, f"{_last(path)} must be a number{self._bounds()}, not {_kind(value)}", "")
             return None

@@ -11,7 +11,7 @@ from mergeforge.adapters.kinds import KINDS, Kind
 from mergeforge.adapters.lora import LoraSettings, plain_settings, read_settings
 from mergeforge.adapters.refused import REFUSED
 from mergeforge.disk import InputFile
-from mergeforge.errors import SourceError
+from mergeforge.errors import ODD, SourceError, reading
 from mergeforge.sources.checkpoint import NOTHING, Checkpoint, Model, open_checkpoint, read_json
 from mergeforge.sources.dialects import Translated
 from mergeforge.sources.dialects.diffusion import read_diffusion
@@ -57,7 +57,9 @@ def open_adapter(
     if config is None:
         raise SourceError(f"{folder / _CONFIG} does not exist", hint="is it the adapter's folder?")
     settings, kind = _read_config(config, label, residual, stacked)
-    return Matching(label, base, table("adapter_model"), settings, kind, config).adapter(folder, revision)
+    found = table("adapter_model")
+    with reading(folder / _CONFIG):
+        return Matching(label, base, found, settings, kind, config).adapter(folder, revision)
 
 
 def _read_config(
@@ -75,7 +77,7 @@ def _read_config(
         if kind:
             kind.check(config)
         settings = plain_settings(config) if kind else read_settings(config, residual=residual, stacked=stacked)
-    except ValueError as error:
+    except ODD as error:
         raise SourceError(f"{label}: {error}") from None
     return settings, kind
 

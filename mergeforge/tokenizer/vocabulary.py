@@ -22,6 +22,8 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 Flags = Mapping[str, bool]  # how an added token is matched in a text
 
+MOST_TOKENS = 1 << 26
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -182,7 +184,7 @@ def _check_rows(vocabulary: Vocabulary) -> None:
     """An embedding may lack the rows of added tokens, but not of the tokens that texts are made of."""
     model = vocabulary.model
     outside = sorted((number, text) for text, number in vocabulary.plain.items() if number >= model.rows)
-    outside = [(number, text) for number, text in outside if text not in vocabulary.added]
+    outside = [(number, text) for number, text in outside if text not in vocabulary.added or number >= MOST_TOKENS]
     if outside or not model.rows:
         shown = listing(f"{text!r} ({number})" for number, text in outside)
         raise SourceError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class Share:
 
     def read(self, value: Any, path: Path, report: Report) -> Any:
         number = not isinstance(value, bool) and isinstance(value, int | float)
-        if not number or value < 0 or (value >= 1 and value != int(value)):
+        if not number or not 0 <= value < math.inf or (value >= 1 and value != int(value)):
             report(path, f"'{path[-1]}' must be a share below 1 or a whole number of steps, not {value!r}", "")
             return None
         return value

@@ -28,7 +28,7 @@ def object_of(files: Files, name: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{files[name]} is not JSON: {error}", hint="copy it from the model again") from error
     if not isinstance(value, dict):
         raise SourceError(f"{files[name]} holds a {type(value).__name__}, not an object")
