@@ -93,7 +93,7 @@ ODD = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, 
 
 
 @contextmanager
-def reading(what: object) -> Iterator[None]:
+def refused_if_odd(what: object) -> Iterator[None]:
     """What trips over the odd form of a file from somewhere, as a SourceError that names it."""
     try:
         yield

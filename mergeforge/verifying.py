@@ -17,7 +17,7 @@ from mergeforge.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.computing import carry
 from mergeforge.disk import DiskFile, InputFile
 from mergeforge.engine import Closeness, compare_with_transformers
-from mergeforge.errors import MergeforgeError, SourceError, reading
+from mergeforge.errors import MergeforgeError, SourceError, refused_if_odd
 from mergeforge.planning import Piece, Plan, make_plan
 from mergeforge.publishing import held_files, lfs_of
 from mergeforge.sinks import strips
@@ -54,7 +54,7 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
     receipt = read_receipt(out)
     if receipt is None:
         raise SourceError(f"{out} has no receipt ({RECEIPT})", hint="is it a finished merge of mergeforge?")
-    with reading(out / RECEIPT):
+    with refused_if_odd(out / RECEIPT):
         problems = _check_all(out, receipt)
     again = _recompute(out, receipt, problems, everything) if deep and not problems else 0
     return Verdict(len(receipt["files"]), len(receipt["tensors"]), again, tuple(problems))

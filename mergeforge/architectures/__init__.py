@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.errors import ODD, SourceError, did_you_mean, reading
+from mergeforge.errors import ODD, SourceError, did_you_mean, refused_if_odd
 from mergeforge.keyvalues import Keys
 from mergeforge.registry import Registry
 
@@ -95,7 +95,7 @@ def spell(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Spell
     """
     from mergeforge.architectures.model import Model
 
-    with reading("config.json"):
+    with refused_if_odd("config.json"):
         name = class_name(config)
     if name not in ARCHITECTURES:
         near = did_you_mean(name, ARCHITECTURES)

@@ -47,7 +47,8 @@ class Model:
     def layers(self) -> int:
         layers = int(self.need("n_layers", "num_hidden_layers", "n_layer", "num_layers"))
         if not 0 <= layers <= MOST_LAYERS:
-            raise SourceError(f"config.json says that the model has {layers} layers", hint="copy it from the base model")
+            text = f"config.json says that the model has {layers} layers"
+            raise SourceError(text, hint="copy it from the base model")
         return layers
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.architectures import Place, Spelling, spell
-from mergeforge.errors import SourceError, reading
+from mergeforge.errors import SourceError, refused_if_odd
 from mergeforge.keyvalues import Keys, Value, text, u32
 from mergeforge.layout import Layout
 from mergeforge.metadata import metadata, parameter_counts
@@ -101,7 +101,7 @@ def plan_ggufs(output: Output, given: GGUFInputs) -> tuple[list[GGUFPlan], dict[
     vocab = vocabulary(given.files, given.config, spelling.vocab, rows=rows, pre=output.gguf_pre)
     plans = []
     for entry in output.gguf:
-        with reading("what config.json, generation_config.json or the tokenizer says of the model"):
+        with refused_if_odd("what config.json, generation_config.json or the tokenizer says of the model"):
             plan, added = _plan(entry, output.gguf_from == "stored", spelling, vocab.keys, given)
         plans.append(plan)
         for name, some in added.items():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergeforge.errors import RecipeError, SourceError, listing, reading
+from mergeforge.errors import RecipeError, SourceError, listing, refused_if_odd
 from mergeforge.planning.inputs import Inputs, OpenModel, Result
 from mergeforge.planning.tables import Table
 from mergeforge.recipe import Recipe, TokenEntry, TokenizerEntry
@@ -42,7 +42,7 @@ def plan_tokens(recipe: Recipe, inputs: Inputs, tables: Mapping[str, Table]) -> 
         TokenizerOf(model.label, tokenizer_files(model), _rows(tables[model.label]), model.label in merged)
         for model in _each(inputs)
     ]
-    with reading(f"the tokenizer of {listing(model.label for model in models)}"):
+    with refused_if_odd(f"the tokenizer of {listing(model.label for model in models)}"):
         return plan_tokenizer(_settings(recipe.tokenizer), models, inputs.base.label if inputs.base else None)
 
 

@@ -11,7 +11,7 @@ from mergeforge.adapters.kinds import KINDS, Kind
 from mergeforge.adapters.lora import LoraSettings, plain_settings, read_settings
 from mergeforge.adapters.refused import REFUSED
 from mergeforge.disk import InputFile
-from mergeforge.errors import ODD, SourceError, reading
+from mergeforge.errors import ODD, SourceError, refused_if_odd
 from mergeforge.sources.checkpoint import NOTHING, Checkpoint, Model, open_checkpoint, read_json
 from mergeforge.sources.dialects import Translated
 from mergeforge.sources.dialects.diffusion import read_diffusion
@@ -58,7 +58,7 @@ def open_adapter(
         raise SourceError(f"{folder / _CONFIG} does not exist", hint="is it the adapter's folder?")
     settings, kind = _read_config(config, label, residual, stacked)
     found = table("adapter_model")
-    with reading(folder / _CONFIG):
+    with refused_if_odd(folder / _CONFIG):
         return Matching(label, base, found, settings, kind, config).adapter(folder, revision)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergeforge.errors import RecipeError, did_you_mean, reading
+from mergeforge.errors import RecipeError, did_you_mean, refused_if_odd
 from mergeforge.keyvalues import Keys
 from mergeforge.side_files import SideFiles
 from mergeforge.vocab.families import KINDS
@@ -51,6 +51,6 @@ def vocabulary(
     """
     if kind not in KINDS:
         raise RecipeError(f"no kind of vocabulary is called {kind!r}", hint=did_you_mean(kind, KINDS))
-    with reading(files.get("tokenizer.json", "the tokenizer")):
+    with refused_if_odd(files.get("tokenizer.json", "the tokenizer")):
         keys, notes = KINDS[kind](TokenizerFiles(files, config, rows, pre))
     return Vocabulary(keys, tuple(dict.fromkeys(note for note in notes if note)), rows)
