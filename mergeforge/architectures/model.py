@@ -10,7 +10,7 @@ from mergeforge.architectures.config import completed
 from mergeforge.errors import SourceError
 from mergeforge.tensors import TensorInfo
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1024  # names of more take seconds to make
 
 
 @dataclass(frozen=True)
