@@ -248,5 +248,9 @@ class DiskFile:
     def _identity(stat: os.stat_result) -> tuple[int, int, int]:
         return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            self.close()
+
     def __getstate__(self) -> Any:
         raise TypeError("an open file belongs to one process")

@@ -204,9 +204,13 @@ def _strip_sums(file: InputFile, strips: list[Any]) -> Iterator[str]:
     if strips and isinstance(strips[0], int):
         offset, nbytes, step = strips
         strips = [[[offset + at, min(step, nbytes - at), 1, 0]] for at in range(0, nbytes, step)]
+    left = file.size
     for runs in strips:
         digest = xxhash.xxh3_128()
         for offset, nbytes, times, distance in runs:
+            left -= nbytes * times
+            if left < 0 or nbytes < 0 or times < 0:
+                raise ValueError(f"strips of more than the {file.size} bytes of {file.path}")
             for at in range(times):
                 buffer = bytearray(nbytes)
                 file.read_into(memoryview(buffer), offset + at * distance)
