@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,10 +202,12 @@ def _encoded(tensor: Mapping[str, Any]) -> dict[str, Any]:
 def _strip_sums(file: InputFile, strips: list[Any]) -> Iterator[str]:
     """Digests of strips as the receipt lists them (receipt.py, _strips)."""
     if strips and isinstance(strips[0], int):
-        offset, nbytes, step = strips
-        strips = [[[offset + at, min(step, nbytes - at), 1, 0]] for at in range(0, nbytes, step)]
+        first, whole, step = strips
+        every: Iterable[Any] = ([[first + at, min(step, whole - at), 1, 0]] for at in range(0, whole, step))
+    else:
+        every = strips
     left = file.size
-    for runs in strips:
+    for runs in every:
         digest = xxhash.xxh3_128()
         for offset, nbytes, times, distance in runs:
             left -= nbytes * times
