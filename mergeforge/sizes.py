@@ -18,7 +18,10 @@ def parse_size(value: Any) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value), re.IGNORECASE)
     if isinstance(value, bool) or not match:
         raise ValueError(f"{value!r} is not a size; write 5GB, 800MB or 2GiB")
-    size = int(float(match[1]) * UNITS[(match[2] or "").lower()])
+    exact = float(match[1]) * UNITS[(match[2] or "").lower()]
+    if exact > 1 << 62:
+        raise ValueError(f"{value!r} is more than any disk holds")
+    size = int(exact)
     if size < 1:
         raise ValueError("a size must be at least one byte")
     return size
