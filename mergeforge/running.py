@@ -181,7 +181,7 @@ class _Crew:
         settled = time.monotonic()
         while working:
             try:
-                result = self.results.get(timeout=SYNC_SECONDS)
+                result = self.results.get(timeout=SYNC_SECONDS if self.waiting else None)
             except queue.Empty:
                 result = None
                 working += 1
