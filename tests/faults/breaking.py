@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mergeforge import running
 from mergeforge.errors import OutputError
 from mergeforge.planning import WORK, Plan, make_plan
@@ -44,6 +46,12 @@ class World:
 
     def plan(self, out: Path, kind: str = "shards", **options: Any) -> Plan:
         return make_plan(self.recipe(kind), out=out, **{"threads": 1, "memory": "64MiB", **options})
+
+    def command(self, out: Path, kind: str = "shards") -> list[str]:
+        """The same as a command of mergeforge."""
+        path = self.root / f"{kind}.yaml"
+        path.write_text(yaml.safe_dump(self.recipe(kind), sort_keys=False))
+        return ["run", str(path), "--out", str(out), "--threads", "1", "--memory", "64MiB", "-q"]
 
     def reference(self, kind: str = "shards") -> dict[str, str]:
         """The digests of an undisturbed merge. Every merge is called `out`: its card says its name."""

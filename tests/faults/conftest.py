@@ -43,8 +43,9 @@ def world(disk: Path) -> World:
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
+def warm(world: World, disk: Path) -> Iterator[Warm]:
     with Warm() as server:
+        server.learn(world.command(disk / "learned" / "out"))
         yield server
 
 

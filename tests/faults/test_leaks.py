@@ -143,3 +143,47 @@ def test_no_code_of_a_model_is_run(warm: Warm, evil: Path, name: str) -> None:
     assert not evil.exists(), ended
     assert "Traceback" not in ended.err, ended
     assert not list(folder.glob("out/*.py"))
+
+
+ESCAPES = [
+    "{{ cycler.__init__.__globals__.os.mkdir('PWNED') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{% for x in ().__class__.__base__.__subclasses__() %}{{ x.__init__.__globals__.os.mkdir('PWNED') }}{% endfor %}",
+    "{{ messages.append({'role': 'user'}) }}",
+    "{{ raise_exception('no') }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}{{ os.mkdir('PWNED') }}",
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("template", ESCAPES)
+def test_a_chat_template_reaches_nothing(warm: Warm, tmp_path: Path, template: str) -> None:
+    """transformers renders it in Jinja's sandbox."""
+    write_model(tmp_path / "base", SHAPES["tiny"])
+    path = tmp_path / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    for command in (
+        ["data", "preview", "rows.jsonl", "--model", "base"],
+        ["chat", "base", "--prompt", "hi", "--max-tokens", "1"],
+        ["run", "recipe.yaml", "--out", "out"],
+    ):
+        (tmp_path / "recipe.yaml").write_text("merge_method: passthrough\nmodels: [base]\noutput: {gguf: f16}\n")
+        ended = warm.run(command, tmp_path)
+        assert not (tmp_path / "PWNED").exists()
+        assert "Traceback" not in ended.err and "root:" not in ended.out, ended
+        assert command[0] != "data" or "refuses it" in ended.out, ended
+
+
+@pytest.mark.faults
+def test_a_link_out_of_the_folder_is_not_published(talks: Talks, tmp_path: Path) -> None:
+    talks.begin(talks["publish"], tmp_path)
+    secret, folder = tmp_path / "secret", tmp_path / "model"
+    secret.write_text("mine")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "notes.txt").symlink_to(secret)
+    ended = talks.warm.run(["publish", str(folder), REPO], tmp_path)
+    assert ended.code == 3 and "leads out" in ended.err
+    assert published(talks) == []

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 KILLED = -signal.SIGKILL
+DEAD = 137  # the exit code of a child that killed itself
 GO = signal.SIGUSR1  # what a child that is to be traced waits for
 PR_SET_PTRACER = 0x59616D61  # linux/prctl.h
 
@@ -112,7 +113,7 @@ class Warm:
 @dataclass(frozen=True)
 class Order:
     """What a child does. `traced`: wait for GO first. `eager`: sync after each tile. `hasty`: never wait
-    long between tries. `limits`: RLIMIT_* -> soft
+    long between tries. `dies_at`: end at that change of the disk (1-based). `limits`: RLIMIT_* -> soft
     limit; `DATA_MORE`: bytes that it may take beyond what it has. `env` is added to the environment. `imported`: a file
     for the names of its modules."""
 
@@ -122,6 +123,7 @@ class Order:
     traced: bool = False
     eager: bool = False
     hasty: bool = False
+    dies_at: int = 0
     limits: dict[str, int] | None = None
     env: dict[str, str] | None = None
     imported: str = ""
@@ -175,6 +177,8 @@ def obey(order: Order, ready: int) -> int:
         running.SYNC_SECONDS = 0.0
     if order.hasty:
         be_hasty()
+    if order.dies_at:
+        die_at(order.dies_at)
     if order.traced:
         ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(-1))
         signal.pthread_sigmask(signal.SIG_BLOCK, {GO})
@@ -202,6 +206,22 @@ def be_hasty() -> None:
     time.sleep = lambda seconds: sleep(min(seconds, 0.01))
     patience.WAITS = tuple(0.01 for _ in patience.WAITS)
     patience.LONGEST = 0.01
+
+
+def die_at(number: int) -> None:
+    from breaking import CHANGING, Strikes
+
+    strikes = Strikes(number, die, lasting=False)
+    for name in CHANGING:
+        setattr(os, name, strikes.around(getattr(os, name)))
+
+
+def die(original: Any, *arguments: Any, **named: Any) -> None:
+    """End the process without a farewell; a write gets half of its bytes out first."""
+    if original.__name__ in ("pwrite", "write"):
+        fd, data, *rest = arguments
+        original(fd, bytes(data)[: len(data) // 2], *rest)
+    os._exit(DEAD)
 
 
 def limit(limits: dict[str, int]) -> None:
