@@ -34,7 +34,7 @@ from mergeforge.sinks import Outlet, Run, joined, strips
 from mergeforge.sinks.checkpoint import index
 from mergeforge.tensors import Tile
 from mergeforge.vocab.modelfile import modelfile
-from mergeforge.workspace import RECEIPT, RECIPE, Workspace
+from mergeforge.workspace import CARD, RECEIPT, RECIPE, Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,7 @@ def _side_files(plan: Plan) -> dict[str, bytes | Path]:
     shards = index(plan.checkpoint, plan.tensors)
     if shards is not None:
         sides["model.safetensors.index.json"] = shards
-    sides["README.md"] = model_card(plan).encode()
+    sides[CARD] = model_card(plan).encode()
     if plan.ggufs:
         first = plan.ggufs[0]
         sides["Modelfile"] = modelfile(next(iter(first.layout.files)), first.keys).encode()

@@ -25,6 +25,7 @@ from mergeforge.sinks.checkpoint import INDEX
 
 RECEIPT = "mergeforge.json"
 RECIPE = "mergeforge.yml"
+CARD = "README.md"
 LOCK = "lock"
 
 
@@ -144,7 +145,7 @@ class Workspace:
                 raise self._finished()
             return
         held = sorted(path.name for path in self.out.iterdir() if path.name != WORK)
-        ours = {*self.plan.files, *self.plan.side_files, INDEX, "config.json", "README.md", RECIPE}
+        ours = {*self.plan.files, *self.plan.side_files, INDEX, "config.json", CARD, RECIPE}
         if clash := [name for name in held if name in ours or name.endswith((".safetensors", ".gguf"))]:
             text = f"{self.out} holds {listing(clash)}, which no merge of mergeforge wrote"
             raise OutputError(text, hint="write into a new folder with --out DIR")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from fakehub import FakeHub
 
 import mergeforge
 from mergeforge.adapters.kinds import KINDS
@@ -29,10 +34,10 @@ def blocks(language: str, page: str = README) -> list[str]:
 DATA = ("instruct", "documents", "forecast")  # what the README's rows are called, in their order
 
 
-def commands(page: str) -> list[tuple[list[str], set[int]]]:
+def commands(page: str, language: str = "sh") -> list[tuple[list[str], set[int]]]:
     """Arguments and the exit codes that they may end with."""
     found = []
-    for line in (line.split(" #")[0].strip() for block in blocks("sh", page) for line in block.splitlines()):
+    for line in (line.split(" #")[0].strip() for block in blocks(language, page) for line in block.splitlines()):
         if line.startswith("mergeforge "):
             arguments = shlex.split(line.removesuffix("|| true"))[1:]
             codes = {0, 1} if line.endswith("|| true") else {1} if arguments[0] == "diff" else {0}
@@ -56,6 +61,34 @@ def test_every_command_of_the_how_tos_runs(models: Path) -> None:
     assert len(commands(HOW_TO)) >= 9
     for arguments, codes in commands(HOW_TO):
         assert run_command(arguments) in codes, arguments
+
+
+def test_the_how_tos_that_need_a_hub_run_against_one(models: Path) -> None:
+    """Merged on the Hub's side, published, downloaded again and verified."""
+    first, *rest = [command for command, _ in commands(HOW_TO, "text") if "owner/name" in command]
+    assert "--stream-to-hub" in first and [command[0] for command in rest] == ["publish", "publish"]
+    recipe = {"base_model": "owner/base", "adapters": ["adapters/a"], "output": {"path": "merged", "gguf": ["f16"]}}
+    Path("merge.yaml").write_text(yaml.safe_dump(recipe))
+    download = "from huggingface_hub import snapshot_download; snapshot_download('owner/name', local_dir='again')"
+    with FakeHub() as hub:
+        hub.add_repo("owner/base", {path.name: path.read_bytes() for path in Path("base").iterdir()})
+        env = {**os.environ, **hub.env(), "HF_HOME": str(models / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+        def call(*arguments: str) -> None:
+            done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=200)
+            assert done.returncode == 0, done.stderr
+
+        call("-m", "mergeforge", *first)
+        shutil.rmtree("merged")
+        call("-m", "mergeforge", "run", "merge.yaml", "-q")
+        call("-m", "mergeforge", "eval", "merged", "--data", "sample:chat", "--limit", "2", "--card", "-q")
+        for command in rest:
+            call("-m", "mergeforge", *command)
+        call("-c", download)
+        call("-m", "mergeforge", "verify", "again")
+    published = {path.name for path in Path("merged").iterdir() if not path.name.startswith(".")}
+    assert {path.name for path in Path("again").iterdir() if not path.name.startswith(".")} >= published
+    assert "| sample:chat | 2 |" in Path("again/README.md").read_text()
 
 
 def test_ci_runs_the_set_up_and_test_commands_of_the_readme() -> None:

@@ -55,15 +55,18 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_data_options
 @click.option("--smoke", "only_smoke", is_flag=True, help="Let MODELs answer a few prompts and check the answers.")
 @click.option("--prompts", metavar="FILE", help="With --smoke: other prompts, one a line.")
+@click.option("--card", "noted", is_flag=True, help="Put the result into MODEL's card (README.md) as well.")
 @click.option("--lm-eval", "tasks", metavar="TASKS", help="Tasks of lm-evaluation-harness, by commas (extra eval).")
-def evaluate(models: tuple[str, ...], *, only_smoke: bool, prompts: str | None, tasks: str | None, **asked: Any) -> int:
+def evaluate(
+    models: tuple[str, ...], *, only_smoke: bool, prompts: str | None, noted: bool, tasks: str | None, **asked: Any
+) -> int:
     """How well MODEL predicts the answers of a data set: a folder, a PEFT adapter, a Hub repo or a GGUF file.
 
     Perplexity and token accuracy count the answers' tokens, bits per byte the bytes of their text, so that models of
     different vocabularies can be compared. --smoke asks a few prompts instead and ends with 1 if a check fails.
 
     \b
-    mergeforge eval merged --data valid.jsonl --samples 3
+    mergeforge eval merged --data valid.jsonl --samples 3 --card
     mergeforge eval runs/new/adapter --data valid.jsonl --quantise nf4 --json
     mergeforge eval --smoke adapter merged merged/merged-Q4_K_M.gguf --stop '</output>'
     """
@@ -75,9 +78,12 @@ def evaluate(models: tuple[str, ...], *, only_smoke: bool, prompts: str | None, 
         return _harness(models[0], [task.strip() for task in tasks.split(",") if task.strip()], asked)
     from mergeforge import evaluating
     from mergeforge.cli.evaluation_tables import sample_dicts, show_evaluation
+    from mergeforge.evaluating.card import card_of, note_in_card
     from mergeforge.evaluating.texts import read_metrics, text_metrics
 
     metrics, settings = read_metrics(asked["metrics"]), _settings(asked)
+    if noted:
+        card_of(models[0])  # before the work
     with _progress(asked["quiet"]) as begin:
         found = evaluating.evaluate(
             models[0],
@@ -94,6 +100,8 @@ def evaluate(models: tuple[str, ...], *, only_smoke: bool, prompts: str | None, 
         click.echo(json.dumps(found.as_dict() | {"metrics": measured, "samples": sample_dicts(found)}))
     else:
         show_evaluation(found, measured)
+    if noted:
+        click.echo(f"noted in {note_in_card(found, asked['path'])}", err=True)
     return 0
 
 
