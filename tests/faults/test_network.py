@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hubs import TALKS, Talk, Talks
+from hubs import TALKS, Talks
 from scenarios import assert_told
 from tally import Tally
-from warm import Ended
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 ONCE: dict[str, dict[str, Any]] = {
@@ -26,45 +25,38 @@ ONCE: dict[str, dict[str, Any]] = {
 }
 
 
-def disturbed(talks: Talks, talk: Talk, folder: Path, number: int, fault: dict[str, Any], *, lasting: bool) -> Ended:
-    """Run it with a fault at a request, or from there on."""
+def disturb(
+    talks: Talks, name: str, place: Path, number: int, fault: dict[str, Any], tally: Tally, *, lasting: bool = False
+) -> None:
+    """A talk with a fault at a request, or from there on: it ends well or in our words, and goes on."""
+    talk = talks[name]
 
     def act(at: int, stage: str, path: str) -> dict[str, Any] | None:
         if fault["kind"] == "corrupt" and not ("/cdn/" in path or "/resolve/" in path):
             return None  # TLS keeps what else there is
         return fault if at == number or (lasting and at > number) else None
 
+    folder = talks.begin(talk, place)
     talks.hub.act = act
     ended = talks.start(talk, folder).wait()
     talks.hub.settle()
-    return ended
+    with tally.run():
+        if ended.code:
+            assert_told(ended)
+        talks.assert_nothing_half_done(talk, folder)
+        talks.assert_goes_on(talk, folder)
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("how", ONCE)
 @pytest.mark.parametrize("name", TALKS)
 def test_a_fault_at_every_request(talks: Talks, tmp_path: Path, tally: Tally, name: str, how: str) -> None:
-    talk = talks[name]
-    for number in range(1, talk.requests + 1, 2):
-        folder = talks.begin(talk, tmp_path)
-        ended = disturbed(talks, talk, folder, number, ONCE[how], lasting=False)
-        with tally.run():
-            if ended.code:
-                assert_told(ended)
-            talks.assert_nothing_half_done(talk, folder)
-            talks.assert_goes_on(talk, folder)
-        shutil.rmtree(folder)
+    for number in range(1, talks[name].requests + 1):
+        disturb(talks, name, tmp_path, number, ONCE[how], tally)
 
 
 @pytest.mark.parametrize("how", ["500", "429", "reset on the way", "a flipped byte"])
 @pytest.mark.parametrize("name", TALKS)
 def test_a_hub_that_stays_broken(talks: Talks, tmp_path: Path, tally: Tally, name: str, how: str) -> None:
-    talk = talks[name]
-    for number in range(1, talk.requests + 1, 5):
-        folder = talks.begin(talk, tmp_path)
-        ended = disturbed(talks, talk, folder, number, ONCE[how], lasting=True)
-        with tally.run():
-            if ended.code:
-                assert_told(ended)
-            talks.assert_nothing_half_done(talk, folder)
-            talks.assert_goes_on(talk, folder)
-        shutil.rmtree(folder)
+    for number in range(1, talks[name].requests + 1, 2):
+        disturb(talks, name, tmp_path, number, ONCE[how], tally, lasting=True)
