@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    _Inputs = tuple[list[Tensor], Tensor | None]  # of a block, as the method takes them; the base if it was taken away
+
 T = TypeVar("T")
 
 
@@ -51,7 +53,7 @@ class Merged:
     def learn(self, scan: Scan) -> Any:
         def look(see: Callable[[list[Tensor], Block], T], sample: int = 0) -> Any:
             for (inputs, _), start, stop in scan(self._stager(scan.worker, scan.facts, scan.dtype), sample):
-                yield see(inputs(start, stop), self._block(start))
+                yield see(inputs(start, stop)[0], self._block(start))
 
         return self.method.learn(look, self.info.numel, self.parameters)
 
@@ -60,26 +62,29 @@ class Merged:
         learnt = facts.get(id(self))
 
         def block(start: int, stop: int) -> Tensor:
-            merged = self.method(inputs(start, stop), learnt, self._block(start), self.parameters)
-            return merged.add_(base(start, stop)) if base else merged
+            values, subtracted = inputs(start, stop)
+            merged = self.method(values, learnt, self._block(start), self.parameters)
+            if base is None:
+                return merged
+            return merged.add_(base(start, stop) if subtracted is None else subtracted)
 
         return block
 
     def _stager(
         self, worker: Worker, facts: Facts, dtype: torch.dtype
-    ) -> Callable[[range], tuple[Callable[[int, int], list[Tensor]], Rows | None]]:
-        def stage(rows: range) -> tuple[Callable[[int, int], list[Tensor]], Rows | None]:
+    ) -> Callable[[range], tuple[Callable[[int, int], _Inputs], Rows | None]]:
+        def stage(rows: range) -> tuple[Callable[[int, int], _Inputs], Rows | None]:
             staged = [way.stage(rows, worker, facts, dtype) for way in self.inputs]
             base = self.base.stage(rows, worker, facts, dtype) if self.base else None
 
-            def inputs(start: int, stop: int) -> list[Tensor]:
+            def inputs(start: int, stop: int) -> _Inputs:
                 values = [rows_of(start, stop) for rows_of in staged]
-                if base and any(self.subtract):
-                    minus = base(start, stop)
-                    values = [
-                        value.sub_(minus) if less else value for value, less in zip(values, self.subtract, strict=True)
-                    ]
-                return values
+                minus = base(start, stop) if base and any(self.subtract) else None
+                if minus is not None:
+                    for value, less in zip(values, self.subtract, strict=True):
+                        if less:
+                            value.sub_(minus)
+                return values, minus
 
             return inputs, base
 

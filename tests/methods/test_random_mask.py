@@ -11,12 +11,13 @@ import torch
 
 from mergeforge.methods import Block
 from mergeforge.methods.masks import Masks
-from mergeforge.methods.random_mask import _drawn, _drawn_there, masked, random_mask
+from mergeforge.methods.random_mask import _drawn, _drawn_below, _drawn_there, masked, random_mask
 
 N = 100_000
+KEYS = (0x89ABCDEF, 0x12345678), (0x0F1E2D3C, 0x4B5A6978)
 PINNED = (
-    [1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1],
-    [0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0],
+    [1, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0],
+    [0, 0, 0, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0],
 )
 
 
@@ -82,8 +83,16 @@ def test_the_shape_follows_the_tensor() -> None:
 def test_numpy_and_torch_draw_the_same(start: int) -> None:
     """More than one piece; torch's hash is what other devices run."""
     like = torch.empty((1 << 17) + 5)
-    drawn = _drawn(start & 0x7FFFFFFF, like.numel(), 0x89ABCDEF, 0x12345678)
-    assert np.array_equal(drawn, _drawn_there(start & 0x7FFFFFFF, like, 0x89ABCDEF, 0x12345678).numpy())
+    drawn = _drawn(start & 0x7FFFFFFF, like.numel(), *KEYS)
+    assert np.array_equal(drawn, _drawn_there(start & 0x7FFFFFFF, like, *KEYS).numpy())
+
+
+@pytest.mark.parametrize("limit", [1, 255, 256, 257, 0x8000, 0x8001, 0xFF00, 0xFFFF])
+@pytest.mark.parametrize("start", [0, 7])
+def test_the_lower_byte_decides_where_the_upper_does_not(limit: int, start: int) -> None:
+    """Every limit cuts the same draws, whether all of their bytes are hashed or only those that matter."""
+    count = 1 << 20
+    assert np.array_equal(_drawn_below(limit, start, count, *KEYS), _drawn(start, count, *KEYS) < limit)
 
 
 @pytest.mark.parametrize("start", [0, 5])
@@ -96,12 +105,16 @@ def test_a_density_for_each_element(start: int) -> None:
 
 
 def test_draws_are_even() -> None:
-    """As many of each sixteenth, from the low and from the high halves of the hashes."""
-    drawn = _drawn(0, 10 * N, 1, 2)
-    for half in (drawn[::2], drawn[1::2]):
-        counts = np.bincount(half >> 12, minlength=16)
-        assert np.abs(counts - len(half) / 16).max() < 5 * math.sqrt(len(half) / 16)
-    assert abs(np.corrcoef(drawn[::2], drawn[1::2])[0, 1]) < 5 / math.sqrt(len(drawn) / 2)
+    """As many of each sixteenth, from each byte of the hashes, and no byte tells of its neighbours or of the lower."""
+    drawn = _drawn(0, 10 * N, *KEYS)
+    upper, lower = drawn >> 8, drawn & 255
+    for some in (upper, lower):
+        for at in range(4):
+            counts = np.bincount(some[at::4] >> 4, minlength=16)
+            assert np.abs(counts - len(drawn) / 64).max() < 5 * math.sqrt(len(drawn) / 64)
+    pairs = [(upper[at::4], upper[other::4]) for at in range(4) for other in range(at)]
+    for one, other in [*pairs, (upper, lower), (upper[:-4], upper[4:])]:
+        assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(len(one))
 
 
 def test_masked_is_in_place_and_leaves_whole_ones_alone() -> None:
