@@ -6,6 +6,8 @@ inner products alone. So a tensor is looked at once, and combining it is one wei
 
 from __future__ import annotations
 
+import math
+from itertools import combinations_with_replacement as pairs
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Look
@@ -27,19 +29,22 @@ def gram(look: Look) -> Matrix:
     """
     import numpy as np
 
-    seen = list(look(lambda inputs, block: np.sum([_products(part) for part in by_elements(inputs, made=1)], axis=0)))
-    return np.sum(seen, axis=0) if seen else np.zeros((0, 0))
+    blocks = look(lambda inputs, block: [_products(part) for part in by_elements(inputs, made=1)])
+    seen = [sums for block in blocks for sums in block]
+    count = (math.isqrt(8 * len(seen[0]) + 1) - 1) // 2 if seen else 0
+    products = np.zeros((count, count))
+    if seen:
+        upper = np.triu_indices(count)
+        products[upper] = products.T[upper] = np.sum(seen, axis=0)
+    return products
 
 
-def _products(part: list[Tensor]) -> Matrix:
-    import numpy as np
+def _products(part: list[Tensor]) -> list[float]:
+    """The inner product of each input with itself and those that follow it."""
     import torch
 
-    upper = np.triu_indices(len(part))
-    sums = torch.stack([(part[row] * part[column]).sum() for row, column in zip(*upper, strict=True)])
-    products = np.zeros((len(part), len(part)))
-    products[upper] = products.T[upper] = sums.double().cpu().numpy()
-    return products
+    sums: list[float] = torch.stack([(one * other).sum() for one, other in pairs(part, 2)]).tolist()
+    return sums
 
 
 def lengths(products: Matrix) -> Matrix:
