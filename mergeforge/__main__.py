@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import NoReturn
 
-COLLECT_AFTER = 50_000  # new objects, instead of 700: torch's import makes half a million that stay
+COLLECT_AFTER = 50_000  # new objects, instead of 700: torch's import makes 150,000 that stay
 
 
 def main() -> NoReturn:

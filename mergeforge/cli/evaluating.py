@@ -70,6 +70,8 @@ def evaluate(
     mergeforge eval runs/new/adapter --data valid.jsonl --quantise nf4 --json
     mergeforge eval --smoke adapter merged merged/merged-Q4_K_M.gguf --stop '</output>'
     """
+    if noted and (only_smoke or tasks):
+        raise RecipeError("--card notes the measures of --data alone", hint="leave out --card")
     if only_smoke:
         return _smoke(models, prompts, asked)
     if len(models) > 1:

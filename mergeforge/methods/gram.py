@@ -29,8 +29,7 @@ def gram(look: Look) -> Matrix:
     """
     import numpy as np
 
-    blocks = look(lambda inputs, block: [_products(part) for part in by_elements(inputs, made=1)])
-    seen = [sums for block in blocks for sums in block]
+    seen = list(look(lambda inputs, block: np.sum([_products(part) for part in by_elements(inputs, made=1)], axis=0)))
     count = (math.isqrt(8 * len(seen[0]) + 1) - 1) // 2 if seen else 0
     products = np.zeros((count, count))
     if seen:

@@ -55,6 +55,12 @@ def test_a_model_that_is_not_here_has_no_card(capsys: pytest.CaptureFixture[str]
     assert "has no card" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("other", [["--smoke"], ["--lm-eval", "arc_easy"]])
+def test_what_has_no_row_is_refused(taught: Path, other: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["eval", str(taught), "--card", *other]) == 2
+    assert "--card notes the measures of --data alone" in capsys.readouterr().err
+
+
 def test_a_card_that_is_not_text_is_left_alone(
     taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
