@@ -154,12 +154,15 @@ class Worker:
     On CUDA the staging buffer is pinned and has a twin on the device; what is read is copied there on
     the worker's own stream, and results come back into the staging buffer. With several workers
     one's disk time covers another's bus and compute time.
+
+    `kernels`: what can be computed by numba's kernels is, from the staged bytes (on a CPU).
     """
 
-    def __init__(self, device: str, staging_nbytes: int) -> None:
+    def __init__(self, device: str, staging_nbytes: int, *, kernels: bool = False) -> None:
         import torch
 
         self.device = device
+        self.kernels = kernels
         self.write_behind = WriteBehind()
         pinned = device.startswith("cuda")
         make_stream: Any = torch.cuda.Stream  # untyped in torch

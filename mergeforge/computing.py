@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+CALM = 1e4  # a magnitude that every type holds, by far
 Encoded = list[tuple[Outlet, "Tensor"]]  # a tile as every outlet writes it: uint8, on the CPU
 
 
@@ -100,7 +101,7 @@ def _compute(piece: Piece, tile: Tile, worker: Worker, staged: _Staged, allow_no
         value = rows(start, stop)
         if before and (count := looks_at(piece, start, stop)):
             measured.append(measure(piece, before(start, start + count), value[:count]))
-        extremes += value.aminmax()  # NaN carries through
+        extremes += _extremes(value)
         for gather in gathers:
             gather.take(value, start)
     worker.wait()
@@ -109,6 +110,19 @@ def _compute(piece: Piece, tile: Tile, worker: Worker, staged: _Staged, allow_no
         if pen.outlet.refuses(magnitude) and not (allow_nonfinite and pen.outlet.plain):
             raise _unfit(piece, tile, pen, magnitude)
     return Carried(tile, [(pen.outlet, pen.raw) for pen in pens], total(measured) if before else None)
+
+
+def _extremes(value: Tensor) -> tuple[Tensor, ...]:
+    """Numbers as large as any of the block; NaN carries through.
+
+    On a CPU the norm where it is small: that takes a third of the time of looking for the largest.
+    """
+    if value.device.type == "cpu":
+        flat = value.reshape(-1)
+        norm = flat.dot(flat).sqrt_()
+        if norm < CALM:
+            return (norm,)
+    return value.aminmax()
 
 
 class _Pen:

@@ -67,17 +67,19 @@ def looks_at(piece: Piece, start: int, stop: int) -> int:
 
 def measure(piece: Piece, base: Tensor, value: Tensor) -> Measured:
     """Compare rows of the base with what they became, in the dtype that is written."""
+    import torch
+
     dtype = torch_dtype(piece.info.dtype)
     change = value - base
-    meant = change != 0
-    kept = meant & (value.to(dtype) == base.to(dtype))
+    least, most = change.aminmax()
+    meant = int(change.count_nonzero())
     return Measured(
         elements=value.numel(),
-        weight=float(base.double().square().sum()),
-        change=float(change.double().square().sum()),
-        largest=float(change.abs().max()),
-        meant=int(meant.sum()),
-        swallowed=int(kept.sum()),
+        weight=float(torch.linalg.vector_norm(base, dtype=torch.float64)) ** 2,
+        change=float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2,
+        largest=max(float(most), -float(least)),
+        meant=meant,
+        swallowed=meant - int((value.to(dtype) - base.to(dtype)).count_nonzero()),  # rounding makes no change of none
     )
 
 

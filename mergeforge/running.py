@@ -247,7 +247,8 @@ class _Crew:
         try:
             worker = self.idle.pop()
         except IndexError:
-            return Worker(self.plan.budget.device, max((piece.staging for piece in self.plan.pieces), default=0))
+            staging = max((piece.staging for piece in self.plan.pieces), default=0)
+            return Worker(self.plan.budget.device, staging, kernels=self.plan.kernels)
         worker.write_behind = WriteBehind()  # the files that it wrote are closed
         return worker
 

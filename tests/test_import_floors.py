@@ -15,7 +15,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mergeforge"
 FLOORS = (
-    {"errors", "registry", "parameters", "tensors", "sizes", "disk", "side_files", "checksums", "keyvalues"},
+    {
+        "errors",
+        "registry",
+        "parameters",
+        "compiled",
+        "tensors",
+        "sizes",
+        "disk",
+        "side_files",
+        "checksums",
+        "keyvalues",
+    },
     {
         "methods",
         "adapters",

@@ -27,7 +27,10 @@ from mergeforge.parameters import Interval, Parameter, parameters_of
 from mergeforge.registry import Registry
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from mergeforge.methods.consensus import WeightedSum
 
 R = TypeVar("R")
 UNIT = Interval(0, 1)
@@ -48,7 +51,10 @@ class Block:
 
 
 class Look(Protocol):
-    """Run `see(inputs, block)` on every block, or on about `sample` of them; yield results in order."""
+    """Run `see(inputs, block)` on every block, or on about `sample` of them; yield results in order.
+
+    It may have a method `products` that yields the blocks' inner products as gram() adds them up, faster.
+    """
 
     def __call__(self, see: Callable[[list[Tensor], Block], R], sample: int = 0) -> Iterator[R]: ...
 
@@ -67,6 +73,7 @@ class Method:
     inputs: tuple[int, int]
     facts: Callable[..., Any] | None
     facts_nbytes: int
+    as_sum: Callable[..., WeightedSum | None] | None
     check: Callable[..., None] | None
     live: int
     wants: frozenset[str]
@@ -81,6 +88,16 @@ class Method:
         wanted = {name: extra[name] for name in extra if name in self.wants}
         merged: Tensor = self.combine(inputs, **wanted, **{_python(name): value for name, value in parameters.items()})
         return merged
+
+    def weighted_sum(
+        self, facts: Any, count: int, dtype: torch.dtype, parameters: Mapping[str, Any]
+    ) -> WeightedSum | None:
+        """What the method makes of `count` inputs in a tensor, if that is a weighted sum of them."""
+        if self.as_sum is None:
+            return None
+        extra = {"facts": facts, "count": count, "dtype": dtype}
+        wanted = {name: extra[name] for name in extra if name in inspect.signature(self.as_sum).parameters}
+        return self.as_sum(**wanted, **{_python(name): value for name, value in parameters.items()})
 
     def check_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Raises ValueError when the values of one tensor make no sense together."""
@@ -105,6 +122,7 @@ def method(
     optional_base: bool = False,
     facts: Callable[..., Any] | None = None,
     facts_nbytes: int = 0,
+    as_sum: Callable[..., WeightedSum | None] | None = None,
     check: Callable[..., None] | None = None,
     within: Mapping[str, Interval] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -112,7 +130,9 @@ def method(
 
     `base_is_input`: the base model is the first input (slerp). `optional_base`: where the recipe has a
     base model, the method works on task vectors (nuslerp). `facts_nbytes`: memory that learning
-    the facts holds for each input. `check` raises ValueError for parameters that make no sense
+    the facts holds for each input. `as_sum`, given `facts`, `count` (of inputs) or `dtype` if it names them, and the
+    parameters, tells the same as a weighted sum of the inputs, or None: such sums are computed in one pass, straight
+    from the inputs' bytes. `check` raises ValueError for parameters that make no sense
     together, when the merge is planned. `within`: the interval in which a parameter must lie.
     """
 
@@ -130,6 +150,7 @@ def method(
                 inputs=inputs,
                 facts=facts,
                 facts_nbytes=facts_nbytes,
+                as_sum=as_sum,
                 check=check,
                 live=live,
                 wants=frozenset(arguments) & {"facts", "block"},

@@ -2,42 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+LEAST = 1e-8  # of a sum of weights that is divided by
 
-def combined(inputs: list[Tensor], factors: list[float]) -> Tensor:
-    """sum(factor_i * input_i), overwriting the first input."""
-    total = inputs[0].mul_(factors[0])
-    for one, factor in zip(inputs[1:], factors[1:], strict=True):
-        total.add_(one, alpha=factor)
-    return total
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """scale * sum(factor_i * input_i), divided by the sum of the factors with `normalize`.
+
+    `fused`: each product after the first is added in one rounding (a fused multiply-add); else it is rounded first.
+    A sum of factors below `least` divides by 1.
+    """
+
+    factors: Sequence[float]
+    normalize: bool = False
+    scale: float = 1.0
+    fused: bool = False
+    least: float = 0.0
+
+    def divisor(self, dtype: torch.dtype) -> float:
+        """The sum of the factors in the dtype that is computed in."""
+        import torch
+
+        total = float(torch.tensor(self.factors, dtype=dtype).sum()) if self.normalize else 1.0
+        return total if abs(total) >= self.least else 1.0
+
+    def of(self, inputs: list[Tensor]) -> Tensor:
+        """The sum, overwriting the inputs."""
+        total = _scaled(inputs[0], self.factors[0])
+        for one, factor in zip(inputs[1:], self.factors[1:], strict=True):
+            if self.fused:
+                total.add_(one, alpha=factor)
+            else:
+                total.add_(_scaled(one, factor))
+        divisor = self.divisor(total.dtype)
+        if divisor != 1:
+            total.div_(divisor)
+        return _scaled(total, self.scale)
+
+
+def _scaled(one: Tensor, factor: float) -> Tensor:
+    return one if factor == 1 else one.mul_(factor)
+
+
+def combined(inputs: list[Tensor], factors: Sequence[float]) -> Tensor:
+    """sum(factor_i * input_i) with fused multiply-adds, overwriting the first input."""
+    return WeightedSum(factors, fused=True).of(inputs)
+
+
+def task_arithmetic_sum(weight: list[float], normalize: bool, lambda_: float) -> WeightedSum:
+    """lambda * sum(weight_i * delta_i); normalize divides by sum(weight_i).
+
+    A sum of weights below 1e-8 divides by 1, as in mergekit's generalized task arithmetic. Each product is rounded
+    before it is added, and lambda comes last, as there: the sums are equal, bit for bit.
+    """
+    return WeightedSum(weight, normalize, lambda_, least=LEAST)
 
 
 def weighted_sum(
-    deltas: list[Tensor], weight: list[float], normalize: bool, lambda_: float = 1.0, ratios: list[float] | None = None
+    deltas: list[Tensor], weight: list[float], normalize: bool, lambda_: float = 1.0, ratios: Sequence[float] = ()
 ) -> Tensor:
-    """lambda * sum(ratio_i * weight_i * delta_i), overwriting the first delta; normalize divides by sum(weight_i).
+    """task_arithmetic_sum of sum(ratio_i * weight_i * delta_i), overwriting the deltas.
 
-    A sum of weights below 1e-8 divides by 1, as in mergekit's generalized task arithmetic. Each product is rounded
-    before it is added, and lambda comes last, as there: the sums are equal, bit for bit. With ratios (random masks are
-    nobody else's) all is one factor, added in one pass.
+    With ratios (random masks are nobody else's) all is one factor, added in one pass.
     """
-    divisor = float(deltas[0].new_tensor(weight).sum()) if normalize else 1.0
-    divisor = divisor if abs(divisor) >= 1e-8 else 1.0
-    if ratios and any(ratio != 1 for ratio in ratios):
-        return combined(deltas, [lambda_ / divisor * one for one in _factors(weight, ratios)])
-    for delta, one in zip(deltas, weight, strict=True):
-        if one != 1:
-            delta.mul_(one)
-    total = deltas[0]
-    for delta in deltas[1:]:
-        total.add_(delta)
-    if normalize:
-        total.div_(divisor)
-    return total if lambda_ == 1 else total.mul_(lambda_)
+    plain = task_arithmetic_sum(weight, normalize, lambda_)
+    if all(ratio == 1 for ratio in ratios):
+        return plain.of(deltas)
+    share = lambda_ / plain.divisor(deltas[0].dtype)
+    return combined(deltas, [share * one for one in _factors(weight, ratios)])
 
 
 def agreeing_sum(

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Look, method
-from mergeforge.methods.consensus import combined
+from mergeforge.methods.consensus import WeightedSum
 from mergeforge.methods.gram import gram, lengths
 from mergeforge.parameters import Interval
 
@@ -60,10 +60,14 @@ def _mean(units: Matrix, share: Matrix, most: int, tol: float) -> Matrix:
 WITHIN = {"max_iter": Interval(0, 1000), "tol": Interval(0, 1, open_low=True)}
 
 
-@method("karcher", live=1, facts=weights, within=WITHIN)
+def as_sum(facts: list[float], **_: object) -> WeightedSum:
+    return WeightedSum(facts, fused=True)
+
+
+@method("karcher", live=1, facts=weights, within=WITHIN, as_sum=as_sum)
 def karcher(models: list[Tensor], facts: list[float], *, max_iter: float = 10, tol: float = 1e-5) -> Tensor:
     """The point on the sphere with the least squared distance to all models, at their mean length.
 
     Steps from the mean of the directions until one is shorter than `tol`, or `max_iter` were taken.
     """
-    return combined(models, facts)
+    return as_sum(facts).of(models)

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Look, method
-from mergeforge.methods.consensus import combined
+from mergeforge.methods.consensus import WeightedSum, combined
 from mergeforge.methods.gram import gram, is_vector, lengths
 from mergeforge.methods.parts import by_rows
 
@@ -36,7 +36,11 @@ def share(look: Look, numel: int, *, filter_wise: bool) -> float | None:
     return count * cosine / below if abs(below) >= TINY else 0.0
 
 
-@method("model_stock", live=1, inputs=(2, 1 << 16), facts=share)
+def as_sum(facts: float | None, count: int, *, filter_wise: bool) -> WeightedSum | None:
+    return None if facts is None else WeightedSum([facts / count] * count, fused=True)
+
+
+@method("model_stock", live=1, inputs=(2, 1 << 16), facts=share, as_sum=as_sum)
 def model_stock(deltas: list[Tensor], facts: float | None, *, filter_wise: bool = False) -> Tensor:
     """base + t * mean(deltas), t = N cos / (1 + (N - 1) cos); with filter_wise a t for each row.
 
@@ -44,8 +48,8 @@ def model_stock(deltas: list[Tensor], facts: float | None, *, filter_wise: bool 
     oppose each other) the base stays.
     """
     count = len(deltas)
-    if facts is not None:
-        return combined(deltas, [facts / count] * count)
+    if total := as_sum(facts, count, filter_wise=filter_wise):
+        return total.of(deltas)
     for rows in by_rows(deltas):
         each = _shares(rows)
         combined(rows, [1 / count] * count).mul_(each)

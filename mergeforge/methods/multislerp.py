@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Look, method
-from mergeforge.methods.consensus import combined
+from mergeforge.methods.consensus import WeightedSum
 from mergeforge.methods.gram import gram, lengths
 from mergeforge.parameters import Interval
 
@@ -44,12 +44,17 @@ def check(*, weight: list[float], normalize_weights: bool, eps: float) -> None:
         raise ValueError("the weights sum to zero, and normalize_weights divides by their sum")
 
 
+def as_sum(facts: list[float], **_: object) -> WeightedSum:
+    return WeightedSum(facts, fused=True)
+
+
 @method(
     "multislerp",
     live=1,
     optional_base=True,
     facts=weights,
     check=check,
+    as_sum=as_sum,
     within={"eps": Interval(0, 1, open_low=True)},
 )
 def multislerp(
@@ -64,4 +69,4 @@ def multislerp(
 
     mergekit's method (https://goddard.blog/posts/multislerp-wow-what-a-cool-idea). One input stays as it is.
     """
-    return combined(models, facts)
+    return as_sum(facts).of(models)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Look, method
+from mergeforge.methods.consensus import WeightedSum
 from mergeforge.methods.gram import gram, is_vector
 from mergeforge.methods.parts import by_rows
 
@@ -78,7 +79,23 @@ def _factors(sums: list[Tensor], t: float) -> tuple[Tensor, Tensor]:
     return first, angle.mul_(t).sin_().div_(sine).masked_fill_(straight, t)
 
 
-@method("nuslerp", live=1, inputs=(2, 2), optional_base=True, facts=coefficients, facts_nbytes=COLUMNS_NBYTES)
+Coefficients = tuple[float, float] | tuple["Tensor", "Tensor"] | None
+
+
+def as_sum(facts: Coefficients, **_: object) -> WeightedSum | None:
+    """Where one angle counts for the whole tensor."""
+    return WeightedSum(facts) if facts is not None and isinstance(facts[0], float) else None
+
+
+@method(
+    "nuslerp",
+    live=1,
+    inputs=(2, 2),
+    optional_base=True,
+    facts=coefficients,
+    facts_nbytes=COLUMNS_NBYTES,
+    as_sum=as_sum,
+)
 def nuslerp(
     models: list[Tensor],
     facts: tuple[float, float] | tuple[Tensor, Tensor] | None,

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import method
+from mergeforge.methods.consensus import WeightedSum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method("passthrough", live=0, inputs=(1, 1))
+def as_sum(*, scale: list[float] | None) -> WeightedSum:
+    return WeightedSum([1.0 if scale is None or scale[0] is None else scale[0]])
+
+
+@method("passthrough", live=0, inputs=(1, 1), as_sum=as_sum)
 def passthrough(models: list[Tensor], *, scale: list[float] | None = None) -> Tensor:
     """One model unchanged, or multiplied by `scale` where it is given."""
-    return models[0] if scale is None or scale[0] is None else models[0].mul_(scale[0])
+    return as_sum(scale=scale).of(models)

@@ -8,13 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import method
-from mergeforge.methods.consensus import weighted_sum
+from mergeforge.methods.consensus import WeightedSum, task_arithmetic_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method("task_arithmetic", "fold", live=0)
+def as_sum(*, weight: list[float], normalize: bool, lambda_: float, int8_mask: bool) -> WeightedSum:
+    return task_arithmetic_sum(weight, normalize, lambda_)
+
+
+@method("task_arithmetic", "fold", live=0, as_sum=as_sum)
 def task_arithmetic(
     deltas: list[Tensor],
     *,
@@ -27,4 +31,4 @@ def task_arithmetic(
 
     With adapters alone this is the fold: W + sum(weight * B A alpha / r). int8_mask has no effect.
     """
-    return weighted_sum(deltas, weight, normalize, lambda_)
+    return task_arithmetic_sum(weight, normalize, lambda_).of(deltas)

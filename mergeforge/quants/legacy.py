@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mergeforge.compiled import kernel
 from mergeforge.quants import affine, symmetric
 from mergeforge.quants.affine import LOW
 from mergeforge.quants.affine import ROWS as AFFINE_ROWS
@@ -21,7 +22,6 @@ from mergeforge.quants.blocks import (
     take_groups,
     take_importance,
 )
-from mergeforge.quants.compiled import kernel
 from mergeforge.quants.rounding import (
     LANES,
     divided,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.methods import Block, Method
 from mergeforge.sources import Facts, Rows, Scan, Way
+from mergeforge.sources.fused import KINDS, Stack, stack
+from mergeforge.sources.stored import Stored
 from mergeforge.tensors import TensorInfo
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
     _Inputs = tuple[list[Tensor], Tensor | None]  # of a block, as the method takes them; the base if it was taken away
@@ -51,44 +56,105 @@ class Merged:
         return inside + Need(fixed=self.method.facts_nbytes * len(self.inputs) + aligning)
 
     def learn(self, scan: Scan) -> Any:
-        def look(see: Callable[[list[Tensor], Block], T], sample: int = 0) -> Any:
-            for (inputs, _), start, stop in scan(self._stager(scan.worker, scan.facts, scan.dtype), sample):
-                yield see(inputs(start, stop)[0], self._block(start))
-
-        return self.method.learn(look, self.info.numel, self.parameters)
+        looks = _FastLook if self._is_stacked(scan.worker, scan.dtype) else _Look
+        return self.method.learn(looks(self, scan), self.info.numel, self.parameters)
 
     def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
-        inputs, base = self._stager(worker, facts, dtype)(rows)
         learnt = facts.get(id(self))
+        terms = self.method.weighted_sum(learnt, len(self.inputs), dtype, self.parameters)
+        if terms and self._is_stacked(worker, dtype):
+            stack, slot = self.stacked(rows, worker), worker.slot()
+            columns = self.info.columns
+            return lambda start, stop: stack.weighted(
+                terms, start, stop, worker.scratch(slot, (stop - start, columns), dtype)
+            )
+        inputs, base = self.staged(rows, worker, facts, dtype)
 
         def block(start: int, stop: int) -> Tensor:
             values, subtracted = inputs(start, stop)
-            merged = self.method(values, learnt, self._block(start), self.parameters)
-            if base is None:
-                return merged
-            return merged.add_(base(start, stop) if subtracted is None else subtracted)
+            merged = self.method(values, learnt, self.block(start), self.parameters)
+            if subtracted is not None:
+                return merged.add_(subtracted)
+            return merged.add_(base(start, stop)) if base else merged
 
         return block
 
-    def _stager(
-        self, worker: Worker, facts: Facts, dtype: torch.dtype
-    ) -> Callable[[range], tuple[Callable[[int, int], _Inputs], Rows | None]]:
-        def stage(rows: range) -> tuple[Callable[[int, int], _Inputs], Rows | None]:
-            staged = [way.stage(rows, worker, facts, dtype) for way in self.inputs]
-            base = self.base.stage(rows, worker, facts, dtype) if self.base else None
+    def staged(
+        self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype
+    ) -> tuple[Callable[[int, int], _Inputs], Rows | None]:
+        """Rows of the inputs, as the method takes them, and of a base that was taken from none of them."""
+        if self._is_stacked(worker, dtype):
+            return self._rows_of_stack(rows, worker, dtype), None
+        staged = [way.stage(rows, worker, facts, dtype) for way in self.inputs]
+        base = self.base.stage(rows, worker, facts, dtype) if self.base else None
 
-            def inputs(start: int, stop: int) -> _Inputs:
-                values = [rows_of(start, stop) for rows_of in staged]
-                minus = base(start, stop) if base and any(self.subtract) else None
-                if minus is not None:
-                    for value, less in zip(values, self.subtract, strict=True):
-                        if less:
-                            value.sub_(minus)
-                return values, minus
+        def inputs(start: int, stop: int) -> _Inputs:
+            values = [rows_of(start, stop) for rows_of in staged]
+            minus = base(start, stop) if base and any(self.subtract) else None
+            if minus is not None:
+                for value, less in zip(values, self.subtract, strict=True):
+                    if less:
+                        value.sub_(minus)
+            return values, minus
 
-            return inputs, base
+        return inputs, base
 
-        return stage
+    def stacked(self, rows: range, worker: Worker) -> Stack:
+        """Rows of the inputs and the base as they are stored, for kernels."""
+        parts = [part for part in self.parts if isinstance(part, Stored)]
+        raws = [part.read(rows, worker) for part in parts]
+        return stack(raws, [part.info.dtype for part in parts], based=self.base is not None, first=rows.start)
 
-    def _block(self, start: int) -> Block:
+    def block(self, start: int) -> Block:
         return Block(self.info.name, start * self.info.columns, self.seed, len(self.info.shape) < 2)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether kernels can read the inputs: tensors as they lie in files, all less the base or none."""
+        stored = all(isinstance(part, Stored) and part.info.dtype in KINDS for part in self.parts)
+        return stored and set(self.subtract) <= {self.base is not None}
+
+    def _is_stacked(self, worker: Worker, dtype: torch.dtype) -> bool:
+        import torch
+
+        return worker.kernels and dtype == torch.float32 and self.stacks
+
+    def _rows_of_stack(self, rows: range, worker: Worker, dtype: torch.dtype) -> Callable[[int, int], _Inputs]:
+        stored = self.stacked(rows, worker)
+        slots = [worker.slot() for _ in self.parts]
+
+        def inputs(start: int, stop: int) -> _Inputs:
+            shape = (stop - start, self.info.columns)
+            values = [stored.rows(at, start, stop, worker.scratch(slot, shape, dtype)) for at, slot in enumerate(slots)]
+            return values[: len(self.inputs)], values[-1] if self.base else None
+
+        return inputs
+
+
+def nbytes_stacked(way: Way) -> int:
+    """The bytes that kernels can read for a way: those of merged tensors; one alone gains nothing by them."""
+    if isinstance(way, Merged) and way.stacks:
+        return sum(part.info.nbytes for part in way.parts) if len(way.parts) > 1 else 0
+    return sum(nbytes_stacked(part) for part in way.parts)
+
+
+class _Look:
+    """What a method sees of a tensor: its inputs, block by block."""
+
+    def __init__(self, way: Merged, scan: Scan) -> None:
+        self.way = way
+        self.scan = scan
+
+    def __call__(self, see: Callable[[list[Tensor], Block], T], sample: int = 0) -> Iterator[T]:
+        scan, way = self.scan, self.way
+        stage = partial(way.staged, worker=scan.worker, facts=scan.facts, dtype=scan.dtype)
+        for (inputs, _), start, stop in scan(stage, sample):
+            yield see(inputs(start, stop)[0], way.block(start))
+
+
+class _FastLook(_Look):
+    """With inner products that are added up straight from the inputs' bytes."""
+
+    def products(self) -> Iterator[NDArray[np.float64]]:
+        for stored, start, stop in self.scan(partial(self.way.stacked, worker=self.scan.worker)):
+            yield stored.products(start, stop)

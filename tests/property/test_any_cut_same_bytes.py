@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mergeforge
-from mergeforge import budget, tensors
+from mergeforge import budget, compiled, planning, tensors
 from mergeforge.methods import METHODS
 from mergeforge.planning import cutting
 from mergeforge.random_model import Shape, write_adapter, write_model
@@ -74,9 +74,17 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
         assert any(len(piece.tiles) > 1 for piece in pieces)
         return max(piece.staging for piece in pieces) + max(piece.live for piece in pieces)
 
-    def run(method: str, kind: str, more: int | None = None, threads: int = 1, tile: int = 1 << 20) -> bytes:
+    def run(
+        method: str,
+        kind: str,
+        more: int | None = None,
+        threads: int = 1,
+        tile: int = 1 << 20,
+        kernels_from: int = planning.KERNELS_FROM,
+    ) -> bytes:
         out = folder / str(next(counter))
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planning, "KERNELS_FROM", kernels_from)
             patch.setattr(tensors, "BLOCK_ELEMENTS", BLOCK)
             patch.setattr(cutting, "TILE_NBYTES", tile)
             patch.setattr(budget, "SMALLEST_MEMORY", 1)
@@ -111,6 +119,14 @@ def test_memory_threads_and_tiles_do_not_show(
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_one_block_at_a_time(merge: Merge, whole: Merge, method: str, kind: str) -> None:
     assert merge(method, kind, 0, 2, 1) == whole(method, kind)
+
+
+@pytest.mark.skipif(not compiled.available(), reason="numba is not installed")
+@pytest.mark.parametrize("more", [None, 0])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_kernels_do_not_show(merge: Merge, whole: Merge, method: str, more: int | None) -> None:
+    """numba's kernels against torch, with room for whole tensors and with room for one block."""
+    assert merge(method, "models", more, 2, 1, kernels_from=0) == whole(method, "models")
 
 
 @pytest.mark.parametrize("count", [60, 70, 150])
