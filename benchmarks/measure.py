@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -39,14 +40,37 @@ class Measured:
 
 
 def measure(command: Sequence[str]) -> Measured:
-    """Run a command to its end. Raises CalledProcessError with its output when it fails."""
+    """Run a command to its end. Raises CalledProcessError with its output when it fails.
+
+    Python may keep its bytecode, as it does for packages that pip has installed.
+    """
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.NamedTemporaryFile("r") as facts:
         launcher = [PYTHON, "-S", "-c", LAUNCHER, facts.name, *command]
-        done = subprocess.run(launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+        done = subprocess.run(
+            launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True, env=env
+        )
         code, seconds, cpu, peak = json.load(facts)
     if code:
         raise subprocess.CalledProcessError(code, list(command), done.stdout)
     return Measured(seconds, cpu, peak)
+
+
+def synced(command: Sequence[str], out: Path) -> list[str]:
+    """A command that ends when the folder that it writes is on the disk, as mergeforge's runs do by themselves."""
+    return ["sh", "-c", f"{shlex.join(command)} && sync -f {shlex.quote(str(out))}"]
+
+
+def prepare_cache(folders: Iterable[Path], *, cached: bool) -> None:
+    """Read weights into the page cache, or let it drop them: before each run, so that all begin alike."""
+    for path in (path for folder in folders for path in folder.glob("*.safetensors")):
+        with open(path, "rb", buffering=0) as file:
+            if cached:
+                piece = bytearray(8 << 20)
+                while file.readinto(piece):
+                    pass
+            else:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def import_seconds() -> float:
@@ -54,11 +78,14 @@ def import_seconds() -> float:
     return statistics.median(measure([PYTHON, "-c", "import torch"]).seconds for _ in range(3))
 
 
-def in_turn(rounds: int, cases: dict[str, Callable[[], Measured]]) -> dict[str, list[Measured]]:
-    """Every case once a round, so that the machine's drift meets all alike."""
+def in_turn(
+    rounds: int, cases: dict[str, Callable[[], Measured]], before: Callable[[], None] = lambda: None
+) -> dict[str, list[Measured]]:
+    """Every case once a round, so that the machine's drift meets all alike; `before` each the same is done."""
     found: dict[str, list[Measured]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
+            before()
             found[name].append(case())
     return found
 

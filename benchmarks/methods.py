@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Every merge method against mergekit: the same bf16 models, the same recipe, CPU, whole processes, results on disk.
+"""Every merge method against mergekit: the same bf16 models, the same recipe, CPU, whole processes, results synced.
 
-    python benchmarks/methods.py --dir DIR --peers VENV [--layers 8] [--rounds 1] [--only ties,della]
+    python benchmarks/methods.py --dir DIR --peers VENV [--layers 8] [--rounds 1] [--only ties,della] [--cold]
 
 VENV is a virtual environment with mergekit 0.1.5 (tools/peers makes it). The models are three fine-tunes of
 one base in the 1.1B shape, cut to `--layers` of its 22 layers (8: 0.48 G parameters, some 20 minutes for all
-methods; --layers 22 is the whole shape). Each figure is a whole process. The fewer layers, the more of it is the
+methods; --layers 22 is the whole shape). Their weights are in the page cache before each run, or not (--cold).
+Each figure is a whole process. The fewer layers, the more of it is the
 start, the same for every method: it is measured with a tiny model and taken off in `share less start`, which is what
 the share tends to as models grow. The same of processor time moves less where disk and cores are shared.
 """
@@ -16,9 +17,10 @@ import argparse
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
-from measure import Measured, in_turn, machine, measure, median, mergeforge, table
+from measure import Measured, in_turn, machine, measure, median, mergeforge, prepare_cache, synced, table
 
 from mergeforge.methods import METHODS
 from mergeforge.random_model import shape_named, write_model
@@ -45,10 +47,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--memory", default="256MiB")
     parser.add_argument("--threads", type=int, help="of both programs; theirs by OMP_NUM_THREADS")
+    parser.add_argument("--cold", action="store_true", help="read the weights from the disk")
     parser.add_argument("--only", default=",".join(NAMES))
     given = parser.parse_args()
     given.dir.mkdir(parents=True, exist_ok=True)
-    print(f"{machine()}; {given.layers} layers; --memory {given.memory}\n", flush=True)
+    weights = "from the disk" if given.cold else "cached"
+    print(f"{machine()}; {given.layers} layers, {weights}; --memory {given.memory}\n", flush=True)
     start = _both(given, _recipe(given.dir, None, "linear"))
     rows = [_row(given, name, start) for name in given.only.split(",")]
     print(f"\n{table(HEAD, rows)}\n")
@@ -64,14 +68,15 @@ def _row(given: argparse.Namespace, name: str, start: Runs) -> list[str]:
     return [name, inputs, *cells]
 
 
-def _both(given: argparse.Namespace, recipe: dict[str, object]) -> Runs:
+def _both(given: argparse.Namespace, recipe: dict[str, Any]) -> Runs:
     """A recipe through both programs."""
     options = ["--memory", given.memory, *(["--threads", str(given.threads)] if given.threads else [])]
     cases = {
         "ours": lambda: mergeforge(recipe, given.dir / "out", *options),
         "theirs": lambda: _mergekit(given.dir, given.peers, given.threads, recipe),
     }
-    found = in_turn(given.rounds, cases)
+    folders = [Path(one["model"]) for one in recipe["models"]] + [Path(recipe.get("base_model", "."))]
+    found = in_turn(given.rounds, cases, before=lambda: prepare_cache(folders, cached=not given.cold))
     for folder in ("out", "peer-out"):
         shutil.rmtree(given.dir / folder)
     return found
@@ -91,13 +96,13 @@ def _cpu(run: Measured) -> float:
     return run.cpu
 
 
-def _recipe(root: Path, layers: int | None, name: str) -> dict[str, object]:
+def _recipe(root: Path, layers: int | None, name: str) -> dict[str, Any]:
     """Three fine-tunes, or as many as the method takes, and their base where it needs one."""
     method = METHODS[name]
     count = min(3, method.inputs[1]) - method.base_is_input
     each = {key: 0.5 for key in ("weight", "density") if key in method.parameters}
     models = [{"model": str(_model(root, layers, seed)), "parameters": each} for seed in range(1, count + 1)]
-    recipe: dict[str, object] = {"merge_method": name, "models": models, "dtype": "bfloat16"}
+    recipe: dict[str, Any] = {"merge_method": name, "models": models, "dtype": "bfloat16"}
     if method.needs_base:
         recipe["base_model"] = str(_model(root, layers, 0))
     return recipe | ({"parameters": PARAMETERS[name]} if name in PARAMETERS else {})
@@ -117,7 +122,7 @@ def _mergekit(root: Path, peers: Path, threads: int | None, recipe: dict[str, ob
     shutil.rmtree(out, ignore_errors=True)
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     command = [str(peers / "bin" / "mergekit-yaml"), str(path), str(out), "--quiet"]
-    return measure(["env", f"OMP_NUM_THREADS={threads}", *command] if threads else command)
+    return measure(synced(["env", f"OMP_NUM_THREADS={threads}", *command] if threads else command, out))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""mergeforge against mergekit and PEFT: same inputs, same run, CPU, whole processes, results on disk.
+"""mergeforge against mergekit and PEFT: same inputs, same run, CPU, whole processes, inputs cached, results synced.
 
     python benchmarks/peers.py --dir DIR --peers VENV [--rounds 1] [--shape 1.1b]
 
@@ -12,9 +12,22 @@ import argparse
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
-from measure import Measured, adapter, in_turn, machine, measure, median, mergeforge, model, table
+from measure import (
+    Measured,
+    adapter,
+    in_turn,
+    machine,
+    measure,
+    median,
+    mergeforge,
+    model,
+    prepare_cache,
+    synced,
+    table,
+)
 
 MEMORY = "256MiB"  # 256 MiB + the interpreter stays within 0.6 GB
 PEFT = """
@@ -48,9 +61,8 @@ def _row(given: argparse.Namespace, name: str) -> list[str]:
         label, peer = "PEFT", lambda: _peft(given.dir, given.peers, given.shape)
     else:
         label, peer = "mergekit", lambda: _mergekit(given.dir, given.peers, recipe)
-    found = in_turn(
-        given.rounds, {"ours": lambda: mergeforge(recipe, given.dir / "out", "--memory", MEMORY), "peer": peer}
-    )
+    cases = {"ours": lambda: mergeforge(recipe, given.dir / "out", "--memory", MEMORY), "peer": peer}
+    found = in_turn(given.rounds, cases, before=lambda: prepare_cache(_inputs(recipe), cached=True))
     shutil.rmtree(given.dir / "out")
     shutil.rmtree(given.dir / "peer-out")
     ours, theirs = (median(found[one], lambda run: run.seconds) for one in ("ours", "peer"))
@@ -78,19 +90,24 @@ def _recipe(root: Path, shape: str, name: str) -> dict[str, object]:
     return recipe | ({"base_model": base} if name == "ties" else {})
 
 
+def _inputs(recipe: dict[str, Any]) -> list[Path]:
+    folders = [recipe.get("base_model"), *(one["model"] for one in recipe.get("models", ()))]
+    return [Path(one) for one in folders if one]
+
+
 def _mergekit(root: Path, peers: Path, recipe: dict[str, object]) -> Measured:
     out = root / "peer-out"
     shutil.rmtree(out, ignore_errors=True)
     path = root / "peer.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return measure([str(peers / "bin" / "mergekit-yaml"), str(path), str(out), "--quiet"])
+    return measure(synced([str(peers / "bin" / "mergekit-yaml"), str(path), str(out), "--quiet"], out))
 
 
 def _peft(root: Path, peers: Path, shape: str) -> Measured:
     out = root / "peer-out"
     shutil.rmtree(out, ignore_errors=True)
     command = [str(peers / "bin" / "python"), "-c", PEFT, str(model(root, shape)), str(adapter(root, shape)), str(out)]
-    return measure(command)
+    return measure(synced(command, out))
 
 
 if __name__ == "__main__":

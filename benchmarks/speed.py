@@ -10,7 +10,6 @@ From mergeforge's time the time of importing torch is taken off, as measured in 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,8 @@ from measure import (
     median,
     mergeforge,
     model,
+    prepare_cache,
+    synced,
     table,
 )
 
@@ -51,15 +52,15 @@ def _row(root: Path, shape: str, rounds: int, memory: str, importing: float) -> 
 
     def cold(run: Callable[[], Measured]) -> Measured:
         shutil.rmtree(out, ignore_errors=True)
-        _forget(base)
+        prepare_cache([base], cached=False)
         return run()
 
     recipe: dict[str, object] = {"base_model": str(base), "adapters": [str(lora)]}
-    copying = f"cp -r --reflink=never '{base}' '{out}' && sync -f '{out}'"
+    copying = synced(["cp", "-r", "--reflink=never", str(base), str(out)], out)
     cases = {
         "raw": lambda: cold(lambda: measure([PYTHON, str(raw), str(base), str(out)])),
         "fold": lambda: cold(lambda: mergeforge(recipe, out, "--memory", memory)),
-        "cp": lambda: cold(lambda: measure(["sh", "-c", copying])),
+        "cp": lambda: cold(lambda: measure(copying)),
     }
     found = in_turn(rounds, cases)
     shutil.rmtree(out, ignore_errors=True)
@@ -77,13 +78,6 @@ def _row(root: Path, shape: str, rounds: int, memory: str, importing: float) -> 
         f"{middle['fold'] / middle['cp']:.2f}",
         f"{median(found['fold'], lambda one: one.peak) / 2**20:.0f}",
     ]
-
-
-def _forget(folder: Path) -> None:
-    """Drop a folder's files from the page cache, which `cp` leaves full of them."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _spread(seconds: list[float]) -> str:

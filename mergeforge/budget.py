@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mergeforge import native
 from mergeforge.disk import InputFile, WriteBehind
 from mergeforge.errors import BudgetError, RecipeError
 from mergeforge.sizes import parse_size
@@ -155,14 +156,14 @@ class Worker:
     the worker's own stream, and results come back into the staging buffer. With several workers
     one's disk time covers another's bus and compute time.
 
-    `kernels`: what can be computed by numba's kernels is, from the staged bytes (on a CPU).
+    `kernels`: what kernels.c can compute, it does, from the staged bytes (on a CPU).
     """
 
-    def __init__(self, device: str, staging_nbytes: int, *, kernels: bool = False) -> None:
+    def __init__(self, device: str, staging_nbytes: int) -> None:
         import torch
 
         self.device = device
-        self.kernels = kernels
+        self.kernels = device == "cpu" and native.available()
         self.write_behind = WriteBehind()
         pinned = device.startswith("cuda")
         make_stream: Any = torch.cuda.Stream  # untyped in torch

@@ -247,8 +247,7 @@ class _Crew:
         try:
             worker = self.idle.pop()
         except IndexError:
-            staging = max((piece.staging for piece in self.plan.pieces), default=0)
-            return Worker(self.plan.budget.device, staging, kernels=self.plan.kernels)
+            return Worker(self.plan.budget.device, max((piece.staging for piece in self.plan.pieces), default=0))
         worker.write_behind = WriteBehind()  # the files that it wrote are closed
         return worker
 

@@ -19,7 +19,7 @@ FLOORS = (
         "errors",
         "registry",
         "parameters",
-        "compiled",
+        "native",
         "tensors",
         "sizes",
         "disk",

@@ -108,6 +108,6 @@ def agreeing_sum(
     return result.mul_(sign if lambda_ == 1 else sign.mul_(lambda_))
 
 
-def _factors(weight: list[float], ratios: list[float] | None) -> list[float]:
+def _factors(weight: Sequence[float], ratios: Sequence[float] | None) -> Sequence[float]:
     """The ratios restore the mass of what was kept of each delta."""
     return [one * ratio for one, ratio in zip(weight, ratios, strict=True)] if ratios else weight

@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergeforge import compiled
 from mergeforge.budget import MOST_KEPT, Budget, make_budget
 from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import BudgetError, OutputError, RecipeError
@@ -39,7 +38,6 @@ from mergeforge.side_files import SideFiles
 from mergeforge.sinks import Outlet
 from mergeforge.sinks import checkpoint as sink
 from mergeforge.sizes import show_size
-from mergeforge.sources.merged import nbytes_stacked
 from mergeforge.sources.quantised.way import Quantised
 from mergeforge.tensors import TensorInfo
 
@@ -48,7 +46,6 @@ __all__ = ["Batch", "Piece", "Plan", "make_plan", "read_recipe"]
 NUMERICS = 5  # raised when a version computes other bytes from the same recipe
 WORK = ".mergeforge"  # the folder inside OUT where everything unfinished lies
 DISK_SLACK = 64 << 20
-KERNELS_FROM = 1 << 30  # bytes that they read: starting numba takes 0.4 s, compiling once after an installation 5 s
 _ELSEWHERE = ("output", "stream_inputs")  # keys that do not decide any byte by themselves
 NOTHING = Layout({}, {})  # no checkpoint is written
 
@@ -82,12 +79,6 @@ class Plan:
     def nbytes_read(self) -> int:
         """Bytes of the inputs' weights, each file once."""
         return sum(table.nbytes for table in self.inputs.checkpoints)
-
-    @property
-    def kernels(self) -> bool:
-        """Whether numba's kernels compute: on a CPU, where it is installed and they have enough to do."""
-        at_hand = sum(nbytes_stacked(piece.way) for piece in self.pieces)
-        return self.budget.device == "cpu" and at_hand >= KERNELS_FROM and compiled.available()
 
     @property
     def nbytes_streamed(self) -> int:

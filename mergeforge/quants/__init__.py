@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mergeforge import compiled
-from mergeforge.quants import iq4, legacy, plain, q2_k, q3_k, q4_k, q6_k, q8_0
+from mergeforge.quants import compiled, iq4, legacy, plain, q2_k, q3_k, q4_k, q6_k, q8_0
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergeforge.compiled import kernel
+from mergeforge.quants.compiled import kernel
 from mergeforge.quants.rounding import (
     LANES,
     MAGIC,

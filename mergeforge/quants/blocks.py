@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.compiled import kernel
+from mergeforge.quants.compiled import kernel
 from mergeforge.quants.rounding import LANES, grouped, levels, nearest_level, ordered_sum, root
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from mergeforge.compiled import kernel
 from mergeforge.quants.blocks import (
     by_block,
     importance_weights,
@@ -19,6 +18,7 @@ from mergeforge.quants.blocks import (
     take_importance,
     weigh,
 )
+from mergeforge.quants.compiled import kernel
 from mergeforge.quants.rounding import (
     EPSILON,
     LANES,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.compiled import kernel
 from mergeforge.quants import affine, symmetric
 from mergeforge.quants.affine import LOW
 from mergeforge.quants.affine import ROWS as AFFINE_ROWS
@@ -22,6 +21,7 @@ from mergeforge.quants.blocks import (
     take_groups,
     take_importance,
 )
+from mergeforge.quants.compiled import kernel
 from mergeforge.quants.rounding import (
     LANES,
     divided,

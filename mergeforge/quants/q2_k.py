@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.compiled import kernel
 from mergeforge.quants import scales
 from mergeforge.quants.affine import (
     LOW,
@@ -40,6 +39,7 @@ from mergeforge.quants.blocks import (
     take_importance,
     weigh,
 )
+from mergeforge.quants.compiled import kernel
 from mergeforge.quants.rounding import (
     LANES,
     divided,

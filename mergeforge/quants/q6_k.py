@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.compiled import kernel
 from mergeforge.quants.blocks import (
     BLOCK,
     SHIFTS,
@@ -23,6 +22,7 @@ from mergeforge.quants.blocks import (
     take_groups,
     take_importance,
 )
+from mergeforge.quants.compiled import kernel
 from mergeforge.quants.rounding import (
     EPSILON,
     LANES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.compiled import kernel
+from mergeforge.quants.compiled import kernel
 from mergeforge.quants.rounding import divided, half_bytes, put_half, quotient
 
 if TYPE_CHECKING:

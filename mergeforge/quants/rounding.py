@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.compiled import kernel
+from mergeforge.quants.compiled import kernel
 
 if TYPE_CHECKING:
     import numpy as np

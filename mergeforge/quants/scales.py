@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.compiled import kernel
+from mergeforge.quants.compiled import kernel
 from mergeforge.quants.rounding import EPSILON, nearest, nearest_level, ordered_sum, quotient
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergeforge.compiled import kernel
+from mergeforge.quants.compiled import kernel
 from mergeforge.quants.rounding import EPSILON, LANES, MAGIC, first_peak, levels, nearest_level, ordered_sum, quotient
 
 if TYPE_CHECKING:

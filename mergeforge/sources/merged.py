@@ -108,16 +108,12 @@ class Merged:
     def block(self, start: int) -> Block:
         return Block(self.info.name, start * self.info.columns, self.seed, len(self.info.shape) < 2)
 
-    @property
-    def stacks(self) -> bool:
-        """Whether kernels can read the inputs: tensors as they lie in files, all less the base or none."""
-        stored = all(isinstance(part, Stored) and part.info.dtype in KINDS for part in self.parts)
-        return stored and set(self.subtract) <= {self.base is not None}
-
     def _is_stacked(self, worker: Worker, dtype: torch.dtype) -> bool:
+        """Whether kernels read the inputs: tensors as they lie in files, all less the base or none."""
         import torch
 
-        return worker.kernels and dtype == torch.float32 and self.stacks
+        stored = all(isinstance(part, Stored) and part.info.dtype in KINDS for part in self.parts)
+        return worker.kernels and dtype == torch.float32 and stored and set(self.subtract) <= {self.base is not None}
 
     def _rows_of_stack(self, rows: range, worker: Worker, dtype: torch.dtype) -> Callable[[int, int], _Inputs]:
         stored = self.stacked(rows, worker)
@@ -129,13 +125,6 @@ class Merged:
             return values[: len(self.inputs)], values[-1] if self.base else None
 
         return inputs
-
-
-def nbytes_stacked(way: Way) -> int:
-    """The bytes that kernels can read for a way: those of merged tensors; one alone gains nothing by them."""
-    if isinstance(way, Merged) and way.stacks:
-        return sum(part.info.nbytes for part in way.parts) if len(way.parts) > 1 else 0
-    return sum(nbytes_stacked(part) for part in way.parts)
 
 
 class _Look:

@@ -14,8 +14,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from mergeforge import compiled, quants
-from mergeforge.quants import QUANT_TYPES, QuantType, encode, iq4
+from mergeforge import quants
+from mergeforge.quants import QUANT_TYPES, QuantType, compiled, encode, iq4
 from mergeforge.quants.rounding import half_bits, half_value
 
 BLOCKS = [kind for kind in QUANT_TYPES.values() if kind.block > 1]
@@ -172,7 +172,7 @@ def test_iq4_s_midpoints_decide_as_bisection_does() -> None:
 
 MEMORY = """
 import resource, sys, torch
-from mergeforge import compiled, quants
+from mergeforge import quants
 torch.set_num_threads(1)
 kind = quants.QUANT_TYPES[sys.argv[1]]
 if sys.argv[2] == "torch":

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mergeforge
-from mergeforge import budget, compiled, planning, tensors
+from mergeforge import budget, native, tensors
 from mergeforge.methods import METHODS
 from mergeforge.planning import cutting
 from mergeforge.random_model import Shape, write_adapter, write_model
@@ -80,11 +80,12 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
         more: int | None = None,
         threads: int = 1,
         tile: int = 1 << 20,
-        kernels_from: int = planning.KERNELS_FROM,
+        in_c: bool = True,
     ) -> bytes:
         out = folder / str(next(counter))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(planning, "KERNELS_FROM", kernels_from)
+            if not in_c:
+                patch.setattr(native, "available", lambda: False)
             patch.setattr(tensors, "BLOCK_ELEMENTS", BLOCK)
             patch.setattr(cutting, "TILE_NBYTES", tile)
             patch.setattr(budget, "SMALLEST_MEMORY", 1)
@@ -121,12 +122,12 @@ def test_one_block_at_a_time(merge: Merge, whole: Merge, method: str, kind: str)
     assert merge(method, kind, 0, 2, 1) == whole(method, kind)
 
 
-@pytest.mark.skipif(not compiled.available(), reason="numba is not installed")
+@pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
 @pytest.mark.parametrize("more", [None, 0])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_kernels_do_not_show(merge: Merge, whole: Merge, method: str, more: int | None) -> None:
-    """numba's kernels against torch, with room for whole tensors and with room for one block."""
-    assert merge(method, "models", more, 2, 1, kernels_from=0) == whole(method, "models")
+    """torch alone against the kernels in C, with room for whole tensors and with room for one block."""
+    assert merge(method, "models", more, 2, 1, in_c=False) == whole(method, "models")
 
 
 @pytest.mark.parametrize("count", [60, 70, 150])

@@ -1,26 +1,26 @@
-"""Kernels that read stored inputs, against torch on the same numbers."""
+"""Kernels in C that read stored inputs, against torch on the same numbers."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mergeforge import compiled, planning
+import mergeforge
+from mergeforge import native
 from mergeforge.methods.consensus import WeightedSum
-from mergeforge.sources import fused
-from mergeforge.sources.fused import CHUNK, KINDS, Stack, stack
+from mergeforge.native import CHUNK
+from mergeforge.sources.fused import Stack, stack
 from mergeforge.tensors import torch_dtype
 
-pytestmark = pytest.mark.skipif(not compiled.available(), reason="numba is not installed")
+pytestmark = pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
 
 HALVES = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
 STORED = [["BF16"] * 4, ["F16"] * 4, ["F32"] * 4, ["BF16", "F32", "F16", "BF16"]]
-SCALED = "merge_method: passthrough\nparameters: {scale: 0.5}\nmodels: [./tuned-a]"
 SUMS = [
     WeightedSum([0.3, -1.7, 0.25]),
     WeightedSum([0.3, -1.7, 0.25], fused=True),
@@ -50,11 +50,9 @@ def bits(one: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_number_of_16_bits(dtype: str) -> None:
-    every = HALVES.view(torch_dtype(dtype))
-    out = np.empty(1 << 16, np.float32)
-    fused.widen(every.data_ptr(), KINDS[dtype], 0, out)
+    every = HALVES.view(torch_dtype(dtype)).view(1, -1)
+    found = stack([every], [dtype], based=False, first=0).rows(0, 0, 1, torch.empty(every.shape))
     expected = every.float()
-    found = torch.from_numpy(out)
     assert torch.equal(found.isnan(), expected.isnan())
     there = ~expected.isnan()
     assert torch.equal(bits(found[there]), bits(expected[there]))
@@ -93,21 +91,20 @@ def test_inner_products(based: bool) -> None:
 
 
 @pytest.mark.usefixtures("models")
-@pytest.mark.parametrize("recipe", [SCALED, "base_model: ./base\nadapters: [./adapters/loan]"])
-def test_what_kernels_do_not_speed_up_starts_no_numba(recipe: str) -> None:
-    """A model alone, and adapters: numba takes 100 MB and 0.4 s."""
-    code = "import sys, mergeforge, mergeforge.planning as planning\nplanning.KERNELS_FROM = 1\n"
-    code += f"mergeforge.merge(__import__('yaml').safe_load({recipe + chr(10) + 'dtype: float16'!r}), out='out')\n"
-    code += "assert 'torch' in sys.modules and 'numba' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_without_a_compiler_torch_merges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same file."""
+    recipe = {"merge_method": "linear", "models": ["./tuned-a", "./tuned-b"], "parameters": {"weight": [0.3, 0.8]}}
+    out = mergeforge.merge(recipe, out="in-c", device="cpu")
+    monkeypatch.setattr(native, "_library", lambda: None)
+    with pytest.raises(RuntimeError, match="not compiled"):
+        native.kernels()
+    other = mergeforge.merge(recipe, out="in-torch", device="cpu")
+    assert (out / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
-def test_without_numba_there_are_no_kernels(models: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mergeforge
-
-    monkeypatch.setattr(planning, "KERNELS_FROM", 1)
-    recipe = {"merge_method": "linear", "models": ["./tuned-a", "./tuned-b"], "parameters": {"weight": 1}}
-    assert mergeforge.plan(recipe, out="out", device="cpu").kernels
-    monkeypatch.setattr(compiled, "available", lambda: False)
-    assert not mergeforge.plan(recipe, out="out", device="cpu").kernels
+def test_a_library_that_does_not_load_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another system, or of an older version: without its functions."""
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert native._library.__wrapped__() is None
+    (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF")
+    assert native._library.__wrapped__() is None

@@ -1,0 +1,51 @@
+"""kernels.c: loops over numbers in C, which is compiled when mergeforge is installed where there is a C compiler.
+
+A shared library behind ctypes, which lets go of the GIL: importing it takes nothing. Where there is none, torch does
+the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+_POINTER, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+# Arrays are given by their addresses: places and kinds of the inputs, how many, whether a base is the last of them.
+_INPUTS = [_POINTER, _POINTER, _NUMBER, _NUMBER]
+_FUNCTIONS = {
+    "weighted_sum": [*_INPUTS, _POINTER, _NUMBER, _FLOAT, _FLOAT, _NUMBER, _POINTER],
+    "difference": [_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER],
+    "inner_products": [*_INPUTS, _NUMBER, _POINTER, _POINTER],
+}
+CHUNK = 2048  # numbers that kernels take at a time (kernels.c)
+
+
+def available() -> bool:
+    """Whether the kernels were compiled, and load here."""
+    return _library() is not None
+
+
+def kernels() -> ctypes.CDLL:
+    """The library. Raises RuntimeError where there is none: ask available() first."""
+    library = _library()
+    if library is None:
+        raise RuntimeError("kernels.c is not compiled")
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_kernels{suffix}")
+        if path.exists():
+            try:
+                library = ctypes.CDLL(str(path))
+                for name, arguments in _FUNCTIONS.items():
+                    function = getattr(library, name)
+                    function.argtypes, function.restype = arguments, None
+            except (OSError, AttributeError):  # for another system, or of another version
+                return None
+            return library
+    return None
