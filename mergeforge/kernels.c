@@ -16,10 +16,9 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { BF16, F16, F32 };
-enum { CHUNK = 2048 };
-typedef float Floats __attribute__((vector_size(32)));
+enum { CHUNK = 2048, PRODUCT_CHUNK = 512 };
 typedef double Doubles __attribute__((vector_size(64)));
-enum { LANES = sizeof(Floats) / sizeof(float) };
+enum { LANES = sizeof(Doubles) / sizeof(double) };
 
 INLINE float float_of(uint32_t bits) {
     float value;
@@ -42,16 +41,43 @@ INLINE float of_f16(uint16_t half) {
     return float_of(bits_of(value) | infinite | (uint32_t)(half & 0x8000) << 16);
 }
 
+INLINE float number(const void *place, int64_t kind, int64_t at) {
+    if (kind == F32) return ((const float *)place)[at];
+    uint16_t half = ((const uint16_t *)place)[at];
+    return kind == BF16 ? of_bf16(half) : of_f16(half);
+}
+
+/* A statement for each number of the chunk: one loop for each kind, so that the compiler knows it. */
+#define EACH(statement)                                                                                                \
+    if (kind == BF16) {                                                                                                \
+        enum { KIND = BF16 };                                                                                          \
+        for (int64_t i = 0; i < count; i++) statement;                                                                 \
+    } else if (kind == F16) {                                                                                          \
+        enum { KIND = F16 };                                                                                           \
+        for (int64_t i = 0; i < count; i++) statement;                                                                 \
+    } else {                                                                                                           \
+        enum { KIND = F32 };                                                                                           \
+        for (int64_t i = 0; i < count; i++) statement;                                                                 \
+    }
+
 /* `count` numbers from number `start` on, each less another one. */
 INLINE void take(const void *place, int64_t kind, int64_t start, int64_t count, const float *less, float *into) {
-    const uint16_t *half = (const uint16_t *)place + start;
-    const float *single = (const float *)place + start;
-    if (kind == BF16)
-        for (int64_t i = 0; i < count; i++) into[i] = of_bf16(half[i]) - less[i];
-    else if (kind == F16)
-        for (int64_t i = 0; i < count; i++) into[i] = of_f16(half[i]) - less[i];
-    else
-        for (int64_t i = 0; i < count; i++) into[i] = single[i] - less[i];
+    EACH(into[i] = number(place, KIND, start + i) - less[i])
+}
+
+INLINE void take_doubles(const void *place, int64_t kind, int64_t start, int64_t count, const float *less,
+                         double *into) {
+    EACH(into[i] = number(place, KIND, start + i) - less[i])
+}
+
+/* Adds `factor` times these numbers to the total; `fused`: products are not rounded before. */
+INLINE void add(const void *place, int64_t kind, int64_t start, int64_t count, const float *less, float factor,
+                int64_t fused, float *total) {
+    if (fused) {
+        EACH(total[i] = fmaf(number(place, KIND, start + i) - less[i], factor, total[i]))
+    } else {
+        EACH(total[i] += (number(place, KIND, start + i) - less[i]) * factor)
+    }
 }
 
 static const float ZEROS[CHUNK];
@@ -70,20 +96,14 @@ INLINE int64_t smaller(int64_t one, int64_t two) { return one < two ? one : two;
 EVERY_WIDTH void weighted_sum(const void *const *places, const int64_t *kinds, int64_t inputs, int64_t based,
                               const float *factors, int64_t fused, float divisor, float scale, int64_t length,
                               float *out) {
-    float base[CHUNK], one[CHUNK];
+    float base[CHUNK];
     for (int64_t start = 0; start < length; start += CHUNK) {
         int64_t count = smaller(CHUNK, length - start);
         const float *less = base_of(places, kinds, inputs, based, start, count, base);
         float *total = out + start;
         for (int64_t i = 0; i < count; i++) total[i] = -0.0f; /* what changes no number that is added to it */
-        for (int64_t at = 0; at < inputs; at++) {
-            float factor = factors[at];
-            take(places[at], kinds[at], start, count, less, one);
-            if (fused)
-                for (int64_t i = 0; i < count; i++) total[i] = fmaf(one[i], factor, total[i]);
-            else
-                for (int64_t i = 0; i < count; i++) total[i] += one[i] * factor;
-        }
+        for (int64_t at = 0; at < inputs; at++)
+            add(places[at], kinds[at], start, count, less, factors[at], fused, total);
         if (divisor != 1)
             for (int64_t i = 0; i < count; i++) total[i] /= divisor;
         if (scale != 1)
@@ -104,34 +124,35 @@ EVERY_WIDTH void difference(const void *const *places, const int64_t *kinds, int
     }
 }
 
-INLINE double dot(const float *one, const float *two, int64_t count) {
-    Doubles total[2] = {{0}, {0}};
+INLINE double dot(const double *one, const double *two, int64_t count) {
+    Doubles total[4] = {{0}, {0}, {0}, {0}};
     int64_t at = 0;
-    for (; at + 2 * LANES <= count; at += 2 * LANES)
-        for (int half = 0; half < 2; half++) {
-            Floats left, right;
-            memcpy(&left, one + at + half * LANES, sizeof left);
-            memcpy(&right, two + at + half * LANES, sizeof right);
-            total[half] += __builtin_convertvector(left, Doubles) * __builtin_convertvector(right, Doubles);
+    for (; at + 4 * LANES <= count; at += 4 * LANES)
+        for (int part = 0; part < 4; part++) {
+            Doubles left, right;
+            memcpy(&left, one + at + part * LANES, sizeof left);
+            memcpy(&right, two + at + part * LANES, sizeof right);
+            total[part] += left * right;
         }
-    total[0] += total[1];
+    total[0] += total[1] + (total[2] + total[3]);
     double sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += total[0][lane];
-    for (; at < count; at++) sum += (double)one[at] * two[at];
+    for (; at < count; at++) sum += one[at] * two[at];
     return sum;
 }
 
 /* Adds to `sums` the inner products of every input (less the base) with itself and those that follow it.
-   `room`: CHUNK floats for each input. */
+   `room`: PRODUCT_CHUNK doubles for each input. */
 EVERY_WIDTH void inner_products(const void *const *places, const int64_t *kinds, int64_t inputs, int64_t based,
-                                int64_t length, float *room, double *sums) {
-    float base[CHUNK];
-    for (int64_t start = 0; start < length; start += CHUNK) {
-        int64_t count = smaller(CHUNK, length - start), pair = 0;
+                                int64_t length, double *room, double *sums) {
+    float base[PRODUCT_CHUNK];
+    for (int64_t start = 0; start < length; start += PRODUCT_CHUNK) {
+        int64_t count = smaller(PRODUCT_CHUNK, length - start), pair = 0;
         const float *less = base_of(places, kinds, inputs, based, start, count, base);
-        for (int64_t at = 0; at < inputs; at++) take(places[at], kinds[at], start, count, less, room + at * CHUNK);
+        for (int64_t at = 0; at < inputs; at++)
+            take_doubles(places[at], kinds[at], start, count, less, room + at * PRODUCT_CHUNK);
         for (int64_t at = 0; at < inputs; at++)
             for (int64_t other = at; other < inputs; other++)
-                sums[pair++] += dot(room + at * CHUNK, room + other * CHUNK, count);
+                sums[pair++] += dot(room + at * PRODUCT_CHUNK, room + other * PRODUCT_CHUNK, count);
     }
 }

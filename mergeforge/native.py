@@ -19,7 +19,7 @@ _FUNCTIONS = {
     "difference": [_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER],
     "inner_products": [*_INPUTS, _NUMBER, _POINTER, _POINTER],
 }
-CHUNK = 2048  # numbers that kernels take at a time (kernels.c)
+CHUNK, PRODUCT_CHUNK = 2048, 512  # numbers that kernels, and inner products, take at a time (kernels.c)
 
 
 def available() -> bool:

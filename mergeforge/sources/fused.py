@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergeforge.native import CHUNK, kernels
+from mergeforge.native import PRODUCT_CHUNK, kernels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +76,7 @@ class Stack:
         import numpy as np
 
         sums = np.zeros(self.inputs * (self.inputs + 1) // 2)
-        room = np.empty(self.inputs * CHUNK, np.float32)
+        room = np.empty(self.inputs * PRODUCT_CHUNK)
         places, length = self._places(start), (stop - start) * self.tensors[0].shape[1]
         kernels().inner_products(
             places.ctypes.data,
