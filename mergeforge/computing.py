@@ -5,6 +5,7 @@ What runs and what verifies a merge both compute here, so a checked tensor went 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -96,33 +97,35 @@ def _compute(piece: Piece, tile: Tile, worker: Worker, staged: _Staged, allow_no
         for height in set(piece.strip_rows.values())
     ]
     measured: list[Measured] = []
-    extremes: list[Tensor] = []
+    bounds: list[Tensor | float] = []
     for start, stop in blocks(tile, piece.info):
         value = rows(start, stop)
         if before and (count := looks_at(piece, start, stop)):
             measured.append(measure(piece, before(start, start + count), value[:count]))
-        extremes += _extremes(value)
+        bounds.append(_bound(value))
         for gather in gathers:
             gather.take(value, start)
     worker.wait()
-    magnitude = float(torch.stack(extremes).abs().amax())
+    magnitude = float(torch.tensor([float(one) for one in bounds], dtype=torch.float64).amax())  # NaN carries through
     for pen in pens:
         if pen.outlet.refuses(magnitude) and not (allow_nonfinite and pen.outlet.plain):
             raise _unfit(piece, tile, pen, magnitude)
     return Carried(tile, [(pen.outlet, pen.raw) for pen in pens], total(measured) if before else None)
 
 
-def _extremes(value: Tensor) -> tuple[Tensor, ...]:
-    """Numbers as large as any of the block; NaN carries through.
+def _bound(value: Tensor) -> Tensor | float:
+    """A number as large as any of the block, or NaN.
 
     On a CPU the norm where it is small: that takes a third of the time of looking for the largest.
     """
+    import torch
+
     if value.device.type == "cpu":
         flat = value.reshape(-1)
-        norm = flat.dot(flat).sqrt_()
+        norm = math.sqrt(float(flat.dot(flat)))
         if norm < CALM:
-            return (norm,)
-    return value.aminmax()
+            return norm
+    return torch.stack(value.aminmax()).abs().amax()
 
 
 class _Pen:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -61,16 +62,16 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def columns(self) -> int:
         columns = 1 if len(self.shape) < 2 else self.shape[2] if len(self.shape) == 3 else math.prod(self.shape[1:])
         return columns if columns * self.bits % 8 == 0 else self.numel  # sub-byte rows cannot be cut
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return self.numel // self.columns if self.columns else 0
 
@@ -82,7 +83,7 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.numel * self.bits // 8
 
-    @property
+    @cached_property
     def row_nbytes(self) -> int:
         return self.columns * self.bits // 8
 
@@ -90,7 +91,7 @@ class TensorInfo:
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 
-    @property
+    @cached_property
     def block_rows(self) -> int:
         """Rows of one block; a function of the shape alone."""
         rows = BLOCK_ELEMENTS // max(self.columns, 1)

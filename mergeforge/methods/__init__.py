@@ -77,6 +77,7 @@ class Method:
     check: Callable[..., None] | None
     live: int
     wants: frozenset[str]
+    sum_wants: frozenset[str]
     about: str
 
     def for_base(self, given: bool) -> Method:
@@ -96,7 +97,7 @@ class Method:
         if self.as_sum is None:
             return None
         extra = {"facts": facts, "count": count, "dtype": dtype}
-        wanted = {name: extra[name] for name in extra if name in inspect.signature(self.as_sum).parameters}
+        wanted = {name: extra[name] for name in extra if name in self.sum_wants}
         return self.as_sum(**wanted, **{_python(name): value for name, value in parameters.items()})
 
     def check_parameters(self, parameters: Mapping[str, Any]) -> None:
@@ -154,6 +155,7 @@ def method(
                 check=check,
                 live=live,
                 wants=frozenset(arguments) & {"facts", "block"},
+                sum_wants=frozenset(inspect.signature(as_sum).parameters if as_sum else ()),
                 about=(inspect.getdoc(function) or "").split("\n")[0],
             )
             METHODS.add(name, entry)

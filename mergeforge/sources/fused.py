@@ -8,7 +8,7 @@ added up in float64 on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,24 +44,21 @@ class Stack:
     def inputs(self) -> int:
         return len(self.tensors) - self.based
 
-    def weighted(self, terms: WeightedSum, start: int, stop: int, out: Tensor) -> Tensor:
-        """`terms` of rows [start, stop), plus the base if there is one, into `out` (float32)."""
+    def weighted(self, terms: WeightedSum) -> Callable[[int, Tensor], Tensor]:
+        """What puts `terms` of the rows from one on, plus the base if there is one, into a tensor (float32)."""
         import numpy as np
+        import torch
 
-        factors, places = np.array(terms.factors, np.float32), self._places(start)
-        kernels().weighted_sum(
-            places.ctypes.data,
-            self.kinds.ctypes.data,
-            self.inputs,
-            self.based,
-            factors.ctypes.data,
-            terms.fused,
-            terms.divisor(out.dtype),
-            terms.scale,
-            out.numel(),
-            out.data_ptr(),
-        )
-        return out
+        weighted_sum, factors = kernels().weighted_sum, np.array(terms.factors, np.float32)
+        inputs = (self.kinds.ctypes.data, self.inputs, self.based, factors.ctypes.data, terms.fused)
+        amount = (terms.divisor(torch.float32), terms.scale)
+
+        def fill(start: int, out: Tensor) -> Tensor:
+            assert len(factors) == self.inputs  # and are held
+            weighted_sum(self._places(start).ctypes.data, *inputs, *amount, out.numel(), out.data_ptr())
+            return out
+
+        return fill
 
     def rows(self, at: int, start: int, stop: int, out: Tensor) -> Tensor:
         """Rows [start, stop) of input `at`, less the base if there is one, or of the base, into `out` (float32)."""

@@ -63,11 +63,9 @@ class Merged:
         learnt = facts.get(id(self))
         terms = self.method.weighted_sum(learnt, len(self.inputs), dtype, self.parameters)
         if terms and self._is_stacked(worker, dtype):
-            stack, slot = self.stacked(rows, worker), worker.slot()
+            fill, slot = self.stacked(rows, worker).weighted(terms), worker.slot()
             columns = self.info.columns
-            return lambda start, stop: stack.weighted(
-                terms, start, stop, worker.scratch(slot, (stop - start, columns), dtype)
-            )
+            return lambda start, stop: fill(start, worker.scratch(slot, (stop - start, columns), dtype))
         inputs, base = self.staged(rows, worker, facts, dtype)
 
         def block(start: int, stop: int) -> Tensor:

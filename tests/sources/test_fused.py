@@ -64,10 +64,10 @@ def test_weighted_sums(dtypes: list[str], terms: WeightedSum) -> None:
     """Rows 7 to 12, bit for bit, of task vectors and of models."""
     found, (*models, base) = stacked(dtypes, based=True)
     expected = terms.of([one[2:7] - base[2:7] for one in models]).add_(base[2:7])
-    assert torch.equal(bits(found.weighted(terms, 7, 12, torch.empty(5, base.shape[1]))), bits(expected))
+    assert torch.equal(bits(found.weighted(terms)(7, torch.empty(5, base.shape[1]))), bits(expected))
     found, models = stacked(dtypes[1:], based=False)
     expected = terms.of([one[2:7].clone() for one in models])
-    assert torch.equal(bits(found.weighted(terms, 7, 12, torch.empty(5, base.shape[1]))), bits(expected))
+    assert torch.equal(bits(found.weighted(terms)(7, torch.empty(5, base.shape[1]))), bits(expected))
 
 
 @pytest.mark.parametrize("dtypes", STORED, ids="-".join)
