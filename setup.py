@@ -4,5 +4,13 @@ from setuptools import Extension, setup
 
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno"]
 setup(
-    ext_modules=[Extension("mergeforge._kernels", ["mergeforge/kernels.c"], extra_compile_args=FLAGS, optional=True)],
+    ext_modules=[
+        Extension(
+            "mergeforge._kernels",
+            ["mergeforge/kernels.c"],
+            libraries=["m"],
+            extra_compile_args=FLAGS,
+            optional=True,
+        )
+    ],
 )

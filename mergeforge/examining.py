@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from mergeforge import native
 from mergeforge.budget import cores, free_memory
 from mergeforge.disk import WriteBehind, preallocate, write_at
 from mergeforge.quants import backend
@@ -39,6 +40,10 @@ def facts(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tup
     yield "processors", str(cores())
     yield "memory", f"{show_size(free_memory())} available"
     yield from _devices()
+    yield (
+        "merging",
+        "kernels in C" if native.available() else "torch: kernels.c is not compiled, install a C compiler first",
+    )
     yield "quantising", backend("cpu")
     yield from _disk(Path(folder), seconds)
     yield from _hub()

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define EVERY_WIDTH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && !defined(__FMA__)
+#error "fmaf() would be a slow function: torch does better"
 #else
 #define EVERY_WIDTH
 #endif
@@ -92,7 +94,7 @@ INLINE const float *base_of(const void *const *places, const int64_t *kinds, int
 
 INLINE int64_t smaller(int64_t one, int64_t two) { return one < two ? one : two; }
 
-/* base + scale * (sum of factor * (input - base)) / divisor; `fused`: products are not rounded before they are added. */
+/* base + scale * (sum of factor * (input - base)) / divisor; `fused`: products are added unrounded. */
 EVERY_WIDTH void weighted_sum(const void *const *places, const int64_t *kinds, int64_t inputs, int64_t based,
                               const float *factors, int64_t fused, float divisor, float scale, int64_t length,
                               float *out) {

@@ -1,6 +1,6 @@
 """What a merge did to a tensor's numbers: how far they moved, and how much of that rounding swallowed.
 
-Looked at in a sixteenth of every fourth block, so it costs a few hundredths of a pass and does not depend on how
+Looked at in an eighth of every eighth block, so it costs a few hundredths of a pass and does not depend on how
 the tensor is cut. Only where the base lies in a file: its rows are there already.
 """
 
@@ -21,7 +21,7 @@ from mergeforge.tensors import torch_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-EVERY, SHARE = 4, 16
+EVERY, SHARE = 8, 8
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,23 @@ import ctypes
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
-_POINTER, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-# Arrays are given by their addresses: places and kinds of the inputs, how many, whether a base is the last of them.
-_INPUTS = [_POINTER, _POINTER, _NUMBER, _NUMBER]
-_FUNCTIONS = {
-    "weighted_sum": [*_INPUTS, _POINTER, _NUMBER, _FLOAT, _FLOAT, _NUMBER, _POINTER],
-    "difference": [_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER],
-    "inner_products": [*_INPUTS, _NUMBER, _POINTER, _POINTER],
+
+class _Array:
+    """An argument that is an array of numpy or a tensor, contiguous: held while C reads or writes it."""
+
+    @classmethod
+    def from_param(cls, value: Any) -> ctypes.c_void_p:
+        return ctypes.c_void_p(value.data_ptr() if hasattr(value, "data_ptr") else value.ctypes.data)
+
+
+_NUMBER, _FLOAT = ctypes.c_int64, ctypes.c_float
+_INPUTS = [_Array, _Array, _NUMBER, _NUMBER]  # their places and kinds, how many, whether a base comes after them
+_FUNCTIONS: dict[str, list[Any]] = {
+    "weighted_sum": [*_INPUTS, _Array, _NUMBER, _FLOAT, _FLOAT, _NUMBER, _Array],
+    "difference": [_Array, _Array, _NUMBER, _NUMBER, _Array],
+    "inner_products": [*_INPUTS, _NUMBER, _Array, _Array],
 }
 CHUNK, PRODUCT_CHUNK = 2048, 512  # numbers that kernels, and inner products, take at a time (kernels.c)
 

@@ -49,13 +49,11 @@ class Stack:
         import numpy as np
         import torch
 
-        weighted_sum, factors = kernels().weighted_sum, np.array(terms.factors, np.float32)
-        inputs = (self.kinds.ctypes.data, self.inputs, self.based, factors.ctypes.data, terms.fused)
-        amount = (terms.divisor(torch.float32), terms.scale)
+        factors, divisor = np.array(terms.factors, np.float32), terms.divisor(torch.float32)
 
         def fill(start: int, out: Tensor) -> Tensor:
-            assert len(factors) == self.inputs  # and are held
-            weighted_sum(self._places(start).ctypes.data, *inputs, *amount, out.numel(), out.data_ptr())
+            amount = (terms.fused, divisor, terms.scale, out.numel())
+            kernels().weighted_sum(self._places(start), self.kinds, self.inputs, self.based, factors, *amount, out)
             return out
 
         return fill
@@ -63,27 +61,17 @@ class Stack:
     def rows(self, at: int, start: int, stop: int, out: Tensor) -> Tensor:
         """Rows [start, stop) of input `at`, less the base if there is one, or of the base, into `out` (float32)."""
         pair = [at, len(self.tensors) - 1]
-        places, kinds = self._places(start)[pair], self.kinds[pair]
         based = self.based and at < self.inputs
-        kernels().difference(places.ctypes.data, kinds.ctypes.data, based, out.numel(), out.data_ptr())
+        kernels().difference(self._places(start)[pair], self.kinds[pair], based, out.numel(), out)
         return out
 
     def products(self, start: int, stop: int) -> NDArray[np.float64]:
         """The inner products of each input with itself and those that follow it, over rows [start, stop)."""
         import numpy as np
 
-        sums = np.zeros(self.inputs * (self.inputs + 1) // 2)
-        room = np.empty(self.inputs * PRODUCT_CHUNK)
-        places, length = self._places(start), (stop - start) * self.tensors[0].shape[1]
-        kernels().inner_products(
-            places.ctypes.data,
-            self.kinds.ctypes.data,
-            self.inputs,
-            self.based,
-            length,
-            room.ctypes.data,
-            sums.ctypes.data,
-        )
+        room, sums = np.empty(self.inputs * PRODUCT_CHUNK), np.zeros(self.inputs * (self.inputs + 1) // 2)
+        length = (stop - start) * self.tensors[0].shape[1]
+        kernels().inner_products(self._places(start), self.kinds, self.inputs, self.based, length, room, sums)
         return sums
 
     def _places(self, start: int) -> Integers:

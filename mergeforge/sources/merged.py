@@ -110,8 +110,12 @@ class Merged:
         """Whether kernels read the inputs: tensors as they lie in files, all less the base or none."""
         import torch
 
-        stored = all(isinstance(part, Stored) and part.info.dtype in KINDS for part in self.parts)
-        return worker.kernels and dtype == torch.float32 and stored and set(self.subtract) <= {self.base is not None}
+        if not worker.kernels or dtype != torch.float32 or not set(self.subtract) <= {self.base is not None}:
+            return False
+        shape = self.info.shape
+        return all(
+            isinstance(one, Stored) and one.info.dtype in KINDS and one.info.shape == shape for one in self.parts
+        )
 
     def _rows_of_stack(self, rows: range, worker: Worker, dtype: torch.dtype) -> Callable[[int, int], _Inputs]:
         stored = self.stacked(rows, worker)
