@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError, SourceError
 
 WINDOW = 8  # written pieces that may be on their way to the disk at once, for each thread
-PROBES = 64
+PROBES = 64  # places of a file that tell whether it is in the page cache
 FOLIO = 2 << 20  # the page cache holds files in pieces of up to this size; dropping part of one splits it, slowly
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # SYNC_FILE_RANGE_*, linux/fs.h
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -42,7 +42,9 @@ def facts(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tup
     yield from _devices()
     yield (
         "merging",
-        "kernels in C" if native.available() else "torch: kernels.c is not compiled, install a C compiler first",
+        "kernels in C"
+        if native.available()
+        else "torch: kernels.c is not compiled, or another one was; install mergeforge again where a C compiler is",
     )
     yield "quantising", backend("cpu")
     yield from _disk(Path(folder), seconds)

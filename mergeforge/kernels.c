@@ -15,6 +15,9 @@
 #else
 #define EVERY_WIDTH
 #endif
+/* The digest of this file, so that nobody loads what was compiled from another one. */
+const char kernels_source[65] = SOURCE;
+
 #define INLINE static inline __attribute__((always_inline))
 
 enum { BF16, F16, F32 };

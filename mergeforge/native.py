@@ -7,6 +7,7 @@ the same.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -54,7 +55,14 @@ def _library() -> ctypes.CDLL | None:
                 for name, arguments in _FUNCTIONS.items():
                     function = getattr(library, name)
                     function.argtypes, function.restype = arguments, None
-            except (OSError, AttributeError):  # for another system, or of another version
+                return library if _is_of_this_source(library) else None
+            except (OSError, AttributeError, ValueError):  # for another system, or of another version
                 return None
-            return library
     return None
+
+
+def _is_of_this_source(library: ctypes.CDLL) -> bool:
+    """Whether it was compiled from the kernels.c beside, where there is one (wheels bring none)."""
+    source = Path(__file__).with_name("kernels.c")
+    compiled = (ctypes.c_char * 65).in_dll(library, "kernels_source").value
+    return not source.exists() or compiled == hashlib.sha256(source.read_bytes()).hexdigest().encode()

@@ -98,7 +98,7 @@ def as_sum(facts: Coefficients, **_: object) -> WeightedSum | None:
 )
 def nuslerp(
     models: list[Tensor],
-    facts: tuple[float, float] | tuple[Tensor, Tensor] | None,
+    facts: Coefficients,
     *,
     weight: list[float],
     nuslerp_flatten: bool = True,

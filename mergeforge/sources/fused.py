@@ -52,6 +52,8 @@ class Stack:
         factors, divisor = np.array(terms.factors, np.float32), terms.divisor(torch.float32)
 
         def fill(start: int, out: Tensor) -> Tensor:
+            if len(factors) != self.inputs:
+                raise AssertionError(f"{len(factors)} factors for {self.inputs} inputs")  # C would read beyond: a bug
             amount = (terms.fused, divisor, terms.scale, out.numel())
             kernels().weighted_sum(self._places(start), self.kinds, self.inputs, self.based, factors, *amount, out)
             return out

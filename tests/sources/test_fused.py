@@ -103,8 +103,21 @@ def test_without_a_compiler_torch_merges(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_library_that_does_not_load_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of another system, or of an older version: without its functions."""
+    """Of another system, or compiled from another kernels.c."""
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     assert native._library.__wrapped__() is None
-    (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF")
+    library = tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}"
+    library.write_bytes(b"\x7fELF")
     assert native._library.__wrapped__() is None
+    compiled = Path(native.kernels()._name)
+    library.unlink()
+    library.write_bytes(compiled.read_bytes())
+    assert native._library.__wrapped__() is not None  # no source beside: a wheel
+    (tmp_path / "kernels.c").write_text("another one")
+    assert native._library.__wrapped__() is None
+
+
+def test_as_many_factors_as_inputs() -> None:
+    found, _ = stacked(["BF16"] * 3, based=True)
+    with pytest.raises(AssertionError, match="3 factors for 2 inputs"):
+        found.weighted(WeightedSum([1.0, 1.0, 1.0]))(5, torch.empty(1, found.tensors[0].shape[1]))
