@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeforge import native
 from mergeforge.disk import InputFile, WriteBehind
@@ -23,9 +24,14 @@ from mergeforge.sizes import parse_size
 from mergeforge.tensors import BLOCK_ELEMENTS, torch_dtype
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    Bytes = NDArray[np.uint8]
+
+T = TypeVar("T")
 ALIGNMENT = 64  # of every piece of a staging buffer, in bytes
 MOST_THREADS = 8  # more only fight over the disk
 DEFAULT_MEMORY = 2 << 30
@@ -120,7 +126,7 @@ def _device(name: str) -> str:
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
         raise RecipeError(f"there is no device '{name}'", hint="auto, cpu, cuda, cuda:N or mps")
-    if kind == "cpu":
+    if kind == "cpu" or (kind == "auto" and not _may_have_gpu()):
         return "cpu"
     import torch
 
@@ -131,6 +137,12 @@ def _device(name: str) -> str:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise RecipeError("torch finds no device 'mps'", hint="--device cpu")
     return f"cuda:{index or 0}" if kind == "cuda" else kind
+
+
+def _may_have_gpu() -> bool:
+    """False where the system has no driver of a GPU that torch could use: asking torch takes a second."""
+    drivers = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")  # NVIDIA's, on Tegra, in WSL, AMD's
+    return sys.platform != "linux" or any(True for driver in drivers for _ in Path("/dev").glob(driver))
 
 
 @dataclass(frozen=True)
@@ -160,21 +172,31 @@ class Worker:
     """
 
     def __init__(self, device: str, staging_nbytes: int) -> None:
-        import torch
-
         self.device = device
         self.kernels = device == "cpu" and native.available()
         self.write_behind = WriteBehind()
-        pinned = device.startswith("cuda")
-        make_stream: Any = torch.cuda.Stream  # untyped in torch
-        self.stream = make_stream(device) if pinned else None
-        self._staging = torch.empty(staging_nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
-        self._on_device = self._staging if device == "cpu" else torch.empty_like(self._staging, device=device)
-        self._used = self._first = -self._staging.data_ptr() % ALIGNMENT
-        self._kept: dict[Hashable, Tensor] = {}
+        self.stream: Any = None
+        self._staging, self._on_device = self._buffers(staging_nbytes + ALIGNMENT)
+        self._used = self._first = -self._staging.ctypes.data % ALIGNMENT
+        self._kept: dict[Hashable, Any] = {}
         self._scratch: list[Tensor] = []
         self._slots = 0
         self.rereads = False  # whether what is read now is read again soon: the page cache keeps it
+
+    def _buffers(self, nbytes: int) -> tuple[Bytes, Tensor | None]:
+        """The staging buffer and, on a device, its twin there; the stream where there is one."""
+        if self.device == "cpu":
+            import numpy as np
+
+            return np.empty(nbytes, np.uint8), None
+        import torch
+
+        pinned = self.device.startswith("cuda")
+        if pinned:
+            make_stream: Any = torch.cuda.Stream  # untyped in torch
+            self.stream = make_stream(self.device)
+        staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        return staging.numpy(), torch.empty_like(staging, device=self.device)
 
     def clear(self) -> None:
         """Forget what was read: the staging buffer is free for the next tile."""
@@ -197,7 +219,7 @@ class Worker:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def take(self, nbytes: int) -> Tensor:
+    def take(self, nbytes: int) -> Bytes:
         """`nbytes` of the staging buffer, until the next clear()."""
         piece = self._staging[self._used : self._used + nbytes]
         if len(piece) < nbytes:
@@ -207,9 +229,11 @@ class Worker:
 
     def room(self, nbytes: int) -> tuple[Tensor, Tensor]:
         """`nbytes` of the staging buffer and of its twin on the device, which is the same on a CPU."""
+        import torch
+
         at = self._used
-        piece = self.take(nbytes)
-        return piece, piece if self.device == "cpu" else self._on_device[at : at + nbytes]
+        piece = torch.from_numpy(self.take(nbytes))
+        return piece, piece if self._on_device is None else self._on_device[at : at + nbytes]
 
     def read(self, file: InputFile, offset: int, nbytes: int, *, keep: bool = False) -> Tensor:
         """Bytes of a file, on the device; read once, however often they are asked for until clear().
@@ -224,11 +248,12 @@ class Worker:
 
         return self.once((file.path, offset, nbytes), fetch)
 
-    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` stages, made once, however often it is asked for until clear()."""
         if key not in self._kept:
             self._kept[key] = make()
-        return self._kept[key]
+        made: T = self._kept[key]
+        return made
 
     def mark(self) -> tuple[int, int, int]:
         """Where the staging buffer and the scratch blocks stand, for release()."""
@@ -254,8 +279,12 @@ class Worker:
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Let torch compute with one thread here: more change last bits of sums, and tiles bring the parallelism."""
+def one_torch_thread(needed: bool = True) -> Iterator[None]:
+    """Let torch, if it is `needed`, compute with one thread here: more change last bits of sums, and tiles bring the
+    parallelism."""
+    if not needed:
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()

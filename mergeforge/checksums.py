@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import xxhash
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
 
-def strip_checksums(data: Tensor, sizes: Iterable[int]) -> tuple[str, ...]:
-    """Hex digests of strips that follow one another in `data` (uint8, on the CPU); `sizes` in bytes."""
-    view, at, found = data.numpy().data, 0, []
+def strip_checksums(data: NDArray[np.uint8], sizes: Iterable[int]) -> tuple[str, ...]:
+    """Hex digests of strips that follow one another in `data`; `sizes` in bytes."""
+    view, at, found = data.data, 0, []
     for size in sizes:
         found.append(xxhash.xxh3_128_hexdigest(view[at : at + size]))
         at += size

@@ -16,14 +16,20 @@ from mergeforge.planning import Piece
 from mergeforge.sinks import Outlet, strips
 from mergeforge.sinks.checkpoint import KEY
 from mergeforge.sources import Facts, Rows, Scan, learn
+from mergeforge.sources.merged import Merged
+from mergeforge.summing import Summing
 from mergeforge.tensors import TensorInfo, Tile, blocks, torch_dtype
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    Bytes = NDArray[np.uint8]
+
 CALM = 1e4  # a magnitude that every type holds, by far
-Encoded = list[tuple[Outlet, "Tensor"]]  # a tile as every outlet writes it: uint8, on the CPU
+Encoded = list[tuple[Outlet, "Bytes"]]  # a tile as every outlet writes it
 
 
 class Carried(NamedTuple):
@@ -46,6 +52,9 @@ def carry(piece: Piece, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfin
 
     A piece that learns gives all its tiles, in order.
     """
+    if piece.summed:
+        yield from _carry_sum(piece, tiles, worker, allow_nonfinite)
+        return
     facts: Facts = {}
     compute = torch_dtype(piece.compute)
     assert compute is not None
@@ -77,8 +86,29 @@ def _copy(piece: Piece, tile: Tile, worker: Worker) -> Encoded:
     """The tile's bytes as they are stored; they never go to a device."""
     stored = piece.way
     raw = worker.take(tile.rows * piece.info.row_nbytes)
-    stored.file.read_into(raw.numpy().data, stored.offset + tile.start * piece.info.row_nbytes)  # type: ignore[attr-defined]
+    stored.file.read_into(raw.data, stored.offset + tile.start * piece.info.row_nbytes)  # type: ignore[attr-defined]
     return [(piece.outlets[0], raw)]
+
+
+def _carry_sum(piece: Piece, tiles: tuple[Tile, ...], worker: Worker, allow_nonfinite: bool) -> Iterator[Carried]:
+    """The tiles of a sum that kernels compute."""
+    assert isinstance(piece.way, Merged)
+    summing, measures = Summing(piece.way, piece.info, worker), base_of(piece.way) is not None
+    worker.clear()
+    terms = summing.learn(piece.tiles)
+    for tile in tiles:
+        worker.clear()
+        raw = worker.take(tile.rows * piece.info.row_nbytes)
+        changes = [
+            Measured((count * piece.info.columns), *summing.changes(terms, start, start + count).tolist())
+            for start, stop in blocks(tile, piece.info)
+            if measures and (count := looks_at(piece, start, stop))
+        ]
+        magnitude = summing.fill(terms, tile, raw)
+        (outlet,) = piece.outlets
+        if outlet.refuses(magnitude) and not allow_nonfinite:
+            raise _unfit(piece, tile, outlet, raw, magnitude)
+        yield Carried(tile, [(outlet, raw)], total(changes) if measures else None)
 
 
 def _stage(piece: Piece, rows: range, worker: Worker, facts: Facts, compute: torch.dtype) -> _Staged:
@@ -101,7 +131,7 @@ def _compute(piece: Piece, tile: Tile, worker: Worker, staged: _Staged, allow_no
     for start, stop in blocks(tile, piece.info):
         value = rows(start, stop)
         if before and (count := looks_at(piece, start, stop)):
-            measured.append(measure(piece, before(start, start + count), value[:count]))
+            measured.append(measure(piece.info, before(start, start + count), value[:count]))
         bounds.append(_bound(value))
         for gather in gathers:
             gather.take(value, start)
@@ -109,7 +139,7 @@ def _compute(piece: Piece, tile: Tile, worker: Worker, staged: _Staged, allow_no
     magnitude = float(torch.tensor([float(one) for one in bounds], dtype=torch.float64).amax())  # NaN carries through
     for pen in pens:
         if pen.outlet.refuses(magnitude) and not (allow_nonfinite and pen.outlet.plain):
-            raise _unfit(piece, tile, pen, magnitude)
+            raise _unfit(piece, tile, pen.outlet, pen.raw, magnitude)
     return Carried(tile, [(pen.outlet, pen.raw) for pen in pens], total(measured) if before else None)
 
 
@@ -137,8 +167,10 @@ class _Pen:
         self.used = 0
 
     def write(self, rows: Tensor, start: int) -> None:
+        import torch
+
         nbytes = self.outlet.nbytes(start, start + len(rows))
-        self.outlet.encode(rows, start, self.raw[self.used : self.used + nbytes])
+        self.outlet.encode(rows, start, torch.from_numpy(self.raw[self.used : self.used + nbytes]))
         self.used += nbytes
 
 
@@ -169,13 +201,15 @@ class _Gather:
             pen.write(rows, start)
 
 
-def _unfit(piece: Piece, tile: Tile, pen: _Pen, magnitude: float) -> SourceError:
-    """What does not fit the type that it would be written in."""
-    name, about = piece.info.name, pen.outlet.about
-    if pen.outlet.key != KEY or not (dtype := torch_dtype(pen.outlet.plain)):
+def _unfit(piece: Piece, tile: Tile, outlet: Outlet, raw: Bytes, magnitude: float) -> SourceError:
+    """What does not fit the type that it would be written in; `raw`: the tile as the outlet writes it."""
+    import torch
+
+    name, about = piece.info.name, outlet.about
+    if outlet.key != KEY or not (dtype := torch_dtype(outlet.plain)):
         text = f"{name} would hold {magnitude:.6g}, which {about} cannot"
         return SourceError(text, hint="an input holds such values; if they are finite, gguf bf16 holds them")
-    bad = ~pen.raw.view(dtype).isfinite()
+    bad = ~torch.from_numpy(raw).view(dtype).isfinite()
     first = tile.start * piece.info.columns + int(bad.int().argmax())
     text = f"{name} would hold {int(bad.sum())} infinite or NaN values ({about}, first at {first})"
     hint = (

@@ -232,9 +232,14 @@ class DiskFile:
     def read_into(self, buffer: memoryview, offset: int, *, keep: bool = False) -> None:
         """Fill `buffer` from `offset`; `keep` what will soon be read again in the page cache."""
         try:
-            read_into(self._open(), buffer, offset, self.path, keep=keep or self._was_cached)
+            read_into(self.descriptor(), buffer, offset, self.path, keep=keep or self._was_cached)
         except OSError as error:
             raise SourceError(f"{self.path} cannot be read: {error.strerror}") from error
+
+    def was_read(self, offset: int, nbytes: int) -> None:
+        """Whoever reads by the descriptor() has done with a range: the page cache may forget it."""
+        if not self._was_cached:
+            forget(self.descriptor(), offset, nbytes)
 
     def check_unchanged(self) -> None:
         try:
@@ -250,7 +255,8 @@ class DiskFile:
                 os.close(self._fd)
                 self._fd = None
 
-    def _open(self) -> int:
+    def descriptor(self) -> int:
+        """The open file."""
         with self._lock:
             if self._fd is None:
                 self._fd = os.open(self.path, os.O_RDONLY)

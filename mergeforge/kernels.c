@@ -1,12 +1,15 @@
 /* Kernels for merging on a CPU: each takes some thousand numbers, which stay in the first cache, through everything.
+   What lies in files is read in steps that stay in the second cache.
 
    Plain C behind ctypes (native.py says what the functions are given). Compiled without contraction to fused
    multiply-adds, so that the numbers are torch's, bit for bit; where torch fuses, fmaf() stands here. On x86-64
    there is a version for every width of vectors, chosen when the library is loaded. */
 
+#include <errno.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define EVERY_WIDTH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -15,6 +18,10 @@
 #else
 #define EVERY_WIDTH
 #endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "files hold numbers with their lowest byte first"
+#endif
+
 /* The digest of this file, so that nobody loads what was compiled from another one. */
 const char kernels_source[65] = SOURCE;
 
@@ -23,6 +30,7 @@ const char kernels_source[65] = SOURCE;
 enum { BF16, F16, F32 };
 enum { CHUNK = 2048, PRODUCT_CHUNK = 512 };
 typedef double Doubles __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(32)));
 enum { LANES = sizeof(Doubles) / sizeof(double) };
 
 INLINE float float_of(uint32_t bits) {
@@ -46,10 +54,56 @@ INLINE float of_f16(uint16_t half) {
     return float_of(bits_of(value) | infinite | (uint32_t)(half & 0x8000) << 16);
 }
 
+/* Rounded to the nearest, ties to the even one; every NaN is the one that torch writes. */
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0xffff : rounded;
+}
+
+/* As processors do it: a NaN keeps its first bits. Subnormal numbers are rounded by adding 0.5, whose last bit is
+   theirs. */
+INLINE uint16_t to_f16(float value) {
+    uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    uint32_t normal = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+    uint32_t tiny = bits_of(float_of(bits) + 0.5f) - bits_of(0.5f);
+    uint32_t odd = bits > 0x7f800000 ? 0x7e00 | (bits >> 13 & 0x3ff) : 0x7c00;
+    return sign | (bits >= 0x47800000 ? odd : bits < 0x38800000 ? tiny : normal);
+}
+
 INLINE float number(const void *place, int64_t kind, int64_t at) {
     if (kind == F32) return ((const float *)place)[at];
     uint16_t half = ((const uint16_t *)place)[at];
     return kind == BF16 ? of_bf16(half) : of_f16(half);
+}
+
+/* A random mask (methods/random_mask.py): the keys of upper and lower bytes; numbers are kept whose sixteen bits are
+   below the limit, and at 65536 all. */
+struct mask {
+    uint32_t upper[2], lower[2], limit;
+};
+enum { EVERYTHING = 1 << 16 };
+
+INLINE uint32_t mixed(uint32_t bits, const uint32_t *keys) {
+    bits ^= keys[0];
+    bits = (bits ^ bits >> 16) * 0x7feb352d;
+    bits = (bits ^ bits >> 15 ^ keys[1]) * 0x846ca68b;
+    return bits ^ bits >> 16;
+}
+
+/* 1 for each of `count` numbers that is kept, 0 for others; `element`: the first one's place in its tensor. */
+INLINE void draw(const struct mask *mask, int64_t element, int64_t count, float *kept) {
+    uint32_t words[CHUNK / 4 + 1], others[CHUNK / 4 + 1];
+    int64_t first = element & 3, needed = (first + count + 3) / 4;
+    for (int64_t i = 0; i < needed; i++) words[i] = mixed((uint32_t)((element >> 2) + i) * 0x9e3779b9, mask->upper);
+    const uint8_t *high = (const uint8_t *)words + first, *low = (const uint8_t *)others + first;
+    if (mask->limit & 255) {
+        for (int64_t i = 0; i < needed; i++) others[i] = mixed((uint32_t)((element >> 2) + i) * 0x9e3779b9, mask->lower);
+        for (int64_t i = 0; i < count; i++) kept[i] = (uint32_t)(high[i] << 8 | low[i]) < mask->limit;
+    } else {
+        for (int64_t i = 0; i < count; i++) kept[i] = high[i] < mask->limit >> 8;
+    }
 }
 
 /* A statement for each number of the chunk: one loop for each kind, so that the compiler knows it. */
@@ -85,48 +139,188 @@ INLINE void add(const void *place, int64_t kind, int64_t start, int64_t count, c
     }
 }
 
-static const float ZEROS[CHUNK];
-
-/* The base's numbers, or zeros: a number less zero is the number. */
-INLINE const float *base_of(const void *const *places, const int64_t *kinds, int64_t inputs, int64_t based,
-                            int64_t start, int64_t count, float *into) {
-    if (!based) return ZEROS;
-    take(places[inputs], kinds[inputs], start, count, ZEROS, into);
-    return into;
+/* The same of numbers of which a mask drops some. */
+INLINE void add_kept(const void *place, int64_t kind, int64_t start, int64_t count, const float *less, float factor,
+                     int64_t fused, const float *kept, float *total) {
+    if (fused) {
+        EACH(total[i] = fmaf((number(place, KIND, start + i) - less[i]) * kept[i], factor, total[i]))
+    } else {
+        EACH(total[i] += (number(place, KIND, start + i) - less[i]) * kept[i] * factor)
+    }
 }
+
+static const float ZEROS[CHUNK];
 
 INLINE int64_t smaller(int64_t one, int64_t two) { return one < two ? one : two; }
 
-/* base + scale * (sum of factor * (input - base)) / divisor; `fused`: products are added unrounded. */
-EVERY_WIDTH void weighted_sum(const void *const *places, const int64_t *kinds, int64_t inputs, int64_t based,
-                              const float *factors, int64_t fused, float divisor, float scale, int64_t length,
-                              float *out) {
-    float base[CHUNK];
-    for (int64_t start = 0; start < length; start += CHUNK) {
-        int64_t count = smaller(CHUNK, length - start);
-        const float *less = base_of(places, kinds, inputs, based, start, count, base);
-        float *total = out + start;
-        for (int64_t i = 0; i < count; i++) total[i] = -0.0f; /* what changes no number that is added to it */
-        for (int64_t at = 0; at < inputs; at++)
-            add(places[at], kinds[at], start, count, less, factors[at], fused, total);
-        if (divisor != 1)
-            for (int64_t i = 0; i < count; i++) total[i] /= divisor;
-        if (scale != 1)
-            for (int64_t i = 0; i < count; i++) total[i] *= scale;
-        if (based)
-            for (int64_t i = 0; i < count; i++) total[i] += base[i];
+/* Where a tensor's numbers are: in memory from `place` on, or in a file, from byte `place` on. */
+struct input {
+    int64_t file; /* its descriptor; -1: memory */
+    int64_t place;
+    int64_t kind;
+};
+
+INLINE int64_t size_of(int64_t kind) { return kind == F32 ? 4 : 2; }
+
+static int read_all(int64_t file, char *into, int64_t nbytes, int64_t offset) {
+    while (nbytes > 0) {
+        ssize_t count = pread((int)file, into, (size_t)nbytes, (off_t)offset);
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) return 0;
+        into += count, offset += count, nbytes -= count;
     }
+    return 1;
 }
 
-/* One input, less the base if it is `based`. places: the input, the base. */
-EVERY_WIDTH void difference(const void *const *places, const int64_t *kinds, int64_t based, int64_t length,
-                            float *out) {
+/* The place in memory of number `start` of every input: `count` numbers of those in files are read into `room`, which
+   has place for `step` of each. 0, or 1 + the number of an input that could not be read. */
+static int64_t fetch(const struct input *inputs, int64_t parts, int64_t start, int64_t count, int64_t step, char *room,
+                     const void **places) {
+    for (int64_t at = 0; at < parts; at++) {
+        int64_t size = size_of(inputs[at].kind), from = inputs[at].place + start * size;
+        if (inputs[at].file < 0) {
+            places[at] = (const void *)(intptr_t)from;
+            continue;
+        }
+        if (!read_all(inputs[at].file, room, count * size, from)) return at + 1;
+        places[at] = room;
+        room += step * sizeof(float);
+    }
+    return 0;
+}
+
+/* A weighted sum: base + scale * (sum of factor * (input - base)) / divisor. `fused`: products are added unrounded. */
+struct sum {
+    int64_t inputs;
+    int64_t based; /* whether a base comes after the inputs */
+    int64_t fused;
+    int64_t swaps; /* instead: (1 - w) * first + w * second input, w = near / |first - second| and at most 1 */
+    int64_t element; /* the place of number 0 in its tensor */
+    const float *factors;
+    const struct mask *masks; /* of each input, or none */
+    float divisor, scale, near;
+};
+
+INLINE const struct mask *mask_of(const struct sum *sum, int64_t at) {
+    return sum->masks && sum->masks[at].limit < EVERYTHING ? sum->masks + at : 0;
+}
+
+/* nearswap's sum; the first input's numbers. */
+INLINE const float *swap(const struct input *inputs, const void *const *places, int64_t start, int64_t count,
+                         float near, float *base, float *total) {
+    take(places[0], inputs[0].kind, start, count, ZEROS, base);
+    take(places[1], inputs[1].kind, start, count, ZEROS, total);
+    for (int64_t i = 0; i < count; i++) {
+        float distance = fabsf(base[i] - total[i]);
+        float share = 1 / (distance < 1e-6f ? 1e-6f : distance) * near;
+        share = share > 1 ? 1 : share;
+        total[i] = (1 - share) * base[i] + share * total[i];
+    }
+    return base;
+}
+
+/* `count` (at most CHUNK) numbers of the sum from number first + start on, and of the base, or zeros: a number
+   less zero is the number. */
+INLINE const float *add_up(const struct sum *sum, const struct input *inputs, const void *const *places, int64_t first,
+                           int64_t start, int64_t count, float *base, float *total) {
+    float kept[CHUNK];
+    if (sum->swaps) return swap(inputs, places, start, count, sum->near, base, total);
+    const float *less = ZEROS;
+    if (sum->based) {
+        take(places[sum->inputs], inputs[sum->inputs].kind, start, count, ZEROS, base);
+        less = base;
+    }
+    for (int64_t i = 0; i < count; i++) total[i] = -0.0f; /* what changes no number that is added to it */
+    for (int64_t at = 0; at < sum->inputs; at++) {
+        const struct mask *mask = mask_of(sum, at);
+        if (mask) {
+            draw(mask, sum->element + first + start, count, kept);
+            add_kept(places[at], inputs[at].kind, start, count, less, sum->factors[at], sum->fused, kept, total);
+        } else
+            add(places[at], inputs[at].kind, start, count, less, sum->factors[at], sum->fused, total);
+    }
+    if (sum->divisor != 1)
+        for (int64_t i = 0; i < count; i++) total[i] /= sum->divisor;
+    if (sum->scale != 1)
+        for (int64_t i = 0; i < count; i++) total[i] *= sum->scale;
+    if (sum->based)
+        for (int64_t i = 0; i < count; i++) total[i] += base[i];
+    return less;
+}
+
+INLINE void put(const float *from, int64_t count, int64_t kind, void *into, int64_t at) {
+    if (kind == F32)
+        memcpy((float *)into + at, from, count * sizeof(float));
+    else if (kind == F16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)into)[at + i] = to_f16(from[i]);
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)into)[at + i] = to_bf16(from[i]);
+}
+
+/* `length` numbers of a sum, rounded to `kind`. `most`: the bits of the largest magnitude, before that.
+   `step`, `room`, `places`: for fetch(), whose answer is returned. */
+EVERY_WIDTH int64_t weighted_sum(const struct input *inputs, const struct sum *sum, int64_t length, int64_t kind,
+                                 void *out, uint32_t *most, int64_t step, char *room, const void **places) {
+    float base[CHUNK], total[CHUNK];
+    uint32_t largest = 0;
+    for (int64_t first = 0; first < length; first += step) {
+        int64_t here = smaller(step, length - first);
+        int64_t failed = fetch(inputs, sum->inputs + sum->based, first, here, step, room, places);
+        if (failed) return failed;
+        for (int64_t start = 0; start < here; start += CHUNK) {
+            int64_t count = smaller(CHUNK, here - start);
+            add_up(sum, inputs, places, first, start, count, base, total);
+            for (int64_t i = 0; i < count; i++) {
+                uint32_t bits = bits_of(total[i]) & 0x7fffffff;
+                largest = bits > largest ? bits : largest;
+            }
+            put(total, count, kind, out, first + start);
+        }
+    }
+    *most = largest;
+    return 0;
+}
+
+INLINE float rounded(float value, int64_t kind) {
+    return kind == F32 ? value : kind == F16 ? of_f16(to_f16(value)) : of_bf16(to_bf16(value));
+}
+
+/* What a sum with a base makes of it, adding to `found`: squares of the base and of the changes, the largest change
+   (kept, not added), how many numbers change, and how many of these do not once they are rounded to `kind`. */
+EVERY_WIDTH int64_t changes(const struct input *inputs, const struct sum *sum, int64_t length, int64_t kind,
+                            double *found, int64_t step, char *room, const void **places) {
+    float base[CHUNK], total[CHUNK];
+    for (int64_t first = 0; first < length; first += step) {
+        int64_t here = smaller(step, length - first);
+        int64_t failed = fetch(inputs, sum->inputs + sum->based, first, here, step, room, places);
+        if (failed) return failed;
+        for (int64_t start = 0; start < here; start += CHUNK) {
+            int64_t count = smaller(CHUNK, here - start);
+            const float *before = add_up(sum, inputs, places, first, start, count, base, total);
+            for (int64_t i = 0; i < count; i++) {
+                float change = total[i] - before[i];
+                int moves = change != 0;
+                found[0] += (double)before[i] * before[i];
+                found[1] += (double)change * change;
+                found[2] = fabsf(change) > found[2] ? fabsf(change) : found[2];
+                found[3] += moves;
+                found[4] += moves && rounded(total[i], kind) == rounded(before[i], kind);
+            }
+        }
+    }
+    return 0;
+}
+
+/* One input, less the base if it is `based`. inputs: the input, the base, in memory. */
+EVERY_WIDTH int64_t difference(const struct input *inputs, int64_t based, int64_t length, float *out) {
     float base[CHUNK];
+    const void *place = (const void *)(intptr_t)inputs[0].place;
     for (int64_t start = 0; start < length; start += CHUNK) {
         int64_t count = smaller(CHUNK, length - start);
-        const float *less = base_of(places, kinds, 1, based, start, count, base);
-        take(places[0], kinds[0], start, count, less, out + start);
+        if (based) take((const void *)(intptr_t)inputs[1].place, inputs[1].kind, start, count, ZEROS, base);
+        take(place, inputs[0].kind, start, count, based ? base : ZEROS, out + start);
     }
+    return 0;
 }
 
 INLINE double dot(const double *one, const double *two, int64_t count) {
@@ -146,18 +340,70 @@ INLINE double dot(const double *one, const double *two, int64_t count) {
     return sum;
 }
 
-/* Adds to `sums` the inner products of every input (less the base) with itself and those that follow it.
-   `room`: PRODUCT_CHUNK doubles for each input. */
-EVERY_WIDTH void inner_products(const void *const *places, const int64_t *kinds, int64_t inputs, int64_t based,
-                                int64_t length, double *room, double *sums) {
-    float base[PRODUCT_CHUNK];
-    for (int64_t start = 0; start < length; start += PRODUCT_CHUNK) {
-        int64_t count = smaller(PRODUCT_CHUNK, length - start), pair = 0;
-        const float *less = base_of(places, kinds, inputs, based, start, count, base);
-        for (int64_t at = 0; at < inputs; at++)
-            take_doubles(places[at], kinds[at], start, count, less, room + at * PRODUCT_CHUNK);
-        for (int64_t at = 0; at < inputs; at++)
-            for (int64_t other = at; other < inputs; other++)
-                sums[pair++] += dot(room + at * PRODUCT_CHUNK, room + other * PRODUCT_CHUNK, count);
+INLINE double total_of(const float *numbers, int64_t count) {
+    Doubles total[4] = {{0}, {0}, {0}, {0}};
+    int64_t at = 0;
+    for (; at + 4 * LANES <= count; at += 4 * LANES)
+        for (int part = 0; part < 4; part++) {
+            Floats some;
+            memcpy(&some, numbers + at + part * LANES, sizeof some);
+            total[part] += __builtin_convertvector(some, Doubles);
+        }
+    total[0] += total[1] + (total[2] + total[3]);
+    double sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += total[0][lane];
+    for (; at < count; at++) sum += numbers[at];
+    return sum;
+}
+
+/* Adds to `sums` for each input of a sum its magnitudes, and those that its mask keeps. */
+EVERY_WIDTH int64_t masses(const struct input *inputs, const struct sum *sum, int64_t length, double *sums,
+                           int64_t step, char *room, const void **places) {
+    float base[CHUNK], one[CHUNK], kept[CHUNK];
+    for (int64_t first = 0; first < length; first += step) {
+        int64_t here = smaller(step, length - first);
+        int64_t failed = fetch(inputs, sum->inputs + sum->based, first, here, step, room, places);
+        if (failed) return failed;
+        for (int64_t start = 0; start < here; start += CHUNK) {
+            int64_t count = smaller(CHUNK, here - start);
+            if (sum->based) take(places[sum->inputs], inputs[sum->inputs].kind, start, count, ZEROS, base);
+            for (int64_t at = 0; at < sum->inputs; at++) {
+                const struct mask *mask = mask_of(sum, at);
+                take(places[at], inputs[at].kind, start, count, sum->based ? base : ZEROS, one);
+                for (int64_t i = 0; i < count; i++) one[i] = fabsf(one[i]);
+                double all = total_of(one, count);
+                sums[2 * at] += all;
+                if (mask) {
+                    draw(mask, sum->element + first + start, count, kept);
+                    for (int64_t i = 0; i < count; i++) one[i] *= kept[i];
+                    all = total_of(one, count);
+                }
+                sums[2 * at + 1] += all;
+            }
+        }
     }
+    return 0;
+}
+
+/* Adds to `sums` the inner products of every input (less the base) with itself and those that follow it.
+   `doubles`: PRODUCT_CHUNK of them for each input. */
+EVERY_WIDTH int64_t inner_products(const struct input *inputs, int64_t count, int64_t based, int64_t length,
+                                   double *doubles, double *sums, int64_t step, char *room, const void **places) {
+    float base[PRODUCT_CHUNK];
+    for (int64_t first = 0; first < length; first += step) {
+        int64_t here = smaller(step, length - first);
+        int64_t failed = fetch(inputs, count + based, first, here, step, room, places);
+        if (failed) return failed;
+        for (int64_t start = 0; start < here; start += PRODUCT_CHUNK) {
+            int64_t some = smaller(PRODUCT_CHUNK, here - start), pair = 0;
+            if (based) take(places[count], inputs[count].kind, start, some, ZEROS, base);
+            for (int64_t at = 0; at < count; at++)
+                take_doubles(places[at], inputs[at].kind, start, some, based ? base : ZEROS,
+                             doubles + at * PRODUCT_CHUNK);
+            for (int64_t at = 0; at < count; at++)
+                for (int64_t other = at; other < count; other++)
+                    sums[pair++] += dot(doubles + at * PRODUCT_CHUNK, doubles + other * PRODUCT_CHUNK, some);
+        }
+    }
+    return 0;
 }

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from mergeforge.disk import WriteBehind, disk_error, preallocate, read_into, sync_file, write_at
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,11 @@ class OutputFiles:
             for offset, content in {0: file.header, **file.known}.items():
                 write_at(fd, memoryview(content), offset, str(path))
 
-    def write(self, name: str, data: Tensor, offset: int, behind: WriteBehind) -> None:
-        """Write a CPU tensor's bytes at `offset` of the file."""
+    def write(self, name: str, data: NDArray[np.uint8], offset: int, behind: WriteBehind) -> None:
+        """Write bytes at `offset` of the file."""
         fd = self._fds[name]
-        buffer = data.numpy().data
-        write_at(fd, buffer, offset, str(self.folder / name))
-        behind.wrote(fd, offset, len(buffer))
+        write_at(fd, data.data, offset, str(self.folder / name))
+        behind.wrote(fd, offset, len(data))
 
     def read(self, name: str, buffer: memoryview, offset: int) -> None:
         read_into(self._fds[name], buffer, offset, str(self.folder / name))

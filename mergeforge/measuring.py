@@ -16,7 +16,7 @@ from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.merged import Merged
 from mergeforge.sources.stored import Stored
-from mergeforge.tensors import torch_dtype
+from mergeforge.tensors import TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,11 +65,11 @@ def looks_at(piece: Piece, start: int, stop: int) -> int:
     return max(1, (stop - start) // SHARE) if index % EVERY == 0 else 0
 
 
-def measure(piece: Piece, base: Tensor, value: Tensor) -> Measured:
+def measure(info: TensorInfo, base: Tensor, value: Tensor) -> Measured:
     """Compare rows of the base with what they became, in the dtype that is written."""
     import torch
 
-    dtype = torch_dtype(piece.info.dtype)
+    dtype = torch_dtype(info.dtype)
     change = value - base
     least, most = change.aminmax()
     meant = int(change.count_nonzero())

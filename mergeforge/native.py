@@ -11,7 +11,7 @@ import hashlib
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 
 class _Array:
@@ -22,12 +22,31 @@ class _Array:
         return ctypes.c_void_p(value.data_ptr() if hasattr(value, "data_ptr") else value.ctypes.data)
 
 
-_NUMBER, _FLOAT = ctypes.c_int64, ctypes.c_float
-_INPUTS = [_Array, _Array, _NUMBER, _NUMBER]  # their places and kinds, how many, whether a base comes after them
-_FUNCTIONS: dict[str, list[Any]] = {
-    "weighted_sum": [*_INPUTS, _Array, _NUMBER, _FLOAT, _FLOAT, _NUMBER, _Array],
-    "difference": [_Array, _Array, _NUMBER, _NUMBER, _Array],
-    "inner_products": [*_INPUTS, _NUMBER, _Array, _Array],
+class Sum(ctypes.Structure):
+    """struct sum of kernels.c."""
+
+    _fields_: ClassVar = [
+        ("inputs", ctypes.c_int64),
+        ("based", ctypes.c_int64),
+        ("fused", ctypes.c_int64),
+        ("swaps", ctypes.c_int64),
+        ("element", ctypes.c_int64),
+        ("factors", ctypes.c_void_p),
+        ("masks", ctypes.c_void_p),
+        ("divisor", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("near", ctypes.c_float),
+    ]
+
+
+_NUMBER, _SUM = ctypes.c_int64, ctypes.POINTER(Sum)
+_FETCHED = [_NUMBER, _Array, _Array]  # numbers of a step, room for them, their places
+_FUNCTIONS: dict[str, list[Any]] = {  # each takes the inputs first
+    "weighted_sum": [_Array, _SUM, _NUMBER, _NUMBER, _Array, ctypes.POINTER(ctypes.c_uint32), *_FETCHED],
+    "changes": [_Array, _SUM, _NUMBER, _NUMBER, _Array, *_FETCHED],
+    "masses": [_Array, _SUM, _NUMBER, _Array, *_FETCHED],
+    "difference": [_Array, _NUMBER, _NUMBER, _Array],
+    "inner_products": [_Array, _NUMBER, _NUMBER, _NUMBER, _Array, _Array, *_FETCHED],
 }
 CHUNK, PRODUCT_CHUNK = 2048, 512  # numbers that kernels, and inner products, take at a time (kernels.c)
 
@@ -54,7 +73,7 @@ def _library() -> ctypes.CDLL | None:
                 library = ctypes.CDLL(str(path))
                 for name, arguments in _FUNCTIONS.items():
                     function = getattr(library, name)
-                    function.argtypes, function.restype = arguments, None
+                    function.argtypes, function.restype = arguments, ctypes.c_int64
                 return library if _is_of_this_source(library) else None
             except (OSError, AttributeError, ValueError):  # for another system, or of another version
                 return None

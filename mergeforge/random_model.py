@@ -190,12 +190,12 @@ def _write(folder: Path, layout: Layout, tensors: list[TensorInfo], pool: Tensor
     for at, info in enumerate(tensors):
         extent = layout.extents[info.name]
         if ones is not None and len(info.shape) == 1:
-            files.write(extent.file, ones.view(torch.uint8), extent.offset, behind)
+            files.write(extent.file, ones.view(torch.uint8).numpy(), extent.offset, behind)
             continue
         start = at * 7919 * 64 % POOL
         for done in range(0, info.numel, POOL):
             part = twice[start : start + min(POOL, info.numel - done)]
-            files.write(extent.file, part.view(torch.uint8), extent.offset + done * info.bits // 8, behind)
+            files.write(extent.file, part.view(torch.uint8).numpy(), extent.offset + done * info.bits // 8, behind)
     files.sync()
     files.close()
     shards = index(layout, tensors)

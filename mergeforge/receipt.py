@@ -139,15 +139,13 @@ def _input(table: Checkpoint) -> dict[str, Any]:
 
 
 def _run(plan: Plan, seconds: float) -> dict[str, Any]:
-    import torch
-
     return {
         "seconds": round(seconds, 3),
         "device": plan.budget.device,
         "threads": plan.budget.threads,
         "memory": plan.budget.memory,
         "peak_rss": _peak(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

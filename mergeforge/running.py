@@ -37,7 +37,10 @@ from mergeforge.vocab.modelfile import modelfile
 from mergeforge.workspace import CARD, RECEIPT, RECIPE, Workspace
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Bytes = NDArray[np.uint8]
 
 SYNC_SECONDS = 2.0
 
@@ -119,7 +122,7 @@ class _Job:
 
 def _carry_all(plan: Plan, workspace: Workspace, shipment: Shipment | None) -> Iterator[Tile]:
     idle: list[Worker] = []  # from batch to batch: what threads free, malloc does not give to other threads
-    with one_torch_thread():  # and whatever the caller had, afterwards
+    with one_torch_thread(plan.needs_torch):  # and whatever the caller had, afterwards
         for batch in plan.batches:
             yield from _carry(plan, batch, workspace, frozenset(shipment.sent if shipment else ()), idle)
             if shipment:
@@ -228,19 +231,29 @@ class _Crew:
             file.check_unchanged()
 
     def _work(self) -> None:
-        import torch
-
         try:
-            torch.set_num_threads(1)  # parallelism belongs to the tiles
-            with torch.inference_mode():
-                worker = self._worker()
-                with torch.cuda.stream(worker.stream):
-                    while not self.stop.is_set() and self.jobs:
-                        self._do(worker)
-            self.idle.append(worker)
+            if self.plan.needs_torch:
+                self._work_in_torch()
+            else:
+                self._work_off(self._worker())
             self.results.put(None)
         except BaseException as error:
             self.results.put(error)
+
+    def _work_in_torch(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # parallelism belongs to the tiles
+        with torch.inference_mode():
+            worker = self._worker()
+            with torch.cuda.stream(worker.stream):
+                self._work_off(worker)
+
+    def _work_off(self, worker: Worker) -> None:
+        """Do what jobs there are."""
+        while not self.stop.is_set() and self.jobs:
+            self._do(worker)
+        self.idle.append(worker)
 
     def _worker(self) -> Worker:
         """One that an earlier batch has done with, or a new one."""
@@ -276,7 +289,7 @@ class _Crew:
                 raise told from error
             raise
 
-    def _write(self, outlet: Outlet, tile: Tile, raw: Tensor, worker: Worker) -> tuple[str, ...]:
+    def _write(self, outlet: Outlet, tile: Tile, raw: Bytes, worker: Worker) -> tuple[str, ...]:
         """Write an encoded tile where it belongs; the checksums of its strips."""
         if outlet.file not in self.files.files:
             return _checksums(outlet, tile, raw)
@@ -297,12 +310,12 @@ class _Crew:
                 return None
         return Done(tile, checksums)
 
-    def _read(self, outlet: Outlet, tile: Tile, worker: Worker) -> Tensor:
+    def _read(self, outlet: Outlet, tile: Tile, worker: Worker) -> Bytes:
         """A tile's bytes from the file, as they were encoded."""
         runs = list(joined(_runs(outlet, tile)))
         raw, at = worker.take(sum(nbytes for _, nbytes in runs)), 0
         for offset, nbytes in runs:
-            self.files.read(outlet.file, raw[at : at + nbytes].numpy().data, offset)
+            self.files.read(outlet.file, raw[at : at + nbytes].data, offset)
             at += nbytes
         return raw
 
@@ -312,7 +325,7 @@ def _runs(outlet: Outlet, tile: Tile) -> Iterator[Run]:
         yield from outlet.runs(*strip)
 
 
-def _checksums(outlet: Outlet, tile: Tile, raw: Tensor) -> tuple[str, ...]:
+def _checksums(outlet: Outlet, tile: Tile, raw: Bytes) -> tuple[str, ...]:
     return strip_checksums(raw, [outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)])
 
 

@@ -44,7 +44,7 @@ FLOORS = (
         "dequantising",
     },
     {"sources", "sinks", "journal", "data"},
-    {"planning", "random_model", "joining"},
+    {"planning", "random_model", "joining", "summing"},
     {
         "computing",
         "measuring",
@@ -74,6 +74,7 @@ ALLOWED = {
     ("disk", "errors"),
     ("hub", "remote"),
     ("planning", "joining"),
+    ("planning", "summing"),
     ("computing", "measuring"),
     ("comparing", "explaining"),
     ("receipt", "measuring"),

@@ -27,7 +27,6 @@ from mergeforge.parameters import Interval, Parameter, parameters_of
 from mergeforge.registry import Registry
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from mergeforge.methods.consensus import WeightedSum
@@ -53,7 +52,8 @@ class Block:
 class Look(Protocol):
     """Run `see(inputs, block)` on every block, or on about `sample` of them; yield results in order.
 
-    It may have a method `products` that yields the blocks' inner products as gram() adds them up, faster.
+    It may have methods that are faster: `products` yields the blocks' inner products as gram() adds them up;
+    `masses(density)` the sums of each input's magnitudes, and of those that are drawn at random (rescale.ratios_of).
     """
 
     def __call__(self, see: Callable[[list[Tensor], Block], R], sample: int = 0) -> Iterator[R]: ...
@@ -73,7 +73,8 @@ class Method:
     inputs: tuple[int, int]
     facts: Callable[..., Any] | None
     facts_nbytes: int
-    as_sum: Callable[..., WeightedSum | None] | None
+    as_sum: Callable[..., WeightedSum] | None
+    sum_if: Callable[..., bool]
     check: Callable[..., None] | None
     live: int
     wants: frozenset[str]
@@ -90,13 +91,20 @@ class Method:
         merged: Tensor = self.combine(inputs, **wanted, **{_python(name): value for name, value in parameters.items()})
         return merged
 
+    def is_sum(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether what the method makes of its inputs is a weighted sum of them."""
+        given = {_python(name): value for name, value in parameters.items()}
+        return self.as_sum is not None and self.sum_if(**given)
+
     def weighted_sum(
-        self, facts: Any, count: int, dtype: torch.dtype, parameters: Mapping[str, Any]
-    ) -> WeightedSum | None:
-        """What the method makes of `count` inputs in a tensor, if that is a weighted sum of them."""
-        if self.as_sum is None:
-            return None
-        extra = {"facts": facts, "count": count, "dtype": dtype}
+        self, facts: Any, count: int, block: Block, compute: str, parameters: Mapping[str, Any]
+    ) -> WeightedSum:
+        """What the method makes of `count` inputs, of a method and parameters that are a sum (is_sum).
+
+        `block`: the tensor's first.
+        """
+        assert self.as_sum is not None
+        extra = {"facts": facts, "count": count, "block": block, "compute": compute}
         wanted = {name: extra[name] for name in extra if name in self.sum_wants}
         return self.as_sum(**wanted, **{_python(name): value for name, value in parameters.items()})
 
@@ -123,7 +131,8 @@ def method(
     optional_base: bool = False,
     facts: Callable[..., Any] | None = None,
     facts_nbytes: int = 0,
-    as_sum: Callable[..., WeightedSum | None] | None = None,
+    as_sum: Callable[..., WeightedSum] | None = None,
+    sum_if: Callable[..., bool] = lambda **_: True,
     check: Callable[..., None] | None = None,
     within: Mapping[str, Interval] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -131,10 +140,11 @@ def method(
 
     `base_is_input`: the base model is the first input (slerp). `optional_base`: where the recipe has a
     base model, the method works on task vectors (nuslerp). `facts_nbytes`: memory that learning
-    the facts holds for each input. `as_sum`, given `facts`, `count` (of inputs) or `dtype` if it names them, and the
-    parameters, tells the same as a weighted sum of the inputs, or None: such sums are computed in one pass, straight
-    from the inputs' bytes. `check` raises ValueError for parameters that make no sense
-    together, when the merge is planned. `within`: the interval in which a parameter must lie.
+    the facts holds for each input. `as_sum`, given `facts`, `count` (of inputs), `block` (the tensor's first) or
+    `compute` ("F32" or "F64") if it names them, and the parameters, tells the same as a weighted sum of the inputs, for
+    parameters of which `sum_if` holds: such sums are computed in one pass, straight from the inputs' bytes. `check`
+    raises ValueError for parameters that make no sense together, when the merge is planned. `within`: the interval in
+    which a parameter must lie.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -152,6 +162,7 @@ def method(
                 facts=facts,
                 facts_nbytes=facts_nbytes,
                 as_sum=as_sum,
+                sum_if=sum_if,
                 check=check,
                 live=live,
                 wants=frozenset(arguments) & {"facts", "block"},

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergeforge.tensors import dtype_name
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
+
+    from mergeforge.methods.random_mask import Drawing
 
 LEAST = 1e-8  # of a sum of weights that is divided by
 
@@ -16,6 +19,9 @@ LEAST = 1e-8  # of a sum of weights that is divided by
 @dataclass(frozen=True)
 class WeightedSum:
     """scale * sum(factor_i * input_i), divided by the sum of the factors with `normalize`.
+
+    `kept`: of each input only elements that are drawn at random; of() is given inputs without the others. `near`: two
+    inputs have shares of their own at each element, as nearswap defines them, instead of the factors.
 
     `fused`: each product after the first is added in one rounding (a fused multiply-add); else it is rounded first.
     A sum of factors below `least` divides by 1.
@@ -26,12 +32,17 @@ class WeightedSum:
     scale: float = 1.0
     fused: bool = False
     least: float = 0.0
+    kept: Sequence[Drawing] = ()
+    near: float | None = None
 
-    def divisor(self, dtype: torch.dtype) -> float:
-        """The sum of the factors in the dtype that is computed in."""
-        import torch
+    def divisor(self, compute: str) -> float:
+        """The sum of the factors, one after the other, in the dtype that is computed in ("F32" or "F64")."""
+        import numpy as np
 
-        total = float(torch.tensor(self.factors, dtype=dtype).sum()) if self.normalize else 1.0
+        if not self.normalize:
+            return 1.0
+        factors = np.array(self.factors, np.float64 if compute == "F64" else np.float32)
+        total = float(np.add.accumulate(factors)[-1])
         return total if abs(total) >= self.least else 1.0
 
     def of(self, inputs: list[Tensor]) -> Tensor:
@@ -42,7 +53,7 @@ class WeightedSum:
                 total.add_(one, alpha=factor)
             else:
                 total.add_(_scaled(one, factor))
-        divisor = self.divisor(total.dtype)
+        divisor = self.divisor(dtype_name(total.dtype))
         if divisor != 1:
             total.div_(divisor)
         return _scaled(total, self.scale)
@@ -57,27 +68,27 @@ def combined(inputs: list[Tensor], factors: Sequence[float]) -> Tensor:
     return WeightedSum(factors, fused=True).of(inputs)
 
 
-def task_arithmetic_sum(weight: list[float], normalize: bool, lambda_: float) -> WeightedSum:
-    """lambda * sum(weight_i * delta_i); normalize divides by sum(weight_i).
+def task_arithmetic_sum(
+    weight: list[float], normalize: bool, lambda_: float, ratios: Sequence[float] = (), compute: str = "F32"
+) -> WeightedSum:
+    """lambda * sum(ratio_i * weight_i * delta_i); normalize divides by sum(weight_i).
 
     A sum of weights below 1e-8 divides by 1, as in mergekit's generalized task arithmetic. Each product is rounded
-    before it is added, and lambda comes last, as there: the sums are equal, bit for bit.
+    before it is added, and lambda comes last, as there: the sums are equal, bit for bit. With ratios (random masks are
+    nobody else's) all is one factor in what is computed in ("F32" or "F64"), added in one pass.
     """
-    return WeightedSum(weight, normalize, lambda_, least=LEAST)
+    plain = WeightedSum(weight, normalize, lambda_, least=LEAST)
+    if all(ratio == 1 for ratio in ratios):
+        return plain
+    share = lambda_ / plain.divisor(compute)
+    return WeightedSum([share * one for one in _factors(weight, ratios)], fused=True)
 
 
 def weighted_sum(
     deltas: list[Tensor], weight: list[float], normalize: bool, lambda_: float = 1.0, ratios: Sequence[float] = ()
 ) -> Tensor:
-    """task_arithmetic_sum of sum(ratio_i * weight_i * delta_i), overwriting the deltas.
-
-    With ratios (random masks are nobody else's) all is one factor, added in one pass.
-    """
-    plain = task_arithmetic_sum(weight, normalize, lambda_)
-    if all(ratio == 1 for ratio in ratios):
-        return plain.of(deltas)
-    share = lambda_ / plain.divisor(deltas[0].dtype)
-    return combined(deltas, [share * one for one in _factors(weight, ratios)])
+    """task_arithmetic_sum, overwriting the deltas."""
+    return task_arithmetic_sum(weight, normalize, lambda_, ratios, dtype_name(deltas[0].dtype)).of(deltas)
 
 
 def agreeing_sum(

@@ -5,13 +5,14 @@ Yu et al., "Language Models are Super Mario", https://arxiv.org/abs/2311.03099.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import DENSITY, Block, Look, method
-from mergeforge.methods.consensus import agreeing_sum, weighted_sum
+from mergeforge.methods.consensus import WeightedSum, agreeing_sum, task_arithmetic_sum, weighted_sum
 from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
-from mergeforge.methods.random_mask import masked
-from mergeforge.methods.rescale import Rescaled, ratios
+from mergeforge.methods.random_mask import drawing, masked
+from mergeforge.methods.rescale import Rescaled, ratios, ratios_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +23,29 @@ def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: o
     count = len(density)
     if not rescale or all(one >= 1 for one in density):
         return Rescaled([Masks() for _ in density], [1.0] * count)
+    if masses := getattr(look, "masses", None):
+        return Rescaled([Masks() for _ in density], ratios_of(masses(density), count))
     masks = [Masks(KEPT) for _ in density]
-    return Rescaled(masks, ratios(look, lambda deltas, block: masked(deltas, block, density, masks), count))
+    found = ratios(look, lambda deltas, block: masked(deltas, block, density, masks), count, exactly=True)
+    return Rescaled(masks, found)
 
 
-@method("dare_linear", live=1, facts=facts, facts_nbytes=MASKS_NBYTES, within={"density": DENSITY})
+def as_sum(
+    facts: Rescaled[Masks],
+    block: Block,
+    compute: str,
+    *,
+    weight: list[float],
+    density: list[float],
+    normalize: bool,
+    lambda_: float,
+    **_: object,
+) -> WeightedSum:
+    terms = task_arithmetic_sum(weight, normalize, lambda_, facts.ratios, compute)
+    return replace(terms, kept=[drawing(block, at, one) for at, one in enumerate(density)])
+
+
+@method("dare_linear", live=1, facts=facts, facts_nbytes=MASKS_NBYTES, within={"density": DENSITY}, as_sum=as_sum)
 def dare_linear(
     deltas: list[Tensor],
     facts: Rescaled[Masks],

@@ -36,11 +36,15 @@ def share(look: Look, numel: int, *, filter_wise: bool) -> float | None:
     return count * cosine / below if abs(below) >= TINY else 0.0
 
 
-def as_sum(facts: float | None, count: int, *, filter_wise: bool) -> WeightedSum | None:
-    return None if facts is None else WeightedSum([facts / count] * count, fused=True)
+def as_sum(facts: float, count: int, **_: object) -> WeightedSum:
+    return WeightedSum([facts / count] * count, fused=True)
 
 
-@method("model_stock", live=1, inputs=(2, 1 << 16), facts=share, as_sum=as_sum)
+def sum_if(*, filter_wise: bool) -> bool:
+    return not filter_wise
+
+
+@method("model_stock", live=1, inputs=(2, 1 << 16), facts=share, as_sum=as_sum, sum_if=sum_if)
 def model_stock(deltas: list[Tensor], facts: float | None, *, filter_wise: bool = False) -> Tensor:
     """base + t * mean(deltas), t = N cos / (1 + (N - 1) cos); with filter_wise a t for each row.
 
@@ -48,8 +52,8 @@ def model_stock(deltas: list[Tensor], facts: float | None, *, filter_wise: bool 
     oppose each other) the base stays.
     """
     count = len(deltas)
-    if total := as_sum(facts, count, filter_wise=filter_wise):
-        return total.of(deltas)
+    if facts is not None:
+        return as_sum(facts, count).of(deltas)
     for rows in by_rows(deltas):
         each = _shares(rows)
         combined(rows, [1 / count] * count).mul_(each)

@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import method
+from mergeforge.methods.consensus import WeightedSum
 from mergeforge.parameters import Interval
 
 if TYPE_CHECKING:
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 LEAST_DISTANCE = 1e-6
 
 
-@method("nearswap", live=1, inputs=(2, 2), base_is_input=True, within={"t": Interval(0, math.inf)})
+def as_sum(*, t: float) -> WeightedSum:
+    return WeightedSum([0.0, 0.0], near=t)
+
+
+@method("nearswap", live=1, inputs=(2, 2), base_is_input=True, within={"t": Interval(0, math.inf)}, as_sum=as_sum)
 def nearswap(models: list[Tensor], *, t: float) -> Tensor:
     """base + w * (other - base), w = t / |other - base| and at most 1: what is nearer than t is swapped.
 

@@ -82,9 +82,13 @@ def _factors(sums: list[Tensor], t: float) -> tuple[Tensor, Tensor]:
 Coefficients = tuple[float, float] | tuple["Tensor", "Tensor"] | None
 
 
-def as_sum(facts: Coefficients, **_: object) -> WeightedSum | None:
+def as_sum(facts: tuple[float, float], **_: object) -> WeightedSum:
     """Where one angle counts for the whole tensor."""
-    return WeightedSum(facts) if facts is not None and isinstance(facts[0], float) else None
+    return WeightedSum(facts)
+
+
+def sum_if(*, nuslerp_flatten: bool, **_: object) -> bool:
+    return nuslerp_flatten
 
 
 @method(
@@ -95,6 +99,7 @@ def as_sum(facts: Coefficients, **_: object) -> WeightedSum | None:
     facts=coefficients,
     facts_nbytes=COLUMNS_NBYTES,
     as_sum=as_sum,
+    sum_if=sum_if,
 )
 def nuslerp(
     models: list[Tensor],

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergeforge.methods import Block
 from mergeforge.methods.masks import Masks
@@ -33,6 +33,17 @@ SPREAD, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B  # of the index, and 
 Key = tuple[int, int]
 
 
+class Drawing(NamedTuple):
+    """What a mask is drawn by: the keys of upper and lower bytes; draws below the limit are kept."""
+
+    upper: Key
+    lower: Key
+    limit: int
+
+
+EVERYTHING = Drawing((0, 0), (0, 0), DRAWS)
+
+
 def masked(deltas: list[Tensor], block: Block, density: list[float], masks: list[Masks]) -> list[Tensor]:
     """Each delta's block, in place, with elements kept at random, each with probability `density`."""
     for at, (delta, one, mask) in enumerate(zip(deltas, density, masks, strict=True)):
@@ -41,13 +52,18 @@ def masked(deltas: list[Tensor], block: Block, density: list[float], masks: list
     return deltas
 
 
+def drawing(block: Block, index: int, density: float) -> Drawing:
+    """How input `index` of a block's tensor is drawn, as far as 2**31 elements from a multiple of that many."""
+    return Drawing(*_keys(block, index), _limit(density)) if density < 1 else EVERYTHING
+
+
 def random_mask(like: Tensor, block: Block, index: int, density: float | Tensor) -> Tensor:
     """True with probability `density` (a number or one for each element, in steps of 2**-16), shaped as `like`."""
     import torch
 
-    upper, lower = _keys(f"{block.seed}/{block.tensor}/{index}/{block.start >> 31}")
+    upper, lower = _keys(block, index)
     start, count = block.start & 0x7FFFFFFF, like.numel()
-    limit = min(math.ceil(density * DRAWS), DRAWS - 1) if isinstance(density, float) else density.view(-1) * DRAWS
+    limit = _limit(density) if isinstance(density, float) else density.view(-1) * DRAWS
     if like.device.type != "cpu":
         return _drawn_there(start, like, upper, lower).lt(limit).view(like.shape)
     if isinstance(limit, int):
@@ -57,7 +73,12 @@ def random_mask(like: Tensor, block: Block, index: int, density: float | Tensor)
     return torch.from_numpy(below).view(like.shape)
 
 
-def _keys(text: str) -> tuple[Key, Key]:
+def _limit(density: float) -> int:
+    return min(math.ceil(density * DRAWS), DRAWS - 1)
+
+
+def _keys(block: Block, index: int) -> tuple[Key, Key]:
+    text = f"{block.seed}/{block.tensor}/{index}/{block.start >> 31}"
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     first, second, third, fourth = (int.from_bytes(digest[at : at + 4], "little") for at in range(0, 16, 4))
     return (first, second), (third, fourth)

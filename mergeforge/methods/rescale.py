@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -24,18 +24,30 @@ class Rescaled(Generic[F]):
     ratios: list[float]
 
 
-def ratios(look: Look, keep: Callable[[list[Tensor], Block], list[Tensor]], count: int) -> list[float]:
+def ratios(
+    look: Look, keep: Callable[[list[Tensor], Block], list[Tensor]], count: int, *, exactly: bool = False
+) -> list[float]:
     """sum|delta| / sum|kept| over the whole tensor for each input; 1 where either is next to nothing.
 
-    `keep` is given magnitudes, and decides by nothing else.
+    `keep` is given magnitudes, and decides by nothing else. `exactly`: they are added up in float64.
     This is mergekit's L1 rescaling. (DARE's paper divides by the density: equal on average.)
     """
 
-    def masses(deltas: list[Tensor], block: Block) -> list[tuple[float, float]]:
-        before = [float(delta.abs_().sum()) for delta in deltas]
-        return list(zip(before, (float(kept.sum()) for kept in keep(deltas, block)), strict=True))
+    def mass(of: Tensor) -> float:
+        import torch
 
-    seen = list(look(masses))
+        return float(of.sum(dtype=torch.float64 if exactly else None))
+
+    def masses(deltas: list[Tensor], block: Block) -> list[tuple[float, float]]:
+        before = [mass(delta.abs_()) for delta in deltas]
+        return list(zip(before, map(mass, keep(deltas, block)), strict=True))
+
+    return ratios_of(look(masses), count)
+
+
+def ratios_of(masses: Iterable[Sequence[tuple[float, float]]], count: int) -> list[float]:
+    """The same, from the masses of the inputs (before, after) in each block."""
+    seen = list(masses)
     return [_ratio(*(math.fsum(part) for part in zip(*(one[at] for one in seen), strict=True))) for at in range(count)]
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from mergeforge.methods import Look, method
 from mergeforge.methods.consensus import WeightedSum
 from mergeforge.methods.gram import gram, lengths
+from mergeforge.tensors import dtype_name
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 NEARLY_PARALLEL = 0.9995  # beyond this |cosine| the arc is a straight line, as in mergekit
@@ -27,12 +27,13 @@ def angle(look: Look, numel: int, *, t: float) -> float | None:
     return math.acos(cosine) if abs(cosine) <= NEARLY_PARALLEL else None
 
 
-def as_sum(facts: float | None, dtype: torch.dtype, *, t: float) -> WeightedSum:
-    """t and 1 - t on a straight line, each rounded to the dtype as in mergekit; shares of the sines on an arc."""
-    import torch
+def as_sum(facts: float | None, compute: str, *, t: float) -> WeightedSum:
+    """t and 1 - t on a straight line, each rounded to what is computed in as in mergekit; shares of the sines on an
+    arc."""
+    import numpy as np
 
     if facts is None:
-        share = torch.tensor(t, dtype=dtype)
+        share = np.float64(t) if compute == "F64" else np.float32(t)
         return WeightedSum([float(1 - share), float(share)])
     whole = math.sin(facts)
     return WeightedSum([math.sin((1 - t) * facts) / whole, math.sin(t * facts) / whole])
@@ -45,4 +46,4 @@ def slerp(models: list[Tensor], facts: float | None, *, t: float) -> Tensor:
     The angle is the one between the whole tensors; nearly parallel tensors are interpolated on a
     straight line. mergekit 0.1.5's slerp defines the thresholds.
     """
-    return as_sum(facts, models[0].dtype, t=t).of(models)
+    return as_sum(facts, dtype_name(models[0].dtype), t=t).of(models)

@@ -43,7 +43,7 @@ from mergeforge.tensors import TensorInfo
 
 __all__ = ["Batch", "Piece", "Plan", "make_plan", "read_recipe"]
 
-NUMERICS = 5  # raised when a version computes other bytes from the same recipe
+NUMERICS = 6  # raised when a version computes other bytes from the same recipe
 WORK = ".mergeforge"  # the folder inside OUT where everything unfinished lies
 DISK_SLACK = 64 << 20
 _ELSEWHERE = ("output", "stream_inputs")  # keys that do not decide any byte by themselves
@@ -74,6 +74,11 @@ class Plan:
     def peak(self) -> int:
         """Working memory in bytes beside the interpreter's own: what the tiles can take at most."""
         return peak(self.pieces, self.budget) + self.budget.kept
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether torch computes anything: what is copied, or summed by kernels, does without."""
+        return not all(piece.copied or piece.summed for piece in self.pieces)
 
     @property
     def nbytes_read(self) -> int:

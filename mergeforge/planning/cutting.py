@@ -12,9 +12,11 @@ from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sizes import show_size
 from mergeforge.sources import Way, any_learns
 from mergeforge.sources.stored import Stored
+from mergeforge.summing import is_summed, summing_nbytes
 from mergeforge.tensors import TensorInfo, Tile, cut
 
 TILE_NBYTES = 16 << 20  # as fast as any larger tile, and two of them leave the cache bounded
+SUM_NBYTES = 4 << 20  # of a tile of which nothing else is staged
 SLACK = 64 * ALIGNMENT  # of a staging buffer, for the alignment of its pieces
 
 
@@ -22,9 +24,10 @@ SLACK = 64 * ALIGNMENT  # of a staging buffer, for the alignment of its pieces
 class Piece:
     """One output tensor, cut: `info` as written, `way` as computed, in `compute` ("F32" or "F64").
 
-    `outlets`: what takes it. `copied`: bytes go through unchanged. `learns`: facts about the whole
-    tensor come first, so its tiles belong to one worker, in order. `whole`: there is room for all of its inputs
-    at once, which are then read once for all tiles. `staging` and `live`: bytes that one worker needs.
+    `outlets`: what takes it. `copied`: bytes go through unchanged. `summed`: kernels add it up (summing.py).
+    `learns`: facts about the whole tensor come first, so its tiles belong to one worker, in order. `whole`: there is
+    room for all of its inputs at once, which are then read once for all tiles. `staging` and `live`: bytes that one
+    worker needs.
     """
 
     info: TensorInfo
@@ -32,6 +35,7 @@ class Piece:
     outlets: tuple[Outlet, ...]
     compute: str
     copied: bool
+    summed: bool
     learns: bool
     whole: bool
     tiles: tuple[Tile, ...]
@@ -55,11 +59,11 @@ def cut_all(
     Raises BudgetError, with what it would take, when a tensor does not fit.
     """
     explicit = budget.threads
-    live = max((_live(ways[name], info, outlets[name]) for name, info in infos.items()), default=0)
+    live = max((_live(ways[name], info, outlets[name], budget.device) for name, info in infos.items()), default=0)
     for threads in [explicit] if explicit else range(budget.most_threads, 0, -1):
         tried = replace(budget, threads=threads)
         room = (tried.share - live) // tried.copies  # a worker keeps its largest staging buffer and its scratch blocks
-        pieces = [_piece(ways[name], info, tuple(outlets[name]), room) for name, info in infos.items()]
+        pieces = [_piece(ways[name], info, tuple(outlets[name]), room, budget.device) for name, info in infos.items()]
         if all(piece.staging <= room for piece in pieces):
             return _ordered(pieces, tried), tried
     worst = max(pieces, key=lambda piece: piece.staging)
@@ -76,9 +80,11 @@ def peak(pieces: Iterable[Piece], budget: Budget) -> int:
     return budget.threads * (staging * budget.copies + max((piece.live for piece in pieces), default=0))
 
 
-def _piece(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int) -> Piece:
+def _piece(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int, device: str) -> Piece:
     if _is_copied(way, info, outlets):
         return _copied(way, info, outlets, room)
+    if is_summed(way, info, outlets, device):
+        return _summed(way, info, outlets, room)
     need = way.need
     written = sum(outlet.row_nbytes for outlet in outlets)
     strip = common_strip(info.block_rows, outlets, info.rows)
@@ -91,13 +97,13 @@ def _piece(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int) -
     tiles = tuple(cut(info, max(min(free, TILE_NBYTES) // max(row, 1), 1), strip))
     highest = max((tile.rows for tile in tiles), default=0)
     staging = (info.rows * need.row if whole else 0) + highest * row + need.fixed + slack
-    compute, live = _compute(way, info), _live(way, info, outlets)
-    return Piece(info, way, outlets, compute, False, learns, whole, tiles, staging, live)
+    compute, live = _compute(way, info), _live(way, info, outlets, device)
+    return Piece(info, way, outlets, compute, False, False, learns, whole, tiles, staging, live)
 
 
-def _live(way: Way, info: TensorInfo, outlets: Sequence[Outlet]) -> int:
+def _live(way: Way, info: TensorInfo, outlets: Sequence[Outlet], device: str) -> int:
     """Bytes of the blocks that exist at once while a tensor is computed, and of what encoding takes."""
-    if _is_copied(way, info, outlets):
+    if _is_copied(way, info, outlets) or is_summed(way, info, outlets, device):
         return 0
     size = 8 if _compute(way, info) == "F64" else 4
     block = info.block_rows * info.columns * size
@@ -119,7 +125,14 @@ def _copied(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int) 
     rows = min(TILE_NBYTES, room - SLACK) // max(info.row_nbytes, 1)
     tiles = tuple(cut(info, max(rows, 1)))
     highest = max((tile.rows for tile in tiles), default=0)
-    return Piece(info, way, outlets, "F32", True, False, False, tiles, highest * info.row_nbytes + SLACK, 0)
+    return Piece(info, way, outlets, "F32", True, False, False, False, tiles, highest * info.row_nbytes + SLACK, 0)
+
+
+def _summed(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int) -> Piece:
+    beside = SLACK + summing_nbytes(way)
+    tiles = tuple(cut(info, max(min(SUM_NBYTES, room - beside) // max(info.row_nbytes, 1), 1)))
+    staging = max((tile.rows for tile in tiles), default=0) * info.row_nbytes + beside
+    return Piece(info, way, outlets, "F32", False, True, any_learns(way), False, tiles, staging, 0)
 
 
 def _stored_dtypes(way: Way) -> set[str]:

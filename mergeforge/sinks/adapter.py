@@ -106,12 +106,12 @@ def write_adapter(folder: Path, parts: Sequence[Part], config: Mapping[str, Any]
 
 
 def _copy(part: Part, files: OutputFiles, offset: int, behind: WriteBehind) -> None:
-    import torch
+    import numpy as np
 
-    piece = torch.empty(min(PIECE, part.info.nbytes), dtype=torch.uint8)
+    piece = np.empty(min(PIECE, part.info.nbytes), np.uint8)
     for done in range(0, part.info.nbytes, PIECE):
         some = piece[: min(PIECE, part.info.nbytes - done)]
-        part.file.read_into(some.numpy().data, part.offset + done)
+        part.file.read_into(some.data, part.offset + done)
         files.write(WEIGHTS, some, offset + done, behind)
 
 

@@ -72,15 +72,15 @@ class Dequantised:
         units = np.sort(every[rows.start : rows.stop])
         units = units[np.searchsorted(units, 0) :]
 
-        def read() -> Tensor:
+        def read() -> np.ndarray:
             raw = worker.take(len(units) * size)
             filled = 0
             for first, count in _runs(units):
-                held.file.read_into(raw.numpy()[filled : filled + count * size].data, held.offset + first * size)
+                held.file.read_into(raw[filled : filled + count * size].data, held.offset + first * size)
                 filled += count * size
             return raw
 
-        raw = worker.once((id(self), at, rows), read).numpy()
+        raw = worker.once((id(self), at, rows), read)
         return units, raw.reshape(len(units), size)
 
     def _fill(self, into: Tensor, at: int, wanted: np.ndarray, units: np.ndarray, raw: np.ndarray) -> None:

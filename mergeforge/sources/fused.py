@@ -1,90 +1,169 @@
-"""Kernels that read the stored inputs of a merge straight from their bytes (kernels.c).
+"""Kernels that read the stored inputs of a merge straight from their bytes (kernels.c), in memory or in files.
 
 torch makes one pass over memory for every operation, so that an average of three models moves ten times the bytes
 of its inputs. Here one loop takes a few thousand elements, which stay in the first cache, through everything:
-widened to float32, less the base, weighted, added up. The numbers are torch's, bit for bit; inner products are
-added up in float64 on both sides.
+widened to float32, less the base, weighted, added up, rounded. The numbers are torch's, bit for bit; inner products
+are added up in float64 on both sides. What lies in files is read in steps that stay in the second cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mergeforge.native import PRODUCT_CHUNK, kernels
+from mergeforge.methods.consensus import WeightedSum
+from mergeforge.native import CHUNK, PRODUCT_CHUNK, Sum, kernels
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from mergeforge.methods.consensus import WeightedSum
+    from mergeforge.methods.random_mask import Drawing
 
+    Bytes = NDArray[np.uint8]
+    Doubles = NDArray[np.float64]
     Integers = NDArray[np.int64]
 
-KINDS = {"BF16": 0, "F16": 1, "F32": 2}  # what kernels read, and its number in kernels.c
+KINDS = {"BF16": 0, "F16": 1, "F32": 2}  # what kernels read and write, and its number in kernels.c
+WIDEST = 4  # bytes of an element
+READ_NBYTES = 1 << 20  # of all inputs together, that are read at a time
+MEMORY = -1  # instead of a file
+
+
+class Unreadable(Exception):
+    """Input number `at` could not be read from its file."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(f"input {at} cannot be read")
+        self.at = at
 
 
 @dataclass(frozen=True)
+class Place:
+    """A tensor's rows, from one on: bytes in memory, or of a file from `offset` on."""
+
+    dtype: str
+    held: Bytes | None = None
+    file: int = MEMORY
+    offset: int = 0
+
+    @property
+    def row(self) -> tuple[int, int, int]:
+        """struct input of kernels.c."""
+        start = self.offset if self.held is None else self.held.ctypes.data
+        return self.file, start, KINDS[self.dtype]
+
+
 class Stack:
     """The same rows of several tensors, as they are stored; the base, if inputs are taken less it, is the last.
 
-    `places`: where each tensor's row `first` lies, as long as the tensors are held; `widths`: bytes of a row.
+    `first`: the number of the row that the places begin with; `room`: of room_nbytes(), for tensors in files. Functions
+    of rows [start, stop) raise Unreadable.
     """
 
-    tensors: tuple[Tensor, ...]
-    places: Integers
-    widths: Integers
-    kinds: Integers
-    based: bool
-    first: int
-
-    @property
-    def inputs(self) -> int:
-        return len(self.tensors) - self.based
-
-    def weighted(self, terms: WeightedSum) -> Callable[[int, Tensor], Tensor]:
-        """What puts `terms` of the rows from one on, plus the base if there is one, into a tensor (float32)."""
+    def __init__(
+        self, places: Sequence[Place], columns: int, *, based: bool, first: int, room: Bytes | None = None
+    ) -> None:
         import numpy as np
-        import torch
 
-        factors, divisor = np.array(terms.factors, np.float32), terms.divisor(torch.float32)
+        self.places = places  # holds the bytes
+        self.columns = columns
+        self.based = based
+        self.first = first
+        self.inputs = len(places) - based
+        self._table = np.array([one.row for one in places], np.int64)
+        self._widths = np.array([columns * (WIDEST if one.dtype == "F32" else 2) for one in places], np.int64)
+        self._room = np.empty(0, np.uint8) if room is None else room
+        self._step = len(self._room) // (len(places) * WIDEST) // CHUNK * CHUNK
+        self._found = np.empty(len(places), np.int64)
 
-        def fill(start: int, out: Tensor) -> Tensor:
-            if len(factors) != self.inputs:
-                raise AssertionError(f"{len(factors)} factors for {self.inputs} inputs")  # C would read beyond: a bug
-            amount = (terms.fused, divisor, terms.scale, out.numel())
-            kernels().weighted_sum(self._places(start), self.kinds, self.inputs, self.based, factors, *amount, out)
-            return out
+    def weighted(self, terms: WeightedSum, start: int, stop: int, dtype: str, out: Bytes | Tensor) -> float:
+        """Put `terms` of the rows, plus the base if there is one, rounded to a dtype, into `out`.
 
-        return fill
+        Returns the largest magnitude before it was rounded, or NaN.
+        """
+        import numpy as np
+
+        most = ctypes.c_uint32()
+        length = self._length(start, stop)
+        self._call("weighted_sum", start, stop, self._sum(terms, start), length, KINDS[dtype], out, most)
+        return float(np.uint32(most.value).view(np.float32))
+
+    def changes(self, terms: WeightedSum, start: int, stop: int, dtype: str) -> Doubles:
+        """What `terms` make of the base: sums of its squares and of the changes', the largest change, elements that
+        change, and those of them that do not once they are rounded to a dtype."""
+        import numpy as np
+
+        found, length = np.zeros(5), self._length(start, stop)
+        self._call("changes", start, stop, self._sum(terms, start), length, KINDS[dtype], found)
+        return found
+
+    def masses(self, kept: Sequence[Drawing], start: int, stop: int) -> Doubles:
+        """The sum of each input's magnitudes, and of those of elements that are drawn: (inputs, 2)."""
+        import numpy as np
+
+        found, terms = np.zeros((self.inputs, 2)), WeightedSum([0.0] * self.inputs, kept=kept)
+        self._call("masses", start, stop, self._sum(terms, start), self._length(start, stop), found)
+        return found
 
     def rows(self, at: int, start: int, stop: int, out: Tensor) -> Tensor:
-        """Rows [start, stop) of input `at`, less the base if there is one, or of the base, into `out` (float32)."""
-        pair = [at, len(self.tensors) - 1]
+        """Rows of input `at`, less the base if there is one, or of the base, into `out` (float32); held in memory."""
+        pair = [at, len(self.places) - 1]
         based = self.based and at < self.inputs
-        kernels().difference(self._places(start)[pair], self.kinds[pair], based, out.numel(), out)
+        kernels().difference(self._from(start)[pair], based, self._length(start, stop), out)
         return out
 
-    def products(self, start: int, stop: int) -> NDArray[np.float64]:
-        """The inner products of each input with itself and those that follow it, over rows [start, stop)."""
+    def products(self, start: int, stop: int) -> Doubles:
+        """The inner products of each input with itself and those that follow it."""
         import numpy as np
 
         room, sums = np.empty(self.inputs * PRODUCT_CHUNK), np.zeros(self.inputs * (self.inputs + 1) // 2)
-        length = (stop - start) * self.tensors[0].shape[1]
-        kernels().inner_products(self._places(start), self.kinds, self.inputs, self.based, length, room, sums)
+        length = self._length(start, stop)
+        self._call("inner_products", start, stop, self.inputs, self.based, length, room, sums)
         return sums
 
-    def _places(self, start: int) -> Integers:
+    def _call(self, name: str, start: int, stop: int, *arguments: Any) -> None:
+        """A kernel on rows, and what it needs to fetch them."""
+        step = self._step or self._length(start, stop)
+        if failed := getattr(kernels(), name)(self._from(start), *arguments, step, self._room, self._found):
+            raise Unreadable(failed - 1)
+
+    def _sum(self, terms: WeightedSum, start: int) -> Sum:
+        """The sum for kernels whose number 0 is the first of row `start`."""
+        import numpy as np
+
+        factors = np.array(terms.factors, np.float32)
+        masks = np.array([[*one.upper, *one.lower, one.limit] for one in terms.kept], np.uint32)
+        if len(factors) != self.inputs or len(masks) not in (0, self.inputs):  # C would read beyond: a bug
+            raise AssertionError(f"{len(factors)} factors and {len(masks)} masks for {self.inputs} inputs")
+        made = Sum(
+            inputs=self.inputs,
+            based=self.based,
+            fused=terms.fused,
+            element=start * self.columns,
+            factors=factors.ctypes.data,
+            masks=masks.ctypes.data if len(masks) else None,
+            divisor=terms.divisor("F32"),
+            scale=terms.scale,
+            swaps=terms.near is not None,
+            near=terms.near or 0.0,
+        )
+        made.held = factors, masks
+        return made
+
+    def _length(self, start: int, stop: int) -> int:
+        return (stop - start) * self.columns
+
+    def _from(self, start: int) -> Integers:
         """Where each tensor's row `start` lies."""
-        return self.places + (start - self.first) * self.widths
+        table = self._table.copy()
+        table[:, 1] += (start - self.first) * self._widths
+        return table
 
 
-def stack(tensors: Sequence[Tensor], dtypes: Sequence[str], *, based: bool, first: int) -> Stack:
-    """Staged rows from row `first` on; `dtypes` are among KINDS."""
-    import numpy as np
-
-    places = np.array([one.data_ptr() for one in tensors], np.int64)
-    widths = np.array([one.shape[1] * one.element_size() for one in tensors], np.int64)
-    return Stack(tuple(tensors), places, widths, np.array([KINDS[dtype] for dtype in dtypes], np.int64), based, first)
+def room_nbytes(count: int) -> int:
+    """The room that reading `count` tensors from files takes."""
+    return max(READ_NBYTES, count * CHUNK * WIDEST)

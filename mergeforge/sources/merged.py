@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.methods import Block, Method
 from mergeforge.sources import Facts, Rows, Scan, Way
-from mergeforge.sources.fused import KINDS, Stack, stack
+from mergeforge.sources.fused import KINDS, Place, Stack
 from mergeforge.sources.stored import Stored
 from mergeforge.tensors import TensorInfo
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from mergeforge.methods.consensus import WeightedSum
 
     _Inputs = tuple[list[Tensor], Tensor | None]  # of a block, as the method takes them; the base if it was taken away
 
@@ -61,11 +63,8 @@ class Merged:
 
     def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
         learnt = facts.get(id(self))
-        terms = self.method.weighted_sum(learnt, len(self.inputs), dtype, self.parameters)
-        if terms and self._is_stacked(worker, dtype):
-            fill, slot = self.stacked(rows, worker).weighted(terms), worker.slot()
-            columns = self.info.columns
-            return lambda start, stop: fill(start, worker.scratch(slot, (stop - start, columns), dtype))
+        if self.method.is_sum(self.parameters) and self._is_stacked(worker, dtype):
+            return self._sum_of_stack(self.terms(learnt), rows, worker, dtype)
         inputs, base = self.staged(rows, worker, facts, dtype)
 
         def block(start: int, stop: int) -> Tensor:
@@ -99,23 +98,45 @@ class Merged:
 
     def stacked(self, rows: range, worker: Worker) -> Stack:
         """Rows of the inputs and the base as they are stored, for kernels."""
-        parts = [part for part in self.parts if isinstance(part, Stored)]
-        raws = [part.read(rows, worker) for part in parts]
-        return stack(raws, [part.info.dtype for part in parts], based=self.base is not None, first=rows.start)
+        places = [Place(part.info.dtype, part.bytes(rows, worker)) for part in self.stored_parts]
+        return Stack(places, self.info.columns, based=self.base is not None, first=rows.start)
 
-    def block(self, start: int) -> Block:
-        return Block(self.info.name, start * self.info.columns, self.seed, len(self.info.shape) < 2)
+    def terms(self, learnt: Any, compute: str = "F32") -> WeightedSum:
+        """What the method makes of the inputs, where that is a weighted sum."""
+        return self.method.weighted_sum(learnt, len(self.inputs), self.block(0), compute, self.parameters)
 
-    def _is_stacked(self, worker: Worker, dtype: torch.dtype) -> bool:
+    @property
+    def stored_parts(self) -> list[Stored]:
+        """The inputs and the base, of a way that is_of_stored."""
+        return [part for part in self.parts if isinstance(part, Stored)]
+
+    @property
+    def is_of_stored(self) -> bool:
         """Whether kernels read the inputs: tensors as they lie in files, all less the base or none."""
-        import torch
-
-        if not worker.kernels or dtype != torch.float32 or not set(self.subtract) <= {self.base is not None}:
+        if not set(self.subtract) <= {self.base is not None}:
             return False
         shape = self.info.shape
         return all(
             isinstance(one, Stored) and one.info.dtype in KINDS and one.info.shape == shape for one in self.parts
         )
+
+    def block(self, start: int) -> Block:
+        return Block(self.info.name, start * self.info.columns, self.seed, len(self.info.shape) < 2)
+
+    def _is_stacked(self, worker: Worker, dtype: torch.dtype) -> bool:
+        import torch
+
+        return worker.kernels and dtype == torch.float32 and self.is_of_stored
+
+    def _sum_of_stack(self, terms: WeightedSum, rows: range, worker: Worker, dtype: torch.dtype) -> Rows:
+        stored, slot = self.stacked(rows, worker), worker.slot()
+
+        def block(start: int, stop: int) -> Tensor:
+            into = worker.scratch(slot, (stop - start, self.info.columns), dtype)
+            stored.weighted(terms, start, stop, "F32", into)
+            return into
+
+        return block
 
     def _rows_of_stack(self, rows: range, worker: Worker, dtype: torch.dtype) -> Callable[[int, int], _Inputs]:
         stored = self.stacked(rows, worker)

@@ -12,9 +12,12 @@ from mergeforge.sources import Facts, Rows, Scan, Way
 from mergeforge.tensors import TensorInfo
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    Bytes = NDArray[np.uint8]
 
 PIECE = 1 << 18  # elements that a comparison reads at a time
 
@@ -52,6 +55,11 @@ class Stored:
         nbytes = self.info.row_nbytes
         raw = worker.read(self.file, self.offset + rows.start * nbytes, len(rows) * nbytes, keep=keep)
         return viewed(raw, self.info.dtype, self.info.columns)
+
+    def bytes(self, rows: range, worker: Worker) -> Bytes:
+        """The rows' bytes in the staging buffer, on the host of a worker without a device."""
+        nbytes = self.info.row_nbytes
+        return worker.read(self.file, self.offset + rows.start * nbytes, len(rows) * nbytes).numpy()
 
     def read_all(self, worker: Worker) -> Tensor:
         """All of a small tensor that every tile needs."""

@@ -67,10 +67,10 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
     folder, counter = tmp_path_factory.mktemp("out"), itertools.count()
 
     @cache
-    def least(method: str, kind: str) -> int:
-        """The memory that one worker needs when every tile is a single block."""
+    def least(method: str, kind: str, in_c: bool) -> int:
+        """The memory that one worker needs when every tile is a single block (torch needs more than kernels do)."""
         plan = mergeforge.plan(recipe(models, method, kind), out=folder / "planned", device="cpu", threads=1)
-        pieces = [cutting._piece(piece.way, piece.info, piece.outlets, 0) for piece in plan.pieces]
+        pieces = [cutting._piece(piece.way, piece.info, piece.outlets, 0, "cpu") for piece in plan.pieces]
         assert any(len(piece.tiles) > 1 for piece in pieces)
         return max(piece.staging for piece in pieces) + max(piece.live for piece in pieces)
 
@@ -88,8 +88,9 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
                 patch.setattr(native, "available", lambda: False)
             patch.setattr(tensors, "BLOCK_ELEMENTS", BLOCK)
             patch.setattr(cutting, "TILE_NBYTES", tile)
+            patch.setattr(cutting, "SUM_NBYTES", tile)
             patch.setattr(budget, "SMALLEST_MEMORY", 1)
-            memory = 1 << 30 if more is None else threads * (least(method, kind) + more)
+            memory = 1 << 30 if more is None else threads * (least(method, kind, in_c) + more)
             plan = mergeforge.plan(recipe(models, method, kind), out=out, memory=memory, threads=threads, device="cpu")
             assert plan.peak <= memory
             mergeforge.merge(plan.recipe, out=out, memory=memory, threads=threads, device="cpu")

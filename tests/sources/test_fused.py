@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from dataclasses import astuple
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -12,13 +15,18 @@ from torch import Tensor
 
 import mergeforge
 from mergeforge import native
+from mergeforge.measuring import measure
+from mergeforge.methods import METHODS, Block
 from mergeforge.methods.consensus import WeightedSum
+from mergeforge.methods.masks import Masks
+from mergeforge.methods.random_mask import drawing, masked
 from mergeforge.native import CHUNK
-from mergeforge.sources.fused import Stack, stack
-from mergeforge.tensors import torch_dtype
+from mergeforge.sources.fused import Place, Stack, Unreadable, room_nbytes
+from mergeforge.tensors import TensorInfo, torch_dtype
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
 
+STEPS = {2: CHUNK, 3: CHUNK, 4: 2 * CHUNK, 5: CHUNK}  # numbers that are read at once, of so many inputs
 HALVES = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
 STORED = [["BF16"] * 4, ["F16"] * 4, ["F32"] * 4, ["BF16", "F32", "F16", "BF16"]]
 SUMS = [
@@ -37,10 +45,31 @@ def numbers(dtype: str, seed: int, rows: int = 9, columns: int = CHUNK // 3) -> 
     return made.to(torch_dtype(dtype))
 
 
-def stacked(dtypes: list[str], based: bool) -> tuple[Stack, list[Tensor]]:
-    """A stack whose first row is number 5, and its tensors as float32."""
+def raw(one: Tensor) -> np.ndarray:
+    return one.view(torch.uint8).numpy().reshape(-1)
+
+
+def stacked(dtypes: list[str], based: bool, files: Path | None = None) -> tuple[Stack, list[Tensor]]:
+    """A stack whose first row is number 5, in memory or in files, and its tensors as float32."""
     tensors = [numbers(dtype, seed) for seed, dtype in enumerate(dtypes)]
-    return stack(tensors, dtypes, based=based, first=5), [one.float() for one in tensors]
+    columns = tensors[0].shape[1]
+    places, room = [Place(dtype, raw(one)) for dtype, one in zip(dtypes, tensors, strict=True)], None
+    if files:
+        places = [in_file(files / str(at), dtype, tensors[at]) for at, dtype in enumerate(dtypes)]
+        room = np.empty(STEPS[len(dtypes)] * len(dtypes) * 4, np.uint8)
+    return Stack(places, columns, based=based, first=5, room=room), [one.float() for one in tensors]
+
+
+def in_file(path: Path, dtype: str, tensor: Tensor) -> Place:
+    """After some bytes that are something else's."""
+    path.write_bytes(b"header" + raw(tensor).tobytes())
+    return Place(dtype, file=os.open(path, os.O_RDONLY), offset=6)
+
+
+def summed(found: Stack, terms: WeightedSum, start: int, stop: int, dtype: str = "F32") -> tuple[Tensor, float]:
+    """Rows of a sum as they are written, and their largest magnitude."""
+    out = torch.empty(stop - start, found.columns, dtype=torch_dtype(dtype))
+    return out, found.weighted(terms, start, stop, dtype, raw(out))
 
 
 def bits(one: Tensor) -> Tensor:
@@ -51,7 +80,8 @@ def bits(one: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_number_of_16_bits(dtype: str) -> None:
     every = HALVES.view(torch_dtype(dtype)).view(1, -1)
-    found = stack([every], [dtype], based=False, first=0).rows(0, 0, 1, torch.empty(every.shape))
+    place = Place(dtype, raw(every))
+    found = Stack([place], 1 << 16, based=False, first=0).rows(0, 0, 1, torch.empty(every.shape))
     expected = every.float()
     assert torch.equal(found.isnan(), expected.isnan())
     there = ~expected.isnan()
@@ -60,14 +90,97 @@ def test_every_number_of_16_bits(dtype: str) -> None:
 
 @pytest.mark.parametrize("terms", SUMS, ids=range(len(SUMS)))
 @pytest.mark.parametrize("dtypes", STORED, ids="-".join)
-def test_weighted_sums(dtypes: list[str], terms: WeightedSum) -> None:
-    """Rows 7 to 12, bit for bit, of task vectors and of models."""
-    found, (*models, base) = stacked(dtypes, based=True)
+@pytest.mark.parametrize("in_files", [False, True])
+def test_weighted_sums(tmp_path: Path, dtypes: list[str], terms: WeightedSum, in_files: bool) -> None:
+    """Rows 7 to 12, bit for bit, of task vectors and of models; the largest magnitude."""
+    found, (*models, base) = stacked(dtypes, True, tmp_path if in_files else None)
     expected = terms.of([one[2:7] - base[2:7] for one in models]).add_(base[2:7])
-    assert torch.equal(bits(found.weighted(terms)(7, torch.empty(5, base.shape[1]))), bits(expected))
-    found, models = stacked(dtypes[1:], based=False)
+    rows, most = summed(found, terms, 7, 12)
+    assert torch.equal(bits(rows), bits(expected))
+    assert most == float(expected.abs().max())
+    found, models = stacked(dtypes[1:], False, tmp_path if in_files else None)
     expected = terms.of([one[2:7].clone() for one in models])
-    assert torch.equal(bits(found.weighted(terms)(7, torch.empty(5, base.shape[1]))), bits(expected))
+    assert torch.equal(bits(summed(found, terms, 7, 12)[0]), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_rounding(dtype: str) -> None:
+    """As torch rounds: a multitude of float32 numbers, and every number of 16 bits with its neighbours and middles."""
+    halves = HALVES.view(torch_dtype(dtype)).float()
+    near = (halves.view(torch.int32)[:, None] + torch.tensor([-1, 0, 1, 1 << 12, 1 << 15])).to(torch.int32)
+    any_bits = torch.randint(-(1 << 31), 1 << 31, (1 << 20,), generator=torch.Generator().manual_seed(1))
+    every = torch.cat([near.flatten(), any_bits.to(torch.int32)]).view(torch.float32).view(1, -1)
+    found = Stack([Place("F32", raw(every))], every.shape[1], based=False, first=0)
+    rows, most = summed(found, WeightedSum([1.0]), 0, 1, dtype)
+    expected = every.to(torch_dtype(dtype))
+    odd = every.isnan()
+    assert torch.equal(rows.isnan(), odd)
+    assert torch.equal(rows[~odd].view(torch.int16), expected[~odd].view(torch.int16))
+    assert math.isnan(most)
+
+
+def test_one_nan_is_like_another() -> None:
+    """Those that torch writes."""
+    odd = torch.tensor([[math.nan, -math.nan] * 32])
+    found = Stack([Place("F32", raw(odd))], 64, based=False, first=0)
+    for dtype in ("BF16", "F16"):
+        rows, _ = summed(found, WeightedSum([1.0]), 0, 1, dtype)
+        assert torch.equal(rows.view(torch.int16), odd.to(torch_dtype(dtype)).view(torch.int16))
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_changes(tmp_path: Path, dtype: str, in_files: bool) -> None:
+    """Against torch's measure of the same rows."""
+    terms = WeightedSum([3e-3, 0.0, 1e-3])
+    found, (*models, base) = stacked(["BF16", "F32", "F16", "BF16"], True, tmp_path if in_files else None)
+    after = terms.of([one[1:4] - base[1:4] for one in models]).add_(base[1:4])
+    expected = measure(TensorInfo("w", dtype, tuple(base.shape)), base[1:4], after)
+    assert found.changes(terms, 6, 9, dtype) == pytest.approx(list(astuple(expected)[1:]), rel=1e-12)
+    assert expected.swallowed > 0 or dtype == "F32"
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_random_masks(tmp_path: Path, fused: bool, in_files: bool) -> None:
+    """As random_mask draws them: by upper bytes, by both, by lower bytes alone, and not at all."""
+    densities = [0.5, 0.3, 0.001, 1.0]
+    found, (*models, base) = stacked(["BF16", "F32", "F16", "BF16", "BF16"], True, tmp_path if in_files else None)
+    block = Block("w", 6 * base.shape[1], seed=3)  # not a multiple of four
+    left = masked([one[1:8] - base[1:8] for one in models], block, densities, [Masks()] * 4)
+    kept = [drawing(Block("w", 0, seed=3), at, density) for at, density in enumerate(densities)]
+    terms = WeightedSum([0.3, -1.7, 0.25, 1.0], scale=0.7, fused=fused, kept=kept)
+    masses = [
+        [float(part.abs().double().sum()) for part in (one[1:8] - base[1:8], rest)]
+        for one, rest in zip(models, left, strict=True)
+    ]
+    assert found.masses(kept, 6, 13) == pytest.approx(np.array(masses), rel=1e-12)
+    expected = terms.of(left).add_(base[1:8])
+    assert torch.equal(bits(summed(found, terms, 6, 13)[0]), bits(expected))
+
+
+@pytest.mark.parametrize("t", [0.0, 1e-4, 0.3, 10.0])
+def test_nearswap(t: float) -> None:
+    found, (one, other) = stacked(["BF16", "F32"], based=False)
+    one[0, 5] = other[0, 5]
+    method = METHODS["nearswap"]
+    expected = method([one[2:7].clone(), other[2:7].clone()], None, Block("w", 0, 0), {"t": t})
+    terms = method.weighted_sum(None, 2, Block("w", 0, 0), "F32", {"t": t})
+    assert torch.equal(bits(summed(found, terms, 7, 12)[0]), bits(expected))
+
+
+def test_files_that_end_too_early(tmp_path: Path) -> None:
+    found, _ = stacked(["BF16", "BF16"], False, tmp_path)
+    os.truncate(tmp_path / "1", 1000)
+    with pytest.raises(Unreadable) as raised:
+        summed(found, WeightedSum([0.5, 0.5]), 5, 14)
+    assert raised.value.at == 1
+
+
+def test_room() -> None:
+    """At least a step of each input, however many they are."""
+    assert room_nbytes(2) == 1 << 20
+    assert room_nbytes(1000) == 1000 * CHUNK * 4
 
 
 @pytest.mark.parametrize("dtypes", STORED, ids="-".join)
@@ -81,10 +194,11 @@ def test_rows(dtypes: list[str]) -> None:
         assert torch.equal(bits(found.rows(at, 6, 8, torch.empty(2, base.shape[1]))), bits(expected[1:3]))
 
 
+@pytest.mark.parametrize("in_files", [False, True])
 @pytest.mark.parametrize("based", [True, False])
-def test_inner_products(based: bool) -> None:
+def test_inner_products(tmp_path: Path, based: bool, in_files: bool) -> None:
     """Against numpy in float64."""
-    found, tensors = stacked(["BF16"] * 4, based)
+    found, tensors = stacked(["BF16"] * 4, based, tmp_path if in_files else None)
     inputs = torch.stack([one - tensors[-1] for one in tensors[:-1]] if based else tensors)[:, 1:8].flatten(1).double()
     upper = np.triu_indices(len(inputs))
     np.testing.assert_allclose(found.products(6, 13), (inputs @ inputs.T).numpy()[upper], rtol=1e-12, atol=1e-12)
@@ -119,5 +233,5 @@ def test_a_library_that_does_not_load_is_none(tmp_path: Path, monkeypatch: pytes
 
 def test_as_many_factors_as_inputs() -> None:
     found, _ = stacked(["BF16"] * 3, based=True)
-    with pytest.raises(AssertionError, match="3 factors for 2 inputs"):
-        found.weighted(WeightedSum([1.0, 1.0, 1.0]))(5, torch.empty(1, found.tensors[0].shape[1]))
+    with pytest.raises(AssertionError, match="3 factors and 0 masks for 2 inputs"):
+        summed(found, WeightedSum([1.0, 1.0, 1.0]), 5, 6)

@@ -246,7 +246,7 @@ def test_temporaries_stay_within_what_is_declared(
     way = mapped("w", picks(2000, 8, a=order[:1500], b=[-1] * 900 + order[:900], m=[-1] * 400 + order[:1500]), ways)
     for _ in range(2):  # at first, what is imported counts
         worker, facts = Worker("cpu", way.need.row * 1024 + way.need.fixed), Facts()
-        with Peak([*every.values(), worker._staging]) as peak:
+        with Peak([*every.values(), torch.from_numpy(worker._staging)]) as peak:
             learn(way, Scan(way.info, [range(1024), range(1024, 2000)], worker, facts, torch.float32))
             worker.clear()
             block = way.stage(range(1024, 2000), worker, facts, torch.float32)

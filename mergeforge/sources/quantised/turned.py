@@ -182,7 +182,7 @@ def _gather(stored: Stored, wanted: range, lines: range, into: Tensor, worker: W
     step = max(len(strip) // row, 1)
     for at in range(0, len(lines), step):
         count = min(step, len(lines) - at)
-        part = strip[: count * row].numpy()
+        part = strip[: count * row]
         stored.file.read_into(part.data, stored.offset + (lines.start + at) * row, keep=keep)
         kept[at : at + count] = part.reshape(count, row)[:, wanted.start * size : wanted.stop * size]
 
