@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
 
 T = TypeVar("T")
+DEVICES = Path("/dev")
+GPU_DRIVERS = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")  # NVIDIA's, on Tegra, in WSL, AMD's
 ALIGNMENT = 64  # of every piece of a staging buffer, in bytes
 MOST_THREADS = 8  # more only fight over the disk
 DEFAULT_MEMORY = 2 << 30
@@ -141,8 +144,7 @@ def _device(name: str) -> str:
 
 def _may_have_gpu() -> bool:
     """False where the system has no driver of a GPU that torch could use: asking torch takes a second."""
-    drivers = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")  # NVIDIA's, on Tegra, in WSL, AMD's
-    return sys.platform != "linux" or any(True for driver in drivers for _ in Path("/dev").glob(driver))
+    return sys.platform != "linux" or any(True for driver in GPU_DRIVERS for _ in DEVICES.glob(driver))
 
 
 @dataclass(frozen=True)
@@ -229,11 +231,17 @@ class Worker:
 
     def room(self, nbytes: int) -> tuple[Tensor, Tensor]:
         """`nbytes` of the staging buffer and of its twin on the device, which is the same on a CPU."""
+        at = self._used
+        self.take(nbytes)
+        piece = self._on_host[at : at + nbytes]
+        return piece, piece if self._on_device is None else self._on_device[at : at + nbytes]
+
+    @cached_property
+    def _on_host(self) -> Tensor:
+        """The staging buffer as torch sees it."""
         import torch
 
-        at = self._used
-        piece = torch.from_numpy(self.take(nbytes))
-        return piece, piece if self._on_device is None else self._on_device[at : at + nbytes]
+        return torch.from_numpy(self._staging)
 
     def read(self, file: InputFile, offset: int, nbytes: int, *, keep: bool = False) -> Tensor:
         """Bytes of a file, on the device; read once, however often they are asked for until clear().

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mergeforge import native
+from mergeforge.planning.cutting import SUM_NBYTES
 from mergeforge.random_model import Shape, write_adapter, write_model
+from mergeforge.sources.fused import READ_NBYTES
 
 SHAPE = Shape(1024, 2816, 6, 8, 8, 32000)  # 127 M parameters; an embedding of 64 MB in bfloat16
+OWN = 30 << 20  # mergeforge's modules, headers, malloc
 MARGIN = 90 << 20  # headers, Python's and torch's own growth, malloc
 
 
@@ -39,6 +43,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_model(root / f"tuned-{seed}", SHAPE, seed=seed, near=0)
     write_adapter(root / "adapter", SHAPE, "base", rank=16)
     return root
+
+
+@pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
+def test_sums_take_the_tiles_that_they_write(root: Path) -> None:
+    """And neither torch nor a place for the inputs."""
+    models = [{"model": str(root / f"tuned-{seed}"), "parameters": {"weight": 0.5}} for seed in (1, 2)]
+    recipe = {"merge_method": "linear", "models": models, "output": {"path": str(root / "sum")}}
+    (root / "sum.yaml").write_text(yaml.safe_dump(recipe))
+    merging = peak("-m", "mergeforge", "run", str(root / "sum.yaml"), "--device", "cpu", "--threads", "2")
+    assert merging - peak("-c", "import numpy, rich, click") < 2 * (SUM_NBYTES + READ_NBYTES) + OWN
 
 
 @pytest.mark.parametrize("method", ["fold", "fp8", "ties", "dare_ties", "slerp"])

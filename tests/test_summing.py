@@ -1,0 +1,120 @@
+"""Weighted sums from disk to disk in C: without torch, and with the errors that it would give."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mergeforge
+from mergeforge import budget, native
+from mergeforge.errors import SourceError
+
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled"),
+    pytest.mark.usefixtures("models"),
+]
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from mergeforge.__main__ import main
+main()
+"""
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "passthrough": {"scale": 0.9},
+    "linear": {"weight": 0.3},
+    "slerp": {"t": 0.3},
+    "nuslerp": {"weight": 0.3},
+    "multislerp": {"weight": 0.3},
+    "karcher": {},
+    "task_arithmetic": {"weight": 0.3},
+    "model_stock": {},
+    "dare_linear": {"weight": 0.3, "density": 0.4},
+    "nearswap": {"t": 1e-3},
+}
+ALONE = ("passthrough", "slerp", "nearswap")  # with one model beside the base, or with no other
+
+
+def recipe(method: str) -> dict[str, Any]:
+    models = [{"model": "./tuned-a"}] if method in ALONE else [{"model": "./tuned-a"}, {"model": "./tuned-b"}]
+    based = method not in ("passthrough", "linear", "karcher", "nuslerp", "multislerp")
+    made = {"merge_method": method, "models": models, "parameters": PARAMETERS[method]}
+    return made | ({"base_model": "./base"} if based else {})
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_torch_is_not_imported(method: str) -> None:
+    Path("recipe.yaml").write_text(json.dumps(recipe(method)))
+    command = [sys.executable, "-c", WITHOUT_TORCH, "run", "recipe.yaml", "--out", "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    receipt = json.loads(Path("out/mergeforge.json").read_text())
+    assert receipt["run"]["peak_rss"] < 100 << 20
+
+
+def test_what_kernels_do_not_sum_goes_through_torch() -> None:
+    plan = mergeforge.plan(recipe("model_stock"), out="out", device="cpu")
+    assert not plan.needs_torch
+    rows = recipe("model_stock") | {"parameters": {"filter_wise": True}}
+    assert mergeforge.plan(rows, out="out", device="cpu").needs_torch
+    both = recipe("linear") | {"output": {"gguf": ["f16"]}}
+    assert mergeforge.plan(both, out="out", device="cpu").needs_torch
+    assert mergeforge.plan(recipe("linear"), out="out", device="cpu", memory="16MiB").peak < 16 << 20
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_a_file_that_is_cut_off_meanwhile(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names it; what is read when it is opened was there."""
+    whole = native.kernels().inner_products if method == "slerp" else native.kernels().weighted_sum
+
+    def cut(*arguments: Any) -> int:
+        os.truncate("tuned-a/model.safetensors", 4096)
+        return int(whole(*arguments))
+
+    monkeypatch.setattr(native.kernels(), whole.__name__, cut)
+    with pytest.raises(SourceError, match=r"tuned-a/model.safetensors ends at byte \d+; it changed while"):
+        mergeforge.merge(recipe(method), out="out", device="cpu", threads=1)
+
+
+def test_infinite_values(tmp_path: Path) -> None:
+    """Refused with their number and place; written as torch writes them where that is allowed."""
+    weights = load_file("tuned-a/model.safetensors")
+    weights["lm_head.weight"][3, 5], weights["lm_head.weight"][7, 1] = torch.inf, torch.nan
+    save_file(weights, "tuned-a/model.safetensors", {"format": "pt"})
+    columns = weights["lm_head.weight"].shape[1]
+    with pytest.raises(SourceError, match=rf"lm_head.weight would hold 2 infinite or NaN .*first at {3 * columns + 5}"):
+        mergeforge.merge(recipe("linear"), out="out", device="cpu")
+    in_c = mergeforge.merge(recipe("linear"), out="in-c", device="cpu", allow_nonfinite=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "available", lambda: False)
+        in_torch = mergeforge.merge(recipe("linear"), out="in-torch", device="cpu", allow_nonfinite=True)
+    assert (in_c / "model.safetensors").read_bytes() == (in_torch / "model.safetensors").read_bytes()
+
+
+def test_the_receipts_measures_are_torchs() -> None:
+    def changes(out: Path) -> Any:
+        receipt = json.loads((out / "mergeforge.json").read_text())
+        return {name: facts["change"] for name, facts in receipt["tensors"].items() if "change" in facts}
+
+    in_c = changes(mergeforge.merge(recipe("task_arithmetic"), out="in-c", device="cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "available", lambda: False)
+        in_torch = changes(mergeforge.merge(recipe("task_arithmetic"), out="in-torch", device="cpu"))
+    assert in_c and {name: pytest.approx(facts, rel=1e-9) for name, facts in in_torch.items()} == in_c
+
+
+def test_no_driver_no_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a GPU's driver nobody asks torch for one."""
+    monkeypatch.setattr(budget, "DEVICES", tmp_path)
+    assert budget._device("auto") == "cpu"
+    assert not budget._may_have_gpu()
+    (tmp_path / "nvidia0").touch()
+    assert budget._may_have_gpu()
