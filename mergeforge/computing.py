@@ -100,7 +100,7 @@ def _carry_sum(piece: Piece, tiles: tuple[Tile, ...], worker: Worker, allow_nonf
         worker.clear()
         raw = worker.take(tile.rows * piece.info.row_nbytes)
         changes = [
-            Measured((count * piece.info.columns), *summing.changes(terms, start, start + count).tolist())
+            Measured(count * piece.info.columns, *summing.changes(terms, start, start + count))
             for start, stop in blocks(tile, piece.info)
             if measures and (count := looks_at(piece, start, stop))
         ]

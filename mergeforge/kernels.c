@@ -407,3 +407,76 @@ EVERY_WIDTH int64_t inner_products(const struct input *inputs, int64_t count, in
     }
     return 0;
 }
+
+INLINE int32_t magnitude_bits(float value) { return (int32_t)(bits_of(value) & 0x7fffffff); }
+
+/* How many magnitudes have bits of `high` at least: `beyond`. The bits of those in [low, high), less `low`, go into
+   `inside`, which has room for `count`; their number is returned. Few are inside: eight at a time are passed over. */
+EVERY_WIDTH int64_t split(const float *numbers, int64_t count, int32_t low, int32_t high, int32_t *inside,
+                          int64_t *beyond) {
+    uint8_t marks[CHUNK];
+    int64_t found = 0, above = 0;
+    for (int64_t start = 0; start < count; start += CHUNK) {
+        int64_t some = smaller(CHUNK, count - start);
+        int32_t more = 0;
+        memset(marks, 0, sizeof marks);
+        for (int64_t i = 0; i < some; i++) {
+            int32_t bits = magnitude_bits(numbers[start + i]);
+            more += bits >= high;
+            marks[i] = (bits >= low) & (bits < high);
+        }
+        above += more;
+        for (int64_t i = 0; i < some; i += 8) {
+            uint64_t eight;
+            memcpy(&eight, marks + i, sizeof eight);
+            for (; eight; eight &= eight - 1)
+                inside[found++] = magnitude_bits(numbers[start + i + __builtin_ctzll(eight) / 8]) - low;
+        }
+    }
+    *beyond = above;
+    return found;
+}
+
+/* arcee_fusion: |other - base| times its row's shift. */
+EVERY_WIDTH int64_t importance(const float *base, const float *other, const float *shifts, int64_t rows,
+                               int64_t columns, float *out) {
+    for (int64_t row = 0; row < rows; row++, base += columns, other += columns, out += columns)
+        for (int64_t i = 0; i < columns; i++) out[i] = fabsf(other[i] - base[i]) * shifts[row];
+    return 0;
+}
+
+/* The same where it reaches a threshold: the other's numbers, else the base's, into `other`. */
+EVERY_WIDTH int64_t important(const float *base, float *other, const float *shifts, int64_t rows, int64_t columns,
+                              float threshold) {
+    for (int64_t row = 0; row < rows; row++, base += columns, other += columns)
+        for (int64_t i = 0; i < columns; i++) {
+            float change = other[i] - base[i];
+            float kept = fabsf(change) * shifts[row] >= threshold;
+            other[i] = change * kept + base[i];
+        }
+    return 0;
+}
+
+/* TIES' election: lambda * the sum of those factor * delta whose sign is that of the sum of all (zero: plus), by
+   `normalize` divided by the weights of these; into the first delta. */
+EVERY_WIDTH int64_t agreeing_sum(float *const *deltas, int64_t inputs, const float *factors, const float *weights,
+                                 int64_t normalize, float lambda, int64_t length) {
+    float sign[CHUNK], sum[CHUNK], divisor[CHUNK];
+    for (int64_t start = 0; start < length; start += CHUNK) {
+        int64_t count = smaller(CHUNK, length - start);
+        for (int64_t i = 0; i < count; i++) sign[i] = -0.0f, sum[i] = 0, divisor[i] = 0;
+        for (int64_t at = 0; at < inputs; at++)
+            for (int64_t i = 0; i < count; i++) sign[i] += deltas[at][start + i] * factors[at];
+        for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
+        for (int64_t at = 0; at < inputs; at++)
+            for (int64_t i = 0; i < count; i++) {
+                float one = deltas[at][start + i] * factors[at] * sign[i];
+                sum[i] += one < 0 ? 0 : one;
+                divisor[i] += one > 0 ? weights[at] : 0;
+            }
+        if (normalize)
+            for (int64_t i = 0; i < count; i++) sum[i] /= divisor[i] == 0 ? 1 : divisor[i];
+        for (int64_t i = 0; i < count; i++) deltas[0][start + i] = sum[i] * (sign[i] * lambda);
+    }
+    return 0;
+}

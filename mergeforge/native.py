@@ -11,7 +11,10 @@ import hashlib
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _Array:
@@ -41,11 +44,15 @@ class Sum(ctypes.Structure):
 
 _NUMBER, _SUM = ctypes.c_int64, ctypes.POINTER(Sum)
 _FETCHED = [_NUMBER, _Array, _Array]  # numbers of a step, room for them, their places
-_FUNCTIONS: dict[str, list[Any]] = {  # each takes the inputs first
+_FUNCTIONS: dict[str, list[Any]] = {  # each takes its inputs first
     "weighted_sum": [_Array, _SUM, _NUMBER, _NUMBER, _Array, ctypes.POINTER(ctypes.c_uint32), *_FETCHED],
     "changes": [_Array, _SUM, _NUMBER, _NUMBER, _Array, *_FETCHED],
     "masses": [_Array, _SUM, _NUMBER, _Array, *_FETCHED],
     "difference": [_Array, _NUMBER, _NUMBER, _Array],
+    "split": [_Array, _NUMBER, ctypes.c_int32, ctypes.c_int32, _Array, ctypes.POINTER(_NUMBER)],
+    "agreeing_sum": [_Array, _NUMBER, _Array, _Array, _NUMBER, ctypes.c_float, _NUMBER],
+    "importance": [_Array, _Array, _Array, _NUMBER, _NUMBER, _Array],
+    "important": [_Array, _Array, _Array, _NUMBER, _NUMBER, ctypes.c_float],
     "inner_products": [_Array, _NUMBER, _NUMBER, _NUMBER, _Array, _Array, *_FETCHED],
 }
 CHUNK, PRODUCT_CHUNK = 2048, 512  # numbers that kernels, and inner products, take at a time (kernels.c)
@@ -62,6 +69,13 @@ def kernels() -> ctypes.CDLL:
     if library is None:
         raise RuntimeError("kernels.c is not compiled")
     return library
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these tensors: float32, on the CPU, contiguous."""
+    return available() and all(
+        one.device.type == "cpu" and str(one.dtype) == "torch.float32" and one.is_contiguous() for one in tensors
+    )
 
 
 @cache

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-MOST = 1 << 31  # elements, up to which all random masks of a tensor have the same keys
 
 
 def is_summed(way: Way, info: TensorInfo, outlets: Sequence[Outlet], device: str) -> bool:
@@ -44,12 +43,10 @@ def is_summed(way: Way, info: TensorInfo, outlets: Sequence[Outlet], device: str
         device == "cpu"
         and native.available()
         and isinstance(way, Merged)
-        and way.is_of_stored
-        and way.method.is_sum(way.parameters)
+        and way.is_sum
         and all(isinstance(part.file, DiskFile) for part in way.stored_parts)
         and [type(outlet) for outlet in outlets] == [CheckpointOutlet]
         and info.dtype in KINDS
-        and info.numel <= MOST
     )
 
 
@@ -79,7 +76,7 @@ class Summing:
             _file(part).was_read(*_extent(part, tile))
         return magnitude
 
-    def changes(self, terms: WeightedSum, start: int, stop: int) -> Doubles:
+    def changes(self, terms: WeightedSum, start: int, stop: int) -> tuple[float, float, float, int, int]:
         """Stack.changes of these rows."""
         with self.reading(Tile(self.info.name, start, stop)) as stack:
             return stack.changes(terms, start, stop, self.info.dtype)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mergeforge import native
 from mergeforge.methods import Block, Look, method
 from mergeforge.methods.magnitude import SEARCH_NBYTES, largest, sample, survey
 
@@ -36,11 +37,18 @@ class Importance:
 
     def of(self, models: list[Tensor], block: Block) -> Tensor:
         """The importance of a block's elements."""
-        shift = self._shift(models, block)
-        base, other = models
-        return (other - base).abs_().mul_(shift)
+        import torch
 
-    def _shift(self, models: list[Tensor], block: Block) -> Tensor:
+        shift = self.shift(models, block)
+        base, other = models
+        if not native.takes(base, other, shift):
+            return (other - base).abs_().mul_(shift)
+        out = torch.empty_like(base)
+        native.kernels().importance(base, other, shift, len(shift), base.numel() // len(shift), out)
+        return out
+
+    def shift(self, models: list[Tensor], block: Block) -> Tensor:
+        """The divergence of each row, as a column."""
         if self.shifts is not None and block.start in self.places:
             return self.shifts[self.places[block.start]]
         found = _divergence(*(model.view(1, -1) if block.is_vector else model for model in models))
@@ -105,5 +113,9 @@ def _parts(importance: Tensor, below: list[bool]) -> list[Tensor]:
 def arcee_fusion(models: list[Tensor], facts: Importance, block: Block) -> Tensor:
     """base + (other - base) where the importance reaches the threshold, else base."""
     base, other = models
+    shift = facts.shift(models, block)
+    if native.takes(base, other, shift):
+        native.kernels().important(base, other, shift, len(shift), base.numel() // len(shift), facts.threshold)
+        return other
     mask = facts.of(models, block).ge_(facts.threshold)
     return other.sub_(base).mul_(mask).add_(base)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergeforge import native
 from mergeforge.tensors import dtype_name
 
 if TYPE_CHECKING:
@@ -98,8 +99,10 @@ def agreeing_sum(
 
     TIES (https://arxiv.org/abs/2306.01708), elect and disjoint merge: at each element the sign of
     the weighted sum wins (zero: plus); normalize divides by the weights of those that agree.
-    Written with float arithmetic only: torch's boolean operations are 5-30 times slower on a CPU.
+    By a kernel in C, or with float arithmetic only: torch's boolean operations are 5-30 times slower on a CPU.
     """
+    if native.takes(*deltas):
+        return _agreeing_in_c(deltas, weight, normalize, lambda_, ratios)
     for delta, factor in zip(deltas, _factors(weight, ratios), strict=True):
         if factor != 1:
             delta.mul_(factor)
@@ -117,6 +120,18 @@ def agreeing_sum(
     if divisor is not None:
         result.div_(divisor.add_(divisor.clone().eq_(0)))  # nobody agrees: divide by 1
     return result.mul_(sign if lambda_ == 1 else sign.mul_(lambda_))
+
+
+def _agreeing_in_c(
+    deltas: list[Tensor], weight: list[float], normalize: bool, lambda_: float, ratios: list[float] | None
+) -> Tensor:
+    import numpy as np
+
+    places = np.array([delta.data_ptr() for delta in deltas], np.int64)
+    factors, weights = (np.array(one, np.float32) for one in (_factors(weight, ratios), weight))
+    length = deltas[0].numel()
+    native.kernels().agreeing_sum(places, len(deltas), factors, weights, normalize, lambda_, length)
+    return deltas[0]
 
 
 def _factors(weight: Sequence[float], ratios: Sequence[float] | None) -> Sequence[float]:

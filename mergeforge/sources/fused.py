@@ -92,14 +92,15 @@ class Stack:
         self._call("weighted_sum", start, stop, self._sum(terms, start), length, KINDS[dtype], out, most)
         return float(np.uint32(most.value).view(np.float32))
 
-    def changes(self, terms: WeightedSum, start: int, stop: int, dtype: str) -> Doubles:
+    def changes(self, terms: WeightedSum, start: int, stop: int, dtype: str) -> tuple[float, float, float, int, int]:
         """What `terms` make of the base: sums of its squares and of the changes', the largest change, elements that
         change, and those of them that do not once they are rounded to a dtype."""
         import numpy as np
 
         found, length = np.zeros(5), self._length(start, stop)
         self._call("changes", start, stop, self._sum(terms, start), length, KINDS[dtype], found)
-        return found
+        weight, change, largest, meant, swallowed = found.tolist()
+        return weight, change, largest, int(meant), int(swallowed)
 
     def masses(self, kept: Sequence[Drawing], start: int, stop: int) -> Doubles:
         """The sum of each input's magnitudes, and of those of elements that are drawn: (inputs, 2)."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     _Inputs = tuple[list[Tensor], Tensor | None]  # of a block, as the method takes them; the base if it was taken away
 
 T = TypeVar("T")
+SAME_KEYS = 1 << 31  # elements, up to which a random mask of a tensor has the same keys (methods/random_mask.py)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class Merged:
 
     def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
         learnt = facts.get(id(self))
-        if self.method.is_sum(self.parameters) and self._is_stacked(worker, dtype):
+        if self.is_sum and self._is_stacked(worker, dtype):
             return self._sum_of_stack(self.terms(learnt), rows, worker, dtype)
         inputs, base = self.staged(rows, worker, facts, dtype)
 
@@ -119,6 +120,11 @@ class Merged:
         return all(
             isinstance(one, Stored) and one.info.dtype in KINDS and one.info.shape == shape for one in self.parts
         )
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether kernels know all that the method does with them."""
+        return self.is_of_stored and self.method.is_sum(self.parameters) and self.info.numel <= SAME_KEYS
 
     def block(self, start: int) -> Block:
         return Block(self.info.name, start * self.info.columns, self.seed, len(self.info.shape) < 2)

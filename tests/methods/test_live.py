@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mergeforge import native
 from mergeforge.methods import METHODS, Block
 from mergeforge.tensors import BLOCK_ELEMENTS
 
@@ -134,6 +135,24 @@ def imported() -> None:
             inputs = [torch.ones(8, 1) for _ in range(count)]
             facts = METHODS[name].learn(lambda see, sample=0: iter([see(inputs, Block("w", 0, 0))]), 8, given)  # noqa: B023
             METHODS[name](inputs, facts, Block("w", 0, 0), given)
+
+
+@pytest.fixture(autouse=True)
+def in_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is declared is what torch needs; kernels in C need less."""
+    if "in_c" not in request.fixturenames:
+        monkeypatch.setattr(native, "available", lambda: False)
+
+
+@pytest.fixture
+def in_c() -> None:
+    """With kernels, where they are compiled."""
+
+
+@pytest.mark.usefixtures("in_c")
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_kernels_need_no_more_than_torch(name: str) -> None:
+    measured(name, random, min(3, METHODS[name].inputs[1]))
 
 
 DRAWN = ("dare_linear", "dare_ties", "della", "della_linear")

@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import astuple
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import mergeforge
 from mergeforge import native
 from mergeforge.measuring import measure
 from mergeforge.methods import METHODS, Block
-from mergeforge.methods.consensus import WeightedSum
+from mergeforge.methods.consensus import WeightedSum, agreeing_sum
+from mergeforge.methods.magnitude import _magnitude_bits, _split, _split_in_c
 from mergeforge.methods.masks import Masks
 from mergeforge.methods.random_mask import drawing, masked
 from mergeforge.native import CHUNK
@@ -167,6 +169,38 @@ def test_nearswap(t: float) -> None:
     expected = method([one[2:7].clone(), other[2:7].clone()], None, Block("w", 0, 0), {"t": t})
     terms = method.weighted_sum(None, 2, Block("w", 0, 0), "F32", {"t": t})
     assert torch.equal(bits(summed(found, terms, 7, 12)[0]), bits(expected))
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 1000, 4096])
+def test_split(count: int) -> None:
+    """Magnitudes beyond a range of bits, and those inside: as numpy finds them, whatever the range holds."""
+    every = numbers("F32", 3).flatten()[:count].contiguous()
+    every[: count // 5 : 2], every[count // 2] = math.nan, -math.inf
+    bits = _magnitude_bits(every)
+    edges = sorted({0, *bits[:: max(count // 9, 1)].tolist(), (1 << 31) - 1})
+    for low, high in pairwise(edges):
+        beyond, inside = _split_in_c(every, low, high)
+        expected = _split(bits, low, high)
+        assert beyond == expected[0]
+        assert inside.tolist() == expected[1].tolist()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("lambda_", [1.0, 0.7])
+@pytest.mark.parametrize("ratios", [None, [1.5, 1.0, 2.25]])
+def test_agreeing_sum(
+    monkeypatch: pytest.MonkeyPatch, normalize: bool, lambda_: float, ratios: list[float] | None
+) -> None:
+    """TIES' election in C and in torch, with weights of both signs, zeros, infinities and NaN."""
+    deltas = [numbers("F32", seed) for seed in range(3)]
+    deltas[0][0, :3], deltas[1][1, :3], deltas[2][2, :3] = math.inf, -math.inf, math.nan
+    weight = [0.5, -0.25, 1.0]
+    in_c = agreeing_sum([one.clone() for one in deltas], weight, normalize, lambda_, ratios)
+    monkeypatch.setattr(native, "available", lambda: False)
+    in_torch = agreeing_sum([one.clone() for one in deltas], weight, normalize, lambda_, ratios)
+    odd = in_torch.isnan()
+    assert torch.equal(in_c.isnan(), odd)
+    assert torch.equal(bits(in_c[~odd]), bits(in_torch[~odd]))
 
 
 def test_files_that_end_too_early(tmp_path: Path) -> None:
