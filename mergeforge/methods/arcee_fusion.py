@@ -41,7 +41,7 @@ class Importance:
 
         shift = self.shift(models, block)
         base, other = models
-        if not native.takes(base, other, shift):
+        if not native.takes(base, other):
             return (other - base).abs_().mul_(shift)
         out = torch.empty_like(base)
         native.kernels().importance(base, other, shift, len(shift), base.numel() // len(shift), out)
@@ -113,8 +113,8 @@ def _parts(importance: Tensor, below: list[bool]) -> list[Tensor]:
 def arcee_fusion(models: list[Tensor], facts: Importance, block: Block) -> Tensor:
     """base + (other - base) where the importance reaches the threshold, else base."""
     base, other = models
-    shift = facts.shift(models, block)
-    if native.takes(base, other, shift):
+    if native.takes(base, other):
+        shift = facts.shift(models, block)
         native.kernels().important(base, other, shift, len(shift), base.numel() // len(shift), facts.threshold)
         return other
     mask = facts.of(models, block).ge_(facts.threshold)
