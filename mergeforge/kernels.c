@@ -468,12 +468,15 @@ EVERY_WIDTH int64_t agreeing_sum(float *const *deltas, int64_t inputs, const flo
         for (int64_t at = 0; at < inputs; at++)
             for (int64_t i = 0; i < count; i++) sign[i] += deltas[at][start + i] * factors[at];
         for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
-        for (int64_t at = 0; at < inputs; at++)
+        for (int64_t at = 0; at < inputs; at++) {
+            const float *delta = deltas[at] + start, factor = factors[at], weight = weights[at];
             for (int64_t i = 0; i < count; i++) {
-                float one = deltas[at][start + i] * factors[at] * sign[i];
+                float one = delta[i] * factor * sign[i];
+                float agrees = one > 0;
                 sum[i] += one < 0 ? 0 : one;
-                divisor[i] += one > 0 ? weights[at] : 0;
+                divisor[i] += agrees * weight;
             }
+        }
         if (normalize)
             for (int64_t i = 0; i < count; i++) sum[i] /= divisor[i] == 0 ? 1 : divisor[i];
         for (int64_t i = 0; i < count; i++) deltas[0][start + i] = sum[i] * (sign[i] * lambda);
