@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -92,14 +93,18 @@ INLINE uint32_t mixed(uint32_t bits, const uint32_t *keys) {
     return bits ^ bits >> 16;
 }
 
-/* 1 for each of `count` numbers that is kept, 0 for others; `element`: the first one's place in its tensor. */
+/* A random byte for each of `count` numbers, in `words`; `element`: the first one's place in its tensor. */
+INLINE const uint8_t *random_bytes(const uint32_t *keys, int64_t element, int64_t count, uint32_t *words) {
+    for (int64_t i = 0; i < (count + 6) / 4; i++) words[i] = mixed((uint32_t)((element >> 2) + i) * 0x9e3779b9, keys);
+    return (const uint8_t *)words + (element & 3);
+}
+
+/* 1 for each of `count` numbers that is kept, 0 for others. */
 INLINE void draw(const struct mask *mask, int64_t element, int64_t count, float *kept) {
     uint32_t words[CHUNK / 4 + 1], others[CHUNK / 4 + 1];
-    int64_t first = element & 3, needed = (first + count + 3) / 4;
-    for (int64_t i = 0; i < needed; i++) words[i] = mixed((uint32_t)((element >> 2) + i) * 0x9e3779b9, mask->upper);
-    const uint8_t *high = (const uint8_t *)words + first, *low = (const uint8_t *)others + first;
+    const uint8_t *high = random_bytes(mask->upper, element, count, words);
     if (mask->limit & 255) {
-        for (int64_t i = 0; i < needed; i++) others[i] = mixed((uint32_t)((element >> 2) + i) * 0x9e3779b9, mask->lower);
+        const uint8_t *low = random_bytes(mask->lower, element, count, others);
         for (int64_t i = 0; i < count; i++) kept[i] = (uint32_t)(high[i] << 8 | low[i]) < mask->limit;
     } else {
         for (int64_t i = 0; i < count; i++) kept[i] = high[i] < mask->limit >> 8;
@@ -189,6 +194,34 @@ static int64_t fetch(const struct input *inputs, int64_t parts, int64_t start, i
     return 0;
 }
 
+/* Goes through the numbers of inputs, a chunk at a time, and reads them in steps. */
+struct walk {
+    const struct input *inputs;
+    int64_t parts, length, chunk;
+    int64_t step;        /* for fetch(): the most numbers that are read at a time, */
+    char *room;          /* where to, */
+    const void **places; /* and where they are */
+    int64_t first, here; /* the step's first number, and how many they are */
+    int64_t start, count; /* the chunk's in it */
+    int64_t failed;       /* fetch()'s answer */
+};
+
+/* Whether there is another chunk. */
+INLINE int next(struct walk *walk) {
+    walk->start += walk->count;
+    if (walk->start == walk->here) {
+        walk->first += walk->here;
+        if (walk->first >= walk->length) return 0;
+        walk->here = smaller(walk->step, walk->length - walk->first);
+        walk->failed =
+            fetch(walk->inputs, walk->parts, walk->first, walk->here, walk->step, walk->room, walk->places);
+        if (walk->failed) return 0;
+        walk->start = 0;
+    }
+    walk->count = smaller(walk->chunk, walk->here - walk->start);
+    return 1;
+}
+
 /* A weighted sum: base + scale * (sum of factor * (input - base)) / divisor. `fused`: products are added unrounded. */
 struct sum {
     int64_t inputs;
@@ -198,6 +231,9 @@ struct sum {
     int64_t element; /* the place of number 0 in its tensor */
     const float *factors;
     const struct mask *masks; /* of each input, or none */
+    const float *weights;     /* of each input, for what elect() makes instead of a sum, or none */
+    float *const *products;   /* room for that: a chunk of each input */
+    int64_t normalize;        /* for elect() */
     float divisor, scale, near;
 };
 
@@ -206,11 +242,10 @@ INLINE const struct mask *mask_of(const struct sum *sum, int64_t at) {
 }
 
 /* nearswap's sum; the first input's numbers. */
-INLINE const float *swap(const struct input *inputs, const void *const *places, int64_t start, int64_t count,
-                         float near, float *base, float *total) {
-    take(places[0], inputs[0].kind, start, count, ZEROS, base);
-    take(places[1], inputs[1].kind, start, count, ZEROS, total);
-    for (int64_t i = 0; i < count; i++) {
+INLINE const float *swap(const struct walk *at, float near, float *base, float *total) {
+    take(at->places[0], at->inputs[0].kind, at->start, at->count, ZEROS, base);
+    take(at->places[1], at->inputs[1].kind, at->start, at->count, ZEROS, total);
+    for (int64_t i = 0; i < at->count; i++) {
         float distance = fabsf(base[i] - total[i]);
         float share = 1 / (distance < 1e-6f ? 1e-6f : distance) * near;
         share = share > 1 ? 1 : share;
@@ -219,32 +254,83 @@ INLINE const float *swap(const struct input *inputs, const void *const *places, 
     return base;
 }
 
-/* `count` (at most CHUNK) numbers of the sum from number first + start on, and of the base, or zeros: a number
-   less zero is the number. */
-INLINE const float *add_up(const struct sum *sum, const struct input *inputs, const void *const *places, int64_t first,
-                           int64_t start, int64_t count, float *base, float *total) {
-    float kept[CHUNK];
-    if (sum->swaps) return swap(inputs, places, start, count, sum->near, base, total);
-    const float *less = ZEROS;
-    if (sum->based) {
-        take(places[sum->inputs], inputs[sum->inputs].kind, start, count, ZEROS, base);
-        less = base;
+/* TIES' election: `scale` times the sum of those products whose sign is that of the sum of all (zero: plus), by
+   `normalize` divided by the weights of these. `count` products of each input, from number `start` on. */
+INLINE void elect(float *const *products, int64_t inputs, const float *weights, int64_t normalize, float scale,
+                  int64_t start, int64_t count, float *total) {
+    float sign[CHUNK], divisor[CHUNK];
+    for (int64_t i = 0; i < count; i++) sign[i] = -0.0f, total[i] = 0, divisor[i] = 0;
+    for (int64_t at = 0; at < inputs; at++) {
+        const float *product = products[at] + start;
+        for (int64_t i = 0; i < count; i++) sign[i] += product[i];
     }
+    for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
+    for (int64_t at = 0; at < inputs; at++) {
+        const float *product = products[at] + start, weight = weights[at];
+        for (int64_t i = 0; i < count; i++) {
+            float one = product[i] * sign[i];
+            float agrees = one > 0;
+            total[i] += one < 0 ? 0 : one;
+            divisor[i] += agrees * weight;
+        }
+    }
+    if (normalize)
+        for (int64_t i = 0; i < count; i++) total[i] /= divisor[i] == 0 ? 1 : divisor[i];
+    for (int64_t i = 0; i < count; i++) total[i] *= sign[i] * scale;
+}
+
+/* A weighted sum. */
+INLINE void add_all(const struct sum *sum, const struct walk *walk, const float *less, float *total) {
+    float kept[CHUNK];
+    int64_t start = walk->start, count = walk->count;
     for (int64_t i = 0; i < count; i++) total[i] = -0.0f; /* what changes no number that is added to it */
     for (int64_t at = 0; at < sum->inputs; at++) {
         const struct mask *mask = mask_of(sum, at);
+        const void *place = walk->places[at];
+        int64_t kind = walk->inputs[at].kind;
         if (mask) {
-            draw(mask, sum->element + first + start, count, kept);
-            add_kept(places[at], inputs[at].kind, start, count, less, sum->factors[at], sum->fused, kept, total);
+            draw(mask, sum->element + walk->first + start, count, kept);
+            add_kept(place, kind, start, count, less, sum->factors[at], sum->fused, kept, total);
         } else
-            add(places[at], inputs[at].kind, start, count, less, sum->factors[at], sum->fused, total);
+            add(place, kind, start, count, less, sum->factors[at], sum->fused, total);
     }
     if (sum->divisor != 1)
         for (int64_t i = 0; i < count; i++) total[i] /= sum->divisor;
     if (sum->scale != 1)
         for (int64_t i = 0; i < count; i++) total[i] *= sum->scale;
+}
+
+/* A sum of what is elected. */
+INLINE void add_elected(const struct sum *sum, const struct walk *walk, const float *less, float *total) {
+    float kept[CHUNK];
+    int64_t start = walk->start, count = walk->count;
+    for (int64_t at = 0; at < sum->inputs; at++) {
+        const struct mask *mask = mask_of(sum, at);
+        float *product = sum->products[at], factor = sum->factors[at];
+        take(walk->places[at], walk->inputs[at].kind, start, count, less, product);
+        if (mask) {
+            draw(mask, sum->element + walk->first + start, count, kept);
+            for (int64_t i = 0; i < count; i++) product[i] *= kept[i];
+        }
+        for (int64_t i = 0; i < count; i++) product[i] *= factor;
+    }
+    elect(sum->products, sum->inputs, sum->weights, sum->normalize, sum->scale, 0, count, total);
+}
+
+/* A chunk (at most CHUNK numbers) of the sum, and of the base, or zeros: a number less zero is the number. */
+INLINE const float *add_up(const struct sum *sum, const struct walk *at, float *base, float *total) {
+    if (sum->swaps) return swap(at, sum->near, base, total);
+    const float *less = ZEROS;
+    if (sum->based) {
+        take(at->places[sum->inputs], at->inputs[sum->inputs].kind, at->start, at->count, ZEROS, base);
+        less = base;
+    }
+    if (sum->weights)
+        add_elected(sum, at, less, total);
+    else
+        add_all(sum, at, less, total);
     if (sum->based)
-        for (int64_t i = 0; i < count; i++) total[i] += base[i];
+        for (int64_t i = 0; i < at->count; i++) total[i] += base[i];
     return less;
 }
 
@@ -257,28 +343,28 @@ INLINE void put(const float *from, int64_t count, int64_t kind, void *into, int6
         for (int64_t i = 0; i < count; i++) ((uint16_t *)into)[at + i] = to_bf16(from[i]);
 }
 
+/* The arguments of what reads the inputs of a sum: for a walk over them. */
+#define OVER_INPUTS                                                                                                    \
+    {.inputs = inputs, .parts = sum->inputs + sum->based, .length = length, .chunk = CHUNK, .step = step,             \
+     .room = room, .places = places}
+
 /* `length` numbers of a sum, rounded to `kind`. `most`: the bits of the largest magnitude, before that.
    `step`, `room`, `places`: for fetch(), whose answer is returned. */
 EVERY_WIDTH int64_t weighted_sum(const struct input *inputs, const struct sum *sum, int64_t length, int64_t kind,
                                  void *out, uint32_t *most, int64_t step, char *room, const void **places) {
     float base[CHUNK], total[CHUNK];
     uint32_t largest = 0;
-    for (int64_t first = 0; first < length; first += step) {
-        int64_t here = smaller(step, length - first);
-        int64_t failed = fetch(inputs, sum->inputs + sum->based, first, here, step, room, places);
-        if (failed) return failed;
-        for (int64_t start = 0; start < here; start += CHUNK) {
-            int64_t count = smaller(CHUNK, here - start);
-            add_up(sum, inputs, places, first, start, count, base, total);
-            for (int64_t i = 0; i < count; i++) {
-                uint32_t bits = bits_of(total[i]) & 0x7fffffff;
-                largest = bits > largest ? bits : largest;
-            }
-            put(total, count, kind, out, first + start);
+    struct walk at = OVER_INPUTS;
+    while (next(&at)) {
+        add_up(sum, &at, base, total);
+        for (int64_t i = 0; i < at.count; i++) {
+            uint32_t bits = bits_of(total[i]) & 0x7fffffff;
+            largest = bits > largest ? bits : largest;
         }
+        put(total, at.count, kind, out, at.first + at.start);
     }
     *most = largest;
-    return 0;
+    return at.failed;
 }
 
 INLINE float rounded(float value, int64_t kind) {
@@ -290,25 +376,20 @@ INLINE float rounded(float value, int64_t kind) {
 EVERY_WIDTH int64_t changes(const struct input *inputs, const struct sum *sum, int64_t length, int64_t kind,
                             double *found, int64_t step, char *room, const void **places) {
     float base[CHUNK], total[CHUNK];
-    for (int64_t first = 0; first < length; first += step) {
-        int64_t here = smaller(step, length - first);
-        int64_t failed = fetch(inputs, sum->inputs + sum->based, first, here, step, room, places);
-        if (failed) return failed;
-        for (int64_t start = 0; start < here; start += CHUNK) {
-            int64_t count = smaller(CHUNK, here - start);
-            const float *before = add_up(sum, inputs, places, first, start, count, base, total);
-            for (int64_t i = 0; i < count; i++) {
-                float change = total[i] - before[i];
-                int moves = change != 0;
-                found[0] += (double)before[i] * before[i];
-                found[1] += (double)change * change;
-                found[2] = fabsf(change) > found[2] ? fabsf(change) : found[2];
-                found[3] += moves;
-                found[4] += moves && rounded(total[i], kind) == rounded(before[i], kind);
-            }
+    struct walk at = OVER_INPUTS;
+    while (next(&at)) {
+        const float *before = add_up(sum, &at, base, total);
+        for (int64_t i = 0; i < at.count; i++) {
+            float change = total[i] - before[i];
+            int moves = change != 0;
+            found[0] += (double)before[i] * before[i];
+            found[1] += (double)change * change;
+            found[2] = fabsf(change) > found[2] ? fabsf(change) : found[2];
+            found[3] += moves;
+            found[4] += moves && rounded(total[i], kind) == rounded(before[i], kind);
         }
     }
-    return 0;
+    return at.failed;
 }
 
 /* One input, less the base if it is `based`. inputs: the input, the base, in memory. */
@@ -360,29 +441,25 @@ INLINE double total_of(const float *numbers, int64_t count) {
 EVERY_WIDTH int64_t masses(const struct input *inputs, const struct sum *sum, int64_t length, double *sums,
                            int64_t step, char *room, const void **places) {
     float base[CHUNK], one[CHUNK], kept[CHUNK];
-    for (int64_t first = 0; first < length; first += step) {
-        int64_t here = smaller(step, length - first);
-        int64_t failed = fetch(inputs, sum->inputs + sum->based, first, here, step, room, places);
-        if (failed) return failed;
-        for (int64_t start = 0; start < here; start += CHUNK) {
-            int64_t count = smaller(CHUNK, here - start);
-            if (sum->based) take(places[sum->inputs], inputs[sum->inputs].kind, start, count, ZEROS, base);
-            for (int64_t at = 0; at < sum->inputs; at++) {
-                const struct mask *mask = mask_of(sum, at);
-                take(places[at], inputs[at].kind, start, count, sum->based ? base : ZEROS, one);
-                for (int64_t i = 0; i < count; i++) one[i] = fabsf(one[i]);
-                double all = total_of(one, count);
-                sums[2 * at] += all;
-                if (mask) {
-                    draw(mask, sum->element + first + start, count, kept);
-                    for (int64_t i = 0; i < count; i++) one[i] *= kept[i];
-                    all = total_of(one, count);
-                }
-                sums[2 * at + 1] += all;
+    struct walk walk = OVER_INPUTS;
+    while (next(&walk)) {
+        int64_t start = walk.start, count = walk.count;
+        if (sum->based) take(places[sum->inputs], inputs[sum->inputs].kind, start, count, ZEROS, base);
+        for (int64_t at = 0; at < sum->inputs; at++) {
+            const struct mask *mask = mask_of(sum, at);
+            take(places[at], inputs[at].kind, start, count, sum->based ? base : ZEROS, one);
+            for (int64_t i = 0; i < count; i++) one[i] = fabsf(one[i]);
+            double all = total_of(one, count);
+            sums[2 * at] += all;
+            if (mask) {
+                draw(mask, sum->element + walk.first + start, count, kept);
+                for (int64_t i = 0; i < count; i++) one[i] *= kept[i];
+                all = total_of(one, count);
             }
+            sums[2 * at + 1] += all;
         }
     }
-    return 0;
+    return walk.failed;
 }
 
 /* Adds to `sums` the inner products of every input (less the base) with itself and those that follow it.
@@ -390,25 +467,22 @@ EVERY_WIDTH int64_t masses(const struct input *inputs, const struct sum *sum, in
 EVERY_WIDTH int64_t inner_products(const struct input *inputs, int64_t count, int64_t based, int64_t length,
                                    double *doubles, double *sums, int64_t step, char *room, const void **places) {
     float base[PRODUCT_CHUNK];
-    for (int64_t first = 0; first < length; first += step) {
-        int64_t here = smaller(step, length - first);
-        int64_t failed = fetch(inputs, count + based, first, here, step, room, places);
-        if (failed) return failed;
-        for (int64_t start = 0; start < here; start += PRODUCT_CHUNK) {
-            int64_t some = smaller(PRODUCT_CHUNK, here - start), pair = 0;
-            if (based) take(places[count], inputs[count].kind, start, some, ZEROS, base);
-            for (int64_t at = 0; at < count; at++)
-                take_doubles(places[at], inputs[at].kind, start, some, based ? base : ZEROS,
-                             doubles + at * PRODUCT_CHUNK);
-            for (int64_t at = 0; at < count; at++)
-                for (int64_t other = at; other < count; other++)
-                    sums[pair++] += dot(doubles + at * PRODUCT_CHUNK, doubles + other * PRODUCT_CHUNK, some);
-        }
+    struct walk walk = {.inputs = inputs, .parts = count + based, .length = length, .chunk = PRODUCT_CHUNK,
+                        .step = step, .room = room, .places = places};
+    while (next(&walk)) {
+        int64_t pair = 0;
+        if (based) take(places[count], inputs[count].kind, walk.start, walk.count, ZEROS, base);
+        for (int64_t at = 0; at < count; at++)
+            take_doubles(places[at], inputs[at].kind, walk.start, walk.count, based ? base : ZEROS,
+                         doubles + at * PRODUCT_CHUNK);
+        for (int64_t at = 0; at < count; at++)
+            for (int64_t other = at; other < count; other++)
+                sums[pair++] += dot(doubles + at * PRODUCT_CHUNK, doubles + other * PRODUCT_CHUNK, walk.count);
     }
-    return 0;
+    return walk.failed;
 }
 
-INLINE int32_t magnitude_bits(float value) { return (int32_t)(bits_of(value) & 0x7fffffff); }
+INLINE uint32_t magnitude(float value) { return bits_of(value) & 0x7fffffff; }
 
 /* How many magnitudes have bits of `high` at least: `beyond`. The bits of those in [low, high), less `low`, go into
    `inside`, which has room for `count`; their number is returned. Few are inside: eight at a time are passed over. */
@@ -421,7 +495,7 @@ EVERY_WIDTH int64_t split(const float *numbers, int64_t count, int32_t low, int3
         int32_t more = 0;
         memset(marks, 0, sizeof marks);
         for (int64_t i = 0; i < some; i++) {
-            int32_t bits = magnitude_bits(numbers[start + i]);
+            int32_t bits = magnitude(numbers[start + i]);
             more += bits >= high;
             marks[i] = (bits >= low) & (bits < high);
         }
@@ -430,7 +504,7 @@ EVERY_WIDTH int64_t split(const float *numbers, int64_t count, int32_t low, int3
             uint64_t eight;
             memcpy(&eight, marks + i, sizeof eight);
             for (; eight; eight &= eight - 1)
-                inside[found++] = magnitude_bits(numbers[start + i + __builtin_ctzll(eight) / 8]) - low;
+                inside[found++] = magnitude(numbers[start + i + __builtin_ctzll(eight) / 8]) - low;
         }
     }
     *beyond = above;
@@ -457,29 +531,166 @@ EVERY_WIDTH int64_t important(const float *base, float *other, const float *shif
     return 0;
 }
 
-/* TIES' election: lambda * the sum of those factor * delta whose sign is that of the sum of all (zero: plus), by
-   `normalize` divided by the weights of these; into the first delta. */
+/* TIES' election among factor * delta, which are overwritten: the first by the sum. */
 EVERY_WIDTH int64_t agreeing_sum(float *const *deltas, int64_t inputs, const float *factors, const float *weights,
-                                 int64_t normalize, float lambda, int64_t length) {
-    float sign[CHUNK], sum[CHUNK], divisor[CHUNK];
+                                 int64_t normalize, float scale, int64_t length) {
+    float total[CHUNK];
     for (int64_t start = 0; start < length; start += CHUNK) {
         int64_t count = smaller(CHUNK, length - start);
-        for (int64_t i = 0; i < count; i++) sign[i] = -0.0f, sum[i] = 0, divisor[i] = 0;
-        for (int64_t at = 0; at < inputs; at++)
-            for (int64_t i = 0; i < count; i++) sign[i] += deltas[at][start + i] * factors[at];
-        for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
         for (int64_t at = 0; at < inputs; at++) {
-            const float *delta = deltas[at] + start, factor = factors[at], weight = weights[at];
-            for (int64_t i = 0; i < count; i++) {
-                float one = delta[i] * factor * sign[i];
-                float agrees = one > 0;
-                sum[i] += one < 0 ? 0 : one;
-                divisor[i] += agrees * weight;
+            float *delta = deltas[at] + start, factor = factors[at];
+            for (int64_t i = 0; i < count; i++) delta[i] *= factor;
+        }
+        elect(deltas, inputs, weights, normalize, scale, start, count, total);
+        memcpy(deltas[0] + start, total, count * sizeof(float));
+    }
+    return 0;
+}
+
+/* della: how numbers are kept by their ranks in their row (of magnitudes; equal ones by their places) and by a random
+   draw, which must be below 65536 * (lowest + step * rank). Numbers of about one magnitude share a bucket, which tells
+   nearly enough of their ranks: most draws are far from their limits, and little has to be sorted. */
+struct ranking {
+    int64_t element; /* the first number's place in its tensor */
+    struct mask mask;
+    float lowest, step;
+    int64_t buckets, room;
+    uint64_t *members;                 /* of each bucket: how many are round, and others << 32 */
+    uint32_t *ranks, *sure, *possible; /* of each bucket: its lowest rank; the limits of that, and of its highest one */
+    uint16_t *bucket, *draws;          /* of each number of a row */
+    uint32_t *before;                  /* of each number: how many round ones its bucket has before it */
+    uint64_t *sorted;                  /* `room` for a bucket's members that are not round: bits and place of each */
+};
+enum { DROPPED, KEPT, UNSURE };
+enum { OCTAVES = 24 }; /* below the largest of a row; what is smaller shares the first bucket with zeros */
+
+/* Whether a number is the least that its bucket can hold, as most are that come of 16 bits. */
+INLINE int is_round(uint32_t bits, uint16_t bucket, int shift) {
+    return !(bucket ? bits & ((1u << shift) - 1) : bits);
+}
+
+INLINE uint32_t limit_of(const struct ranking *by, uint32_t rank) {
+    float limit = ((float)(int32_t)rank * by->step + by->lowest) * EVERYTHING;
+    int32_t whole = (int32_t)limit;
+    return whole + ((float)whole < limit);
+}
+
+/* Puts a row's numbers into buckets: those whose bits are equal but for the last `shift`, which is returned. */
+INLINE int fill_buckets(const struct ranking *by, const float *row, int64_t columns) {
+    uint16_t *restrict bucket = by->bucket;
+    uint32_t most = 0, least = UINT32_MAX; /* the smallest but zero, less one */
+    for (int64_t i = 0; i < columns; i++) {
+        uint32_t bits = magnitude(row[i]);
+        most = bits > most ? bits : most;
+        least = bits - 1 < least ? bits - 1 : least;
+    }
+    least = most > OCTAVES << 23 && least < most - (OCTAVES << 23) ? most - (OCTAVES << 23) : least + 1;
+    int shift = 0;
+    while (most && (most >> shift) - (least >> shift) + 1 >= by->buckets) shift++;
+    for (int64_t i = 0; i < columns; i++) {
+        uint32_t bits = magnitude(row[i]);
+        bucket[i] = bits < least || bits == 0 ? 0 : (bits >> shift) - (least >> shift) + 1;
+    }
+    return shift;
+}
+
+/* The limits that decide for all members of a bucket. */
+INLINE void rank_buckets(const struct ranking *by, const float *row, int64_t columns, int shift) {
+    uint64_t *restrict members = by->members;
+    uint32_t *restrict before = by->before;
+    const uint16_t *bucket = by->bucket;
+    memset(members, 0, by->buckets * sizeof *members);
+    for (int64_t i = 0; i < columns; i++) {
+        uint64_t *here = members + bucket[i];
+        before[i] = *here;
+        *here += is_round(magnitude(row[i]), bucket[i], shift) ? 1 : (uint64_t)1 << 32;
+    }
+    uint32_t *restrict ranks = by->ranks, *restrict sure = by->sure, *restrict possible = by->possible;
+    uint32_t rank = 0;
+    for (int64_t at = 0; at < by->buckets; at++) {
+        ranks[at] = rank;
+        rank += (uint32_t)members[at] + (members[at] >> 32);
+        possible[at] = rank - 1;
+    }
+    for (int64_t at = 0; at < by->buckets; at++) {
+        sure[at] = limit_of(by, ranks[at]);
+        possible[at] = limit_of(by, possible[at]);
+    }
+}
+
+INLINE void decide(const struct ranking *by, int64_t at, uint32_t rank, uint8_t *kept) {
+    if (kept[at] == UNSURE) kept[at] = by->draws[at] < limit_of(by, rank);
+}
+
+static int ordered(const void *one, const void *other) {
+    uint64_t left = *(const uint64_t *)one, right = *(const uint64_t *)other;
+    return (left > right) - (left < right);
+}
+
+/* Decides for the members of a bucket that are not round. 0: there is no room for them. */
+INLINE int sort_out(const struct ranking *by, uint16_t number, const float *row, int64_t columns, int shift,
+                     uint8_t *kept) {
+    uint8_t marks[CHUNK];
+    uint32_t rank = by->ranks[number] + (uint32_t)by->members[number];
+    int64_t found = 0;
+    if ((int64_t)(by->members[number] >> 32) > by->room) return 0;
+    for (int64_t start = 0; start < columns; start += CHUNK) {
+        int64_t count = smaller(CHUNK, columns - start);
+        const uint16_t *bucket = by->bucket + start;
+        for (int64_t i = 0; i < count; i++)
+            marks[i] = bucket[i] == number && !is_round(magnitude(row[start + i]), number, shift);
+        memset(marks + count, 0, CHUNK - count);
+        for (int64_t i = 0; i < count; i += 8) {
+            uint64_t eight;
+            memcpy(&eight, marks + i, sizeof eight);
+            for (; eight; eight &= eight - 1) {
+                uint64_t at = start + i + __builtin_ctzll(eight) / 8;
+                by->sorted[found++] = (uint64_t)magnitude(row[at]) << 32 | at;
             }
         }
-        if (normalize)
-            for (int64_t i = 0; i < count; i++) sum[i] /= divisor[i] == 0 ? 1 : divisor[i];
-        for (int64_t i = 0; i < count; i++) deltas[0][start + i] = sum[i] * (sign[i] * lambda);
+    }
+    qsort(by->sorted, found, sizeof *by->sorted, ordered);
+    for (int64_t i = 0; i < found; i++) decide(by, by->sorted[i] & UINT32_MAX, rank + i, kept);
+    return 1;
+}
+
+/* Which numbers of each row are kept. 1: there was no room. */
+EVERY_WIDTH int64_t ranked_mask(const float *numbers, const struct ranking *by, int64_t rows, int64_t columns,
+                                uint8_t *kept) {
+    uint32_t words[CHUNK / 4 + 1], others[CHUNK / 4 + 1];
+    uint8_t choice[CHUNK];
+    for (const float *row = numbers; row < numbers + rows * columns; row += columns, kept += columns) {
+        int shift = fill_buckets(by, row, columns);
+        rank_buckets(by, row, columns, shift);
+        for (int64_t start = 0; start < columns; start += CHUNK) {
+            int64_t count = smaller(CHUNK, columns - start), element = by->element + (row - numbers) + start;
+            const uint8_t *high = random_bytes(by->mask.upper, element, count, words);
+            const uint8_t *low = random_bytes(by->mask.lower, element, count, others);
+            const uint32_t *sure = by->sure, *possible = by->possible;
+            const uint16_t *bucket = by->bucket + start;
+            uint16_t *draws = by->draws + start;
+            for (int64_t i = 0; i < count; i++) {
+                uint32_t draw = high[i] << 8 | low[i];
+                choice[i] = (draw < possible[bucket[i]]) * UNSURE - (draw < sure[bucket[i]]);
+            }
+            for (int64_t i = 0; i < count; i++) draws[i] = high[i] << 8 | low[i];
+            memcpy(kept + start, choice, count);
+        }
+        for (int64_t start = 0; start < columns; start += 8) {
+            uint64_t eight = 0;
+            if (columns - start >= 8)
+                memcpy(&eight, kept + start, 8);
+            else
+                memcpy(&eight, kept + start, columns - start);
+            for (eight &= 0x0101010101010101 * UNSURE; eight; eight &= eight - 1) {
+                int64_t at = start + __builtin_ctzll(eight) / 8;
+                uint16_t bucket = by->bucket[at];
+                if (is_round(magnitude(row[at]), bucket, shift))
+                    decide(by, at, by->ranks[bucket] + by->before[at], kept);
+                else if (kept[at] == UNSURE && !sort_out(by, bucket, row, columns, shift, kept))
+                    return 1;
+            }
+        }
     }
     return 0;
 }

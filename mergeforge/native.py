@@ -25,7 +25,17 @@ class _Array:
         return ctypes.c_void_p(value.data_ptr() if hasattr(value, "data_ptr") else value.ctypes.data)
 
 
-class Sum(ctypes.Structure):
+class _Struct(ctypes.Structure):
+    """Some numbers and arrays for C."""
+
+    def hold(self, **arrays: Any) -> None:
+        """Point fields to arrays of numpy, which live as long as this; an empty one is none."""
+        self.held = arrays
+        for name, one in arrays.items():
+            setattr(self, name, one.ctypes.data if len(one) else None)
+
+
+class Sum(_Struct):
     """struct sum of kernels.c."""
 
     _fields_: ClassVar = [
@@ -36,9 +46,33 @@ class Sum(ctypes.Structure):
         ("element", ctypes.c_int64),
         ("factors", ctypes.c_void_p),
         ("masks", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("products", ctypes.c_void_p),
+        ("normalize", ctypes.c_int64),
         ("divisor", ctypes.c_float),
         ("scale", ctypes.c_float),
         ("near", ctypes.c_float),
+    ]
+
+
+class Ranking(_Struct):
+    """struct ranking of kernels.c."""
+
+    _fields_: ClassVar = [
+        ("element", ctypes.c_int64),
+        ("mask", ctypes.c_uint32 * 5),
+        ("lowest", ctypes.c_float),
+        ("step", ctypes.c_float),
+        ("buckets", ctypes.c_int64),
+        ("room", ctypes.c_int64),
+        ("members", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("sure", ctypes.c_void_p),
+        ("possible", ctypes.c_void_p),
+        ("bucket", ctypes.c_void_p),
+        ("draws", ctypes.c_void_p),
+        ("before", ctypes.c_void_p),
+        ("sorted", ctypes.c_void_p),
     ]
 
 
@@ -51,6 +85,7 @@ _FUNCTIONS: dict[str, list[Any]] = {  # each takes its inputs first
     "difference": [_Array, _NUMBER, _NUMBER, _Array],
     "split": [_Array, _NUMBER, ctypes.c_int32, ctypes.c_int32, _Array, ctypes.POINTER(_NUMBER)],
     "agreeing_sum": [_Array, _NUMBER, _Array, _Array, _NUMBER, ctypes.c_float, _NUMBER],
+    "ranked_mask": [_Array, ctypes.POINTER(Ranking), _NUMBER, _NUMBER, _Array],
     "importance": [_Array, _Array, _Array, _NUMBER, _NUMBER, _Array],
     "important": [_Array, _Array, _Array, _NUMBER, _NUMBER, ctypes.c_float],
     "inner_products": [_Array, _NUMBER, _NUMBER, _NUMBER, _Array, _Array, *_FETCHED],

@@ -38,6 +38,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weight": 0.3},
     "model_stock": {},
     "dare_linear": {"weight": 0.3, "density": 0.4},
+    "dare_ties": {"weight": 0.3, "density": 0.4},
     "nearswap": {"t": 1e-3},
 }
 ALONE = ("passthrough", "slerp", "nearswap")  # with one model beside the base, or with no other

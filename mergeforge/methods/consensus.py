@@ -21,6 +21,9 @@ LEAST = 1e-8  # of a sum of weights that is divided by
 class WeightedSum:
     """scale * sum(factor_i * input_i), divided by the sum of the factors with `normalize`.
 
+    `elected`: weights; only terms that have the elected sign (agreeing_sum) are added up, and `normalize` divides by
+    the weights of these. of() does not know them.
+
     `kept`: of each input only elements that are drawn at random; of() is given inputs without the others. `near`: two
     inputs have shares of their own at each element, as nearswap defines them, instead of the factors.
 
@@ -35,6 +38,7 @@ class WeightedSum:
     least: float = 0.0
     kept: Sequence[Drawing] = ()
     near: float | None = None
+    elected: Sequence[float] = ()
 
     def divisor(self, compute: str) -> float:
         """The sum of the factors, one after the other, in the dtype that is computed in ("F32" or "F64")."""
@@ -120,6 +124,11 @@ def agreeing_sum(
     if divisor is not None:
         result.div_(divisor.add_(divisor.clone().eq_(0)))  # nobody agrees: divide by 1
     return result.mul_(sign if lambda_ == 1 else sign.mul_(lambda_))
+
+
+def agreeing_terms(weight: list[float], normalize: bool, lambda_: float, ratios: Sequence[float]) -> WeightedSum:
+    """agreeing_sum, for kernels."""
+    return WeightedSum(_factors(weight, ratios), normalize, lambda_, elected=weight)
 
 
 def _agreeing_in_c(

@@ -5,11 +5,12 @@ Yu et al., "Language Models are Super Mario", https://arxiv.org/abs/2311.03099.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import DENSITY, Block, Look, method
-from mergeforge.methods.consensus import WeightedSum, agreeing_sum, task_arithmetic_sum, weighted_sum
+from mergeforge.methods.consensus import WeightedSum, agreeing_sum, agreeing_terms, task_arithmetic_sum, weighted_sum
 from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
 from mergeforge.methods.random_mask import drawing, masked
 from mergeforge.methods.rescale import Rescaled, ratios, ratios_of
@@ -41,11 +42,30 @@ def as_sum(
     lambda_: float,
     **_: object,
 ) -> WeightedSum:
-    terms = task_arithmetic_sum(weight, normalize, lambda_, facts.ratios, compute)
+    return _drawn(task_arithmetic_sum(weight, normalize, lambda_, facts.ratios, compute), block, density)
+
+
+def as_agreeing_sum(
+    facts: Rescaled[Masks],
+    block: Block,
+    *,
+    weight: list[float],
+    density: list[float],
+    normalize: bool,
+    lambda_: float,
+    **_: object,
+) -> WeightedSum:
+    return _drawn(agreeing_terms(weight, normalize, lambda_, facts.ratios), block, density)
+
+
+def _drawn(terms: WeightedSum, block: Block, density: Sequence[float]) -> WeightedSum:
     return replace(terms, kept=[drawing(block, at, one) for at, one in enumerate(density)])
 
 
-@method("dare_linear", live=1, facts=facts, facts_nbytes=MASKS_NBYTES, within={"density": DENSITY}, as_sum=as_sum)
+WITHIN = {"density": DENSITY}
+
+
+@method("dare_linear", live=1, facts=facts, facts_nbytes=MASKS_NBYTES, within=WITHIN, as_sum=as_sum)
 def dare_linear(
     deltas: list[Tensor],
     facts: Rescaled[Masks],
@@ -67,7 +87,7 @@ def dare_linear(
     return weighted_sum(left, weight, normalize, lambda_, facts.ratios)
 
 
-@method("dare_ties", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, within={"density": DENSITY})
+@method("dare_ties", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, within=WITHIN, as_sum=as_agreeing_sum)
 def dare_ties(
     deltas: list[Tensor],
     facts: Rescaled[Masks],

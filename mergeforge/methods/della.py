@@ -10,15 +10,18 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
+from mergeforge import native
 from mergeforge.methods import DENSITY, UNIT, Block, Look, method
 from mergeforge.methods.consensus import agreeing_sum, weighted_sum
 from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
 from mergeforge.methods.parts import by_rows
-from mergeforge.methods.random_mask import random_mask
+from mergeforge.methods.random_mask import drawing, random_mask
 from mergeforge.methods.rescale import Rescaled, ratios
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LEAST_BUCKETS, MOST_BUCKETS = 64, 1 << 16  # that magnitudes of a row are put into
 
 
 def kept(
@@ -32,7 +35,39 @@ def kept(
 
 
 def _mask(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor:
-    return random_mask(delta, block, index, _probability(delta, block, density, epsilon))
+    found = _mask_in_c(delta, block, index, density, epsilon) if native.takes(delta) else None
+    return random_mask(delta, block, index, _probability(delta, block, density, epsilon)) if found is None else found
+
+
+def _mask_in_c(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor | None:
+    """The same mask with hardly a sort; None where too many magnitudes of a row are nearly, but not quite, equal."""
+    import numpy as np
+    import torch
+
+    rows, columns = (1, delta.numel()) if block.is_vector else delta.shape
+    drawn = drawing(block, index, density)
+    buckets, room = min(max(columns // 2, LEAST_BUCKETS), MOST_BUCKETS), max(columns // 8, LEAST_BUCKETS)
+    by = native.Ranking(
+        element=block.start & 0x7FFFFFFF,
+        mask=(*drawn.upper, *drawn.lower, drawn.limit),
+        lowest=density - epsilon if columns > 1 else density,
+        step=2 * epsilon / (columns - 1) if columns > 1 else 0.0,
+        buckets=buckets,
+        room=room,
+    )
+    of_bucket, of_number = np.empty((3, buckets), np.uint32), np.empty((2, columns), np.uint16)
+    by.hold(
+        members=np.empty(buckets, np.uint64),
+        ranks=of_bucket[0],
+        sure=of_bucket[1],
+        possible=of_bucket[2],
+        bucket=of_number[0],
+        draws=of_number[1],
+        before=np.empty(columns, np.uint32),
+        sorted=np.empty(room, np.uint64),
+    )
+    kept = torch.empty(delta.shape, dtype=torch.bool)
+    return None if native.kernels().ranked_mask(delta, by, rows, columns, kept) else kept
 
 
 def _probability(delta: Tensor, block: Block, density: float, epsilon: float) -> Tensor:

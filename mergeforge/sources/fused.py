@@ -136,23 +136,26 @@ class Stack:
         """The sum for kernels whose number 0 is the first of row `start`."""
         import numpy as np
 
-        factors = np.array(terms.factors, np.float32)
+        factors, weights = (np.array(one, np.float32) for one in (terms.factors, terms.elected))
         masks = np.array([[*one.upper, *one.lower, one.limit] for one in terms.kept], np.uint32)
-        if len(factors) != self.inputs or len(masks) not in (0, self.inputs):  # C would read beyond: a bug
-            raise AssertionError(f"{len(factors)} factors and {len(masks)} masks for {self.inputs} inputs")
+        lengths = [len(one) for one in (factors, masks, weights)]
+        if lengths[0] != self.inputs or not {*lengths[1:]} <= {0, self.inputs}:  # C would read beyond: a bug
+            raise AssertionError(f"factors, masks, weights: {lengths} for {self.inputs} inputs")
+        products = np.empty((len(weights), CHUNK), np.float32)
+        chunks = np.array([one.ctypes.data for one in products], np.int64)
         made = Sum(
             inputs=self.inputs,
             based=self.based,
             fused=terms.fused,
             element=start * self.columns,
-            factors=factors.ctypes.data,
-            masks=masks.ctypes.data if len(masks) else None,
+            normalize=terms.normalize,
             divisor=terms.divisor("F32"),
             scale=terms.scale,
             swaps=terms.near is not None,
             near=terms.near or 0.0,
         )
-        made.held = factors, masks
+        made.hold(factors=factors, masks=masks, weights=weights, products=chunks)
+        made.chunks = products
         return made
 
     def _length(self, start: int, stop: int) -> int:

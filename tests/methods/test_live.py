@@ -150,9 +150,11 @@ def in_c() -> None:
 
 
 @pytest.mark.usefixtures("in_c")
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_kernels_need_no_more_than_torch(name: str) -> None:
-    measured(name, random, min(3, METHODS[name].inputs[1]))
+@pytest.mark.parametrize(
+    ("name", "columns"), [*((name, 1) for name in sorted(METHODS)), ("della", 64), ("della", BLOCK_ELEMENTS)]
+)
+def test_kernels_need_no_more_than_torch(name: str, columns: int) -> None:
+    measured(name, random, min(3, METHODS[name].inputs[1]), columns)
 
 
 DRAWN = ("dare_linear", "dare_ties", "della", "della_linear")

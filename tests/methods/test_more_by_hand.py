@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from looking import Looking, combine
 from test_by_hand import equal, near
 
+from mergeforge import native
 from mergeforge.methods import METHODS, Block
-from mergeforge.methods.della import _order
+from mergeforge.methods.della import _mask, _mask_in_c, _order, _probability
 from mergeforge.methods.gram import gram
 from mergeforge.methods.magnitude import SAMPLE_BLOCKS, largest_share
 from mergeforge.methods.masks import Masks
 from mergeforge.methods.parts import by_rows
+from mergeforge.methods.random_mask import random_mask
 from mergeforge.methods.rescale import Rescaled
 from mergeforge.methods.sce import _of_variance, _variance
 
@@ -166,6 +169,58 @@ def test_della_ranks_as_a_stable_sort_does(shape: tuple[int, int], dtype: torch.
     rows[0, :3] = torch.tensor([math.nan, math.inf, -0.0])
     for part in by_rows([rows]):
         assert torch.equal(_order(part[0]), part[0].float().abs().sort(dim=1, stable=True).indices)
+
+
+def many(rows: torch.Tensor) -> torch.Tensor:
+    """Continuous: nearly no two are equal."""
+    return rows
+
+
+def differences(rows: torch.Tensor) -> torch.Tensor:
+    """Of bfloat16 models: few different ones, many zeros."""
+    base = rows.roll(1).mul(0.02).bfloat16()
+    return (base + rows * 1e-4).bfloat16().float() - base.float()
+
+
+def halves(rows: torch.Tensor) -> torch.Tensor:
+    """Many of one magnitude, some a little above."""
+    rows[:, ::2] = -1.0
+    rows[:, 1::16] = 1.0 + rows[:, 1::16].abs() * 1e-6
+    return rows
+
+
+def nothing(rows: torch.Tensor) -> torch.Tensor:
+    """Zeros of both signs, and what is not finite."""
+    rows.zero_()[:, ::3] = -0.0
+    rows[:1, :1], rows[-1:, -1:] = math.nan, -math.inf
+    return rows
+
+
+@pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
+@pytest.mark.parametrize("density", [0.5, 0.3, 0.9])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 1), (3, 2), (40, 7), (8, 600), (3, 2048), (2, 5633), (1, 100_001)])
+@pytest.mark.parametrize("made", [many, differences, halves, nothing])
+def test_della_in_c(made: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, int], density: float) -> None:
+    """The mask that a sort makes, wherever the block stands."""
+    rows = made(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    for is_vector in {False, shape[1] == 1}:
+        block = Block("w", 3 * shape[1] + is_vector, 7, is_vector)
+        expected = random_mask(rows, block, 1, _probability(rows, block, density, 0.0999))
+        found = _mask_in_c(rows, block, 1, density, 0.0999)
+        assert found is not None
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
+def test_della_sorts_what_c_does_not() -> None:
+    """Most magnitudes differ less than their buckets do, beside a few that are far away."""
+    rows = 1 + torch.rand(4, 4096, generator=torch.Generator().manual_seed(1)) * 1e-4
+    rows[:, :100] *= 1e6
+    block = Block("w", 0, 7)
+    assert _mask_in_c(rows, block, 0, 0.5, 0.15) is None
+    assert torch.equal(
+        _mask(rows, block, 0, 0.5, 0.15), random_mask(rows, block, 0, _probability(rows, block, 0.5, 0.15))
+    )
 
 
 def test_della_refuses_chances_that_are_none() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ import mergeforge
 from mergeforge import native
 from mergeforge.measuring import measure
 from mergeforge.methods import METHODS, Block
-from mergeforge.methods.consensus import WeightedSum, agreeing_sum
+from mergeforge.methods.consensus import WeightedSum, agreeing_sum, agreeing_terms
 from mergeforge.methods.magnitude import _magnitude_bits, _split, _split_in_c
 from mergeforge.methods.masks import Masks
 from mergeforge.methods.random_mask import drawing, masked
@@ -161,6 +161,26 @@ def test_random_masks(tmp_path: Path, fused: bool, in_files: bool) -> None:
     assert torch.equal(bits(summed(found, terms, 6, 13)[0]), bits(expected))
 
 
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("densities", [[], [0.5, 1.0, 0.3, 0.001]])
+def test_elected_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalize: bool, densities: list[float], in_files: bool
+) -> None:
+    """TIES' election from the inputs' bytes and in torch, of all elements and of some drawn at random."""
+    weight, ratios = [0.5, -0.25, 1.0, 0.8], [1.5, 1.0, 2.25, 3.0]
+    found, (*models, base) = stacked(["BF16", "F32", "F16", "BF16", "BF16"], True, tmp_path if in_files else None)
+    deltas = [one[1:8] - base[1:8] for one in models]
+    terms = agreeing_terms(weight, normalize, 0.7, ratios)
+    if densities:
+        deltas = masked(deltas, Block("w", 6 * base.shape[1], 3), densities, [Masks()] * 4)
+        terms = replace(terms, kept=[drawing(Block("w", 0, 3), at, one) for at, one in enumerate(densities)])
+    in_c = summed(found, terms, 6, 13)[0]
+    monkeypatch.setattr(native, "available", lambda: False)
+    in_torch = agreeing_sum(deltas, weight, normalize, 0.7, ratios).add_(base[1:8])
+    assert torch.equal(bits(in_c), bits(in_torch))
+
+
 @pytest.mark.parametrize("t", [0.0, 1e-4, 0.3, 10.0])
 def test_nearswap(t: float) -> None:
     found, (one, other) = stacked(["BF16", "F32"], based=False)
@@ -267,5 +287,7 @@ def test_a_library_that_does_not_load_is_none(tmp_path: Path, monkeypatch: pytes
 
 def test_as_many_factors_as_inputs() -> None:
     found, _ = stacked(["BF16"] * 3, based=True)
-    with pytest.raises(AssertionError, match="3 factors and 0 masks for 2 inputs"):
+    with pytest.raises(AssertionError, match=r"\[3, 0, 0\] for 2 inputs"):
         summed(found, WeightedSum([1.0, 1.0, 1.0]), 5, 6)
+    with pytest.raises(AssertionError, match=r"\[2, 0, 1\] for 2 inputs"):
+        summed(found, WeightedSum([1.0, 1.0], elected=[1.0]), 5, 6)
