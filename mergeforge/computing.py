@@ -92,6 +92,8 @@ def _copy(piece: Piece, tile: Tile, worker: Worker) -> Encoded:
 
 def _carry_sum(piece: Piece, tiles: tuple[Tile, ...], worker: Worker, allow_nonfinite: bool) -> Iterator[Carried]:
     """The tiles of a sum that kernels compute."""
+    import numpy as np
+
     assert isinstance(piece.way, Merged)
     summing, measures = Summing(piece.way, piece.info, worker), base_of(piece.way) is not None
     worker.clear()
@@ -99,16 +101,18 @@ def _carry_sum(piece: Piece, tiles: tuple[Tile, ...], worker: Worker, allow_nonf
     for tile in tiles:
         worker.clear()
         raw = worker.take(tile.rows * piece.info.row_nbytes)
-        changes = [
-            Measured(count * piece.info.columns, *summing.changes(terms, start, start + count))
+        looked_at = [
+            range(start, start + count)
             for start, stop in blocks(tile, piece.info)
             if measures and (count := looks_at(piece, start, stop))
         ]
-        magnitude = summing.fill(terms, tile, raw)
+        changes = np.zeros(5)
+        magnitude = summing.fill(terms, tile, raw, looked_at, changes)
         (outlet,) = piece.outlets
         if outlet.refuses(magnitude) and not allow_nonfinite:
             raise _unfit(piece, tile, outlet, raw, magnitude)
-        yield Carried(tile, [(outlet, raw)], total(changes) if measures else None)
+        elements = sum(map(len, looked_at)) * piece.info.columns
+        yield Carried(tile, [(outlet, raw)], Measured.of(elements, changes.tolist()) if measures else None)
 
 
 def _stage(piece: Piece, rows: range, worker: Worker, facts: Facts, compute: torch.dtype) -> _Staged:

@@ -46,6 +46,8 @@ INLINE uint32_t bits_of(float value) {
     return bits;
 }
 
+INLINE uint32_t magnitude(float value) { return bits_of(value) & 0x7fffffff; }
+
 INLINE float of_bf16(uint16_t half) { return float_of((uint32_t)half << 16); }
 
 /* Exponents of float16 begin at 2^-112 of a float32's; subnormal numbers come out right by the product, too. */
@@ -144,16 +146,6 @@ INLINE void add(const void *place, int64_t kind, int64_t start, int64_t count, c
     }
 }
 
-/* The same of numbers of which a mask drops some. */
-INLINE void add_kept(const void *place, int64_t kind, int64_t start, int64_t count, const float *less, float factor,
-                     int64_t fused, const float *kept, float *total) {
-    if (fused) {
-        EACH(total[i] = fmaf((number(place, KIND, start + i) - less[i]) * kept[i], factor, total[i]))
-    } else {
-        EACH(total[i] += (number(place, KIND, start + i) - less[i]) * kept[i] * factor)
-    }
-}
-
 static const float ZEROS[CHUNK];
 
 INLINE int64_t smaller(int64_t one, int64_t two) { return one < two ? one : two; }
@@ -206,6 +198,10 @@ struct walk {
     int64_t failed;       /* fetch()'s answer */
 };
 
+/* Of the arguments that all have who walk. */
+#define OVER(many, size)                                                                                               \
+    {.inputs = inputs, .parts = (many), .length = length, .chunk = (size), .step = step, .room = room, .places = places}
+
 /* Whether there is another chunk. */
 INLINE int next(struct walk *walk) {
     walk->start += walk->count;
@@ -222,6 +218,39 @@ INLINE int next(struct walk *walk) {
     return 1;
 }
 
+/* What a method keeps of a tensor by magnitude (methods/bands.py): what reaches `low`, but not what reaches `high`. Of
+   the magnitudes that are equal to an edge the first ones do; they are counted off from the tensor's first number on. */
+struct edge {
+    int64_t bits, ties, left;
+};
+struct band {
+    struct edge low, high;
+};
+enum { NO_MAGNITUDE = 0x7fffffff }; /* bits that none exceeds */
+
+/* 1 for each number that reaches the edge. */
+INLINE void reach(struct edge *edge, const float *numbers, int64_t count, uint8_t *reached) {
+    int32_t equal = 0, bits = (int32_t)edge->bits;
+    for (int64_t i = 0; i < count; i++) equal += (int32_t)magnitude(numbers[i]) == bits;
+    int all = equal <= edge->left;
+    for (int64_t i = 0; i < count; i++) reached[i] = (int32_t)magnitude(numbers[i]) >= bits + !all;
+    for (int64_t i = 0; !all && edge->left > 0; i++)
+        if ((int32_t)magnitude(numbers[i]) == bits) reached[i] = 1, edge->left--;
+    if (all) edge->left -= equal;
+}
+
+/* Zero instead of what the band leaves out; `begins`: with the tensor's first number. */
+INLINE void trim(struct band *band, int begins, int64_t count, float *numbers) {
+    uint8_t outer[CHUNK], inner[CHUNK];
+    if (begins) band->low.left = band->low.ties, band->high.left = band->high.ties;
+    reach(&band->low, numbers, count, outer);
+    if (band->high.bits < NO_MAGNITUDE) {
+        reach(&band->high, numbers, count, inner);
+        for (int64_t i = 0; i < count; i++) outer[i] &= !inner[i];
+    }
+    for (int64_t i = 0; i < count; i++) numbers[i] = outer[i] ? numbers[i] : 0;
+}
+
 /* A weighted sum: base + scale * (sum of factor * (input - base)) / divisor. `fused`: products are added unrounded. */
 struct sum {
     int64_t inputs;
@@ -230,15 +259,27 @@ struct sum {
     int64_t swaps; /* instead: (1 - w) * first + w * second input, w = near / |first - second| and at most 1 */
     int64_t element; /* the place of number 0 in its tensor */
     const float *factors;
-    const struct mask *masks; /* of each input, or none */
+    const struct mask *masks; /* what is kept of each input, or none: all */
+    struct band *bands;       /* the same, by magnitude; where `low` has bits below zero, all */
     const float *weights;     /* of each input, for what elect() makes instead of a sum, or none */
     float *const *products;   /* room for that: a chunk of each input */
     int64_t normalize;        /* for elect() */
     float divisor, scale, near;
 };
 
-INLINE const struct mask *mask_of(const struct sum *sum, int64_t at) {
-    return sum->masks && sum->masks[at].limit < EVERYTHING ? sum->masks + at : 0;
+INLINE int keeps_all(const struct sum *sum, int64_t at) {
+    return sum->bands ? sum->bands[at].low.bits < 0 : !sum->masks || sum->masks[at].limit == EVERYTHING;
+}
+
+/* Zero instead of those numbers of an input that are not kept; `first`: the first one's number. */
+INLINE void keep(const struct sum *sum, int64_t at, int64_t first, int64_t count, float *numbers) {
+    float kept[CHUNK];
+    if (sum->bands)
+        trim(sum->bands + at, sum->element + first == 0, count, numbers);
+    else {
+        draw(sum->masks + at, sum->element + first, count, kept);
+        for (int64_t i = 0; i < count; i++) numbers[i] *= kept[i];
+    }
 }
 
 /* nearswap's sum; the first input's numbers. */
@@ -279,20 +320,25 @@ INLINE void elect(float *const *products, int64_t inputs, const float *weights, 
     for (int64_t i = 0; i < count; i++) total[i] *= sign[i] * scale;
 }
 
+/* What is kept of a chunk of an input. */
+INLINE void take_kept(const struct sum *sum, const struct walk *walk, int64_t at, const float *less, float *into) {
+    take(walk->places[at], walk->inputs[at].kind, walk->start, walk->count, less, into);
+    if (!keeps_all(sum, at)) keep(sum, at, walk->first + walk->start, walk->count, into);
+}
+
 /* A weighted sum. */
 INLINE void add_all(const struct sum *sum, const struct walk *walk, const float *less, float *total) {
     float kept[CHUNK];
     int64_t start = walk->start, count = walk->count;
     for (int64_t i = 0; i < count; i++) total[i] = -0.0f; /* what changes no number that is added to it */
     for (int64_t at = 0; at < sum->inputs; at++) {
-        const struct mask *mask = mask_of(sum, at);
-        const void *place = walk->places[at];
-        int64_t kind = walk->inputs[at].kind;
-        if (mask) {
-            draw(mask, sum->element + walk->first + start, count, kept);
-            add_kept(place, kind, start, count, less, sum->factors[at], sum->fused, kept, total);
-        } else
-            add(place, kind, start, count, less, sum->factors[at], sum->fused, total);
+        float factor = sum->factors[at];
+        if (keeps_all(sum, at))
+            add(walk->places[at], walk->inputs[at].kind, start, count, less, factor, sum->fused, total);
+        else {
+            take_kept(sum, walk, at, less, kept);
+            add(kept, F32, 0, count, ZEROS, factor, sum->fused, total);
+        }
     }
     if (sum->divisor != 1)
         for (int64_t i = 0; i < count; i++) total[i] /= sum->divisor;
@@ -302,19 +348,12 @@ INLINE void add_all(const struct sum *sum, const struct walk *walk, const float 
 
 /* A sum of what is elected. */
 INLINE void add_elected(const struct sum *sum, const struct walk *walk, const float *less, float *total) {
-    float kept[CHUNK];
-    int64_t start = walk->start, count = walk->count;
     for (int64_t at = 0; at < sum->inputs; at++) {
-        const struct mask *mask = mask_of(sum, at);
         float *product = sum->products[at], factor = sum->factors[at];
-        take(walk->places[at], walk->inputs[at].kind, start, count, less, product);
-        if (mask) {
-            draw(mask, sum->element + walk->first + start, count, kept);
-            for (int64_t i = 0; i < count; i++) product[i] *= kept[i];
-        }
-        for (int64_t i = 0; i < count; i++) product[i] *= factor;
+        take_kept(sum, walk, at, less, product);
+        for (int64_t i = 0; i < walk->count; i++) product[i] *= factor;
     }
-    elect(sum->products, sum->inputs, sum->weights, sum->normalize, sum->scale, 0, count, total);
+    elect(sum->products, sum->inputs, sum->weights, sum->normalize, sum->scale, 0, walk->count, total);
 }
 
 /* A chunk (at most CHUNK numbers) of the sum, and of the base, or zeros: a number less zero is the number. */
@@ -343,22 +382,37 @@ INLINE void put(const float *from, int64_t count, int64_t kind, void *into, int6
         for (int64_t i = 0; i < count; i++) ((uint16_t *)into)[at + i] = to_bf16(from[i]);
 }
 
-/* The arguments of what reads the inputs of a sum: for a walk over them. */
-#define OVER_INPUTS                                                                                                    \
-    {.inputs = inputs, .parts = sum->inputs + sum->based, .length = length, .chunk = CHUNK, .step = step,             \
-     .room = room, .places = places}
+INLINE float rounded(float value, int64_t kind) {
+    return kind == F32 ? value : kind == F16 ? of_f16(to_f16(value)) : of_bf16(to_bf16(value));
+}
 
-/* `length` numbers of a sum, rounded to `kind`. `most`: the bits of the largest magnitude, before that.
-   `step`, `room`, `places`: for fetch(), whose answer is returned. */
+/* What a sum makes of the base, adding to `found`: squares of the base and of the changes, the largest change (kept,
+   not added), how many numbers change, and how many of these do not once they are rounded to `kind`. */
+INLINE void compare(const float *before, const float *after, int64_t count, int64_t kind, double *found) {
+    for (int64_t i = 0; i < count; i++) {
+        float change = after[i] - before[i];
+        int moves = change != 0;
+        found[0] += (double)before[i] * before[i];
+        found[1] += (double)change * change;
+        found[2] = fabsf(change) > found[2] ? fabsf(change) : found[2];
+        found[3] += moves;
+        found[4] += moves && rounded(after[i], kind) == rounded(before[i], kind);
+    }
+}
+
+/* `length` numbers of a sum, rounded to `kind`. `most`: the bits of the largest magnitude, before that. `found`: for
+   compare(), or none. `step`, `room`, `places`: for fetch(), whose answer is returned. */
 EVERY_WIDTH int64_t weighted_sum(const struct input *inputs, const struct sum *sum, int64_t length, int64_t kind,
-                                 void *out, uint32_t *most, int64_t step, char *room, const void **places) {
+                                 void *out, uint32_t *most, double *found, int64_t step, char *room,
+                                 const void **places) {
     float base[CHUNK], total[CHUNK];
     uint32_t largest = 0;
-    struct walk at = OVER_INPUTS;
+    struct walk at = OVER(sum->inputs + sum->based, CHUNK);
     while (next(&at)) {
-        add_up(sum, &at, base, total);
+        const float *before = add_up(sum, &at, base, total);
+        if (found) compare(before, total, at.count, kind, found);
         for (int64_t i = 0; i < at.count; i++) {
-            uint32_t bits = bits_of(total[i]) & 0x7fffffff;
+            uint32_t bits = magnitude(total[i]);
             largest = bits > largest ? bits : largest;
         }
         put(total, at.count, kind, out, at.first + at.start);
@@ -367,41 +421,16 @@ EVERY_WIDTH int64_t weighted_sum(const struct input *inputs, const struct sum *s
     return at.failed;
 }
 
-INLINE float rounded(float value, int64_t kind) {
-    return kind == F32 ? value : kind == F16 ? of_f16(to_f16(value)) : of_bf16(to_bf16(value));
-}
-
-/* What a sum with a base makes of it, adding to `found`: squares of the base and of the changes, the largest change
-   (kept, not added), how many numbers change, and how many of these do not once they are rounded to `kind`. */
-EVERY_WIDTH int64_t changes(const struct input *inputs, const struct sum *sum, int64_t length, int64_t kind,
-                            double *found, int64_t step, char *room, const void **places) {
-    float base[CHUNK], total[CHUNK];
-    struct walk at = OVER_INPUTS;
+/* One input, less the base if it is `based`. inputs: the input, the base. */
+EVERY_WIDTH int64_t difference(const struct input *inputs, int64_t based, int64_t length, float *out, int64_t step,
+                               char *room, const void **places) {
+    float base[CHUNK];
+    struct walk at = OVER(1 + based, CHUNK);
     while (next(&at)) {
-        const float *before = add_up(sum, &at, base, total);
-        for (int64_t i = 0; i < at.count; i++) {
-            float change = total[i] - before[i];
-            int moves = change != 0;
-            found[0] += (double)before[i] * before[i];
-            found[1] += (double)change * change;
-            found[2] = fabsf(change) > found[2] ? fabsf(change) : found[2];
-            found[3] += moves;
-            found[4] += moves && rounded(total[i], kind) == rounded(before[i], kind);
-        }
+        if (based) take(places[1], inputs[1].kind, at.start, at.count, ZEROS, base);
+        take(places[0], inputs[0].kind, at.start, at.count, based ? base : ZEROS, out + at.first + at.start);
     }
     return at.failed;
-}
-
-/* One input, less the base if it is `based`. inputs: the input, the base, in memory. */
-EVERY_WIDTH int64_t difference(const struct input *inputs, int64_t based, int64_t length, float *out) {
-    float base[CHUNK];
-    const void *place = (const void *)(intptr_t)inputs[0].place;
-    for (int64_t start = 0; start < length; start += CHUNK) {
-        int64_t count = smaller(CHUNK, length - start);
-        if (based) take((const void *)(intptr_t)inputs[1].place, inputs[1].kind, start, count, ZEROS, base);
-        take(place, inputs[0].kind, start, count, based ? base : ZEROS, out + start);
-    }
-    return 0;
 }
 
 INLINE double dot(const double *one, const double *two, int64_t count) {
@@ -437,23 +466,21 @@ INLINE double total_of(const float *numbers, int64_t count) {
     return sum;
 }
 
-/* Adds to `sums` for each input of a sum its magnitudes, and those that its mask keeps. */
+/* Adds to `sums` for each input of a sum its magnitudes, and those that are kept. */
 EVERY_WIDTH int64_t masses(const struct input *inputs, const struct sum *sum, int64_t length, double *sums,
                            int64_t step, char *room, const void **places) {
-    float base[CHUNK], one[CHUNK], kept[CHUNK];
-    struct walk walk = OVER_INPUTS;
+    float base[CHUNK], one[CHUNK];
+    struct walk walk = OVER(sum->inputs + sum->based, CHUNK);
     while (next(&walk)) {
         int64_t start = walk.start, count = walk.count;
         if (sum->based) take(places[sum->inputs], inputs[sum->inputs].kind, start, count, ZEROS, base);
         for (int64_t at = 0; at < sum->inputs; at++) {
-            const struct mask *mask = mask_of(sum, at);
             take(places[at], inputs[at].kind, start, count, sum->based ? base : ZEROS, one);
             for (int64_t i = 0; i < count; i++) one[i] = fabsf(one[i]);
             double all = total_of(one, count);
             sums[2 * at] += all;
-            if (mask) {
-                draw(mask, sum->element + walk.first + start, count, kept);
-                for (int64_t i = 0; i < count; i++) one[i] *= kept[i];
+            if (!keeps_all(sum, at)) {
+                keep(sum, at, walk.first + start, count, one);
                 all = total_of(one, count);
             }
             sums[2 * at + 1] += all;
@@ -467,8 +494,7 @@ EVERY_WIDTH int64_t masses(const struct input *inputs, const struct sum *sum, in
 EVERY_WIDTH int64_t inner_products(const struct input *inputs, int64_t count, int64_t based, int64_t length,
                                    double *doubles, double *sums, int64_t step, char *room, const void **places) {
     float base[PRODUCT_CHUNK];
-    struct walk walk = {.inputs = inputs, .parts = count + based, .length = length, .chunk = PRODUCT_CHUNK,
-                        .step = step, .room = room, .places = places};
+    struct walk walk = OVER(count + based, PRODUCT_CHUNK);
     while (next(&walk)) {
         int64_t pair = 0;
         if (based) take(places[count], inputs[count].kind, walk.start, walk.count, ZEROS, base);
@@ -482,33 +508,59 @@ EVERY_WIDTH int64_t inner_products(const struct input *inputs, int64_t count, in
     return walk.failed;
 }
 
-INLINE uint32_t magnitude(float value) { return bits_of(value) & 0x7fffffff; }
+/* How many of `count` (at most CHUNK) magnitudes have bits of `high` at least is added to `beyond`. The bits of those
+   in [low, high), less `low`, go into `inside`; their number is returned. Few are: eight at a time are passed over. */
+INLINE int64_t split_chunk(const float *numbers, int64_t count, int32_t low, int32_t high, int32_t *inside,
+                           int64_t *beyond) {
+    uint8_t marks[CHUNK];
+    int64_t found = 0;
+    int32_t more = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits = magnitude(numbers[i]);
+        more += bits >= high;
+        marks[i] = (bits >= low) & (bits < high);
+    }
+    memset(marks + count, 0, CHUNK - count);
+    for (int64_t i = 0; i < count; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, marks + i, sizeof eight);
+        for (; eight; eight &= eight - 1) inside[found++] = magnitude(numbers[i + __builtin_ctzll(eight) / 8]) - low;
+    }
+    *beyond += more;
+    return found;
+}
 
-/* How many magnitudes have bits of `high` at least: `beyond`. The bits of those in [low, high), less `low`, go into
-   `inside`, which has room for `count`; their number is returned. Few are inside: eight at a time are passed over. */
+/* The same of any number of magnitudes; `inside` has room for all. */
 EVERY_WIDTH int64_t split(const float *numbers, int64_t count, int32_t low, int32_t high, int32_t *inside,
                           int64_t *beyond) {
-    uint8_t marks[CHUNK];
-    int64_t found = 0, above = 0;
-    for (int64_t start = 0; start < count; start += CHUNK) {
-        int64_t some = smaller(CHUNK, count - start);
-        int32_t more = 0;
-        memset(marks, 0, sizeof marks);
-        for (int64_t i = 0; i < some; i++) {
-            int32_t bits = magnitude(numbers[start + i]);
-            more += bits >= high;
-            marks[i] = (bits >= low) & (bits < high);
-        }
-        above += more;
-        for (int64_t i = 0; i < some; i += 8) {
-            uint64_t eight;
-            memcpy(&eight, marks + i, sizeof eight);
-            for (; eight; eight &= eight - 1)
-                inside[found++] = magnitude(numbers[start + i + __builtin_ctzll(eight) / 8]) - low;
+    int64_t found = 0;
+    for (int64_t start = 0; start < count; start += CHUNK)
+        found += split_chunk(numbers + start, smaller(CHUNK, count - start), low, high, inside + found, beyond);
+    return found;
+}
+
+/* The same of inputs less the base, once or more of each; in the order of the inputs. */
+struct range {
+    int64_t input;
+    int32_t low, high;
+    int32_t *inside;
+    int64_t found, beyond;
+};
+
+EVERY_WIDTH int64_t split_inputs(const struct input *inputs, int64_t parts, int64_t based, int64_t length,
+                                 struct range *ranges, int64_t many, int64_t step, char *room, const void **places) {
+    float base[CHUNK], one[CHUNK];
+    struct walk walk = OVER(parts + based, CHUNK);
+    while (next(&walk)) {
+        if (based) take(places[parts], inputs[parts].kind, walk.start, walk.count, ZEROS, base);
+        for (int64_t at = 0; at < many; at++) {
+            struct range *in = ranges + at;
+            if (!at || in->input != in[-1].input)
+                take(places[in->input], inputs[in->input].kind, walk.start, walk.count, based ? base : ZEROS, one);
+            in->found += split_chunk(one, walk.count, in->low, in->high, in->inside + in->found, &in->beyond);
         }
     }
-    *beyond = above;
-    return found;
+    return walk.failed;
 }
 
 /* arcee_fusion: |other - base| times its row's shift. */

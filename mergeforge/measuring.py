@@ -7,7 +7,7 @@ the tensor is cut. Only where the base lies in a file: its rows are there alread
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,12 @@ class Measured:
         added = [mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)]
         added[3] = max(self.largest, other.largest)
         return Measured(*added)
+
+    @classmethod
+    def of(cls, elements: int, found: Sequence[float]) -> Measured:
+        """Of what a kernel found (Stack.weighted)."""
+        weight, change, largest, meant, swallowed = found
+        return cls(elements, weight, change, largest, int(meant), int(swallowed))
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -25,12 +25,20 @@ class _Array:
         return ctypes.c_void_p(value.data_ptr() if hasattr(value, "data_ptr") else value.ctypes.data)
 
 
+class _Maybe(_Array):
+    """The same, or None."""
+
+    @classmethod
+    def from_param(cls, value: Any) -> ctypes.c_void_p:
+        return ctypes.c_void_p(None) if value is None else super().from_param(value)
+
+
 class _Struct(ctypes.Structure):
     """Some numbers and arrays for C."""
 
     def hold(self, **arrays: Any) -> None:
         """Point fields to arrays of numpy, which live as long as this; an empty one is none."""
-        self.held = arrays
+        self.held = {**getattr(self, "held", {}), **arrays}
         for name, one in arrays.items():
             setattr(self, name, one.ctypes.data if len(one) else None)
 
@@ -46,6 +54,7 @@ class Sum(_Struct):
         ("element", ctypes.c_int64),
         ("factors", ctypes.c_void_p),
         ("masks", ctypes.c_void_p),
+        ("bands", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("products", ctypes.c_void_p),
         ("normalize", ctypes.c_int64),
@@ -79,10 +88,10 @@ class Ranking(_Struct):
 _NUMBER, _SUM = ctypes.c_int64, ctypes.POINTER(Sum)
 _FETCHED = [_NUMBER, _Array, _Array]  # numbers of a step, room for them, their places
 _FUNCTIONS: dict[str, list[Any]] = {  # each takes its inputs first
-    "weighted_sum": [_Array, _SUM, _NUMBER, _NUMBER, _Array, ctypes.POINTER(ctypes.c_uint32), *_FETCHED],
-    "changes": [_Array, _SUM, _NUMBER, _NUMBER, _Array, *_FETCHED],
+    "weighted_sum": [_Array, _SUM, _NUMBER, _NUMBER, _Array, ctypes.POINTER(ctypes.c_uint32), _Maybe, *_FETCHED],
     "masses": [_Array, _SUM, _NUMBER, _Array, *_FETCHED],
-    "difference": [_Array, _NUMBER, _NUMBER, _Array],
+    "difference": [_Array, _NUMBER, _NUMBER, _Array, *_FETCHED],
+    "split_inputs": [_Array, _NUMBER, _NUMBER, _NUMBER, _Array, _NUMBER, *_FETCHED],
     "split": [_Array, _NUMBER, ctypes.c_int32, ctypes.c_int32, _Array, ctypes.POINTER(_NUMBER)],
     "agreeing_sum": [_Array, _NUMBER, _Array, _Array, _NUMBER, ctypes.c_float, _NUMBER],
     "ranked_mask": [_Array, ctypes.POINTER(Ranking), _NUMBER, _NUMBER, _Array],

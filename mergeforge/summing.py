@@ -6,35 +6,41 @@ import takes longer than many a merge, nor a place for the inputs of a tile, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mergeforge import native
 from mergeforge.budget import Worker
 from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
+from mergeforge.methods.consensus import WeightedSum
+from mergeforge.methods.magnitude import SAMPLE_BLOCKS, SAMPLE_ELEMENTS
 from mergeforge.methods.random_mask import drawing
 from mergeforge.sinks import Outlet
 from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sources import Way
-from mergeforge.sources.fused import KINDS, Place, Stack, Unreadable, room_nbytes
+from mergeforge.sources.fused import KINDS, WIDEST, Place, Stack, Unreadable, room_nbytes
 from mergeforge.sources.merged import Merged
-from mergeforge.tensors import TensorInfo, Tile, blocks
+from mergeforge.tensors import TensorInfo, Tile
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mergeforge.methods.consensus import WeightedSum
     from mergeforge.sources.stored import Stored
 
     Bytes = NDArray[np.uint8]
+    Bits = NDArray[np.int32]
     Doubles = NDArray[np.float64]
+    Integers = NDArray[np.int64]
 
 
 T = TypeVar("T")
+PIECE = 1 << 16  # elements whose bits are split at a time
 
 
 def is_summed(way: Way, info: TensorInfo, outlets: Sequence[Outlet], device: str) -> bool:
@@ -50,9 +56,13 @@ def is_summed(way: Way, info: TensorInfo, outlets: Sequence[Outlet], device: str
     )
 
 
-def summing_nbytes(way: Way) -> int:
-    """Memory that a worker needs beside the written tile."""
-    return room_nbytes(len(way.parts))
+def summing_nbytes(way: Way, info: TensorInfo) -> int:
+    """Memory that a worker needs beside the written tile: the room for reading, and what a search in the tensor holds
+    (with a block of one input, or two ranges of a piece of each)."""
+    assert isinstance(way, Merged)  # is_summed
+    searching = way.method.sum_nbytes * len(way.inputs)
+    seen = max(info.block_rows * info.columns, 2 * len(way.inputs) * max(PIECE, info.columns))
+    return room_nbytes(len(way.parts)) + (searching + WIDEST * seen if searching else 0)
 
 
 @dataclass(frozen=True)
@@ -68,18 +78,22 @@ class Summing:
         learnt = self.way.method.learn(_Look(self, tiles), self.info.numel, self.way.parameters)
         return self.way.terms(learnt)
 
-    def fill(self, terms: WeightedSum, tile: Tile, into: Bytes) -> float:
-        """Put the tile's bytes `into`; the largest magnitude (or NaN) before it was rounded."""
+    def fill(self, terms: WeightedSum, tile: Tile, into: Bytes, looked_at: Sequence[range], changes: Doubles) -> float:
+        """Put the tile's bytes `into`; the largest magnitude (or NaN) before it was rounded.
+
+        The changes (Stack.weighted) of the rows that are `looked_at`, in the tile's order, are added up.
+        """
+        ends = sorted({tile.start, tile.stop, *(end for rows in looked_at for end in (rows.start, rows.stop))})
+        firsts, most = {rows.start for rows in looked_at}, []
         with self.reading(tile) as stack:
-            magnitude = stack.weighted(terms, tile.start, tile.stop, self.info.dtype, into)
+            for start, stop in pairwise(ends):
+                out = into[(start - tile.start) * self.info.row_nbytes :]
+                most.append(
+                    stack.weighted(terms, start, stop, self.info.dtype, out, changes if start in firsts else None)
+                )
         for part in self.way.stored_parts:
             _file(part).was_read(*_extent(part, tile))
-        return magnitude
-
-    def changes(self, terms: WeightedSum, start: int, stop: int) -> tuple[float, float, float, int, int]:
-        """Stack.changes of these rows."""
-        with self.reading(Tile(self.info.name, start, stop)) as stack:
-            return stack.changes(terms, start, stop, self.info.dtype)
+        return max(most, key=lambda one: (math.isnan(one), one))
 
     @contextmanager
     def reading(self, tile: Tile) -> Iterator[Stack]:
@@ -111,16 +125,46 @@ class _Look:
     def products(self) -> Iterator[Doubles]:
         return self._each(Stack.products)
 
-    def masses(self, density: Sequence[float]) -> Iterator[list[list[float]]]:
-        block = self.summing.way.block(0)
-        kept = [drawing(block, at, one) for at, one in enumerate(density)]
-        return self._each(lambda stack, start, stop: stack.masses(kept, start, stop).tolist())
+    def masses(self, density: Sequence[float] = (), bands: Integers | None = None) -> Iterator[list[list[float]]]:
+        way = self.summing.way
+        kept = [drawing(way.block(0), at, one) for at, one in enumerate(density)]
+        terms = WeightedSum([0.0] * len(way.inputs), kept=kept, bands=bands)
+        return self._each(lambda stack, start, stop: stack.masses(terms, start, stop).tolist())
 
-    def _each(self, see: Callable[[Stack, int, int], T]) -> Iterator[T]:
+    def samples(self, inputs: Sequence[int]) -> list[Bits]:
+        import numpy as np
+
+        info, found = self.summing.info, []
+        starts = range(0, info.rows, info.block_rows)
+        chosen = sorted({starts[at * (len(starts) - 1) // (SAMPLE_BLOCKS - 1)] for at in range(SAMPLE_BLOCKS)})
+        for start in chosen:
+            tile = Tile(info.name, start, min(start + info.block_rows, info.rows))
+            room = np.empty(tile.rows * info.columns, np.float32)
+            every = -(-len(room) // SAMPLE_ELEMENTS) | 1
+            with self.summing.reading(tile) as stack:
+                rows = (stack.rows(self._input(at), tile.start, tile.stop, room) for at in inputs)
+                found.append([np.abs(one[::every]).view(np.int32) for one in rows])
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+    def split(self, ranges: Mapping[int, tuple[int, int]]) -> Iterator[dict[int, tuple[int, Bits]]]:
+        ordered = sorted(ranges, key=self._input)
+        wanted = [(self._input(at), *ranges[at]) for at in ordered]
+        step = max(1, PIECE // self.summing.info.columns)
+
+        def see(stack: Stack, start: int, stop: int) -> dict[int, tuple[int, Bits]]:
+            return dict(zip(ordered, stack.split(wanted, start, stop), strict=True))
+
+        return self._each(see, step)
+
+    def _input(self, number: int) -> int:
+        return number % len(self.summing.way.inputs)
+
+    def _each(self, see: Callable[[Stack, int, int], T], step: int | None = None) -> Iterator[T]:
+        """What is seen of every block, or of so many rows."""
         for tile in self.tiles:
             with self.summing.reading(tile) as stack:
-                for start, stop in blocks(tile, self.summing.info):
-                    yield see(stack, start, stop)
+                for start in range(tile.start, tile.stop, step or self.summing.info.block_rows):
+                    yield see(stack, start, min(start + (step or self.summing.info.block_rows), tile.stop))
 
 
 def _extent(part: Stored, tile: Tile) -> tuple[int, int]:

@@ -40,6 +40,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "dare_linear": {"weight": 0.3, "density": 0.4},
     "dare_ties": {"weight": 0.3, "density": 0.4},
     "nearswap": {"t": 1e-3},
+    "ties": {"weight": 0.3, "density": 0.4, "rescale": True},
+    "breadcrumbs": {"weight": 0.3, "density": 0.4},
+    "breadcrumbs_ties": {"weight": 0.3, "density": 0.4},
 }
 ALONE = ("passthrough", "slerp", "nearswap")  # with one model beside the base, or with no other
 

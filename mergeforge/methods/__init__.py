@@ -53,7 +53,10 @@ class Look(Protocol):
     """Run `see(inputs, block)` on every block, or on about `sample` of them; yield results in order.
 
     It may have methods that are faster: `products` yields the blocks' inner products as gram() adds them up;
-    `masses(density)` the sums of each input's magnitudes, and of those that are drawn at random (rescale.ratios_of).
+    `masses` the sums of each input's magnitudes, and of those that are drawn at random with a `density` or lie in
+    `bands` (rescale.ratios_of); `samples(inputs)` the bits of some of their magnitudes; and `split(ranges)`, block by
+    block, how many bits of an input are beyond its range [low, high), and those inside, less `low`. Numbers of inputs
+    beyond the last begin again with the first. Where there is one of the latter, there are all but `products`.
     """
 
     def __call__(self, see: Callable[[list[Tensor], Block], R], sample: int = 0) -> Iterator[R]: ...
@@ -73,6 +76,7 @@ class Method:
     inputs: tuple[int, int]
     facts: Callable[..., Any] | None
     facts_nbytes: int
+    sum_nbytes: int
     as_sum: Callable[..., WeightedSum] | None
     sum_if: Callable[..., bool]
     check: Callable[..., None] | None
@@ -131,6 +135,7 @@ def method(
     optional_base: bool = False,
     facts: Callable[..., Any] | None = None,
     facts_nbytes: int = 0,
+    sum_nbytes: int = 0,
     as_sum: Callable[..., WeightedSum] | None = None,
     sum_if: Callable[..., bool] = lambda **_: True,
     check: Callable[..., None] | None = None,
@@ -140,11 +145,11 @@ def method(
 
     `base_is_input`: the base model is the first input (slerp). `optional_base`: where the recipe has a
     base model, the method works on task vectors (nuslerp). `facts_nbytes`: memory that learning
-    the facts holds for each input. `as_sum`, given `facts`, `count` (of inputs), `block` (the tensor's first) or
-    `compute` ("F32" or "F64") if it names them, and the parameters, tells the same as a weighted sum of the inputs, for
-    parameters of which `sum_if` holds: such sums are computed in one pass, straight from the inputs' bytes. `check`
-    raises ValueError for parameters that make no sense together, when the merge is planned. `within`: the interval in
-    which a parameter must lie.
+    the facts holds for each input; `sum_nbytes`: where kernels look at it. `as_sum`, given `facts`, `count` (of
+    inputs), `block` (the tensor's first) or `compute` ("F32" or "F64") if it names them, and the parameters, tells
+    the same as a weighted sum of the inputs, for parameters of which `sum_if` holds: such sums are computed in one
+    pass, straight from the inputs' bytes. `check` raises ValueError for parameters that make no sense together, when
+    the merge is planned. `within`: the interval in which a parameter must lie.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -161,6 +166,7 @@ def method(
                 inputs=inputs,
                 facts=facts,
                 facts_nbytes=facts_nbytes,
+                sum_nbytes=sum_nbytes,
                 as_sum=as_sum,
                 sum_if=sum_if,
                 check=check,

@@ -7,41 +7,28 @@ https://arxiv.org/abs/2312.06795.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.methods import DENSITY, UNIT, Block, Look, method
-from mergeforge.methods.consensus import agreeing_sum, weighted_sum
-from mergeforge.methods.magnitude import SEARCH_NBYTES, Threshold, largest
-from mergeforge.methods.parts import by_elements
-from mergeforge.methods.rescale import Rescaled, ratios
+from mergeforge.methods.bands import Band, Bands
+from mergeforge.methods.consensus import (
+    WeightedSum,
+    agreeing_sum,
+    agreeing_terms,
+    task_arithmetic_sum,
+    weighted_sum,
+)
+from mergeforge.methods.magnitude import SEARCH_NBYTES, largest
+from mergeforge.methods.rescale import Rescaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass
-class Band:
-    """The elements between two thresholds: `outer` keeps the band and what is above it, `inner` what is above."""
-
-    outer: Threshold
-    inner: Threshold
-
-    def keep(self, delta: Tensor) -> Tensor:
-        """Zero what is outside the band, in place. Blocks must come in the tensor's order."""
-        for (part,) in by_elements([delta]):
-            above = self.inner.trim(part.clone())
-            self.outer.trim(part).sub_(above)
-        return delta
-
-    def fresh(self) -> Band:
-        """The same band, with no tie counted off yet."""
-        return Band(replace(self.outer), replace(self.inner))
-
-
 def bands(
     look: Look, numel: int, *, density: list[float], gamma: list[float], rescale: bool, **_: object
-) -> Rescaled[Band | None]:
+) -> Rescaled[Bands]:
     """For each task vector the band of magnitudes: int(density n) elements below the int(gamma n) largest."""
     count = len(density)
     keep: dict[int, int] = {}  # input -> the band and what is above it; input + count -> what is above it
@@ -50,12 +37,9 @@ def bands(
             kept = int(share * numel)
             lowest = max(0, numel - kept - int(top * numel))
             keep |= {at: numel - lowest, at + count: numel - lowest - kept}
-    edges = largest(_twice(look), numel, keep)
-    found = [Band(edges[at], edges[at + count]) if at in edges else None for at in range(count)]
-    if not rescale:
-        return Rescaled(found, [1.0] * len(found))
-    counting = [band and band.fresh() for band in found]
-    return Rescaled(found, ratios(look, lambda deltas, block: _kept(deltas, counting), len(found)))
+    edges = largest(look if hasattr(look, "split") else _twice(look), numel, keep)
+    found = Bands([Band(edges[at], edges[at + count]) if at in edges else None for at in range(count)])
+    return found.rescaled(look, rescale)
 
 
 def _twice(look: Look) -> Any:
@@ -67,17 +51,30 @@ def _twice(look: Look) -> Any:
     return looking
 
 
-def _kept(deltas: list[Tensor], found: list[Band | None]) -> list[Tensor]:
-    return [band.keep(delta) if band else delta for delta, band in zip(deltas, found, strict=True)]
+def as_sum(
+    facts: Rescaled[Bands], compute: str, *, weight: list[float], normalize: bool, lambda_: float, **_: object
+) -> WeightedSum:
+    terms = task_arithmetic_sum(weight, normalize, lambda_, facts.ratios, compute)
+    return replace(terms, bands=facts.found.table)
 
 
+def as_agreeing_sum(
+    facts: Rescaled[Bands], *, weight: list[float], normalize: bool, lambda_: float, **_: object
+) -> WeightedSum:
+    return replace(agreeing_terms(weight, normalize, lambda_, facts.ratios), bands=facts.found.table)
+
+
+EDGES_NBYTES = 2 * SEARCH_NBYTES
 WITHIN = {"density": DENSITY, "gamma": UNIT}
 
 
-@method("breadcrumbs", live=1, facts=bands, facts_nbytes=2 * SEARCH_NBYTES, within=WITHIN)
+@method(
+    "breadcrumbs", live=1, facts=bands, facts_nbytes=EDGES_NBYTES, sum_nbytes=EDGES_NBYTES, within=WITHIN, as_sum=as_sum
+)
 def breadcrumbs(
     deltas: list[Tensor],
-    facts: Rescaled[Band | None],
+    facts: Rescaled[Bands],
+    block: Block,
     *,
     weight: list[float],
     density: list[float] = 1.0,  # type: ignore[assignment]  # one default for every input
@@ -88,14 +85,22 @@ def breadcrumbs(
     int8_mask: bool = False,
 ) -> Tensor:
     """Keep `density` of the elements after leaving out the `gamma` largest, and add up. int8_mask has no effect."""
-    left = _kept(deltas, facts.found)
-    return weighted_sum(left, weight, normalize, lambda_, facts.ratios)
+    return weighted_sum(facts.found.keep(deltas, block), weight, normalize, lambda_, facts.ratios)
 
 
-@method("breadcrumbs_ties", live=4, facts=bands, facts_nbytes=2 * SEARCH_NBYTES, within=WITHIN)
+@method(
+    "breadcrumbs_ties",
+    live=4,
+    facts=bands,
+    facts_nbytes=EDGES_NBYTES,
+    sum_nbytes=EDGES_NBYTES,
+    within=WITHIN,
+    as_sum=as_agreeing_sum,
+)
 def breadcrumbs_ties(
     deltas: list[Tensor],
-    facts: Rescaled[Band | None],
+    facts: Rescaled[Bands],
+    block: Block,
     *,
     weight: list[float],
     density: list[float] = 1.0,  # type: ignore[assignment]  # one default for every input
@@ -106,5 +111,4 @@ def breadcrumbs_ties(
     int8_mask: bool = False,
 ) -> Tensor:
     """breadcrumbs, and only elements that have the elected sign (TIES' election). int8_mask has no effect."""
-    left = _kept(deltas, facts.found)
-    return agreeing_sum(left, weight, normalize, lambda_, facts.ratios)
+    return agreeing_sum(facts.found.keep(deltas, block), weight, normalize, lambda_, facts.ratios)

@@ -10,9 +10,13 @@ from mergeforge import native
 from mergeforge.tensors import dtype_name
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from mergeforge.methods.random_mask import Drawing
+
+    Integers = NDArray[np.int64]
 
 LEAST = 1e-8  # of a sum of weights that is divided by
 
@@ -24,7 +28,8 @@ class WeightedSum:
     `elected`: weights; only terms that have the elected sign (agreeing_sum) are added up, and `normalize` divides by
     the weights of these. of() does not know them.
 
-    `kept`: of each input only elements that are drawn at random; of() is given inputs without the others. `near`: two
+    `kept`: of each input only elements that are drawn at random; `bands`: only those whose magnitudes lie in bands
+    (Bands.table), which count off ties as elements pass; of() is given inputs without the others. `near`: two
     inputs have shares of their own at each element, as nearswap defines them, instead of the factors.
 
     `fused`: each product after the first is added in one rounding (a fused multiply-add); else it is rounded first.
@@ -37,6 +42,7 @@ class WeightedSum:
     fused: bool = False
     least: float = 0.0
     kept: Sequence[Drawing] = ()
+    bands: Integers | None = None
     near: float | None = None
     elected: Sequence[float] = ()
 

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: object) -> Rescaled[Masks]:
+def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: object) -> Rescaled[list[Masks]]:
     """The masks, and the ratio that restores each task vector's mass."""
     count = len(density)
     if not rescale or all(one >= 1 for one in density):
         return Rescaled([Masks() for _ in density], [1.0] * count)
     if masses := getattr(look, "masses", None):
-        return Rescaled([Masks() for _ in density], ratios_of(masses(density), count))
+        return Rescaled([Masks() for _ in density], ratios_of(masses(density=density), count))
     masks = [Masks(KEPT) for _ in density]
-    found = ratios(look, lambda deltas, block: masked(deltas, block, density, masks), count, exactly=True)
+    found = ratios(look, lambda deltas, block: masked(deltas, block, density, masks), count)
     return Rescaled(masks, found)
 
 
 def as_sum(
-    facts: Rescaled[Masks],
+    facts: Rescaled[list[Masks]],
     block: Block,
     compute: str,
     *,
@@ -46,7 +46,7 @@ def as_sum(
 
 
 def as_agreeing_sum(
-    facts: Rescaled[Masks],
+    facts: Rescaled[list[Masks]],
     block: Block,
     *,
     weight: list[float],
@@ -68,7 +68,7 @@ WITHIN = {"density": DENSITY}
 @method("dare_linear", live=1, facts=facts, facts_nbytes=MASKS_NBYTES, within=WITHIN, as_sum=as_sum)
 def dare_linear(
     deltas: list[Tensor],
-    facts: Rescaled[Masks],
+    facts: Rescaled[list[Masks]],
     block: Block,
     *,
     weight: list[float],
@@ -90,7 +90,7 @@ def dare_linear(
 @method("dare_ties", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, within=WITHIN, as_sum=as_agreeing_sum)
 def dare_ties(
     deltas: list[Tensor],
-    facts: Rescaled[Masks],
+    facts: Rescaled[list[Masks]],
     block: Block,
     *,
     weight: list[float],

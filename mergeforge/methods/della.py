@@ -113,7 +113,7 @@ def check(*, density: list[float], epsilon: list[float], **_: object) -> None:
 
 def facts(
     look: Look, numel: int, *, density: list[float], epsilon: list[float], rescale: bool, **_: object
-) -> Rescaled[Masks]:
+) -> Rescaled[list[Masks]]:
     """The masks, and the ratio that restores each task vector's mass."""
     count = len(density)
     if not rescale or all(one >= 1 for one in density):
@@ -128,7 +128,7 @@ WITHIN = {"density": DENSITY, "epsilon": UNIT}
 @method("della_linear", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, check=check, within=WITHIN)
 def della_linear(
     deltas: list[Tensor],
-    facts: Rescaled[Masks],
+    facts: Rescaled[list[Masks]],
     block: Block,
     *,
     weight: list[float],
@@ -147,7 +147,7 @@ def della_linear(
 @method("della", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, check=check, within=WITHIN)
 def della(
     deltas: list[Tensor],
-    facts: Rescaled[Masks],
+    facts: Rescaled[list[Masks]],
     block: Block,
     *,
     weight: list[float],

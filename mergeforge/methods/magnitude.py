@@ -11,7 +11,7 @@ elements remain. (mergekit takes the order of an unstable sort.)
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,30 +26,34 @@ if TYPE_CHECKING:
     from mergeforge.methods.ranks import Bits
 
 __all__ = ["SEARCH_NBYTES", "Threshold", "below", "largest", "largest_share", "sample", "some", "survey"]
-__all__ += ["thresholds", "trimmed"]
+__all__ += ["thresholds"]
 
 SAMPLE = 1 << 18  # elements of a tensor that is seen whole
 SAMPLE_BLOCKS = 8
-SAMPLE_ELEMENTS = 1 << 16  # of each sampled block
+SAMPLE_ELEMENTS = 1 << 14  # of each sampled block
 
 
 @dataclass
 class Threshold:
-    """The k-th largest magnitude: its float32 bits, and how many of its ties are still to be kept."""
+    """The k-th largest magnitude: its float32 bits, how many of its ties are kept (the first ones), how many there are.
+
+    `passed`: ties in the blocks that were trimmed since the tensor's first one.
+    """
 
     bits: int
     ties_kept: int
     ties: int
+    passed: int = 0
 
     @property
     def value(self) -> float:
         """The magnitude itself."""
         return _float(self.bits)
 
-    def trim(self, delta: Tensor) -> Tensor:
+    def trim(self, delta: Tensor, begins: bool) -> Tensor:
         """Set all but the largest elements of the whole tensor to zero, in the block that is given.
 
-        Blocks must come in the tensor's order: kept ties are counted off as they pass.
+        Blocks must come in the tensor's order: kept ties are counted off as they pass. `begins`: this is the first.
         """
         import torch
 
@@ -58,14 +62,15 @@ class Threshold:
             return _shrink(delta, below(value))
         if self.ties_kept <= 0:
             return _shrink(delta, value)
+        left = self.ties_kept - (0 if begins else self.passed)
+        if left <= 0:
+            return _shrink(delta, value)
         count = _count_equal(delta, self.bits)
-        self.ties -= count
-        if count <= self.ties_kept:
-            self.ties_kept -= count
+        self.passed = self.ties_kept - left + count
+        if count <= left:
             return _shrink(delta, below(value))
         is_tie = delta.float().abs() == value
-        first = is_tie & (is_tie.flatten().cumsum(0).view(delta.shape) <= self.ties_kept)
-        self.ties_kept = 0
+        first = is_tie & (is_tie.flatten().cumsum(0).view(delta.shape) <= left)
         ties = torch.where(first, delta, 0)
         return _shrink(delta, value).add_(ties)
 
@@ -119,6 +124,9 @@ def below(value: float) -> float:
 def _sampled(look: Look, inputs: list[int]) -> dict[int, Bits]:
     import numpy as np
 
+    if samples := getattr(look, "samples", None):
+        return dict(zip(inputs, samples(inputs), strict=True))
+
     def see(deltas: list[Tensor], block: Block) -> list[Bits]:
         return [sample(deltas[at], deltas[at].numel(), SAMPLE_ELEMENTS) for at in inputs]
 
@@ -157,8 +165,13 @@ def _count_all(look: Look, searches: dict[int, Search]) -> None:
     """One look over the whole tensor, for all searches."""
     for search in searches.values():
         search.start()
-    for _ in look(lambda deltas, block: _count_block(deltas, searches)):
-        pass
+    if split := getattr(look, "split", None):
+        for found in split({at: (search.low, search.high) for at, search in searches.items()}):
+            for at, (beyond, inside) in found.items():
+                searches[at].add(beyond, inside)
+    else:
+        for _ in look(lambda deltas, block: _count_block(deltas, searches)):
+            pass
     for search in searches.values():
         search.finish()
 
@@ -237,9 +250,3 @@ def _float(bits: int) -> float:
 
     value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
     return value
-
-
-def trimmed(deltas: list[Tensor], facts: list[Threshold | None]) -> Iterator[Tensor]:
-    """Each delta's block, trimmed where it has a threshold."""
-    for delta, threshold in zip(deltas, facts, strict=True):
-        yield threshold.trim(delta) if threshold else delta

@@ -18,25 +18,23 @@ TINY_MASS = 1e-7
 
 @dataclass
 class Rescaled(Generic[F]):
-    """What a method found for each input, and the ratio to multiply what is kept by."""
+    """What a method found, and for each input the ratio to multiply what is kept by."""
 
-    found: list[F]
+    found: F
     ratios: list[float]
 
 
-def ratios(
-    look: Look, keep: Callable[[list[Tensor], Block], list[Tensor]], count: int, *, exactly: bool = False
-) -> list[float]:
-    """sum|delta| / sum|kept| over the whole tensor for each input; 1 where either is next to nothing.
+def ratios(look: Look, keep: Callable[[list[Tensor], Block], list[Tensor]], count: int) -> list[float]:
+    """sum|delta| / sum|kept| over the whole tensor for each input, in float64; 1 where either is next to nothing.
 
-    `keep` is given magnitudes, and decides by nothing else. `exactly`: they are added up in float64.
+    `keep` is given magnitudes, and decides by nothing else.
     This is mergekit's L1 rescaling. (DARE's paper divides by the density: equal on average.)
     """
 
     def mass(of: Tensor) -> float:
         import torch
 
-        return float(of.sum(dtype=torch.float64 if exactly else None))
+        return float(of.sum(dtype=torch.float64))
 
     def masses(deltas: list[Tensor], block: Block) -> list[tuple[float, float]]:
         before = [mass(delta.abs_()) for delta in deltas]

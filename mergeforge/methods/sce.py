@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.methods import UNIT, Block, Look, method
@@ -31,20 +31,19 @@ class Selection:
     weights: list[float] = field(default_factory=list)
 
     def keep(self, deltas: list[Tensor], block: Block) -> None:
-        """Zero what is not selected, in place. Blocks must come in the tensor's order."""
+        """Zero what is not selected, in place. Blocks must come in the tensor's order, from the first one on."""
         if self.threshold is not None:
             trim = self.threshold.trim
-            self.masks.apply(deltas, block, lambda: trim(_variance(deltas)).ne_(0))
+            self.masks.apply(deltas, block, lambda: trim(_variance(deltas), block.start == 0).ne_(0))
 
 
 def select(look: Look, numel: int, *, select_topk: float, int8_mask: bool) -> Selection:
     """Keep the `select_topk` share of the elements that vary, by variance; weights are mean squares of what is kept."""
     # All masks are kept (each block's in whole bytes) or none: a threshold counts off ties from the first block on.
     found = Selection(_threshold(look, numel, select_topk), Masks(KEPT if numel <= KEPT * 7 // 8 else 0))
-    learning = replace(found, threshold=found.threshold and replace(found.threshold))
 
     def squares(deltas: list[Tensor], block: Block) -> list[float]:
-        learning.keep(deltas, block)
+        found.keep(deltas, block)
         return [float(delta.flatten().dot(delta.flatten())) for delta in deltas]
 
     means = [math.fsum(column) / numel for column in zip(*look(squares), strict=True)]

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mergeforge.methods import DENSITY, Look, method
-from mergeforge.methods.consensus import agreeing_sum
-from mergeforge.methods.magnitude import SEARCH_NBYTES, Threshold, thresholds, trimmed
-from mergeforge.methods.rescale import Rescaled, ratios
+from mergeforge.methods import DENSITY, Block, Look, method
+from mergeforge.methods.bands import Band, Bands
+from mergeforge.methods.consensus import WeightedSum, agreeing_sum, agreeing_terms
+from mergeforge.methods.magnitude import SEARCH_NBYTES, thresholds
+from mergeforge.methods.rescale import Rescaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: object) -> Rescaled[Threshold | None]:
-    """The magnitude threshold of each task vector, and with rescale what restores its mass."""
-    found = thresholds(look, numel, density)
-    if not rescale:
-        return Rescaled(found, [1.0] * len(density))
-    counting = [Threshold(one.bits, one.ties_kept, one.ties) if one else None for one in found]
-    return Rescaled(found, ratios(look, lambda deltas, block: list(trimmed(deltas, counting)), len(density)))
+def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: object) -> Rescaled[Bands]:
+    """The largest elements of each task vector, and with rescale what restores its mass."""
+    found = Bands([Band(one) if one else None for one in thresholds(look, numel, density)])
+    return found.rescaled(look, rescale)
 
 
-@method("ties", live=4, facts=facts, facts_nbytes=SEARCH_NBYTES, within={"density": DENSITY})
+def as_sum(facts: Rescaled[Bands], *, weight: list[float], normalize: bool, lambda_: float, **_: object) -> WeightedSum:
+    return replace(agreeing_terms(weight, normalize, lambda_, facts.ratios), bands=facts.found.table)
+
+
+@method(
+    "ties",
+    live=4,
+    facts=facts,
+    facts_nbytes=SEARCH_NBYTES,
+    sum_nbytes=SEARCH_NBYTES,
+    within={"density": DENSITY},
+    as_sum=as_sum,
+)
 def ties(
     deltas: list[Tensor],
-    facts: Rescaled[Threshold | None],
+    facts: Rescaled[Bands],
+    block: Block,
     *,
     weight: list[float],
     density: list[float] = 1.0,  # type: ignore[assignment]  # one default for every input
@@ -39,5 +51,4 @@ def ties(
     Exactly max(1, int(density * n)) elements of a tensor are kept; among equal magnitudes at the
     threshold the first ones. int8_mask has no effect.
     """
-    left = list(trimmed(deltas, facts.found))
-    return agreeing_sum(left, weight, normalize, lambda_, facts.ratios)
+    return agreeing_sum(facts.found.keep(deltas, block), weight, normalize, lambda_, facts.ratios)

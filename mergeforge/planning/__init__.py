@@ -43,7 +43,7 @@ from mergeforge.tensors import TensorInfo
 
 __all__ = ["Batch", "Piece", "Plan", "make_plan", "read_recipe"]
 
-NUMERICS = 6  # raised when a version computes other bytes from the same recipe
+NUMERICS = 7  # raised when a version computes other bytes from the same recipe
 WORK = ".mergeforge"  # the folder inside OUT where everything unfinished lies
 DISK_SLACK = 64 << 20
 _ELSEWHERE = ("output", "stream_inputs")  # keys that do not decide any byte by themselves

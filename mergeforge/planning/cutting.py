@@ -129,7 +129,7 @@ def _copied(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int) 
 
 
 def _summed(way: Way, info: TensorInfo, outlets: tuple[Outlet, ...], room: int) -> Piece:
-    beside = SLACK + summing_nbytes(way)
+    beside = SLACK + summing_nbytes(way, info)
     tiles = tuple(cut(info, max(min(SUM_NBYTES, room - beside) // max(info.row_nbytes, 1), 1)))
     staging = max((tile.rows for tile in tiles), default=0) * info.row_nbytes + beside
     return Piece(info, way, outlets, "F32", False, True, any_learns(way), False, tiles, staging, 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeforge.methods.consensus import WeightedSum
 from mergeforge.native import CHUNK, PRODUCT_CHUNK, Sum, kernels
@@ -21,16 +21,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from mergeforge.methods.random_mask import Drawing
-
     Bytes = NDArray[np.uint8]
     Doubles = NDArray[np.float64]
+    Floats = NDArray[np.float32]
     Integers = NDArray[np.int64]
+    Bits = NDArray[np.int32]
 
+F = TypeVar("F", "Tensor", "Floats")
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}  # what kernels read and write, and its number in kernels.c
 WIDEST = 4  # bytes of an element
 READ_NBYTES = 1 << 20  # of all inputs together, that are read at a time
 MEMORY = -1  # instead of a file
+# struct range of kernels.c
+RANGE = [("input", "i8"), ("low", "i4"), ("high", "i4"), ("inside", "i8"), ("found", "i8"), ("beyond", "i8")]
 
 
 class Unreadable(Exception):
@@ -80,42 +83,49 @@ class Stack:
         self._step = len(self._room) // (len(places) * WIDEST) // CHUNK * CHUNK
         self._found = np.empty(len(places), np.int64)
 
-    def weighted(self, terms: WeightedSum, start: int, stop: int, dtype: str, out: Bytes | Tensor) -> float:
+    def weighted(
+        self, terms: WeightedSum, start: int, stop: int, dtype: str, out: Bytes | Tensor, changes: Doubles | None = None
+    ) -> float:
         """Put `terms` of the rows, plus the base if there is one, rounded to a dtype, into `out`.
 
-        Returns the largest magnitude before it was rounded, or NaN.
+        Returns the largest magnitude before it was rounded, or NaN. To `changes` is added what the terms make of the
+        base: (sum of its squares, sum of the changes' squares, the largest change (not added), elements that change,
+        those of them that do not once they are rounded).
         """
         import numpy as np
 
         most = ctypes.c_uint32()
         length = self._length(start, stop)
-        self._call("weighted_sum", start, stop, self._sum(terms, start), length, KINDS[dtype], out, most)
+        self._call("weighted_sum", start, stop, self._sum(terms, start), length, KINDS[dtype], out, most, changes)
         return float(np.uint32(most.value).view(np.float32))
 
-    def changes(self, terms: WeightedSum, start: int, stop: int, dtype: str) -> tuple[float, float, float, int, int]:
-        """What `terms` make of the base: sums of its squares and of the changes', the largest change, elements that
-        change, and those of them that do not once they are rounded to a dtype."""
+    def masses(self, terms: WeightedSum, start: int, stop: int) -> Doubles:
+        """The sum of each input's magnitudes, and of those of elements that the terms keep: (inputs, 2)."""
         import numpy as np
 
-        found, length = np.zeros(5), self._length(start, stop)
-        self._call("changes", start, stop, self._sum(terms, start), length, KINDS[dtype], found)
-        weight, change, largest, meant, swallowed = found.tolist()
-        return weight, change, largest, int(meant), int(swallowed)
-
-    def masses(self, kept: Sequence[Drawing], start: int, stop: int) -> Doubles:
-        """The sum of each input's magnitudes, and of those of elements that are drawn: (inputs, 2)."""
-        import numpy as np
-
-        found, terms = np.zeros((self.inputs, 2)), WeightedSum([0.0] * self.inputs, kept=kept)
+        found = np.zeros((self.inputs, 2))
         self._call("masses", start, stop, self._sum(terms, start), self._length(start, stop), found)
         return found
 
-    def rows(self, at: int, start: int, stop: int, out: Tensor) -> Tensor:
-        """Rows of input `at`, less the base if there is one, or of the base, into `out` (float32); held in memory."""
+    def rows(self, at: int, start: int, stop: int, out: F) -> F:
+        """Rows of input `at`, less the base if there is one, or of the base, into `out` (float32)."""
         pair = [at, len(self.places) - 1]
         based = self.based and at < self.inputs
-        kernels().difference(self._from(start)[pair], based, self._length(start, stop), out)
+        self._call("difference", start, stop, based, self._length(start, stop), out, of=pair)
         return out
+
+    def split(self, ranges: Sequence[tuple[int, int, int]], start: int, stop: int) -> list[tuple[int, Bits]]:
+        """For each (input, low, high), in the inputs' order: how many magnitudes have bits of `high` at least, and the
+        bits of those in [low, high), less `low`."""
+        import numpy as np
+
+        length = self._length(start, stop)
+        inside = [np.empty(length, np.int32) for _ in ranges]
+        rows = [(*one, into.ctypes.data, 0, 0) for one, into in zip(ranges, inside, strict=True)]
+        table = np.array(rows, RANGE)
+        self._call("split_inputs", start, stop, self.inputs, self.based, length, table, len(table))
+        counts = zip(table["beyond"].tolist(), table["found"].tolist(), inside, strict=True)
+        return [(beyond, into[:found]) for beyond, found, into in counts]
 
     def products(self, start: int, stop: int) -> Doubles:
         """The inner products of each input with itself and those that follow it."""
@@ -126,11 +136,12 @@ class Stack:
         self._call("inner_products", start, stop, self.inputs, self.based, length, room, sums)
         return sums
 
-    def _call(self, name: str, start: int, stop: int, *arguments: Any) -> None:
-        """A kernel on rows, and what it needs to fetch them."""
-        step = self._step or self._length(start, stop)
-        if failed := getattr(kernels(), name)(self._from(start), *arguments, step, self._room, self._found):
-            raise Unreadable(failed - 1)
+    def _call(self, name: str, start: int, stop: int, *arguments: Any, of: Sequence[int] | None = None) -> None:
+        """A kernel on rows (`of` some of the tensors alone), and what it needs to fetch them."""
+        step, inputs = self._step or self._length(start, stop), self._from(start)
+        chosen = inputs if of is None else inputs[of]
+        if failed := getattr(kernels(), name)(chosen, *arguments, step, self._room, self._found):
+            raise Unreadable(failed - 1 if of is None else of[failed - 1])
 
     def _sum(self, terms: WeightedSum, start: int) -> Sum:
         """The sum for kernels whose number 0 is the first of row `start`."""
@@ -139,8 +150,10 @@ class Stack:
         factors, weights = (np.array(one, np.float32) for one in (terms.factors, terms.elected))
         masks = np.array([[*one.upper, *one.lower, one.limit] for one in terms.kept], np.uint32)
         lengths = [len(one) for one in (factors, masks, weights)]
+        if terms.bands is not None:
+            lengths.append(len(terms.bands))
         if lengths[0] != self.inputs or not {*lengths[1:]} <= {0, self.inputs}:  # C would read beyond: a bug
-            raise AssertionError(f"factors, masks, weights: {lengths} for {self.inputs} inputs")
+            raise AssertionError(f"factors, masks, weights, bands: {lengths} for {self.inputs} inputs")
         products = np.empty((len(weights), CHUNK), np.float32)
         chunks = np.array([one.ctypes.data for one in products], np.int64)
         made = Sum(
@@ -155,6 +168,8 @@ class Stack:
             near=terms.near or 0.0,
         )
         made.hold(factors=factors, masks=masks, weights=weights, products=chunks)
+        if terms.bands is not None:
+            made.hold(bands=terms.bands)
         made.chunks = products
         return made
 

@@ -77,7 +77,7 @@ def kept(value: torch.Tensor, density: float) -> np.ndarray:
 
 
 def trim(look: Looking, at: int, threshold: Threshold) -> torch.Tensor:
-    return torch.cat([threshold.trim(look.block(start)[0][at]).flatten() for start in look.starts()])
+    return torch.cat([threshold.trim(look.block(start)[0][at], start == 0).flatten() for start in look.starts()])
 
 
 @pytest.mark.parametrize("density", [1e-9, 0.001, 0.3, 0.5, 0.999])
@@ -93,8 +93,8 @@ def test_the_threshold_is_exact(name: str, density: float) -> None:
     assert np.uint32(found.bits).view(np.float32) == limit
     assert found.ties == int((magnitudes == limit).sum())
     assert found.ties_kept == int((magnitudes[stays] == limit).sum())
-    trimmed = trim(look, 0, found)
-    assert torch.equal(trimmed, torch.where(torch.from_numpy(stays), value, 0.0))
+    for _ in range(2):  # a merge of merges looks more than once
+        assert torch.equal(trim(look, 0, found), torch.where(torch.from_numpy(stays), value, 0.0))
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])
@@ -180,7 +180,7 @@ def test_nothing_to_find() -> None:
 
 def test_trimming_is_in_place() -> None:
     value = torch.tensor([[3.0], [1.0], [2.0]])
-    assert Threshold(magnitude_bits(2.0), 1, 1).trim(value) is value
+    assert Threshold(magnitude_bits(2.0), 1, 1).trim(value, True) is value
     assert value.flatten().tolist() == [3.0, 0.0, 2.0]
 
 

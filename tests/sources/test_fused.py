@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import astuple, replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import pairwise
@@ -18,10 +19,12 @@ import mergeforge
 from mergeforge import native
 from mergeforge.measuring import measure
 from mergeforge.methods import METHODS, Block
-from mergeforge.methods.consensus import WeightedSum, agreeing_sum, agreeing_terms
-from mergeforge.methods.magnitude import _magnitude_bits, _split, _split_in_c
+from mergeforge.methods.bands import Band, Bands
+from mergeforge.methods.consensus import WeightedSum, agreeing_sum, agreeing_terms, weighted_sum
+from mergeforge.methods.magnitude import Threshold, _magnitude_bits, _split, _split_in_c
 from mergeforge.methods.masks import Masks
 from mergeforge.methods.random_mask import drawing, masked
+from mergeforge.methods.ranks import NOTHING
 from mergeforge.native import CHUNK
 from mergeforge.sources.fused import Place, Stack, Unreadable, room_nbytes
 from mergeforge.tensors import TensorInfo, torch_dtype
@@ -53,13 +56,23 @@ def raw(one: Tensor) -> np.ndarray:
 
 def stacked(dtypes: list[str], based: bool, files: Path | None = None) -> tuple[Stack, list[Tensor]]:
     """A stack whose first row is number 5, in memory or in files, and its tensors as float32."""
-    tensors = [numbers(dtype, seed) for seed, dtype in enumerate(dtypes)]
+    return placed(dtypes, [numbers(dtype, seed) for seed, dtype in enumerate(dtypes)], based, files)
+
+
+def placed(
+    dtypes: list[str], tensors: list[Tensor], based: bool, files: Path | None, first: int = 5
+) -> tuple[Stack, list[Tensor]]:
+    """The same of these tensors."""
     columns = tensors[0].shape[1]
     places, room = [Place(dtype, raw(one)) for dtype, one in zip(dtypes, tensors, strict=True)], None
     if files:
         places = [in_file(files / str(at), dtype, tensors[at]) for at, dtype in enumerate(dtypes)]
         room = np.empty(STEPS[len(dtypes)] * len(dtypes) * 4, np.uint8)
-    return Stack(places, columns, based=based, first=5, room=room), [one.float() for one in tensors]
+    return Stack(places, columns, based=based, first=first, room=room), [one.float() for one in tensors]
+
+
+def magnitude_bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
 
 
 def in_file(path: Path, dtype: str, tensor: Tensor) -> Place:
@@ -133,12 +146,16 @@ def test_one_nan_is_like_another() -> None:
 @pytest.mark.parametrize("in_files", [False, True])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_changes(tmp_path: Path, dtype: str, in_files: bool) -> None:
-    """Against torch's measure of the same rows."""
+    """Against torch's measure of the same rows, of two parts together."""
     terms = WeightedSum([3e-3, 0.0, 1e-3])
     found, (*models, base) = stacked(["BF16", "F32", "F16", "BF16"], True, tmp_path if in_files else None)
     after = terms.of([one[1:4] - base[1:4] for one in models]).add_(base[1:4])
     expected = measure(TensorInfo("w", dtype, tuple(base.shape)), base[1:4], after)
-    assert found.changes(terms, 6, 9, dtype) == pytest.approx(list(astuple(expected)[1:]), rel=1e-12)
+    changes = np.zeros(5)
+    for start, stop in ((6, 8), (8, 9)):
+        out = torch.empty(stop - start, found.columns, dtype=torch_dtype(dtype))
+        found.weighted(terms, start, stop, dtype, raw(out), changes)
+    assert changes.tolist() == pytest.approx(list(astuple(expected)[1:]), rel=1e-12)
     assert expected.swallowed > 0 or dtype == "F32"
 
 
@@ -156,7 +173,7 @@ def test_random_masks(tmp_path: Path, fused: bool, in_files: bool) -> None:
         [float(part.abs().double().sum()) for part in (one[1:8] - base[1:8], rest)]
         for one, rest in zip(models, left, strict=True)
     ]
-    assert found.masses(kept, 6, 13) == pytest.approx(np.array(masses), rel=1e-12)
+    assert found.masses(terms, 6, 13) == pytest.approx(np.array(masses), rel=1e-12)
     expected = terms.of(left).add_(base[1:8])
     assert torch.equal(bits(summed(found, terms, 6, 13)[0]), bits(expected))
 
@@ -221,6 +238,66 @@ def test_agreeing_sum(
     odd = in_torch.isnan()
     assert torch.equal(in_c.isnan(), odd)
     assert torch.equal(bits(in_c[~odd]), bits(in_torch[~odd]))
+
+
+def edge(delta: Tensor, value: float, share: float) -> Threshold:
+    """That keeps a share of the magnitudes that are equal to it."""
+    ties = int(delta.abs().eq(value).sum())
+    return Threshold(magnitude_bits(value), int(share * ties), ties)
+
+
+def largest(delta: Tensor) -> Band:
+    return Band(edge(delta, 0.5, 0.3))
+
+
+def all_ties(delta: Tensor) -> Band:
+    return Band(edge(delta, 0.25, 1.0))
+
+
+def no_ties(delta: Tensor) -> Band:
+    return Band(edge(delta, 1.0, 0.0))
+
+
+def between(delta: Tensor) -> Band:
+    return Band(edge(delta, 0.25, 0.7), edge(delta, 1.5, 0.4))
+
+
+def nothing(delta: Tensor) -> Band:
+    return Band(Threshold(*NOTHING))
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("elects", [False, True])
+@pytest.mark.parametrize("made", [(largest, all_ties, between, None), (no_ties, between, nothing, largest)])
+def test_bands(tmp_path: Path, made: tuple[Callable[[Tensor], Band] | None, ...], elects: bool, in_files: bool) -> None:
+    """Of magnitudes with many ties, whose first ones are kept: from the first row, and again; masses as well."""
+    tensors = [numbers("F32", seed).mul_(4).round_().mul_(0.25) for seed in range(5)]
+    found, (*models, base) = placed(["F32"] * 5, tensors, True, tmp_path if in_files else None, first=0)
+    deltas = [one - base for one in models]
+    bands = [make and make(delta) for make, delta in zip(made, deltas, strict=True)]
+    kept = Bands(bands).keep([one.clone() for one in deltas], Block("w", 0, 0))
+    masses = [[float(part.abs().double().sum()) for part in pair] for pair in zip(deltas, kept, strict=True)]
+    weight = [0.5, -0.25, 1.0, 0.8]
+    terms = WeightedSum(weight, scale=0.7, elected=weight if elects else (), bands=Bands(bands).table)
+    with_torch = agreeing_sum if elects else weighted_sum
+    expected = with_torch([one.clone() for one in kept], weight, False, 0.7).add_(base)
+    for _ in range(2):
+        rows = torch.cat([summed(found, terms, start, stop)[0] for start, stop in ((0, 2), (2, 3), (3, 9))])
+        assert torch.equal(bits(rows), bits(expected))
+        assert found.masses(terms, 0, 9) == pytest.approx(np.array(masses), rel=1e-12)
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("based", [True, False])
+def test_split_inputs(tmp_path: Path, based: bool, in_files: bool) -> None:
+    """As one input after the other is split; one of them twice."""
+    found, tensors = stacked(["BF16", "F32", "F16"], based, tmp_path if in_files else None)
+    inputs = [one - tensors[-1] for one in tensors[:-1]] if based else tensors
+    ranges = [(at, *map(magnitude_bits, pair)) for at, pair in ((0, (0.1, 0.2)), (0, (1.0, 3.0)), (1, (0.0, 0.5)))]
+    for (at, low, high), (beyond, inside) in zip(ranges, found.split(ranges, 6, 12), strict=True):
+        expected = _split(_magnitude_bits(inputs[at][1:7]), low, high)
+        assert beyond == expected[0]
+        assert inside.tolist() == expected[1].tolist()
 
 
 def test_files_that_end_too_early(tmp_path: Path) -> None:
@@ -291,3 +368,5 @@ def test_as_many_factors_as_inputs() -> None:
         summed(found, WeightedSum([1.0, 1.0, 1.0]), 5, 6)
     with pytest.raises(AssertionError, match=r"\[2, 0, 1\] for 2 inputs"):
         summed(found, WeightedSum([1.0, 1.0], elected=[1.0]), 5, 6)
+    with pytest.raises(AssertionError, match=r"\[2, 0, 0, 1\] for 2 inputs"):
+        summed(found, WeightedSum([1.0, 1.0], bands=Bands([None]).table), 5, 6)
