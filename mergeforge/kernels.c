@@ -599,6 +599,53 @@ EVERY_WIDTH int64_t agreeing_sum(float *const *deltas, int64_t inputs, const flo
     return 0;
 }
 
+/* sce: of each element the variance over the inputs, in float64 and of distances from the first. */
+EVERY_WIDTH int64_t variance(const float *const *deltas, int64_t inputs, int64_t length, float *out) {
+    double total[CHUNK], squares[CHUNK], count = inputs, share = 1 / (count * count);
+    for (int64_t start = 0; start < length; start += CHUNK) {
+        int64_t some = smaller(CHUNK, length - start);
+        const float *origin = deltas[0] + start;
+        for (int64_t i = 0; i < some; i++) total[i] = squares[i] = 0;
+        for (int64_t at = 1; at < inputs; at++) {
+            const float *delta = deltas[at] + start;
+            for (int64_t i = 0; i < some; i++) {
+                double apart = (double)delta[i] - origin[i];
+                total[i] += apart;
+                squares[i] += apart * apart;
+            }
+        }
+        for (int64_t i = 0; i < some; i++) out[start + i] = (squares[i] * count - total[i] * total[i]) * share;
+    }
+    return 0;
+}
+
+/* sce: the weighted mean of those deltas whose sign is that of the sum of all (zero: plus), into the first one. */
+EVERY_WIDTH int64_t agreeing_mean(float *const *deltas, int64_t inputs, const float *weights, float least,
+                                  int64_t length) {
+    float sign[CHUNK], total[CHUNK], divisor[CHUNK];
+    for (int64_t start = 0; start < length; start += CHUNK) {
+        int64_t count = smaller(CHUNK, length - start);
+        for (int64_t i = 0; i < count; i++) sign[i] = -0.0f, total[i] = 0, divisor[i] = 0;
+        for (int64_t at = 0; at < inputs; at++) {
+            const float *delta = deltas[at] + start;
+            for (int64_t i = 0; i < count; i++) sign[i] += delta[i];
+        }
+        for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
+        for (int64_t at = 0; at < inputs; at++) {
+            const float *delta = deltas[at] + start, weight = weights[at];
+            for (int64_t i = 0; i < count; i++) {
+                float one = delta[i] * sign[i];
+                float agrees = one > 0;
+                total[i] = fmaf(one < 0 ? 0 : one, weight, total[i]);
+                divisor[i] += agrees * weight;
+            }
+        }
+        float *out = deltas[0] + start;
+        for (int64_t i = 0; i < count; i++) out[i] = total[i] * sign[i] / (divisor[i] < least ? least : divisor[i]);
+    }
+    return 0;
+}
+
 /* della: how numbers are kept by their ranks in their row (of magnitudes; equal ones by their places) and by a random
    draw, which must be below 65536 * (lowest + step * rank). Numbers of about one magnitude share a bucket, which tells
    nearly enough of their ranks: most draws are far from their limits, and little has to be sorted. */

@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -38,7 +42,7 @@ class _Struct(ctypes.Structure):
 
     def hold(self, **arrays: Any) -> None:
         """Point fields to arrays of numpy, which live as long as this; an empty one is none."""
-        self.held = {**getattr(self, "held", {}), **arrays}
+        self.held = arrays
         for name, one in arrays.items():
             setattr(self, name, one.ctypes.data if len(one) else None)
 
@@ -94,6 +98,8 @@ _FUNCTIONS: dict[str, list[Any]] = {  # each takes its inputs first
     "split_inputs": [_Array, _NUMBER, _NUMBER, _NUMBER, _Array, _NUMBER, *_FETCHED],
     "split": [_Array, _NUMBER, ctypes.c_int32, ctypes.c_int32, _Array, ctypes.POINTER(_NUMBER)],
     "agreeing_sum": [_Array, _NUMBER, _Array, _Array, _NUMBER, ctypes.c_float, _NUMBER],
+    "variance": [_Array, _NUMBER, _NUMBER, _Array],
+    "agreeing_mean": [_Array, _NUMBER, _Array, ctypes.c_float, _NUMBER],
     "ranked_mask": [_Array, ctypes.POINTER(Ranking), _NUMBER, _NUMBER, _Array],
     "importance": [_Array, _Array, _Array, _NUMBER, _NUMBER, _Array],
     "important": [_Array, _Array, _Array, _NUMBER, _NUMBER, ctypes.c_float],
@@ -113,6 +119,13 @@ def kernels() -> ctypes.CDLL:
     if library is None:
         raise RuntimeError("kernels.c is not compiled")
     return library
+
+
+def places(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
+    """Where the numbers of tensors are, for kernels that take several."""
+    import numpy as np
+
+    return np.array([one.data_ptr() for one in tensors], np.int64)
 
 
 def takes(*tensors: Tensor) -> bool:

@@ -142,10 +142,9 @@ def _agreeing_in_c(
 ) -> Tensor:
     import numpy as np
 
-    places = np.array([delta.data_ptr() for delta in deltas], np.int64)
     factors, weights = (np.array(one, np.float32) for one in (_factors(weight, ratios), weight))
     length = deltas[0].numel()
-    native.kernels().agreeing_sum(places, len(deltas), factors, weights, normalize, lambda_, length)
+    native.kernels().agreeing_sum(native.places(deltas), len(deltas), factors, weights, normalize, lambda_, length)
     return deltas[0]
 
 

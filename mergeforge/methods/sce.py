@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mergeforge import native
 from mergeforge.methods import UNIT, Block, Look, method
 from mergeforge.methods.consensus import combined
 from mergeforge.methods.magnitude import SAMPLE_ELEMENTS, SEARCH_NBYTES, Threshold, largest_share, some
@@ -76,6 +77,9 @@ def _variance(deltas: list[Tensor]) -> Tensor:
     import torch
 
     result = torch.empty_like(deltas[0])
+    if native.takes(*deltas):
+        native.kernels().variance(native.places(deltas), len(deltas), result.numel(), result)
+        return result
     for first, *others, place in by_elements([*deltas, result], made=2):
         place.copy_(_spread(first, others))
     return result
@@ -109,13 +113,23 @@ def sce(
     Mean squares that add up to less than 1e-6 make the weights equal, as in mergekit. int8_mask has
     no effect.
     """
+    facts.keep(deltas, block)
+    return _agreeing_mean(deltas, facts.weights)
+
+
+def _agreeing_mean(deltas: list[Tensor], weights: list[float]) -> Tensor:
+    """The weighted mean of the deltas that have the elected sign at each element, into the first one."""
+    import numpy as np
     import torch
 
-    facts.keep(deltas, block)
+    if native.takes(*deltas):
+        places, given = native.places(deltas), np.array(weights, np.float32)
+        native.kernels().agreeing_mean(places, len(deltas), given, TINY, deltas[0].numel())
+        return deltas[0]
     sign = combined([deltas[0].clone(), *deltas[1:]], [1.0] * len(deltas))
     sign.ge_(0).mul_(2).sub_(1)
     result, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
-    for delta, weight in zip(deltas, facts.weights, strict=True):
+    for delta, weight in zip(deltas, weights, strict=True):
         agreeing = delta.mul_(sign).relu_()  # |delta| where its sign is the elected one, else 0
         result.add_(agreeing, alpha=weight)
         divisor.add_(agreeing.sign_(), alpha=weight)

@@ -149,11 +149,10 @@ class Stack:
 
         factors, weights = (np.array(one, np.float32) for one in (terms.factors, terms.elected))
         masks = np.array([[*one.upper, *one.lower, one.limit] for one in terms.kept], np.uint32)
-        lengths = [len(one) for one in (factors, masks, weights)]
-        if terms.bands is not None:
-            lengths.append(len(terms.bands))
+        bands = np.empty((0, 6), np.int64) if terms.bands is None else terms.bands
+        lengths = [len(one) for one in (factors, masks, bands, weights)]
         if lengths[0] != self.inputs or not {*lengths[1:]} <= {0, self.inputs}:  # C would read beyond: a bug
-            raise AssertionError(f"factors, masks, weights, bands: {lengths} for {self.inputs} inputs")
+            raise AssertionError(f"factors, masks, bands, weights: {lengths} for {self.inputs} inputs")
         products = np.empty((len(weights), CHUNK), np.float32)
         chunks = np.array([one.ctypes.data for one in products], np.int64)
         made = Sum(
@@ -167,10 +166,8 @@ class Stack:
             swaps=terms.near is not None,
             near=terms.near or 0.0,
         )
-        made.hold(factors=factors, masks=masks, weights=weights, products=chunks)
-        if terms.bands is not None:
-            made.hold(bands=terms.bands)
-        made.chunks = products
+        made.hold(factors=factors, masks=masks, bands=bands, weights=weights, products=chunks)
+        made.chunks = products  # which live as long, too
         return made
 
     def _length(self, start: int, stop: int) -> int:

@@ -20,7 +20,7 @@ from mergeforge.methods.masks import Masks
 from mergeforge.methods.parts import by_rows
 from mergeforge.methods.random_mask import random_mask
 from mergeforge.methods.rescale import Rescaled
-from mergeforge.methods.sce import _of_variance, _variance
+from mergeforge.methods.sce import _agreeing_mean, _of_variance, _variance
 
 HALF = math.sqrt(0.5)
 
@@ -227,6 +227,22 @@ def test_della_refuses_chances_that_are_none() -> None:
     refused("della", "epsilon 0.15", density=[0.5, 0.1], epsilon=[0.15, 0.15])
     refused("della_linear", "epsilon 0.5", density=[0.5], epsilon=[0.5])
     METHODS["della"].check_parameters({"density": [1.0, 0.5], "epsilon": [0.15, 0.4]})
+
+
+@pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_sce_in_c(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variances and means that torch computes, bit for bit; with zeros of both signs and equal elements."""
+    numbers = torch.Generator().manual_seed(3)
+    deltas = [torch.randn(3, 1001, generator=numbers) * 10.0**-at for at in range(count)]
+    deltas[0][:, ::5], deltas[-1][:, 1::5] = 0.0, -0.0
+    deltas[-1][:, ::7] = deltas[0][:, ::7]
+    weights = [0.4, 1e-9, 0.6, 0.2, 0.3][:count]
+    variance, mean = _variance(deltas), _agreeing_mean([one.clone() for one in deltas], weights)
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert torch.equal(variance, _variance(deltas))
+    expected = _agreeing_mean(deltas, weights)
+    assert torch.equal(mean.view(torch.int32), expected.view(torch.int32))
 
 
 # choosing

@@ -364,9 +364,9 @@ def test_a_library_that_does_not_load_is_none(tmp_path: Path, monkeypatch: pytes
 
 def test_as_many_factors_as_inputs() -> None:
     found, _ = stacked(["BF16"] * 3, based=True)
-    with pytest.raises(AssertionError, match=r"\[3, 0, 0\] for 2 inputs"):
+    with pytest.raises(AssertionError, match=r"\[3, 0, 0, 0\] for 2 inputs"):
         summed(found, WeightedSum([1.0, 1.0, 1.0]), 5, 6)
-    with pytest.raises(AssertionError, match=r"\[2, 0, 1\] for 2 inputs"):
-        summed(found, WeightedSum([1.0, 1.0], elected=[1.0]), 5, 6)
     with pytest.raises(AssertionError, match=r"\[2, 0, 0, 1\] for 2 inputs"):
+        summed(found, WeightedSum([1.0, 1.0], elected=[1.0]), 5, 6)
+    with pytest.raises(AssertionError, match=r"\[2, 0, 1, 0\] for 2 inputs"):
         summed(found, WeightedSum([1.0, 1.0], bands=Bands([None]).table), 5, 6)
