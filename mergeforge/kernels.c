@@ -295,17 +295,23 @@ INLINE const float *swap(const struct walk *at, float near, float *base, float *
     return base;
 }
 
-/* TIES' election: `scale` times the sum of those products whose sign is that of the sum of all (zero: plus), by
+/* The sign of the sum of all inputs (zero: plus), of `count` numbers from `start` on. */
+INLINE void elect_signs(float *const *inputs, int64_t many, int64_t start, int64_t count, float *sign) {
+    for (int64_t i = 0; i < count; i++) sign[i] = -0.0f;
+    for (int64_t at = 0; at < many; at++) {
+        const float *one = inputs[at] + start;
+        for (int64_t i = 0; i < count; i++) sign[i] += one[i];
+    }
+    for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
+}
+
+/* TIES' election: `scale` times the sum of those products that have the elected sign, by
    `normalize` divided by the weights of these. `count` products of each input, from number `start` on. */
 INLINE void elect(float *const *products, int64_t inputs, const float *weights, int64_t normalize, float scale,
                   int64_t start, int64_t count, float *total) {
     float sign[CHUNK], divisor[CHUNK];
-    for (int64_t i = 0; i < count; i++) sign[i] = -0.0f, total[i] = 0, divisor[i] = 0;
-    for (int64_t at = 0; at < inputs; at++) {
-        const float *product = products[at] + start;
-        for (int64_t i = 0; i < count; i++) sign[i] += product[i];
-    }
-    for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
+    elect_signs(products, inputs, start, count, sign);
+    for (int64_t i = 0; i < count; i++) total[i] = divisor[i] = 0;
     for (int64_t at = 0; at < inputs; at++) {
         const float *product = products[at] + start, weight = weights[at];
         for (int64_t i = 0; i < count; i++) {
@@ -619,18 +625,14 @@ EVERY_WIDTH int64_t variance(const float *const *deltas, int64_t inputs, int64_t
     return 0;
 }
 
-/* sce: the weighted mean of those deltas whose sign is that of the sum of all (zero: plus), into the first one. */
+/* sce: the weighted mean of those deltas that have the elected sign, into the first one. */
 EVERY_WIDTH int64_t agreeing_mean(float *const *deltas, int64_t inputs, const float *weights, float least,
                                   int64_t length) {
     float sign[CHUNK], total[CHUNK], divisor[CHUNK];
     for (int64_t start = 0; start < length; start += CHUNK) {
         int64_t count = smaller(CHUNK, length - start);
-        for (int64_t i = 0; i < count; i++) sign[i] = -0.0f, total[i] = 0, divisor[i] = 0;
-        for (int64_t at = 0; at < inputs; at++) {
-            const float *delta = deltas[at] + start;
-            for (int64_t i = 0; i < count; i++) sign[i] += delta[i];
-        }
-        for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
+        elect_signs(deltas, inputs, start, count, sign);
+        for (int64_t i = 0; i < count; i++) total[i] = divisor[i] = 0;
         for (int64_t at = 0; at < inputs; at++) {
             const float *delta = deltas[at] + start, weight = weights[at];
             for (int64_t i = 0; i < count; i++) {
