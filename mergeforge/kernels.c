@@ -193,7 +193,7 @@ struct walk {
     int64_t step;        /* for fetch(): the most numbers that are read at a time, */
     char *room;          /* where to, */
     const void **places; /* and where they are */
-    int64_t first, here; /* the step's first number, and how many they are */
+    int64_t first, here;  /* the step's first number, and how many they are */
     int64_t start, count; /* the chunk's in it */
     int64_t failed;       /* fetch()'s answer */
 };
@@ -305,8 +305,8 @@ INLINE void elect_signs(float *const *inputs, int64_t many, int64_t start, int64
     for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
 }
 
-/* TIES' election: `scale` times the sum of those products that have the elected sign, by
-   `normalize` divided by the weights of these. `count` products of each input, from number `start` on. */
+/* TIES' election: `scale` times the sum of those products that have the elected sign, by `normalize` divided by the
+   weights of these. `count` products of each input, from number `start` on. */
 INLINE void elect(float *const *products, int64_t inputs, const float *weights, int64_t normalize, float scale,
                   int64_t start, int64_t count, float *total) {
     float sign[CHUNK], divisor[CHUNK];

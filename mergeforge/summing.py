@@ -25,7 +25,7 @@ from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sources import Way
 from mergeforge.sources.fused import KINDS, WIDEST, Place, Stack, Unreadable, room_nbytes
 from mergeforge.sources.merged import Merged
-from mergeforge.tensors import TensorInfo, Tile
+from mergeforge.tensors import TensorInfo, Tile, some_blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,14 +135,12 @@ class _Look:
         import numpy as np
 
         info, found = self.summing.info, []
-        starts = range(0, info.rows, info.block_rows)
-        chosen = sorted({starts[at * (len(starts) - 1) // (SAMPLE_BLOCKS - 1)] for at in range(SAMPLE_BLOCKS)})
-        for start in chosen:
-            tile = Tile(info.name, start, min(start + info.block_rows, info.rows))
+        for start, stop in some_blocks(info, SAMPLE_BLOCKS):
+            tile = Tile(info.name, start, stop)
             room = np.empty(tile.rows * info.columns, np.float32)
             every = -(-len(room) // SAMPLE_ELEMENTS) | 1
             with self.summing.reading(tile) as stack:
-                rows = (stack.rows(self._input(at), tile.start, tile.stop, room) for at in inputs)
+                rows = (stack.rows(self._input(at), start, stop, room) for at in inputs)
                 found.append([np.abs(one[::every]).view(np.int32) for one in rows])
         return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
@@ -161,10 +159,11 @@ class _Look:
 
     def _each(self, see: Callable[[Stack, int, int], T], step: int | None = None) -> Iterator[T]:
         """What is seen of every block, or of so many rows."""
+        step = step or self.summing.info.block_rows
         for tile in self.tiles:
             with self.summing.reading(tile) as stack:
-                for start in range(tile.start, tile.stop, step or self.summing.info.block_rows):
-                    yield see(stack, start, min(start + (step or self.summing.info.block_rows), tile.stop))
+                for start in range(tile.start, tile.stop, step):
+                    yield see(stack, start, min(start + step, tile.stop))
 
 
 def _extent(part: Stored, tile: Tile) -> tuple[int, int]:

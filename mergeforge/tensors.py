@@ -131,6 +131,13 @@ def blocks(tile: Tile, info: TensorInfo) -> Iterator[tuple[int, int]]:
         yield start, min(start + info.block_rows, tile.stop)
 
 
+def some_blocks(info: TensorInfo, count: int) -> list[tuple[int, int]]:
+    """Row ranges of about `count` evenly spaced blocks, the first and the last among them."""
+    starts = range(0, info.rows, info.block_rows)
+    chosen = sorted({starts[at * (len(starts) - 1) // max(count - 1, 1)] for at in range(count)})
+    return [(start, min(start + info.block_rows, info.rows)) for start in chosen]
+
+
 def torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype of a safetensors dtype name, or None where this torch has none."""
     import torch

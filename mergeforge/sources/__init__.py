@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mergeforge.budget import Need, Worker
-from mergeforge.tensors import TensorInfo
+from mergeforge.tensors import TensorInfo, some_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -69,16 +69,15 @@ class Scan:
             yield from self._blocks(stage, rows)
 
     def _sampled(self, stage: Callable[[range], T], sample: int) -> Iterator[tuple[T, int, int]]:
-        starts = range(0, self.info.rows, self.info.block_rows)
-        chosen = sorted({starts[at * (len(starts) - 1) // max(sample - 1, 1)] for at in range(sample)})
+        chosen = some_blocks(self.info, sample)
         if len(self.tiles) == 1:
             self.worker.restart()
             staged = stage(self.tiles[0])
-            for start in chosen:
-                yield staged, start, min(start + self.info.block_rows, self.info.rows)
+            for start, stop in chosen:
+                yield staged, start, stop
             return
-        for start in chosen:
-            yield from self._blocks(stage, range(start, min(start + self.info.block_rows, self.info.rows)))
+        for start, stop in chosen:
+            yield from self._blocks(stage, range(start, stop))
 
     def _blocks(self, stage: Callable[[range], T], rows: range) -> Iterator[tuple[T, int, int]]:
         if len(self.tiles) == 1:

@@ -10,7 +10,7 @@ import yaml
 
 import mergeforge
 from mergeforge import native
-from mergeforge.methods import METHODS, masks, sce
+from mergeforge.methods import METHODS, dare, della, sce
 
 pytestmark = pytest.mark.usefixtures("models")
 
@@ -23,7 +23,8 @@ TRIMMING = [name for name in sorted(METHODS) if {"density", "select_topk"} & set
 def test_a_stage_that_is_looked_at_equals_its_file(method: str, in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """slerp takes inner products of the stage first. The inputs are bfloat16, so that thresholds cut through ties."""
     monkeypatch.setattr(sce, "KEPT", 0)  # as for tensors whose masks are too large to keep
-    monkeypatch.setattr(masks, "KEPT", 0)
+    monkeypatch.setattr(della, "KEPT", 0)
+    monkeypatch.setattr(dare, "KEPT", 0)
     if not in_c:
         monkeypatch.setattr(native, "available", lambda: False)
     known = METHODS[method].parameters
