@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Answer questions from your own documents: passages in ChromaDB, found by the model's own embeddings.
+"""Answer questions from your own documents: passages are stored in ChromaDB and found by the model's own embeddings.
 
-    pip install 'mergeforge[train]' chromadb
+    pip install -e ".[train]" chromadb
     python recipes/retrieval.py add MODEL notes/*.md --store notes.db
     python recipes/retrieval.py ask MODEL "Which fee applies to loan 17?" --store notes.db
 
 MODEL is a merged folder, an adapter or a Hub repo. Nothing leaves this machine: a passage's embedding is the mean of
-MODEL's last hidden states, not a service's. A model made for embeddings finds better: --embedder FOLDER.
+MODEL's last hidden states and comes from no service. An embedding model finds passages better: --embedder FOLDER.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from chromadb.config import Settings
 
 from mergeforge.evaluating import Sampling, open_model
 
-WORDS = 120  # of a passage
-SHARED = 20  # that two neighbours have in common, so that no sentence is torn in both
-PROMPT = "Answer from these notes, or say that they do not tell.\n\n{notes}\n\nQuestion: {question}"
+WORDS = 120  # words in a passage
+SHARED = 20  # words that neighboring passages share, so that each sentence is whole in one of them
+PROMPT = "Answer from these notes, or say that they do not answer it.\n\n{notes}\n\nQuestion: {question}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("texts", nargs="+", help="files to add, or one question")
     parser.add_argument("--store", default="passages.db")
     parser.add_argument("--embedder", help="another model for the embeddings")
-    parser.add_argument("--passages", type=int, default=3, help="that an answer may rest on")
+    parser.add_argument("--passages", type=int, default=3, help="number of passages given to the model")
     parser.add_argument("--max-tokens", type=int, default=256)
     given = parser.parse_args(arguments)
     model = open_model(given.model)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def add(passages: Any, embedder: Any, path: Path) -> int:
-    """Put a file's passages into the store, in place of those that it had; how many there are."""
+    """Replace the stored passages of a file; returns their number."""
     passages.delete(where={"file": str(path)})
     texts = list(cut(path.read_text(encoding="utf-8")))
     if texts:
@@ -65,7 +65,7 @@ def add(passages: Any, embedder: Any, path: Path) -> int:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Passages of WORDS words."""
+    """Split a text into passages of WORDS words."""
     words = text.split()
     for start in range(0, max(len(words) - SHARED, 1), WORDS - SHARED):
         if some := words[start : start + WORDS]:
@@ -73,14 +73,14 @@ def cut(text: str) -> Iterator[str]:
 
 
 def near(passages: Any, embedder: Any, question: str, count: int) -> list[tuple[str, str]]:
-    """The nearest passages, each with its place."""
+    """The nearest passages, each with its id."""
     found = passages.query(query_embeddings=[embedding(embedder, question)], n_results=count)
     return list(zip(found["ids"][0], found["documents"][0], strict=True))
 
 
 @torch.inference_mode()
 def embedding(answerer: Any, text: str) -> list[float]:
-    """The mean of the last hidden states, of length 1."""
+    """The mean of the last hidden states, normalized to length 1."""
     model = answerer.loaded.model
     tokens = answerer.tokenizer(text, return_tensors="pt", truncation=True, max_length=answerer.context)
     hidden = model.base_model(input_ids=tokens["input_ids"].to(model.device)).last_hidden_state[0].float()
