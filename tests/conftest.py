@@ -1,16 +1,33 @@
-"""Models and adapters that most tests use, made once."""
+"""Models and adapters that most tests use, made once; and what happens to tests of C kernels where there are none."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from mergeforge import native
 from mergeforge.random_model import SHAPES, write_adapter, write_model
 
 TINY = SHAPES["tiny"]
 ADAPTERS = {"loan": 4, "underwriting": 8, "fraud": 2, "a": 4, "b": 8, "legal": 4, "style": 4}
+REQUIRE_NATIVE = "MERGEFORGE_REQUIRE_NATIVE"  # set to 1: tests fail, instead of being skipped, without the kernels
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", f"needs_kernels: skipped where kernels.c is not compiled; with {REQUIRE_NATIVE}=1 it fails"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_kernels") is None or native.available():
+        return
+    if os.environ.get(REQUIRE_NATIVE) == "1":
+        pytest.fail(f"{REQUIRE_NATIVE}=1, but kernels.c is not compiled, or was compiled from another source")
+    pytest.skip("kernels.c is not compiled")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from mergeforge import budget, native
 from mergeforge.errors import SourceError
 
 pytestmark = [
-    pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled"),
+    pytest.mark.needs_kernels,
     pytest.mark.usefixtures("models"),
 ]
 

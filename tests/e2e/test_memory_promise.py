@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergeforge import native
 from mergeforge.planning.cutting import SUM_NBYTES
 from mergeforge.random_model import Shape, write_adapter, write_model
 from mergeforge.sources.fused import READ_NBYTES
@@ -45,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
+@pytest.mark.needs_kernels
 def test_sums_take_the_tiles_that_they_write(root: Path) -> None:
     """And neither torch nor a place for the inputs."""
     models = [{"model": str(root / f"tuned-{seed}"), "parameters": {"weight": 0.5}} for seed in (1, 2)]

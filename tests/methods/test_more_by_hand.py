@@ -196,7 +196,7 @@ def nothing(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-@pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("density", [0.5, 0.3, 0.9])
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (3, 2), (40, 7), (8, 600), (3, 2048), (2, 5633), (1, 100_001)])
 @pytest.mark.parametrize("made", [many, differences, halves, nothing])
@@ -211,7 +211,7 @@ def test_della_in_c(made: Callable[[torch.Tensor], torch.Tensor], shape: tuple[i
         assert torch.equal(found, expected)
 
 
-@pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
+@pytest.mark.needs_kernels
 def test_della_sorts_what_c_does_not() -> None:
     """Most magnitudes differ less than their buckets do, beside a few that are far away."""
     rows = 1 + torch.rand(4, 4096, generator=torch.Generator().manual_seed(1)) * 1e-4
@@ -229,7 +229,7 @@ def test_della_refuses_chances_that_are_none() -> None:
     METHODS["della"].check_parameters({"density": [1.0, 0.5], "epsilon": [0.15, 0.4]})
 
 
-@pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_sce_in_c(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variances and means that torch computes, bit for bit; with zeros of both signs and equal elements."""

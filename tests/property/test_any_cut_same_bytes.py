@@ -123,7 +123,7 @@ def test_one_block_at_a_time(merge: Merge, whole: Merge, method: str, kind: str)
     assert merge(method, kind, 0, 2, 1) == whole(method, kind)
 
 
-@pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("more", [None, 0])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_kernels_do_not_show(merge: Merge, whole: Merge, method: str, more: int | None) -> None:

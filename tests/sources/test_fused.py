@@ -29,7 +29,7 @@ from mergeforge.native import CHUNK
 from mergeforge.sources.fused import Place, Stack, Unreadable, room_nbytes
 from mergeforge.tensors import TensorInfo, torch_dtype
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="kernels.c is not compiled")
+pytestmark = pytest.mark.needs_kernels
 
 STEPS = {2: CHUNK, 3: CHUNK, 4: 2 * CHUNK, 5: CHUNK}  # numbers that are read at once, of so many inputs
 HALVES = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
