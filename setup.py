@@ -5,14 +5,14 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCE = hashlib.sha256(Path(__file__).with_name("mergeforge").joinpath("kernels.c").read_bytes()).hexdigest()
+SOURCE = hashlib.sha256(Path(__file__).parent.joinpath("mergeforge", "native", "kernels.c").read_bytes()).hexdigest()
 
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno"]
 setup(
     ext_modules=[
         Extension(
-            "mergeforge._kernels",
-            ["mergeforge/kernels.c"],
+            "mergeforge.native._kernels",
+            ["mergeforge/native/kernels.c"],
             define_macros=[("SOURCE", f'"{SOURCE}"')],
             libraries=["m"],
             extra_compile_args=FLAGS,

@@ -18,9 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mergeforge import native
 from mergeforge.disk import InputFile, WriteBehind
 from mergeforge.errors import BudgetError, RecipeError
+from mergeforge.native import bindings
 from mergeforge.sizes import parse_size
 from mergeforge.tensors import BLOCK_ELEMENTS, torch_dtype
 
@@ -175,7 +175,7 @@ class Worker:
 
     def __init__(self, device: str, staging_nbytes: int) -> None:
         self.device = device
-        self.kernels = device == "cpu" and native.available()
+        self.kernels = device == "cpu" and bindings.available()
         self.write_behind = WriteBehind()
         self.stream: Any = None
         self._staging, self._on_device = self._buffers(staging_nbytes + ALIGNMENT)

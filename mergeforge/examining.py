@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mergeforge import native
 from mergeforge.budget import cores, free_memory
 from mergeforge.disk import WriteBehind, preallocate, write_at
+from mergeforge.native import bindings
 from mergeforge.quants import backend
 from mergeforge.sizes import show_size
 
@@ -43,7 +43,7 @@ def facts(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tup
     yield (
         "merging",
         "kernels in C"
-        if native.available()
+        if bindings.available()
         else "torch: kernels.c is not compiled, or another one was; install mergeforge again where a C compiler is",
     )
     yield "quantising", backend("cpu")

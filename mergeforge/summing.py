@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from mergeforge import native
 from mergeforge.budget import Worker
 from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
 from mergeforge.methods.consensus import WeightedSum
 from mergeforge.methods.magnitude import SAMPLE_BLOCKS, SAMPLE_ELEMENTS
 from mergeforge.methods.random_mask import drawing
+from mergeforge.native import bindings
 from mergeforge.sinks import Outlet
 from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sources import Way
@@ -47,7 +47,7 @@ def is_summed(way: Way, info: TensorInfo, outlets: Sequence[Outlet], device: str
     """Whether a tensor is such a sum, and goes to a checkpoint alone."""
     return (
         device == "cpu"
-        and native.available()
+        and bindings.available()
         and isinstance(way, Merged)
         and way.is_sum
         and all(isinstance(part.file, DiskFile) for part in way.stored_parts)

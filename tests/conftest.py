@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeforge import native
+from mergeforge.native import bindings
 from mergeforge.random_model import SHAPES, write_adapter, write_model
 
 TINY = SHAPES["tiny"]
@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("needs_kernels") is None or native.available():
+    if item.get_closest_marker("needs_kernels") is None or bindings.available():
         return
     if os.environ.get(REQUIRE_NATIVE) == "1":
         pytest.fail(f"{REQUIRE_NATIVE}=1, but kernels.c is not compiled, or was compiled from another source")

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergeforge
-from mergeforge import budget, native
+from mergeforge import budget
 from mergeforge.errors import SourceError
+from mergeforge.native import bindings
 
 pytestmark = [
     pytest.mark.needs_kernels,
@@ -77,13 +78,13 @@ def test_what_kernels_do_not_sum_goes_through_torch() -> None:
 @pytest.mark.parametrize("method", ["linear", "slerp"])
 def test_a_file_that_is_cut_off_meanwhile(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names it; what is read when it is opened was there."""
-    whole = native.kernels().inner_products if method == "slerp" else native.kernels().weighted_sum
+    whole = bindings.kernels().inner_products if method == "slerp" else bindings.kernels().weighted_sum
 
     def cut(*arguments: Any) -> int:
         os.truncate("tuned-a/model.safetensors", 4096)
         return int(whole(*arguments))
 
-    monkeypatch.setattr(native.kernels(), whole.__name__, cut)
+    monkeypatch.setattr(bindings.kernels(), whole.__name__, cut)
     with pytest.raises(SourceError, match=r"tuned-a/model.safetensors ends at byte \d+; it changed while"):
         mergeforge.merge(recipe(method), out="out", device="cpu", threads=1)
 
@@ -98,7 +99,7 @@ def test_infinite_values(tmp_path: Path) -> None:
         mergeforge.merge(recipe("linear"), out="out", device="cpu")
     in_c = mergeforge.merge(recipe("linear"), out="in-c", device="cpu", allow_nonfinite=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "available", lambda: False)
+        patch.setattr(bindings, "available", lambda: False)
         in_torch = mergeforge.merge(recipe("linear"), out="in-torch", device="cpu", allow_nonfinite=True)
     assert (in_c / "model.safetensors").read_bytes() == (in_torch / "model.safetensors").read_bytes()
 
@@ -110,7 +111,7 @@ def test_the_receipts_measures_are_torchs() -> None:
 
     in_c = changes(mergeforge.merge(recipe("task_arithmetic"), out="in-c", device="cpu"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "available", lambda: False)
+        patch.setattr(bindings, "available", lambda: False)
         in_torch = changes(mergeforge.merge(recipe("task_arithmetic"), out="in-torch", device="cpu"))
     assert in_c and {name: pytest.approx(facts, rel=1e-9) for name, facts in in_torch.items()} == in_c
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergeforge import native
 from mergeforge.methods import Block, Look, method
 from mergeforge.methods.magnitude import SEARCH_NBYTES, largest, sample, survey
+from mergeforge.native import bindings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,10 +41,10 @@ class Importance:
 
         shift = self.shift(models, block)
         base, other = models
-        if not native.takes(base, other):
+        if not bindings.takes(base, other):
             return (other - base).abs_().mul_(shift)
         out = torch.empty_like(base)
-        native.kernels().importance(base, other, shift, len(shift), base.numel() // len(shift), out)
+        bindings.kernels().importance(base, other, shift, len(shift), base.numel() // len(shift), out)
         return out
 
     def shift(self, models: list[Tensor], block: Block) -> Tensor:
@@ -113,9 +113,9 @@ def _parts(importance: Tensor, below: list[bool]) -> list[Tensor]:
 def arcee_fusion(models: list[Tensor], facts: Importance, block: Block) -> Tensor:
     """base + (other - base) where the importance reaches the threshold, else base."""
     base, other = models
-    if native.takes(base, other):
+    if bindings.takes(base, other):
         shift = facts.shift(models, block)
-        native.kernels().important(base, other, shift, len(shift), base.numel() // len(shift), facts.threshold)
+        bindings.kernels().important(base, other, shift, len(shift), base.numel() // len(shift), facts.threshold)
         return other
     mask = facts.of(models, block).ge_(facts.threshold)
     return other.sub_(base).mul_(mask).add_(base)

@@ -10,13 +10,13 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mergeforge import native
 from mergeforge.methods import DENSITY, UNIT, Block, Look, method
 from mergeforge.methods.consensus import agreeing_sum, weighted_sum
 from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
 from mergeforge.methods.parts import by_rows
 from mergeforge.methods.random_mask import drawing, random_mask
 from mergeforge.methods.rescale import Rescaled, ratios
+from mergeforge.native import bindings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def kept(
 
 
 def _mask(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor:
-    found = _mask_in_c(delta, block, index, density, epsilon) if native.takes(delta) else None
+    found = _mask_in_c(delta, block, index, density, epsilon) if bindings.takes(delta) else None
     return random_mask(delta, block, index, _probability(delta, block, density, epsilon)) if found is None else found
 
 
@@ -47,7 +47,7 @@ def _mask_in_c(delta: Tensor, block: Block, index: int, density: float, epsilon:
     rows, columns = (1, delta.numel()) if block.is_vector else delta.shape
     drawn = drawing(block, index, density)
     buckets, room = min(max(columns // 2, LEAST_BUCKETS), MOST_BUCKETS), max(columns // 8, LEAST_BUCKETS)
-    by = native.Ranking(
+    by = bindings.Ranking(
         element=block.start & 0x7FFFFFFF,
         mask=(*drawn.upper, *drawn.lower, drawn.limit),
         lowest=density - epsilon if columns > 1 else density,
@@ -67,7 +67,7 @@ def _mask_in_c(delta: Tensor, block: Block, index: int, density: float, epsilon:
         sorted=np.empty(room, np.uint64),
     )
     kept = torch.empty(delta.shape, dtype=torch.bool)
-    return None if native.kernels().ranked_mask(delta, by, rows, columns, kept) else kept
+    return None if bindings.kernels().ranked_mask(delta, by, rows, columns, kept) else kept
 
 
 def _probability(delta: Tensor, block: Block, density: float, epsilon: float) -> Tensor:

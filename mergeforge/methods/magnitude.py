@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergeforge import native
 from mergeforge.methods import Block, Look
 from mergeforge.methods.parts import by_elements
 from mergeforge.methods.ranks import NOTHING, SEARCH_NBYTES, Search
+from mergeforge.native import bindings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,7 +184,7 @@ def _count_block(deltas: list[Tensor], searches: dict[int, Search]) -> None:
     for delta in {id(deltas[at]): deltas[at] for at in searches}.values():
         looking = [search for at, search in searches.items() if deltas[at] is delta]
         for (part,) in by_elements([delta]) if delta.device.type == "cpu" else [[delta]]:
-            bits = None if native.takes(part) else _magnitude_bits(part)
+            bits = None if bindings.takes(part) else _magnitude_bits(part)
             for search in looking:
                 nonzero = int(part.count_nonzero()) if search.share is not None else 0
                 low, high = search.low, search.high
@@ -209,7 +209,7 @@ def _split_in_c(part: Tensor, low: int, high: int) -> tuple[int, Bits]:
     import numpy as np
 
     inside, beyond = np.empty(len(part), np.int32), ctypes.c_int64()
-    count = native.kernels().split(part, len(part), low, high, inside, beyond)
+    count = bindings.kernels().split(part, len(part), low, high, inside, beyond)
     return beyond.value, inside[:count]
 
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergeforge import native
 from mergeforge.methods import UNIT, Block, Look, method
 from mergeforge.methods.consensus import combined
 from mergeforge.methods.magnitude import SAMPLE_ELEMENTS, SEARCH_NBYTES, Threshold, largest_share, some
 from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
 from mergeforge.methods.parts import by_elements
+from mergeforge.native import bindings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,8 +77,8 @@ def _variance(deltas: list[Tensor]) -> Tensor:
     import torch
 
     result = torch.empty_like(deltas[0])
-    if native.takes(*deltas):
-        native.kernels().variance(native.places(deltas), len(deltas), result.numel(), result)
+    if bindings.takes(*deltas):
+        bindings.kernels().variance(bindings.places(deltas), len(deltas), result.numel(), result)
         return result
     for first, *others, place in by_elements([*deltas, result], made=2):
         place.copy_(_spread(first, others))
@@ -122,9 +122,9 @@ def _agreeing_mean(deltas: list[Tensor], weights: list[float]) -> Tensor:
     import numpy as np
     import torch
 
-    if native.takes(*deltas):
-        places, given = native.places(deltas), np.array(weights, np.float32)
-        native.kernels().agreeing_mean(places, len(deltas), given, TINY, deltas[0].numel())
+    if bindings.takes(*deltas):
+        places, given = bindings.places(deltas), np.array(weights, np.float32)
+        bindings.kernels().agreeing_mean(places, len(deltas), given, TINY, deltas[0].numel())
         return deltas[0]
     sign = combined([deltas[0].clone(), *deltas[1:]], [1.0] * len(deltas))
     sign.ge_(0).mul_(2).sub_(1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeforge.methods.consensus import WeightedSum
-from mergeforge.native import CHUNK, PRODUCT_CHUNK, Sum, kernels
+from mergeforge.native.bindings import CHUNK, PRODUCT_CHUNK, Sum, kernels
 
 if TYPE_CHECKING:
     import numpy as np

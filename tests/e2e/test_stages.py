@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 import mergeforge
-from mergeforge import native
 from mergeforge.methods import METHODS, dare, della, sce
+from mergeforge.native import bindings
 
 pytestmark = pytest.mark.usefixtures("models")
 
@@ -26,7 +26,7 @@ def test_a_stage_that_is_looked_at_equals_its_file(method: str, in_c: bool, monk
     monkeypatch.setattr(della, "KEPT", 0)
     monkeypatch.setattr(dare, "KEPT", 0)
     if not in_c:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(bindings, "available", lambda: False)
     known = METHODS[method].parameters
     stage = {
         "merge_method": method,

@@ -114,9 +114,9 @@ def write_tiny(folder: Path, shape: Sequence[int], dtype: str = "BF16") -> None:
 
 def has_kernels() -> bool:
     """Whether the kernels in C are compiled and up to date."""
-    from mergeforge import native
+    from mergeforge.native import bindings
 
-    return native.available()
+    return bindings.available()
 
 
 def has_numba() -> bool:
@@ -128,9 +128,9 @@ def has_numba() -> bool:
 
 def without_kernels() -> Any:
     """A context in which torch does what the kernels in C do."""
-    from mergeforge import native
+    from mergeforge.native import bindings
 
-    return patch.object(native, "available", lambda: False)
+    return patch.object(bindings, "available", lambda: False)
 
 
 def without_numba() -> Any:

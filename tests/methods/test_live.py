@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mergeforge import native
 from mergeforge.methods import METHODS, Block
+from mergeforge.native import bindings
 from mergeforge.tensors import BLOCK_ELEMENTS
 
 BLOCK_NBYTES = 4 * BLOCK_ELEMENTS
@@ -141,7 +141,7 @@ def imported() -> None:
 def in_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is declared is what torch needs; kernels in C need less."""
     if "in_c" not in request.fixturenames:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(bindings, "available", lambda: False)
 
 
 @pytest.fixture

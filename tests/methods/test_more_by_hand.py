@@ -11,7 +11,6 @@ import torch
 from looking import Looking, combine
 from test_by_hand import equal, near
 
-from mergeforge import native
 from mergeforge.methods import METHODS, Block
 from mergeforge.methods.della import _mask, _mask_in_c, _order, _probability
 from mergeforge.methods.gram import gram
@@ -21,6 +20,7 @@ from mergeforge.methods.parts import by_rows
 from mergeforge.methods.random_mask import random_mask
 from mergeforge.methods.rescale import Rescaled
 from mergeforge.methods.sce import _agreeing_mean, _of_variance, _variance
+from mergeforge.native import bindings
 
 HALF = math.sqrt(0.5)
 
@@ -239,7 +239,7 @@ def test_sce_in_c(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     deltas[-1][:, ::7] = deltas[0][:, ::7]
     weights = [0.4, 1e-9, 0.6, 0.2, 0.3][:count]
     variance, mean = _variance(deltas), _agreeing_mean([one.clone() for one in deltas], weights)
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(bindings, "available", lambda: False)
     assert torch.equal(variance, _variance(deltas))
     expected = _agreeing_mean(deltas, weights)
     assert torch.equal(mean.view(torch.int32), expected.view(torch.int32))

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mergeforge
-from mergeforge import budget, native, tensors
+from mergeforge import budget, tensors
 from mergeforge.methods import METHODS
+from mergeforge.native import bindings
 from mergeforge.planning import cutting
 from mergeforge.random_model import Shape, write_adapter, write_model
 from mergeforge.sinks.checkpoint import lay_out, split
@@ -85,7 +86,7 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
         out = folder / str(next(counter))
         with pytest.MonkeyPatch.context() as patch:
             if not in_c:
-                patch.setattr(native, "available", lambda: False)
+                patch.setattr(bindings, "available", lambda: False)
             patch.setattr(tensors, "BLOCK_ELEMENTS", BLOCK)
             patch.setattr(cutting, "TILE_NBYTES", tile)
             patch.setattr(cutting, "SUM_NBYTES", tile)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import mergeforge
-from mergeforge import native
 from mergeforge.measuring import measure
 from mergeforge.methods import METHODS, Block
 from mergeforge.methods.bands import Band, Bands
@@ -25,7 +24,8 @@ from mergeforge.methods.magnitude import Threshold, _magnitude_bits, _split, _sp
 from mergeforge.methods.masks import Masks
 from mergeforge.methods.random_mask import drawing, masked
 from mergeforge.methods.ranks import NOTHING
-from mergeforge.native import CHUNK
+from mergeforge.native import bindings
+from mergeforge.native.bindings import CHUNK
 from mergeforge.sources.fused import Place, Stack, Unreadable, room_nbytes
 from mergeforge.tensors import TensorInfo, torch_dtype
 
@@ -193,7 +193,7 @@ def test_elected_sums(
         deltas = masked(deltas, Block("w", 6 * base.shape[1], 3), densities, [Masks()] * 4)
         terms = replace(terms, kept=[drawing(Block("w", 0, 3), at, one) for at, one in enumerate(densities)])
     in_c = summed(found, terms, 6, 13)[0]
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(bindings, "available", lambda: False)
     in_torch = agreeing_sum(deltas, weight, normalize, 0.7, ratios).add_(base[1:8])
     assert torch.equal(bits(in_c), bits(in_torch))
 
@@ -233,7 +233,7 @@ def test_agreeing_sum(
     deltas[0][0, :3], deltas[1][1, :3], deltas[2][2, :3] = math.inf, -math.inf, math.nan
     weight = [0.5, -0.25, 1.0]
     in_c = agreeing_sum([one.clone() for one in deltas], weight, normalize, lambda_, ratios)
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(bindings, "available", lambda: False)
     in_torch = agreeing_sum([one.clone() for one in deltas], weight, normalize, lambda_, ratios)
     odd = in_torch.isnan()
     assert torch.equal(in_c.isnan(), odd)
@@ -281,7 +281,7 @@ def test_bands(tmp_path: Path, made: tuple[Callable[[Tensor], Band] | None, ...]
     terms = WeightedSum(weight, scale=0.7, elected=weight if elects else (), bands=Bands(bands).table)
     with_torch = agreeing_sum if elects else weighted_sum
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "available", lambda: False)
+        patch.setattr(bindings, "available", lambda: False)
         expected = with_torch([one.clone() for one in kept], weight, False, 0.7).add_(base)
     for _ in range(2):
         rows = torch.cat([summed(found, terms, start, stop)[0] for start, stop in ((0, 2), (2, 3), (3, 9))])
@@ -342,26 +342,26 @@ def test_without_a_compiler_torch_merges(monkeypatch: pytest.MonkeyPatch) -> Non
     """The same file."""
     recipe = {"merge_method": "linear", "models": ["./tuned-a", "./tuned-b"], "parameters": {"weight": [0.3, 0.8]}}
     out = mergeforge.merge(recipe, out="in-c", device="cpu")
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(bindings, "_library", lambda: None)
     with pytest.raises(RuntimeError, match="not compiled"):
-        native.kernels()
+        bindings.kernels()
     other = mergeforge.merge(recipe, out="in-torch", device="cpu")
     assert (out / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
 def test_a_library_that_does_not_load_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of another system, or compiled from another kernels.c."""
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    assert native._library.__wrapped__() is None
+    monkeypatch.setattr(bindings, "__file__", str(tmp_path / "native.py"))
+    assert bindings._library.__wrapped__() is None
     library = tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}"
     library.write_bytes(b"\x7fELF")
-    assert native._library.__wrapped__() is None
-    compiled = Path(native.kernels()._name)
+    assert bindings._library.__wrapped__() is None
+    compiled = Path(bindings.kernels()._name)
     library.unlink()
     library.write_bytes(compiled.read_bytes())
-    assert native._library.__wrapped__() is not None  # no source beside: a wheel
+    assert bindings._library.__wrapped__() is not None  # no source beside: a wheel
     (tmp_path / "kernels.c").write_text("another one")
-    assert native._library.__wrapped__() is None
+    assert bindings._library.__wrapped__() is None
 
 
 def test_as_many_factors_as_inputs() -> None:
