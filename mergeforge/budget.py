@@ -18,11 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mergeforge.core.sizes import parse_size
+from mergeforge.core.tensor_info import BLOCK_ELEMENTS, torch_dtype
 from mergeforge.disk import InputFile, WriteBehind
 from mergeforge.errors import BudgetError, RecipeError
 from mergeforge.native import bindings
-from mergeforge.sizes import parse_size
-from mergeforge.tensors import BLOCK_ELEMENTS, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from mergeforge.core.sizes import show_size
 from mergeforge.planning import Plan
-from mergeforge.sizes import show_size
 from mergeforge.sources.checkpoint import Checkpoint, Model
 
 _LICENCE = ("license", "license_name", "license_link")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.budget import Worker
+from mergeforge.core.tensor_info import TensorInfo, blocks, cut
 from mergeforge.explaining import explain
 from mergeforge.hub import fetch
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint, read_json
@@ -17,7 +18,6 @@ from mergeforge.sources.dequantised import Dequantised, open_gguf, open_gguf_alo
 from mergeforge.sources.gguf_file import read_gguf
 from mergeforge.sources.safetensors_file import read_header
 from mergeforge.sources.stored import Stored
-from mergeforge.tensors import TensorInfo, blocks, cut
 
 TILE_NBYTES = 16 << 20
 _FACTS = [

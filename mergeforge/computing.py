@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergeforge.budget import Worker
+from mergeforge.core.tensor_info import TensorInfo, Tile, blocks, torch_dtype
 from mergeforge.errors import SourceError
 from mergeforge.measuring import Measured, base_of, looks_at, measure, total
 from mergeforge.planning import Piece
@@ -18,7 +19,6 @@ from mergeforge.sinks.checkpoint import KEY
 from mergeforge.sources import Facts, Rows, Scan, learn
 from mergeforge.sources.merged import Merged
 from mergeforge.summing import Summing
-from mergeforge.tensors import TensorInfo, Tile, blocks, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,9 +13,9 @@ from mergeforge.adapters.keys import Key, clean_path, parse_key
 from mergeforge.adapters.kinds import KINDS
 from mergeforge.adapters.lora import read_settings, told_start
 from mergeforge.adapters.refused import REFUSED
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import listing
 from mergeforge.recipe.settings import layer_of
-from mergeforge.tensors import TensorInfo
 
 
 def explain(config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> list[str]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergeforge.core.tensor_info import Tile
 from mergeforge.disk import on_disk, sync_folder
 from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.planning import WORK, Plan, make_plan
 from mergeforge.running import run
-from mergeforge.tensors import Tile
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge.checksums import file_sha256, git_sha1
+from mergeforge.core.checksums import file_sha256, git_sha1
 from mergeforge.disk import InputFile, write_durably
 from mergeforge.errors import MergeforgeError, SourceError, listing
 

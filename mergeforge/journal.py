@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from mergeforge.core.tensor_info import Tile
 from mergeforge.disk import disk_error, sync_folder
-from mergeforge.tensors import Tile
 
 NAME = "journal.jsonl"
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.planning import Piece
 from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.merged import Merged
 from mergeforge.sources.stored import Stored
-from mergeforge.tensors import TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

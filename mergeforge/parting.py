@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from mergeforge.core.sizes import show_size
 from mergeforge.errors import ODD, SourceError
-from mergeforge.sizes import show_size
 
 RECEIPT, CARD, MODELFILE, CONFIG = "mergeforge.json", "README.md", "Modelfile", "config.json"
 KEPT = ("license", "license_name", "license_link", "language")  # of the model's card in that of its GGUF files

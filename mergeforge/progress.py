@@ -16,11 +16,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from mergeforge.budget import resident_memory
+from mergeforge.core.sizes import show_size
+from mergeforge.core.tensor_info import Tile
 from mergeforge.joining import Join
 from mergeforge.planning import Plan
 from mergeforge.quants import backend
-from mergeforge.sizes import show_size
-from mergeforge.tensors import Tile
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeforge.checksums import file_sha256, git_sha1
+from mergeforge.core.checksums import file_sha256, git_sha1
 from mergeforge.errors import MergeforgeError, OutputError, RecipeError, SourceError, listing
 from mergeforge.hub import download_whole
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.disk import WriteBehind
 from mergeforge.errors import RecipeError, did_you_mean
 from mergeforge.layout import Layout, OutputFiles
 from mergeforge.sinks.checkpoint import INDEX, index, lay_out
-from mergeforge.tensors import TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergeforge.checksums import file_sha256, tensor_checksum
+from mergeforge.core.checksums import file_sha256, tensor_checksum
 from mergeforge.journal import Journal
 from mergeforge.measuring import Measured, total
 from mergeforge.planning import Piece, Plan
@@ -54,7 +54,7 @@ def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], sec
         "recipe": plan.recipe.documents if plan.recipe.stages else plan.recipe.raw,
         "inputs": [_input(table) for table in plan.inputs.checkpoints],
         "notes": list(plan.notes),
-        "checksum": "xxh3-128 of the xxh3-128 digests of the tensor's strips (mergeforge/checksums.py)",
+        "checksum": "xxh3-128 of the xxh3-128 digests of the tensor's strips (mergeforge/core/checksums.py)",
         "tensors": dict(sorted(tensors.items())),
         "files": files,
         "run": _run(plan, seconds),

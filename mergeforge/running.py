@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 from mergeforge import joining
 from mergeforge.budget import Worker, one_torch_thread, steady_malloc
 from mergeforge.card import model_card
-from mergeforge.checksums import strip_checksums
 from mergeforge.computing import carry
+from mergeforge.core.checksums import strip_checksums
+from mergeforge.core.tensor_info import Tile
 from mergeforge.disk import DiskFile, InputFile, WriteBehind
 from mergeforge.errors import MergeforgeError, SourceError, out_of_memory
 from mergeforge.journal import Done
@@ -32,7 +33,6 @@ from mergeforge.receipt import receipt
 from mergeforge.shipping import Shipment, open_shipment
 from mergeforge.sinks import Outlet, Run, joined, strips
 from mergeforge.sinks.checkpoint import index
-from mergeforge.tensors import Tile
 from mergeforge.vocab.modelfile import modelfile
 from mergeforge.workspace import CARD, RECEIPT, RECIPE, Workspace
 

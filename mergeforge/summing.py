@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mergeforge.budget import Worker
+from mergeforge.core.tensor_info import TensorInfo, Tile, some_blocks
 from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
 from mergeforge.methods.consensus import WeightedSum
@@ -25,7 +26,6 @@ from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sources import Way
 from mergeforge.sources.fused import KINDS, WIDEST, Place, Stack, Unreadable, room_nbytes
 from mergeforge.sources.merged import Merged
-from mergeforge.tensors import TensorInfo, Tile, some_blocks
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,8 +13,9 @@ from typing import Any
 import xxhash
 
 from mergeforge.budget import Worker, cores, one_torch_thread
-from mergeforge.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.computing import carry
+from mergeforge.core.checksums import file_sha256, strip_checksums, tensor_checksum
+from mergeforge.core.tensor_info import Tile, blocks
 from mergeforge.disk import DiskFile, InputFile
 from mergeforge.engine import Closeness, compare_with_transformers
 from mergeforge.errors import MergeforgeError, SourceError, refused_if_odd
@@ -24,7 +25,6 @@ from mergeforge.sinks import strips
 from mergeforge.sinks.checkpoint import KEY
 from mergeforge.sinks.fp8 import SCALES
 from mergeforge.sources.safetensors_file import Header, read_header
-from mergeforge.tensors import Tile, blocks
 from mergeforge.workspace import CARD, RECEIPT, RECIPE, read_receipt
 
 SAMPLE = 24  # tensors that a deep check computes again

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.registry import Registry
+from mergeforge.core.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor

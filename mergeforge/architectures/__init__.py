@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.core.registry import Registry
 from mergeforge.errors import ODD, SourceError, did_you_mean, refused_if_odd
 from mergeforge.keyvalues import Keys
-from mergeforge.registry import Registry
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mergeforge.architectures.model import Model
-    from mergeforge.tensors import TensorInfo
+    from mergeforge.core.tensor_info import TensorInfo
 
 
 @dataclass(frozen=True, eq=False)

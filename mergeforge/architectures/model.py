@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergeforge.architectures.config import completed
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
-from mergeforge.tensors import TensorInfo
 
 MOST_LAYERS = 1024  # names of more take seconds to make
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.architectures import Place, Spelling
 from mergeforge.architectures.limits import rope_notes, window_notes
 from mergeforge.architectures.model import Model
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, listing
 from mergeforge.keyvalues import Value
-from mergeforge.tensors import TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np

@@ -61,7 +61,7 @@ def gguf(
     if tensor_types:
         asked["tensor_types"] = dict(_pair(one) for one in tensor_types)
     from mergeforge import exporting, progress
-    from mergeforge.sizes import show_size
+    from mergeforge.core.sizes import show_size
 
     options = {"memory": memory, "device": device, "threads": threads, "allow_pickle": allow_pickle}
     options["overwrite"] = overwrite

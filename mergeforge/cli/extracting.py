@@ -81,8 +81,8 @@ def _show(report: Any, to: Console, *, verbose: bool) -> None:
     """Modules that are alike as one row: the layer numbers are left out."""
     from rich.markup import escape
 
+    from mergeforge.core.sizes import show_size
     from mergeforge.errors import listing
-    from mergeforge.sizes import show_size
 
     groups = _groups(report.factored, verbose=verbose)
     rows: list[tuple[str, ...]] = [("module", "count", "rank", "energy kept", "error |D-BA|/|D|")]

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from mergeforge.core.sizes import show_size
 from mergeforge.errors import SourceError, listing
-from mergeforge.sizes import show_size
 
 
 @click.command()

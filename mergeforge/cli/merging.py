@@ -125,7 +125,7 @@ def _run(
     started = time.monotonic()
     made = _made(recipe, sets, options)
     from mergeforge import progress, publishing, running
-    from mergeforge.sizes import show_size
+    from mergeforge.core.sizes import show_size
 
     to = progress.console()
     if verbose:

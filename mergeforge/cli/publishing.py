@@ -54,7 +54,7 @@ def publish(folder: str, repo: str, *, gguf: str, as_json: bool, **options: Any)
 def _publish(folder: Path, repo: str, *, dry_run: bool, quiet: bool, **options: Any) -> dict[str, Any]:
     """Publish one folder; what was done, for --json."""
     from mergeforge import publishing
-    from mergeforge.sizes import show_size
+    from mergeforge.core.sizes import show_size
 
     planned = publishing.plan_publication(folder, repo, **options)
 

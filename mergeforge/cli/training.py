@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergeforge.core.sizes import show_size
 from mergeforge.errors import RecipeError
-from mergeforge.sizes import show_size
 
 if TYPE_CHECKING:
     from mergeforge.train.planning import TrainPlan

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mergeforge.budget import Worker, steady_malloc
+from mergeforge.core.low_rank_svd import Factors, exact, exact_held, randomised, residual
+from mergeforge.core.tensor_info import torch_dtype
 from mergeforge.errors import SourceError, out_of_memory
 from mergeforge.extracting.difference import Difference, Job
 from mergeforge.extracting.pairing import Pair
 from mergeforge.extracting.plan import Extraction
 from mergeforge.extracting.report import PREFIX, Found
-from mergeforge.factoring import Factors, exact, exact_held, randomised, residual
 from mergeforge.recipe import OUT_DTYPES
 from mergeforge.sinks.adapter import Spool
-from mergeforge.tensors import torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

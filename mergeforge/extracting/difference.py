@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mergeforge.budget import ALIGNMENT, MOST_THREADS, Budget, Worker, cores
+from mergeforge.core.low_rank_svd import SquareSum, exact_nbytes, is_exact_cheaper, randomised_nbytes
+from mergeforge.core.sizes import show_size
+from mergeforge.core.tensor_info import TensorInfo, cut
 from mergeforge.errors import BudgetError
 from mergeforge.extracting.pairing import Pair
-from mergeforge.factoring import SquareSum, exact_nbytes, is_exact_cheaper, randomised_nbytes
-from mergeforge.sizes import show_size
-from mergeforge.tensors import TensorInfo, cut
 
 if TYPE_CHECKING:
     from torch import Tensor

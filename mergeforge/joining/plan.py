@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergeforge.adapters.keys import parse_key
+from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, RecipeError, SourceError
 from mergeforge.recipe import OUT_DTYPES
-from mergeforge.sizes import show_size
 from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.adapter import Adapter

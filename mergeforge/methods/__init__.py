@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from mergeforge.parameters import Interval, Parameter, parameters_of
-from mergeforge.registry import Registry
+from mergeforge.core.parameters import Interval, Parameter, parameters_of
+from mergeforge.core.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergeforge.core.tensor_info import dtype_name
 from mergeforge.native import bindings
-from mergeforge.tensors import dtype_name
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from mergeforge.core.parameters import Interval
 from mergeforge.methods import Look, method
 from mergeforge.methods.consensus import WeightedSum
 from mergeforge.methods.gram import gram, lengths
-from mergeforge.parameters import Interval
 
 if TYPE_CHECKING:
     from torch import Tensor

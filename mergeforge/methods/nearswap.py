@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from mergeforge.core.parameters import Interval
 from mergeforge.methods import method
 from mergeforge.methods.consensus import WeightedSum
-from mergeforge.parameters import Interval
 
 if TYPE_CHECKING:
     from torch import Tensor

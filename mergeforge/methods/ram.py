@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from mergeforge.core.parameters import Interval
 from mergeforge.methods import Block, Look, method
-from mergeforge.parameters import Interval
 
 if TYPE_CHECKING:
     from torch import Tensor

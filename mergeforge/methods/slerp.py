@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from mergeforge.core.tensor_info import dtype_name
 from mergeforge.methods import Look, method
 from mergeforge.methods.consensus import WeightedSum
 from mergeforge.methods.gram import gram, lengths
-from mergeforge.tensors import dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor

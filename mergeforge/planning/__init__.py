@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.budget import MOST_KEPT, Budget, make_budget
+from mergeforge.core.sizes import show_size
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import BudgetError, OutputError, RecipeError
 from mergeforge.joining import Join, folded_terms, plan_join
@@ -37,9 +39,7 @@ from mergeforge.remote import Link
 from mergeforge.side_files import SideFiles
 from mergeforge.sinks import Outlet
 from mergeforge.sinks import checkpoint as sink
-from mergeforge.sizes import show_size
 from mergeforge.sources.quantised.way import Quantised
-from mergeforge.tensors import TensorInfo
 
 __all__ = ["Batch", "Piece", "Plan", "make_plan", "read_recipe"]
 

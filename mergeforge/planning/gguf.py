@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.architectures import Place, Spelling, spell
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, refused_if_odd
 from mergeforge.keyvalues import Keys, Value, text, u32
 from mergeforge.layout import Layout
@@ -22,7 +23,6 @@ from mergeforge.sources import Way
 from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.stored import Stored, same_content
 from mergeforge.sources.tied import is_head, tied_head
-from mergeforge.tensors import TensorInfo
 from mergeforge.vocab import vocabulary
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergeforge.core.parameters import Parameter
 from mergeforge.errors import RecipeError
 from mergeforge.methods import Method
-from mergeforge.parameters import Parameter
 from mergeforge.recipe.settings import value_at
 
 Settings = Mapping[str, Any]

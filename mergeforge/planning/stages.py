@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import RecipeError
 from mergeforge.planning.compose import Composition, compose
 from mergeforge.planning.depth import stacked_config
@@ -22,7 +23,6 @@ from mergeforge.remote import Link
 from mergeforge.side_files import SideFiles
 from mergeforge.sources import Way
 from mergeforge.sources.renamed import Renamed
-from mergeforge.tensors import TensorInfo
 from mergeforge.tokenizer import with_chat_template
 
 

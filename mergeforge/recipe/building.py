@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
-from mergeforge.parameters import Parameter
+from mergeforge.core.parameters import Parameter
 from mergeforge.recipe import text
 from mergeforge.recipe.entries import (
     AdapterEntry,

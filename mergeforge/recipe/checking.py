@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from mergeforge.core.parameters import Parameter
 from mergeforge.errors import Problem, did_you_mean
-from mergeforge.parameters import Parameter
 from mergeforge.recipe import text
 from mergeforge.recipe.building import Builder, check_values, output_of
 from mergeforge.recipe.entries import ModelEntry, Recipe

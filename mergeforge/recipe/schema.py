@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from mergeforge.core.sizes import parse_size
 from mergeforge.errors import did_you_mean
 from mergeforge.recipe.text import Path
-from mergeforge.sizes import parse_size
 
 Report = Callable[[Path, str, str], None]  # path, message, hint
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.core.tensor_info import TensorInfo, dtype_name
 from mergeforge.disk import (
     DiskFile,
     InputFile,
@@ -32,7 +33,6 @@ from mergeforge.disk import (
 from mergeforge.errors import MergeforgeError, OutputError, listing
 from mergeforge.layout import OutputFiles
 from mergeforge.sinks.checkpoint import SINGLE, lay_out
-from mergeforge.tensors import TensorInfo, dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergeforge.core.tensor_info import DTYPE_ORDER, TensorInfo, torch_dtype
 from mergeforge.layout import Extent, Layout, OutputFile
 from mergeforge.sinks import Run
-from mergeforge.tensors import DTYPE_ORDER, TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.dequantising import fp8
 from mergeforge.layout import Extent
 from mergeforge.sinks import Run
-from mergeforge.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,12 +14,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mergeforge.architectures import Place
+from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.keyvalues import Keys, Value, encoded, u16
 from mergeforge.layout import Extent, Layout, OutputFile
 from mergeforge.quants import QuantType, encode, scratch_nbytes
 from mergeforge.sinks import Run, joined
 from mergeforge.sinks.checkpoint import OVERFLOW
-from mergeforge.tensors import TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mergeforge.budget import Need, Worker
-from mergeforge.tensors import TensorInfo, some_blocks
+from mergeforge.core.tensor_info import TensorInfo, some_blocks
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.budget import ALIGNMENT, Need, Worker
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.sources import Facts, Rows, Scan, Way
 from mergeforge.sources.stored import Stored, same_content
-from mergeforge.tensors import TensorInfo
 
 if TYPE_CHECKING:
     import torch

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mergeforge.architectures import Place, spell
+from mergeforge.core.tensor_info import FLOATS, TensorInfo
 from mergeforge.errors import SourceError, listing
 from mergeforge.sources.adapter import Adapter
 from mergeforge.sources.checkpoint import Checkpoint, Model
 from mergeforge.sources.edits import LowRank
 from mergeforge.sources.gguf_file import GGUFHeader, Held, read_gguf
 from mergeforge.sources.stored import Stored
-from mergeforge.tensors import FLOATS, TensorInfo
 
 
 def open_gguf_adapter(path: Path, label: str, base: Model) -> Adapter:

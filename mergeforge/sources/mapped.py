@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.budget import ALIGNMENT, Need, Worker
+from mergeforge.core.tensor_info import TensorInfo, cut
 from mergeforge.errors import SourceError
 from mergeforge.sources import Facts, Rows, Scan, Way, any_learns, learn
 from mergeforge.sources.picked import Picked, StagedRows
 from mergeforge.sources.renamed import Renamed
-from mergeforge.tensors import TensorInfo, cut
 from mergeforge.tokenizer.settings import RowPicks
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeforge.budget import ALIGNMENT, Need, Worker
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.methods import Block, Method
 from mergeforge.sources import Facts, Rows, Scan, Way
 from mergeforge.sources.fused import KINDS, Place, Stack
 from mergeforge.sources.stored import Stored
-from mergeforge.tensors import TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeforge.budget import ALIGNMENT, Need, Worker, viewed
+from mergeforge.core.tensor_info import DTYPES, dtype_name
 from mergeforge.sources import Facts, Way
 from mergeforge.sources.merged import Merged
 from mergeforge.sources.renamed import Renamed
 from mergeforge.sources.stored import Stored
-from mergeforge.tensors import DTYPES, dtype_name
 
 if TYPE_CHECKING:
     import numpy as np

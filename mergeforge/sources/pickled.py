@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mergeforge.core.tensor_info import DTYPES, TensorInfo, dtype_name
 from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
 from mergeforge.sources.stored import Stored
-from mergeforge.tensors import DTYPES, TensorInfo, dtype_name
 
 
 def read_pickled(path: Path) -> tuple[dict[str, Stored], str]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.budget import Need, Worker
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.sources import Facts, Rows, Scan, Way
-from mergeforge.tensors import TensorInfo
 
 if TYPE_CHECKING:
     import torch

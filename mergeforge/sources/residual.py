@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.budget import ALIGNMENT, Need, Worker
-from mergeforge.factoring import exact, exact_held, exact_nbytes
+from mergeforge.core.low_rank_svd import exact, exact_held, exact_nbytes
 from mergeforge.sources import Facts, Scan, Way
 from mergeforge.sources.edits import Delta, LowRank
 from mergeforge.sources.stored import Stored

@@ -16,9 +16,9 @@ from itertools import accumulate
 from operator import mul
 from typing import Any
 
+from mergeforge.core.tensor_info import DTYPES, TensorInfo
 from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import SourceError
-from mergeforge.tensors import DTYPES, TensorInfo
 
 LARGEST_HEADER = 100_000_000
 LARGEST_NUMBER = 1 << 48

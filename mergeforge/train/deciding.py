@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, RecipeError
-from mergeforge.sizes import show_size
 from mergeforge.train.estimate import Estimate, Way, estimate
 from mergeforge.train.facts import ModelFacts
 from mergeforge.train.settings import Lora, TrainSettings

@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from mergeforge.budget import free_memory
+from mergeforge.core.sizes import show_size
 from mergeforge.errors import MissingExtraError, RecipeError
-from mergeforge.sizes import show_size
 from mergeforge.train.deciding import Machine
 from mergeforge.train.settings import TrainSettings
 

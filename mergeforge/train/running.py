@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.budget import resident_memory
+from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, OutputError
-from mergeforge.sizes import show_size
 from mergeforge.train import extra
 from mergeforge.train.flow import write_recipe
 from mergeforge.train.folder import FINISHED, INTERRUPTED, RunFolder

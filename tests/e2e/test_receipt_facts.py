@@ -66,9 +66,9 @@ def test_merges_of_models_tell_it_too(models: Path) -> None:
 
 @pytest.mark.parametrize("memory", ["32MiB", "1GiB"])
 def test_the_facts_do_not_depend_on_the_memory(models: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergeforge import tensors
+    from mergeforge.core import tensor_info
 
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 256)
     recipe = {"base_model": "base", "adapters": ["legal"]}
     one = receipt(mergeforge.merge(recipe, out="one", memory=memory))
     other = receipt(mergeforge.merge(recipe, out="other", threads=1))

@@ -15,11 +15,11 @@ from breaking import Strikes, World, assert_nothing_half_done, digests, go_on
 from tally import Tally
 
 from mergeforge import running
+from mergeforge.core.tensor_info import Tile
 from mergeforge.disk import sync_folder
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError
 from mergeforge.journal import NAME, read_journal
 from mergeforge.planning import WORK
-from mergeforge.tensors import Tile
 
 Strike = Callable[..., Strikes]
 

@@ -17,8 +17,8 @@ from tiny_models import SIZES, TINY, VOCAB, Shapes, Tiny, baichuan, folders, pla
 
 from mergeforge.architectures import ARCHITECTURES, Spelling, spell
 from mergeforge.architectures.defaults import defaults
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
-from mergeforge.tensors import TensorInfo
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_architectures.json").read_text())
 TRANSFORMERS = "5.23"  # whose defaults defaults.py holds

@@ -15,8 +15,9 @@ from llama_cpp import Read, read
 from safetensors.torch import load_file
 
 import mergeforge
-from mergeforge import exporting, running, tensors
+from mergeforge import exporting, running
 from mergeforge.cli import run_command
+from mergeforge.core import tensor_info
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 from mergeforge.planning import cutting
 
@@ -78,7 +79,7 @@ def test_any_cut_gives_the_same_bytes(
     models: Path, monkeypatch: pytest.MonkeyPatch, memory: str, threads: int, tile: int
 ) -> None:
     """Blocks of 10 rows: no multiple of a head, so rotary rows go to the file one by one."""
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 640)
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 640)
     expected = files(merged("whole"))
     monkeypatch.setattr(cutting, "TILE_NBYTES", tile)
     assert files(merged("cut", memory=memory, threads=threads)) == expected
@@ -143,7 +144,7 @@ def test_verify_knows_where_halves_of_fused_experts_lie(
     from tiny_models import TINY, folders
 
     ((folder, _),) = folders([tiny for tiny in TINY if tiny.name == "granitemoe"], tmp_path).values()
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", rows * 256)
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", rows * 256)
     exported(str(folder), str(tmp_path / "out"), "f16", "q4_k_m")
     assert run_command(["verify", str(tmp_path / "out")]) == 0
 

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from mergeforge import tensors
 from mergeforge.architectures import Place
+from mergeforge.core import tensor_info
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.layout import Extent
 from mergeforge.quants import QUANT_TYPES
 from mergeforge.sinks import common_strip, strips
 from mergeforge.sinks.gguf import GGUFOutlet
-from mergeforge.tensors import TensorInfo
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 640)  # 20 rows of 32 columns: no multiple of a head
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 640)  # 20 rows of 32 columns: no multiple of a head
 
 
 def written(place: Place, values: torch.Tensor, kind: str = "F32") -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeforge.factoring import (
+from mergeforge.core.low_rank_svd import (
     Factors,
     Look,
     cut_product,

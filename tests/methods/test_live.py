@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mergeforge.core.tensor_info import BLOCK_ELEMENTS
 from mergeforge.methods import METHODS, Block
 from mergeforge.native import bindings
-from mergeforge.tensors import BLOCK_ELEMENTS
 
 BLOCK_NBYTES = 4 * BLOCK_ELEMENTS
 BLOCKS = 3  # of the whole tensor

@@ -114,10 +114,10 @@ def test_biases(lab: Lab, case: str) -> None:
 @pytest.mark.parametrize("case", ["loha", "road 1", "oft", "gralora hybrid", "miss bat", "c3a", "lokr", "fourierft"])
 def test_any_cut_gives_the_same_bytes(lab: Lab, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 3 rows instead of whole tensors: the numbers stay."""
-    from mergeforge import tensors
+    from mergeforge.core import tensor_info
 
     name, config = CASES[case]
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 100)
     check(lab, "llama", name, config, threads=1)
 
 

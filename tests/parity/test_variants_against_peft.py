@@ -128,12 +128,12 @@ def test_lora_on_convolutions(lab: Lab, net: Path, case: str) -> None:
 
 def test_any_cut_of_convolutions_gives_the_same(lab: Lab, net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, which part a Conv1d's output channels, and whole tensors."""
-    from mergeforge import tensors
+    from mergeforge.core import tensor_info
 
     config = peft.LoraConfig(r=4, use_dora=True, target_modules=CONVOLUTIONS)
     folder, model = tuned(lab, net, config)
     whole = check_net(lab, net, folder, model, CONVOLUTIONS)
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 15)
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 15)
     for name, value in check_net(lab, net, folder, model, CONVOLUTIONS).items():
         assert close(value, whole[name], 1e-6), name
 
@@ -229,11 +229,11 @@ def test_a_variant_on_the_original_base(lab: Lab, case: str) -> None:
 @pytest.mark.parametrize("start", ["pissa", "kasa", "olora"])
 def test_a_start_in_small_blocks(lab: Lab, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is learnt from blocks of 3 rows is what is learnt from the whole tensor."""
-    from mergeforge import tensors
+    from mergeforge.core import tensor_info
 
     base = lab.base("llama")
     adapter = lab.train(base, target_modules=LINEAR, **VARIANTS.get(start, {"init_lora_weights": start}))
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 100)
     ours = load_file(fold(lab, base, adapter.folder) / "model.safetensors")
     theirs = adapter.merged_by_peft()
     assert [name for name, value in ours.items() if not close(value, theirs[name], 1e-5)] == []

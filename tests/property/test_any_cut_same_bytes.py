@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mergeforge
-from mergeforge import budget, tensors
+from mergeforge import budget
+from mergeforge.core import tensor_info
+from mergeforge.core.tensor_info import DTYPES, TensorInfo, Tile, blocks, cut, torch_dtype
 from mergeforge.methods import METHODS
 from mergeforge.native import bindings
 from mergeforge.planning import cutting
 from mergeforge.random_model import Shape, write_adapter, write_model
 from mergeforge.sinks.checkpoint import lay_out, split
-from mergeforge.tensors import DTYPES, TensorInfo, Tile, blocks, cut, torch_dtype
 
 SHAPE = Shape(hidden=64, intermediate=176, layers=1, heads=4, kv_heads=2, vocab=320)
 BLOCK = 4096  # elements, so that these small tensors have up to five blocks
@@ -87,7 +88,7 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
         with pytest.MonkeyPatch.context() as patch:
             if not in_c:
                 patch.setattr(bindings, "available", lambda: False)
-            patch.setattr(tensors, "BLOCK_ELEMENTS", BLOCK)
+            patch.setattr(tensor_info, "BLOCK_ELEMENTS", BLOCK)
             patch.setattr(cutting, "TILE_NBYTES", tile)
             patch.setattr(cutting, "SUM_NBYTES", tile)
             patch.setattr(budget, "SMALLEST_MEMORY", 1)

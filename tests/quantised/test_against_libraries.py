@@ -11,7 +11,7 @@ import torch
 from reading import opened, values
 from safetensors import safe_open
 
-from mergeforge import tensors as table
+from mergeforge.core import tensor_info as table
 
 HERE = Path(__file__).parent
 

@@ -9,7 +9,7 @@ import torch
 from quantising import FORMATS, fp8_block, fp8_channel
 from reading import opened, values, write_shards
 
-from mergeforge import tensors as table
+from mergeforge.core import tensor_info as table
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint
 
 

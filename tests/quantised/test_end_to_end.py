@@ -15,7 +15,7 @@ from reading import Tensors, write
 from safetensors.torch import load_file
 
 import mergeforge
-from mergeforge import tensors as table
+from mergeforge.core import tensor_info as table
 
 Quantise = Callable[[torch.Tensor], Any]
 

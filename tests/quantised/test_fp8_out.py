@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mergeforge import tensors as table
+from mergeforge.core import tensor_info as table
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.dequantising import fp8
 from mergeforge.layout import Extent
 from mergeforge.sinks import strips
 from mergeforge.sinks.fp8 import FP8Outlet, stored_as
-from mergeforge.tensors import TensorInfo
 
 BLOCK = (16, 32)
 

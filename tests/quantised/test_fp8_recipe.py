@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 import mergeforge
 from mergeforge.cli import run_command
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.dequantising import fp8
 from mergeforge.errors import SourceError
 from mergeforge.planning.eight_bits import quantization_config
 from mergeforge.random_model import Shape, write_adapter, write_model
-from mergeforge.tensors import TensorInfo
 
 SHAPE = Shape(hidden=192, intermediate=320, layers=2, heads=4, kv_heads=2, vocab=320)
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -72,9 +72,9 @@ def test_it_is_read_back_as_a_base(models: Path) -> None:
 
 @pytest.mark.parametrize("memory", ["24MiB", "1GiB"])
 def test_memory_does_not_change_the_bytes(models: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergeforge import tensors
+    from mergeforge.core import tensor_info
 
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 4096)
     one = mergeforge.merge(RECIPE | {"output": {"fp8": True}}, out="one", memory=memory, threads=1)
     other = mergeforge.merge(RECIPE | {"output": {"fp8": True}}, out="other", threads=2)
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()

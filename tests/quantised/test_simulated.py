@@ -9,7 +9,7 @@ import torch
 from reading import opened, values
 from test_against_libraries import CASES
 
-from mergeforge import tensors as table
+from mergeforge.core import tensor_info as table
 from mergeforge.dequantising import nf4
 from mergeforge.sources.quantised.simulated import Simulated
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import mergeforge
+from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.measuring import measure
 from mergeforge.methods import METHODS, Block
 from mergeforge.methods.bands import Band, Bands
@@ -27,7 +28,6 @@ from mergeforge.methods.ranks import NOTHING
 from mergeforge.native import bindings
 from mergeforge.native.bindings import CHUNK
 from mergeforge.sources.fused import Place, Stack, Unreadable, room_nbytes
-from mergeforge.tensors import TensorInfo, torch_dtype
 
 pytestmark = pytest.mark.needs_kernels
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_llamas import computed
 
-from mergeforge import tensors
 from mergeforge.budget import Worker
+from mergeforge.core import tensor_info
 from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
 from mergeforge.methods import METHODS
@@ -36,7 +36,7 @@ BLOCK = 128  # elements: 16 rows
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", BLOCK)
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", BLOCK)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_temporaries_stay_within_what_is_declared(
     stored: dict[str, Stored], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """New tensors and arrays of staging a tile and computing its blocks, beside the staging buffer."""
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 1 << 19)
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 1 << 19)
     generator = torch.Generator().manual_seed(0)
     every = {name: torch.randn(2000, 1024, generator=generator) for name in "abc"}
     save_file(every, tmp_path / "model.safetensors")

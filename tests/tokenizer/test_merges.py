@@ -14,7 +14,8 @@ from test_tokenizers_against_mergekit import CASES, recipe
 from tiny_llamas import EMBEDDING, HEAD, loaded, projected, write, write_all
 
 import mergeforge
-from mergeforge import budget, tensors
+from mergeforge import budget
+from mergeforge.core import tensor_info
 from mergeforge.errors import RecipeError, SourceError
 from mergeforge.planning import cutting
 
@@ -43,7 +44,7 @@ def test_merges_are_those_of_mergekit(root: Path, name: str, tmp_path: Path) -> 
 def test_memory_threads_and_tiles_do_not_show(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: dict[str, Any], method: str
 ) -> None:
-    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 256)
     monkeypatch.setattr(budget, "SMALLEST_MEMORY", 1)
     models = [{"model": str(root / name), "parameters": {"weight": 1.0, "density": 0.5}} for name in "bc"]
     value = {"merge_method": method, "base_model": str(root / "a"), "models": models, "tokenizer": tokenizer}

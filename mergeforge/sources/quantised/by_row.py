@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeforge.budget import ALIGNMENT, Need, Worker
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.sources.quantised.way import PIECE, Pieces, live, strips
 from mergeforge.sources.stored import Stored
-from mergeforge.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

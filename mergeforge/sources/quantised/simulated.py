@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.budget import Need, Worker
+from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.dequantising import nf4
 from mergeforge.sources import Facts, Rows, Scan, Way
-from mergeforge.tensors import TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     import torch

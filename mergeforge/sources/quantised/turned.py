@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeforge.budget import ALIGNMENT, Need, Worker, viewed
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.dequantising import mxfp4, words
 from mergeforge.sources.quantised.way import PIECE, Pieces, live
 from mergeforge.sources.stored import Stored
-from mergeforge.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
