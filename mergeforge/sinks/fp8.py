@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.dequantising import fp8
 from mergeforge.layout import Extent
+from mergeforge.quant_codecs import fp8
 from mergeforge.sinks import Run
 
 if TYPE_CHECKING:

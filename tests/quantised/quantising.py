@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mergeforge.dequantising.nf4 import NF4
-from mergeforge.dequantising.nibbles import E2M1
+from mergeforge.quant_codecs.nf4 import NF4
+from mergeforge.quant_codecs.packed_4bit import E2M1
 
 Tensor = torch.Tensor
 Stored = dict[str, Tensor]  # by what follows the module's name

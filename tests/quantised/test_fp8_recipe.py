@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 import mergeforge
 from mergeforge.cli import run_command
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.dequantising import fp8
 from mergeforge.errors import SourceError
 from mergeforge.planning.eight_bits import quantization_config
+from mergeforge.quant_codecs import fp8
 from mergeforge.random_model import Shape, write_adapter, write_model
 
 SHAPE = Shape(hidden=192, intermediate=320, layers=2, heads=4, kv_heads=2, vocab=320)

@@ -10,7 +10,7 @@ from reading import opened, values
 from test_against_libraries import CASES
 
 from mergeforge.core import tensor_info as table
-from mergeforge.dequantising import nf4
+from mergeforge.quant_codecs import nf4
 from mergeforge.sources.quantised.simulated import Simulated
 
 

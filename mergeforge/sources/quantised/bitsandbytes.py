@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.dequantising import int8, nf4
+from mergeforge.quant_codecs import int8, nf4
 from mergeforge.sources.quantised.by_row import ByRow
 from mergeforge.sources.quantised.flat import FourBit, Nested
 from mergeforge.sources.quantised.held import Held, description, dtype_named, numbers, shape_check

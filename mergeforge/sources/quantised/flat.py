@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
-from mergeforge.dequantising import nf4
-from mergeforge.dequantising.nibbles import pair_table, unpack
+from mergeforge.quant_codecs import nf4
+from mergeforge.quant_codecs.packed_4bit import pair_table, unpack
 from mergeforge.sources import Rows
 from mergeforge.sources.quantised.way import PIECE, Pieces, live, strips
 from mergeforge.sources.stored import Stored

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.dequantising import fp8, mxfp4
+from mergeforge.quant_codecs import fp8, mxfp4
 from mergeforge.sources.quantised.by_row import ByRow
 from mergeforge.sources.quantised.held import Held, shape_check
 from mergeforge.sources.quantised.turned import Experts

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.dequantising import int8, mxfp4, nvfp4, words
+from mergeforge.quant_codecs import int8, mxfp4, nvfp4, packed_int32
 from mergeforge.sources.quantised.by_row import ByRow
 from mergeforge.sources.quantised.floats import POWERS, as_bytes
 from mergeforge.sources.quantised.held import Held, numbers, shape_check
@@ -204,8 +204,8 @@ def _words(
     half: Tensor | int = 1 << (bits - 1)
     if has_zeros:
         first = start // per_word
-        some = words.split_down(rest[0][first : -(-stop // per_word)], bits)
+        some = packed_int32.split_down(rest[0][first : -(-stop // per_word)], bits)
         half = some[start - first * per_word : stop - first * per_word]
     groups = rest[-1].flatten() if ordered else None
-    unpacked = words.split(codes, bits)[:, :columns].contiguous()
-    return words.from_steps_by_row(unpacked, half, scales.view(-1, count), groups)
+    unpacked = packed_int32.split(codes, bits)[:, :columns].contiguous()
+    return packed_int32.from_steps_by_row(unpacked, half, scales.view(-1, count), groups)

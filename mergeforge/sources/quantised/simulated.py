@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.budget import Need, Worker
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
-from mergeforge.dequantising import nf4
+from mergeforge.quant_codecs import nf4
 from mergeforge.sources import Facts, Rows, Scan, Way
 
 if TYPE_CHECKING:

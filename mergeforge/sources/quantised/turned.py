@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mergeforge.budget import ALIGNMENT, Need, Worker, viewed
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.dequantising import mxfp4, words
+from mergeforge.quant_codecs import mxfp4, packed_int32
 from mergeforge.sources.quantised.way import PIECE, Pieces, live
 from mergeforge.sources.stored import Stored
 
@@ -71,24 +71,26 @@ class Words:
         zeros = columns(self.zeros, coarse, worker)
         scales = columns(self.scales, rows, worker)
         groups = self._groups(info, worker)
-        places = words.AWQ_PLACES if self.awq else ()
+        places = packed_int32.AWQ_PLACES if self.awq else ()
 
         def pieces(start: int, stop: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
             some = slice(start // self.per_word - coarse.start, -(-stop // self.per_word) - coarse.start)
             fine = slice(start % self.per_word, start % self.per_word + stop - start)
             mine = slice(start - rows.start, stop - rows.start)
-            zero = words.split(zeros[:, some], self.bits, places)[:, fine]
+            zero = packed_int32.split(zeros[:, some], self.bits, places)[:, fine]
             if self.zeros_less:
-                zero = words.one_more(zero, self.bits)
+                zero = packed_int32.one_more(zero, self.bits)
             scale = scales[:, mine].float()
             step = max(PIECE // (stop - start) // self.per_word, 1) * self.per_word
             for at in range(0, info.columns, step):
                 if self.awq:
-                    code = words.split(codes[at : at + step, some], self.bits, places)[:, fine]
+                    code = packed_int32.split(codes[at : at + step, some], self.bits, places)[:, fine]
                 else:
-                    code = words.split_down(codes[at // self.per_word : (at + step) // self.per_word, mine], self.bits)
+                    code = packed_int32.split_down(
+                        codes[at // self.per_word : (at + step) // self.per_word, mine], self.bits
+                    )
                 inputs = slice(at, at + len(code))
-                yield (slice(None), inputs), words.from_steps(code, zero, scale, groups[inputs]).t()
+                yield (slice(None), inputs), packed_int32.from_steps(code, zero, scale, groups[inputs]).t()
 
         return pieces
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.dequantising.fp8 import powers
-from mergeforge.dequantising.nibbles import E2M1, pair_table, unpack
+from mergeforge.quant_codecs.fp8 import powers
+from mergeforge.quant_codecs.packed_4bit import E2M1, pair_table, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.dequantising.nibbles import E2M1, pair_table, unpack
+from mergeforge.quant_codecs.packed_4bit import E2M1, pair_table, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
