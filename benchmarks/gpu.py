@@ -26,7 +26,8 @@ from measure import adapter, machine, model, table
 from raw_copy import copy
 
 import mergeforge
-from mergeforge import budget, comparing, disk, layout
+from mergeforge import budget, comparing
+from mergeforge.io import disk, file_layout
 
 # What CPU and GPU results may differ by: float32 sums in another order, rounded to bfloat16.
 ALLOWED_RELATIVE = 1e-4
@@ -125,7 +126,7 @@ def _stages() -> Iterator[Counter[str]]:
     lock = threading.Lock()
     places = {
         "read": (disk.DiskFile, "read_into"),
-        "write": (layout.OutputFiles, "write"),
+        "write": (file_layout.OutputFiles, "write"),
         "compute": (budget.Worker, "wait"),
     }
     originals = {stage: getattr(*place) for stage, place in places.items()}

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeforge.core.sizes import parse_size
 from mergeforge.core.tensor_info import BLOCK_ELEMENTS, torch_dtype
-from mergeforge.disk import InputFile, WriteBehind
 from mergeforge.errors import BudgetError, RecipeError
+from mergeforge.io.disk import InputFile, WriteBehind
 from mergeforge.native import bindings
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from mergeforge.budget import Worker
 from mergeforge.core.tensor_info import TensorInfo, blocks, cut
 from mergeforge.explaining import explain
 from mergeforge.hub import fetch
+from mergeforge.io.safetensors_header import read_header
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from mergeforge.sources.dequantised import Dequantised, open_gguf, open_gguf_alone
 from mergeforge.sources.gguf_file import read_gguf
-from mergeforge.sources.safetensors_file import read_header
 from mergeforge.sources.stored import Stored
 
 TILE_NBYTES = 16 << 20

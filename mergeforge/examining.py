@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergeforge.budget import cores, free_memory
 from mergeforge.core.sizes import show_size
-from mergeforge.disk import WriteBehind, preallocate, write_at
+from mergeforge.io.disk import WriteBehind, preallocate, write_at
 from mergeforge.native import bindings
 from mergeforge.quants import backend
 

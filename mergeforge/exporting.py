@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.core.tensor_info import Tile
-from mergeforge.disk import on_disk, sync_folder
 from mergeforge.errors import OutputError, RecipeError, SourceError
+from mergeforge.io.disk import on_disk, sync_folder
 from mergeforge.planning import WORK, Plan, make_plan
 from mergeforge.running import run
 

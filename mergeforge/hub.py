@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergeforge.core.checksums import file_sha256, git_sha1
-from mergeforge.disk import InputFile, write_durably
 from mergeforge.errors import MergeforgeError, SourceError, listing
+from mergeforge.io.disk import InputFile, write_durably
 
 if TYPE_CHECKING:
-    from mergeforge.remote import Link
+    from mergeforge.io.remote import Link
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB = "hf://"
@@ -83,7 +83,7 @@ def _local(path: str) -> Path | None:
 
 def _behind(url: str, revision: str | None, stems: tuple[str, ...], link: Link | None) -> Local:
     """A folder, or one safetensors file, behind a URL: what lies beside the weights is copied here."""
-    from mergeforge.remote.place import place_of
+    from mergeforge.io.remote.folder import place_of
 
     if link is None:
         raise SourceError(f"{url} can be read by run and plan alone", hint="copy it to a folder here first")
@@ -125,7 +125,7 @@ def _download(
 
 
 def _elsewhere(repo: str, sha: str, wanted: list[str], folder: Path, link: Link) -> dict[str, InputFile]:
-    from mergeforge.remote.repo import open_repo_files
+    from mergeforge.io.remote.hub_repo import open_repo_files
 
     absent = [name for name in wanted if name not in beside_weights(wanted) and not (folder / name).exists()]
     return {**open_repo_files(repo, sha, absent, link)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mergeforge.core.tensor_info import Tile
-from mergeforge.disk import disk_error, sync_folder
+from mergeforge.io.disk import disk_error, sync_folder
 
 NAME = "journal.jsonl"
 

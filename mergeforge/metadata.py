@@ -14,8 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from mergeforge.io.aux_files import SideFiles
 from mergeforge.keyvalues import Keys, Value, array, f32, i32, text, u32
-from mergeforge.side_files import SideFiles
 
 _SAMPLING = (  # key under general.sampling, names in generation_config.json, type
     ("sequence", ("sequence",), text),

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
-from mergeforge.disk import WriteBehind
 from mergeforge.errors import RecipeError, did_you_mean
-from mergeforge.layout import Layout, OutputFiles
+from mergeforge.io.disk import WriteBehind
+from mergeforge.io.file_layout import Layout, OutputFiles
 from mergeforge.sinks.checkpoint import INDEX, index, lay_out
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from mergeforge.card import model_card
 from mergeforge.computing import carry
 from mergeforge.core.checksums import strip_checksums
 from mergeforge.core.tensor_info import Tile
-from mergeforge.disk import DiskFile, InputFile, WriteBehind
 from mergeforge.errors import MergeforgeError, SourceError, out_of_memory
+from mergeforge.io.disk import DiskFile, InputFile, WriteBehind
+from mergeforge.io.file_layout import OutputFiles
 from mergeforge.journal import Done
-from mergeforge.layout import OutputFiles
 from mergeforge.planning import Batch, Piece, Plan
 from mergeforge.receipt import receipt
 from mergeforge.shipping import Shipment, open_shipment

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mergeforge.disk import sync_folder
 from mergeforge.errors import MergeforgeError, OutputError
+from mergeforge.io.disk import sync_folder
 from mergeforge.journal import Sent
 from mergeforge.planning import Plan
 from mergeforge.publishing import AGAIN, check_access, held_files, hub_errors, is_same, lfs_of, stale_files

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mergeforge.budget import Worker
 from mergeforge.core.tensor_info import TensorInfo, Tile, some_blocks
-from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
+from mergeforge.io.disk import DiskFile
 from mergeforge.methods.consensus import WeightedSum
 from mergeforge.methods.magnitude import SAMPLE_BLOCKS, SAMPLE_ELEMENTS
 from mergeforge.methods.random_mask import drawing

@@ -16,15 +16,15 @@ from mergeforge.budget import Worker, cores, one_torch_thread
 from mergeforge.computing import carry
 from mergeforge.core.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.core.tensor_info import Tile, blocks
-from mergeforge.disk import DiskFile, InputFile
 from mergeforge.engine import Closeness, compare_with_transformers
 from mergeforge.errors import MergeforgeError, SourceError, refused_if_odd
+from mergeforge.io.disk import DiskFile, InputFile
+from mergeforge.io.safetensors_header import Header, read_header
 from mergeforge.planning import Piece, Plan, make_plan
 from mergeforge.publishing import held_files, lfs_of
 from mergeforge.sinks import strips
 from mergeforge.sinks.checkpoint import KEY
 from mergeforge.sinks.fp8 import SCALES
-from mergeforge.sources.safetensors_file import Header, read_header
 from mergeforge.workspace import CARD, RECEIPT, RECIPE, read_receipt
 
 SAMPLE = 24  # tensors that a deep check computes again

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeforge.disk import DiskFile, is_cached
+from mergeforge.io.disk import DiskFile, is_cached
 
 SIZE = 8 << 20
 

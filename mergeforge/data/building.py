@@ -19,8 +19,8 @@ from typing import Any
 
 from mergeforge.data.structure import Structure, Topic, read_structure
 from mergeforge.data.topics import Entry, fill, read_topic, scaffold
-from mergeforge.disk import disk_error
 from mergeforge.errors import OutputError, Problem, RecipeError, did_you_mean, listing
+from mergeforge.io.disk import disk_error
 
 
 @dataclass(frozen=True)

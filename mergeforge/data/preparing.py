@@ -19,8 +19,8 @@ from mergeforge.data.rendering import Renderer, make_renderer
 from mergeforge.data.settings import DataSettings, DataSource
 from mergeforge.data.splitting import held_out
 from mergeforge.data.stores import StoreWriter, TokenStore
-from mergeforge.disk import disk_error, sync_folder, write_durably
 from mergeforge.errors import SourceError
+from mergeforge.io.disk import disk_error, sync_folder, write_durably
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,8 +19,8 @@ from mergeforge.data.counting import Counts, Tally
 from mergeforge.data.reading import open_files, read_file
 from mergeforge.data.settings import DataSource
 from mergeforge.data.surveying import survey_source
-from mergeforge.disk import disk_error
 from mergeforge.errors import OutputError, RecipeError, SourceError
+from mergeforge.io.disk import disk_error
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.data.rendering import Example
-from mergeforge.disk import disk_error, sync_file
 from mergeforge.errors import SourceError
+from mergeforge.io.disk import disk_error, sync_file
 
 if TYPE_CHECKING:
     import numpy as np

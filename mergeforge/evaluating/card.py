@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mergeforge.disk import write_durably
 from mergeforge.errors import ODD, RecipeError, SourceError
 from mergeforge.evaluating.evaluation import Evaluation
+from mergeforge.io.disk import write_durably
 from mergeforge.workspace import CARD
 
 BEGIN, END = "<!-- mergeforge eval -->", "<!-- /mergeforge eval -->"

@@ -15,7 +15,7 @@ from mergeforge.data import load_tokenizer
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 from mergeforge.evaluating.extras import extra, quiet
 from mergeforge.hub import fetch
-from mergeforge.sources.safetensors_file import read_header
+from mergeforge.io.safetensors_header import read_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from mergeforge.budget import one_torch_thread
 from mergeforge.core.low_rank_svd import Factors, cut_product
 from mergeforge.core.tensor_info import torch_dtype
-from mergeforge.disk import write_durably
 from mergeforge.errors import SourceError
+from mergeforge.io.disk import write_durably
 from mergeforge.joining.plan import Join, Sum, Terms, folded_terms, plan_join, weighted_terms
 from mergeforge.joining.report import REPORT, Joined, adapter_card, adapter_config, report_json
 from mergeforge.recipe import OUT_DTYPES

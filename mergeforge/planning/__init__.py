@@ -20,10 +20,12 @@ from typing import Any
 from mergeforge.budget import MOST_KEPT, Budget, make_budget
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import BudgetError, OutputError, RecipeError
+from mergeforge.io.aux_files import SideFiles
+from mergeforge.io.disk import DiskFile, InputFile
+from mergeforge.io.file_layout import Layout, OutputFile
+from mergeforge.io.remote import Link
 from mergeforge.joining import Join, folded_terms, plan_join
-from mergeforge.layout import Layout, OutputFile
 from mergeforge.methods import METHODS
 from mergeforge.planning.batches import Batch, at_once, by_file, most_open
 from mergeforge.planning.compose import Composition
@@ -35,8 +37,6 @@ from mergeforge.planning.stages import Stage, settle
 from mergeforge.planning.tokens import tokenizer_files
 from mergeforge.quants.mixes import ALIASES, MIXES
 from mergeforge.recipe import Recipe, read
-from mergeforge.remote import Link
-from mergeforge.side_files import SideFiles
 from mergeforge.sinks import Outlet
 from mergeforge.sinks import checkpoint as sink
 from mergeforge.sources.quantised.way import Quantised

@@ -12,7 +12,7 @@ from typing import Any
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
-from mergeforge.layout import Layout
+from mergeforge.io.file_layout import Layout
 from mergeforge.sinks import Outlet
 from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.sinks.fp8 import SCALES, FP8Outlet, stored_as

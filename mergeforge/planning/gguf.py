@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.architectures import Place, Spelling, spell
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, refused_if_odd
+from mergeforge.io.aux_files import SideFiles
+from mergeforge.io.file_layout import Layout
 from mergeforge.keyvalues import Keys, Value, text, u32
-from mergeforge.layout import Layout
 from mergeforge.metadata import metadata, parameter_counts
 from mergeforge.quants import QUANT_TYPES, QuantType
 from mergeforge.quants.importance import Importance, read_importance
 from mergeforge.quants.mixes import Mix, MixFacts, Wishes, choose, file_order, mix_named
 from mergeforge.recipe import GGUFEntry, Output
-from mergeforge.side_files import SideFiles
 from mergeforge.sinks.gguf import GGUFOutlet, GGUFTensor, lay_out, positions_of
 from mergeforge.sources import Way
 from mergeforge.sources.checkpoint import Model

@@ -10,9 +10,9 @@ from typing import Any
 
 from mergeforge import hub
 from mergeforge.errors import SourceError
+from mergeforge.io.aux_files import SideFiles
+from mergeforge.io.remote import Link
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
-from mergeforge.remote import Link
-from mergeforge.side_files import SideFiles
 from mergeforge.sources import Way
 from mergeforge.sources.adapter import Adapter, open_adapter
 from mergeforge.sources.checkpoint import Checkpoint, Model, open_checkpoint, read_json

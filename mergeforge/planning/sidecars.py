@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.core.tensor_info import DTYPES, TensorInfo
+from mergeforge.io.aux_files import SideFile
 from mergeforge.planning.inputs import Inputs, Result
 from mergeforge.recipe import OUT_DTYPES, Recipe
-from mergeforge.side_files import SideFile
 from mergeforge.sources.tied import EMBEDDINGS, is_head
 
 _TOKENIZER = (

@@ -11,6 +11,8 @@ from typing import Any
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import RecipeError
+from mergeforge.io.aux_files import SideFiles
+from mergeforge.io.remote import Link
 from mergeforge.planning.compose import Composition, compose
 from mergeforge.planning.depth import stacked_config
 from mergeforge.planning.inputs import Inputs, Opener, Result
@@ -19,8 +21,6 @@ from mergeforge.planning.sidecars import config_json, side_files
 from mergeforge.planning.tables import Table, table_of
 from mergeforge.planning.tokens import follow, map_tables, plan_tokens, template_of
 from mergeforge.recipe import OUT_DTYPES, Recipe
-from mergeforge.remote import Link
-from mergeforge.side_files import SideFiles
 from mergeforge.sources import Way
 from mergeforge.sources.renamed import Renamed
 from mergeforge.tokenizer import with_chat_template

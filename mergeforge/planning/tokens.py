@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from mergeforge.errors import RecipeError, SourceError, listing, refused_if_odd
+from mergeforge.io.aux_files import SideFile, SideFiles
 from mergeforge.planning.inputs import Inputs, OpenModel, Result
 from mergeforge.planning.tables import Table
 from mergeforge.recipe import Recipe, TokenEntry, TokenizerEntry
-from mergeforge.side_files import SideFile, SideFiles
 from mergeforge.sources import Way
 from mergeforge.sources.mapped import mapped
 from mergeforge.sources.tied import EMBEDDINGS, HEADS

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo, dtype_name
-from mergeforge.disk import (
+from mergeforge.errors import MergeforgeError, OutputError, listing
+from mergeforge.io.disk import (
     DiskFile,
     InputFile,
     WriteBehind,
@@ -30,8 +31,7 @@ from mergeforge.disk import (
     write_at,
     write_durably,
 )
-from mergeforge.errors import MergeforgeError, OutputError, listing
-from mergeforge.layout import OutputFiles
+from mergeforge.io.file_layout import OutputFiles
 from mergeforge.sinks.checkpoint import SINGLE, lay_out
 
 if TYPE_CHECKING:

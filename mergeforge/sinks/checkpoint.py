@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeforge.core.tensor_info import DTYPE_ORDER, TensorInfo, torch_dtype
-from mergeforge.layout import Extent, Layout, OutputFile
+from mergeforge.io.file_layout import Extent, Layout, OutputFile
 from mergeforge.sinks import Run
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.layout import Extent
+from mergeforge.io.file_layout import Extent
 from mergeforge.quant_codecs import fp8
 from mergeforge.sinks import Run
 

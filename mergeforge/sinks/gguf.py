@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from mergeforge.architectures import Place
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
+from mergeforge.io.file_layout import Extent, Layout, OutputFile
 from mergeforge.keyvalues import Keys, Value, encoded, u16
-from mergeforge.layout import Extent, Layout, OutputFile
 from mergeforge.quants import QuantType, encode, scratch_nbytes
 from mergeforge.sinks import Run, joined
 from mergeforge.sinks.checkpoint import OVERFLOW

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import SourceError, listing
+from mergeforge.io.disk import DiskFile, InputFile
+from mergeforge.io.safetensors_header import header_of, read_header, require_regular
 from mergeforge.sources import Way
 from mergeforge.sources.pickled import read_pickled
 from mergeforge.sources.quantised import recognise
-from mergeforge.sources.safetensors_file import header_of, read_header, require_regular
 from mergeforge.sources.stored import Stored
 
 NOTHING: Mapping[str, InputFile] = {}

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import SourceError
+from mergeforge.io.disk import DiskFile, InputFile
+from mergeforge.io.safetensors_header import require_regular
 from mergeforge.keyvalues import KINDS, Value
-from mergeforge.sources.safetensors_file import require_regular
 
 LARGEST_COUNT = 1 << 28  # of keys, tensors, items and characters: far above any model's
 _KIND_OF = {number: (kind, form) for kind, (number, form) in KINDS.items()}

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.core.tensor_info import DTYPES, TensorInfo, dtype_name
-from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
+from mergeforge.io.disk import DiskFile
 from mergeforge.sources.stored import Stored
 
 

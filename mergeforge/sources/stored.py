@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.budget import Need, Worker, viewed
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.disk import InputFile
+from mergeforge.io.disk import InputFile
 from mergeforge.sources import Facts, Rows, Scan, Way
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergeforge.errors import RecipeError, SourceError, did_you_mean
-from mergeforge.side_files import Made, SideFile, SideFiles
+from mergeforge.io.aux_files import Made, SideFile, SideFiles
 from mergeforge.tokenizer.files import json_file
 from mergeforge.tokenizer.settings import TokenizerOf
 from mergeforge.tokenizer.vocabulary import read_object

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import SourceError, listing
-from mergeforge.side_files import Made, SideFile, SideFiles
+from mergeforge.io.aux_files import Made, SideFile, SideFiles
 from mergeforge.tokenizer.union import Output
 from mergeforge.tokenizer.vocabulary import Vocabulary, added_ids, read_object, save_again
 

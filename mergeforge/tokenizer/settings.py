@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mergeforge.side_files import SideFile, SideFiles
+from mergeforge.io.aux_files import SideFile, SideFiles
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergeforge.errors import SourceError, listing
-from mergeforge.side_files import SideFiles
+from mergeforge.io.aux_files import SideFiles
 from mergeforge.tokenizer.settings import TokenizerOf
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}

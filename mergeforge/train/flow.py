@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from mergeforge.disk import write_durably
 from mergeforge.errors import RecipeError, SourceError
+from mergeforge.io.disk import write_durably
 from mergeforge.train.planning import TrainPlan
 from mergeforge.train.report import write_report
 from mergeforge.train.settings import After, Merge

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergeforge.disk import sync_folder, write_durably
 from mergeforge.errors import OutputError, SourceError
+from mergeforge.io.disk import sync_folder, write_durably
 
 PARTIAL = ".partial"
 STEP = "step-"

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mergeforge.core.sizes import show_size
-from mergeforge.disk import write_durably
+from mergeforge.io.disk import write_durably
 from mergeforge.train.folder import RunFolder
 
 WIDTH, HEIGHT, EDGE = 640, 200, 44

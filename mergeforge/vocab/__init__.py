@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergeforge.errors import RecipeError, did_you_mean, refused_if_odd
+from mergeforge.io.aux_files import SideFiles
 from mergeforge.keyvalues import Keys
-from mergeforge.side_files import SideFiles
 from mergeforge.vocab.families import KINDS
 from mergeforge.vocab.sources import TokenizerFiles
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mergeforge.errors import SourceError
-from mergeforge.side_files import SideFile
+from mergeforge.io.aux_files import SideFile
 from mergeforge.vocab.tokens import NORMAL, USER_DEFINED
 
 UNIGRAM, BPE = 1, 2

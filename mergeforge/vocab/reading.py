@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.side_files import SideFiles
+from mergeforge.io.aux_files import SideFiles
 
 Files = SideFiles
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from mergeforge.errors import SourceError
+from mergeforge.io.aux_files import SideFile
 from mergeforge.keyvalues import Keys, array, flag
-from mergeforge.side_files import SideFile
 from mergeforge.vocab.added import Added
 from mergeforge.vocab.bpe import bpe_tokens
 from mergeforge.vocab.pieces import piece_model

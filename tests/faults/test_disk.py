@@ -16,8 +16,8 @@ from tally import Tally
 
 from mergeforge import running
 from mergeforge.core.tensor_info import Tile
-from mergeforge.disk import sync_folder
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError
+from mergeforge.io.disk import sync_folder
 from mergeforge.journal import NAME, read_journal
 from mergeforge.planning import WORK
 

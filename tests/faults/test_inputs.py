@@ -136,7 +136,7 @@ def with_value(folder: Path, name: str, value: float, dtype: str = "F32") -> Non
     """A base with one value that is odd."""
     write_model(folder, SMALL, dtype=dtype)
     weights = folder / "model.safetensors"
-    from mergeforge.sources.safetensors_file import read_header
+    from mergeforge.io.safetensors_header import read_header
 
     info, offset = read_header(weights).tensors[name]
     with open(weights, "r+b") as file:

@@ -200,12 +200,12 @@ def obey(order: Order, ready: int) -> int:
 
 
 def be_hasty() -> None:
-    from mergeforge.remote import patience
+    from mergeforge.io.remote import retry
 
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.01))
-    patience.WAITS = tuple(0.01 for _ in patience.WAITS)
-    patience.LONGEST = 0.01
+    retry.WAITS = tuple(0.01 for _ in retry.WAITS)
+    retry.LONGEST = 0.01
 
 
 def die_at(number: int) -> None:

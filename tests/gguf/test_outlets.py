@@ -11,7 +11,7 @@ import torch
 from mergeforge.architectures import Place
 from mergeforge.core import tensor_info
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.layout import Extent
+from mergeforge.io.file_layout import Extent
 from mergeforge.quants import QUANT_TYPES
 from mergeforge.sinks import common_strip, strips
 from mergeforge.sinks.gguf import GGUFOutlet

@@ -11,10 +11,10 @@ import pytest
 from fakehub import FakeHub
 
 from mergeforge.errors import SourceError
-from mergeforge.remote import Link, RemoteFile, patience, web
-from mergeforge.remote import file as remote_file
-from mergeforge.remote.link import Kept
-from mergeforge.remote.web import WebRanges
+from mergeforge.io.remote import Link, RemoteFile, http, retry
+from mergeforge.io.remote import ranged_file as remote_file
+from mergeforge.io.remote.http import WebRanges
+from mergeforge.io.remote.session import Kept
 
 DATA = np.random.default_rng(0).bytes(3_000_000)
 OID = hashlib.sha256(DATA).hexdigest()
@@ -22,8 +22,8 @@ OID = hashlib.sha256(DATA).hexdigest()
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "WAITS", (0.01,) * 4)
-    monkeypatch.setattr(web, "TIMEOUT", 2.0)
+    monkeypatch.setattr(retry, "WAITS", (0.01,) * 4)
+    monkeypatch.setattr(http, "TIMEOUT", 2.0)
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_small_reads_share_a_chunk(hub: FakeHub) -> None:
 
 
 def test_stopping_ends_the_waits(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "WAITS", (60.0,))
+    monkeypatch.setattr(retry, "WAITS", (60.0,))
     hub.fault(path="/cdn/", kind="status", code=503, times=99)
     file = opened(hub)
     threading.Timer(0.3, file.close).start()

@@ -15,14 +15,14 @@ import mergeforge
 from mergeforge import running
 from mergeforge.comparing import differences
 from mergeforge.errors import MissingExtraError, SourceError
+from mergeforge.io.remote import retry
+from mergeforge.io.remote.fsspec_folder import FilesystemRanges
 from mergeforge.planning import make_plan
-from mergeforge.remote import patience
-from mergeforge.remote.filesystem import FilesystemRanges
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "WAITS", (0.01,) * 3)
+    monkeypatch.setattr(retry, "WAITS", (0.01,) * 3)
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from mergeforge import running
 from mergeforge.core.tensor_info import DTYPES
 from mergeforge.errors import SourceError
+from mergeforge.io.safetensors_header import LARGEST_HEADER, read_header
 from mergeforge.planning import make_plan
 from mergeforge.sources.checkpoint import open_checkpoint
-from mergeforge.sources.safetensors_file import LARGEST_HEADER, read_header
 
 F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 

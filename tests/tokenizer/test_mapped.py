@@ -16,8 +16,8 @@ from tiny_llamas import computed
 
 from mergeforge.budget import Worker
 from mergeforge.core import tensor_info
-from mergeforge.disk import DiskFile
 from mergeforge.errors import SourceError
+from mergeforge.io.disk import DiskFile
 from mergeforge.methods import METHODS
 from mergeforge.sources import Facts, Scan, Way, learn
 from mergeforge.sources.adapted import Adapted

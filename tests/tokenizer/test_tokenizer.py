@@ -12,7 +12,7 @@ import pytest
 from tiny_llamas import TEXTS, files_of, loaded, maps, planned, write, written
 
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
-from mergeforge.side_files import Made
+from mergeforge.io.aux_files import Made
 from mergeforge.tokenizer import (
     ModelToken,
     TokenizerOf,

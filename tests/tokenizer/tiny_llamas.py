@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from mergeforge.budget import Worker
 from mergeforge.core.tensor_info import TensorInfo, blocks, cut
+from mergeforge.io.aux_files import SideFiles
 from mergeforge.random_model import Shape, write_model
-from mergeforge.side_files import SideFiles
 from mergeforge.sources import Facts, Scan, Way, learn
 from mergeforge.sources.checkpoint import open_checkpoint
 from mergeforge.sources.mapped import mapped

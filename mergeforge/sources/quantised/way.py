@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mergeforge.budget import Need, Worker
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
-from mergeforge.disk import InputFile
+from mergeforge.io.disk import InputFile
 from mergeforge.sources import Facts, Rows, Scan, Way
 from mergeforge.sources.stored import Stored
 

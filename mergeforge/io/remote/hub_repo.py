@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.remote.file import CHUNK, RemoteFile
-from mergeforge.remote.link import Link
-from mergeforge.remote.patience import Passing, Patience, is_passing
-from mergeforge.remote.web import WebRanges
+from mergeforge.io.remote.http import WebRanges
+from mergeforge.io.remote.ranged_file import CHUNK, RemoteFile
+from mergeforge.io.remote.retry import Passing, Patience, is_passing
+from mergeforge.io.remote.session import Link
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

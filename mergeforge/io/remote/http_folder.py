@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 
 from mergeforge.errors import SourceError
-from mergeforge.remote.file import RemoteFile
-from mergeforge.remote.link import Link
-from mergeforge.remote.patience import Passing, persist
-from mergeforge.remote.web import Answer, WebRanges, answered, etag_of
+from mergeforge.io.remote.http import Answer, WebRanges, answered, etag_of
+from mergeforge.io.remote.ranged_file import RemoteFile
+from mergeforge.io.remote.retry import Passing, persist
+from mergeforge.io.remote.session import Link
 
 BESIDE = (
     "config.json",

@@ -7,10 +7,10 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from mergeforge.errors import SourceError
-from mergeforge.remote.file import RemoteFile
-from mergeforge.remote.filesystem import FilesystemPlace
-from mergeforge.remote.link import Link
-from mergeforge.remote.website import WebPlace
+from mergeforge.io.remote.fsspec_folder import FilesystemPlace
+from mergeforge.io.remote.http_folder import WebPlace
+from mergeforge.io.remote.ranged_file import RemoteFile
+from mergeforge.io.remote.session import Link
 
 
 class Place(Protocol):

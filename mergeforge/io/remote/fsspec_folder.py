@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergeforge.errors import MissingExtraError, SourceError
-from mergeforge.remote.file import RemoteFile
-from mergeforge.remote.link import Link
-from mergeforge.remote.patience import Patience, reason
+from mergeforge.io.remote.ranged_file import RemoteFile
+from mergeforge.io.remote.retry import Patience, reason
+from mergeforge.io.remote.session import Link
 
 PIECE = 4 << 20  # fsspec hands out bytes of its own: no more than this at once for each reading thread
 LARGEST = 256 << 20  # of what is read whole

@@ -6,7 +6,7 @@ processors: while some wait for the network, others compute. Small ranges, which
 part of the memory given.
 """
 
-from mergeforge.remote.file import RemoteFile
-from mergeforge.remote.link import Link
+from mergeforge.io.remote.ranged_file import RemoteFile
+from mergeforge.io.remote.session import Link
 
 __all__ = ["Link", "RemoteFile"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge.disk import WriteBehind, disk_error, preallocate, read_into, sync_file, write_at
+from mergeforge.io.disk import WriteBehind, disk_error, preallocate, read_into, sync_file, write_at
 
 if TYPE_CHECKING:
     import numpy as np

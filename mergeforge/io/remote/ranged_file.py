@@ -9,7 +9,7 @@ from concurrent.futures import wait
 from typing import Protocol
 
 from mergeforge.errors import SourceError
-from mergeforge.remote.link import Link
+from mergeforge.io.remote.session import Link
 
 PIECE = 4 << 20  # what one request asks for, where there is more to fetch
 CHUNK = 512 << 10  # ranges up to this size come in aligned chunks, which are kept: headers, norms, adapters' factors

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mergeforge.errors import SourceError
-from mergeforge.remote.patience import Passing, Patience, is_passing
+from mergeforge.io.remote.retry import Passing, Patience, is_passing
 
 TIMEOUT = 30.0  # seconds in which something must come
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)

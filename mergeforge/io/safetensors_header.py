@@ -17,8 +17,8 @@ from operator import mul
 from typing import Any
 
 from mergeforge.core.tensor_info import DTYPES, TensorInfo
-from mergeforge.disk import DiskFile, InputFile
 from mergeforge.errors import SourceError
+from mergeforge.io.disk import DiskFile, InputFile
 
 LARGEST_HEADER = 100_000_000
 LARGEST_NUMBER = 1 << 48
