@@ -15,7 +15,7 @@ from mergeforge.adapters.lora import read_settings, told_start
 from mergeforge.adapters.refused import REFUSED
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import listing
-from mergeforge.recipe.settings import layer_of
+from mergeforge.recipe.parameter_values import layer_of
 
 
 def explain(config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> list[str]:

@@ -208,10 +208,10 @@ def _column(text: str) -> tuple[str, str]:
 
 
 def _train_yaml(path: str) -> dict[str, Any]:
-    from mergeforge.recipe import text
-    from mergeforge.recipe.documents import file_text
+    from mergeforge.recipe import yaml_reader
+    from mergeforge.recipe.overrides import file_text
 
-    (value, _, problems), *_ = text.parse(file_text(Path(path)), path)
+    (value, _, problems), *_ = yaml_reader.parse(file_text(Path(path)), path)
     if problems or not isinstance(value, dict) or "data" not in value:
         raise RecipeError(f"{path} names no data", problems=problems, hint="a train.yaml has a key 'data'")
     return value
@@ -232,7 +232,7 @@ def _checked(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _share(text: str) -> float | int:
-    from mergeforge.recipe.text import scalar
+    from mergeforge.recipe.yaml_reader import scalar
 
     value = _checked({"val": scalar(text)}).get("val")
     if not isinstance(value, int | float):

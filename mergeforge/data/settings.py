@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergeforge.recipe.schema import Choice, ListOf, MapOf, Record, Report, Shape, Text
-from mergeforge.recipe.text import Path
+from mergeforge.recipe.yaml_reader import Path
 
 FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_response", "text")
 LOSS_ON = ("assistant", "last", "all")

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import Problem, RecipeError
-from mergeforge.recipe import text
+from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.schema import ListOf, MapOf, Record, Text
 
 THINK, OUTPUT = "<think>\n{}\n</think>\n\n", "{}"
@@ -95,7 +95,7 @@ def read_structure(path: Path) -> Structure:
     """Read a structure file. Raises RecipeError with every mistake in it."""
     value, places, problems = _parsed(path)
 
-    def report(at: text.Path, message: str, hint: str = "") -> None:
+    def report(at: yaml_reader.Path, message: str, hint: str = "") -> None:
         place = at
         while place and place not in places:
             place = place[:-1]
@@ -119,7 +119,7 @@ def read_structure(path: Path) -> Structure:
     )
 
 
-def _parsed(path: Path) -> text.Parsed:
+def _parsed(path: Path) -> yaml_reader.Parsed:
     try:
         written = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def _parsed(path: Path) -> text.Parsed:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from None
     if path.suffix.lower() != ".json":
-        documents = text.parse(written, str(path))
+        documents = yaml_reader.parse(written, str(path))
         if len(documents) > 1:
             raise RecipeError(f"{path} holds more than one document")
         return documents[0]

@@ -16,7 +16,7 @@ from mergeforge.planning.inputs import Inputs, OpenModel, Result
 from mergeforge.planning.sections import Source, Stack, main_stack, with_layer
 from mergeforge.planning.sidecars import files_of
 from mergeforge.planning.tables import Table, renamed
-from mergeforge.recipe.settings import layer_of
+from mergeforge.recipe.parameter_values import layer_of
 from mergeforge.sources import Way
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from mergeforge.core.parameters import Parameter
 from mergeforge.errors import RecipeError
 from mergeforge.methods import Method
-from mergeforge.recipe.settings import value_at
+from mergeforge.recipe.parameter_values import value_at
 
 Settings = Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mergeforge.errors import RecipeError, listing
 from mergeforge.planning.tables import Table
-from mergeforge.recipe.settings import layer_of, layer_positions
+from mergeforge.recipe.parameter_values import layer_of, layer_positions
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "decoder_layers")
 _BEFORE = re.compile(r"(^|\.)(\w*embed(?!_out)\w*|wte|wpe|shared)(\.|$)|position")

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergeforge.errors import SourceError, listing
 from mergeforge.planning.inputs import OpenAdapter, OpenModel
-from mergeforge.recipe.settings import layer_positions, value_at
+from mergeforge.recipe.parameter_values import layer_positions, value_at
 from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.checkpoint import Model

@@ -13,10 +13,9 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from mergeforge.errors import Problem, RecipeError
-from mergeforge.recipe import text
-from mergeforge.recipe.checking import WITHOUT_EFFECT, Checker, Known, Method
-from mergeforge.recipe.documents import file_text, overridden, plain
-from mergeforge.recipe.entries import (
+from mergeforge.recipe import yaml_reader
+from mergeforge.recipe.keys import RECIPE, json_schema
+from mergeforge.recipe.model import (
     OUT_DTYPES,
     AdapterEntry,
     AdapterOutput,
@@ -32,7 +31,8 @@ from mergeforge.recipe.entries import (
     TokenEntry,
     TokenizerEntry,
 )
-from mergeforge.recipe.language import RECIPE, json_schema
+from mergeforge.recipe.overrides import file_text, overridden, plain
+from mergeforge.recipe.validator import WITHOUT_EFFECT, Checker, Known, Method
 
 __all__ = [
     "OUT_DTYPES",
@@ -72,10 +72,10 @@ def read(
         source = source.documents
     name = "the recipe"
     if isinstance(source, Mapping):
-        documents: list[text.Parsed] = [(plain(source), {}, [])]
+        documents: list[yaml_reader.Parsed] = [(plain(source), {}, [])]
     elif isinstance(source, str | FilePath):
         name = str(source)
-        documents = text.parse(file_text(FilePath(source)), name)
+        documents = yaml_reader.parse(file_text(FilePath(source)), name)
     else:
         documents = [(plain(one), {}, []) for one in source]
     last = _result_among([value for value, _, _ in documents])
@@ -90,7 +90,7 @@ def read(
 
 
 def _read_all(
-    documents: Sequence[text.Parsed], methods: Mapping[str, Method], mixes: Known
+    documents: Sequence[yaml_reader.Parsed], methods: Mapping[str, Method], mixes: Known
 ) -> tuple[list[Recipe], list[Problem]]:
     """Every document as a recipe, and the mistakes in all of them."""
     recipes: list[Recipe] = []

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from mergeforge.core.sizes import parse_size
 from mergeforge.errors import did_you_mean
-from mergeforge.recipe.text import Path
+from mergeforge.recipe.yaml_reader import Path
 
 Report = Callable[[Path, str, str], None]  # path, message, hint
 

@@ -21,7 +21,7 @@ from mergeforge.recipe.schema import (
     Text,
     Whole,
 )
-from mergeforge.recipe.text import Path
+from mergeforge.recipe.yaml_reader import Path
 
 AUTO = "auto"
 OPTIMIZERS = (

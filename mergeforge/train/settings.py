@@ -14,8 +14,8 @@ from typing import Any
 
 from mergeforge.data import DataSettings, settings_of
 from mergeforge.errors import Problem, RecipeError
-from mergeforge.recipe import text
-from mergeforge.recipe.documents import file_text, overridden, plain
+from mergeforge.recipe import yaml_reader
+from mergeforge.recipe.overrides import file_text, overridden, plain
 from mergeforge.train.language import TRAIN
 
 DURING = ("output", "after", "track", "max_steps", "epochs")  # not part of the fingerprint
@@ -160,12 +160,12 @@ def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Tr
     Raises RecipeError with every mistake, each with its line and column.
     """
     name = "the settings"
-    parsed: text.Parsed = (source, {}, [])
+    parsed: yaml_reader.Parsed = (source, {}, [])
     if isinstance(source, Mapping):
         parsed = (plain(source), {}, [])
     else:
         name = str(source)
-        parsed, *more = text.parse(file_text(Path(source)), name)
+        parsed, *more = yaml_reader.parse(file_text(Path(source)), name)
         if more:
             raise RecipeError(f"{name} holds more than one document", hint="a file for each run")
     value, places, problems = parsed
@@ -177,10 +177,10 @@ def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Tr
     return _settings(found, value, name)
 
 
-def _checked(value: Any, places: text.Places, problems: list[Problem]) -> dict[str, Any]:
+def _checked(value: Any, places: yaml_reader.Places, problems: list[Problem]) -> dict[str, Any]:
     """The values read by the language; adds to `problems`."""
 
-    def report(path: text.Path, message: str, hint: str = "") -> None:
+    def report(path: yaml_reader.Path, message: str, hint: str = "") -> None:
         at = path
         while at and at not in places:
             at = at[:-1]

@@ -26,7 +26,7 @@ import mergeforge
 from mergeforge.errors import RecipeError
 from mergeforge.methods import METHODS
 from mergeforge.random_model import SHAPES, write_model
-from mergeforge.recipe.settings import layer_positions, value_at
+from mergeforge.recipe.parameter_values import layer_positions, value_at
 
 pytestmark = pytest.mark.peers
 

@@ -15,7 +15,7 @@ from mergeforge.errors import Problem, RecipeError
 from mergeforge.methods import METHODS
 from mergeforge.quants.mixes import MIXES
 from mergeforge.recipe import ModelRef, read
-from mergeforge.recipe.text import LARGEST_FILE
+from mergeforge.recipe.yaml_reader import LARGEST_FILE
 
 SLICED = "merge_method: linear\nslices: [{sources: "
 GOOD = "merge_method: linear\nmodels:\n- {model: org/a, parameters: {weight: 1}}\n"

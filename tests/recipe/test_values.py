@@ -15,7 +15,7 @@ from mergeforge.errors import RecipeError
 from mergeforge.methods import METHODS
 from mergeforge.quants.mixes import MIXES
 from mergeforge.recipe import OUT_DTYPES, json_schema, read
-from mergeforge.recipe.settings import layer_of, layer_positions, scalars, value_at
+from mergeforge.recipe.parameter_values import layer_of, layer_positions, scalars, value_at
 from mergeforge.train import language
 
 RECIPES = Path(__file__).parents[2] / "recipes"

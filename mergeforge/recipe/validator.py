@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from mergeforge.core.parameters import Parameter
 from mergeforge.errors import Problem, did_you_mean
-from mergeforge.recipe import text
-from mergeforge.recipe.building import Builder, check_values, output_of
-from mergeforge.recipe.entries import ModelEntry, Recipe
+from mergeforge.recipe import yaml_reader as text
+from mergeforge.recipe.builder import Builder, check_values, output_of
+from mergeforge.recipe.model import ModelEntry, Recipe
 
 # Of mergekit's parameters, those that never had an effect; accepted for any method.
 WITHOUT_EFFECT = ("int8_mask",)

@@ -9,7 +9,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from mergeforge.errors import RecipeError
-from mergeforge.recipe import text
+from mergeforge.recipe import yaml_reader
 
 
 def plain(value: Any) -> Any:
@@ -28,8 +28,8 @@ def plain(value: Any) -> Any:
 def file_text(path: FilePath) -> str:
     try:
         with open(path, "rb") as file:
-            data = file.read(text.LARGEST_FILE + 1)
-        if len(data) > text.LARGEST_FILE:
+            data = file.read(yaml_reader.LARGEST_FILE + 1)
+        if len(data) > yaml_reader.LARGEST_FILE:
             raise RecipeError(f"{path} is larger than 1 MiB", hint="a recipe is a few dozen lines")
         return data.decode("utf-8")
     except FileNotFoundError:
@@ -47,7 +47,7 @@ def overridden(value: Any, override: str) -> Any:
     path, equals, written = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"--set {override}: write PATH=VALUE, such as --set adapters.0.weight=0.5")
-    return _with(value, path.split("."), text.scalar(written), override)
+    return _with(value, path.split("."), yaml_reader.scalar(written), override)
 
 
 def _with(value: Any, path: list[str], new: Any, override: str) -> Any:

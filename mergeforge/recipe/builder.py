@@ -8,8 +8,8 @@ from pathlib import Path as FilePath
 from typing import Any, Protocol
 
 from mergeforge.core.parameters import Parameter
-from mergeforge.recipe import text
-from mergeforge.recipe.entries import (
+from mergeforge.recipe import yaml_reader as text
+from mergeforge.recipe.model import (
     AdapterEntry,
     AdapterOutput,
     GGUFEntry,
@@ -23,7 +23,7 @@ from mergeforge.recipe.entries import (
     TokenEntry,
     TokenizerEntry,
 )
-from mergeforge.recipe.settings import scalars
+from mergeforge.recipe.parameter_values import scalars
 
 _FOLD_WEIGHT = Parameter("weight", "float", per_input=True, required=False, default=1.0, within=None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mergeforge.recipe.entries import OUT_DTYPES
+from mergeforge.recipe.model import OUT_DTYPES
 from mergeforge.recipe.schema import (
     Choice,
     Flag,
