@@ -17,9 +17,9 @@ from mergeforge.budget import Worker
 from mergeforge.core.tensor_info import TensorInfo, Tile, some_blocks
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import DiskFile
-from mergeforge.methods.consensus import WeightedSum
-from mergeforge.methods.magnitude import SAMPLE_BLOCKS, SAMPLE_ELEMENTS
-from mergeforge.methods.random_mask import drawing
+from mergeforge.methods._random_mask import drawing
+from mergeforge.methods._thresholds import SAMPLE_BLOCKS, SAMPLE_ELEMENTS
+from mergeforge.methods._weighted_sum import WeightedSum
 from mergeforge.native import bindings
 from mergeforge.sinks import Outlet
 from mergeforge.sinks.checkpoint import CheckpointOutlet

@@ -29,7 +29,7 @@ from mergeforge.core.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergeforge.methods.consensus import WeightedSum
+    from mergeforge.methods._weighted_sum import WeightedSum
 
 R = TypeVar("R")
 UNIT = Interval(0, 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.methods import Block, Look, method
-from mergeforge.methods.magnitude import SEARCH_NBYTES, largest, sample, survey
+from mergeforge.methods._thresholds import SEARCH_NBYTES, largest, sample, survey
 from mergeforge.native import bindings
 
 if TYPE_CHECKING:

@@ -11,16 +11,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.methods import DENSITY, UNIT, Block, Look, method
-from mergeforge.methods.bands import Band, Bands
-from mergeforge.methods.consensus import (
+from mergeforge.methods._magnitude_range import Band, Bands
+from mergeforge.methods._rescale import Rescaled
+from mergeforge.methods._thresholds import SEARCH_NBYTES, largest
+from mergeforge.methods._weighted_sum import (
     WeightedSum,
     agreeing_sum,
     agreeing_terms,
     task_arithmetic_sum,
     weighted_sum,
 )
-from mergeforge.methods.magnitude import SEARCH_NBYTES, largest
-from mergeforge.methods.rescale import Rescaled
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,10 +10,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import DENSITY, Block, Look, method
-from mergeforge.methods.consensus import WeightedSum, agreeing_sum, agreeing_terms, task_arithmetic_sum, weighted_sum
-from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
-from mergeforge.methods.random_mask import drawing, masked
-from mergeforge.methods.rescale import Rescaled, ratios, ratios_of
+from mergeforge.methods._mask_cache import KEPT, MASKS_NBYTES, Masks
+from mergeforge.methods._random_mask import drawing, masked
+from mergeforge.methods._rescale import Rescaled, ratios, ratios_of
+from mergeforge.methods._weighted_sum import (
+    WeightedSum,
+    agreeing_sum,
+    agreeing_terms,
+    task_arithmetic_sum,
+    weighted_sum,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

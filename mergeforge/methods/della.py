@@ -11,11 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import DENSITY, UNIT, Block, Look, method
-from mergeforge.methods.consensus import agreeing_sum, weighted_sum
-from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
-from mergeforge.methods.parts import by_rows
-from mergeforge.methods.random_mask import drawing, random_mask
-from mergeforge.methods.rescale import Rescaled, ratios
+from mergeforge.methods._mask_cache import KEPT, MASKS_NBYTES, Masks
+from mergeforge.methods._random_mask import drawing, random_mask
+from mergeforge.methods._rescale import Rescaled, ratios
+from mergeforge.methods._sub_blocks import by_rows
+from mergeforge.methods._weighted_sum import agreeing_sum, weighted_sum
 from mergeforge.native import bindings
 
 if TYPE_CHECKING:

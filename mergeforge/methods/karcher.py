@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from mergeforge.core.parameters import Interval
 from mergeforge.methods import Look, method
-from mergeforge.methods.consensus import WeightedSum
-from mergeforge.methods.gram import gram, lengths
+from mergeforge.methods._inner_products import gram, lengths
+from mergeforge.methods._weighted_sum import WeightedSum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergeforge.methods.gram import Matrix
+    from mergeforge.methods._inner_products import Matrix
 
 
 def weights(look: Look, numel: int, *, max_iter: float, tol: float) -> list[float]:

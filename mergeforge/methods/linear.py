@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import method
-from mergeforge.methods.consensus import WeightedSum
+from mergeforge.methods._weighted_sum import WeightedSum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Look, method
-from mergeforge.methods.consensus import WeightedSum, combined
-from mergeforge.methods.gram import gram, is_vector, lengths
-from mergeforge.methods.parts import by_rows
+from mergeforge.methods._inner_products import gram, is_vector, lengths
+from mergeforge.methods._sub_blocks import by_rows
+from mergeforge.methods._weighted_sum import WeightedSum, combined
 
 if TYPE_CHECKING:
     from torch import Tensor

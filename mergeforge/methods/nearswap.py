@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mergeforge.core.parameters import Interval
 from mergeforge.methods import method
-from mergeforge.methods.consensus import WeightedSum
+from mergeforge.methods._weighted_sum import WeightedSum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Look, method
-from mergeforge.methods.consensus import WeightedSum
-from mergeforge.methods.gram import gram, is_vector
-from mergeforge.methods.parts import by_rows
+from mergeforge.methods._inner_products import gram, is_vector
+from mergeforge.methods._sub_blocks import by_rows
+from mergeforge.methods._weighted_sum import WeightedSum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.methods import UNIT, Block, Look, method
-from mergeforge.methods.consensus import combined
-from mergeforge.methods.magnitude import SAMPLE_ELEMENTS, SEARCH_NBYTES, Threshold, largest_share, some
-from mergeforge.methods.masks import KEPT, MASKS_NBYTES, Masks
-from mergeforge.methods.parts import by_elements
+from mergeforge.methods._mask_cache import KEPT, MASKS_NBYTES, Masks
+from mergeforge.methods._sub_blocks import by_elements
+from mergeforge.methods._thresholds import SAMPLE_ELEMENTS, SEARCH_NBYTES, Threshold, largest_share, some
+from mergeforge.methods._weighted_sum import combined
 from mergeforge.native import bindings
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from mergeforge.core.tensor_info import dtype_name
 from mergeforge.methods import Look, method
-from mergeforge.methods.consensus import WeightedSum
-from mergeforge.methods.gram import gram, lengths
+from mergeforge.methods._inner_products import gram, lengths
+from mergeforge.methods._weighted_sum import WeightedSum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import method
-from mergeforge.methods.consensus import WeightedSum, task_arithmetic_sum
+from mergeforge.methods._weighted_sum import WeightedSum, task_arithmetic_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

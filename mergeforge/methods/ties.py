@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import DENSITY, Block, Look, method
-from mergeforge.methods.bands import Band, Bands
-from mergeforge.methods.consensus import WeightedSum, agreeing_sum, agreeing_terms
-from mergeforge.methods.magnitude import SEARCH_NBYTES, thresholds
-from mergeforge.methods.rescale import Rescaled
+from mergeforge.methods._magnitude_range import Band, Bands
+from mergeforge.methods._rescale import Rescaled
+from mergeforge.methods._thresholds import SEARCH_NBYTES, thresholds
+from mergeforge.methods._weighted_sum import WeightedSum, agreeing_sum, agreeing_terms
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mergeforge.methods.consensus import WeightedSum
+from mergeforge.methods._weighted_sum import WeightedSum
 from mergeforge.native.bindings import CHUNK, PRODUCT_CHUNK, Sum, kernels
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from mergeforge.methods.consensus import WeightedSum
+    from mergeforge.methods._weighted_sum import WeightedSum
 
     _Inputs = tuple[list[Tensor], Tensor | None]  # of a block, as the method takes them; the base if it was taken away
 

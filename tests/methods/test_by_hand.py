@@ -10,7 +10,7 @@ import torch
 from looking import combine
 
 from mergeforge.methods import METHODS
-from mergeforge.methods.consensus import agreeing_sum, weighted_sum
+from mergeforge.methods._weighted_sum import agreeing_sum, weighted_sum
 
 UNWEIGHTED = {
     "slerp",

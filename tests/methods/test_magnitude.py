@@ -7,8 +7,8 @@ import pytest
 import torch
 from looking import Looking
 
-from mergeforge.methods import magnitude, ranks
-from mergeforge.methods.magnitude import Threshold, thresholds
+from mergeforge.methods import _kth_largest, _thresholds
+from mergeforge.methods._thresholds import Threshold, thresholds
 
 N = 30_000
 
@@ -25,7 +25,7 @@ def bfloat16_like() -> torch.Tensor:
 def misleading(size: int = 1000) -> torch.Tensor:
     """The blocks that the sample sees hold only small numbers."""
     value = noise(3).mul(100)
-    for start in Looking([value], size).starts(magnitude.SAMPLE_BLOCKS):
+    for start in Looking([value], size).starts(_thresholds.SAMPLE_BLOCKS):
         value[start : start + size] *= 1e-6
     return value
 
@@ -33,7 +33,7 @@ def misleading(size: int = 1000) -> torch.Tensor:
 def misleading_up(size: int = 1000) -> torch.Tensor:
     """The blocks that the sample sees hold only large numbers."""
     value = noise(3).mul(1e-6)
-    for start in Looking([value], size).starts(magnitude.SAMPLE_BLOCKS):
+    for start in Looking([value], size).starts(_thresholds.SAMPLE_BLOCKS):
         value[start : start + size] *= 1e9
     return value
 
@@ -122,9 +122,9 @@ def test_several_inputs_at_once() -> None:
 @pytest.mark.parametrize("values", [8, 1 << 16])
 def test_more_candidates_than_a_search_holds(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are counted, and made coarser where there are more than 8; several looks narrow the range."""
-    monkeypatch.setattr(ranks, "CANDIDATES", 64)
-    monkeypatch.setattr(ranks, "VALUES", values)
-    monkeypatch.setattr(magnitude, "SAMPLE_ELEMENTS", 4)
+    monkeypatch.setattr(_kth_largest, "CANDIDATES", 64)
+    monkeypatch.setattr(_kth_largest, "VALUES", values)
+    monkeypatch.setattr(_thresholds, "SAMPLE_ELEMENTS", 4)
     for name, value in DATA.items():
         look = Looking([value], 500)
         (found,) = thresholds(look, len(value), [0.37])
@@ -146,7 +146,7 @@ def test_a_good_sample_needs_two_looks() -> None:
     for value in (noise(0, 1 << 21), columns):
         looks.clear()
         thresholds(Counting([value], 1 << 18), len(value), [0.3])
-        assert looks == [magnitude.SAMPLE_BLOCKS, 0]
+        assert looks == [_thresholds.SAMPLE_BLOCKS, 0]
 
 
 @pytest.mark.parametrize("share", [1.0, 0.6])

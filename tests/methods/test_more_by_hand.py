@@ -12,13 +12,13 @@ from looking import Looking, combine
 from test_by_hand import equal, near
 
 from mergeforge.methods import METHODS, Block
+from mergeforge.methods._inner_products import gram
+from mergeforge.methods._mask_cache import Masks
+from mergeforge.methods._random_mask import random_mask
+from mergeforge.methods._rescale import Rescaled
+from mergeforge.methods._sub_blocks import by_rows
+from mergeforge.methods._thresholds import SAMPLE_BLOCKS, largest_share
 from mergeforge.methods.della import _mask, _mask_in_c, _order, _probability
-from mergeforge.methods.gram import gram
-from mergeforge.methods.magnitude import SAMPLE_BLOCKS, largest_share
-from mergeforge.methods.masks import Masks
-from mergeforge.methods.parts import by_rows
-from mergeforge.methods.random_mask import random_mask
-from mergeforge.methods.rescale import Rescaled
 from mergeforge.methods.sce import _agreeing_mean, _of_variance, _variance
 from mergeforge.native import bindings
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mergeforge.methods import Block
-from mergeforge.methods.masks import Masks
-from mergeforge.methods.random_mask import _drawn, _drawn_below, _drawn_there, masked, random_mask
+from mergeforge.methods._mask_cache import Masks
+from mergeforge.methods._random_mask import _drawn, _drawn_below, _drawn_there, masked, random_mask
 
 N = 100_000
 KEYS = (0x89ABCDEF, 0x12345678), (0x0F1E2D3C, 0x4B5A6978)

@@ -19,12 +19,12 @@ import mergeforge
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.measuring import measure
 from mergeforge.methods import METHODS, Block
-from mergeforge.methods.bands import Band, Bands
-from mergeforge.methods.consensus import WeightedSum, agreeing_sum, agreeing_terms, weighted_sum
-from mergeforge.methods.magnitude import Threshold, _magnitude_bits, _split, _split_in_c
-from mergeforge.methods.masks import Masks
-from mergeforge.methods.random_mask import drawing, masked
-from mergeforge.methods.ranks import NOTHING
+from mergeforge.methods._kth_largest import NOTHING
+from mergeforge.methods._magnitude_range import Band, Bands
+from mergeforge.methods._mask_cache import Masks
+from mergeforge.methods._random_mask import drawing, masked
+from mergeforge.methods._thresholds import Threshold, _magnitude_bits, _split, _split_in_c
+from mergeforge.methods._weighted_sum import WeightedSum, agreeing_sum, agreeing_terms, weighted_sum
 from mergeforge.native import bindings
 from mergeforge.native.bindings import CHUNK
 from mergeforge.sources.fused import Place, Stack, Unreadable, room_nbytes

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Block, Look
-from mergeforge.methods.magnitude import Threshold
-from mergeforge.methods.parts import by_elements
-from mergeforge.methods.rescale import Rescaled, ratios, ratios_of
+from mergeforge.methods._rescale import Rescaled, ratios, ratios_of
+from mergeforge.methods._sub_blocks import by_elements
+from mergeforge.methods._thresholds import Threshold
 
 if TYPE_CHECKING:
     import numpy as np

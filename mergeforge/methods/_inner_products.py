@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Look
-from mergeforge.methods.parts import by_elements
+from mergeforge.methods._sub_blocks import by_elements
 
 if TYPE_CHECKING:
     import numpy as np

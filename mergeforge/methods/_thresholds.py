@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Block, Look
-from mergeforge.methods.parts import by_elements
-from mergeforge.methods.ranks import NOTHING, SEARCH_NBYTES, Search
+from mergeforge.methods._kth_largest import NOTHING, SEARCH_NBYTES, Search
+from mergeforge.methods._sub_blocks import by_elements
 from mergeforge.native import bindings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergeforge.methods.ranks import Bits
+    from mergeforge.methods._kth_largest import Bits
 
 __all__ = ["SEARCH_NBYTES", "Threshold", "below", "largest", "largest_share", "sample", "some", "survey"]
 __all__ += ["thresholds"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from mergeforge.methods.random_mask import Drawing
+    from mergeforge.methods._random_mask import Drawing
 
     Integers = NDArray[np.int64]
 

@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergeforge.methods import Block
-from mergeforge.methods.masks import Masks
+from mergeforge.methods._mask_cache import Masks
 
 if TYPE_CHECKING:
     import numpy as np
