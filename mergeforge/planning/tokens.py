@@ -27,8 +27,8 @@ from mergeforge.tokenizer import (
     plan_tokenizer,
     with_tokenizer,
 )
-from mergeforge.tokenizer.files import json_file
-from mergeforge.tokenizer.vocabulary import read_object
+from mergeforge.tokenizer.hf_vocabulary import read_object
+from mergeforge.tokenizer.output_files import json_file
 
 GENERATION = "generation_config.json"
 

@@ -19,8 +19,10 @@ from collections.abc import Sequence
 
 from mergeforge.errors import RecipeError, did_you_mean
 from mergeforge.tokenizer.chat_templates import chat_template, with_chat_template
-from mergeforge.tokenizer.files import TOKENIZER_FILES, files_in, output_files, with_tokenizer
-from mergeforge.tokenizer.picks import row_picks, told
+from mergeforge.tokenizer.hf_vocabulary import read_vocabulary
+from mergeforge.tokenizer.output_files import TOKENIZER_FILES, files_in, output_files, with_tokenizer
+from mergeforge.tokenizer.output_vocabulary import output_vocabulary
+from mergeforge.tokenizer.row_sources import row_picks, told
 from mergeforge.tokenizer.settings import (
     ModelToken,
     RowPicks,
@@ -31,8 +33,6 @@ from mergeforge.tokenizer.settings import (
     Zero,
 )
 from mergeforge.tokenizer.special_ids import moved_ids, special_ids
-from mergeforge.tokenizer.union import output_vocabulary
-from mergeforge.tokenizer.vocabulary import read_vocabulary
 
 __all__ = [
     "TOKENIZER_FILES",

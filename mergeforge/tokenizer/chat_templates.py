@@ -8,9 +8,9 @@ from typing import Any
 
 from mergeforge.errors import RecipeError, SourceError, did_you_mean
 from mergeforge.io.aux_files import Made, SideFile, SideFiles
-from mergeforge.tokenizer.files import json_file
+from mergeforge.tokenizer.hf_vocabulary import read_object
+from mergeforge.tokenizer.output_files import json_file
 from mergeforge.tokenizer.settings import TokenizerOf
-from mergeforge.tokenizer.vocabulary import read_object
 
 # In the form of Hugging Face: `messages`, `add_generation_prompt`, and blocks that take their line's end with them.
 # Sources: ChatML, github.com/openai/openai-python/blob/v0.28.1/chatml.md; Alpaca, github.com/tatsu-lab/stanford_alpaca

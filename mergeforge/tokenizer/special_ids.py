@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.tokenizer.hf_vocabulary import ROLES, Vocabulary
+from mergeforge.tokenizer.output_vocabulary import Output
 from mergeforge.tokenizer.settings import TokenizerPlan
-from mergeforge.tokenizer.union import Output
-from mergeforge.tokenizer.vocabulary import ROLES, Vocabulary
 
 if TYPE_CHECKING:
     from mergeforge.tokenizer.settings import Rows

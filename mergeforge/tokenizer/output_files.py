@@ -14,8 +14,8 @@ from typing import Any
 
 from mergeforge.errors import SourceError, listing
 from mergeforge.io.aux_files import Made, SideFile, SideFiles
-from mergeforge.tokenizer.union import Output
-from mergeforge.tokenizer.vocabulary import Vocabulary, added_ids, read_object, save_again
+from mergeforge.tokenizer.hf_vocabulary import Vocabulary, added_ids, read_object, save_again
+from mergeforge.tokenizer.output_vocabulary import Output
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mergeforge.errors import RecipeError, did_you_mean, listing
+from mergeforge.tokenizer.hf_vocabulary import Vocabulary
+from mergeforge.tokenizer.output_vocabulary import Output
 from mergeforge.tokenizer.settings import ModelToken, RowPicks, TokenizerSettings, Zero
-from mergeforge.tokenizer.union import Output
-from mergeforge.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np

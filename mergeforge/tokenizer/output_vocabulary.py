@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mergeforge.errors import RecipeError, SourceError, listing
+from mergeforge.tokenizer.hf_vocabulary import FLAGS, Flags, Vocabulary, added_ids
 from mergeforge.tokenizer.settings import TokenizerSettings
-from mergeforge.tokenizer.vocabulary import FLAGS, Flags, Vocabulary, added_ids
 
 
 @dataclass(frozen=True)
