@@ -12,7 +12,7 @@ from typing import Any
 from mergeforge.budget import Worker
 from mergeforge.core.tensor_info import TensorInfo, blocks, cut
 from mergeforge.explaining import explain
-from mergeforge.hub import fetch
+from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from mergeforge.sources.dequantised import Dequantised, open_gguf, open_gguf_alone

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergeforge.errors import MergeforgeError, OutputError
+from mergeforge.hub.publish import AGAIN, check_access, held_files, hub_errors, is_same, lfs_of, stale_files
 from mergeforge.io.disk import sync_folder
 from mergeforge.journal import Sent
 from mergeforge.planning import Plan
-from mergeforge.publishing import AGAIN, check_access, held_files, hub_errors, is_same, lfs_of, stale_files
 from mergeforge.recipe import Publish
 from mergeforge.workspace import Workspace
 

@@ -18,10 +18,10 @@ from mergeforge.core.checksums import file_sha256, strip_checksums, tensor_check
 from mergeforge.core.tensor_info import Tile, blocks
 from mergeforge.engine import Closeness, compare_with_transformers
 from mergeforge.errors import MergeforgeError, SourceError, refused_if_odd
+from mergeforge.hub.publish import held_files, lfs_of
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import Header, read_header
 from mergeforge.planning import Piece, Plan, make_plan
-from mergeforge.publishing import held_files, lfs_of
 from mergeforge.sinks import strips
 from mergeforge.sinks.checkpoint import KEY
 from mergeforge.sinks.fp8 import SCALES

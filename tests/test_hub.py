@@ -17,7 +17,7 @@ import pytest
 from fakehub import FakeHub
 
 from mergeforge.errors import SourceError
-from mergeforge.hub import fetch, wanted_files
+from mergeforge.hub.download import fetch, wanted_files
 
 FETCH = """
 import json, sys

@@ -124,8 +124,9 @@ def _run(
 ) -> None:
     started = time.monotonic()
     made = _made(recipe, sets, options)
-    from mergeforge import progress, publishing, running
+    from mergeforge import progress, running
     from mergeforge.core.sizes import show_size
+    from mergeforge.hub import publish
 
     to = progress.console()
     if verbose:
@@ -137,7 +138,7 @@ def _run(
 
         disable_progress_bars()  # they would break into ours
     if made.recipe.output.publish:
-        publishing.check_access(made.recipe.output.publish.repo)  # before the work, not after it
+        publish.check_access(made.recipe.output.publish.repo)  # before the work, not after it
 
     def say(text: str) -> None:
         if not quiet:
@@ -148,8 +149,8 @@ def _run(
         pass
     seconds = time.monotonic() - started
     if (asked := made.recipe.output.publish) and not asked.stream:
-        planned = publishing.plan_publication(made.out, asked.repo, revision=asked.revision, private=asked.private)
-        for done in publishing.publish(planned):
+        planned = publish.plan_publication(made.out, asked.repo, revision=asked.revision, private=asked.private)
+        for done in publish.publish(planned):
             say(f"sent {done}")
     if as_json:
         facts = {

@@ -41,7 +41,7 @@ def publish(folder: str, repo: str, *, gguf: str, as_json: bool, **options: Any)
         if as_json:
             click.echo(json.dumps(found))
         return
-    from mergeforge.parting import part
+    from mergeforge.hub.split_gguf_repo import part
 
     with tempfile.TemporaryDirectory() as work:
         parts = part(Path(folder), Path(work), repo)
@@ -53,8 +53,8 @@ def publish(folder: str, repo: str, *, gguf: str, as_json: bool, **options: Any)
 
 def _publish(folder: Path, repo: str, *, dry_run: bool, quiet: bool, **options: Any) -> dict[str, Any]:
     """Publish one folder; what was done, for --json."""
-    from mergeforge import publishing
     from mergeforge.core.sizes import show_size
+    from mergeforge.hub import publish as publishing
 
     planned = publishing.plan_publication(folder, repo, **options)
 

@@ -72,7 +72,7 @@ def train(
         plan = planning.make_plan(source, sets=sets, out=out, device=device)
     after = flow.after_of_steps(plan.settings.after, then) if then else plan.settings.after
     if after.publish and not only_plan:
-        from mergeforge.publishing import check_access
+        from mergeforge.hub.publish import check_access
 
         check_access(after.publish["repo"])  # before the work, not after it
     if not quiet:

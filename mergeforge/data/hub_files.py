@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mergeforge.data.rows import ending_of
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError, listing
-from mergeforge.hub import download_whole
+from mergeforge.hub.download import download_whole
 
 _NAME = re.compile(r"hf://(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:]+))?(?::(?P<what>.+))?")
 _SHARD = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")

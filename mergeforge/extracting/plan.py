@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergeforge import hub
 from mergeforge.budget import Budget, make_budget
 from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.extracting.difference import Job, Wanted, plan_jobs
 from mergeforge.extracting.pairing import Choice, Pair, pair_up
+from mergeforge.hub import download
 from mergeforge.recipe import OUT_DTYPES, ModelRef
 from mergeforge.sinks.adapter import CARD, CONFIG, WEIGHTS, check_out
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint
@@ -97,7 +97,7 @@ def _choice(embeddings: str, save_rest: bool, include: Sequence[str], exclude: S
 def _opened(name: str, allow_pickle: bool) -> tuple[ModelRef, Checkpoint]:
     path, at, revision = name.rpartition("@")
     ref = ModelRef(path, revision) if at and not Path(name).exists() else ModelRef(name)
-    where = hub.fetch(ref.path, ref.revision, ("model",), allow_pickle=allow_pickle)
+    where = download.fetch(ref.path, ref.revision, ("model",), allow_pickle=allow_pickle)
     folder = where.path
     if folder.suffix == ".gguf":
         raise SourceError(f"{name} is a GGUF file: quantised", hint="take the model that it was made from")

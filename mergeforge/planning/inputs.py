@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergeforge import hub
 from mergeforge.errors import SourceError
+from mergeforge.hub import download
 from mergeforge.io.aux_files import SideFiles
 from mergeforge.io.remote import Link
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
@@ -134,7 +134,7 @@ class Opener:
         self.link = link
         self.stream = stream
         self.results: dict[str, Result] = {}
-        self._places: dict[tuple[ModelRef, tuple[str, ...]], hub.Local] = {}
+        self._places: dict[tuple[ModelRef, tuple[str, ...]], download.Local] = {}
         self._opened: dict[tuple[Path, str | None], Checkpoint] = {}
         self._plain: Checkpoint | None = None
 
@@ -177,13 +177,13 @@ class Opener:
         path = (found.parent if found.is_file() else found) / "adapter_config.json"
         return read_json(path) if path.is_file() else {}
 
-    def _found(self, entry: AdapterEntry) -> hub.Local:
+    def _found(self, entry: AdapterEntry) -> download.Local:
         return self._place(entry.adapter, ADAPTER_STEMS)
 
-    def _place(self, reference: ModelRef, stems: tuple[str, ...]) -> hub.Local:
+    def _place(self, reference: ModelRef, stems: tuple[str, ...]) -> download.Local:
         """Where an input lies, found once: a branch that moves meanwhile does not matter."""
         if (reference, stems) not in self._places:
-            self._places[reference, stems] = hub.fetch(
+            self._places[reference, stems] = download.fetch(
                 reference.path,
                 reference.revision,
                 stems,
@@ -222,7 +222,7 @@ class Opener:
             self._opened[key] = self._open(where, str(reference))
         return self._opened[key]
 
-    def _open(self, where: hub.Local, label: str) -> Checkpoint:
+    def _open(self, where: download.Local, label: str) -> Checkpoint:
         if where.path.suffix == ".gguf" and where.path.is_file():
             assert self._plain is not None
             return open_gguf(where.path, label, self._plain)

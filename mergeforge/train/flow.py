@@ -151,7 +151,7 @@ def merged_loss(plan: TrainPlan, folder: Path) -> float:
 
 
 def _publish(folder: Path, wanted: Mapping[str, Any], tell: Tell) -> str:
-    from mergeforge.publishing import plan_publication, publish
+    from mergeforge.hub.publish import plan_publication, publish
 
     options = {"private": wanted.get("private", True), "revision": wanted.get("revision", "main")}
     for done in publish(plan_publication(folder, wanted["repo"], **options)):

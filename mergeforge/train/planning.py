@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.data import Prepared, load_tokenizer, prepare
 from mergeforge.errors import OutputError, SourceError
-from mergeforge.hub import fetch
+from mergeforge.hub.download import fetch
 from mergeforge.random_model import Shape, write_model
 from mergeforge.sources.tied import CONV1D_MODELS
 from mergeforge.train import extra, processes

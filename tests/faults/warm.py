@@ -134,7 +134,7 @@ def serve() -> None:
     import torch
 
     import mergeforge.data
-    import mergeforge.publishing
+    import mergeforge.hub.publish
     import mergeforge.verifying  # noqa: F401
 
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from mergeforge.hub import fetch
+from mergeforge.hub.download import fetch
 from mergeforge.train.planning import TrainPlan
 from mergeforge.train.processes import is_main
 from mergeforge.train.side_files import write_side_files

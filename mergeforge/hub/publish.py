@@ -17,7 +17,7 @@ from typing import Any
 
 from mergeforge.core.checksums import file_sha256, git_sha1
 from mergeforge.errors import MergeforgeError, OutputError, RecipeError, SourceError, listing
-from mergeforge.hub import download_whole
+from mergeforge.hub.download import download_whole
 
 RECEIPT = "mergeforge.json"
 AGAIN = "the same command again: what was sent is kept"
