@@ -26,8 +26,9 @@ from measure import adapter, machine, model, table
 from raw_copy import copy
 
 import mergeforge
-from mergeforge import budget, comparing
+from mergeforge import comparing
 from mergeforge.io import disk, file_layout
+from mergeforge.tensors import budget
 
 # What CPU and GPU results may differ by: float32 sums in another order, rounded to bfloat16.
 ALLOWED_RELATIVE = 1e-4

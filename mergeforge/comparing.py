@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeforge.budget import Worker
 from mergeforge.core.tensor_info import TensorInfo, blocks, cut
 from mergeforge.explaining import explain
 from mergeforge.hub.download import fetch
@@ -17,7 +16,8 @@ from mergeforge.io.safetensors_header import read_header
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from mergeforge.sources.dequantised import Dequantised, open_gguf, open_gguf_alone
 from mergeforge.sources.gguf_file import read_gguf
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.budget import Worker
+from mergeforge.tensors.stored import Stored
 
 TILE_NBYTES = 16 << 20
 _FACTS = [

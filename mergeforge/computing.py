@@ -9,16 +9,16 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from mergeforge.budget import Worker
 from mergeforge.core.tensor_info import TensorInfo, Tile, blocks, torch_dtype
 from mergeforge.errors import SourceError
 from mergeforge.measuring import Measured, base_of, looks_at, measure, total
 from mergeforge.planning import Piece
 from mergeforge.sinks import Outlet, strips
 from mergeforge.sinks.checkpoint import KEY
-from mergeforge.sources import Facts, Rows, Scan, learn
-from mergeforge.sources.merged import Merged
 from mergeforge.summing import Summing
+from mergeforge.tensors.budget import Worker
+from mergeforge.tensors.lazy import Facts, Rows, Scan, learn
+from mergeforge.tensors.merged import Merged
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,8 +17,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.budget import cores
 from mergeforge.errors import MissingExtraError, SourceError
+from mergeforge.tensors.budget import cores
 
 if TYPE_CHECKING:
     import numpy as np

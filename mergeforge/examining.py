@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mergeforge.budget import cores, free_memory
 from mergeforge.core.sizes import show_size
 from mergeforge.io.disk import WriteBehind, preallocate, write_at
 from mergeforge.native import bindings
 from mergeforge.quants import backend
+from mergeforge.tensors.budget import cores, free_memory
 
 PACKAGES = ("mergeforge", "torch", "safetensors", "numpy", "huggingface_hub", "gguf", "click", "rich", "pyyaml")
 EXTRAS = {

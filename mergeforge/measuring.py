@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.planning import Piece
-from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
-from mergeforge.sources.merged import Merged
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.merged import Merged
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor

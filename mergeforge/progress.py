@@ -15,12 +15,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mergeforge.budget import resident_memory
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import Tile
 from mergeforge.joining import Join
 from mergeforge.planning import Plan
 from mergeforge.quants import backend
+from mergeforge.tensors.budget import resident_memory
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 

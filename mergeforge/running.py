@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergeforge import joining
-from mergeforge.budget import Worker, one_torch_thread, steady_malloc
 from mergeforge.card import model_card
 from mergeforge.computing import carry
 from mergeforge.core.checksums import strip_checksums
@@ -33,6 +32,7 @@ from mergeforge.receipt import receipt
 from mergeforge.shipping import Shipment, open_shipment
 from mergeforge.sinks import Outlet, Run, joined, strips
 from mergeforge.sinks.checkpoint import index
+from mergeforge.tensors.budget import Worker, one_torch_thread, steady_malloc
 from mergeforge.vocab.modelfile import modelfile
 from mergeforge.workspace import CARD, RECEIPT, RECIPE, Workspace
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from mergeforge.budget import Worker
 from mergeforge.core.tensor_info import TensorInfo, Tile, some_blocks
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import DiskFile
@@ -23,15 +22,16 @@ from mergeforge.methods._weighted_sum import WeightedSum
 from mergeforge.native import bindings
 from mergeforge.sinks import Outlet
 from mergeforge.sinks.checkpoint import CheckpointOutlet
-from mergeforge.sources import Way
-from mergeforge.sources.fused import KINDS, WIDEST, Place, Stack, Unreadable, room_nbytes
-from mergeforge.sources.merged import Merged
+from mergeforge.tensors.budget import Worker
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.merged import Merged
+from mergeforge.tensors.native_inputs import KINDS, WIDEST, Place, Stack, Unreadable, room_nbytes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mergeforge.sources.stored import Stored
+    from mergeforge.tensors.stored import Stored
 
     Bytes = NDArray[np.uint8]
     Bits = NDArray[np.int32]

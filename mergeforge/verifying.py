@@ -12,7 +12,6 @@ from typing import Any
 
 import xxhash
 
-from mergeforge.budget import Worker, cores, one_torch_thread
 from mergeforge.computing import carry
 from mergeforge.core.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.core.tensor_info import Tile, blocks
@@ -25,6 +24,7 @@ from mergeforge.planning import Piece, Plan, make_plan
 from mergeforge.sinks import strips
 from mergeforge.sinks.checkpoint import KEY
 from mergeforge.sinks.fp8 import SCALES
+from mergeforge.tensors.budget import Worker, cores, one_torch_thread
 from mergeforge.workspace import CARD, RECEIPT, RECIPE, read_receipt
 
 SAMPLE = 24  # tensors that a deep check computes again

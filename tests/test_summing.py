@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergeforge
-from mergeforge import budget
 from mergeforge.errors import SourceError
 from mergeforge.native import bindings
+from mergeforge.tensors import budget
 
 pytestmark = [
     pytest.mark.needs_kernels,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mergeforge.budget import cores
 from mergeforge.errors import SourceError
+from mergeforge.tensors.budget import cores
 
 
 class ScoringProcess:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mergeforge.budget import one_torch_thread
 from mergeforge.errors import SourceError
 from mergeforge.extracting.crew import Crew
 from mergeforge.extracting.pairing import all_tensors
@@ -22,6 +21,7 @@ from mergeforge.io.disk import InputFile, write_durably
 from mergeforge.sinks.adapter import Part, Spool, new_folder, write_adapter
 from mergeforge.sinks.peft_config import lora_config, task_type
 from mergeforge.sources.checkpoint import read_json
+from mergeforge.tensors.budget import one_torch_thread
 
 __all__ = ["Extraction", "Found", "Report", "extract", "extract_lora", "make_report", "plan_extraction", "read_report"]
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mergeforge.budget import Worker, steady_malloc
 from mergeforge.core.low_rank_svd import Factors, exact, exact_held, randomised, residual
 from mergeforge.core.tensor_info import torch_dtype
 from mergeforge.errors import SourceError, out_of_memory
@@ -19,6 +18,7 @@ from mergeforge.extracting.plan import Extraction
 from mergeforge.extracting.report import PREFIX, Found
 from mergeforge.recipe import OUT_DTYPES
 from mergeforge.sinks.adapter import Spool
+from mergeforge.tensors.budget import Worker, steady_malloc
 
 if TYPE_CHECKING:
     from torch import Tensor

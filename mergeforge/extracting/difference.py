@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from mergeforge.budget import ALIGNMENT, MOST_THREADS, Budget, Worker, cores
 from mergeforge.core.low_rank_svd import SquareSum, exact_nbytes, is_exact_cheaper, randomised_nbytes
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import TensorInfo, cut
 from mergeforge.errors import BudgetError
 from mergeforge.extracting.pairing import Pair
+from mergeforge.tensors.budget import ALIGNMENT, MOST_THREADS, Budget, Worker, cores
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from mergeforge.adapters.keys import find_tensor
 from mergeforge.errors import RecipeError, SourceError, listing
 from mergeforge.sources.checkpoint import Checkpoint
-from mergeforge.sources.stored import Stored
 from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, is_head, tied_head
+from mergeforge.tensors.stored import Stored
 
 POSITIONS = ("wpe", "embed_positions", "position_embeddings", "token_type_embeddings")
 ROUTERS = ("gate", "router")  # of experts: parameters of a module that is no linear layer

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergeforge.budget import Budget, make_budget
 from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.extracting.difference import Job, Wanted, plan_jobs
 from mergeforge.extracting.pairing import Choice, Pair, pair_up
@@ -15,6 +14,7 @@ from mergeforge.recipe import OUT_DTYPES, ModelRef
 from mergeforge.sinks.adapter import CARD, CONFIG, WEIGHTS, check_out
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint
 from mergeforge.sources.quantised.way import Quantised
+from mergeforge.tensors.budget import Budget, make_budget
 
 REPORT = "extraction.json"
 FILES = (WEIGHTS, CONFIG, CARD, REPORT)

@@ -12,7 +12,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge.budget import one_torch_thread
 from mergeforge.core.low_rank_svd import Factors, cut_product
 from mergeforge.core.tensor_info import torch_dtype
 from mergeforge.errors import SourceError
@@ -21,6 +20,7 @@ from mergeforge.joining.plan import Join, Sum, Terms, folded_terms, plan_join, w
 from mergeforge.joining.report import REPORT, Joined, adapter_card, adapter_config, report_json
 from mergeforge.recipe import OUT_DTYPES
 from mergeforge.sinks.adapter import CARD, CONFIG, SPOOL, WEIGHTS, Spool, new_folder, write_adapter
+from mergeforge.tensors.budget import one_torch_thread
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,13 +9,13 @@ from mergeforge.adapters.keys import parse_key
 from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, RecipeError, SourceError
 from mergeforge.recipe import OUT_DTYPES
-from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.adapter import Adapter
 from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.edits import Edit, LowRank
-from mergeforge.sources.stored import Stored, same_content
 from mergeforge.sources.tied import tied_head
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.stored import Stored, same_content
 
 Terms = Mapping[str, Sequence[tuple[float, Edit]]]  # tensor -> (weight, edit) of every adapter that changes it
 

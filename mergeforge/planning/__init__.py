@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergeforge.budget import MOST_KEPT, Budget, make_budget
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import BudgetError, OutputError, RecipeError
@@ -40,6 +39,7 @@ from mergeforge.recipe import Recipe, read
 from mergeforge.sinks import Outlet
 from mergeforge.sinks import checkpoint as sink
 from mergeforge.sources.quantised.way import Quantised
+from mergeforge.tensors.budget import MOST_KEPT, Budget, make_budget
 
 __all__ = ["Batch", "Piece", "Plan", "make_plan", "read_recipe"]
 

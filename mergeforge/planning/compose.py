@@ -25,11 +25,11 @@ from mergeforge.planning.tables import (
     renamed,
 )
 from mergeforge.recipe import WITHOUT_EFFECT, ModelEntry, Recipe, Rule
-from mergeforge.sources import Way
 from mergeforge.sources.adapted import AdapterDelta
 from mergeforge.sources.edits import Edit
-from mergeforge.sources.merged import Merged
-from mergeforge.sources.stored import Stored, same_content
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.merged import Merged
+from mergeforge.tensors.stored import Stored, same_content
 
 FOLDS = ("fold", "task_arithmetic", "linear")  # over adapters: base + sum(weight * delta)
 _AS_IT_IS = Rule()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mergeforge.budget import ALIGNMENT, Budget
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import TensorInfo, Tile, cut
 from mergeforge.errors import BudgetError
 from mergeforge.sinks import Outlet, common_strip
 from mergeforge.sinks.checkpoint import CheckpointOutlet
-from mergeforge.sources import Way, any_learns
-from mergeforge.sources.stored import Stored
 from mergeforge.summing import is_summed, summing_nbytes
+from mergeforge.tensors.budget import ALIGNMENT, Budget
+from mergeforge.tensors.lazy import Way, any_learns
+from mergeforge.tensors.stored import Stored
 
 TILE_NBYTES = 16 << 20  # as fast as any larger tile, and two of them leave the cache bounded
 SUM_NBYTES = 4 << 20  # of a tile of which nothing else is staged

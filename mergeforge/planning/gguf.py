@@ -19,10 +19,10 @@ from mergeforge.quants.importance import Importance, read_importance
 from mergeforge.quants.mixes import Mix, MixFacts, Wishes, choose, file_order, mix_named
 from mergeforge.recipe import GGUFEntry, Output
 from mergeforge.sinks.gguf import GGUFOutlet, GGUFTensor, lay_out, positions_of
-from mergeforge.sources import Way
 from mergeforge.sources.checkpoint import Model
-from mergeforge.sources.stored import Stored, same_content
 from mergeforge.sources.tied import is_head, tied_head
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.stored import Stored, same_content
 from mergeforge.vocab import vocabulary
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from mergeforge.hub import download
 from mergeforge.io.aux_files import SideFiles
 from mergeforge.io.remote import Link
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
-from mergeforge.sources import Way
 from mergeforge.sources.adapter import Adapter, open_adapter
 from mergeforge.sources.checkpoint import Checkpoint, Model, open_checkpoint, read_json
 from mergeforge.sources.dequantised import open_gguf
 from mergeforge.sources.gguf_adapter import open_gguf_adapter
+from mergeforge.tensors.lazy import Way
 
 Tell = Callable[[str], None]
 

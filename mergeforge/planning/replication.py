@@ -17,7 +17,7 @@ from mergeforge.planning.sections import Source, Stack, main_stack, with_layer
 from mergeforge.planning.sidecars import files_of
 from mergeforge.planning.tables import Table, renamed
 from mergeforge.recipe.parameter_values import layer_of
-from mergeforge.sources import Way
+from mergeforge.tensors.lazy import Way
 
 
 def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:

@@ -21,8 +21,8 @@ from mergeforge.planning.sidecars import config_json, side_files
 from mergeforge.planning.tables import Table, table_of
 from mergeforge.planning.tokens import follow, map_tables, plan_tokens, template_of
 from mergeforge.recipe import OUT_DTYPES, Recipe
-from mergeforge.sources import Way
-from mergeforge.sources.renamed import Renamed
+from mergeforge.tensors.alias import Renamed
+from mergeforge.tensors.lazy import Way
 from mergeforge.tokenizer import with_chat_template
 
 

@@ -9,16 +9,16 @@ from typing import Any
 from mergeforge.errors import SourceError, listing
 from mergeforge.planning.inputs import OpenAdapter, OpenModel
 from mergeforge.recipe.parameter_values import layer_positions, value_at
-from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.edits import Edit, Replaced, RowsReplaced
 from mergeforge.sources.extended import same_rows
 from mergeforge.sources.quantised.simulated import Simulated
 from mergeforge.sources.quantised.way import Quantised
-from mergeforge.sources.renamed import Renamed
-from mergeforge.sources.stored import Stored
 from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, HEADS, is_head, tied_head
+from mergeforge.tensors.alias import Renamed
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.stored import Stored
 
 
 @dataclass(frozen=True)

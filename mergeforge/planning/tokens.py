@@ -11,9 +11,9 @@ from mergeforge.io.aux_files import SideFile, SideFiles
 from mergeforge.planning.inputs import Inputs, OpenModel, Result
 from mergeforge.planning.tables import Table
 from mergeforge.recipe import Recipe, TokenEntry, TokenizerEntry
-from mergeforge.sources import Way
-from mergeforge.sources.mapped import mapped
 from mergeforge.sources.tied import EMBEDDINGS, HEADS
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.remapped_vocab import mapped
 from mergeforge.tokenizer import (
     ModelToken,
     TokenizerOf,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.budget import Need, Worker
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.sources import Facts, Rows, Scan, Way
 from mergeforge.sources.edits import Edit, LowRank
+from mergeforge.tensors.budget import Need, Worker
+from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from mergeforge.errors import SourceError, listing
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import header_of, read_header, require_regular
-from mergeforge.sources import Way
 from mergeforge.sources.pickled import read_pickled
 from mergeforge.sources.quantised import recognise
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.stored import Stored
 
 NOTHING: Mapping[str, InputFile] = {}
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(safetensors|bin)")

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.architectures import Place, spell
-from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, listing
 from mergeforge.io.disk import InputFile
-from mergeforge.sources import Facts, Rows, Scan, Way
 from mergeforge.sources.checkpoint import Checkpoint
 from mergeforge.sources.gguf_file import Held, read_gguf
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
+from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergeforge.budget import ALIGNMENT, Need, Worker, viewed
-from mergeforge.sources import Facts, Scan, Way
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker, viewed
+from mergeforge.tensors.lazy import Facts, Scan, Way
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from mergeforge.adapters.lora import LoraSettings
 from mergeforge.adapters.tf5 import Part
 from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.experts import ExpertLowRank
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.stored import Stored
 
 _ORDER = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")  # as modules define them
 _TRANSPOSED = ("gpt_oss", "llama4_text", "llama4", "dbrx")  # experts stored (E, in, out): is_transposed

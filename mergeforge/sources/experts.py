@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.budget import ALIGNMENT, Need, Worker
-from mergeforge.sources import Facts, Scan, Way
 from mergeforge.sources.edits import Delta, Edit
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
+from mergeforge.tensors.lazy import Facts, Scan, Way
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import torch

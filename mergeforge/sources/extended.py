@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.sources import Facts, Rows, Scan, Way
-from mergeforge.sources.stored import Stored, same_content
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
+from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
+from mergeforge.tensors.stored import Stored, same_content
 
 if TYPE_CHECKING:
     import torch

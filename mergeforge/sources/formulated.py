@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.adapters.kinds import Formula
-from mergeforge.budget import ALIGNMENT, Need, Worker
-from mergeforge.sources import Facts, Rows, Scan, Way
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
+from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from mergeforge.sources.adapter import Adapter
 from mergeforge.sources.checkpoint import Checkpoint, Model
 from mergeforge.sources.edits import LowRank
 from mergeforge.sources.gguf_file import GGUFHeader, Held, read_gguf
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.stored import Stored
 
 
 def open_gguf_adapter(path: Path, label: str, base: Model) -> Adapter:

@@ -12,10 +12,10 @@ from typing import NoReturn
 from mergeforge.adapters.keys import find_tensor
 from mergeforge.adapters.tf5 import Part, loaded_name, loaded_tensors
 from mergeforge.errors import SourceError, listing
-from mergeforge.sources import Way
 from mergeforge.sources.checkpoint import Model
-from mergeforge.sources.stored import Stored
 from mergeforge.sources.tied import EMBEDDINGS, HEADS, is_head, tied_head
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.stored import Stored
 
 _WRAPPED = ".base_layer."  # PEFT's layer around nn.MultiheadAttention stays in the paths of what lies inside it
 MOST = 5  # misfits that an error names

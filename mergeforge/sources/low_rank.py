@@ -8,14 +8,14 @@ from mergeforge.adapters.kinds import Module
 from mergeforge.adapters.lora import LoraSettings
 from mergeforge.adapters.variants import convolution, in_blocks, with_diagonal
 from mergeforge.errors import SourceError
-from mergeforge.sources import Way
 from mergeforge.sources.edits import Added, Dora, Edit, LowRank
 from mergeforge.sources.experts import InRows
 from mergeforge.sources.formulated import Formulated
 from mergeforge.sources.homes import Homes
 from mergeforge.sources.residual import Residual
-from mergeforge.sources.stored import Stored
 from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, HEADS
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.stored import Stored
 
 PAIRS = {"linear": ("A", "B"), "embedding": ("embedding_A", "embedding_B"), "turned": ("turned_A", "turned_B")}
 _OUT_PROJ = ".base_layer.out_proj"  # of nn.MultiheadAttention, which PEFT wraps in a layer of its own

@@ -16,7 +16,6 @@ from mergeforge.adapters.keys import UNUSED, Key, clean_path, parse_key
 from mergeforge.adapters.kinds import Kind, Module
 from mergeforge.adapters.lora import LoraSettings, told_start
 from mergeforge.errors import SourceError, listing
-from mergeforge.sources import Way
 from mergeforge.sources.checkpoint import Checkpoint, Model
 from mergeforge.sources.edits import Added, Edit, LowRank, Replaced, RowsReplaced
 from mergeforge.sources.expert_matching import Pair as ExpertPair
@@ -25,8 +24,9 @@ from mergeforge.sources.extended import Extended, same_rows
 from mergeforge.sources.formulated import Formulated
 from mergeforge.sources.homes import Homes
 from mergeforge.sources.low_rank import Pair, check_rank, low_rank_edits, take_pair
-from mergeforge.sources.stored import Stored, same_content
 from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, HEADS
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.stored import Stored, same_content
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from mergeforge.core.tensor_info import DTYPES, TensorInfo, dtype_name
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import DiskFile
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.stored import Stored
 
 
 def read_pickled(path: Path) -> tuple[dict[str, Stored], str]:

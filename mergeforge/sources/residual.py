@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.core.low_rank_svd import exact, exact_held, exact_nbytes
-from mergeforge.sources import Facts, Scan, Way
 from mergeforge.sources.edits import Delta, LowRank
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
+from mergeforge.tensors.lazy import Facts, Scan, Way
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 
-from mergeforge.budget import free_memory
 from mergeforge.core.sizes import show_size
 from mergeforge.errors import MissingExtraError, RecipeError
+from mergeforge.tensors.budget import free_memory
 from mergeforge.train.deciding import Machine
 from mergeforge.train.settings import TrainSettings
 

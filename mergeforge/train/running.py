@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.budget import resident_memory
 from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, OutputError
+from mergeforge.tensors.budget import resident_memory
 from mergeforge.train import extra
 from mergeforge.train.flow import write_recipe
 from mergeforge.train.folder import FINISHED, INTERRUPTED, RunFolder

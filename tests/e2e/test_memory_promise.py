@@ -11,7 +11,7 @@ import yaml
 
 from mergeforge.planning.cutting import SUM_NBYTES
 from mergeforge.random_model import Shape, write_adapter, write_model
-from mergeforge.sources.fused import READ_NBYTES
+from mergeforge.tensors.native_inputs import READ_NBYTES
 
 SHAPE = Shape(1024, 2816, 6, 8, 8, 32000)  # 127 M parameters; an embedding of 64 MB in bfloat16
 OWN = 30 << 20  # mergeforge's modules, headers, malloc

@@ -20,11 +20,11 @@ from torch import nn
 import mergeforge
 from mergeforge import SourceError
 from mergeforge.adapters.lora import replicated
-from mergeforge.budget import Worker
-from mergeforge.sources import Way
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.adapter import open_adapter
 from mergeforge.sources.checkpoint import open_checkpoint
+from mergeforge.tensors.budget import Worker
+from mergeforge.tensors.lazy import Way
 
 if TYPE_CHECKING:
     from conftest import Lab, Trained

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mergeforge
-from mergeforge import budget
 from mergeforge.core import tensor_info
 from mergeforge.core.tensor_info import DTYPES, TensorInfo, Tile, blocks, cut, torch_dtype
 from mergeforge.methods import METHODS
@@ -26,6 +25,7 @@ from mergeforge.native import bindings
 from mergeforge.planning import cutting
 from mergeforge.random_model import Shape, write_adapter, write_model
 from mergeforge.sinks.checkpoint import lay_out, split
+from mergeforge.tensors import budget
 
 SHAPE = Shape(hidden=64, intermediate=176, layers=1, heads=4, kv_heads=2, vocab=320)
 BLOCK = 4096  # elements, so that these small tensors have up to five blocks

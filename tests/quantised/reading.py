@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mergeforge.budget import Worker
 from mergeforge.core.tensor_info import blocks, cut, torch_dtype
-from mergeforge.sources import Scan, Way, learn
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint
+from mergeforge.tensors.budget import Worker
+from mergeforge.tensors.lazy import Scan, Way, learn
 
 Tensors = dict[str, torch.Tensor]
 

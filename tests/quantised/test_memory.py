@@ -13,10 +13,10 @@ from reading import opened
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mergeforge.budget import Worker
 from mergeforge.core.tensor_info import blocks, cut
-from mergeforge.sources import Scan, Way, learn
 from mergeforge.sources.quantised.simulated import Simulated
+from mergeforge.tensors.budget import Worker
+from mergeforge.tensors.lazy import Scan, Way, learn
 
 SHAPE = (1024, 1088)  # two blocks of 480 rows and a rest
 SLACK = 0.25  # of a block: tables, scales of a few rows

@@ -12,7 +12,7 @@ from quantising import FORMATS
 from reading import Tensors, opened, values
 
 from mergeforge.errors import SourceError
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.stored import Stored
 
 WEIGHT = torch.linspace(-1, 1, 32 * 64).view(32, 64).bfloat16()
 

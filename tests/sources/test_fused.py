@@ -27,7 +27,7 @@ from mergeforge.methods._thresholds import Threshold, _magnitude_bits, _split, _
 from mergeforge.methods._weighted_sum import WeightedSum, agreeing_sum, agreeing_terms, weighted_sum
 from mergeforge.native import bindings
 from mergeforge.native.bindings import CHUNK
-from mergeforge.sources.fused import Place, Stack, Unreadable, room_nbytes
+from mergeforge.tensors.native_inputs import Place, Stack, Unreadable, room_nbytes
 
 pytestmark = pytest.mark.needs_kernels
 

@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_llamas import computed
 
-from mergeforge.budget import Worker
 from mergeforge.core import tensor_info
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import DiskFile
 from mergeforge.methods import METHODS
-from mergeforge.sources import Facts, Scan, Way, learn
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.checkpoint import open_checkpoint
 from mergeforge.sources.edits import Dora, LowRank
-from mergeforge.sources.mapped import INDEX_NBYTES, Mapped, mapped
-from mergeforge.sources.merged import Merged
-from mergeforge.sources.renamed import Renamed
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.alias import Renamed
+from mergeforge.tensors.budget import Worker
+from mergeforge.tensors.lazy import Facts, Scan, Way, learn
+from mergeforge.tensors.merged import Merged
+from mergeforge.tensors.remapped_vocab import INDEX_NBYTES, Mapped, mapped
+from mergeforge.tensors.stored import Stored
 from mergeforge.tokenizer import RowPicks
 
 Peak: Any = runpy.run_path(str(Path(__file__).parents[1] / "methods" / "test_live.py"))["Peak"]

@@ -14,10 +14,10 @@ from test_tokenizers_against_mergekit import CASES, recipe
 from tiny_llamas import EMBEDDING, HEAD, loaded, projected, write, write_all
 
 import mergeforge
-from mergeforge import budget
 from mergeforge.core import tensor_info
 from mergeforge.errors import RecipeError, SourceError
 from mergeforge.planning import cutting
+from mergeforge.tensors import budget
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 from mergeforge.adapters.kinds import Kind
 from mergeforge.adapters.lora import LoraSettings
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.stored import Stored
 
 
 @dataclass(frozen=True)

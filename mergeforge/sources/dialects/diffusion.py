@@ -21,7 +21,7 @@ from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.dialects import Translated
 from mergeforge.sources.dialects.ldm import ldm_names
 from mergeforge.sources.homes import Homes
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.stored import Stored
 
 METADATA = "lora_adapter_metadata"
 # suffix -> the same in keys.py's names

@@ -14,7 +14,7 @@ from typing import Any
 
 from mergeforge.errors import SourceError
 from mergeforge.sources.dialects import Translated
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.stored import Stored
 
 STEM = "adapters"
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}

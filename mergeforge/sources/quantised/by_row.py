@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.sources.quantised.way import PIECE, Pieces, live, strips
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.quant_codecs import nf4
 from mergeforge.quant_codecs.packed_4bit import pair_table, unpack
-from mergeforge.sources import Rows
 from mergeforge.sources.quantised.way import PIECE, Pieces, live, strips
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
+from mergeforge.tensors.lazy import Rows
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from mergeforge.quant_codecs import fp8, mxfp4
 from mergeforge.sources.quantised.by_row import ByRow
 from mergeforge.sources.quantised.held import Held, shape_check
 from mergeforge.sources.quantised.turned import Experts
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor

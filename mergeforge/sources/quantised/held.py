@@ -10,7 +10,7 @@ from typing import Any
 from mergeforge.core.tensor_info import DTYPES, FLOATS, TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.sources.quantised.way import Packing, Quantised
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.stored import Stored
 
 LARGEST = 1 << 20  # bytes of a description, of a shape, or of the groups of a weight's inputs
 SIXTEEN_BIT = "give the 16-bit version of the model"

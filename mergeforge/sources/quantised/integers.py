@@ -11,7 +11,7 @@ from mergeforge.sources.quantised.by_row import ByRow
 from mergeforge.sources.quantised.floats import POWERS, as_bytes
 from mergeforge.sources.quantised.held import Held, numbers, shape_check
 from mergeforge.sources.quantised.turned import Words
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergeforge.errors import SourceError, listing
-from mergeforge.sources import Way
 from mergeforge.sources.quantised import bitsandbytes, floats, integers
 from mergeforge.sources.quantised.held import SIXTEEN_BIT, Held, dtype_of, settings_of, without_settings
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.stored import Stored
 
 KNOWN = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq", "compressed-tensors", "modelopt")
 LAYOUTS = ("marlin", "marlin-24", "sparse-bitmask", "sparse-24-bitmask", "mxfp6-pack-quantized")  # not understood

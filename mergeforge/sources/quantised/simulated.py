@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.budget import Need, Worker
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.quant_codecs import nf4
-from mergeforge.sources import Facts, Rows, Scan, Way
+from mergeforge.tensors.budget import Need, Worker
+from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergeforge.budget import ALIGNMENT, Need, Worker, viewed
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.quant_codecs import mxfp4, packed_int32
 from mergeforge.sources.quantised.way import PIECE, Pieces, live
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker, viewed
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergeforge.budget import Need, Worker
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.io.disk import InputFile
-from mergeforge.sources import Facts, Rows, Scan, Way
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.budget import Need, Worker
+from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mergeforge.budget import resident_memory
 from mergeforge.errors import MergeforgeError
+from mergeforge.tensors.budget import resident_memory
 from mergeforge.train.folder import RunFolder
 from mergeforge.train.schedule import Schedule
 from mergeforge.train.settings import TrainSettings

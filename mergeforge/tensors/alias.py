@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.budget import Need, Worker
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.sources import Facts, Rows, Scan, Way
+from mergeforge.tensors.budget import Need, Worker
+from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
 
 if TYPE_CHECKING:
     import torch

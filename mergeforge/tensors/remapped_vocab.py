@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.core.tensor_info import TensorInfo, cut
 from mergeforge.errors import SourceError
-from mergeforge.sources import Facts, Rows, Scan, Way, any_learns, learn
-from mergeforge.sources.picked import Picked, StagedRows
-from mergeforge.sources.renamed import Renamed
+from mergeforge.tensors.alias import Renamed
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
+from mergeforge.tensors.lazy import Facts, Rows, Scan, Way, any_learns, learn
+from mergeforge.tensors.row_gather import Picked, StagedRows
 from mergeforge.tokenizer.settings import RowPicks
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergeforge.budget import ALIGNMENT, Need, Worker, viewed
 from mergeforge.core.tensor_info import DTYPES, dtype_name
-from mergeforge.sources import Facts, Way
-from mergeforge.sources.merged import Merged
-from mergeforge.sources.renamed import Renamed
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.alias import Renamed
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker, viewed
+from mergeforge.tensors.lazy import Facts, Way
+from mergeforge.tensors.merged import Merged
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import numpy as np

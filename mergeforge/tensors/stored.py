@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.budget import Need, Worker, viewed
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.disk import InputFile
-from mergeforge.sources import Facts, Rows, Scan, Way
+from mergeforge.tensors.budget import Need, Worker, viewed
+from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
 
 if TYPE_CHECKING:
     import numpy as np

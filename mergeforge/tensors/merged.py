@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mergeforge.budget import ALIGNMENT, Need, Worker
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.methods import Block, Method
-from mergeforge.sources import Facts, Rows, Scan, Way
-from mergeforge.sources.fused import KINDS, Place, Stack
-from mergeforge.sources.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
+from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
+from mergeforge.tensors.native_inputs import KINDS, Place, Stack
+from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import numpy as np
