@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mergeforge.data import Counts, Decision, Example
-    from mergeforge.data.building import Built
-    from mergeforge.data.showing import Shown, ShownRow
+    from mergeforge.data.preview import Shown, ShownRow
+    from mergeforge.data.topics.build import Built
 
 BAR = 40  # characters of the longest bar
 

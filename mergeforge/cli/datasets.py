@@ -65,7 +65,7 @@ def preview(files: tuple[str, ...], rows: int, tokens: bool, as_json: bool, **op
     mergeforge data preview sample:chat --model ./model --rows 3
     """
     from mergeforge import progress
-    from mergeforge.data.showing import show
+    from mergeforge.data.preview import show
 
     settings, model = _asked(files, options)
     shown = show(settings, rows, _tokenizer(model))
@@ -127,8 +127,8 @@ def split(file: str, val: str, out: str, seed: int, overwrite: bool, as_json: bo
     \b
     mergeforge data split train.csv --val 0.1 --out split
     """
-    from mergeforge.data.splitting import SIDES
-    from mergeforge.data.splitting import split as split_rows
+    from mergeforge.data.split import SIDES
+    from mergeforge.data.split import split as split_rows
 
     settings, _ = _asked((file,), options)
     done = split_rows(settings.sources[0], _share(val), Path(out), seed=seed, overwrite=overwrite)
@@ -160,7 +160,7 @@ def build(structure: str, out: str, tokenizer: str | None, no_stats: bool, scaff
     mergeforge data build structure.yaml --out train.jsonl --tokenizer ./model
     """
     from mergeforge import progress
-    from mergeforge.data.building import build as build_rows
+    from mergeforge.data.topics.build import build as build_rows
 
     built = build_rows(structure, out, make_missing=scaffold)
     settings, _ = _asked((out,), {"kind": "messages"})
@@ -247,7 +247,7 @@ def _tokenizer(model: str | None) -> PreTrainedTokenizerBase | None:
 
 
 def _surveyed(settings: DataSettings) -> tuple[Counts, tuple[Decision, ...], tuple[str, ...]]:
-    from mergeforge.data.surveying import survey
+    from mergeforge.data.stats import survey
 
     found = survey(settings)
     return found.counts, found.decisions, ()

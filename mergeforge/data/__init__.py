@@ -7,17 +7,17 @@ prepared.train[0].tokens, prepared.train[0].labels, prepared.counts, prepared.de
 
 from __future__ import annotations
 
-from mergeforge.data.conversations import Conversation, Passage
-from mergeforge.data.counting import Counts, Skipped
+from mergeforge.data.chat_templates import Template, choose_template
+from mergeforge.data.conversation import Conversation, Passage
+from mergeforge.data.counts import Counts, Skipped
 from mergeforge.data.formats import Format
-from mergeforge.data.preparing import Prepared, open_prepared, prepare
-from mergeforge.data.reading import Decision, open_files
-from mergeforge.data.rendering import UNTRAINED, Example, Renderer, example, make_renderer
-from mergeforge.data.rows import Bad, Row
+from mergeforge.data.prepare import Prepared, open_prepared, prepare
+from mergeforge.data.readers.open import Bad, Row
+from mergeforge.data.render import UNTRAINED, Example, Renderer, example, make_renderer
 from mergeforge.data.settings import FIELDS, DataSettings, DataSource, settings_of
-from mergeforge.data.stores import TokenStore
-from mergeforge.data.surveying import prompts_of
-from mergeforge.data.templates import Template, choose_template
+from mergeforge.data.source_reader import Decision, open_files
+from mergeforge.data.stats import prompts_of
+from mergeforge.data.token_store import TokenStore
 from mergeforge.data.tokenizers import load_tokenizer
 
 __all__ = [

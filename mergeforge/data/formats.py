@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergeforge.data.conversations import (
+from mergeforge.data.conversation import (
     BadRow,
     Conversation,
     EmptyRow,

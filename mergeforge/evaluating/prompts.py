@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.data.templates import TemplateRefusal, choose_template
+from mergeforge.data.chat_templates import TemplateRefusal, choose_template
 from mergeforge.data.tokenizers import tokenize
 from mergeforge.errors import SourceError
 from mergeforge.evaluating.answerer import Messages
@@ -25,7 +25,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages, templa
 
 
 def plain_prompt(messages: Messages, eos: str) -> str:
-    """What the template `plain` (mergeforge/data/templates.py) makes of a conversation, without Jinja."""
+    """What the template `plain` (mergeforge/data/chat_templates.py) makes of a conversation, without Jinja."""
     turns = [
         f"{ROLES.get(message['role'], 'User')}: {message['content']}{eos if message['role'] == 'assistant' else ''}"
         for message in messages

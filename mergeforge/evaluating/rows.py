@@ -14,7 +14,7 @@ from mergeforge.evaluating.stops import decoded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KEYS = "keys.u64"  # of mergeforge/data/stores.py
+KEYS = "keys.u64"  # of mergeforge/data/token_store.py
 LENGTH = 8192  # tokens of a row at most, where the context is longer
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mergeforge.data.building import build
-from mergeforge.data.topics import difficulty, normalised
+from mergeforge.data.topics.build import build
+from mergeforge.data.topics.topic_file import difficulty, normalised
 from mergeforge.errors import OutputError, RecipeError
 
 STRUCTURE: dict[str, Any] = {

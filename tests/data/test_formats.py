@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage
-from mergeforge.data.detecting import detect
+from mergeforge.data.conversation import BadRow, Conversation, EmptyRow, Passage
+from mergeforge.data.format_detection import detect
 from mergeforge.data.settings import DataSource
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 

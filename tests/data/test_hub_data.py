@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from fakehub import FakeHub
 
-from mergeforge.data.hub_files import chosen, hub_files
+from mergeforge.data.readers.hub import chosen, hub_files
 from mergeforge.errors import RecipeError, SourceError
 
 READ = """

@@ -21,8 +21,8 @@ from byte_chats import (
 )
 
 from mergeforge.data import example
-from mergeforge.data.conversations import BadRow, conversation
-from mergeforge.data.rendering import make_renderer
+from mergeforge.data.conversation import BadRow, conversation
+from mergeforge.data.render import make_renderer
 from mergeforge.data.settings import DataSettings
 from mergeforge.errors import RecipeError, SourceError
 from mergeforge.tokenizer.chat_templates import NAMED

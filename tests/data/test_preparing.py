@@ -14,8 +14,8 @@ import pytest
 from byte_chats import REASONING, chat, chatml, ids, trained, with_tokens, write_rows
 
 from mergeforge.data import DataSettings, DataSource, Prepared, TokenStore, prepare, settings_of
-from mergeforge.data.rendering import make_renderer
-from mergeforge.data.surveying import prompts_of, survey
+from mergeforge.data.render import make_renderer
+from mergeforge.data.stats import prompts_of, survey
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 
 ROWS = [{"prompt": f"q{at}", "response": "a" * at} for at in range(1, 21)]
@@ -134,15 +134,15 @@ def test_too_long_rows_are_dropped_or_cut(tmp_path: Path, tokenizer: Any) -> Non
 
 
 def _contents(path: Path) -> Any:
-    from mergeforge.data.counting import Tally
-    from mergeforge.data.reading import open_files, read_file
+    from mergeforge.data.counts import Tally
+    from mergeforge.data.source_reader import open_files, read_file
 
     for file in open_files(DataSource(str(path))):
         yield from (row.content for row in read_file(file, Tally()))
 
 
 def test_cutting_the_prompt_keeps_bos_and_no_half_answer(folder: Path) -> None:
-    from mergeforge.data.conversations import conversation
+    from mergeforge.data.conversation import conversation
 
     tokenizer = with_tokens(folder, bos=True)
     row = conversation(chat("0123", "first answer", "4567", "second"))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from byte_chats import write_rows
 
-from mergeforge.data.rows import Bad, Row, files_of, rows_of
+from mergeforge.data.readers.open import Bad, Row, files_of, rows_of
 from mergeforge.data.settings import DataSource
 from mergeforge.errors import MergeforgeError, MissingExtraError, RecipeError, SourceError
 

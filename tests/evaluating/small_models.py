@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mergeforge.data import Example
-from mergeforge.data.templates import PLAIN
+from mergeforge.data.chat_templates import PLAIN
 from mergeforge.evaluating import Row
 from mergeforge.evaluating.smoke import PROMPTS
 

@@ -171,9 +171,9 @@ def targets(root: Path) -> Iterator[Target]:
 
 
 def _rows(root: Path, lines: Sequence[bytes]) -> Iterator[Target]:
-    from mergeforge.data.counting import Tally
-    from mergeforge.data.reading import open_files, read_file
+    from mergeforge.data.counts import Tally
     from mergeforge.data.settings import DataSource
+    from mergeforge.data.source_reader import open_files, read_file
 
     def read(path: Path) -> Callable[[], Any]:
         def all_rows() -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeforge.data.structure import Topic
+from mergeforge.data.topics.structure import Topic
 from mergeforge.errors import did_you_mean
 
 KEYS = ("question", "think", "output", "difficulty", "tags")

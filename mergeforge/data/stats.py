@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.conversations import Conversation, Passage
-from mergeforge.data.counting import Counts, Tally, total_of
+from mergeforge.data.conversation import Conversation, Passage
+from mergeforge.data.counts import Counts, Tally, total_of
 from mergeforge.data.formats import Format
-from mergeforge.data.reading import Decision, decisions, open_files, read_file
 from mergeforge.data.settings import DataSettings, DataSource
+from mergeforge.data.source_reader import Decision, decisions, open_files, read_file
 from mergeforge.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from mergeforge.data.rows import kind_of
+from mergeforge.data.readers.open import kind_of
 from mergeforge.errors import did_you_mean, listing
 
 ROLES = {

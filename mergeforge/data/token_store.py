@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.rendering import Example
+from mergeforge.data.render import Example
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import disk_error, sync_file
 

@@ -24,9 +24,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mergeforge.data.conversations import BadRow, Conversation
-from mergeforge.data.probing import Ending
-from mergeforge.data.templates import Template, TemplateRefusal
+from mergeforge.data.chat_templates import Template, TemplateRefusal
+from mergeforge.data.conversation import BadRow, Conversation
+from mergeforge.data.template_probe import Ending
 from mergeforge.data.tokenizers import Offsets, Tokens, tokenize
 
 if TYPE_CHECKING:

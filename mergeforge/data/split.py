@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from mergeforge.data.conversations import SURROGATE
-from mergeforge.data.counting import Counts, Tally
-from mergeforge.data.reading import open_files, read_file
+from mergeforge.data.conversation import SURROGATE
+from mergeforge.data.counts import Counts, Tally
 from mergeforge.data.settings import DataSource
-from mergeforge.data.surveying import survey_source
+from mergeforge.data.source_reader import open_files, read_file
+from mergeforge.data.stats import survey_source
 from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.io.disk import disk_error
 

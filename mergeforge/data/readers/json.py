@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from mergeforge.data.rows import LONGEST_ROW, Bad, Row, row_of
+from mergeforge.data.readers.open import LONGEST_ROW, Bad, Row, row_of
 from mergeforge.errors import SourceError, listing
 
 _CHUNK = 1 << 16

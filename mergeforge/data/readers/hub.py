@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from mergeforge.data.rows import ending_of
+from mergeforge.data.readers.open import ending_of
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError, listing
 from mergeforge.hub.download import download_whole
 

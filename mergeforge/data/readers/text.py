@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mergeforge.data.json_rows import open_text
-from mergeforge.data.rows import Bad, Row
+from mergeforge.data.readers.json import open_text
+from mergeforge.data.readers.open import Bad, Row
 
 LONGEST = 1 << 16
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from mergeforge.data.rendering import UNTRAINED, Example
+from mergeforge.data.render import UNTRAINED, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

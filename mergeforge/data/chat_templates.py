@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.conversations import SURROGATE
+from mergeforge.data.conversation import SURROGATE
 from mergeforge.data.tokenizers import added_first
 from mergeforge.errors import RecipeError, SourceError, did_you_mean
 from mergeforge.tokenizer.chat_templates import NAMED

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage
-from mergeforge.data.counting import KINDS, Counts, Tally, total_of
+from mergeforge.data.conversation import BadRow, Conversation, EmptyRow, Passage
+from mergeforge.data.counts import KINDS, Counts, Tally, total_of
 from mergeforge.data.formats import Format
-from mergeforge.data.masks import APART
-from mergeforge.data.reading import OpenFile, open_files, read_file
-from mergeforge.data.rendering import Rendered, Renderer
+from mergeforge.data.loss_mask import APART
+from mergeforge.data.render import Rendered, Renderer
 from mergeforge.data.settings import DataSettings, DataSource
-from mergeforge.data.stores import StoreWriter
+from mergeforge.data.source_reader import OpenFile, open_files, read_file
+from mergeforge.data.token_store import StoreWriter
 from mergeforge.errors import SourceError
 
 HELD_OUT = "validation: "  # before the name of a source that is not trained on

@@ -1,6 +1,6 @@
 """Building: a hierarchy of topic files -> one JSONL file of conversations with their metadata.
 
-mergeforge/data/structure.py and topics.py say what is in the files. A row:
+mergeforge/data/topics/structure.py and topics.py say what is in the files. A row:
 
     {"messages": [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", ...}],
      "id": "identity.name.qa:1", "category": "identity", "subcategory": "name", "type": "qa",
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeforge.data.structure import Structure, Topic, read_structure
-from mergeforge.data.topics import Entry, fill, read_topic, scaffold
+from mergeforge.data.topics.structure import Structure, Topic, read_structure
+from mergeforge.data.topics.topic_file import Entry, fill, read_topic, scaffold
 from mergeforge.errors import OutputError, Problem, RecipeError, did_you_mean, listing
 from mergeforge.io.disk import disk_error
 

@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from mergeforge.data.json_rows import open_text
-from mergeforge.data.rows import LONGEST_ROW, Bad, Row
+from mergeforge.data.readers.json import open_text
+from mergeforge.data.readers.open import LONGEST_ROW, Bad, Row
 from mergeforge.errors import MissingExtraError, SourceError, listing
 
 _BATCH = 256  # rows of parquet held at a time

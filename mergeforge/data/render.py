@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage, conversation
-from mergeforge.data.masks import Masked, Masker
-from mergeforge.data.probing import ending, fitted, template_notes
+from mergeforge.data.chat_templates import Template, TemplateRefusal, choose_template
+from mergeforge.data.conversation import BadRow, Conversation, EmptyRow, Passage, conversation
+from mergeforge.data.loss_mask import Masked, Masker
 from mergeforge.data.settings import DataSettings
-from mergeforge.data.templates import Template, TemplateRefusal, choose_template
+from mergeforge.data.template_probe import ending, fitted, template_notes
 from mergeforge.data.tokenizers import added_first, tokenize
 from mergeforge.errors import SourceError
 

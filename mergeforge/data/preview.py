@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.conversations import Conversation, Passage
-from mergeforge.data.counting import Skipped, Tally
-from mergeforge.data.filling import rendered_rows
+from mergeforge.data.conversation import Conversation, Passage
+from mergeforge.data.counts import Skipped, Tally
 from mergeforge.data.formats import Format
-from mergeforge.data.marking import Run, marked, runs
-from mergeforge.data.reading import Decision, OpenFile, decisions, open_files, read_file
-from mergeforge.data.rendering import Example, Renderer, make_renderer
+from mergeforge.data.pipeline import rendered_rows
+from mergeforge.data.preview_spans import Run, marked, runs
+from mergeforge.data.render import Example, Renderer, make_renderer
 from mergeforge.data.settings import DataSettings
+from mergeforge.data.source_reader import Decision, OpenFile, decisions, open_files, read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

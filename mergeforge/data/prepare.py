@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.counting import Counts, counts_of
-from mergeforge.data.filling import HELD_OUT, Filling, Watch
-from mergeforge.data.fingerprints import fingerprint_of
-from mergeforge.data.reading import Decision, decisions
-from mergeforge.data.rendering import Renderer, make_renderer
+from mergeforge.data.counts import Counts, counts_of
+from mergeforge.data.fingerprint import fingerprint_of
+from mergeforge.data.pipeline import HELD_OUT, Filling, Watch
+from mergeforge.data.render import Renderer, make_renderer
 from mergeforge.data.settings import DataSettings, DataSource
-from mergeforge.data.splitting import held_out
-from mergeforge.data.stores import StoreWriter, TokenStore
+from mergeforge.data.source_reader import Decision, decisions
+from mergeforge.data.split import held_out
+from mergeforge.data.token_store import StoreWriter, TokenStore
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import disk_error, sync_folder, write_durably
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mergeforge.data.templates import Template, TemplateRefusal
+from mergeforge.data.chat_templates import Template, TemplateRefusal
 from mergeforge.data.tokenizers import special_ids, tokenize
 from mergeforge.errors import SourceError, listing
 

@@ -51,7 +51,7 @@ def files_of(source: DataSource) -> list[RowFile]:
     if source.path.startswith("sample:"):
         return [RowFile(source.path, sample(source.path.removeprefix("sample:")))]
     if source.path.startswith("hf://"):
-        from mergeforge.data.hub_files import hub_files
+        from mergeforge.data.readers.hub import hub_files
 
         return [RowFile(name, path) for name, path in hub_files(source.path)]
     return [RowFile(str(path), path) for path in _local(source.path)]
@@ -82,18 +82,18 @@ def rows_of(source: DataSource, file: RowFile) -> Iterator[Row | Bad]:
 
 def _reader(ending: str) -> Any:
     if ending in (".json", ".jsonl", ".ndjson"):
-        from mergeforge.data import json_rows
+        from mergeforge.data.readers import json
 
-        return json_rows.read_json if ending == ".json" else json_rows.read_jsonl
+        return json.read_json if ending == ".json" else json.read_jsonl
     if ending in (".csv", ".tsv"):
-        from mergeforge.data.table_rows import read_csv
+        from mergeforge.data.readers.tables import read_csv
 
         return read_csv
     if ending == ".parquet":
-        from mergeforge.data.table_rows import read_parquet
+        from mergeforge.data.readers.tables import read_parquet
 
         return read_parquet
-    from mergeforge.data.text_rows import read_text
+    from mergeforge.data.readers.text import read_text
 
     return read_text
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import xxhash
 
-from mergeforge.data.rendering import Renderer
-from mergeforge.data.rows import ending_of, files_of
+from mergeforge.data.readers.open import ending_of, files_of
+from mergeforge.data.render import Renderer
 from mergeforge.data.settings import DataSettings, DataSource
 from mergeforge.data.tokenizers import tokenizer_fingerprint
 from mergeforge.errors import SourceError

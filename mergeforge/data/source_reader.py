@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from mergeforge.data.conversations import BadRow, Conversation, EmptyRow, Passage
-from mergeforge.data.counting import Tally
-from mergeforge.data.detecting import detect
+from mergeforge.data.conversation import BadRow, Conversation, EmptyRow, Passage
+from mergeforge.data.counts import Tally
+from mergeforge.data.format_detection import detect
 from mergeforge.data.formats import Format
-from mergeforge.data.rows import Bad, Row, RowFile, files_of, rows_of
+from mergeforge.data.readers.open import Bad, Row, RowFile, files_of, rows_of
 from mergeforge.data.settings import DataSource
 from mergeforge.errors import SourceError
 
