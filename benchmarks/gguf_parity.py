@@ -24,9 +24,9 @@ import llama_cpp
 import test_whole_files as whole
 from tiny_models import TINY, Tiny, folders
 
-from mergeforge.engine import compare_with_transformers
 from mergeforge.errors import MergeforgeError
-from mergeforge.quants.mixes import MIXES
+from mergeforge.gguf.file_types import MIXES
+from mergeforge.gguf.llama_cpp import compare_with_transformers
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 

@@ -117,7 +117,7 @@ def convert(given: argparse.Namespace) -> Measured:
 
 
 def quantise(given: argparse.Namespace, kind: str) -> Measured:
-    from mergeforge.quants.mixes import MIXES
+    from mergeforge.gguf.file_types import MIXES
 
     target = given.dir / "theirs.gguf"
     source = given.dir / "theirs-bf16.gguf"

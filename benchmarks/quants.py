@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from measure import machine, table
 
-from mergeforge import quants
-from mergeforge.quants import QUANT_TYPES, QuantType
+from mergeforge.gguf import quantize
+from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 
 
 def reference() -> Callable[..., None] | None:
@@ -58,9 +58,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = torch.randn(options.rows, options.columns, generator=torch.Generator().manual_seed(0))
-    ways = {"torch": quants._fill, "C": reference()}
-    if quants.backend("cpu") == "numba":
-        ways = {"numba": quants._fill_compiled, **ways}
+    ways = {"torch": quantize._fill, "C": reference()}
+    if quantize.backend("cpu") == "numba":
+        ways = {"numba": quantize._fill_compiled, **ways}
     lines = []
     for kind in (QUANT_TYPES[name.upper()] for name in options.types):
         for importance in (None, torch.rand(options.columns)):

@@ -11,11 +11,11 @@ from typing import Any
 
 from mergeforge.core.tensor_info import TensorInfo, blocks, cut
 from mergeforge.explaining import explain
+from mergeforge.gguf.reader import read_gguf
 from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint, read_json
 from mergeforge.sources.dequantised import Dequantised, open_gguf, open_gguf_alone
-from mergeforge.sources.gguf_file import read_gguf
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.stored import Stored
 

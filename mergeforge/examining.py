@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mergeforge.core.sizes import show_size
+from mergeforge.gguf.quantize import backend
 from mergeforge.io.disk import WriteBehind, preallocate, write_at
 from mergeforge.native import bindings
-from mergeforge.quants import backend
 from mergeforge.tensors.budget import cores, free_memory
 
 PACKAGES = ("mergeforge", "torch", "safetensors", "numpy", "huggingface_hub", "gguf", "click", "rich", "pyyaml")

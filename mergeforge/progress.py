@@ -17,9 +17,9 @@ from rich.table import Table
 
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import Tile
+from mergeforge.gguf.quantize import backend
 from mergeforge.joining import Join
 from mergeforge.planning import Plan
-from mergeforge.quants import backend
 from mergeforge.tensors.budget import resident_memory
 
 PLAIN_SECONDS = 10.0  # between two plain lines

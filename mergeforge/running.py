@@ -24,6 +24,7 @@ from mergeforge.computing import carry
 from mergeforge.core.checksums import strip_checksums
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import MergeforgeError, SourceError, out_of_memory
+from mergeforge.gguf.modelfile import modelfile
 from mergeforge.io.disk import DiskFile, InputFile, WriteBehind
 from mergeforge.io.file_layout import OutputFiles
 from mergeforge.journal import Done
@@ -33,7 +34,6 @@ from mergeforge.shipping import Shipment, open_shipment
 from mergeforge.sinks import Outlet, Run, joined, strips
 from mergeforge.sinks.checkpoint import index
 from mergeforge.tensors.budget import Worker, one_torch_thread, steady_malloc
-from mergeforge.vocab.modelfile import modelfile
 from mergeforge.workspace import CARD, RECEIPT, RECIPE, Workspace
 
 if TYPE_CHECKING:

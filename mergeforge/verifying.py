@@ -15,8 +15,8 @@ import xxhash
 from mergeforge.computing import carry
 from mergeforge.core.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.core.tensor_info import Tile, blocks
-from mergeforge.engine import Closeness, compare_with_transformers
 from mergeforge.errors import MergeforgeError, SourceError, refused_if_odd
+from mergeforge.gguf.llama_cpp import Closeness, compare_with_transformers
 from mergeforge.hub.publish import held_files, lfs_of
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import Header, read_header

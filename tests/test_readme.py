@@ -21,8 +21,8 @@ from mergeforge.adapters.kinds import KINDS
 from mergeforge.adapters.refused import REFUSED
 from mergeforge.cli import run_command
 from mergeforge.cli.starting import shipped
+from mergeforge.gguf.file_types import MIXES
 from mergeforge.methods import METHODS
-from mergeforge.quants.mixes import MIXES
 from mergeforge.train.settings import read
 
 ROOT = Path(__file__).parents[1]

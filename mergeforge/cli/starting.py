@@ -180,14 +180,14 @@ def _adapters() -> list[dict[str, Any]]:
 
 
 def _architectures() -> list[dict[str, Any]]:
-    from mergeforge.architectures import ARCHITECTURES
+    from mergeforge.gguf.architectures import ARCHITECTURES
 
     return [{"name": name, "about": ARCHITECTURES[name].__module__.rpartition(".")[2]} for name in ARCHITECTURES]
 
 
 def _quants() -> list[dict[str, Any]]:
-    from mergeforge.quants import QUANT_TYPES
-    from mergeforge.quants.mixes import MIXES
+    from mergeforge.gguf.file_types import MIXES
+    from mergeforge.gguf.quantize import QUANT_TYPES
 
     rows = []
     for name, mix in MIXES.items():

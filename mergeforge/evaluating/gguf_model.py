@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.engine import ContextError, Engine
 from mergeforge.evaluating.answerer import UNTRAINED, Answer, Messages, Row, RowScore, Tell, TooLong
 from mergeforge.evaluating.gguf_tokenizer import find_tokenizer
 from mergeforge.evaluating.prompts import plain_prompt, prompt_tokens
 from mergeforge.evaluating.scoring_process import ScoringProcess
 from mergeforge.evaluating.stops import StopText
-from mergeforge.sources.gguf_file import GGUFHeader
+from mergeforge.gguf.llama_cpp import ContextError, Engine
+from mergeforge.gguf.reader import GGUFHeader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

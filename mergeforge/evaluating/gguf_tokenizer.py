@@ -11,7 +11,7 @@ from mergeforge.data import load_tokenizer
 from mergeforge.errors import SourceError
 from mergeforge.evaluating.extras import extra
 from mergeforge.evaluating.scoring_process import ScoringProcess
-from mergeforge.sources.gguf_file import GGUFHeader
+from mergeforge.gguf.reader import GGUFHeader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -59,7 +59,7 @@ def gguf_file(path: str | Path) -> Path | None:
 def _gguf(name: str, file: Path, tokenizer: str | None, context: int, template: str) -> Answerer:
     from mergeforge.evaluating.extras import extra
     from mergeforge.evaluating.gguf_model import GgufModel
-    from mergeforge.sources.gguf_file import read_gguf
+    from mergeforge.gguf.reader import read_gguf
 
     if not file.is_file():
         raise SourceError(f"there is no {file}", hint="`mergeforge gguf MODEL --type q4_k_m` writes one")

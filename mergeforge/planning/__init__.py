@@ -20,6 +20,7 @@ from typing import Any
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import BudgetError, OutputError, RecipeError
+from mergeforge.gguf.file_types import ALIASES, MIXES
 from mergeforge.io.aux_files import SideFiles
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.file_layout import Layout, OutputFile
@@ -34,7 +35,6 @@ from mergeforge.planning.gguf import GGUFInputs, GGUFPlan, gguf_config, plan_ggu
 from mergeforge.planning.inputs import Inputs
 from mergeforge.planning.stages import Stage, settle
 from mergeforge.planning.tokens import tokenizer_files
-from mergeforge.quants.mixes import ALIASES, MIXES
 from mergeforge.recipe import Recipe, read
 from mergeforge.sinks import Outlet
 from mergeforge.sinks import checkpoint as sink

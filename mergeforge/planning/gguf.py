@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.architectures import Place, Spelling, spell
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, refused_if_odd
+from mergeforge.gguf.architectures import Place, Spelling, spell
+from mergeforge.gguf.file_types import Mix, MixFacts, Wishes, choose, file_order, mix_named
+from mergeforge.gguf.general_metadata import metadata, parameter_counts
+from mergeforge.gguf.imatrix import Importance, read_importance
+from mergeforge.gguf.key_values import Keys, Value, text, u32
+from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
+from mergeforge.gguf.vocab import vocabulary
 from mergeforge.io.aux_files import SideFiles
 from mergeforge.io.file_layout import Layout
-from mergeforge.keyvalues import Keys, Value, text, u32
-from mergeforge.metadata import metadata, parameter_counts
-from mergeforge.quants import QUANT_TYPES, QuantType
-from mergeforge.quants.importance import Importance, read_importance
-from mergeforge.quants.mixes import Mix, MixFacts, Wishes, choose, file_order, mix_named
 from mergeforge.recipe import GGUFEntry, Output
 from mergeforge.sinks.gguf import GGUFOutlet, GGUFTensor, lay_out, positions_of
 from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.tied import is_head, tied_head
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored, same_content
-from mergeforge.vocab import vocabulary
 
 if TYPE_CHECKING:
     import numpy as np

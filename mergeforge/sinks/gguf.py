@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mergeforge.architectures import Place
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
+from mergeforge.gguf.architectures import Place
+from mergeforge.gguf.key_values import Keys, Value, encoded, u16
+from mergeforge.gguf.quantize import QuantType, encode, scratch_nbytes
 from mergeforge.io.file_layout import Extent, Layout, OutputFile
-from mergeforge.keyvalues import Keys, Value, encoded, u16
-from mergeforge.quants import QuantType, encode, scratch_nbytes
 from mergeforge.sinks import Run, joined
 from mergeforge.sinks.checkpoint import OVERFLOW
 

@@ -112,10 +112,10 @@ class Target:
 def targets(root: Path) -> Iterator[Target]:
     """All of them; their good files lie below `root`."""
     from mergeforge import running
+    from mergeforge.gguf.reader import read_gguf
     from mergeforge.io.safetensors_header import read_header
     from mergeforge.planning import make_plan, read_recipe
     from mergeforge.random_model import Shape, write_adapter, write_model
-    from mergeforge.sources.gguf_file import read_gguf
     from mergeforge.train.settings import read as read_training
     from mergeforge.verifying import verify
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from tiny_models import Shapes, values
 
-from mergeforge.architectures import Place, Spelling
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.keyvalues import Value
+from mergeforge.gguf.architectures import Place, Spelling
+from mergeforge.gguf.key_values import Value
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 KINDS = {"u32": "UINT32", "i32": "INT32", "f32": "FLOAT32", "text": "STRING", "bool": "BOOL"}

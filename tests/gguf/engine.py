@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeforge.keyvalues import Value, encoded, text, u32
+from mergeforge.gguf.key_values import Value, encoded, text, u32
 
 
 class _Parameters(ctypes.Structure):

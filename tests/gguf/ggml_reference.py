@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mergeforge.quants import QuantType
+from mergeforge.gguf.quantize import QuantType
 
 WHEEL = pytest.importorskip("xllamacpp", reason="the reference quantiser is in the xllamacpp wheel")
 if platform.machine() not in ("x86_64", "AMD64"):

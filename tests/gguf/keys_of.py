@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mergeforge.keyvalues import Value
+from mergeforge.gguf.key_values import Value
 
 _NAMES = {"u8": "UINT8", "u32": "UINT32", "i32": "INT32", "f32": "FLOAT32", "bool": "BOOL", "text": "STRING"}
 Key = tuple[tuple[str, ...], Any]

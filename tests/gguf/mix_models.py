@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mergeforge.quants.mixes import MixFacts, Shape
+from mergeforge.gguf.file_types import MixFacts, Shape
 
 ODD = {
     "per_layer_token_embd.weight": (4, 256),

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizer_folders import BYTE_LEVEL, GPT2_BYTE_LEVEL, split
 
-from mergeforge.vocab import pretokenizers as p
+from mergeforge.gguf.vocab import pre_tokenizer_table as p
 
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _RUNS = {"type": "Digits", "individual_digits": False}

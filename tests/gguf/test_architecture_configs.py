@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mergeforge.architectures.config import completed
-from mergeforge.architectures.defaults import defaults
+from mergeforge.gguf.architectures.hf_config import completed
+from mergeforge.gguf.architectures.hf_defaults import defaults
 
 TRANSFORMERS = "5.23"  # whose defaults defaults.py holds
 SKIPPED = {"sliding_window", "tie_word_embeddings"}  # what they decide is compared with whole files

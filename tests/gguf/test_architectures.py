@@ -15,10 +15,10 @@ from assembling import Arrays, architecture_keys, assembled, digest, infos, kept
 from llama_cpp import convert, needs_converter, read
 from tiny_models import SIZES, TINY, VOCAB, Shapes, Tiny, baichuan, folders, plain, stored_shapes, values
 
-from mergeforge.architectures import ARCHITECTURES, Spelling, spell
-from mergeforge.architectures.defaults import defaults
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
+from mergeforge.gguf.architectures import ARCHITECTURES, Spelling, spell
+from mergeforge.gguf.architectures.hf_defaults import defaults
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_architectures.json").read_text())
 TRANSFORMERS = "5.23"  # whose defaults defaults.py holds
@@ -346,7 +346,7 @@ def test_a_text_part_is_found_under_both_names() -> None:
 
 
 def test_every_familys_vocabulary_is_known() -> None:
-    from mergeforge.vocab import KINDS
+    from mergeforge.gguf.vocab import KINDS
 
     assert {spell(*(golden_model(name)[0], infos(golden_model(name)[1]))).vocab for name in GOLDEN} <= {*KINDS}
 

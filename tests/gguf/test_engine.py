@@ -10,8 +10,8 @@ import torch
 
 import mergeforge
 from mergeforge.cli import run_command
-from mergeforge.engine import Engine
 from mergeforge.errors import MissingExtraError, SourceError
+from mergeforge.gguf.llama_cpp import Engine
 
 pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.timeout(600)
@@ -37,7 +37,7 @@ def test_a_wrong_file_is_found(merged: Path, capsys: pytest.CaptureFixture[str])
     half = len(data) // 2 // 4096 * 4096
     data[half : half + 200_000] = data[half + 4 : half + 200_004]
     path.write_bytes(data)
-    from mergeforge.engine import compare_with_transformers
+    from mergeforge.gguf.llama_cpp import compare_with_transformers
 
     (found,) = compare_with_transformers(merged, {"m-F32.gguf": "F32"})
     assert not found.ok

@@ -348,7 +348,7 @@ def test_an_imatrix_weighs_columns(models: Path) -> None:
     """Against encoding the whole tensor with the file's weights."""
     import gguf
 
-    from mergeforge.quants import QUANT_TYPES, encode
+    from mergeforge.gguf.quantize import QUANT_TYPES, encode
 
     weights = np.random.default_rng(0).random((1, 64), dtype=np.float32) + 0.1
     writer = gguf.GGUFWriter("i.gguf", "imatrix")

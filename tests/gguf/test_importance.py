@@ -1,4 +1,4 @@
-"""mergeforge.quants.importance: imatrix files of both formats, and what is wrong with broken ones."""
+"""mergeforge.gguf.imatrix: imatrix files of both formats, and what is wrong with broken ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFWriter
 
 from mergeforge.errors import SourceError
-from mergeforge.quants.importance import read_importance
+from mergeforge.gguf.imatrix import read_importance
 
 SUMS = np.array([[2, 4, 6, 8], [9, 9, 9, 9], [1, 0, 3, 5]], np.float32)
 COUNTS = np.array([[2], [0], [4]], np.float32)

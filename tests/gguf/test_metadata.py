@@ -10,8 +10,8 @@ from keys_of import as_read, differences, some
 from llama_cpp import convert, needs_converter, read
 from tokenizer_folders import config, sentencepiece_model, tokenizer_files, write_model
 
-from mergeforge.keyvalues import text
-from mergeforge.metadata import ParameterCounts, metadata, parameter_counts
+from mergeforge.gguf.general_metadata import ParameterCounts, metadata, parameter_counts
+from mergeforge.gguf.key_values import text
 
 NAMES = (
     "Llama-3.2-1B-Instruct",

@@ -1,4 +1,4 @@
-"""mergeforge.quants.mixes against llama-quantize's own choices, recorded.
+"""mergeforge.gguf.file_types against llama-quantize's own choices, recorded.
 
 golden_mixes.json was made with llama_model_quantize() of npm's @node-llama-cpp/linux-x64 3.22.1, called by ctypes: for
 each model of mix_models a GGUF file was written (F32, that architecture's required keys, random values), quantised
@@ -16,8 +16,8 @@ import pytest
 from mix_models import MODELS
 
 from mergeforge.errors import RecipeError
-from mergeforge.quants import QUANT_TYPES
-from mergeforge.quants.mixes import ALIASES, MIXES, MixFacts, Wishes, choose, file_order, mix_named, type_named
+from mergeforge.gguf.file_types import ALIASES, MIXES, MixFacts, Wishes, choose, file_order, mix_named, type_named
+from mergeforge.gguf.quantize import QUANT_TYPES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_mixes.json").read_text(encoding="utf-8"))
 QUANTIZER = [name for name, mix in MIXES.items() if mix.quantizer]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from llama_cpp import TREE, needs_converter
 
-from mergeforge.keyvalues import array, text, u32
-from mergeforge.vocab.modelfile import chat_format, modelfile
+from mergeforge.gguf.key_values import array, text, u32
+from mergeforge.gguf.modelfile import chat_format, modelfile
 
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mergeforge.architectures import Place
 from mergeforge.core import tensor_info
 from mergeforge.core.tensor_info import TensorInfo
+from mergeforge.gguf.architectures import Place
+from mergeforge.gguf.quantize import QUANT_TYPES
 from mergeforge.io.file_layout import Extent
-from mergeforge.quants import QUANT_TYPES
 from mergeforge.sinks import common_strip, strips
 from mergeforge.sinks.gguf import GGUFOutlet
 
@@ -110,7 +110,7 @@ def test_vectors_are_stacked() -> None:
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
 def test_encoded_rows_are_those_of_the_whole(kind: str) -> None:
-    from mergeforge.quants import encode
+    from mergeforge.gguf.quantize import encode
 
     values, rows = random(64, 64), np.arange(64).reshape(4, 2, 8).swapaxes(1, 2).ravel()
     whole = encode(QUANT_TYPES[kind], values[torch.from_numpy(rows)]).numpy().ravel()
@@ -118,7 +118,7 @@ def test_encoded_rows_are_those_of_the_whole(kind: str) -> None:
 
 
 def test_importance_is_that_of_the_expert() -> None:
-    from mergeforge.quants import encode
+    from mergeforge.gguf.quantize import encode
 
     values, weights = random(3, 10, 32), random(3, 32).abs()
     info, kind = TensorInfo("w", "F32", (3, 10, 32)), QUANT_TYPES["Q4_0"]

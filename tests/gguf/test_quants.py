@@ -1,4 +1,4 @@
-"""mergeforge.quants without a reference at hand: errors as expected, any cut the same bytes, bounded memory."""
+"""mergeforge.gguf.quantize without a reference at hand: errors as expected, any cut the same bytes, bounded memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from mergeforge import quants
-from mergeforge.quants import QUANT_TYPES, QuantType, compiled, encode, iq4
-from mergeforge.quants.rounding import half_bits, half_value
+from mergeforge.gguf import quantize
+from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, encode, iq4, numba_kernel
+from mergeforge.gguf.quantize.ggml_rounding import half_bits, half_value
 
 BLOCKS = [kind for kind in QUANT_TYPES.values() if kind.block > 1]
 kinds = pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
-needs_numba = pytest.mark.skipif(not compiled.available(), reason="numba is not installed")
+needs_numba = pytest.mark.skipif(not numba_kernel.available(), reason="numba is not installed")
 # Relative error in percent of normally distributed weights, measured with llama.cpp's own quantiser.
 ERRORS = {"Q8_0": 0.54, "Q6_K": 1.77, "Q5_K": 3.61, "Q5_1": 3.78, "Q5_0": 4.27, "Q4_K": 7.13, "IQ4_NL": 7.61}
 ERRORS |= {"IQ4_XS": 7.67, "Q4_1": 7.82, "Q4_0": 8.59, "Q3_K": 15.1, "Q2_K": 29.6}
@@ -32,7 +32,7 @@ def gauss(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 def in_torch(kind: QuantType, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.empty((len(rows), kind.row_nbytes(rows.shape[1])), dtype=torch.uint8)
-    quants._fill(kind, rows, importance, out)
+    quantize._fill(kind, rows, importance, out)
     return out
 
 
@@ -77,7 +77,7 @@ def test_any_cut_same_bytes(kind: QuantType, monkeypatch: pytest.MonkeyPatch) ->
     x, importance = gauss(5, 512), gauss(1, 512, 1)[0].abs()
     whole = encode(kind, x, importance)
     assert torch.equal(torch.cat([encode(kind, x[i : i + 1], importance) for i in range(5)]), whole)
-    monkeypatch.setattr(quants, "_CPU_CHUNK", 1024)
+    monkeypatch.setattr(quantize, "_CPU_CHUNK", 1024)
     assert torch.equal(in_torch(kind, x, importance), whole)
 
 
@@ -119,9 +119,9 @@ def test_threads_at_once_same_bytes() -> None:
 def test_without_numba_torch_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
     x = gauss(2, 256)
     expected = encode(QUANT_TYPES["Q4_K"], x)
-    assert (quants.backend("cpu"), quants.backend("cuda:1")) == ("numba", "torch")
-    monkeypatch.setattr(compiled, "available", lambda: False)
-    assert quants.backend("cpu") == "torch"
+    assert (quantize.backend("cpu"), quantize.backend("cuda:1")) == ("numba", "torch")
+    monkeypatch.setattr(numba_kernel, "available", lambda: False)
+    assert quantize.backend("cpu") == "torch"
     assert torch.equal(encode(QUANT_TYPES["Q4_K"], x), expected)
 
 
@@ -138,7 +138,7 @@ def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyP
         return njit(**options)
 
     monkeypatch.setattr(numba, "njit", nowhere)
-    fresh = compiled.Kernel(half_value.function)  # type: ignore[attr-defined]
+    fresh = numba_kernel.Kernel(half_value.function)  # type: ignore[attr-defined]
     assert fresh(0x3C00) == 1.0
 
 

@@ -1,4 +1,4 @@
-"""mergeforge.quants against ggml_quantize_chunk(): the same bytes, for both back ends."""
+"""mergeforge.gguf.quantize against ggml_quantize_chunk(): the same bytes, for both back ends."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from ggml_reference import quantized
 from quant_cases import CASES, importances
 
-from mergeforge import quants
-from mergeforge.quants import QUANT_TYPES, QuantType, encode
+from mergeforge.gguf import quantize
+from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, encode
 
 KINDS = [kind for kind in QUANT_TYPES.values() if kind.block > 1]
 names = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-BACKENDS = ["torch", *(["numba"] if quants.backend("cpu") == "numba" else [])]
+BACKENDS = ["torch", *(["numba"] if quantize.backend("cpu") == "numba" else [])]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def encoded(backend: str, kind: QuantType, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     out = torch.empty((len(rows), kind.row_nbytes(rows.shape[1])), dtype=torch.uint8)
     weights = None if importance is None else torch.from_numpy(importance)
-    fill = quants._fill if backend == "torch" else quants._fill_compiled
+    fill = quantize._fill if backend == "torch" else quantize._fill_compiled
     fill(kind, torch.from_numpy(rows), weights, out)
     return out.numpy()
 

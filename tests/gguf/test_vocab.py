@@ -22,10 +22,10 @@ from tokenizer_folders import (
 )
 
 from mergeforge.errors import RecipeError, SourceError
-from mergeforge.keyvalues import flag, text, u32
-from mergeforge.vocab import KINDS, Vocabulary, vocabulary
-from mergeforge.vocab.decoding import bytes_of_letters, decoded
-from mergeforge.vocab.pieces import piece_model
+from mergeforge.gguf.key_values import flag, text, u32
+from mergeforge.gguf.vocab import KINDS, Vocabulary, vocabulary
+from mergeforge.gguf.vocab.sentencepiece import piece_model
+from mergeforge.gguf.vocab.token_decoder import bytes_of_letters, decoded
 
 BASE = 480
 END = {"tokenizer_config.json": {"eos_token": "<|endoftext|>"}}

@@ -24,7 +24,7 @@ from tokenizer_folders import (
     write_model,
 )
 
-from mergeforge.vocab import vocabulary
+from mergeforge.gguf.vocab import vocabulary
 
 pytestmark = needs_converter
 PIECES = 420
@@ -200,7 +200,7 @@ def test_the_engines_table(tmp_path: Path) -> None:
     """Every name that llama.cpp's source knows is known, with its flags."""
     import re
 
-    from mergeforge.vocab.pretokenizers import PRE_TOKENIZERS
+    from mergeforge.gguf.vocab.pre_tokenizer_table import PRE_TOKENIZERS
 
     source = (Path(TREE) / "src" / "llama-vocab.cpp").read_text("utf-8")
     start = source.index("only BPE models have pre-tokenizers")

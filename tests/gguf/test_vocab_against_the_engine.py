@@ -23,7 +23,7 @@ from tokenizer_folders import (
     write_model,
 )
 
-from mergeforge.vocab import vocabulary
+from mergeforge.gguf.vocab import vocabulary
 
 pytest.importorskip("xllamacpp")
 BOS = len(byte_level_model()[0])

@@ -18,7 +18,7 @@ from llama_cpp import convert, needs_converter, read
 from special_cases import BASE, any_case
 from tokenizer_folders import tokenizer_files, write_model
 
-from mergeforge.vocab import vocabulary
+from mergeforge.gguf.vocab import vocabulary
 
 GOLDEN = Path(__file__).with_name("golden_special_tokens.json")
 SEEDS = range(400, 480)

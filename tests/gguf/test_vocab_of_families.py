@@ -13,7 +13,7 @@ from special_cases import BASE, Case, listed
 from test_vocab_against_the_converter import compared
 from tokenizer_folders import TEXTS, byte_level, config, of_sentencepiece, sentencepiece_model, special, template
 
-from mergeforge.vocab.pieces import piece_model
+from mergeforge.gguf.vocab.sentencepiece import piece_model
 
 pytestmark = needs_converter
 PIECES = 420

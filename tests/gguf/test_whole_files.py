@@ -17,7 +17,7 @@ from tiny_models import TINY, Tiny, folders
 
 from mergeforge import exporting
 from mergeforge.errors import SourceError
-from mergeforge.quants.mixes import MIXES
+from mergeforge.gguf.file_types import MIXES
 
 UNTIED = "gemma2-legacy"  # has an lm_head unlike its embedding: a GGUF Gemma has none, and the converter drops it
 OFFICIAL = [tiny for tiny in TINY if tiny.official and tiny.name != UNTIED]
@@ -130,7 +130,7 @@ def test_the_engine_computes_what_transformers_does(
 ) -> None:
     """Next-token log-probabilities of the F32 file in llama.cpp, against transformers in float32."""
     pytest.importorskip("xllamacpp")
-    from mergeforge.engine import compare_with_transformers
+    from mergeforge.gguf.llama_cpp import compare_with_transformers
 
     folder = models[tiny.name][0]
     file = written(folder, tmp_path / "out", "f32")["f32"]

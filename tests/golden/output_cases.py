@@ -121,9 +121,9 @@ def has_kernels() -> bool:
 
 def has_numba() -> bool:
     """Whether numba encodes GGUF types."""
-    from mergeforge.quants import compiled
+    from mergeforge.gguf.quantize import numba_kernel
 
-    return compiled.available()
+    return numba_kernel.available()
 
 
 def without_kernels() -> Any:
@@ -135,9 +135,9 @@ def without_kernels() -> Any:
 
 def without_numba() -> Any:
     """A context in which torch encodes GGUF types."""
-    from mergeforge.quants import compiled
+    from mergeforge.gguf.quantize import numba_kernel
 
-    return patch.object(compiled, "available", lambda: False)
+    return patch.object(numba_kernel, "available", lambda: False)
 
 
 def interrupt_after(tiles: int, recipe: Path, out: Path) -> None:

@@ -12,8 +12,8 @@ import numpy
 import pytest
 
 from mergeforge.errors import Problem, RecipeError
+from mergeforge.gguf.file_types import MIXES
 from mergeforge.methods import METHODS
-from mergeforge.quants.mixes import MIXES
 from mergeforge.recipe import ModelRef, read
 from mergeforge.recipe.yaml_reader import LARGEST_FILE
 

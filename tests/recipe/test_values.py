@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeforge.errors import RecipeError
+from mergeforge.gguf.file_types import MIXES
 from mergeforge.methods import METHODS
-from mergeforge.quants.mixes import MIXES
 from mergeforge.recipe import OUT_DTYPES, json_schema, read
 from mergeforge.recipe.parameter_values import layer_of, layer_positions, scalars, value_at
 from mergeforge.train import language

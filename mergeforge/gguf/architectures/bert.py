@@ -1,0 +1,81 @@
+"""BERT, RoBERTa and XLM-RoBERTa: encoders that embed or rank.
+
+How an embedder pools its tokens stands in files beside config.json (modules.json), which a spelling
+does not see: the note says how to name it when the model is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures.engine_limits import POOLING
+from mergeforge.gguf.architectures.hparams import text_keys
+from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored, spelled
+from mergeforge.gguf.key_values import array, flag
+
+_NEEDS = ("attn_q", "attn_k", "attn_v", "attn_output", "attn_output_norm", "ffn_up", "ffn_down", "layer_output_norm")
+_ONCE = ("token_embd", "token_embd_norm", "position_embd")
+_HEADS = ("cls.predictions", "cls.seq_relationship", "lm_head.", "pooler.dense")
+
+
+@architecture("BertModel", "BertForMaskedLM", "BertForSequenceClassification")
+def bert(model: Model) -> Spelling:
+    return _encoder(model, "bert", 0)
+
+
+@architecture("RobertaModel", "RobertaForSequenceClassification")
+def roberta(model: Model) -> Spelling:
+    return _encoder(model, "roberta", 1 + int(model.need("pad_token_id")))
+
+
+@architecture("XLMRobertaModel", "XLMRobertaForSequenceClassification")
+def xlm_roberta(model: Model) -> Spelling:
+    return _encoder(model, "unigram", 1 + int(model.need("pad_token_id")))
+
+
+def _encoder(model: Model, vocab: str, unused: int) -> Spelling:
+    """`unused` rows of positions lead the table of a RoBERTa and go."""
+    context = int(model.need("max_position_embeddings")) - unused
+    labels = _labels(model)
+    keys = text_keys(replace(model, config={**model.config, "max_position_embeddings": context}))
+    keys |= {"attention.causal": flag(False)} | ({"classifier.output_labels": array("text", labels)} if labels else {})
+
+    def place(stored: Stored) -> Answer:
+        plain = replace(stored, name=_plain(stored.name, bool(labels)))
+        if plain.name.startswith(_HEADS):
+            return "a head that llama.cpp's encoders do not have"
+        if unused and plain.name == "embeddings.position_embeddings.weight":
+            return _positions(plain, unused)
+        return (plain.at(),)
+
+    notes = () if labels else (POOLING,)
+    return spelled(model, "bert", keys, place, vocab=vocab, needs=_NEEDS, needs_once=_ONCE, notes=notes)
+
+
+def _labels(model: Model) -> list[str]:
+    """Names of a classifier's outputs; two that are only numbered are transformers' default."""
+    named = {int(number): str(label) for number, label in (model.find("id2label") or {}).items()}
+    if len(named) == 2 and named.get(0) == "LABEL_0":
+        return []
+    return [named[number] for number in sorted(named)]
+
+
+def _plain(name: str, classifies: bool) -> str:
+    for prefix in ("bert.", "roberta."):
+        name = name.removeprefix(prefix)
+    if name.endswith(".gamma"):
+        name = name.removesuffix(".gamma") + ".weight"
+    if name.endswith(".beta"):
+        name = name.removesuffix(".beta") + ".bias"
+    if classifies and name in ("classifier.weight", "classifier.bias"):
+        name = name.replace("classifier.", "classifier.out_proj.")
+    return name
+
+
+def _positions(stored: Stored, unused: int) -> Answer:
+    import numpy as np
+
+    rows, columns = stored.info.shape
+    return (stored.at(shape=(rows - unused, columns), rows=np.arange(unused, rows, dtype=np.int64)),)

@@ -1,0 +1,37 @@
+"""EXAONE 3 and 4."""
+
+from __future__ import annotations
+
+from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures.constants import llama3_factors
+from mergeforge.gguf.architectures.hparams import text_keys
+from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, spelled
+from mergeforge.gguf.key_values import Value, array, u32
+
+_LAYERS_OF_32B = 64
+_AFTER = (*ATTENTION[1:], "ffn_gate", "ffn_up", "ffn_down", "post_attention_norm", "post_ffw_norm")
+
+
+@architecture("ExaoneForCausalLM")
+def exaone(model: Model) -> Spelling:
+    part = model.rope.get("partial_rotary_factor", 1.0)
+    keys = text_keys(model) | {"rope.dimension_count": u32(int(part * (model.hidden // model.heads)))}
+    return spelled(model, "exaone", keys, vocab="gpt2", needs=GATED, constants=llama3_factors(model))
+
+
+@architecture("Exaone4ForCausalLM")
+def exaone4(model: Model) -> Spelling:
+    keys = text_keys(model) | {"vocab_size": u32(model.need("vocab_size"))} | _window(model)
+    constants = llama3_factors(model, factor=16.0)
+    slides = model.layers != _LAYERS_OF_32B and model.find("sliding_window") is not None
+    notes = [f"llama.cpp's exaone4 has a window only with {_LAYERS_OF_32B} layers"] if slides else ()
+    return spelled(model, "exaone4", keys, vocab="gpt2", needs=_AFTER, constants=constants, notes=notes)
+
+
+def _window(model: Model) -> dict[str, Value]:
+    if (window := model.find("sliding_window")) is None:
+        return {}
+    slides = [kind == "sliding_attention" for kind in model.find("layer_types") or ()]
+    keys = {"attention.sliding_window": u32(window)}
+    return keys | ({"attention.sliding_window_pattern": array("bool", slides)} if slides else {})

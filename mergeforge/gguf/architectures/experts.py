@@ -1,0 +1,50 @@
+"""Experts: one tensor for each, or all of a layer in one; in GGUF always a stack [experts, rows, columns]."""
+
+from __future__ import annotations
+
+import re
+
+from mergeforge.errors import SourceError
+from mergeforge.gguf.architectures.row_order import grouped
+from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored
+
+_PARTS = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "down_proj": "down", "up_proj": "up"}
+_ONE = re.compile(r"\.experts\.(\d+)\.(w[123]|gate_proj|down_proj|up_proj)\.weight$")
+_ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj|gate_proj|up_proj)(\.weight)?$")
+
+
+def stacked(stored: Stored) -> Answer:
+    """An expert's matrix is a slice of the stack; a fused stack of gate and up is two."""
+    if one := _ONE.search(stored.name):
+        return _slice(stored, int(one[1]), _PARTS[one[2]])
+    if whole := _ALL.search(stored.name):
+        return halves(stored, "exps") if whole[1] == "gate_up_proj" else _stack(stored, _PARTS[whole[1]])
+    return None
+
+
+def halves(stored: Stored, experts: str = "") -> Answer:
+    """Gate over up, in each matrix: the upper half of the rows is ffn_gate, the lower ffn_up."""
+    *stack, rows, columns = stored.info.shape
+    count = stack[0] if stack else 1
+    stored.split_rows(2 * count)
+    gate, up = grouped(stored.info.rows, count, (rows // 2, rows // 2))
+    ending = f"_{experts}" if experts else ""
+    shape = (*stack, rows // 2, columns)
+    return (
+        stored.in_block(f"ffn_gate{ending}", shape, rows=gate),
+        stored.in_block(f"ffn_up{ending}", shape, rows=up),
+    )
+
+
+def _slice(stored: Stored, expert: int, part: str) -> Answer:
+    count = stored.model.experts
+    if expert >= count:
+        raise SourceError(
+            f"{stored.info.name}: config.json says {count} experts", hint="correct num_experts in config.json"
+        )
+    shape = (count, *stored.info.shape)
+    return (stored.in_block(f"ffn_{part}_exps", shape, first=expert * stored.info.rows),)
+
+
+def _stack(stored: Stored, part: str) -> Answer:
+    return (stored.in_block(f"ffn_{part}_exps"),)

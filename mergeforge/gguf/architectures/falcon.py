@@ -1,0 +1,53 @@
+"""Falcon: queries in groups, each followed by its key and value."""
+
+from __future__ import annotations
+
+from mergeforge.errors import SourceError
+from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures.hparams import FILE_TYPE
+from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.row_order import grouped
+from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored, spelled
+from mergeforge.gguf.key_values import f32, text, u32
+
+_CONTEXT = 2048  # the converter's, whatever the config says
+_NEEDS = ("attn_norm", "attn_qkv", "attn_output", "ffn_up", "ffn_down")
+
+
+@architecture("FalconForCausalLM", "RWForCausalLM")
+def falcon(model: Model) -> Spelling:
+    if model.find("alibi"):
+        raise SourceError("config.json: llama.cpp's falcon has no ALiBi ('alibi': true)", hint="write safetensors")
+    keys = {
+        "context_length": u32(_CONTEXT),
+        "tensor_data_layout": text("jploski"),
+        "embedding_length": u32(model.hidden),
+        "feed_forward_length": u32(model.find("ffn_hidden_size") or 4 * model.hidden),
+        "block_count": u32(model.layers),
+        "attention.head_count": u32(model.heads),
+        "attention.head_count_kv": u32(_kv_heads(model)),
+        "attention.layer_norm_epsilon": f32(model.need("layer_norm_epsilon")),
+        **FILE_TYPE,
+    }
+    return spelled(model, "falcon", keys, query_key_value, vocab="gpt2", needs=_NEEDS)
+
+
+def _kv_heads(model: Model) -> int:
+    """One for multi-query models (7B), whose num_kv_heads transformers fills with the number of heads.
+
+    The converter takes that and fails on them.
+    """
+    if model.find("multi_query") and not model.find("new_decoder_architecture"):
+        return 1
+    return int(model.find("num_kv_heads", "n_head_kv") or 1)
+
+
+def query_key_value(stored: Stored) -> Answer:
+    if "query_key_value" not in stored.name:
+        return None
+    import numpy as np
+
+    heads, groups = stored.model.heads, _kv_heads(stored.model)
+    size = stored.split_rows(heads + 2 * groups)
+    parts = grouped(stored.info.rows, groups, (heads // groups * size, size, size))
+    return (stored.at(rows=np.concatenate(parts)),)

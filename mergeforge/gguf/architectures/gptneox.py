@@ -1,0 +1,39 @@
+"""GPT-NeoX (Pythia): q, k and v of a head lie together."""
+
+from __future__ import annotations
+
+from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.row_order import grouped
+from mergeforge.gguf.architectures.tensor_mapping import DECODER, Answer, Stored, spelled
+from mergeforge.gguf.key_values import f32, flag, u32
+
+
+@architecture("GPTNeoXForCausalLM")
+def gptneox(model: Model) -> Spelling:
+    """The part of a head that is rotated: rotary_pct, in transformers 5 rope's partial_rotary_factor.
+
+    The converter looks only for the first and fails. It writes no general.file_type.
+    """
+    part = model.find("rotary_pct") or model.rope.get("partial_rotary_factor", 0.25)
+    keys = {
+        "context_length": u32(model.need("max_position_embeddings")),
+        "embedding_length": u32(model.hidden),
+        "block_count": u32(model.layers),
+        "feed_forward_length": u32(model.need("intermediate_size")),
+        "rope.dimension_count": u32(int(part * model.head_dim)),
+        "attention.head_count": u32(model.heads),
+        "use_parallel_residual": flag(model.config.get("use_parallel_residual", True)),
+        "attention.layer_norm_epsilon": f32(model.need("layer_norm_eps")),
+    }
+    return spelled(model, "gptneox", keys, query_key_value, vocab="gpt2", needs=DECODER)
+
+
+def query_key_value(stored: Stored) -> Answer:
+    """Rows [heads, (q, k, v), head] become all q, all k, all v."""
+    if ".query_key_value." not in stored.name:
+        return None
+    import numpy as np
+
+    size = stored.split_rows(3 * stored.model.heads)
+    return (stored.at(rows=np.concatenate(grouped(stored.info.rows, stored.model.heads, (size,) * 3))),)

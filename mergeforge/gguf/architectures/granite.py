@@ -1,0 +1,62 @@
+"""Granite 3: Llama with four multipliers; with experts, gate and up in one tensor."""
+
+from __future__ import annotations
+
+from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures.attention import paired_heads
+from mergeforge.gguf.architectures.constants import llama3_factors
+from mergeforge.gguf.architectures.experts import halves, stacked
+from mergeforge.gguf.architectures.hparams import optional
+from mergeforge.gguf.architectures.llama import llama_keys
+from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, Answer, Stored, spelled
+from mergeforge.gguf.key_values import Value, f32, u32
+
+_FEED_FORWARD = ("ffn_norm", "ffn_gate|ffn_gate_exps", "ffn_up|ffn_up_exps", "ffn_down|ffn_down_exps")
+_NEEDS = (*ATTENTION, *_FEED_FORWARD)
+
+
+@architecture("GraniteForCausalLM")
+def granite(model: Model) -> Spelling:
+    return _granite(model, "granite", {})
+
+
+@architecture("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM")
+def granitemoe(model: Model) -> Spelling:
+    shared = model.find("shared_intermediate_size") or None
+    return _granite(model, "granitemoe", optional(u32, expert_shared_feed_forward_length=shared))
+
+
+def _granite(model: Model, arch: str, more: dict[str, Value]) -> Spelling:
+    # llama.cpp's granite knows no head_dim of its own
+    model = Model(model.name, model.stated, {**model.config, "head_dim": None}, model.tensors)
+    scales = optional(
+        f32,
+        attention__scale=model.find("attention_multiplier") or None,
+        embedding_scale=model.find("embedding_multiplier") or None,
+        residual_scale=model.find("residual_multiplier") or None,
+        logit_scale=model.find("logits_scaling") or None,
+    )
+    return spelled(
+        model,
+        arch,
+        llama_keys(model) | scales | more,
+        paired_heads,
+        fused_feed_forward,
+        stacked,
+        vocab="llama",
+        needs=_NEEDS,
+        constants=llama3_factors(model),
+    )
+
+
+def fused_feed_forward(stored: Stored) -> Answer:
+    """input_linear holds gate over up; without experts the shared feed-forward is the layer's only one."""
+    if stored.name.endswith("block_sparse_moe.input_linear.weight"):
+        return halves(stored, "exps")
+    ending = "shexp" if stored.model.experts else ""
+    if stored.name.endswith("shared_mlp.input_linear.weight"):
+        return halves(stored, ending)
+    if stored.name.endswith("shared_mlp.output_linear.weight") and not ending:
+        return (stored.in_block("ffn_down"),)
+    return None

@@ -1,0 +1,106 @@
+"""Llama and what is built like it: Mistral, Mixtral, SmolLM3, Arcee, Llama 4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures.attention import paired_heads
+from mergeforge.gguf.architectures.constants import llama3_factors
+from mergeforge.gguf.architectures.engine_limits import POOLING
+from mergeforge.gguf.architectures.experts import stacked
+from mergeforge.gguf.architectures.hparams import text_keys
+from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, Answer, Stored, spelled
+from mergeforge.gguf.key_values import Value, u32
+
+_SQUARED = tuple(need for need in GATED if not need.startswith("ffn_gate"))
+
+
+@architecture(
+    "LlamaForCausalLM",
+    "LLaMAForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "LlavaForConditionalGeneration",
+)
+def llama(model: Model) -> Spelling:
+    return like_llama(model, "llama")
+
+
+@architecture("LlamaModel")
+def llama_without_head(model: Model) -> Spelling:
+    return like_llama(model, "llama", prefix="model.", notes=(POOLING,))
+
+
+@architecture("SmolLM3ForCausalLM")
+def smollm3(model: Model) -> Spelling:
+    """llama.cpp leaves every fourth layer without rope, whatever the config says."""
+    rope = model.find("no_rope_layers")
+    usual = [int((at + 1) % 4 != 0) for at in range(model.layers)]
+    odd = model.find("no_rope_layer_interval") not in (None, 4) if rope is None else rope != usual
+    return like_llama(model, "smollm3", notes=["llama.cpp leaves every fourth layer without rope"] if odd else ())
+
+
+@architecture("ArceeForCausalLM")
+def arcee(model: Model) -> Spelling:
+    return like_llama(model, "arcee", needs=_SQUARED)
+
+
+@architecture("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+def llama4(model: Model) -> Spelling:
+    """Experts are stored transposed; intermediate_size is theirs, the dense layers' is intermediate_size_mlp."""
+    keys = llama_keys(model)
+    keys["feed_forward_length"] = u32(model.need("intermediate_size_mlp"))
+    keys["interleave_moe_layer_step"] = u32(model.need("interleave_moe_layer_step"))
+    keys["expert_feed_forward_length"] = u32(model.need("intermediate_size"))
+    if set(model.find("layer_types") or [""]) == {"full_attention"}:
+        keys["attention.sliding_window"] = u32(0)
+    constants = llama3_factors(model)
+    return spelled(
+        model, "llama4", keys, turned_experts, vocab="gpt2", constants=constants, needs=(*ATTENTION, "ffn_norm")
+    )
+
+
+def like_llama(
+    model: Model,
+    arch: str,
+    keys: dict[str, Value] | None = None,
+    needs: Sequence[str] = GATED,
+    notes: Iterable[str] = (),
+    prefix: str = "",
+) -> Spelling:
+    """The spelling of a family that differs from Llama in `arch` and some keys."""
+    return spelled(
+        model,
+        arch,
+        llama_keys(model) if keys is None else keys,
+        paired_heads,
+        stacked,
+        vocab="llama",
+        needs=needs,
+        constants=llama3_factors(model),
+        notes=notes,
+        prefix=prefix,
+    )
+
+
+def llama_keys(model: Model) -> dict[str, Value]:
+    return text_keys(model) | {
+        "vocab_size": u32(model.need("vocab_size")),
+        "rope.dimension_count": u32(model.head_dim),
+    }
+
+
+def turned_experts(stored: Stored) -> Answer:
+    """Llama 4's stacks: gate beside up [experts, hidden, 2 x width], down [experts, width, hidden]."""
+    if not stored.name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return None
+    count, rows, columns = stored.info.shape
+    if stored.name.endswith("down_proj"):
+        return (stored.in_block("ffn_down_exps", (count, columns, rows), turn=rows),)
+    width = columns // 2
+    return (
+        stored.in_block("ffn_gate_exps", (count, width, rows), turn=rows, columns=slice(0, width)),
+        stored.in_block("ffn_up_exps", (count, width, rows), turn=rows, columns=slice(width, None)),
+    )

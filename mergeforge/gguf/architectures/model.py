@@ -1,0 +1,90 @@
+"""A checkpoint that is to be spelled: its config, completed, and the tensors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergeforge.core.tensor_info import TensorInfo
+from mergeforge.errors import SourceError
+from mergeforge.gguf.architectures.hf_config import completed
+
+MOST_LAYERS = 1024  # names of more take seconds to make
+
+
+@dataclass(frozen=True)
+class Model:
+    """`name`: its Hugging Face class; `stated`: config.json as it is; `config`: as transformers completes it."""
+
+    name: str
+    stated: Mapping[str, Any]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @staticmethod
+    def of(name: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Model:
+        return Model(name, config, completed(config), tensors)
+
+    def find(self, *keys: str) -> Any:
+        """The value of the first key that the config has, or None."""
+        return next((self.config[key] for key in keys if key in self.config), None)
+
+    def need(self, *keys: str) -> Any:
+        """The value of the first key that the config has.
+
+        Raises SourceError where it has none of them, or null.
+        """
+        value = self.find(*keys)
+        if value is None:
+            wanted = " or ".join(f"'{key}'" for key in keys)
+            raise SourceError(
+                f"config.json has no {wanted}, which {self.name} needs", hint="copy it from the base model"
+            )
+        return value
+
+    @property
+    def layers(self) -> int:
+        layers = int(self.need("n_layers", "num_hidden_layers", "n_layer", "num_layers"))
+        if not 0 <= layers <= MOST_LAYERS:
+            text = f"config.json says that the model has {layers} layers"
+            raise SourceError(text, hint="copy it from the base model")
+        return layers
+
+    @property
+    def hidden(self) -> int:
+        return int(self.need("hidden_size", "n_embd", "dim"))
+
+    @property
+    def heads(self) -> int:
+        return int(self.need("num_attention_heads", "n_head", "n_heads"))
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.find("num_key_value_heads", "n_kv_heads") or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.find("head_dim") or self.hidden // self.heads)
+
+    @property
+    def experts(self) -> int:
+        return int(self.find("num_local_experts", "num_experts", "n_routed_experts") or 0)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output may be the embedding; of a model with a text part the whole decides."""
+        said = self.stated if "text_config" in self.stated else self.config
+        return said.get("tie_word_embeddings") is not False
+
+    @property
+    def rope(self) -> Mapping[str, Any]:
+        """rope_parameters: of the whole model, or of each kind of attention."""
+        rope: Mapping[str, Any] = self.config["rope_parameters"]
+        return rope
+
+    @property
+    def full_rope(self) -> Mapping[str, Any]:
+        """rope_parameters of layers with full attention."""
+        rope: Mapping[str, Any] = self.rope.get("full_attention", self.rope)
+        return rope

@@ -1,0 +1,51 @@
+"""OLMo 1, 2 and 3, OLMoE, and Seed-OSS, which is plain."""
+
+from __future__ import annotations
+
+from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures.attention import paired_heads
+from mergeforge.gguf.architectures.experts import stacked
+from mergeforge.gguf.architectures.hparams import optional, text_keys
+from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, spelled
+from mergeforge.gguf.key_values import Value, array, f32, u32
+
+_FEED_FORWARD = ("ffn_gate", "ffn_up", "ffn_down")
+_BARE = (*ATTENTION[1:], *_FEED_FORWARD)  # OLMo 1's norms have no weights
+_AFTER = (*_BARE, "post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm")
+
+
+@architecture("OlmoForCausalLM", "OLMoForCausalLM")
+def olmo(model: Model) -> Spelling:
+    keys = text_keys(model) | {"attention.layer_norm_epsilon": f32(1e-5)}
+    keys |= optional(f32, attention__clamp_kqv=model.find("clip_qkv"))
+    return spelled(model, "olmo", keys, paired_heads, vocab="gpt2", needs=_BARE, needs_once=("token_embd",))
+
+
+@architecture("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+def olmo2(model: Model) -> Spelling:
+    return spelled(model, "olmo2", text_keys(model) | _window(model), vocab="gpt2", needs=_AFTER)
+
+
+def _window(model: Model) -> dict[str, Value]:
+    """OLMo 3: three layers of four see a window."""
+    if "sliding_window" not in model.config:
+        return {}
+    kinds = model.find("layer_types") or []
+    slides = [kind == "sliding_attention" for kind in kinds] or [(at + 1) % 4 != 0 for at in range(model.layers)]
+    return {
+        "attention.sliding_window": u32(model.need("sliding_window")),
+        "attention.sliding_window_pattern": array("bool", slides),
+    }
+
+
+@architecture("OlmoeForCausalLM")
+def olmoe(model: Model) -> Spelling:
+    keys = text_keys(model) | {"attention.layer_norm_rms_epsilon": f32(1e-5)}
+    return spelled(model, "olmoe", keys, stacked, vocab="gpt2", needs=(*GATED, "attn_q_norm", "attn_k_norm"))
+
+
+@architecture("SeedOssForCausalLM")
+def seed_oss(model: Model) -> Spelling:
+    needs = (*ATTENTION, "attn_post_norm|post_attention_norm", *_FEED_FORWARD)
+    return spelled(model, "seed_oss", text_keys(model), vocab="gpt2", needs=needs)

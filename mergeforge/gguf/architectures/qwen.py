@@ -1,0 +1,51 @@
+"""Qwen 2, 2.5 and 3: dense, and with experts."""
+
+from __future__ import annotations
+
+from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures.engine_limits import POOLING
+from mergeforge.gguf.architectures.experts import stacked
+from mergeforge.gguf.architectures.hparams import optional, text_keys
+from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.tensor_mapping import GATED, spelled
+from mergeforge.gguf.key_values import u32
+
+_NORMED = (*GATED, "attn_q_norm", "attn_k_norm")
+
+
+@architecture("Qwen2ForCausalLM")
+def qwen2(model: Model) -> Spelling:
+    return spelled(model, "qwen2", text_keys(model), vocab="spm_or_gpt2")
+
+
+@architecture("Qwen3ForCausalLM")
+def qwen3(model: Model) -> Spelling:
+    return spelled(model, "qwen3", text_keys(model), vocab="spm_or_gpt2", needs=_NORMED)
+
+
+@architecture("Qwen2Model", "Qwen3Model")
+def qwen_without_head(model: Model) -> Spelling:
+    """Embedders: tensors are named as inside of the model with a head."""
+    arch, needs = ("qwen2", GATED) if model.name == "Qwen2Model" else ("qwen3", _NORMED)
+    keys = text_keys(model)
+    return spelled(model, arch, keys, vocab="spm_or_gpt2", needs=needs, prefix="model.", notes=(POOLING,))
+
+
+@architecture("Qwen2MoeForCausalLM")
+def qwen2moe(model: Model) -> Spelling:
+    return _with_experts(model, "qwen2moe", ())
+
+
+@architecture("Qwen3MoeForCausalLM")
+def qwen3moe(model: Model) -> Spelling:
+    notes = ["llama.cpp normalises the weights of the chosen experts, this model (norm_topk_prob false) does not"]
+    return _with_experts(model, "qwen3moe", () if model.find("norm_topk_prob") else notes)
+
+
+def _with_experts(model: Model, arch: str, notes: tuple[str, ...] | list[str]) -> Spelling:
+    keys = text_keys(model) | optional(
+        u32,
+        expert_feed_forward_length=model.find("moe_intermediate_size"),
+        expert_shared_feed_forward_length=model.find("shared_expert_intermediate_size"),
+    )
+    return spelled(model, arch, keys, stacked, vocab="gpt2", notes=notes)

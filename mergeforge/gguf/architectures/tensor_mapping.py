@@ -1,0 +1,228 @@
+"""Finding every stored tensor its place: the name map, the families' rules, and the checks.
+
+A rule looks at one stored tensor and answers with its places, with a text (it is dropped, and why),
+or with None: then the next rule is asked, and at last the name map of the gguf package.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.core.tensor_info import TensorInfo
+from mergeforge.errors import SourceError, listing
+from mergeforge.gguf.architectures import Place, Spelling
+from mergeforge.gguf.architectures.engine_limits import rope_notes, window_notes
+from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.key_values import Value
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ATTENTION = ("attn_norm", "attn_q|attn_qkv", "attn_k|attn_qkv", "attn_v|attn_qkv", "attn_output")
+DECODER = (*ATTENTION, "ffn_norm", "ffn_up|ffn_up_exps", "ffn_down|ffn_down_exps")
+GATED = (*DECODER, "ffn_gate|ffn_gate_exps")
+
+_KEPT_F32 = frozenset(
+    ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv")
+)  # by the converter, whatever the file's type; so are norms, 1-D tensors and what is no weight
+_BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
+_OTHER_MODES = ("vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler.", "sound_", "speech_embeddings.")
+_IN_OTHER_MODES = ("visual.", "vision.", "audio.", "vision_", "audio_", "projector.", "pre_mm_projector_norm")
+_MORE_OTHER_MODES = ("image_newline", "view_seperator", "patch_embed", "patch_merger.", "model.connector.")
+_QUANTISED = re.compile(
+    r"(\.SCB|\.absmax|\.quant_map|\.nested_\w+|\.quant_state\.\w+|\.weight_format|_blocks|_scales|\.qweight|\.qzeros"
+    r"|\.scales|\.g_idx|\.weight_scale(_inv|_2)?|\.input_scale|\.weight_packed|\.weight_shape|\.weight_zero_point)$"
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stored tensor that looks for its place; `name` is its own without what wraps a text model."""
+
+    model: Model
+    names: Any
+    name: str
+    info: TensorInfo
+
+    @property
+    def layer(self) -> int:
+        return int(next(part for part in self.name.split(".") if part.isdecimal()))
+
+    @property
+    def is_bias(self) -> bool:
+        return self.name.endswith(".bias")
+
+    def gguf(self, name: str = "") -> str:
+        """The GGUF name of a Hugging Face name (its own).
+
+        Raises SourceError where llama.cpp has none.
+        """
+        found = self.names.get_name(name or self.name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise SourceError(
+                f"{self.info.name}: llama.cpp has no such tensor in a {self.model.name}",
+                hint="check num_hidden_layers and 'architectures' in config.json, or drop the tensor from the merge",
+            )
+        return str(found)
+
+    def at(self, tensor: str = "", shape: tuple[int, ...] = (), **options: Any) -> Place:
+        """A place in a GGUF tensor, its own by name and shape unless told otherwise."""
+        tensor, shape = tensor or self.gguf(), shape or self.info.shape
+        return Place(tensor, shape, f32=kept_f32(tensor, shape), **options)
+
+    def in_block(self, part: str, shape: tuple[int, ...] = (), **options: Any) -> Place:
+        """A place in `blk.<its layer>.<part>.weight` or, for a bias, `.bias`."""
+        kind = "bias" if self.is_bias else "weight"
+        return self.at(f"blk.{self.layer}.{part}.{kind}", shape, **options)
+
+    def split_rows(self, heads: int) -> int:
+        """Rows of one of `heads` equal parts.
+
+        Raises SourceError where the rows cannot be cut so.
+        """
+        if heads <= 0 or self.info.rows % heads:
+            raise SourceError(
+                f"{self.info.name}: {self.info.rows} rows are not {heads} equal parts",
+                hint="config.json and weights do not belong together: compare the number of heads",
+            )
+        return self.info.rows // heads
+
+
+Answer = tuple[Place, ...] | str | None
+Rule = Callable[[Stored], Answer]
+
+
+def spelled(
+    model: Model,
+    arch: str,
+    keys: Mapping[str, Value],
+    *rules: Rule,
+    vocab: str,
+    needs: Sequence[str] = GATED,
+    needs_once: Sequence[str] = ("token_embd", "output_norm"),
+    layers: int = 0,
+    prefix: str = "",
+    constants: Mapping[str, np.ndarray] | None = None,
+    notes: Iterable[str] = (),
+) -> Spelling:
+    """The spelling of a model: `keys` get the prefix `arch`, every tensor a place by the rules.
+
+    `needs`: parts that every block must have, `a|b` one of them; `needs_once`: tensors outside of blocks.
+    `layers`: blocks, where they are more than num_hidden_layers. `prefix`: what stored names lack.
+    """
+    layers = layers or model.layers
+    names = _name_map(arch, layers)
+    places: dict[str, tuple[Place, ...]] = {}
+    dropped: dict[str, str] = {}
+    for name, info in model.tensors.items():
+        answer = _answer(Stored(model, names, prefix + canonical(name), info), rules)
+        if isinstance(answer, str):
+            dropped[name] = answer
+        else:
+            places[name] = answer
+    _check_needs(model, places, needs, needs_once, layers)
+    _check_filled(model, places)
+    full = {key if key.startswith(("general.", "tokenizer.")) else f"{arch}.{key}": keys[key] for key in keys}
+    more = (*rope_notes(model, arch), *window_notes(model, "attention.sliding_window" in keys))
+    return Spelling(arch, full, places, vocab, dropped, dict(constants or {}), notes=(*notes, *more))
+
+
+def unread_head(stored: Stored) -> Answer:
+    """A rule of families whose output llama.cpp takes from the embedding (limits.head_notes says so)."""
+    return "llama.cpp takes the embedding as this family's output" if stored.name == "lm_head.weight" else None
+
+
+def canonical(name: str) -> str:
+    """The name as a text-only model would have it."""
+    if name.endswith("e_score_correction_bias"):
+        name = name.removesuffix("_bias") + ".bias"
+    return name.replace("language_model.", "")
+
+
+def kept_f32(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether the converter keeps a tensor in F32 whatever the file's type."""
+    if len(shape) < 2 or not tensor.endswith(".weight") or tensor.endswith("_norm.weight"):
+        return True
+    return re.sub(r"^blk\.\d+\.", "", tensor).removesuffix(".weight") in _KEPT_F32
+
+
+def _name_map(arch: str, layers: int) -> Any:
+    import gguf
+
+    known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    if arch not in known:
+        raise SourceError(f"the installed gguf package has no names for '{arch}'", hint="pip install --upgrade gguf")
+    return gguf.get_tensor_name_map(known[arch], layers)
+
+
+def _answer(stored: Stored, rules: Sequence[Rule]) -> tuple[Place, ...] | str:
+    name, info = stored.name, stored.info
+    if name.endswith(_BUFFERS):
+        return "a buffer that engines compute themselves"
+    if name.startswith(_OTHER_MODES) or any(part in name for part in (*_IN_OTHER_MODES, *_MORE_OTHER_MODES)):
+        return "not of the text model: llama.cpp wants it in an mmproj file"
+    if not info.is_float or _QUANTISED.search(name):
+        raise SourceError(
+            f"{info.name} ({info.dtype}) is quantised already: GGUF is written from 16 or 32 bit weights",
+            hint="use the model's original, unquantised checkpoint",
+        )
+    for rule in rules:
+        if (answer := rule(stored)) is not None:
+            return answer
+    return (stored.at(),)
+
+
+def _check_needs(
+    model: Model,
+    places: Mapping[str, tuple[Place, ...]],
+    needs: Sequence[str],
+    needs_once: Sequence[str],
+    layers: int,
+) -> None:
+    have = {place.tensor.rpartition(".")[0] for some in places.values() for place in some}
+    wanted = [*needs_once, *(_in_layer(need, layer) for layer in range(layers) for need in needs)]
+    unread = any(name.endswith("lm_head.weight") for name in model.tensors.keys() - places.keys())
+    if not model.tied and not unread and re.search("ForCausalLM|LMHead|ForConditional", model.name):
+        wanted.append("output")
+    missing = [need for need in wanted if not have & set(need.split("|"))]
+    if missing:
+        hint = "the checkpoint is incomplete, or config.json is of another model"
+        if missing == ["output"]:
+            hint = 'there is no lm_head: put "tie_word_embeddings": true in config.json if the embedding is its output'
+        raise SourceError(f"no tensor becomes GGUF's {listing(missing)}", hint=hint)
+
+
+def _in_layer(need: str, layer: int) -> str:
+    return "|".join(f"blk.{layer}.{part}" for part in need.split("|"))
+
+
+def _check_filled(model: Model, places: Mapping[str, tuple[Place, ...]]) -> None:
+    """Every GGUF tensor has one shape and is filled exactly."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    filled: dict[str, int] = {}
+    for name, place in _each(places):
+        if shapes.setdefault(place.tensor, place.shape) != place.shape:
+            raise SourceError(
+                f"{name}: shape {place.shape} of {place.tensor}, others have {shapes[place.tensor]}",
+                hint="config.json and weights do not belong together",
+            )
+        filled[place.tensor] = filled.get(place.tensor, 0) + _elements(place, model.tensors[name])
+    for tensor, shape in shapes.items():
+        if filled[tensor] != math.prod(shape):
+            raise SourceError(
+                f"{tensor} {shape} wants {math.prod(shape)} values, the checkpoint has {filled[tensor]} for it",
+                hint="experts are missing, or config.json is of another model",
+            )
+
+
+def _each(places: Mapping[str, tuple[Place, ...]]) -> Iterator[tuple[str, Place]]:
+    return ((name, place) for name, some in places.items() for place in some)
+
+
+def _elements(place: Place, info: TensorInfo) -> int:
+    rows = info.rows if place.rows is None else len(place.rows)
+    return rows * len(range(*(place.columns or slice(None)).indices(info.columns)))

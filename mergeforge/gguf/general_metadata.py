@@ -1,0 +1,158 @@
+"""What a GGUF file says of its model in `general.*`: name, authors, licence, origins, size, sampling.
+
+As llama.cpp's converter finds it: in the front matter of README.md, in config.json, in
+generation_config.json and in the name of the model's folder ("Llama-3.2-1B-Instruct": basename,
+version, size label, finetune). How a name is taken apart is gguf-py's code; what differs between its
+versions is done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mergeforge.gguf.key_values import Keys, Value, array, f32, i32, text, u32
+from mergeforge.io.aux_files import SideFiles
+
+_SAMPLING = (  # key under general.sampling, names in generation_config.json, type
+    ("sequence", ("sequence",), text),
+    ("top_k", ("top_k",), i32),
+    ("top_p", ("top_p",), f32),
+    ("min_p", ("min_p",), f32),
+    ("xtc_probability", ("xtc_probability",), f32),
+    ("xtc_threshold", ("xtc_threshold",), f32),
+    ("temp", ("temperature",), f32),
+    ("penalty_last_n", ("penalty_last_n",), i32),
+    ("penalty_repeat", ("penalty_repeat", "repetition_penalty"), f32),
+    ("mirostat", ("mirostat",), i32),
+    ("mirostat_tau", ("mirostat_tau",), f32),
+    ("mirostat_eta", ("mirostat_eta",), f32),
+)
+_PLAIN = ("author", "version", "organization", "finetune", "basename", "description", "quantized_by", "size_label")
+_LINKS = ("license", "license_name", "license_link", "url", "doi", "uuid", "repo_url")
+_SOURCES = ("source_url", "source_doi", "source_uuid", "source_repo_url")
+_KEYS = {name: name.replace("license_", "license.").replace("source_", "source.") for name in (*_LINKS, *_SOURCES)}
+_PARENT = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model: all, those outside experts, those of one expert, and the number of experts."""
+
+    total: int
+    shared: int
+    expert: int
+    expert_count: int
+
+    @property
+    def label(self) -> str:
+        """As in a file's name: 1.2B, or 8x7B with experts."""
+        import gguf
+
+        label: str = gguf.size_label(self.total, self.shared, self.expert, self.expert_count)
+        return label
+
+
+def parameter_counts(tensors: Mapping[str, tuple[int, ...]]) -> ParameterCounts:
+    """Count the parameters of GGUF tensors: name -> shape, slowest dimension first."""
+    total = expert = experts = stacks = 0
+    for name, shape in tensors.items():
+        size = prod(shape)
+        total += size
+        if "_exps." in name and len(shape) >= 3:
+            count = shape[-2 if ".bias" in name else -3]
+            expert += size // count
+            experts += count
+            stacks += 1
+    inside = sum(prod(shape) for name, shape in tensors.items() if "_exps." in name and len(shape) >= 3)
+    return ParameterCounts(total, total - inside, expert, experts // stacks if stacks else 0)
+
+
+def metadata(
+    files: SideFiles,
+    config: Mapping[str, Any],
+    folder_name: str,
+    sizes: ParameterCounts,
+    *,
+    name: str | None = None,
+) -> Keys:
+    """The `general.*` keys that follow general.type, in the converter's order.
+
+    `name`: the model's name, instead of the one found. llama.cpp reads it: with "phi-3" in it the
+    vocabulary must hold Phi-3's special tokens.
+    """
+    found = _found(files, config, folder_name, sizes)
+    keys = _sampling(files)
+    keys["general.name"] = text(name or found.name or folder_name)
+    found.size_label = found.size_label or (sizes.label if sizes.total > 0 else None)
+    if isinstance(found.license, list):
+        found.license = ",".join(map(str, found.license))
+    for one in (*_PLAIN, *_LINKS, *_SOURCES):
+        _put(keys, f"general.{_KEYS.get(one, one)}", getattr(found, one, None))
+    _put_parents(keys, "base_model", found.base_models)
+    _put_parents(keys, "dataset", found.datasets)
+    for one in ("tags", "languages"):
+        values = getattr(found, one) or []
+        if values:
+            keys[f"general.{one}"] = array("text", map(str, values))
+    return keys
+
+
+def _found(files: SideFiles, config: Mapping[str, Any], folder_name: str, sizes: ParameterCounts) -> Any:
+    import gguf
+
+    card = _card(files)
+    return gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, dict(config), Path(folder_name), sizes.total)
+
+
+def _sampling(files: SideFiles) -> dict[str, Value]:
+    """How the model's makers want it sampled, as far as generation_config.json is readable and says so."""
+    import json
+
+    keys: dict[str, Value] = {}
+    try:
+        given = json.loads(files["generation_config.json"].read_text("utf-8"))
+    except (KeyError, OSError, ValueError, RecursionError):
+        return keys
+    for key, names, typed in _SAMPLING if isinstance(given, dict) else ():
+        value = next((given[name] for name in names if name in given), None)
+        if value is not None and value != "":
+            keys[f"general.sampling.{key}"] = typed(value)
+    return keys
+
+
+def _card(files: SideFiles) -> dict[str, Any]:
+    """README.md's front matter; nothing where there is none, or none that is YAML."""
+    import yaml
+
+    try:
+        lines = files["README.md"].read_text("utf-8").splitlines()
+    except (KeyError, OSError, UnicodeDecodeError):
+        return {}
+    if not lines or lines[0] != "---":
+        return {}
+    stop = lines.index("---", 1) if "---" in lines[1:] else len(lines)
+    # YAML takes the language code "no" for false, and refuses tabs, which some cards have.
+    matter = "\n".join(lines[1:stop]).replace("\t", "  ") + "\n"
+    try:
+        card = yaml.safe_load(matter.replace("- no\n", '- "no"\n'))
+    except yaml.YAMLError:
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def _put_parents(keys: dict[str, Value], kind: str, parents: list[Any] | None) -> None:
+    if parents is None:
+        return
+    keys[f"general.{kind}.count"] = u32(len(parents))
+    for number, parent in enumerate(parents):
+        for one in _PARENT:
+            _put(keys, f"general.{kind}.{number}.{one}", parent.get(one))
+
+
+def _put(keys: dict[str, Value], key: str, value: Any) -> None:
+    if value is not None and value != "":
+        keys[key] = text(value)

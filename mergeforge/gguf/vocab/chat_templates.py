@@ -1,0 +1,56 @@
+"""Chat templates: the default one and named ones, from every place where a model may keep them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mergeforge.gguf.key_values import Keys, Value, array, text
+from mergeforge.gguf.vocab.hf_files import Files, object_of, text_of
+
+_NAMED = re.compile(r"additional_chat_templates/([^/]+)\.jinja")
+
+
+def template_keys(files: Files, tokenizer_config: Mapping[str, Any] | None) -> Keys:
+    """tokenizer.chat_template and, for named templates, tokenizer.chat_template.NAME and the list of names.
+
+    tokenizer_config.json's `chat_template` comes before chat_template.jinja, as in llama.cpp's converter.
+    """
+    found = (tokenizer_config or {}).get("chat_template")
+    if found is None:
+        found = _beside(files)
+    if isinstance(found, str):
+        return {"tokenizer.chat_template": text(found)} if found else {}
+    return _named(found) if isinstance(found, list) else {}
+
+
+def _beside(files: Files) -> Any:
+    default = text_of(files, "chat_template.jinja")
+    if default is None:
+        return (object_of(files, "chat_template.json") or {}).get("chat_template")
+    named = [(found[1], name) for name in sorted(files) if (found := _NAMED.fullmatch(name))]
+    if not named:
+        return default
+    extra = [{"name": short, "template": text_of(files, name)} for short, name in named]
+    return [{"name": "default", "template": default}, *extra]
+
+
+def _named(choices: list[Any]) -> Keys:
+    keys: dict[str, Value] = {}
+    names: list[str] = []
+    default = ""
+    for choice in filter(lambda one: isinstance(one, dict), choices):
+        name = re.sub("[^A-Za-z0-9]", "_", choice.get("name") or "")
+        template = choice.get("template")
+        if name == "default" and template is not None:
+            default = template
+        elif name and template is not None:
+            names += [] if name in names else [name]
+            if template:
+                keys[f"tokenizer.chat_template.{name}"] = text(template)
+    if names:
+        keys["tokenizer.chat_templates"] = array("text", names)
+    if default:
+        keys["tokenizer.chat_template"] = text(default)
+    return keys
