@@ -15,7 +15,7 @@ from pathlib import Path
 from measure import PYTHON, machine, table
 
 from mergeforge.random_model import shape_named, write_adapter
-from mergeforge.sinks.checkpoint import INDEX, index, lay_out
+from mergeforge.writers.safetensors import INDEX, index, lay_out
 
 
 def sparse_model(folder: Path, shape_name: str) -> Path:

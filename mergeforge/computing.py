@@ -13,12 +13,12 @@ from mergeforge.core.tensor_info import TensorInfo, Tile, blocks, torch_dtype
 from mergeforge.errors import SourceError
 from mergeforge.measuring import Measured, base_of, looks_at, measure, total
 from mergeforge.planning import Piece
-from mergeforge.sinks import Outlet, strips
-from mergeforge.sinks.checkpoint import KEY
 from mergeforge.summing import Summing
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Facts, Rows, Scan, learn
 from mergeforge.tensors.merged import Merged
+from mergeforge.writers.encoder import Outlet, strips
+from mergeforge.writers.safetensors import KEY
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.errors import RecipeError, did_you_mean
 from mergeforge.io.disk import WriteBehind
 from mergeforge.io.file_layout import Layout, OutputFiles
-from mergeforge.sinks.checkpoint import INDEX, index, lay_out
+from mergeforge.writers.safetensors import INDEX, index, lay_out
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,14 +16,14 @@ from mergeforge.core.checksums import file_sha256, tensor_checksum
 from mergeforge.journal import Journal
 from mergeforge.measuring import Measured, total
 from mergeforge.planning import Piece, Plan
-from mergeforge.sinks import Outlet, Run, joined, strips
-from mergeforge.sinks.checkpoint import CheckpointOutlet
-from mergeforge.sinks.fp8 import FP8Outlet
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.checkpoint import Checkpoint
 from mergeforge.sources.edits import Dora, Edit, LowRank
 from mergeforge.sources.experts import ExpertLowRank, InRows
 from mergeforge.sources.formulated import Formulated
+from mergeforge.writers.encoder import Outlet, Run, joined, strips
+from mergeforge.writers.fp8 import FP8Outlet
+from mergeforge.writers.safetensors import CheckpointOutlet
 
 FORMAT = 1
 

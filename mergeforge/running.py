@@ -31,10 +31,10 @@ from mergeforge.journal import Done
 from mergeforge.planning import Batch, Piece, Plan
 from mergeforge.receipt import receipt
 from mergeforge.shipping import Shipment, open_shipment
-from mergeforge.sinks import Outlet, Run, joined, strips
-from mergeforge.sinks.checkpoint import index
 from mergeforge.tensors.budget import Worker, one_torch_thread, steady_malloc
 from mergeforge.workspace import CARD, RECEIPT, RECIPE, Workspace
+from mergeforge.writers.encoder import Outlet, Run, joined, strips
+from mergeforge.writers.safetensors import index
 
 if TYPE_CHECKING:
     import numpy as np

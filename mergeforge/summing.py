@@ -20,12 +20,12 @@ from mergeforge.methods._random_mask import drawing
 from mergeforge.methods._thresholds import SAMPLE_BLOCKS, SAMPLE_ELEMENTS
 from mergeforge.methods._weighted_sum import WeightedSum
 from mergeforge.native import bindings
-from mergeforge.sinks import Outlet
-from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.merged import Merged
 from mergeforge.tensors.native_inputs import KINDS, WIDEST, Place, Stack, Unreadable, room_nbytes
+from mergeforge.writers.encoder import Outlet
+from mergeforge.writers.safetensors import CheckpointOutlet
 
 if TYPE_CHECKING:
     import numpy as np

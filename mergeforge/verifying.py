@@ -21,11 +21,11 @@ from mergeforge.hub.publish import held_files, lfs_of
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import Header, read_header
 from mergeforge.planning import Piece, Plan, make_plan
-from mergeforge.sinks import strips
-from mergeforge.sinks.checkpoint import KEY
-from mergeforge.sinks.fp8 import SCALES
 from mergeforge.tensors.budget import Worker, cores, one_torch_thread
 from mergeforge.workspace import CARD, RECEIPT, RECIPE, read_receipt
+from mergeforge.writers.encoder import strips
+from mergeforge.writers.fp8 import SCALES
+from mergeforge.writers.safetensors import KEY
 
 SAMPLE = 24  # tensors that a deep check computes again
 Tell = Callable[[str], None]

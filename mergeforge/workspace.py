@@ -21,7 +21,7 @@ from mergeforge.io.disk import disk_error, is_same, on_disk, sync_folder, write_
 from mergeforge.journal import NAME as JOURNAL
 from mergeforge.journal import Commit, Journal, read_journal, start_journal
 from mergeforge.planning import WORK, Plan, check_disk
-from mergeforge.sinks.checkpoint import INDEX
+from mergeforge.writers.safetensors import INDEX
 
 RECEIPT = "mergeforge.json"
 RECIPE = "mergeforge.yml"

@@ -17,8 +17,8 @@ from mergeforge.extracting.pairing import Pair
 from mergeforge.extracting.plan import Extraction
 from mergeforge.extracting.report import PREFIX, Found
 from mergeforge.recipe import OUT_DTYPES
-from mergeforge.sinks.adapter import Spool
 from mergeforge.tensors.budget import Worker, steady_malloc
+from mergeforge.writers.peft_adapter import Spool
 
 if TYPE_CHECKING:
     from torch import Tensor

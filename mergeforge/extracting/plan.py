@@ -11,10 +11,10 @@ from mergeforge.extracting.difference import Job, Wanted, plan_jobs
 from mergeforge.extracting.pairing import Choice, Pair, pair_up
 from mergeforge.hub import download
 from mergeforge.recipe import OUT_DTYPES, ModelRef
-from mergeforge.sinks.adapter import CARD, CONFIG, WEIGHTS, check_out
 from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint
 from mergeforge.sources.quantised.way import Quantised
 from mergeforge.tensors.budget import Budget, make_budget
+from mergeforge.writers.peft_adapter import CARD, CONFIG, WEIGHTS, check_out
 
 REPORT = "extraction.json"
 FILES = (WEIGHTS, CONFIG, CARD, REPORT)

@@ -19,8 +19,8 @@ from mergeforge.io.disk import write_durably
 from mergeforge.joining.plan import Join, Sum, Terms, folded_terms, plan_join, weighted_terms
 from mergeforge.joining.report import REPORT, Joined, adapter_card, adapter_config, report_json
 from mergeforge.recipe import OUT_DTYPES
-from mergeforge.sinks.adapter import CARD, CONFIG, SPOOL, WEIGHTS, Spool, new_folder, write_adapter
 from mergeforge.tensors.budget import one_torch_thread
+from mergeforge.writers.peft_adapter import CARD, CONFIG, SPOOL, WEIGHTS, Spool, new_folder, write_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor

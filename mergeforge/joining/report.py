@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.joining.plan import Join
-from mergeforge.sinks.adapter import CONFIG
-from mergeforge.sinks.peft_config import lora_config, task_type
 from mergeforge.sources.checkpoint import read_json
 from mergeforge.sources.tied import tied_head
+from mergeforge.writers.peft_adapter import CONFIG
+from mergeforge.writers.peft_config import lora_config, task_type
 
 REPORT = "joining.json"
 

@@ -36,10 +36,10 @@ from mergeforge.planning.inputs import Inputs
 from mergeforge.planning.stages import Stage, settle
 from mergeforge.planning.tokens import tokenizer_files
 from mergeforge.recipe import Recipe, read
-from mergeforge.sinks import Outlet
-from mergeforge.sinks import checkpoint as sink
 from mergeforge.sources.quantised.way import Quantised
 from mergeforge.tensors.budget import MOST_KEPT, Budget, make_budget
+from mergeforge.writers import safetensors as sink
+from mergeforge.writers.encoder import Outlet
 
 __all__ = ["Batch", "Piece", "Plan", "make_plan", "read_recipe"]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import TensorInfo, Tile, cut
 from mergeforge.errors import BudgetError
-from mergeforge.sinks import Outlet, common_strip
-from mergeforge.sinks.checkpoint import CheckpointOutlet
 from mergeforge.summing import is_summed, summing_nbytes
 from mergeforge.tensors.budget import ALIGNMENT, Budget
 from mergeforge.tensors.lazy import Way, any_learns
 from mergeforge.tensors.stored import Stored
+from mergeforge.writers.encoder import Outlet, common_strip
+from mergeforge.writers.safetensors import CheckpointOutlet
 
 TILE_NBYTES = 16 << 20  # as fast as any larger tile, and two of them leave the cache bounded
 SUM_NBYTES = 4 << 20  # of a tile of which nothing else is staged

@@ -13,10 +13,10 @@ from typing import Any
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.io.file_layout import Layout
-from mergeforge.sinks import Outlet
-from mergeforge.sinks.checkpoint import CheckpointOutlet
-from mergeforge.sinks.fp8 import SCALES, FP8Outlet, stored_as
 from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, HEADS
+from mergeforge.writers.encoder import Outlet
+from mergeforge.writers.fp8 import SCALES, FP8Outlet, stored_as
+from mergeforge.writers.safetensors import CheckpointOutlet
 
 BLOCK = (128, 128)
 _KEPT = ("gate", "router", "score", "classifier", "norm", "proj_out")  # a router's gate; gate_proj is another word

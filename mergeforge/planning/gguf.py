@@ -19,11 +19,11 @@ from mergeforge.gguf.vocab import vocabulary
 from mergeforge.io.aux_files import SideFiles
 from mergeforge.io.file_layout import Layout
 from mergeforge.recipe import GGUFEntry, Output
-from mergeforge.sinks.gguf import GGUFOutlet, GGUFTensor, lay_out, positions_of
 from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.tied import is_head, tied_head
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored, same_content
+from mergeforge.writers.gguf import GGUFOutlet, GGUFTensor, lay_out, positions_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,8 +13,8 @@ from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.gguf.architectures import Place
 from mergeforge.gguf.quantize import QUANT_TYPES
 from mergeforge.io.file_layout import Extent
-from mergeforge.sinks import common_strip, strips
-from mergeforge.sinks.gguf import GGUFOutlet
+from mergeforge.writers.encoder import common_strip, strips
+from mergeforge.writers.gguf import GGUFOutlet
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,8 @@ from mergeforge.methods import METHODS
 from mergeforge.native import bindings
 from mergeforge.planning import cutting
 from mergeforge.random_model import Shape, write_adapter, write_model
-from mergeforge.sinks.checkpoint import lay_out, split
 from mergeforge.tensors import budget
+from mergeforge.writers.safetensors import lay_out, split
 
 SHAPE = Shape(hidden=64, intermediate=176, layers=1, heads=4, kv_heads=2, vocab=320)
 BLOCK = 4096  # elements, so that these small tensors have up to five blocks

@@ -11,8 +11,8 @@ from mergeforge.core import tensor_info as table
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.file_layout import Extent
 from mergeforge.quant_codecs import fp8
-from mergeforge.sinks import strips
-from mergeforge.sinks.fp8 import FP8Outlet, stored_as
+from mergeforge.writers.encoder import strips
+from mergeforge.writers.fp8 import FP8Outlet, stored_as
 
 BLOCK = (16, 32)
 

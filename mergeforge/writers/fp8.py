@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.file_layout import Extent
 from mergeforge.quant_codecs import fp8
-from mergeforge.sinks import Run
+from mergeforge.writers.encoder import Run
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,8 +18,8 @@ from mergeforge.gguf.architectures import Place
 from mergeforge.gguf.key_values import Keys, Value, encoded, u16
 from mergeforge.gguf.quantize import QuantType, encode, scratch_nbytes
 from mergeforge.io.file_layout import Extent, Layout, OutputFile
-from mergeforge.sinks import Run, joined
-from mergeforge.sinks.checkpoint import OVERFLOW
+from mergeforge.writers.encoder import Run, joined
+from mergeforge.writers.safetensors import OVERFLOW
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mergeforge.core.tensor_info import DTYPE_ORDER, TensorInfo, torch_dtype
 from mergeforge.io.file_layout import Extent, Layout, OutputFile
-from mergeforge.sinks import Run
+from mergeforge.writers.encoder import Run
 
 if TYPE_CHECKING:
     from torch import Tensor

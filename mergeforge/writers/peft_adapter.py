@@ -32,7 +32,7 @@ from mergeforge.io.disk import (
     write_durably,
 )
 from mergeforge.io.file_layout import OutputFiles
-from mergeforge.sinks.checkpoint import SINGLE, lay_out
+from mergeforge.writers.safetensors import SINGLE, lay_out
 
 if TYPE_CHECKING:
     from torch import Tensor
