@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from mergeforge.checkpoints.checkpoint import Checkpoint, Model
 from mergeforge.core.sizes import show_size
 from mergeforge.planning import Plan
-from mergeforge.sources.checkpoint import Checkpoint, Model
 
 _LICENCE = ("license", "license_name", "license_link")
 

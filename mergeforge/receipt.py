@@ -12,12 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.core.checksums import file_sha256, tensor_checksum
 from mergeforge.journal import Journal
 from mergeforge.measuring import Measured, total
 from mergeforge.planning import Piece, Plan
 from mergeforge.sources.adapted import Adapted
-from mergeforge.sources.checkpoint import Checkpoint
 from mergeforge.sources.edits import Dora, Edit, LowRank
 from mergeforge.sources.experts import ExpertLowRank, InRows
 from mergeforge.sources.formulated import Formulated

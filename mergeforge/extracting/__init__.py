@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mergeforge.checkpoints.checkpoint import read_json
 from mergeforge.errors import SourceError
 from mergeforge.extracting.crew import Crew
 from mergeforge.extracting.pairing import all_tensors
 from mergeforge.extracting.plan import FILES, REPORT, Extraction, plan_extraction
 from mergeforge.extracting.report import PREFIX, Found, Report, adapter_card, make_report, report_json
 from mergeforge.io.disk import InputFile, write_durably
-from mergeforge.sources.checkpoint import read_json
 from mergeforge.tensors.budget import one_torch_thread
 from mergeforge.writers.peft_adapter import Part, Spool, new_folder, write_adapter
 from mergeforge.writers.peft_config import lora_config, task_type

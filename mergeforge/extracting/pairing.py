@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mergeforge.adapters.keys import find_tensor
+from mergeforge.checkpoints.checkpoint import Checkpoint
+from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, is_head, tied_head
 from mergeforge.errors import RecipeError, SourceError, listing
-from mergeforge.sources.checkpoint import Checkpoint
-from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, is_head, tied_head
 from mergeforge.tensors.stored import Stored
 
 POSITIONS = ("wpe", "embed_positions", "position_embeddings", "token_type_embeddings")

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.extracting.pairing import Pair
 from mergeforge.extracting.plan import Extraction
-from mergeforge.sources.checkpoint import Checkpoint
 
 FORMAT = 1
 EXPERT = re.compile(r"\.experts\.\d+\.")

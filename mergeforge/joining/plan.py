@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergeforge.adapters.keys import parse_key
+from mergeforge.checkpoints.checkpoint import Model
+from mergeforge.checkpoints.names import tied_head
 from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, RecipeError, SourceError
 from mergeforge.recipe import OUT_DTYPES
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.adapter import Adapter
-from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.edits import Edit, LowRank
-from mergeforge.sources.tied import tied_head
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored, same_content
 

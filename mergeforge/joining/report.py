@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mergeforge.checkpoints.checkpoint import read_json
+from mergeforge.checkpoints.names import tied_head
 from mergeforge.joining.plan import Join
-from mergeforge.sources.checkpoint import read_json
-from mergeforge.sources.tied import tied_head
 from mergeforge.writers.peft_adapter import CONFIG
 from mergeforge.writers.peft_config import lora_config, task_type
 

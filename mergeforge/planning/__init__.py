@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergeforge.checkpoints.quantized.tensor import Quantised
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import BudgetError, OutputError, RecipeError
@@ -36,7 +37,6 @@ from mergeforge.planning.inputs import Inputs
 from mergeforge.planning.stages import Stage, settle
 from mergeforge.planning.tokens import tokenizer_files
 from mergeforge.recipe import Recipe, read
-from mergeforge.sources.quantised.way import Quantised
 from mergeforge.tensors.budget import MOST_KEPT, Budget, make_budget
 from mergeforge.writers import safetensors as sink
 from mergeforge.writers.encoder import Outlet

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.io.file_layout import Layout
-from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.writers.encoder import Outlet
 from mergeforge.writers.fp8 import SCALES, FP8Outlet, stored_as
 from mergeforge.writers.safetensors import CheckpointOutlet

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.checkpoints.checkpoint import Model
+from mergeforge.checkpoints.names import is_head, tied_head
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, refused_if_odd
 from mergeforge.gguf.architectures import Place, Spelling, spell
@@ -19,8 +21,6 @@ from mergeforge.gguf.vocab import vocabulary
 from mergeforge.io.aux_files import SideFiles
 from mergeforge.io.file_layout import Layout
 from mergeforge.recipe import GGUFEntry, Output
-from mergeforge.sources.checkpoint import Model
-from mergeforge.sources.tied import is_head, tied_head
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored, same_content
 from mergeforge.writers.gguf import GGUFOutlet, GGUFTensor, lay_out, positions_of

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergeforge.checkpoints.names import EMBEDDINGS, is_head
 from mergeforge.core.tensor_info import DTYPES, TensorInfo
 from mergeforge.io.aux_files import SideFile
 from mergeforge.planning.inputs import Inputs, Result
 from mergeforge.recipe import OUT_DTYPES, Recipe
-from mergeforge.sources.tied import EMBEDDINGS, is_head
 
 _TOKENIZER = (
     "tokenizer.json",

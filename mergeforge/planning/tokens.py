@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mergeforge.checkpoints.names import EMBEDDINGS, HEADS
 from mergeforge.errors import RecipeError, SourceError, listing, refused_if_odd
 from mergeforge.io.aux_files import SideFile, SideFiles
 from mergeforge.planning.inputs import Inputs, OpenModel, Result
 from mergeforge.planning.tables import Table
 from mergeforge.recipe import Recipe, TokenEntry, TokenizerEntry
-from mergeforge.sources.tied import EMBEDDINGS, HEADS
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.remapped_vocab import mapped
 from mergeforge.tokenizer import (

@@ -10,10 +10,10 @@ from typing import Any
 from mergeforge.adapters.kinds import KINDS, Kind
 from mergeforge.adapters.lora import LoraSettings, plain_settings, read_settings
 from mergeforge.adapters.refused import REFUSED
+from mergeforge.checkpoints.checkpoint import NOTHING, Checkpoint, Model, open_checkpoint, read_json
 from mergeforge.errors import ODD, SourceError, refused_if_odd
 from mergeforge.io.disk import InputFile
 from mergeforge.io.safetensors_header import header_of
-from mergeforge.sources.checkpoint import NOTHING, Checkpoint, Model, open_checkpoint, read_json
 from mergeforge.sources.dialects import Translated
 from mergeforge.sources.dialects.diffusion import read_diffusion
 from mergeforge.sources.dialects.mlx import STEM, is_mlx, read_mlx

@@ -12,7 +12,7 @@ from itertools import permutations
 
 from mergeforge.adapters.lora import LoraSettings
 from mergeforge.adapters.tf5 import Part
-from mergeforge.sources.checkpoint import Model
+from mergeforge.checkpoints.checkpoint import Model
 from mergeforge.sources.experts import ExpertLowRank
 from mergeforge.tensors.stored import Stored
 

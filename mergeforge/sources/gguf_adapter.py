@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from mergeforge.checkpoints.checkpoint import Checkpoint, Model
 from mergeforge.core.tensor_info import FLOATS, TensorInfo
 from mergeforge.errors import SourceError, listing
 from mergeforge.gguf.architectures import Place, spell
 from mergeforge.gguf.reader import GGUFHeader, Held, read_gguf
 from mergeforge.sources.adapter import Adapter
-from mergeforge.sources.checkpoint import Checkpoint, Model
 from mergeforge.sources.edits import LowRank
 from mergeforge.tensors.stored import Stored
 

@@ -11,9 +11,9 @@ from typing import NoReturn
 
 from mergeforge.adapters.keys import find_tensor
 from mergeforge.adapters.tf5 import Part, loaded_name, loaded_tensors
+from mergeforge.checkpoints.checkpoint import Model
+from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, is_head, tied_head
 from mergeforge.errors import SourceError, listing
-from mergeforge.sources.checkpoint import Model
-from mergeforge.sources.tied import EMBEDDINGS, HEADS, is_head, tied_head
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from mergeforge.adapters.kinds import Module
 from mergeforge.adapters.lora import LoraSettings
 from mergeforge.adapters.variants import convolution, in_blocks, with_diagonal
+from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.errors import SourceError
 from mergeforge.sources.edits import Added, Dora, Edit, LowRank
 from mergeforge.sources.experts import InRows
 from mergeforge.sources.formulated import Formulated
 from mergeforge.sources.homes import Homes
 from mergeforge.sources.residual import Residual
-from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored
 

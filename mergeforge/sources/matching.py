@@ -15,8 +15,9 @@ from typing import Any
 from mergeforge.adapters.keys import UNUSED, Key, clean_path, parse_key
 from mergeforge.adapters.kinds import Kind, Module
 from mergeforge.adapters.lora import LoraSettings, told_start
+from mergeforge.checkpoints.checkpoint import Checkpoint, Model
+from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.errors import SourceError, listing
-from mergeforge.sources.checkpoint import Checkpoint, Model
 from mergeforge.sources.edits import Added, Edit, LowRank, Replaced, RowsReplaced
 from mergeforge.sources.expert_matching import Pair as ExpertPair
 from mergeforge.sources.expert_matching import expert_edits, is_expert_module, split_module
@@ -24,7 +25,6 @@ from mergeforge.sources.extended import Extended, same_rows
 from mergeforge.sources.formulated import Formulated
 from mergeforge.sources.homes import Homes
 from mergeforge.sources.low_rank import Pair, check_rank, low_rank_edits, take_pair
-from mergeforge.sources.tied import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored, same_content
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.checkpoints.names import CONV1D_MODELS
 from mergeforge.data import Prepared, load_tokenizer, prepare
 from mergeforge.errors import OutputError, SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.random_model import Shape, write_model
-from mergeforge.sources.tied import CONV1D_MODELS
 from mergeforge.train import extra, processes
 from mergeforge.train.deciding import Choices, Lengths, Machine, decide
 from mergeforge.train.facts import ModelFacts, model_facts

@@ -20,9 +20,9 @@ from torch import nn
 import mergeforge
 from mergeforge import SourceError
 from mergeforge.adapters.lora import replicated
+from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.sources.adapted import Adapted
 from mergeforge.sources.adapter import open_adapter
-from mergeforge.sources.checkpoint import open_checkpoint
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Way
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mergeforge.core.tensor_info import blocks, cut, torch_dtype
-from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Scan, Way, learn
 

@@ -9,8 +9,8 @@ import torch
 from quantising import FORMATS, fp8_block, fp8_channel
 from reading import opened, values, write_shards
 
+from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mergeforge.core import tensor_info as table
-from mergeforge.sources.checkpoint import Checkpoint, open_checkpoint
 
 
 def weights(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -13,8 +13,8 @@ from reading import opened
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mergeforge.checkpoints.quantized.fake_nf4 import Simulated
 from mergeforge.core.tensor_info import blocks, cut
-from mergeforge.sources.quantised.simulated import Simulated
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Scan, Way, learn
 

@@ -9,9 +9,9 @@ import torch
 from reading import opened, values
 from test_against_libraries import CASES
 
+from mergeforge.checkpoints.quantized.fake_nf4 import Simulated
 from mergeforge.core import tensor_info as table
 from mergeforge.quant_codecs import nf4
-from mergeforge.sources.quantised.simulated import Simulated
 
 
 def simulated(folder: Path, weight: torch.Tensor, double_quant: bool) -> Simulated:

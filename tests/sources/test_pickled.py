@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from mergeforge import running
+from mergeforge.checkpoints.checkpoint import open_checkpoint
+from mergeforge.checkpoints.pickle_reader import read_pickled
 from mergeforge.errors import SourceError
 from mergeforge.planning import make_plan
-from mergeforge.sources.checkpoint import open_checkpoint
-from mergeforge.sources.pickled import read_pickled
 
 
 class Evil:

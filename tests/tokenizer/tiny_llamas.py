@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.core.tensor_info import TensorInfo, blocks, cut
 from mergeforge.io.aux_files import SideFiles
 from mergeforge.random_model import Shape, write_model
-from mergeforge.sources.checkpoint import open_checkpoint
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Facts, Scan, Way, learn
 from mergeforge.tensors.remapped_vocab import mapped

@@ -16,8 +16,8 @@ from typing import Any
 
 from mergeforge.adapters.lora import LoraSettings, read_settings
 from mergeforge.adapters.lycoris import LYCORIS
+from mergeforge.checkpoints.checkpoint import Model
 from mergeforge.errors import SourceError, listing
-from mergeforge.sources.checkpoint import Model
 from mergeforge.sources.dialects import Translated
 from mergeforge.sources.dialects.ldm import ldm_names
 from mergeforge.sources.homes import Homes

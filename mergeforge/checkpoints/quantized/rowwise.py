@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergeforge.checkpoints.quantized.tensor import PIECE, Pieces, live, strips
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.sources.quantised.way import PIECE, Pieces, live, strips
 from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
 from mergeforge.tensors.stored import Stored
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.checkpoints.quantized.detection_state import Held, shape_check
+from mergeforge.checkpoints.quantized.rowwise import ByRow
+from mergeforge.checkpoints.quantized.transposed import Experts
 from mergeforge.quant_codecs import fp8, mxfp4
-from mergeforge.sources.quantised.by_row import ByRow
-from mergeforge.sources.quantised.held import Held, shape_check
-from mergeforge.sources.quantised.turned import Experts
 from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:

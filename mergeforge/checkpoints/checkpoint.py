@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from mergeforge.checkpoints.pickle_reader import read_pickled
+from mergeforge.checkpoints.quantized import recognise
 from mergeforge.errors import SourceError, listing
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import header_of, read_header, require_regular
-from mergeforge.sources.pickled import read_pickled
-from mergeforge.sources.quantised import recognise
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.checkpoints.quantized.detection_state import Held, numbers, shape_check
+from mergeforge.checkpoints.quantized.fp8_mxfp4 import POWERS, as_bytes
+from mergeforge.checkpoints.quantized.rowwise import ByRow
+from mergeforge.checkpoints.quantized.transposed import Words
 from mergeforge.quant_codecs import int8, mxfp4, nvfp4, packed_int32
-from mergeforge.sources.quantised.by_row import ByRow
-from mergeforge.sources.quantised.floats import POWERS, as_bytes
-from mergeforge.sources.quantised.held import Held, numbers, shape_check
-from mergeforge.sources.quantised.turned import Words
 from mergeforge.tensors.stored import Stored
 
 if TYPE_CHECKING:

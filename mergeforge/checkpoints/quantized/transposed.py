@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergeforge.checkpoints.quantized.tensor import PIECE, Pieces, live
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.quant_codecs import mxfp4, packed_int32
-from mergeforge.sources.quantised.way import PIECE, Pieces, live
 from mergeforge.tensors.budget import ALIGNMENT, Need, Worker, viewed
 from mergeforge.tensors.stored import Stored
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergeforge.checkpoints.quantized.tensor import Packing, Quantised
 from mergeforge.core.tensor_info import DTYPES, FLOATS, TensorInfo
 from mergeforge.errors import SourceError
-from mergeforge.sources.quantised.way import Packing, Quantised
 from mergeforge.tensors.stored import Stored
 
 LARGEST = 1 << 20  # bytes of a description, of a shape, or of the groups of a weight's inputs

@@ -6,6 +6,6 @@ claims, and puts in their place a way that reads and dequantises the rows that a
 loses its quantization_config. What is not quantised stays as it is; what is not understood is refused.
 """
 
-from mergeforge.sources.quantised.recognising import recognise
+from mergeforge.checkpoints.quantized.detect import recognise
 
 __all__ = ["recognise"]

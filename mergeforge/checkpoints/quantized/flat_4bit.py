@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergeforge.checkpoints.quantized.tensor import PIECE, Pieces, live, strips
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.quant_codecs import nf4
 from mergeforge.quant_codecs.packed_4bit import pair_table, unpack
-from mergeforge.sources.quantised.way import PIECE, Pieces, live, strips
 from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
 from mergeforge.tensors.lazy import Rows
 from mergeforge.tensors.stored import Stored

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, listing
 from mergeforge.gguf.architectures import Place, spell
 from mergeforge.gguf.reader import Held, read_gguf
 from mergeforge.io.disk import InputFile
-from mergeforge.sources.checkpoint import Checkpoint
 from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
 from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from mergeforge.checkpoints.quantized import bitsandbytes, fp8_mxfp4, packed_int
+from mergeforge.checkpoints.quantized.detection_state import SIXTEEN_BIT, Held, dtype_of, settings_of, without_settings
 from mergeforge.errors import SourceError, listing
-from mergeforge.sources.quantised import bitsandbytes, floats, integers
-from mergeforge.sources.quantised.held import SIXTEEN_BIT, Held, dtype_of, settings_of, without_settings
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored
 
@@ -17,12 +17,12 @@ LAYOUTS = ("marlin", "marlin-24", "sparse-bitmask", "sparse-24-bitmask", "mxfp6-
 FORMATS = (
     bitsandbytes.four_bit,
     bitsandbytes.eight_bit,
-    floats.experts,
-    integers.words_of_inputs,
-    integers.packed,
-    integers.modelopt,
-    integers.eight_bit,
-    floats.eight_bit,
+    fp8_mxfp4.experts,
+    packed_int.words_of_inputs,
+    packed_int.packed,
+    packed_int.modelopt,
+    packed_int.eight_bit,
+    fp8_mxfp4.eight_bit,
 )
 # What only an engine with quantised activations or caches needs; a 16-bit model has no place for it.
 ACTIVATIONS = (
@@ -79,7 +79,7 @@ def _with_found(held: Held, dropped: list[str]) -> dict[str, Way]:
 
 def _check(held: Held, config: Mapping[str, Any], dropped: list[str]) -> None:
     """Raises SourceError for what is packed but belongs to no group, and for weights that stand transposed."""
-    from mergeforge.sources.tied import CONV1D_MODELS  # which imports what opens checkpoints
+    from mergeforge.checkpoints.names import CONV1D_MODELS  # which imports what opens checkpoints
 
     spoken = held.used.union(dropped)
     left = [name for name in held.tensors if name not in spoken and _is_packed(name, held.tensors[name])]

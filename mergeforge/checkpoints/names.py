@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mergeforge.sources.checkpoint import Model, says_tied
+from mergeforge.checkpoints.checkpoint import Model, says_tied
 
 HEADS = ("lm_head", "embed_out", "output_layer")  # output embeddings that may be tied to the input's
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.checkpoints.quantized.detection_state import Held, description, dtype_named, numbers, shape_check
+from mergeforge.checkpoints.quantized.flat_4bit import FourBit, Nested
+from mergeforge.checkpoints.quantized.rowwise import ByRow
 from mergeforge.quant_codecs import int8, nf4
-from mergeforge.sources.quantised.by_row import ByRow
-from mergeforge.sources.quantised.flat import FourBit, Nested
-from mergeforge.sources.quantised.held import Held, description, dtype_named, numbers, shape_check
 
 if TYPE_CHECKING:
     from torch import Tensor
