@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergeforge.adapters.peft.describe import explain
 from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_json
 from mergeforge.checkpoints.gguf_checkpoint import Dequantised, open_gguf, open_gguf_alone
 from mergeforge.core.tensor_info import TensorInfo, blocks, cut
-from mergeforge.explaining import explain
 from mergeforge.gguf.reader import read_gguf
 from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header

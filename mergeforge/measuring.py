@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.adapters.adapted_tensor import Adapted
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.planning import Piece
-from mergeforge.sources.adapted import Adapted
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.merged import Merged
 from mergeforge.tensors.stored import Stored

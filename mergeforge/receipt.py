@@ -12,15 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mergeforge.adapters.adapted_tensor import Adapted
+from mergeforge.adapters.deltas import Dora, Edit, LowRank
+from mergeforge.adapters.expert_deltas import ExpertLowRank, InRows
+from mergeforge.adapters.peft_delta import Formulated
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.core.checksums import file_sha256, tensor_checksum
 from mergeforge.journal import Journal
 from mergeforge.measuring import Measured, total
 from mergeforge.planning import Piece, Plan
-from mergeforge.sources.adapted import Adapted
-from mergeforge.sources.edits import Dora, Edit, LowRank
-from mergeforge.sources.experts import ExpertLowRank, InRows
-from mergeforge.sources.formulated import Formulated
 from mergeforge.writers.encoder import Outlet, Run, joined, strips
 from mergeforge.writers.fp8 import FP8Outlet
 from mergeforge.writers.safetensors import CheckpointOutlet

@@ -17,8 +17,8 @@ import yaml
 from fakehub import FakeHub
 
 import mergeforge
-from mergeforge.adapters.kinds import KINDS
-from mergeforge.adapters.refused import REFUSED
+from mergeforge.adapters.peft.kind import KINDS
+from mergeforge.adapters.peft.unsupported import REFUSED
 from mergeforge.cli import run_command
 from mergeforge.cli.starting import shipped
 from mergeforge.gguf.file_types import MIXES

@@ -1,189 +1,254 @@
-"""LoRA's configuration: the scale of every module, and which configurations cannot be folded.
-
-peft/tuners/lora/config.py and peft/utils/other.py (get_pattern_key) define it.
-"""
+"""A pair of LoRA factors and what belongs to it, turned into edits of the base's tensors."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from mergeforge.adapters.kinds import matching
+from mergeforge.adapters.deltas import Added, Dora, Edit, LowRank
+from mergeforge.adapters.expert_deltas import InRows
+from mergeforge.adapters.peft.kind import Module
+from mergeforge.adapters.peft.lora_config import LoraSettings
+from mergeforge.adapters.peft.lora_variants import convolution, in_blocks, with_diagonal
+from mergeforge.adapters.peft_delta import Formulated
+from mergeforge.adapters.residual_init import Residual
+from mergeforge.adapters.resolve import Homes
+from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
+from mergeforge.errors import SourceError
+from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.stored import Stored
 
-# Fields that change what the tensors mean, and why a fold would be wrong with them.
-_REFUSED = {
-    "use_qalora": "QA-LoRA pools its input by groups, which is not supported",
-    "alora_invocation_tokens": "activated LoRA applies only after certain tokens: it cannot be merged",
-    "layer_replication": "it repeats layers of the base: stack these first (slices), then leave the field out",
-    "arrow_config": "it routes between adapters: it cannot be merged; load it with PEFT",
-    "megatron_config": "it was trained with Megatron's parallel layers, which is not supported; convert it to PEFT's",
-}
-# Starts that take something out of the base; the adapter is relative to what is left.
-_RESIDUAL_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
-# Those of them that follow from the base alone (KaSA is a start, too, though it has a field of its own).
-_REPEATABLE = ("pissa", "olora")
-# Starts that leave the base as it is.
-_PLAIN_STARTS = ("", "true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-# Fields that say how it was trained and change nothing about the tensors.
-_IRRELEVANT = (
-    "alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config "
-    "exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config "
-    "lora_alpha lora_bias lora_dropout lora_ga_config megatron_core modules_to_save monteclora_config peft_type "
-    "lora_B_layout peft_version qalora_group_size r rank_pattern revision runtime_config target_modules "
-    "target_parameters task_type "
-    "trainable_token_indices use_bdlora use_dora use_kasa kasa_config use_rslora velora_config"
-)
-KNOWN = set(_IRRELEVANT.split()) | set(_REFUSED)
+PAIRS = {"linear": ("A", "B"), "embedding": ("embedding_A", "embedding_B"), "turned": ("turned_A", "turned_B")}
+_OUT_PROJ = ".base_layer.out_proj"  # of nn.MultiheadAttention, which PEFT wraps in a layer of its own
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """What a fold needs of adapter_config.json.
-
-    `start`: what training took out of the base first, and the fold has to: "pissa", "olora" or "kasa" (""
-    for nothing; "truncated" for a KaSA whose base is what that left). `blocks`: of BD-LoRA's block-diagonal
-    factors. `scales`: every module's own, where no config says alpha and rank (rank 0: as the tensors are).
+class Pair:
+    """A and B of one module. `kind`: A (r, in) and B (out, r) of a linear layer or convolution; of an embedding
+    (r, vocabulary) and (dim, r); "turned", as MLX has them, (in, r) and (r, out).
     """
 
-    rank: int
-    alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    rslora: bool
-    dora: bool
-    fan_in_fan_out: bool
-    modules_to_save: tuple[str, ...]
-    token_indices: Any
-    ensure_weight_tying: bool
-    target_parameters: tuple[str, ...] = ()
-    peft_version: tuple[int, ...] = ()
-    by_expert: bool = False
-    start: str = ""
-    blocks: int = 1
-    scales: Mapping[str, float] | None = None
+    module: str
+    a: Stored
+    b: Stored
+    kind: str = "linear"
+    magnitude: Stored | None = None
+    bias: Stored | None = None
+    middle: Stored | None = None
+    diagonal: Stored | None = None
 
-    def ranks_of(self, module: str) -> list[int]:
-        """The ranks that it may have: those of every pattern that matches, else the default.
+    @property
+    def rank(self) -> int:
+        return self.a.info.shape[-1] if self.kind == "turned" else self.a.info.shape[0]
 
-        PEFT takes the first pattern, but sorts them when it saves; the tensors tell which it was.
-        """
-        return [int(rank) for rank in matching(self.rank_pattern, module)] or [self.rank]
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(out, in) of B A; an embedding's (dim, vocabulary)."""
+        if self.kind == "turned":
+            return self.b.info.shape[1], self.a.info.shape[0]
+        return self.b.info.shape[0], self.a.info.shape[1]
 
-    def alphas_of(self, module: str) -> list[float]:
-        """The alphas that it may have; PEFT takes the first of the file."""
-        return [float(alpha) for alpha in matching(self.alpha_pattern, module)] or [self.alpha]
+    @property
+    def is_plain(self) -> bool:
+        return self.kind != "embedding" and not any((self.magnitude, self.bias, self.middle, self.diagonal))
 
-    def scale(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
-        if self.scales is not None:
-            return self.scales.get(module, 1.0)
-        alpha = self.alphas_of(module)[0]
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+    @property
+    def is_matrices(self) -> bool:
+        return len(self.a.info.shape) == len(self.b.info.shape) == 2
 
-    def saves(self, module: str) -> bool:
-        """Whether modules_to_save names the module (PEFT compares the path's end)."""
-        return any(module.endswith(name) for name in self.modules_to_save)
+    @property
+    def factors(self) -> dict[str, Stored]:
+        """By their roles in adapters/variants.py."""
+        found = {"A": self.a, "B": self.b, "magnitude": self.magnitude, "middle": self.middle}
+        return {role: one for role, one in found.items() if one is not None}
 
 
-def read_settings(config: Mapping[str, Any], *, residual: bool = False, stacked: bool = False) -> LoraSettings:
-    """Settings of an adapter_config.json of peft_type LORA.
+def take_pair(module: str, roles: dict[str, Stored]) -> Pair | None:
+    """Take a pair and what belongs to it out of a module's tensors; None where there is no pair."""
+    for kind, (a, b) in PAIRS.items():
+        if a in roles and b in roles:
+            first, second = roles.pop(a), roles.pop(b)
+            more = [roles.pop(role, None) for role in ("magnitude", "B_bias", "middle", "diagonal")]
+            return Pair(module, first, second, kind, *more)
+    return None
 
-    `residual`: the base that it is folded into is what its start left, so that nothing has to be taken out.
-    `stacked`: that base's layers are already those of layer_replication.
-    Raises ValueError, with the reason, for an adapter whose plain fold would be wrong.
+
+def low_rank_edits(pair: Pair, settings: LoraSettings, homes: Homes) -> tuple[list[tuple[str, Edit]], list[str]]:
+    """(tensor, edit) for what a pair does to the base, and notes.
+
+    Raises Misfit for a pair without a home or of the wrong shape, SourceError for one that cannot be folded.
     """
-    for name, reason in _REFUSED.items():
-        if config.get(name) and not (stacked and name == "layer_replication"):
-            raise ValueError(f"its config sets {name}: {reason}")
-    if unknown := sorted(name for name in set(config) - KNOWN if config[name] not in (None, False, {}, [])):
-        raise ValueError(f"its config sets {unknown[0]} = {config[unknown[0]]!r}, whose meaning is unknown here")
-    kasa = bool(config.get("kasa_config") or config.get("use_kasa"))
-    start = ("truncated" if kasa else "") if residual else "kasa" if kasa else _start(config)
-    if config.get("layer_replication") and start in (*_REPEATABLE, "kasa"):
-        reason = "repeated layers share a weight, from which PEFT takes the start of each in turn"
-        raise ValueError(f"its config has both layer_replication and the start {start}: {reason}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise ValueError(f"its config needs a rank r of at least 1 and a number lora_alpha, not {rank!r} and {alpha!r}")
-    return LoraSettings(
-        rank=rank,
-        alpha=float(alpha),
-        rank_pattern=_patterns(config, "rank_pattern"),
-        alpha_pattern=_patterns(config, "alpha_pattern"),
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
-        token_indices=config.get("trainable_token_indices"),
-        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
-        target_parameters=tuple(config.get("target_parameters") or ()),
-        peft_version=tuple(int(part) for part in re.findall(r"\d+", str(config.get("peft_version") or ""))[:2]),
-        by_expert=str(config.get("lora_B_layout") or "") == "expert_major",
-        start=start,
-        blocks=_blocks(config.get("use_bdlora")),
-    )
+    if edits := _in_parts(pair, settings, homes):
+        return edits, []
+    path, scale, notes = _path_and_scale(pair, settings, homes)
+    name = homes.name(path, pair.a)
+    target = homes.target(name)
+    if not target.info.is_float:
+        hint = "merge into the 16-bit version of the base"
+        text = f"{homes.label}: {name} of {homes.base.label} is {target.info.dtype}: quantised"
+        raise SourceError(text, hint=hint)
+    edits = [(name, _weight_edit(pair, scale, target, settings, homes))]
+    if pair.bias is not None:
+        edits.append(_bias_edit(pair, pair.bias, scale, homes))
+    return edits, notes
 
 
-def _patterns(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Patterns and their numbers. Raises ValueError for anything else."""
-    found = config.get(name) or {}
-    list(matching(found, ""))
-    if bad := [value for value in found.values() if not isinstance(value, int | float) or isinstance(value, bool)]:
-        raise ValueError(f"its config's {name} gives {bad[0]!r}, which is no number")
-    return dict(found)
+def _path_and_scale(pair: Pair, settings: LoraSettings, homes: Homes) -> tuple[str, float, list[str]]:
+    """The path of the weight and the scale.
 
-
-def _start(config: Mapping[str, Any]) -> str:
-    """What has to be taken out of the original base first. Raises ValueError where that cannot be known."""
-    start = str(config.get("init_lora_weights") or "").lower()
-    if start not in _PLAIN_STARTS and not start.startswith(_RESIDUAL_STARTS):
-        raise ValueError(f"its config says init_lora_weights: {start}, whose meaning is unknown here")
-    if start in _REPEATABLE and not config.get("use_dora"):
-        return start
-    if start.startswith(_RESIDUAL_STARTS):
-        reason = f"its config says init_lora_weights: {start}, so it is relative to a changed base, not to the original"
-        advice = "fold it into the base that was saved with it and say base_is_residual: true, or convert it in PEFT"
-        raise ValueError(f"{reason}; {advice} (save_pretrained with path_initial_model_for_weight_conversion)")
-    return ""
-
-
-def told_start(config: Mapping[str, Any], settings: LoraSettings) -> str:
-    """How a start that changes the base is dealt with, in words; "" where there is none."""
-    name = "KaSA" if settings.start in ("kasa", "truncated") else str(config.get("init_lora_weights") or "")
-    if settings.start in (*_REPEATABLE, "kasa"):
-        return f"what its start ({name}) took out of the original base is taken out first"
-    if settings.start == "truncated" or name.lower().startswith(_RESIDUAL_STARTS):
-        return f"the base is taken to be what its start ({name}) left"
-    return ""
-
-
-def _blocks(given: Any) -> int:
-    """BD-LoRA's number of blocks; 1 for none."""
-    count = given.get("nblocks", 1) if isinstance(given, Mapping) else 1
-    if (given and not isinstance(given, Mapping)) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"its config says use_bdlora: {given!r}, which names no number of blocks")
-    return count
-
-
-def replicated(ranges: Sequence[Sequence[int]]) -> list[int]:
-    """The base's layer that each layer of a layer_replication is: [[0, 2], [1, 3]] gives 0, 1, 1, 2.
-
-    peft/tuners/tuners_utils.py, replicate_layers. Raises ValueError for what is no list of such pairs.
+    PEFT applies the change of nn.MultiheadAttention's out_proj twice, when it trains as when it merges.
     """
-    pairs = [tuple(one) for one in ranges if isinstance(one, list | tuple)] if isinstance(ranges, list | tuple) else []
-    good = bool(pairs) and len(pairs) == len(ranges)
-    if not good or not all(len(one) == 2 and all(isinstance(end, int) for end in one) for one in pairs):
-        raise ValueError(f"layer_replication {ranges!r} is no list of [first layer, layer to stop before]")
-    if not all(0 <= start < end for start, end in pairs):
-        raise ValueError(f"layer_replication {ranges!r} holds a range without layers")
-    return [layer for start, end in pairs for layer in range(start, end)]
+    module, scale = pair.module, settings.scale(pair.module, pair.rank)
+    if module.endswith(_OUT_PROJ):
+        own = f"{module.removesuffix(_OUT_PROJ)}.out_proj"
+        return f"{own}.weight", 2 * scale, [f"{homes.label}: {own} takes its change twice, as PEFT trains it"]
+    if not homes.find(f"{module}.weight") and homes.find(f"{module}.in_proj_weight"):
+        return f"{module}.in_proj_weight", scale, []
+    return f"{module}.weight", scale, []
 
 
-def plain_settings(config: Mapping[str, Any]) -> LoraSettings:
-    """What the tensors that any kind may bring (saved modules, trained tokens) need of a config."""
-    indices = config.get("trainable_token_indices", config.get("token_indices"))
-    saved = tuple(config.get("modules_to_save") or ())
-    return LoraSettings(0, 0.0, {}, {}, False, False, False, saved, indices, False)
+def _weight_edit(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: Homes) -> Edit:
+    shape = tuple(target.info.shape)
+    if settings.dora and pair.magnitude is None:
+        text = f"{homes.label}: {pair.module} lacks its lora_magnitude_vector, though use_dora is set"
+        raise SourceError(text)
+    if len(shape) == 2 and not pair.is_matrices and settings.scales is None:
+        shapes = f"{list(pair.a.info.shape)} and {list(pair.b.info.shape)}"
+        text = f"{homes.label}: {pair.module}: factors of shapes {shapes} are not those of a linear layer"
+        raise SourceError(text)
+    if len(shape) > 2 or not pair.is_matrices or pair.middle is not None or settings.blocks > 1:
+        return _formulated(pair, scale, target, settings, homes)
+    low = _low_rank(pair, scale, target, settings, homes)
+    if settings.start or pair.diagonal is not None:
+        return _residual(pair, low, target, settings, homes)
+    if pair.magnitude is None:
+        return low
+    columns = _by_columns(pair, low, shape)
+    if pair.magnitude.info.numel != shape[1 if columns else 0]:
+        homes.refuse_shape(pair.module, shape, pair.magnitude)
+    return Dora(low, pair.magnitude, columns)
+
+
+def _by_columns(pair: Pair, low: LowRank, shape: tuple[int, ...]) -> bool:
+    """Whether DoRA's norms are those of W's columns: MLX has rows' alone, LyCORIS may have (1, in)."""
+    assert pair.magnitude is not None
+    over_inputs = pair.magnitude.info.shape == (1, shape[1])
+    return over_inputs or (low.transposed and pair.kind != "turned")
+
+
+def _low_rank(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: Homes) -> LowRank:
+    """s * L R of a matrix, told by its shape which way round it is stored."""
+    shape = tuple(target.info.shape)
+    outside = pair.sizes
+    if pair.kind == "turned":
+        table = (pair.a.info.shape[0], pair.b.info.shape[1])  # an embedding, whose rows A's are
+        if table == shape and (outside != shape or pair.module.rpartition(".")[2] in EMBEDDINGS):
+            return LowRank(pair.a, pair.b, False, scale)
+        transposed = False
+    else:
+        transposed = pair.kind == "embedding" or _is_transposed(shape, outside, pair.module, settings, homes)
+    if shape != (outside[::-1] if transposed else outside):
+        homes.refuse_shape(pair.module, outside[::-1] if transposed else outside, target)
+    if pair.kind == "turned":
+        return LowRank(pair.b, pair.a, True, scale)
+    return LowRank(pair.a, pair.b, True, scale) if transposed else LowRank(pair.b, pair.a, False, scale)
+
+
+def _is_transposed(
+    shape: tuple[int, ...], outside: tuple[int, int], module: str, settings: LoraSettings, homes: Homes
+) -> bool:
+    """Whether W is stored (in, out): told by its shape; a square W by the config or the model."""
+    if outside[0] != outside[1]:
+        return shape == outside[::-1] and shape != outside
+    in_conv1d = homes.base.config.get("model_type") in CONV1D_MODELS and module.rpartition(".")[2] not in HEADS
+    return settings.fan_in_fan_out or in_conv1d
+
+
+def _residual(pair: Pair, low: LowRank, target: Way, settings: LoraSettings, homes: Homes) -> Edit:
+    """The start's part taken out, too. Embeddings have no such start in PEFT: theirs is plain."""
+    if pair.kind == "embedding" and pair.diagonal is None:
+        return low
+    about, start, shape = f"{homes.label}: {pair.module}", settings.start, target.info.shape
+    held = pair.diagonal.info.numel if pair.diagonal else 0
+    if held != (low.rank if start in ("kasa", "truncated") else 0) or pair.magnitude is not None:
+        text = f"{about} has a lora_diag of {held} numbers beside rank {low.rank}, or a magnitude"
+        raise SourceError(text, hint="adapter_config.json does not belong to these tensors")
+    if low.transposed and start != "pissa":
+        text = f"{about} is stored transposed (Conv1D), where {start} cannot be undone"
+        raise SourceError(text, hint="fold it into the base that was saved with it: base_is_residual: true")
+    if start == "truncated" and pair.diagonal is not None:
+        return Formulated(with_diagonal(low.scale), {**pair.factors, "diagonal": pair.diagonal}, target)
+    if low.rank >= min(shape):
+        raise SourceError(f"{about}: its start takes out all {min(shape)} directions")
+    return Residual(low, start, (shape[0], shape[1]), pair.diagonal)
+
+
+def _formulated(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: Homes) -> Edit:
+    """Convolutions and block-diagonal factors."""
+    shape = tuple(target.info.shape)
+    module = Module(pair.module, {role: one.info.shape for role, one in pair.factors.items()}, shape)
+    about = f"{homes.label}: {pair.module}"
+    if pair.kind != "linear" or settings.start or pair.diagonal is not None:
+        raise SourceError(f"{about}: its start or layout is not supported beside shapes {list(module.shapes.values())}")
+    try:
+        if settings.blocks > 1 and len(shape) == 2 and pair.is_matrices:
+            if pair.magnitude is not None or settings.fan_in_fan_out:
+                raise ValueError(f"{pair.module}: block-diagonal factors are not supported with DoRA or Conv1D")
+            formula = in_blocks(module, scale, settings.blocks)
+        else:
+            formula = convolution(module, scale)
+    except ValueError as error:
+        raise SourceError(f"{homes.label}: {error}") from None
+    return Formulated(formula, pair.factors, target, shape[1] if len(shape) == 3 else 1)
+
+
+def _bias_edit(pair: Pair, bias: Stored, scale: float, homes: Homes) -> tuple[str, Edit]:
+    name = homes.find(f"{pair.module}.bias")
+    if not name:
+        text = f"{homes.label}: {bias.info.name!r} is added to a bias, and {pair.module} of {homes.base.label} has none"
+        raise SourceError(text, hint="PEFT cannot merge it either: train without lora_bias, or on a base with biases")
+    homes.check_same_shape(pair.module, bias, homes.target(name))
+    return name, Added(bias, scale)
+
+
+def _in_parts(pair: Pair, settings: LoraSettings, homes: Homes) -> list[tuple[str, Edit]]:
+    """Edits of the stored tensors that the module's weight is made of, or is a part of; none where it is one of them.
+
+    A loaded weight may be joined of stored ones, or cut out of one; an expert on its own may lie in a stack.
+    """
+    parts = homes.parts(f"{pair.module}.weight")
+    special = settings.start or settings.blocks > 1 or pair.kind != "linear" or not pair.is_matrices
+    if parts and (special or not pair.is_plain):
+        raise SourceError(f"{homes.label}: {pair.module} lies in parts, where only plain LoRA can be folded")
+    scale = settings.scale(pair.module, pair.rank)
+    rows = sum(part.rows for part in parts)
+    edits: list[tuple[str, Edit]] = []
+    for part in parts:
+        stored = homes.base.tensors[part.name]
+        if (rows, stored.info.columns) != pair.sizes:
+            homes.refuse_shape(pair.module, pair.sizes, stored)
+        low = LowRank(_rows_of(pair.b, part.first, part.rows), pair.a, False, scale)
+        whole = part.start == 0 and part.rows == stored.info.rows
+        edits.append((part.name, low if whole else InRows(low, part.start, part.rows)))
+    return edits
+
+
+def check_rank(pair: Pair, settings: LoraSettings, label: str) -> None:
+    """Raises SourceError where the factors' ranks differ from one another or from the config's."""
+    shapes = [pair.a.info.shape, pair.b.info.shape]
+    if min(map(len, shapes)) < 2:
+        text = f"{label}: {pair.module}: factors of shapes {list(shapes[0])} and {list(shapes[1])} are no matrices"
+        raise SourceError(text)
+    rank, wanted = pair.rank, settings.ranks_of(pair.module)
+    other = pair.b.info.shape[0 if pair.kind == "turned" else 1]
+    if other != rank and settings.blocks == 1 and pair.is_matrices:
+        raise SourceError(f"{label}: {pair.module}: A has rank {rank}, B has rank {other}")
+    if settings.rank and rank not in wanted:
+        hint = "adapter_config.json does not belong to these tensors"
+        text = f"{label}: {pair.module}: its tensors have rank {rank}, its config says {wanted[0]}"
+        raise SourceError(text, hint=hint)
+
+
+def _rows_of(stored: Stored, first: int, rows: int) -> Stored:
+    """Rows [first, first + rows) of a matrix as a tensor of their own."""
+    info = replace(stored.info, shape=(rows, *stored.info.shape[1:]))
+    return Stored(info, stored.file, stored.offset + first * stored.info.row_nbytes)

@@ -170,8 +170,8 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _adapters() -> list[dict[str, Any]]:
-    from mergeforge.adapters.kinds import KINDS
-    from mergeforge.adapters.refused import REFUSED
+    from mergeforge.adapters.peft.kind import KINDS
+    from mergeforge.adapters.peft.unsupported import REFUSED
 
     about = "LoRA, rsLoRA, DoRA; rank and alpha patterns, biases, embeddings, modules_to_save, trained tokens"
     rows = [{"name": "LORA", "about": about}]

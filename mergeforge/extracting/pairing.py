@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mergeforge.adapters.keys import find_tensor
+from mergeforge.adapters.peft.keys import find_tensor
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, is_head, tied_head
 from mergeforge.errors import RecipeError, SourceError, listing

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mergeforge.adapters.keys import parse_key
+from mergeforge.adapters.adapted_tensor import Adapted
+from mergeforge.adapters.deltas import Edit, LowRank
+from mergeforge.adapters.open import Adapter
+from mergeforge.adapters.peft.keys import parse_key
 from mergeforge.checkpoints.checkpoint import Model
 from mergeforge.checkpoints.names import tied_head
 from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, RecipeError, SourceError
 from mergeforge.recipe import OUT_DTYPES
-from mergeforge.sources.adapted import Adapted
-from mergeforge.sources.adapter import Adapter
-from mergeforge.sources.edits import Edit, LowRank
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored, same_content
 

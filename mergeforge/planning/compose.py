@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergeforge.adapters.adapted_tensor import AdapterDelta
+from mergeforge.adapters.deltas import Edit
 from mergeforge.errors import RecipeError, SourceError, listing
 from mergeforge.methods import METHODS, Method
 from mergeforge.planning.inputs import Inputs, OpenAdapter
@@ -25,8 +27,6 @@ from mergeforge.planning.tables import (
     renamed,
 )
 from mergeforge.recipe import WITHOUT_EFFECT, ModelEntry, Recipe, Rule
-from mergeforge.sources.adapted import AdapterDelta
-from mergeforge.sources.edits import Edit
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.merged import Merged
 from mergeforge.tensors.stored import Stored, same_content

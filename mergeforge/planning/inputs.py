@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergeforge.adapters.gguf_lora import open_gguf_adapter
+from mergeforge.adapters.open import Adapter, open_adapter
 from mergeforge.checkpoints.checkpoint import Checkpoint, Model, open_checkpoint, read_json
 from mergeforge.checkpoints.gguf_checkpoint import open_gguf
 from mergeforge.errors import SourceError
@@ -15,8 +17,6 @@ from mergeforge.hub import download
 from mergeforge.io.aux_files import SideFiles
 from mergeforge.io.remote import Link
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
-from mergeforge.sources.adapter import Adapter, open_adapter
-from mergeforge.sources.gguf_adapter import open_gguf_adapter
 from mergeforge.tensors.lazy import Way
 
 Tell = Callable[[str], None]

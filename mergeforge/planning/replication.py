@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mergeforge.adapters import lora
+from mergeforge.adapters.peft import lora_config
 from mergeforge.errors import SourceError
 from mergeforge.planning.depth import stacked_config
 from mergeforge.planning.inputs import Inputs, OpenModel, Result
@@ -60,6 +60,6 @@ def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
 
 def _layers(ranges: Any) -> list[int]:
     try:
-        return lora.replicated(ranges)
+        return lora_config.replicated(ranges)
     except ValueError as error:
         raise SourceError(str(error), hint="[[first layer, layer to stop before], ...]") from None

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mergeforge.adapters.adapted_tensor import Adapted
+from mergeforge.adapters.deltas import Edit, Replaced, RowsReplaced
+from mergeforge.adapters.resized_embedding import same_rows
 from mergeforge.checkpoints.checkpoint import Model
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS, is_head, tied_head
 from mergeforge.checkpoints.quantized.fake_nf4 import Simulated
@@ -13,9 +16,6 @@ from mergeforge.checkpoints.quantized.tensor import Quantised
 from mergeforge.errors import SourceError, listing
 from mergeforge.planning.inputs import OpenAdapter, OpenModel
 from mergeforge.recipe.parameter_values import layer_positions, value_at
-from mergeforge.sources.adapted import Adapted
-from mergeforge.sources.edits import Edit, Replaced, RowsReplaced
-from mergeforge.sources.extended import same_rows
 from mergeforge.tensors.alias import Renamed
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.stored import Stored

@@ -13,11 +13,11 @@ from changed_models import load, load_adapted, logits, make_model, merged_by_pef
 from safetensors.torch import save_file
 
 import mergeforge
+from mergeforge.adapters.adapted_tensor import Adapted
+from mergeforge.adapters.open import open_adapter
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.errors import BudgetError, OutputError, RecipeError, SourceError
 from mergeforge.joining import Joined, folded_terms, join_adapters, plan_join, weighted_terms
-from mergeforge.sources.adapted import Adapted
-from mergeforge.sources.adapter import open_adapter
 
 WEIGHTS = (0.7, -0.4)
 Train = Callable[..., Path]

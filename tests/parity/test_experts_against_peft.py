@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergeforge
-from mergeforge.adapters.tf5 import loaded_tensors
+from mergeforge.adapters.peft.hf_renames import loaded_tensors
 from mergeforge.errors import SourceError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import mergeforge
-from mergeforge.adapters.kinds import KINDS
-from mergeforge.adapters.refused import REFUSED
+from mergeforge.adapters.peft.kind import KINDS
+from mergeforge.adapters.peft.unsupported import REFUSED
 from mergeforge.errors import SourceError
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from torch import nn
 
 import mergeforge
 from mergeforge import SourceError
-from mergeforge.adapters.lora import replicated
+from mergeforge.adapters.adapted_tensor import Adapted
+from mergeforge.adapters.open import open_adapter
+from mergeforge.adapters.peft.lora_config import replicated
 from mergeforge.checkpoints.checkpoint import open_checkpoint
-from mergeforge.sources.adapted import Adapted
-from mergeforge.sources.adapter import open_adapter
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Way
 

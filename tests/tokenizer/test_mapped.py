@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_llamas import computed
 
+from mergeforge.adapters.adapted_tensor import Adapted
+from mergeforge.adapters.deltas import Dora, LowRank
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.core import tensor_info
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import DiskFile
 from mergeforge.methods import METHODS
-from mergeforge.sources.adapted import Adapted
-from mergeforge.sources.edits import Dora, LowRank
 from mergeforge.tensors.alias import Renamed
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Facts, Scan, Way, learn
