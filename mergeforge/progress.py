@@ -18,7 +18,7 @@ from rich.table import Table
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import Tile
 from mergeforge.gguf.quantize import backend
-from mergeforge.joining import Join
+from mergeforge.lora.combine import Join
 from mergeforge.planning import Plan
 from mergeforge.tensors.budget import resident_memory
 

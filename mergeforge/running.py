@@ -18,7 +18,6 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge import joining
 from mergeforge.card import model_card
 from mergeforge.computing import carry
 from mergeforge.core.checksums import strip_checksums
@@ -28,6 +27,7 @@ from mergeforge.gguf.modelfile import modelfile
 from mergeforge.io.disk import DiskFile, InputFile, WriteBehind
 from mergeforge.io.file_layout import OutputFiles
 from mergeforge.journal import Done
+from mergeforge.lora import combine
 from mergeforge.planning import Batch, Piece, Plan
 from mergeforge.receipt import receipt
 from mergeforge.shipping import Shipment, open_shipment
@@ -108,8 +108,8 @@ def _joined_adapter(plan: Plan, workspace: Workspace) -> dict[str, bytes | Path]
     place = "adapter/" if plan.files else ""
     folder = workspace.folder / place
     folder.mkdir(exist_ok=True)
-    joining.write_joined(plan.join, folder)
-    return {f"{place}{name}": folder / name for name in joining.FILES}
+    combine.write_joined(plan.join, folder)
+    return {f"{place}{name}": folder / name for name in combine.FILES}
 
 
 @dataclass(frozen=True)

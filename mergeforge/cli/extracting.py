@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mergeforge.extracting import Extraction, Found
+    from mergeforge.lora.extract import Extraction, Found
 
 SHOWN = 8  # changes that the adapter lacks, listed before "and more"
 
@@ -54,16 +54,17 @@ def extract_lora(tuned: str, *, out: str, as_json: bool, quiet: bool, verbose: b
     mergeforge extract-lora ./tuned --base ./model --energy 0.95 --rank 256 --out ./adapter
     """
     started = time.monotonic()
-    from mergeforge import extracting, progress
+    from mergeforge import progress
+    from mergeforge.lora import extract
 
-    plan = extracting.plan_extraction(tuned, base, out, **options)
+    plan = extract.plan_extraction(tuned, base, out, **options)
     to = progress.console()
-    found = list(_watched(plan, extracting.extract(plan), to, quiet=quiet))
+    found = list(_watched(plan, extract.extract(plan), to, quiet=quiet))
     if as_json:
-        click.echo(json.dumps(extracting.read_report(plan)))
+        click.echo(json.dumps(extract.read_report(plan)))
     if quiet or as_json:
         return
-    _show(extracting.make_report(plan, found), to, verbose=verbose)
+    _show(extract.make_report(plan, found), to, verbose=verbose)
     to.print(f"wrote {plan.out} in {time.monotonic() - started:.1f} s ({plan.dtype} factors)", markup=False)
 
 

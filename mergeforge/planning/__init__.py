@@ -26,7 +26,7 @@ from mergeforge.io.aux_files import SideFiles
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.file_layout import Layout, OutputFile
 from mergeforge.io.remote import Link
-from mergeforge.joining import Join, folded_terms, plan_join
+from mergeforge.lora.combine import Join, folded_terms, plan_join
 from mergeforge.methods import METHODS
 from mergeforge.planning.batches import Batch, at_once, by_file, most_open
 from mergeforge.planning.compose import Composition

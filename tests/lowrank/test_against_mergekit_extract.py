@@ -12,7 +12,7 @@ import pytest
 import torch
 from changed_models import save_pair, tensors
 
-from mergeforge.extracting import extract, plan_extraction, read_report
+from mergeforge.lora.extract import extract, plan_extraction, read_report
 
 pytestmark = pytest.mark.peers
 RANK = 6

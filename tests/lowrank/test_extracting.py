@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import mergeforge
 from mergeforge.cli import run_command
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError, RecipeError, SourceError
-from mergeforge.extracting import extract, extract_lora, plan_extraction
+from mergeforge.lora.extract import extract, extract_lora, plan_extraction
 
 Pair = tuple[Path, Path]
 

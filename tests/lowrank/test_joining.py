@@ -17,7 +17,7 @@ from mergeforge.adapters.adapted_tensor import Adapted
 from mergeforge.adapters.open import open_adapter
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.errors import BudgetError, OutputError, RecipeError, SourceError
-from mergeforge.joining import Joined, folded_terms, join_adapters, plan_join, weighted_terms
+from mergeforge.lora.combine import Joined, folded_terms, join_adapters, plan_join, weighted_terms
 
 WEIGHTS = (0.7, -0.4)
 Train = Callable[..., Path]

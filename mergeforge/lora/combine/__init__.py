@@ -16,8 +16,8 @@ from mergeforge.core.low_rank_svd import Factors, cut_product
 from mergeforge.core.tensor_info import torch_dtype
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import write_durably
-from mergeforge.joining.plan import Join, Sum, Terms, folded_terms, plan_join, weighted_terms
-from mergeforge.joining.report import REPORT, Joined, adapter_card, adapter_config, report_json
+from mergeforge.lora.combine.plan import Join, Sum, Terms, folded_terms, plan_join, weighted_terms
+from mergeforge.lora.combine.report import REPORT, Joined, adapter_card, adapter_config, report_json
 from mergeforge.recipe import OUT_DTYPES
 from mergeforge.tensors.budget import one_torch_thread
 from mergeforge.writers.peft_adapter import CARD, CONFIG, SPOOL, WEIGHTS, Spool, new_folder, write_adapter

@@ -9,9 +9,9 @@ from pathlib import Path
 from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mergeforge.checkpoints.quantized.tensor import Quantised
 from mergeforge.errors import OutputError, RecipeError, SourceError
-from mergeforge.extracting.difference import Job, Wanted, plan_jobs
-from mergeforge.extracting.pairing import Choice, Pair, pair_up
 from mergeforge.hub import download
+from mergeforge.lora.extract.difference import Job, Wanted, plan_jobs
+from mergeforge.lora.extract.pairing import Choice, Pair, pair_up
 from mergeforge.recipe import OUT_DTYPES, ModelRef
 from mergeforge.tensors.budget import Budget, make_budget
 from mergeforge.writers.peft_adapter import CARD, CONFIG, WEIGHTS, check_out

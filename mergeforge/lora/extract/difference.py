@@ -15,7 +15,7 @@ from mergeforge.core.low_rank_svd import SquareSum, exact_nbytes, is_exact_cheap
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import TensorInfo, cut
 from mergeforge.errors import BudgetError
-from mergeforge.extracting.pairing import Pair
+from mergeforge.lora.extract.pairing import Pair
 from mergeforge.tensors.budget import ALIGNMENT, MOST_THREADS, Budget, Worker, cores
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mergeforge.checkpoints.checkpoint import read_json
 from mergeforge.checkpoints.names import tied_head
-from mergeforge.joining.plan import Join
+from mergeforge.lora.combine.plan import Join
 from mergeforge.writers.peft_adapter import CONFIG
 from mergeforge.writers.peft_config import lora_config, task_type
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from mergeforge.core.low_rank_svd import Factors, exact, exact_held, randomised, residual
 from mergeforge.core.tensor_info import torch_dtype
 from mergeforge.errors import SourceError, out_of_memory
-from mergeforge.extracting.difference import Difference, Job
-from mergeforge.extracting.pairing import Pair
-from mergeforge.extracting.plan import Extraction
-from mergeforge.extracting.report import PREFIX, Found
+from mergeforge.lora.extract.difference import Difference, Job
+from mergeforge.lora.extract.pairing import Pair
+from mergeforge.lora.extract.plan import Extraction
+from mergeforge.lora.extract.report import PREFIX, Found
 from mergeforge.recipe import OUT_DTYPES
 from mergeforge.tensors.budget import Worker, steady_malloc
 from mergeforge.writers.peft_adapter import Spool

@@ -14,11 +14,11 @@ from typing import Any
 
 from mergeforge.checkpoints.checkpoint import read_json
 from mergeforge.errors import SourceError
-from mergeforge.extracting.crew import Crew
-from mergeforge.extracting.pairing import all_tensors
-from mergeforge.extracting.plan import FILES, REPORT, Extraction, plan_extraction
-from mergeforge.extracting.report import PREFIX, Found, Report, adapter_card, make_report, report_json
 from mergeforge.io.disk import InputFile, write_durably
+from mergeforge.lora.extract.pairing import all_tensors
+from mergeforge.lora.extract.plan import FILES, REPORT, Extraction, plan_extraction
+from mergeforge.lora.extract.report import PREFIX, Found, Report, adapter_card, make_report, report_json
+from mergeforge.lora.extract.workers import Crew
 from mergeforge.tensors.budget import one_torch_thread
 from mergeforge.writers.peft_adapter import Part, Spool, new_folder, write_adapter
 from mergeforge.writers.peft_config import lora_config, task_type

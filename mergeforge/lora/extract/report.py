@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from mergeforge.checkpoints.checkpoint import Checkpoint
-from mergeforge.extracting.pairing import Pair
-from mergeforge.extracting.plan import Extraction
+from mergeforge.lora.extract.pairing import Pair
+from mergeforge.lora.extract.plan import Extraction
 
 FORMAT = 1
 EXPERT = re.compile(r"\.experts\.\d+\.")
