@@ -19,7 +19,7 @@ _NAMES = {
     "merge": ("mergeforge.api", "merge"),
     "verify": ("mergeforge.verifying", "verify"),
     "QuickTrainer": ("mergeforge.train.quick", "QuickTrainer"),
-    "Plan": ("mergeforge.planning", "Plan"),
+    "Plan": ("mergeforge.planner", "Plan"),
     "Recipe": ("mergeforge.recipe", "Recipe"),
     "MergeforgeError": ("mergeforge.errors", "MergeforgeError"),
     "RecipeError": ("mergeforge.errors", "RecipeError"),

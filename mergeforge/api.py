@@ -9,7 +9,7 @@ from typing import Any
 from mergeforge import running
 from mergeforge.errors import RecipeError
 from mergeforge.methods import METHODS
-from mergeforge.planning import Plan, make_plan
+from mergeforge.planner import Plan, make_plan
 from mergeforge.recipe import Recipe
 
 Source = str | Path | Mapping[str, Any] | Recipe

@@ -10,7 +10,7 @@ import yaml
 
 from mergeforge.checkpoints.checkpoint import Checkpoint, Model
 from mergeforge.core.sizes import show_size
-from mergeforge.planning import Plan
+from mergeforge.planner import Plan
 
 _LICENCE = ("license", "license_name", "license_link")
 

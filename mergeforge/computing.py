@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from mergeforge.core.tensor_info import TensorInfo, Tile, blocks, torch_dtype
 from mergeforge.errors import SourceError
 from mergeforge.measuring import Measured, base_of, looks_at, measure, total
-from mergeforge.planning import Piece
-from mergeforge.summing import Summing
+from mergeforge.planner import Piece
+from mergeforge.planner.native_sum import Summing
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Facts, Rows, Scan, learn
 from mergeforge.tensors.merged import Merged

@@ -12,7 +12,7 @@ from typing import Any
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.io.disk import on_disk, sync_folder
-from mergeforge.planning import WORK, Plan, make_plan
+from mergeforge.planner import WORK, Plan, make_plan
 from mergeforge.running import run
 
 

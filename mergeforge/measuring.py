@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.adapters.adapted_tensor import Adapted
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
-from mergeforge.planning import Piece
+from mergeforge.planner import Piece
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.merged import Merged
 from mergeforge.tensors.stored import Stored

@@ -19,7 +19,7 @@ from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import Tile
 from mergeforge.gguf.quantize import backend
 from mergeforge.lora.combine import Join
-from mergeforge.planning import Plan
+from mergeforge.planner import Plan
 from mergeforge.tensors.budget import resident_memory
 
 PLAIN_SECONDS = 10.0  # between two plain lines
@@ -141,7 +141,7 @@ def _groups(plan: Plan) -> Table:
 def _disk(plan: Plan) -> str:
     import shutil
 
-    from mergeforge.planning import existing_folder
+    from mergeforge.planner import existing_folder
 
     free = shutil.disk_usage(existing_folder(plan.out)).free
     return f"{show_size(plan.disk)} needed, {show_size(free)} free"

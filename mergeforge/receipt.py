@@ -20,7 +20,7 @@ from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.core.checksums import file_sha256, tensor_checksum
 from mergeforge.journal import Journal
 from mergeforge.measuring import Measured, total
-from mergeforge.planning import Piece, Plan
+from mergeforge.planner import Piece, Plan
 from mergeforge.writers.encoder import Outlet, Run, joined, strips
 from mergeforge.writers.fp8 import FP8Outlet
 from mergeforge.writers.safetensors import CheckpointOutlet

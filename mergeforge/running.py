@@ -28,7 +28,7 @@ from mergeforge.io.disk import DiskFile, InputFile, WriteBehind
 from mergeforge.io.file_layout import OutputFiles
 from mergeforge.journal import Done
 from mergeforge.lora import combine
-from mergeforge.planning import Batch, Piece, Plan
+from mergeforge.planner import Batch, Piece, Plan
 from mergeforge.receipt import receipt
 from mergeforge.shipping import Shipment, open_shipment
 from mergeforge.tensors.budget import Worker, one_torch_thread, steady_malloc

@@ -16,7 +16,7 @@ from mergeforge.errors import MergeforgeError, OutputError
 from mergeforge.hub.publish import AGAIN, check_access, held_files, hub_errors, is_same, lfs_of, stale_files
 from mergeforge.io.disk import sync_folder
 from mergeforge.journal import Sent
-from mergeforge.planning import Plan
+from mergeforge.planner import Plan
 from mergeforge.recipe import Publish
 from mergeforge.workspace import Workspace
 

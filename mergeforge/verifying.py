@@ -20,7 +20,7 @@ from mergeforge.gguf.llama_cpp import Closeness, compare_with_transformers
 from mergeforge.hub.publish import held_files, lfs_of
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import Header, read_header
-from mergeforge.planning import Piece, Plan, make_plan
+from mergeforge.planner import Piece, Plan, make_plan
 from mergeforge.tensors.budget import Worker, cores, one_torch_thread
 from mergeforge.workspace import CARD, RECEIPT, RECIPE, read_receipt
 from mergeforge.writers.encoder import strips

@@ -75,7 +75,7 @@ def plan(recipe: str, **options: Any) -> None:
 
 
 def _made(recipe: str, sets: tuple[str, ...], options: dict[str, Any]) -> Any:
-    from mergeforge.planning import make_plan, read_recipe
+    from mergeforge.planner import make_plan, read_recipe
 
     sets = (*sets, *_streaming(read_recipe(recipe, sets), options))  # mistakes are told before torch is loaded
     names = ("out", "memory", "device", "threads", "allow_pickle", "allow_nonfinite")
@@ -95,7 +95,7 @@ def _streaming(recipe: Any, options: dict[str, Any]) -> list[str]:
 def _plan(recipe: str, *, sets: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     made = _made(recipe, sets, options)
     from mergeforge import progress
-    from mergeforge.planning import check_disk
+    from mergeforge.planner import check_disk
 
     if as_json:
         click.echo(json.dumps(progress.plan_facts(made), indent=1))

@@ -31,7 +31,7 @@ def demo(folder: str) -> None:
         raise OutputError(f"{root} is not empty", hint="name a new folder: mergeforge demo DIR")
     click.echo(f"making a model of 8 M parameters and three adapters in {root}", err=True)
     from mergeforge import progress, random_model, running, verifying
-    from mergeforge.planning import make_plan
+    from mergeforge.planner import make_plan
 
     shape = random_model.shape_named("demo")
     base = random_model.write_model(root / "base", shape)

@@ -132,7 +132,7 @@ def _first_numerics(plan: TrainPlan, wanted: Merge) -> str:
 def _merge(plan: TrainPlan, after: After, wanted: Merge, numerics: str, out: Path, memory: str | None) -> None:
     """Fold the adapter and write GGUF files in the same pass."""
     from mergeforge import running
-    from mergeforge.planning import make_plan as plan_merge
+    from mergeforge.planner import make_plan as plan_merge
 
     recipe = merge_recipe(plan, numerics, out, _from_here)
     if after.gguf:

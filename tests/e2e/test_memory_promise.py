@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergeforge.planning.cutting import SUM_NBYTES
+from mergeforge.planner.tiling import SUM_NBYTES
 from mergeforge.random_model import Shape, write_adapter, write_model
 from mergeforge.tensors.native_inputs import READ_NBYTES
 

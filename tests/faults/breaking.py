@@ -14,7 +14,7 @@ import yaml
 
 from mergeforge import running
 from mergeforge.errors import OutputError
-from mergeforge.planning import WORK, Plan, make_plan
+from mergeforge.planner import WORK, Plan, make_plan
 from mergeforge.random_model import Shape, write_adapter, write_model
 
 SMALL = Shape(hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, vocab=64)

@@ -114,7 +114,7 @@ def targets(root: Path) -> Iterator[Target]:
     from mergeforge import running
     from mergeforge.gguf.reader import read_gguf
     from mergeforge.io.safetensors_header import read_header
-    from mergeforge.planning import make_plan, read_recipe
+    from mergeforge.planner import make_plan, read_recipe
     from mergeforge.random_model import Shape, write_adapter, write_model
     from mergeforge.train.settings import read as read_training
     from mergeforge.verifying import verify

@@ -19,7 +19,7 @@ from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError
 from mergeforge.io.disk import sync_folder
 from mergeforge.journal import NAME, read_journal
-from mergeforge.planning import WORK
+from mergeforge.planner import WORK
 
 Strike = Callable[..., Strikes]
 

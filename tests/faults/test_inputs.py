@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from mergeforge import running
 from mergeforge.errors import MergeforgeError, OutputError, SourceError
 from mergeforge.journal import read_journal
-from mergeforge.planning import WORK, Plan, make_plan
+from mergeforge.planner import WORK, Plan, make_plan
 from mergeforge.random_model import write_model
 
 NORM = "model.norm.weight"

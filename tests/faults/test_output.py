@@ -16,7 +16,7 @@ from breaking import RECEIPT, Strikes, World, digests, finished_files, merge_com
 
 from mergeforge import running
 from mergeforge.errors import OutputError
-from mergeforge.planning import WORK
+from mergeforge.planner import WORK
 from mergeforge.workspace import Workspace
 
 
@@ -116,7 +116,7 @@ def test_an_unfinished_run_of_another_merge(world: World, stopped: Path) -> None
 def test_another_weight_is_another_merge(world: World, stopped: Path) -> None:
     recipe = world.recipe("shards")
     recipe["adapters"][0]["weight"] = 0.25
-    from mergeforge.planning import make_plan
+    from mergeforge.planner import make_plan
 
     with pytest.raises(OutputError, match="another merge"):
         running.merge(make_plan(recipe, out=stopped))
@@ -188,7 +188,7 @@ def inputs(world: World, tmp_path: Path) -> Iterator[Path]:
 
 
 def plan_of(inputs: Path, out: Path) -> None:
-    from mergeforge.planning import make_plan
+    from mergeforge.planner import make_plan
 
     recipe = {"base_model": str(inputs / "base"), "adapters": [str(inputs / "adapter")]}
     running.merge(make_plan(recipe, out=out, threads=1), overwrite=True)

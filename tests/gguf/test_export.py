@@ -19,7 +19,7 @@ from mergeforge import exporting, running
 from mergeforge.cli import run_command
 from mergeforge.core import tensor_info
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
-from mergeforge.planning import cutting
+from mergeforge.planner import tiling
 
 KINDS = ["f32", "bf16", "q8_0", "q4_k_m"]
 
@@ -81,7 +81,7 @@ def test_any_cut_gives_the_same_bytes(
     """Blocks of 10 rows: no multiple of a head, so rotary rows go to the file one by one."""
     monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 640)
     expected = files(merged("whole"))
-    monkeypatch.setattr(cutting, "TILE_NBYTES", tile)
+    monkeypatch.setattr(tiling, "TILE_NBYTES", tile)
     assert files(merged("cut", memory=memory, threads=threads)) == expected
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import mergeforge
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
-from mergeforge.planning.sections import main_stack, with_layer
+from mergeforge.planner.layer_slices import main_stack, with_layer
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 Made = Mapping[str, torch.Tensor]

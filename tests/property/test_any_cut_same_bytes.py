@@ -22,7 +22,7 @@ from mergeforge.core import tensor_info
 from mergeforge.core.tensor_info import DTYPES, TensorInfo, Tile, blocks, cut, torch_dtype
 from mergeforge.methods import METHODS
 from mergeforge.native import bindings
-from mergeforge.planning import cutting
+from mergeforge.planner import tiling
 from mergeforge.random_model import Shape, write_adapter, write_model
 from mergeforge.tensors import budget
 from mergeforge.writers.safetensors import lay_out, split
@@ -72,7 +72,7 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
     def least(method: str, kind: str, in_c: bool) -> int:
         """The memory that one worker needs when every tile is a single block (torch needs more than kernels do)."""
         plan = mergeforge.plan(recipe(models, method, kind), out=folder / "planned", device="cpu", threads=1)
-        pieces = [cutting._piece(piece.way, piece.info, piece.outlets, 0, "cpu") for piece in plan.pieces]
+        pieces = [tiling._piece(piece.way, piece.info, piece.outlets, 0, "cpu") for piece in plan.pieces]
         assert any(len(piece.tiles) > 1 for piece in pieces)
         return max(piece.staging for piece in pieces) + max(piece.live for piece in pieces)
 
@@ -89,8 +89,8 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
             if not in_c:
                 patch.setattr(bindings, "available", lambda: False)
             patch.setattr(tensor_info, "BLOCK_ELEMENTS", BLOCK)
-            patch.setattr(cutting, "TILE_NBYTES", tile)
-            patch.setattr(cutting, "SUM_NBYTES", tile)
+            patch.setattr(tiling, "TILE_NBYTES", tile)
+            patch.setattr(tiling, "SUM_NBYTES", tile)
             patch.setattr(budget, "SMALLEST_MEMORY", 1)
             memory = 1 << 30 if more is None else threads * (least(method, kind, in_c) + more)
             plan = mergeforge.plan(recipe(models, method, kind), out=out, memory=memory, threads=threads, device="cpu")

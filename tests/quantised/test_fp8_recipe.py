@@ -13,7 +13,7 @@ import mergeforge
 from mergeforge.cli import run_command
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
-from mergeforge.planning.eight_bits import quantization_config
+from mergeforge.planner.fp8 import quantization_config
 from mergeforge.quant_codecs import fp8
 from mergeforge.random_model import Shape, write_adapter, write_model
 

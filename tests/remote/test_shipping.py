@@ -11,7 +11,7 @@ import pytest
 from fakehub import FakeHub
 from machine import SHARD, Machine, merge_of, weights
 
-from mergeforge.planning import make_plan
+from mergeforge.planner import make_plan
 
 REPO = "fake/merged"
 EAGER = "from mergeforge import running, shipping; running.SYNC_SECONDS = 0.0; shipping.WAITS = ()"

@@ -17,7 +17,7 @@ from mergeforge.comparing import differences
 from mergeforge.errors import MissingExtraError, SourceError
 from mergeforge.io.remote import retry
 from mergeforge.io.remote.fsspec_folder import FilesystemRanges
-from mergeforge.planning import make_plan
+from mergeforge.planner import make_plan
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from mergeforge import running
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.checkpoints.pickle_reader import read_pickled
 from mergeforge.errors import SourceError
-from mergeforge.planning import make_plan
+from mergeforge.planner import make_plan
 
 
 class Evil:

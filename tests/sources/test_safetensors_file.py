@@ -19,7 +19,7 @@ from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.core.tensor_info import DTYPES
 from mergeforge.errors import SourceError
 from mergeforge.io.safetensors_header import LARGEST_HEADER, read_header
-from mergeforge.planning import make_plan
+from mergeforge.planner import make_plan
 
 F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 

@@ -16,7 +16,7 @@ from tiny_llamas import EMBEDDING, HEAD, loaded, projected, write, write_all
 import mergeforge
 from mergeforge.core import tensor_info
 from mergeforge.errors import RecipeError, SourceError
-from mergeforge.planning import cutting
+from mergeforge.planner import tiling
 from mergeforge.tensors import budget
 
 
@@ -50,7 +50,7 @@ def test_memory_threads_and_tiles_do_not_show(
     value = {"merge_method": method, "base_model": str(root / "a"), "models": models, "tokenizer": tokenizer}
     seen = set()
     for at, (memory, threads, tile) in enumerate([(1 << 30, 1, 1 << 20), (60 << 20, 3, 1), (15 << 20, 1, 3000)]):
-        monkeypatch.setattr(cutting, "TILE_NBYTES", tile)
+        monkeypatch.setattr(tiling, "TILE_NBYTES", tile)
         out = mergeforge.merge(value, out=tmp_path / str(at), device="cpu", memory=memory, threads=threads)
         seen.add((out / "model.safetensors").read_bytes())
     assert len(seen) == 1

@@ -14,18 +14,11 @@ from mergeforge.adapters.adapted_tensor import AdapterDelta
 from mergeforge.adapters.deltas import Edit
 from mergeforge.errors import RecipeError, SourceError, listing
 from mergeforge.methods import METHODS, Method
-from mergeforge.planning.inputs import Inputs, OpenAdapter
-from mergeforge.planning.scopes import Input, parameters_for
-from mergeforge.planning.sections import Section, Source, Spot, Stack, whole_spots
-from mergeforge.planning.spots import section_of, spots_of
-from mergeforge.planning.tables import (
-    Table,
-    check_rows,
-    check_vocabulary,
-    folded,
-    follow_embedding,
-    renamed,
-)
+from mergeforge.planner.inputs import Inputs, OpenAdapter
+from mergeforge.planner.layer_slices import Section, Source, Spot, Stack, whole_spots
+from mergeforge.planner.model_tensors import Table, check_rows, check_vocabulary, folded, follow_embedding, renamed
+from mergeforge.planner.output_tensors import section_of, spots_of
+from mergeforge.planner.parameters import Input, parameters_for
 from mergeforge.recipe import WITHOUT_EFFECT, ModelEntry, Recipe, Rule
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.merged import Merged

@@ -11,11 +11,11 @@ from typing import Any
 
 from mergeforge.adapters.peft import lora_config
 from mergeforge.errors import SourceError
-from mergeforge.planning.depth import stacked_config
-from mergeforge.planning.inputs import Inputs, OpenModel, Result
-from mergeforge.planning.sections import Source, Stack, main_stack, with_layer
-from mergeforge.planning.sidecars import files_of
-from mergeforge.planning.tables import Table, renamed
+from mergeforge.planner.aux_files import files_of
+from mergeforge.planner.inputs import Inputs, OpenModel, Result
+from mergeforge.planner.layer_slices import Source, Stack, main_stack, with_layer
+from mergeforge.planner.model_tensors import Table, renamed
+from mergeforge.planner.stacked_config import stacked_config
 from mergeforge.recipe.parameter_values import layer_of
 from mergeforge.tensors.lazy import Way
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergeforge.errors import RecipeError, listing
-from mergeforge.planning.tables import Table
+from mergeforge.planner.model_tensors import Table
 from mergeforge.recipe.parameter_values import layer_of, layer_positions
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "decoder_layers")

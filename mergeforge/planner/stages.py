@@ -13,13 +13,13 @@ from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import RecipeError
 from mergeforge.io.aux_files import SideFiles
 from mergeforge.io.remote import Link
-from mergeforge.planning.compose import Composition, compose
-from mergeforge.planning.depth import stacked_config
-from mergeforge.planning.inputs import Inputs, Opener, Result
-from mergeforge.planning.replication import replicated
-from mergeforge.planning.sidecars import config_json, side_files
-from mergeforge.planning.tables import Table, table_of
-from mergeforge.planning.tokens import follow, map_tables, plan_tokens, template_of
+from mergeforge.planner.aux_files import config_json, side_files
+from mergeforge.planner.compose import Composition, compose
+from mergeforge.planner.inputs import Inputs, Opener, Result
+from mergeforge.planner.layer_replication import replicated
+from mergeforge.planner.model_tensors import Table, table_of
+from mergeforge.planner.stacked_config import stacked_config
+from mergeforge.planner.tokenizer import follow, map_tables, plan_tokens, template_of
 from mergeforge.recipe import OUT_DTYPES, Recipe
 from mergeforge.tensors.alias import Renamed
 from mergeforge.tensors.lazy import Way

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergeforge.errors import RecipeError, listing
-from mergeforge.planning.modules import module_of
-from mergeforge.planning.sections import Section, Source, Spot, Stack, stacked_spots, whole_spots
-from mergeforge.planning.tables import Table
+from mergeforge.planner.layer_slices import Section, Source, Spot, Stack, stacked_spots, whole_spots
+from mergeforge.planner.model_tensors import Table
+from mergeforge.planner.modules import module_of
 from mergeforge.recipe import ModelEntry, Module, Recipe
 
 Tables = Mapping[str, Table]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mergeforge.planning.cutting import Piece
+from mergeforge.planner.tiling import Piece
 
 
 @dataclass(frozen=True)

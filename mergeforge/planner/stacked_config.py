@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergeforge.errors import RecipeError
-from mergeforge.planning.sections import DEPTHS, Stack
+from mergeforge.planner.layer_slices import DEPTHS, Stack
 
 Config = Mapping[str, Any]
 

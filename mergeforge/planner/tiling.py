@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import TensorInfo, Tile, cut
 from mergeforge.errors import BudgetError
-from mergeforge.summing import is_summed, summing_nbytes
+from mergeforge.planner.native_sum import is_summed, summing_nbytes
 from mergeforge.tensors.budget import ALIGNMENT, Budget
 from mergeforge.tensors.lazy import Way, any_learns
 from mergeforge.tensors.stored import Stored

@@ -11,7 +11,7 @@ from typing import Any
 from mergeforge.checkpoints.names import EMBEDDINGS, is_head
 from mergeforge.core.tensor_info import DTYPES, TensorInfo
 from mergeforge.io.aux_files import SideFile
-from mergeforge.planning.inputs import Inputs, Result
+from mergeforge.planner.inputs import Inputs, Result
 from mergeforge.recipe import OUT_DTYPES, Recipe
 
 _TOKENIZER = (

@@ -14,7 +14,7 @@ from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS, is_he
 from mergeforge.checkpoints.quantized.fake_nf4 import Simulated
 from mergeforge.checkpoints.quantized.tensor import Quantised
 from mergeforge.errors import SourceError, listing
-from mergeforge.planning.inputs import OpenAdapter, OpenModel
+from mergeforge.planner.inputs import OpenAdapter, OpenModel
 from mergeforge.recipe.parameter_values import layer_positions, value_at
 from mergeforge.tensors.alias import Renamed
 from mergeforge.tensors.lazy import Way

@@ -28,14 +28,14 @@ from mergeforge.io.file_layout import Layout, OutputFile
 from mergeforge.io.remote import Link
 from mergeforge.lora.combine import Join, folded_terms, plan_join
 from mergeforge.methods import METHODS
-from mergeforge.planning.batches import Batch, at_once, by_file, most_open
-from mergeforge.planning.compose import Composition
-from mergeforge.planning.cutting import Piece, cut_all, peak
-from mergeforge.planning.eight_bits import checkpoint_outlets, quantization_config, stored_infos
-from mergeforge.planning.gguf import GGUFInputs, GGUFPlan, gguf_config, plan_ggufs
-from mergeforge.planning.inputs import Inputs
-from mergeforge.planning.stages import Stage, settle
-from mergeforge.planning.tokens import tokenizer_files
+from mergeforge.planner.batches import Batch, at_once, by_file, most_open
+from mergeforge.planner.compose import Composition
+from mergeforge.planner.fp8 import checkpoint_outlets, quantization_config, stored_infos
+from mergeforge.planner.gguf import GGUFInputs, GGUFPlan, gguf_config, plan_ggufs
+from mergeforge.planner.inputs import Inputs
+from mergeforge.planner.stages import Stage, settle
+from mergeforge.planner.tiling import Piece, cut_all, peak
+from mergeforge.planner.tokenizer import tokenizer_files
 from mergeforge.recipe import Recipe, read
 from mergeforge.tensors.budget import MOST_KEPT, Budget, make_budget
 from mergeforge.writers import safetensors as sink

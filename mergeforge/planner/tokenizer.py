@@ -9,8 +9,8 @@ from typing import Any
 from mergeforge.checkpoints.names import EMBEDDINGS, HEADS
 from mergeforge.errors import RecipeError, SourceError, listing, refused_if_odd
 from mergeforge.io.aux_files import SideFile, SideFiles
-from mergeforge.planning.inputs import Inputs, OpenModel, Result
-from mergeforge.planning.tables import Table
+from mergeforge.planner.inputs import Inputs, OpenModel, Result
+from mergeforge.planner.model_tensors import Table
 from mergeforge.recipe import Recipe, TokenEntry, TokenizerEntry
 from mergeforge.tensors.lazy import Way
 from mergeforge.tensors.remapped_vocab import mapped
