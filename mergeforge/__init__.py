@@ -15,7 +15,7 @@ from typing import Any
 
 _NAMES = {
     "plan": ("mergeforge.api", "plan"),
-    "run": ("mergeforge.running", "run"),
+    "run": ("mergeforge.execute.executor", "run"),
     "merge": ("mergeforge.api", "merge"),
     "verify": ("mergeforge.verifying", "verify"),
     "QuickTrainer": ("mergeforge.train.quick", "QuickTrainer"),

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergeforge import running
 from mergeforge.errors import RecipeError
+from mergeforge.execute import executor
 from mergeforge.methods import METHODS
 from mergeforge.planner import Plan, make_plan
 from mergeforge.recipe import Recipe
@@ -65,7 +65,7 @@ def merge(
         recipe = _recipe(base_model, models, adapters, weights, method, parameters)
     elif base_model or models or adapters or weights or method or parameters:
         raise RecipeError("give a recipe or its parts, not both")
-    return running.merge(plan(recipe, out=out, **options), fresh=fresh, overwrite=overwrite)
+    return executor.merge(plan(recipe, out=out, **options), fresh=fresh, overwrite=overwrite)
 
 
 def _recipe(

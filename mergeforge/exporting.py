@@ -11,9 +11,9 @@ from typing import Any
 
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import OutputError, RecipeError, SourceError
+from mergeforge.execute.executor import run
 from mergeforge.io.disk import on_disk, sync_folder
 from mergeforge.planner import WORK, Plan, make_plan
-from mergeforge.running import run
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ from typing import Any
 
 import xxhash
 
-from mergeforge.computing import carry
 from mergeforge.core.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.core.tensor_info import Tile, blocks
 from mergeforge.errors import MergeforgeError, SourceError, refused_if_odd
+from mergeforge.execute.compute import carry
+from mergeforge.execute.workspace import CARD, RECEIPT, RECIPE, read_receipt
 from mergeforge.gguf.llama_cpp import Closeness, compare_with_transformers
 from mergeforge.hub.publish import held_files, lfs_of
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import Header, read_header
 from mergeforge.planner import Piece, Plan, make_plan
 from mergeforge.tensors.budget import Worker, cores, one_torch_thread
-from mergeforge.workspace import CARD, RECEIPT, RECIPE, read_receipt
 from mergeforge.writers.encoder import strips
 from mergeforge.writers.fp8 import SCALES
 from mergeforge.writers.safetensors import KEY

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mergeforge.core.tensor_info import Tile
-from mergeforge.journal import Done, read_journal, start_journal
+from mergeforge.execute.journal import Done, read_journal, start_journal
 
 
 def test_strips_count_whatever_tiles_they_came_in(tmp_path: Path) -> None:

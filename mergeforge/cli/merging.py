@@ -124,8 +124,9 @@ def _run(
 ) -> None:
     started = time.monotonic()
     made = _made(recipe, sets, options)
-    from mergeforge import progress, running
+    from mergeforge import progress
     from mergeforge.core.sizes import show_size
+    from mergeforge.execute import executor
     from mergeforge.hub import publish
 
     to = progress.console()
@@ -144,7 +145,7 @@ def _run(
         if not quiet:
             to.print(text, markup=False)
 
-    tiles = running.run(made, fresh=fresh, overwrite=overwrite, tell=say)
+    tiles = executor.run(made, fresh=fresh, overwrite=overwrite, tell=say)
     for _ in progress.watch(made, tiles, to, quiet=quiet):
         pass
     seconds = time.monotonic() - started

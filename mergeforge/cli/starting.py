@@ -30,7 +30,8 @@ def demo(folder: str) -> None:
     if root.exists() and any(root.iterdir()) and not (root / "demo.yaml").is_file():
         raise OutputError(f"{root} is not empty", hint="name a new folder: mergeforge demo DIR")
     click.echo(f"making a model of 8 M parameters and three adapters in {root}", err=True)
-    from mergeforge import progress, random_model, running, verifying
+    from mergeforge import progress, random_model, verifying
+    from mergeforge.execute import executor
     from mergeforge.planner import make_plan
 
     shape = random_model.shape_named("demo")
@@ -42,7 +43,7 @@ def demo(folder: str) -> None:
     plan = make_plan(recipe)
     to = progress.console()
     progress.show_plan(plan, to)
-    for _ in progress.watch(plan, running.run(plan, fresh=True, overwrite=True), to):
+    for _ in progress.watch(plan, executor.run(plan, fresh=True, overwrite=True), to):
         pass
     verdict = verifying.verify(plan.out, deep=True)
     if not verdict.ok:

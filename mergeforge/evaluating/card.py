@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mergeforge.errors import ODD, RecipeError, SourceError
 from mergeforge.evaluating.evaluation import Evaluation
+from mergeforge.execute.workspace import CARD
 from mergeforge.io.disk import write_durably
-from mergeforge.workspace import CARD
 
 BEGIN, END = "<!-- mergeforge eval -->", "<!-- /mergeforge eval -->"
 HEAD = ("model", "data", "rows", "tokens", "NLL", "perplexity", "bits per byte", "token accuracy")

@@ -131,7 +131,7 @@ def _first_numerics(plan: TrainPlan, wanted: Merge) -> str:
 
 def _merge(plan: TrainPlan, after: After, wanted: Merge, numerics: str, out: Path, memory: str | None) -> None:
     """Fold the adapter and write GGUF files in the same pass."""
-    from mergeforge import running
+    from mergeforge.execute import executor
     from mergeforge.planner import make_plan as plan_merge
 
     recipe = merge_recipe(plan, numerics, out, _from_here)
@@ -139,7 +139,7 @@ def _merge(plan: TrainPlan, after: After, wanted: Merge, numerics: str, out: Pat
         recipe["output"]["gguf"] = list(after.gguf)
     if wanted.dtype:
         recipe["out_dtype"] = wanted.dtype
-    running.merge(plan_merge(recipe, memory=memory, device=plan.choices.device), overwrite=True)
+    executor.merge(plan_merge(recipe, memory=memory, device=plan.choices.device), overwrite=True)
 
 
 def merged_loss(plan: TrainPlan, folder: Path) -> float:

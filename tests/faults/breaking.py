@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from mergeforge import running
 from mergeforge.errors import OutputError
+from mergeforge.execute import executor
 from mergeforge.planner import WORK, Plan, make_plan
 from mergeforge.random_model import Shape, write_adapter, write_model
 
@@ -57,7 +57,7 @@ class World:
         """The digests of an undisturbed merge. Every merge is called `out`: its card says its name."""
         if kind not in self._references:
             out = self.root / f"reference-{kind}" / "out"
-            running.merge(self.plan(out, kind))
+            executor.merge(self.plan(out, kind))
             self._references[kind] = digests(out)
         return self._references[kind]
 
@@ -103,7 +103,7 @@ def assert_nothing_half_done(out: Path, *references: dict[str, str]) -> None:
 def go_on(plan: Plan, **options: Any) -> None:
     """The same command again. Killed in its very last steps, the merge was finished and the command says so."""
     try:
-        running.merge(plan, **options)
+        executor.merge(plan, **options)
     except OutputError as error:
         assert "already holds a finished merge" in str(error)
 

@@ -16,7 +16,7 @@ from scenarios import Scenarios
 from tally import KEY, Tally, kind_of, table
 from warm import Warm
 
-from mergeforge import running
+from mergeforge.execute import executor
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +88,7 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tile is made durable on its own, so that there are more places to break."""
-    monkeypatch.setattr(running, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(executor, "SYNC_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ class Target:
 
 def targets(root: Path) -> Iterator[Target]:
     """All of them; their good files lie below `root`."""
-    from mergeforge import running
+    from mergeforge.execute import executor
     from mergeforge.gguf.reader import read_gguf
     from mergeforge.io.safetensors_header import read_header
     from mergeforge.planner import make_plan, read_recipe
@@ -123,8 +123,8 @@ def targets(root: Path) -> Iterator[Target]:
     base, near = write_model(root / "base", shape, seed=0), write_model(root / "near", shape, seed=1, near=0)
     adapter = write_adapter(root / "adapter", shape, str(base), rank=2, seed=2)
     copied = {"merge_method": "passthrough", "models": [str(base)]}
-    running.merge(make_plan(copied | {"output": {"shard_size": 60_000}}, out=root / "sharded"))
-    running.merge(make_plan(copied | {"output": {"gguf": "f16", "safetensors": False}}, out=root / "gguf"))
+    executor.merge(make_plan(copied | {"output": {"shard_size": 60_000}}, out=root / "sharded"))
+    executor.merge(make_plan(copied | {"output": {"gguf": "f16", "safetensors": False}}, out=root / "gguf"))
     gguf = next((root / "gguf").glob("*.gguf"))
     linear = {"merge_method": "linear", "models": [str(base), str(near)], "parameters": {"weight": 0.5}}
     fold = {"base_model": str(base), "adapters": [str(adapter)]}

@@ -14,11 +14,11 @@ import pytest
 from breaking import Strikes, World, assert_nothing_half_done, digests, go_on
 from tally import Tally
 
-from mergeforge import running
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError
+from mergeforge.execute import executor
+from mergeforge.execute.journal import NAME, read_journal
 from mergeforge.io.disk import sync_folder
-from mergeforge.journal import NAME, read_journal
 from mergeforge.planner import WORK
 
 Strike = Callable[..., Strikes]
@@ -42,7 +42,7 @@ def test_full_at_every_write(
         with monkeypatch.context() as patch:
             strikes = strike(("pwrite", "write"), number, failing(code), lasting=True, patch=patch)
             try:
-                running.merge(plan)
+                executor.merge(plan)
                 break
             except BudgetError as error:
                 assert error.exit_code == 4
@@ -50,7 +50,7 @@ def test_full_at_every_write(
         with tally.run():
             assert strikes.struck
             assert_nothing_half_done(out, reference)
-            running.merge(plan)
+            executor.merge(plan)
             assert digests(out) == reference, f"full at write {number}"
         shutil.rmtree(out)
         number += step
@@ -68,7 +68,7 @@ def test_fsync_that_fails_is_fatal(
         with monkeypatch.context() as patch:
             strikes = strike(("fsync", "write"), number, failing(errno.EIO), patch=patch)
             try:
-                running.merge(plan)
+                executor.merge(plan)
                 break
             except MergeforgeError as error:
                 assert error.exit_code == 1
@@ -89,7 +89,7 @@ def test_short_writes_are_gone_on_with(world: World, out: Path, strike: Strike) 
         return original(fd, bytes(data)[:100], *offset)
 
     strikes = strike(("pwrite", "write"), 1, short, lasting=True)
-    running.merge(world.plan(out))
+    executor.merge(world.plan(out))
     assert digests(out) == world.reference()
     assert len(strikes.calls) > 200
 
@@ -100,7 +100,7 @@ def test_refused_before_writing_when_the_disk_is_too_small(
     usage = shutil.disk_usage(world.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(BudgetError, match=r"1\.0 KB free") as caught:
-        running.merge(world.plan(out))
+        executor.merge(world.plan(out))
     assert "--out DIR" in caught.value.hint
     assert not list(out.iterdir())
 
@@ -116,13 +116,13 @@ def test_a_disk_that_is_really_full(world: World, tmp_path: Path, monkeypatch: p
     try:
         plan = world.plan(disk / "out")
         with pytest.raises(BudgetError):
-            running.merge(plan)
-        monkeypatch.setattr(running.Workspace.__module__ + ".check_disk", lambda plan: None)  # it fills up later
+            executor.merge(plan)
+        monkeypatch.setattr(executor.Workspace.__module__ + ".check_disk", lambda plan: None)  # it fills up later
         with pytest.raises(BudgetError):
-            running.merge(plan)
+            executor.merge(plan)
         assert_nothing_half_done(disk / "out", world.reference())
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-        running.merge(plan)
+        executor.merge(plan)
         assert digests(disk / "out") == world.reference()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -134,7 +134,7 @@ def test_unwritable_places_are_refused(world: World, tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for place in (file, file / "below", tmp_path / "dangling", tmp_path / ("x" * 300), Path("/proc/mergeforge-test")):
         with pytest.raises(OutputError) as caught:
-            running.merge(world.plan(place))
+            executor.merge(world.plan(place))
         assert place.name[:40] in str(caught.value)
 
 
@@ -142,7 +142,7 @@ def test_unwritable_places_are_refused(world: World, tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written(world: World, out: Path, strike: Strike, code: int) -> None:
     strike(("mkdir",), 1, failing(code), lasting=True)
     with pytest.raises(OutputError, match="cannot be written"):
-        running.merge(world.plan(out))
+        executor.merge(world.plan(out))
 
 
 def test_filesystems_that_cannot_sync_a_folder(tmp_path: Path, strike: Strike) -> None:
@@ -159,7 +159,7 @@ def interrupted(world: World, out: Path, strike: Strike, eager: None) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         strike(("fsync",), 30, failing(errno.EIO), patch=patch)
         with pytest.raises(MergeforgeError):
-            running.merge(world.plan(out))
+            executor.merge(world.plan(out))
     return out / WORK
 
 
@@ -173,7 +173,7 @@ def tiles_written(world: World, out: Path, strike: Strike) -> int:
         return original(fd, data, offset)
 
     strike(("pwrite",), 1, note, lasting=True)
-    running.merge(world.plan(out))
+    executor.merge(world.plan(out))
     assert digests(out) == world.reference()
     return len(writes)
 
@@ -202,7 +202,7 @@ def test_a_torn_journal_counts_up_to_its_last_whole_line(world: World, out: Path
         (interrupted / NAME).write_bytes(whole[:cut])
         assert len(noted(interrupted)) == before - 1
         assert (interrupted / NAME).read_bytes() == whole[: whole.rindex(b"\n", 0, -1) + 1]
-    running.merge(world.plan(out))
+    executor.merge(world.plan(out))
     assert digests(out) == world.reference()
 
 
@@ -211,7 +211,7 @@ def test_a_damaged_journal_line_is_not_believed(world: World, out: Path, interru
     lines[2] = lines[2].replace(b'"tile"', b'"tilt"')
     (interrupted / NAME).write_bytes(b"".join(lines))
     assert len(noted(interrupted)) == 1
-    running.merge(world.plan(out))
+    executor.merge(world.plan(out))
     assert digests(out) == world.reference()
 
 
@@ -220,7 +220,7 @@ def test_a_journal_without_a_first_line_is_started_again(
     world: World, out: Path, interrupted: Path, content: bytes
 ) -> None:
     (interrupted / NAME).write_bytes(content)
-    running.merge(world.plan(out))
+    executor.merge(world.plan(out))
     assert digests(out) == world.reference()
 
 
@@ -240,7 +240,7 @@ def test_a_damaged_tile_is_found_and_computed_again(world: World, out: Path, int
 def test_a_tile_that_was_mended_is_synced(world: World, out: Path, strike: Strike, eager: None) -> None:
     """All tiles noted, one damaged: writing it again changes nothing in the journal, but must reach the disk."""
     plan = world.plan(out)
-    stopped = running.run(plan)
+    stopped = executor.run(plan)
     tiles = [next(stopped) for _ in range(sum(len(piece.tiles) for piece in plan.pieces))]
     stopped.close()
     assert len(noted(out / WORK)) == len(tiles)
@@ -255,7 +255,7 @@ def test_a_tile_that_was_mended_is_synced(world: World, out: Path, strike: Strik
         return original(fd, *arguments)
 
     strike(("pwrite", "fsync"), 1, note, lasting=True)
-    running.merge(plan)
+    executor.merge(plan)
     assert digests(out) == world.reference()
     path = str(out / WORK / extent.file)
     assert events.index(("fsync", path)) > max(at for at, event in enumerate(events) if event == ("pwrite", path))
@@ -265,5 +265,5 @@ def test_a_tile_that_was_mended_is_synced(world: World, out: Path, strike: Strik
 def test_staged_files_of_another_size(world: World, out: Path, interrupted: Path, nbytes: int) -> None:
     staged = next(interrupted.glob("*.safetensors"))
     os.truncate(staged, nbytes)
-    running.merge(world.plan(out))
+    executor.merge(world.plan(out))
     assert digests(out) == world.reference()

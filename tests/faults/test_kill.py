@@ -11,8 +11,8 @@ from breaking import World, assert_nothing_half_done, digests, go_on
 from tally import Tally
 from warm import DEAD, Warm
 
-from mergeforge import running
 from mergeforge.errors import OutputError
+from mergeforge.execute import executor
 
 
 def killed_at(number: int, warm: Warm, command: list[str], *, eager: bool = False) -> bool:
@@ -42,13 +42,13 @@ def test_killed_at_every_change_while_replacing_a_merge(
     """Three shards and an index give way to one file: nothing stale is left, at whatever point it was killed."""
     old, new = world.reference("shards"), world.reference("single")
     kept = tmp_path / "kept"
-    running.merge(world.plan(out, "shards"))
+    executor.merge(world.plan(out, "shards"))
     shutil.copytree(out, kept)
     plan, number = world.plan(out, "single"), 1
     while killed_at(number, warm, [*world.command(out, "single"), "--overwrite"]):
         with tally.run():
             assert_nothing_half_done(out, old, new)
-            running.merge(plan, overwrite=True)
+            executor.merge(plan, overwrite=True)
             assert digests(out) == new, f"killed at change {number}"
         shutil.rmtree(out)
         shutil.copytree(kept, out)
@@ -78,7 +78,7 @@ def test_what_an_unfinished_commit_moved_goes_when_another_merge_starts_over(
         shutil.rmtree(out, ignore_errors=True)
         number += 1
     with pytest.raises(OutputError, match="another merge") as caught:
-        running.merge(world.plan(out, "single"))
+        executor.merge(world.plan(out, "single"))
     assert "--fresh" in caught.value.hint
-    running.merge(world.plan(out, "single"), fresh=True)
+    executor.merge(world.plan(out, "single"), fresh=True)
     assert digests(out) == world.reference("single")

@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 from breaking import RECEIPT, Strikes, World, digests, finished_files, merge_command
 
-from mergeforge import running
 from mergeforge.errors import OutputError
+from mergeforge.execute import executor
+from mergeforge.execute.workspace import Workspace
 from mergeforge.planner import WORK
-from mergeforge.workspace import Workspace
 
 
 @pytest.fixture
 def finished(world: World, out: Path) -> Path:
     world.reference()
-    running.merge(world.plan(out))
+    executor.merge(world.plan(out))
     return out
 
 
@@ -32,21 +32,21 @@ def test_a_finished_merge_is_replaced_only_on_request(world: World, finished: Pa
     for kind in ("shards", "single"):
         for fresh in (False, True):
             with pytest.raises(OutputError, match="already holds a finished merge") as caught:
-                running.merge(world.plan(finished, kind), fresh=fresh)
+                executor.merge(world.plan(finished, kind), fresh=fresh)
             assert caught.value.exit_code == 5
             assert "--overwrite" in caught.value.hint
     assert digests(finished) == held
-    running.merge(world.plan(finished), overwrite=True)
+    executor.merge(world.plan(finished), overwrite=True)
     assert digests(finished) == held
 
 
 def test_replacing_leaves_nothing_stale(world: World, finished: Path) -> None:
     (finished / "notes.txt").write_text("mine")
-    running.merge(world.plan(finished, "single"), overwrite=True)
+    executor.merge(world.plan(finished, "single"), overwrite=True)
     assert (finished / "notes.txt").read_text() == "mine"
     (finished / "notes.txt").unlink()
     assert digests(finished) == world.reference("single")
-    running.merge(world.plan(finished, "shards"), overwrite=True)
+    executor.merge(world.plan(finished, "shards"), overwrite=True)
     assert digests(finished) == world.reference("shards")
 
 
@@ -58,7 +58,7 @@ def test_replacing_removes_only_what_lies_inside(world: World, finished: Path) -
     hostile = ["../precious", str(outside), "..", ".", "a/../../precious", f"{WORK}/lock", "sub/../../precious"]
     receipt["files"] |= {name: {"size": 1} for name in hostile}
     (finished / RECEIPT).write_text(json.dumps(receipt))
-    running.merge(world.plan(finished, "single"), overwrite=True)
+    executor.merge(world.plan(finished, "single"), overwrite=True)
     assert outside.read_text() == "x"
     assert digests(finished) == world.reference("single")
 
@@ -67,7 +67,7 @@ def test_replacing_removes_only_what_lies_inside(world: World, finished: Path) -
 def test_a_receipt_that_is_odd(world: World, finished: Path, files: object) -> None:
     receipt = json.loads((finished / RECEIPT).read_text())
     (finished / RECEIPT).write_text(json.dumps({**receipt, "files": files}))
-    running.merge(world.plan(finished, "single"), overwrite=True)
+    executor.merge(world.plan(finished, "single"), overwrite=True)
     assert world.reference("single").items() <= digests(finished).items()
 
 
@@ -77,7 +77,7 @@ def test_foreign_files_are_never_written_over(world: World, out: Path, name: str
     out.mkdir()
     (out / name).write_text("mine")
     with pytest.raises(OutputError, match="no merge of mergeforge wrote") as caught:
-        running.merge(world.plan(out), overwrite=overwrite, fresh=overwrite)
+        executor.merge(world.plan(out), overwrite=overwrite, fresh=overwrite)
     assert name in str(caught.value)
     assert [path.name for path in out.iterdir()] == [name]
     assert (out / name).read_text() == "mine"
@@ -86,7 +86,7 @@ def test_foreign_files_are_never_written_over(world: World, out: Path, name: str
 def test_other_foreign_files_stay(world: World, out: Path) -> None:
     out.mkdir()
     (out / ".gitattributes").write_text("mine")
-    running.merge(world.plan(out))
+    executor.merge(world.plan(out))
     assert (out / ".gitattributes").read_text() == "mine"
     assert world.reference().items() <= digests(out).items()
 
@@ -94,7 +94,7 @@ def test_other_foreign_files_stay(world: World, out: Path) -> None:
 @pytest.fixture
 def stopped(world: World, out: Path) -> Path:
     """OUT with an unfinished run of the merge into shards."""
-    tiles = running.run(world.plan(out, "shards"))
+    tiles = executor.run(world.plan(out, "shards"))
     next(tiles)
     tiles.close()
     return out
@@ -104,12 +104,12 @@ def test_an_unfinished_run_of_another_merge(world: World, stopped: Path) -> None
     before = digests(stopped)
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="interrupted run of another merge") as caught:
-            running.merge(world.plan(stopped, "single"), overwrite=overwrite)
+            executor.merge(world.plan(stopped, "single"), overwrite=overwrite)
         assert caught.value.exit_code == 5
         assert "--fresh" in caught.value.hint
     after = digests(stopped)
     assert {name for name in before if "lock" not in name} <= after.keys()
-    running.merge(world.plan(stopped, "single"), fresh=True)
+    executor.merge(world.plan(stopped, "single"), fresh=True)
     assert digests(stopped) == world.reference("single")
 
 
@@ -119,29 +119,29 @@ def test_another_weight_is_another_merge(world: World, stopped: Path) -> None:
     from mergeforge.planner import make_plan
 
     with pytest.raises(OutputError, match="another merge"):
-        running.merge(make_plan(recipe, out=stopped))
+        executor.merge(make_plan(recipe, out=stopped))
 
 
 def test_memory_and_threads_may_change_between_runs(world: World, stopped: Path) -> None:
-    running.merge(world.plan(stopped, "shards", threads=2, memory="1GiB"))
+    executor.merge(world.plan(stopped, "shards", threads=2, memory="1GiB"))
     assert digests(stopped) == world.reference("shards")
 
 
 def test_fresh_starts_the_same_merge_over(world: World, stopped: Path) -> None:
     (stopped / WORK / "leftover").mkdir()
     (stopped / WORK / "leftover" / "x").write_text("x")
-    running.merge(world.plan(stopped, "shards"), fresh=True)
+    executor.merge(world.plan(stopped, "shards"), fresh=True)
     assert digests(stopped) == world.reference("shards")
 
 
 def test_an_interrupted_replacement_needs_its_flag_again(world: World, finished: Path) -> None:
-    tiles = running.run(world.plan(finished, "single"), overwrite=True)
+    tiles = executor.run(world.plan(finished, "single"), overwrite=True)
     next(tiles)
     tiles.close()
     with pytest.raises(OutputError, match="already holds a finished merge"):
-        running.merge(world.plan(finished, "single"))
+        executor.merge(world.plan(finished, "single"))
     assert finished_files(finished) == world.reference("shards")
-    running.merge(world.plan(finished, "single"), overwrite=True)
+    executor.merge(world.plan(finished, "single"), overwrite=True)
     assert digests(finished) == world.reference("single")
 
 
@@ -153,7 +153,7 @@ def test_a_work_folder_that_is_a_link_is_not_followed(world: World, out: Path, t
     (out / WORK).symlink_to(elsewhere)
     for fresh in (False, True):
         with pytest.raises(OutputError, match="is a link"):
-            running.merge(world.plan(out), fresh=fresh)
+            executor.merge(world.plan(out), fresh=fresh)
     assert [path.name for path in elsewhere.iterdir()] == ["precious"]
 
 
@@ -164,11 +164,11 @@ def test_links_at_staged_and_final_names_are_not_followed(world: World, out: Pat
     staged.unlink()
     staged.symlink_to(victim)
     with pytest.raises(OutputError, match="cannot be written"):
-        running.merge(world.plan(out))
+        executor.merge(world.plan(out))
     assert victim.read_text() == "x"
     staged.unlink()
     (out / staged.name).symlink_to(victim)
-    running.merge(world.plan(out))
+    executor.merge(world.plan(out))
     assert victim.read_text() == "x"
     assert digests(out) == world.reference()
 
@@ -191,7 +191,7 @@ def plan_of(inputs: Path, out: Path) -> None:
     from mergeforge.planner import make_plan
 
     recipe = {"base_model": str(inputs / "base"), "adapters": [str(inputs / "adapter")]}
-    running.merge(make_plan(recipe, out=out, threads=1), overwrite=True)
+    executor.merge(make_plan(recipe, out=out, threads=1), overwrite=True)
 
 
 @pytest.mark.parametrize("place", ["base", "adapter", "base/merged", "adapter/deep/er", "base/../base", "x/../base"])
@@ -244,10 +244,10 @@ def test_beside_the_inputs_is_fine(inputs: Path, world: World) -> None:
 
 
 def test_two_runs_at_once(world: World, out: Path) -> None:
-    first = running.run(world.plan(out))
+    first = executor.run(world.plan(out))
     next(first)
     with pytest.raises(OutputError, match=f"another run writes to .*process {os.getpid()} on ") as caught:
-        running.merge(world.plan(out))
+        executor.merge(world.plan(out))
     assert caught.value.exit_code == 5
     for _ in first:
         pass
@@ -269,9 +269,9 @@ sys.stdin.read()
     with holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(OutputError, match=f"process {holder.pid} on here"):
-            running.merge(world.plan(out))
+            executor.merge(world.plan(out))
         holder.stdin.close()
-    running.merge(world.plan(out))
+    executor.merge(world.plan(out))
     assert digests(out) == world.reference()
 
 
@@ -297,7 +297,7 @@ def test_waiting_for_a_run_that_takes_its_folder_away(world: World, out: Path, s
 def test_modes_follow_the_umask(world: World, out: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
-        running.merge(world.plan(out))
+        executor.merge(world.plan(out))
     finally:
         os.umask(before)
     for path in [out, *out.rglob("*")]:

@@ -166,15 +166,15 @@ def tell(answers: Any, **facts: Any) -> None:
 
 def obey(order: Order, ready: int) -> int:
     """Run the command as `python -m mergeforge` would; its exit code."""
-    from mergeforge import running
     from mergeforge.cli import run_command
+    from mergeforge.execute import executor
 
     for number, path in enumerate(order.said, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
     os.chdir(order.folder)
     os.environ.update(order.env or {})
     if order.eager:
-        running.SYNC_SECONDS = 0.0
+        executor.SYNC_SECONDS = 0.0
     if order.hasty:
         be_hasty()
     if order.dies_at:

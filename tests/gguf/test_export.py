@@ -15,10 +15,11 @@ from llama_cpp import Read, read
 from safetensors.torch import load_file
 
 import mergeforge
-from mergeforge import exporting, running
+from mergeforge import exporting
 from mergeforge.cli import run_command
 from mergeforge.core import tensor_info
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
+from mergeforge.execute import executor
 from mergeforge.planner import tiling
 
 KINDS = ["f32", "bf16", "q8_0", "q4_k_m"]
@@ -88,7 +89,7 @@ def test_any_cut_gives_the_same_bytes(
 def test_a_merge_to_gguf_is_resumed(models: Path) -> None:
     expected = files(merged("whole"))
     plan = mergeforge.plan(recipe(), out="out", device="cpu", memory="32MiB", threads=1)
-    tiles = running.run(plan)
+    tiles = executor.run(plan)
     for _ in range(12):
         next(tiles)
     tiles.close()

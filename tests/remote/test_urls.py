@@ -12,9 +12,9 @@ from fakehub import FakeHub
 from machine import merge_of, weights
 
 import mergeforge
-from mergeforge import running
 from mergeforge.comparing import differences
 from mergeforge.errors import MissingExtraError, SourceError
+from mergeforge.execute import executor
 from mergeforge.io.remote import retry
 from mergeforge.io.remote.fsspec_folder import FilesystemRanges
 from mergeforge.planner import make_plan
@@ -42,7 +42,7 @@ def recipe(root: str) -> dict[str, Any]:
 def test_a_merge_from_what_fsspec_knows(memory: Any, expected: dict[str, bytes], tmp_path: Path) -> None:
     plan = make_plan(recipe("memory://store"), out=tmp_path / "out", memory="128MiB")
     assert plan.budget.kept and plan.peak <= 128 << 20
-    assert weights(running.merge(plan)) == expected
+    assert weights(executor.merge(plan)) == expected
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
@@ -76,7 +76,7 @@ def test_one_file_behind_a_url(memory: Any, inputs: Path, tmp_path: Path) -> Non
 
 def test_a_file_that_changes_while_it_is_read(memory: Any, tmp_path: Path) -> None:
     plan = make_plan(recipe("memory://store"), out=tmp_path / "out", threads=1, memory="32MiB")
-    tiles = running.run(plan)
+    tiles = executor.run(plan)
     next(tiles)
     memory.pipe("/store/tuned/model.safetensors", memory.cat("/store/tuned/model.safetensors"))
     with pytest.raises(SourceError, match=r"memory://store/tuned/model.safetensors changed while it was read"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mergeforge
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
-from mergeforge.measuring import measure
+from mergeforge.execute.change_stats import measure
 from mergeforge.methods import METHODS, Block
 from mergeforge.methods._kth_largest import NOTHING
 from mergeforge.methods._magnitude_range import Band, Bands

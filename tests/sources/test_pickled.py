@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergeforge import running
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.checkpoints.pickle_reader import read_pickled
 from mergeforge.errors import SourceError
+from mergeforge.execute import executor
 from mergeforge.planner import make_plan
 
 
@@ -175,7 +175,7 @@ def test_a_merge_from_pickles_equals_one_from_safetensors(models: Path, tmp_path
 
     def merged(root: Path, out: str, **options: Any) -> bytes:
         each = [{"model": str(root / name), "parameters": {"weight": 0.5}} for name in ("base", "tuned-a")]
-        running.merge(make_plan({"merge_method": "linear", "models": each}, out=tmp_path / out, **options))
+        executor.merge(make_plan({"merge_method": "linear", "models": each}, out=tmp_path / out, **options))
         return (tmp_path / out / "model.safetensors").read_bytes()
 
     assert merged(tmp_path, "one", allow_pickle=True) == merged(models, "two")

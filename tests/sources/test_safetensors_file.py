@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from mergeforge import running
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.core.tensor_info import DTYPES
 from mergeforge.errors import SourceError
+from mergeforge.execute import executor
 from mergeforge.io.safetensors_header import LARGEST_HEADER, read_header
 from mergeforge.planner import make_plan
 
@@ -216,7 +216,7 @@ def test_what_is_not_merged_is_copied_byte_for_byte(models: Path, tmp_path: Path
     file_of(weights, entries, data)
     recipe = {"base_model": "base", "adapters": ["adapters/loan"], "output": {"shard_size": shard_size}}
     plan = make_plan(recipe, out=tmp_path / "out")
-    running.merge(plan)
+    executor.merge(plan)
     merged = open_checkpoint(tmp_path / "out", "out").tensors
     assert merged.keys() == entries.keys()
     for name, raw in expected.items():

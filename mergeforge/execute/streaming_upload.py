@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergeforge.errors import MergeforgeError, OutputError
+from mergeforge.execute.journal import Sent
+from mergeforge.execute.workspace import Workspace
 from mergeforge.hub.publish import AGAIN, check_access, held_files, hub_errors, is_same, lfs_of, stale_files
 from mergeforge.io.disk import sync_folder
-from mergeforge.journal import Sent
 from mergeforge.planner import Plan
 from mergeforge.recipe import Publish
-from mergeforge.workspace import Workspace
 
 T = TypeVar("T")
 Tell = Callable[[str], None]

@@ -17,9 +17,9 @@ import socket
 from pathlib import Path
 
 from mergeforge.errors import MergeforgeError, OutputError, listing
+from mergeforge.execute.journal import NAME as JOURNAL
+from mergeforge.execute.journal import Commit, Journal, read_journal, start_journal
 from mergeforge.io.disk import disk_error, is_same, on_disk, sync_folder, write_at, write_durably
-from mergeforge.journal import NAME as JOURNAL
-from mergeforge.journal import Commit, Journal, read_journal, start_journal
 from mergeforge.planner import WORK, Plan, check_disk
 from mergeforge.writers.safetensors import INDEX
 

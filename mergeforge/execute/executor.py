@@ -18,21 +18,21 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge.card import model_card
-from mergeforge.computing import carry
 from mergeforge.core.checksums import strip_checksums
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import MergeforgeError, SourceError, out_of_memory
+from mergeforge.execute.compute import carry
+from mergeforge.execute.journal import Done
+from mergeforge.execute.model_card import model_card
+from mergeforge.execute.receipt import receipt
+from mergeforge.execute.streaming_upload import Shipment, open_shipment
+from mergeforge.execute.workspace import CARD, RECEIPT, RECIPE, Workspace
 from mergeforge.gguf.modelfile import modelfile
 from mergeforge.io.disk import DiskFile, InputFile, WriteBehind
 from mergeforge.io.file_layout import OutputFiles
-from mergeforge.journal import Done
 from mergeforge.lora import combine
 from mergeforge.planner import Batch, Piece, Plan
-from mergeforge.receipt import receipt
-from mergeforge.shipping import Shipment, open_shipment
 from mergeforge.tensors.budget import Worker, one_torch_thread, steady_malloc
-from mergeforge.workspace import CARD, RECEIPT, RECIPE, Workspace
 from mergeforge.writers.encoder import Outlet, Run, joined, strips
 from mergeforge.writers.safetensors import index
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mergeforge.core.tensor_info import TensorInfo, Tile, blocks, torch_dtype
 from mergeforge.errors import SourceError
-from mergeforge.measuring import Measured, base_of, looks_at, measure, total
+from mergeforge.execute.change_stats import Measured, base_of, looks_at, measure, total
 from mergeforge.planner import Piece
 from mergeforge.planner.native_sum import Summing
 from mergeforge.tensors.budget import Worker

@@ -18,8 +18,8 @@ from mergeforge.adapters.expert_deltas import ExpertLowRank, InRows
 from mergeforge.adapters.peft_delta import Formulated
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.core.checksums import file_sha256, tensor_checksum
-from mergeforge.journal import Journal
-from mergeforge.measuring import Measured, total
+from mergeforge.execute.change_stats import Measured, total
+from mergeforge.execute.journal import Journal
 from mergeforge.planner import Piece, Plan
 from mergeforge.writers.encoder import Outlet, Run, joined, strips
 from mergeforge.writers.fp8 import FP8Outlet
