@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from test_kinds_against_peft import ALL, BIASES, CASES
 
 import mergeforge
-from mergeforge.random_model import Shape, write_model
+from mergeforge.operations.synthetic_models import Shape, write_model
 
 HEAD = ["kind", "configuration", "d PEFT", "d logits", "time, LoRA = 1"]
 WIDE = Shape(hidden=2048, intermediate=5632, layers=2, heads=32, kv_heads=4, vocab=1000)

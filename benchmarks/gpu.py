@@ -26,8 +26,8 @@ from measure import adapter, machine, model, table
 from raw_copy import copy
 
 import mergeforge
-from mergeforge import comparing
 from mergeforge.io import disk, file_layout
+from mergeforge.operations import inspect
 from mergeforge.tensors import budget
 
 # What CPU and GPU results may differ by: float32 sums in another order, rounded to bfloat16.
@@ -184,7 +184,7 @@ def _agreement(root: Path) -> list[list[str]]:
         for device in ("cpu", "cuda"):
             _seconds(recipe, root / f"{shape}-{device}-out", 4, device)
         pair = [str(root / f"{shape}-{device}-out") for device in ("cpu", "cuda")]
-        found = list(comparing.differences(*pair))
+        found = list(inspect.differences(*pair))
         largest = max(one.relative for one in found)
         verdict = f"{ALLOWED_RELATIVE:g}" + ("" if largest <= ALLOWED_RELATIVE else " EXCEEDED")
         rows.append([name, str(len(found)), str(sum(not one.same for one in found)), f"{largest:.2g}", verdict])

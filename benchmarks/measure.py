@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergeforge.random_model import shape_named, write_adapter, write_model
+from mergeforge.operations.synthetic_models import shape_named, write_adapter, write_model
 
 PYTHON = sys.executable
 # A small process in between: the system counts a parent's memory as its child's (exec_mmap, vfork).

@@ -23,7 +23,7 @@ import yaml
 from measure import Measured, in_turn, machine, measure, median, mergeforge, prepare_cache, synced, table
 
 from mergeforge.methods import METHODS
-from mergeforge.random_model import shape_named, write_model
+from mergeforge.operations.synthetic_models import shape_named, write_model
 
 TRIMMING = ("ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce")
 BARS = {True: 1 / 8, False: 1 / 4}  # of mergekit's time, by whether the method trims

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from measure import PYTHON, machine, table
 
-from mergeforge.random_model import shape_named, write_adapter
+from mergeforge.operations.synthetic_models import shape_named, write_adapter
 from mergeforge.writers.safetensors import INDEX, index, lay_out
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from measure import machine, table
 
-from mergeforge.random_model import SHAPES, Shape, write_model
+from mergeforge.operations.synthetic_models import SHAPES, Shape, write_model
 
 REAL = {  # tokens of a row that shall fit 8 GB
     "mistral-7b": (Shape(4096, 14336, 32, 32, 8, 32000), 2048),

@@ -17,7 +17,7 @@ _NAMES = {
     "plan": ("mergeforge.api", "plan"),
     "run": ("mergeforge.execute.executor", "run"),
     "merge": ("mergeforge.api", "merge"),
-    "verify": ("mergeforge.verifying", "verify"),
+    "verify": ("mergeforge.operations.verify", "verify"),
     "QuickTrainer": ("mergeforge.train.quick", "QuickTrainer"),
     "Plan": ("mergeforge.planner", "Plan"),
     "Recipe": ("mergeforge.recipe", "Recipe"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mergeforge.native import bindings
-from mergeforge.random_model import SHAPES, write_adapter, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 
 TINY = SHAPES["tiny"]
 ADAPTERS = {"loan": 4, "underwriting": 8, "fraud": 2, "a": 4, "b": 8, "legal": 4, "style": 4}

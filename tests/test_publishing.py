@@ -15,7 +15,7 @@ from fakehub import FakeHub
 
 import mergeforge
 from mergeforge.cli import run_command
-from mergeforge.random_model import SHAPES, write_adapter, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 
 REPO = "fake/merged"
 

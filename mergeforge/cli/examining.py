@@ -16,7 +16,7 @@ def doctor(folder: str, as_json: bool) -> None:
     \b
     mergeforge doctor
     """
-    from mergeforge import examining
+    from mergeforge.operations import doctor as examining
 
     if as_json:
         click.echo(json.dumps(dict(examining.facts(folder))))

@@ -60,12 +60,13 @@ def gguf(
     asked = {key: value for key, value in settings.items() if value}
     if tensor_types:
         asked["tensor_types"] = dict(_pair(one) for one in tensor_types)
-    from mergeforge import exporting, progress
+    from mergeforge import progress
     from mergeforge.core.sizes import show_size
+    from mergeforge.operations import convert_gguf
 
     options = {"memory": memory, "device": device, "threads": threads, "allow_pickle": allow_pickle}
     options["overwrite"] = overwrite
-    planned = exporting.plan_export(model, types or ("q8_0",), out, asked, **options)
+    planned = convert_gguf.plan_export(model, types or ("q8_0",), out, asked, **options)
     to = progress.console()
     if only_plan or verbose:
         progress.show_plan(planned.plan, to)
@@ -73,7 +74,7 @@ def gguf(
         progress.show_notes(planned.plan, to)
     if only_plan:
         return
-    tiles = exporting.export(planned, fresh=fresh, overwrite=overwrite)
+    tiles = convert_gguf.export(planned, fresh=fresh, overwrite=overwrite)
     for _ in progress.watch(planned.plan, tiles, to, quiet=quiet):
         pass
     seconds = time.monotonic() - started

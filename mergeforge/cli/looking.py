@@ -25,7 +25,7 @@ def verify(folder: str, deep: bool, everything: bool, engine: bool, as_json: boo
     mergeforge verify merged --deep
     mergeforge verify merged --engine
     """
-    from mergeforge import verifying
+    from mergeforge.operations import verify as verifying
 
     verdict = verifying.verify(folder, deep=deep or everything, everything=everything)
     if as_json:
@@ -42,7 +42,7 @@ def verify(folder: str, deep: bool, everything: bool, engine: bool, as_json: boo
 
 
 def _compare_in_engine(folder: str) -> None:
-    from mergeforge.verifying import in_engine
+    from mergeforge.operations.verify import in_engine
 
     found = in_engine(folder)
     for one in found:
@@ -65,7 +65,7 @@ def inspect(path: str, allow_pickle: bool, as_json: bool, verbose: bool) -> None
     mergeforge inspect ./model
     mergeforge inspect ./adapters/legal -v
     """
-    from mergeforge import comparing
+    from mergeforge.operations import inspect as comparing
 
     facts = comparing.inspect(path, allow_pickle=allow_pickle)
     if as_json:
@@ -97,7 +97,7 @@ def diff(ctx: click.Context, a: str, b: str, allow_pickle: bool, as_json: bool, 
     \b
     mergeforge diff ./base ./merged
     """
-    from mergeforge import comparing
+    from mergeforge.operations import inspect as comparing
 
     found = list(comparing.differences(a, b, allow_pickle=allow_pickle))
     different = [one for one in found if not one.same]

@@ -30,14 +30,15 @@ def demo(folder: str) -> None:
     if root.exists() and any(root.iterdir()) and not (root / "demo.yaml").is_file():
         raise OutputError(f"{root} is not empty", hint="name a new folder: mergeforge demo DIR")
     click.echo(f"making a model of 8 M parameters and three adapters in {root}", err=True)
-    from mergeforge import progress, random_model, verifying
+    from mergeforge import progress
     from mergeforge.execute import executor
+    from mergeforge.operations import synthetic_models, verify
     from mergeforge.planner import make_plan
 
-    shape = random_model.shape_named("demo")
-    base = random_model.write_model(root / "base", shape)
+    shape = synthetic_models.shape_named("demo")
+    base = synthetic_models.write_model(root / "base", shape)
     for seed, (name, rank) in enumerate({"loan": 8, "underwriting": 16, "fraud": 4}.items(), start=1):
-        random_model.write_adapter(root / name, shape, str(base), rank=rank, alpha=2 * rank, seed=seed)
+        synthetic_models.write_adapter(root / name, shape, str(base), rank=rank, alpha=2 * rank, seed=seed)
     recipe = root / "demo.yaml"
     recipe.write_text(_demo_recipe(root), encoding="utf-8")
     plan = make_plan(recipe)
@@ -45,7 +46,7 @@ def demo(folder: str) -> None:
     progress.show_plan(plan, to)
     for _ in progress.watch(plan, executor.run(plan, fresh=True, overwrite=True), to):
         pass
-    verdict = verifying.verify(plan.out, deep=True)
+    verdict = verify.verify(plan.out, deep=True)
     if not verdict.ok:
         raise AssertionError("\n".join(verdict.problems))
     click.echo(f"merged into {plan.out}: {verdict.tensors} tensors verified, {verdict.recomputed} computed again")

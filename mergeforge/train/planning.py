@@ -13,7 +13,7 @@ from mergeforge.checkpoints.names import CONV1D_MODELS
 from mergeforge.data import Prepared, load_tokenizer, prepare
 from mergeforge.errors import OutputError, SourceError
 from mergeforge.hub.download import fetch
-from mergeforge.random_model import Shape, write_model
+from mergeforge.operations.synthetic_models import Shape, write_model
 from mergeforge.train import extra, processes
 from mergeforge.train.deciding import Choices, Lengths, Machine, decide
 from mergeforge.train.facts import ModelFacts, model_facts

@@ -10,7 +10,7 @@ import pytest
 from mergeforge.adapters.peft.describe import explain
 from mergeforge.cli import run_command
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.random_model import SHAPES, write_adapter, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 
 LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 

@@ -1,6 +1,6 @@
 """Chats, tokenizers and ids of text by hand, for the data tests.
 
-A byte is its own id; the commonest pairs are 259 to 276 (mergeforge/random_model.py); added tokens follow from 277 on.
+A byte is its own id; the commonest pairs are 259 to 276 (mergeforge/operations/synthetic_models.py); added tokens follow from 277 on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.data import Example, load_tokenizer
-from mergeforge.random_model import PAIRS
+from mergeforge.operations.synthetic_models import PAIRS
 from mergeforge.tokenizer.chat_templates import NAMED
 
 IM_START, IM_END = 277, 278

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mergeforge.data import load_tokenizer
-from mergeforge.random_model import SHAPES, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 
 @pytest.fixture(scope="session")

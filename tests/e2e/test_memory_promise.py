@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
 from mergeforge.planner.tiling import SUM_NBYTES
-from mergeforge.random_model import Shape, write_adapter, write_model
 from mergeforge.tensors.native_inputs import READ_NBYTES
 
 SHAPE = Shape(1024, 2816, 6, 8, 8, 32000)  # 127 M parameters; an embedding of 64 MB in bfloat16

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import mergeforge
-from mergeforge.random_model import SHAPES, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 EXAMPLES = {
     "linear": """

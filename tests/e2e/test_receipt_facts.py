@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import mergeforge
-from mergeforge.random_model import SHAPES, write_adapter, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 
 NAME = "model.layers.1.self_attn.q_proj.weight"
 

@@ -12,7 +12,7 @@ import torch
 from small_models import make_adapter, teach
 
 import mergeforge
-from mergeforge.random_model import SHAPES, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 
 @pytest.fixture(scope="module", autouse=True)

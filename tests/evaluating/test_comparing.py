@@ -17,7 +17,7 @@ from mergeforge.cli import run_command
 from mergeforge.errors import RecipeError, SourceError
 from mergeforge.evaluating import Interval
 from mergeforge.evaluating.bootstrap import paired
-from mergeforge.random_model import SHAPES, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> Any:

@@ -14,8 +14,8 @@ import yaml
 
 from mergeforge.errors import OutputError
 from mergeforge.execute import executor
+from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
 from mergeforge.planner import WORK, Plan, make_plan
-from mergeforge.random_model import Shape, write_adapter, write_model
 
 SMALL = Shape(hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, vocab=64)
 RECEIPT = "mergeforge.json"

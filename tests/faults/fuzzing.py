@@ -114,10 +114,10 @@ def targets(root: Path) -> Iterator[Target]:
     from mergeforge.execute import executor
     from mergeforge.gguf.reader import read_gguf
     from mergeforge.io.safetensors_header import read_header
+    from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
+    from mergeforge.operations.verify import verify
     from mergeforge.planner import make_plan, read_recipe
-    from mergeforge.random_model import Shape, write_adapter, write_model
     from mergeforge.train.settings import read as read_training
-    from mergeforge.verifying import verify
 
     shape = Shape(64, 96, 1, 4, 2, 320)
     base, near = write_model(root / "base", shape, seed=0), write_model(root / "near", shape, seed=1, near=0)

@@ -12,7 +12,7 @@ import yaml
 from breaking import RUN, World, digests
 from warm import Ended, Warm
 
-from mergeforge.random_model import SHAPES, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 DONE = ("already holds", "exists")  # what a command says whose work was finished by the run that was killed
 

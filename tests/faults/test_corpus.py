@@ -11,7 +11,7 @@ from corpus import Case, cases, write
 
 import mergeforge
 from mergeforge.cli import run_command
-from mergeforge.random_model import SHAPES, write_adapter, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 
 CASES = list(cases())
 RECIPES = {

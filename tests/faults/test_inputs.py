@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 from mergeforge.errors import MergeforgeError, OutputError, SourceError
 from mergeforge.execute import executor
 from mergeforge.execute.journal import read_journal
+from mergeforge.operations.synthetic_models import write_model
 from mergeforge.planner import WORK, Plan, make_plan
-from mergeforge.random_model import write_model
 
 NORM = "model.norm.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"

@@ -16,7 +16,7 @@ from tally import Tally
 from tracing import need_strace, traced
 from warm import KILLED, Warm
 
-from mergeforge.random_model import SHAPES, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 COMMAND = ("train", "../train.yaml", "-q", "--out", "run")

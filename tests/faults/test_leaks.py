@@ -16,7 +16,7 @@ from hubs import REPO, Talks
 from tally import Tally
 from warm import Warm
 
-from mergeforge.random_model import SHAPES, write_adapter, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 
 TOKEN = "hf_CANARYqQ7xV2nM4kL9pR3sT8wZ5bY1cD6fG0h"
 

@@ -135,7 +135,7 @@ def serve() -> None:
 
     import mergeforge.data
     import mergeforge.hub.publish
-    import mergeforge.verifying  # noqa: F401
+    import mergeforge.operations.verify  # noqa: F401
 
     torch.set_num_threads(1)
     torch.zeros(9).bfloat16()  # torch looks at the processor now

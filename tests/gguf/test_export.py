@@ -15,11 +15,11 @@ from llama_cpp import Read, read
 from safetensors.torch import load_file
 
 import mergeforge
-from mergeforge import exporting
 from mergeforge.cli import run_command
 from mergeforge.core import tensor_info
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 from mergeforge.execute import executor
+from mergeforge.operations import convert_gguf
 from mergeforge.planner import tiling
 
 KINDS = ["f32", "bf16", "q8_0", "q4_k_m"]
@@ -175,8 +175,8 @@ def test_types_can_be_asked_for(models: Path) -> None:
 
 
 def exported(model: str, out: str, *kinds: str, **settings: Any) -> list[Path]:
-    planned = exporting.plan_export(model, kinds, out, settings, device="cpu", memory="32MiB")
-    deque(exporting.export(planned), maxlen=0)
+    planned = convert_gguf.plan_export(model, kinds, out, settings, device="cpu", memory="32MiB")
+    deque(convert_gguf.export(planned), maxlen=0)
     return planned.files
 
 
@@ -225,7 +225,7 @@ def test_what_a_model_must_have(models: Path) -> None:
 
     def refusal() -> str:
         with pytest.raises(MergeforgeError) as caught:
-            exporting.plan_export("base", ["q8_0"], "out", {}, device="cpu")
+            convert_gguf.plan_export("base", ["q8_0"], "out", {}, device="cpu")
         assert isinstance(caught.value, SourceError) and caught.value.hint
         return str(caught.value)
 

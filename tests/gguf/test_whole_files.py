@@ -15,9 +15,9 @@ import pytest
 from llama_cpp import convert, needs_converter, needs_quantiser, quantise, read
 from tiny_models import TINY, Tiny, folders
 
-from mergeforge import exporting
 from mergeforge.errors import SourceError
 from mergeforge.gguf.file_types import MIXES
+from mergeforge.operations import convert_gguf
 
 UNTIED = "gemma2-legacy"  # has an lm_head unlike its embedding: a GGUF Gemma has none, and the converter drops it
 OFFICIAL = [tiny for tiny in TINY if tiny.official and tiny.name != UNTIED]
@@ -35,8 +35,8 @@ OTHER_ORDER = ("phi-three-long", "phimoe-long")
 
 def written(folder: Path, out: Path, *kinds: str, **settings: Any) -> dict[str, Path]:
     """mergeforge's GGUF files of a model by type."""
-    plan = exporting.plan_export(str(folder), kinds, str(out), settings, memory="64MiB", device="cpu", threads=1)
-    deque(exporting.export(plan, overwrite=True), maxlen=0)
+    plan = convert_gguf.plan_export(str(folder), kinds, str(out), settings, memory="64MiB", device="cpu", threads=1)
+    deque(convert_gguf.export(plan, overwrite=True), maxlen=0)
     return dict(zip(kinds, plan.files, strict=True))
 
 

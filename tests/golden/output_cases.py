@@ -107,7 +107,7 @@ def run_mergeforge(*arguments: str) -> int:
 
 def write_tiny(folder: Path, shape: Sequence[int], dtype: str = "BF16") -> None:
     """A Llama with config and tokenizer. `shape`: hidden, intermediate, layers, heads, key-value heads, vocabulary."""
-    from mergeforge.random_model import Shape, write_model
+    from mergeforge.operations.synthetic_models import Shape, write_model
 
     write_model(folder, Shape(*shape), dtype=dtype)
 

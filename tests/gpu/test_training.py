@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mergeforge.random_model import Shape, write_model
+from mergeforge.operations.synthetic_models import Shape, write_model
 from mergeforge.train.planning import TINY_STD, make_plan
 from mergeforge.train.running import train
 

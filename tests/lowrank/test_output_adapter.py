@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import mergeforge
 from mergeforge.cli import run_command
 from mergeforge.errors import MergeforgeError, OutputError
-from mergeforge.random_model import SHAPES, write_adapter, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 
 MODELS = {"models": ["base"], "merge_method": "passthrough"}
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import mergeforge
 from mergeforge.errors import RecipeError
 from mergeforge.methods import METHODS
-from mergeforge.random_model import SHAPES, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_model
 from mergeforge.recipe.parameter_values import layer_positions, value_at
 
 pytestmark = pytest.mark.peers

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import mergeforge
 from mergeforge.methods import METHODS
-from mergeforge.random_model import Shape, write_model
+from mergeforge.operations.synthetic_models import Shape, write_model
 
 SHAPE = Shape(hidden=128, intermediate=320, layers=2, heads=4, kv_heads=2, vocab=640)
 PARAMETERS = {"density": 0.5, "t": 0.3, "select_topk": 0.5, "epsilon": 0.1, "gamma": 0.05}

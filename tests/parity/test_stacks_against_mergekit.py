@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_against_mergekit import BY_KIND, peer
 
 import mergeforge
-from mergeforge.random_model import SHAPES, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 pytestmark = pytest.mark.peers
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import mergeforge
 from mergeforge.errors import RecipeError
-from mergeforge.random_model import SHAPES, write_adapter, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 
 NAME = "model.layers.1.self_attn.q_proj.weight"
 # The sixteen numbers of NF4 (QLoRA, https://arxiv.org/abs/2305.14314, appendix E).

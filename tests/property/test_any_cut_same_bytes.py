@@ -22,8 +22,8 @@ from mergeforge.core import tensor_info
 from mergeforge.core.tensor_info import DTYPES, TensorInfo, Tile, blocks, cut, torch_dtype
 from mergeforge.methods import METHODS
 from mergeforge.native import bindings
+from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
 from mergeforge.planner import tiling
-from mergeforge.random_model import Shape, write_adapter, write_model
 from mergeforge.tensors import budget
 from mergeforge.writers.safetensors import lay_out, split
 

@@ -10,7 +10,7 @@ from fakehub import FakeHub
 from machine import SHAPE, Machine, merge_of, weights
 
 import mergeforge
-from mergeforge.random_model import write_adapter, write_model
+from mergeforge.operations.synthetic_models import write_adapter, write_model
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from fakehub import FakeHub
 
-from mergeforge.random_model import Shape
+from mergeforge.operations.synthetic_models import Shape
 
 SHAPE = Shape(320, 1024, 6, 5, 5, 2048)  # 19 MB
 SHARD = 5_000_000

@@ -11,7 +11,7 @@ import pytest
 from fakehub import FakeHub
 from machine import Machine
 
-from mergeforge.random_model import Shape, write_adapter, write_model
+from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
 
 WIDE = Shape(1024, 2816, 2, 8, 8, 32000)  # 180 MB; an embedding of 64 MB in bfloat16
 MARGIN = 90 << 20  # headers, Python's and torch's own growth, malloc, an HTTP client

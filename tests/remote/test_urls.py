@@ -12,11 +12,11 @@ from fakehub import FakeHub
 from machine import merge_of, weights
 
 import mergeforge
-from mergeforge.comparing import differences
 from mergeforge.errors import MissingExtraError, SourceError
 from mergeforge.execute import executor
 from mergeforge.io.remote import retry
 from mergeforge.io.remote.fsspec_folder import FilesystemRanges
+from mergeforge.operations.inspect import differences
 from mergeforge.planner import make_plan
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.core.tensor_info import TensorInfo, blocks, cut
 from mergeforge.io.aux_files import SideFiles
-from mergeforge.random_model import Shape, write_model
+from mergeforge.operations.synthetic_models import Shape, write_model
 from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Facts, Scan, Way, learn
 from mergeforge.tensors.remapped_vocab import mapped

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mergeforge.random_model import write_model
+from mergeforge.operations.synthetic_models import write_model
 from mergeforge.train.planning import TINY_STD, Shape
 
 SHAPE = Shape(64, 176, 2, 4, 2, 320)

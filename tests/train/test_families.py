@@ -9,7 +9,7 @@ import pytest
 from training_models import write_tiny
 from training_runs import run
 
-from mergeforge.random_model import write_tokenizer
+from mergeforge.operations.synthetic_models import write_tokenizer
 from mergeforge.train.flow import follow
 from mergeforge.train.planning import make_plan
 from mergeforge.train.settings import After, Merge

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergeforge.cli import run_command
 from mergeforge.data import load_tokenizer
 from mergeforge.evaluating import open_model
-from mergeforge.random_model import Shape, write_model
+from mergeforge.operations.synthetic_models import Shape, write_model
 from mergeforge.train.planning import TINY_STD, make_plan
 
 TOKENS = ("<output>", "</output>")

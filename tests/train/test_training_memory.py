@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeforge.random_model import SHAPES, write_model
+from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 CODE = """
 import json, re, sys, threading, time
