@@ -12,8 +12,8 @@ import click
 from mergeforge.errors import MergeforgeError, RecipeError
 
 if TYPE_CHECKING:
-    from mergeforge.chatting import Chat
-    from mergeforge.evaluating import Answerer, Sampling
+    from mergeforge.eval import Answerer, Sampling
+    from mergeforge.eval.chat import Chat
 
 
 @click.command()
@@ -59,15 +59,13 @@ def chat(
     mergeforge chat runs/new/adapter --compare-base
     mergeforge chat merged/merged-Q4_K_M.gguf --prompt "What is a merge?"
     """
-    from mergeforge import evaluating
-    from mergeforge.chatting import DEMO, Chat
+    from mergeforge import eval
+    from mergeforge.eval.chat import DEMO, Chat
 
     sampling = _sampling(preset, drawn)
     if sys.stderr.isatty():
         click.echo(f"loading {model} ...", err=True)
-    opened = evaluating.open_model(
-        model, base=base, quantise=quantise, device=device, context=context, template=template
-    )
+    opened = eval.open_model(model, base=base, quantise=quantise, device=device, context=context, template=template)
     chats = [Chat(one, sampling, system, _note) for one in _models(opened, compare_base)]
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console of few characters ends no conversation
@@ -83,14 +81,14 @@ def chat(
 
 
 def _sampling(preset: str | None, drawn: Mapping[str, Any]) -> Sampling:
-    from mergeforge import evaluating
+    from mergeforge import eval
 
-    start = evaluating.preset(preset) if preset else evaluating.Sampling()
+    start = eval.preset(preset) if preset else eval.Sampling()
     return replace(start, **{name: value for name, value in drawn.items() if value not in (None, ())})
 
 
 def _models(opened: Answerer, compare_base: bool) -> list[Answerer]:
-    from mergeforge.evaluating import TorchModel
+    from mergeforge.eval import TorchModel
 
     if not compare_base:
         return [opened]
@@ -109,7 +107,7 @@ def _once(chats: list[Chat], text: str) -> None:
 
 def _talk(chats: list[Chat]) -> None:
     """Lines in, answers out, until the lines end."""
-    from mergeforge.chatting import command
+    from mergeforge.eval.chat import command
 
     terminal = sys.stdin.isatty()
     if terminal:

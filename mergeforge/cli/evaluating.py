@@ -14,8 +14,8 @@ from mergeforge.errors import RecipeError, SourceError, did_you_mean
 
 if TYPE_CHECKING:
     from mergeforge.data import DataSettings
-    from mergeforge.evaluating import Sampling, Smoke
-    from mergeforge.evaluating.evaluation import Progress
+    from mergeforge.eval import Sampling, Smoke
+    from mergeforge.eval.evaluate import Progress
 
 SAMPLES, METRIC_SAMPLES = 3, 50  # answers that are shown, and that text metrics are taken of, unless --samples says
 
@@ -78,16 +78,16 @@ def evaluate(
         raise RecipeError("eval takes one model", hint="mergeforge compare A B --data FILE sets them side by side")
     if tasks:
         return _harness(models[0], [task.strip() for task in tasks.split(",") if task.strip()], asked)
-    from mergeforge import evaluating
+    from mergeforge import eval
     from mergeforge.cli.evaluation_tables import sample_dicts, show_evaluation
-    from mergeforge.evaluating.card import card_of, note_in_card
-    from mergeforge.evaluating.texts import read_metrics, text_metrics
+    from mergeforge.eval.card_results import card_of, note_in_card
+    from mergeforge.eval.text_metrics import read_metrics, text_metrics
 
     metrics, settings = read_metrics(asked["metrics"]), _settings(asked)
     if noted:
         card_of(models[0])  # before the work
     with _progress(asked["quiet"]) as begin:
-        found = evaluating.evaluate(
+        found = eval.evaluate(
             models[0],
             settings,
             limit=asked["limit"],
@@ -122,13 +122,13 @@ def compare(models: tuple[str, ...], *, margin: float, fail_if_worse: bool, **as
     mergeforge compare runs/new/adapter --data valid.jsonl --limit 200
     mergeforge compare merged merged/merged-Q4_K_M.gguf --data valid.jsonl
     """
-    from mergeforge import evaluating
+    from mergeforge import eval
     from mergeforge.cli.evaluation_tables import sample_dicts, show_comparison
-    from mergeforge.evaluating.texts import read_metrics, text_metrics
+    from mergeforge.eval.text_metrics import read_metrics, text_metrics
 
     metrics, settings = read_metrics(asked["metrics"]), _settings(asked)
     with _progress(asked["quiet"]) as begin:
-        found = evaluating.compare(
+        found = eval.compare(
             models,
             settings,
             limit=asked["limit"],
@@ -155,22 +155,22 @@ def compare(models: tuple[str, ...], *, margin: float, fail_if_worse: bool, **as
 
 def _smoke(models: tuple[str, ...], path: str | None, asked: Mapping[str, Any]) -> int:
     """Every model answers the prompts; 1 when a check fails."""
-    from mergeforge import evaluating
+    from mergeforge import eval
     from mergeforge.cli.evaluation_tables import show_smoke
-    from mergeforge.evaluating.smoke import PROMPTS, failed, read_prompts
+    from mergeforge.eval.smoke_test import PROMPTS, failed, read_prompts
 
     prompts = read_prompts(path) if path else PROMPTS
 
     def one(name: str) -> Smoke:
         try:
-            model = evaluating.open_model(name, **_opening(asked), template=asked["template"])
-            return evaluating.smoke(model, prompts, _greedy(asked), system=asked["system"])
+            model = eval.open_model(name, **_opening(asked), template=asked["template"])
+            return eval.smoke(model, prompts, _greedy(asked), system=asked["system"])
         except SourceError as error:
             return failed(name, error)
 
     found = [one(name) for name in models]
     ran = [one for one in found if one.answers]
-    agreements = [evaluating.agreement(ran[0], other) for other in ran[1:]]
+    agreements = [eval.agreement(ran[0], other) for other in ran[1:]]
     if asked["as_json"]:
         facts = {"ok": all(one.ok for one in found), "models": [one.as_dict() for one in found]}
         click.echo(json.dumps(facts | {"agreement": [asdict(one) for one in agreements]}))
@@ -180,12 +180,12 @@ def _smoke(models: tuple[str, ...], path: str | None, asked: Mapping[str, Any]) 
 
 
 def _harness(name: str, tasks: list[str], asked: Mapping[str, Any]) -> int:
-    from mergeforge import evaluating
-    from mergeforge.evaluating.extras import extra
-    from mergeforge.evaluating.harness import run_tasks
+    from mergeforge import eval
+    from mergeforge.eval.extras import extra
+    from mergeforge.eval.lm_eval import run_tasks
 
     extra("lm_eval", "eval")  # before a model is loaded
-    model = evaluating.open_model(name, **_opening(asked))
+    model = eval.open_model(name, **_opening(asked))
     found = run_tasks(model, tasks, limit=asked["limit"], batch=asked["batch"] or 8)
     if asked["as_json"]:
         click.echo(json.dumps({"model": name, "lm_eval": found}))
@@ -229,7 +229,7 @@ def _opening(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _greedy(asked: Mapping[str, Any]) -> Sampling:
-    from mergeforge.evaluating import Sampling
+    from mergeforge.eval import Sampling
 
     return Sampling(max_tokens=asked["max_tokens"], temperature=0, top_p=1, stop=asked["stop"])
 

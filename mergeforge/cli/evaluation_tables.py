@@ -10,8 +10,8 @@ import click
 
 if TYPE_CHECKING:
     from mergeforge.data import Counts
-    from mergeforge.evaluating import Comparison, Evaluation, Interval, Smoke
-    from mergeforge.evaluating.smoke import Agreement
+    from mergeforge.eval import Comparison, Evaluation, Interval, Smoke
+    from mergeforge.eval.smoke_test import Agreement
 
 SHOWN = 400  # characters of a text in a sample
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

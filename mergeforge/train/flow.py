@@ -144,7 +144,7 @@ def _merge(plan: TrainPlan, after: After, wanted: Merge, numerics: str, out: Pat
 
 def merged_loss(plan: TrainPlan, folder: Path) -> float:
     """The validation loss of a merged folder, in nats a token, on the run's device."""
-    from mergeforge.evaluating import evaluate
+    from mergeforge.eval import evaluate
 
     assert plan.data.validation is not None
     return evaluate(str(folder), plan.data.validation, device=plan.choices.device).nll

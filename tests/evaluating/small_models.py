@@ -11,8 +11,8 @@ import torch
 
 from mergeforge.data import Example
 from mergeforge.data.chat_templates import PLAIN
-from mergeforge.evaluating import Row
-from mergeforge.evaluating.smoke import PROMPTS
+from mergeforge.eval import Row
+from mergeforge.eval.smoke_test import PROMPTS
 
 # What the taught model answers to the smoke test's prompts: characters of several bytes, and a stop string.
 ANSWERS = ("Hello, née Ünal 😀!", "4", "red, green, blue</output> and more", "The sea is wide.")

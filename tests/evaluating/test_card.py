@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mergeforge.cli import run_command
-from mergeforge.evaluating.card import BEGIN, END, with_row
+from mergeforge.eval.card_results import BEGIN, END, with_row
 
 ROW = ("m", "d.jsonl", "3", "9", "1.0000", "2.718", "0.5000", "50.00%")
 OTHER = ("m", "other.jsonl", *ROW[2:])

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from small_models import ANSWERS
 
-from mergeforge import chatting, evaluating
-from mergeforge.chatting import Chat
+from mergeforge import eval
 from mergeforge.cli import run_command
 from mergeforge.errors import RecipeError
-from mergeforge.evaluating import GREEDY
-from mergeforge.evaluating.smoke import PROMPTS
+from mergeforge.eval import GREEDY
+from mergeforge.eval import chat as chatting
+from mergeforge.eval.chat import Chat
+from mergeforge.eval.smoke_test import PROMPTS
 
 GREEDILY = ("--temperature", "0")
 
@@ -87,10 +88,8 @@ def test_four_bits_and_presets(talk, base: Path) -> None:  # type: ignore[no-unt
 
 
 def test_a_seed_gives_the_same_answer(base: Path) -> None:
-    model = evaluating.open_model(str(base))
-    drawn = [
-        model.reply([{"role": "user", "content": "a"}], evaluating.Sampling(8, 1.0, seed=s)).text for s in (1, 1, 2)
-    ]
+    model = eval.open_model(str(base))
+    drawn = [model.reply([{"role": "user", "content": "a"}], eval.Sampling(8, 1.0, seed=s)).text for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -101,23 +100,23 @@ def test_the_demo_answers_its_prompts(talk, base: Path) -> None:  # type: ignore
 
 def test_the_oldest_turns_go_where_the_context_is_full(taught: Path, taught_gguf: Path) -> None:
     pytest.importorskip("xllamacpp")
-    model = evaluating.open_model(str(taught))
-    assert isinstance(model, evaluating.TorchModel)
+    model = eval.open_model(str(taught))
+    assert isinstance(model, eval.TorchModel)
     model.loaded.model.config.max_position_embeddings = 256
-    for one in (evaluating.open_model(str(taught_gguf), context=256), model):
+    for one in (eval.open_model(str(taught_gguf), context=256), model):
         notes: list[str] = []
-        chat = Chat(one, evaluating.Sampling(4, 0), "short", notes.append)
+        chat = Chat(one, eval.Sampling(4, 0), "short", notes.append)
         for _ in range(4):
             chat.say("the hen " * 15)
         assert notes and "forgotten" in notes[0] and 2 <= len(chat.turns) < 8
         assert chat.messages[0] == {"role": "system", "content": "short"}
-        with pytest.raises(evaluating.TooLong):
+        with pytest.raises(eval.TooLong):
             chat.say("the hen in the barn " * 60)
         assert chat.turns[-1]["role"] == "assistant", "what could not be answered is not part of it"
 
 
 def test_save_as_text(taught: Path, tmp_path: Path) -> None:
-    chat = Chat(evaluating.open_model(str(taught)), GREEDY)
+    chat = Chat(eval.open_model(str(taught)), GREEDY)
     chat.say(PROMPTS[1])
     chat.save(tmp_path / "chat.md")
     assert (tmp_path / "chat.md").read_text(encoding="utf-8") == f"**user**: {PROMPTS[1]}\n\n**assistant**: 4\n"

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from small_models import random_rows
 
-from mergeforge import evaluating
+from mergeforge import eval
 from mergeforge.cli import run_command
 from mergeforge.errors import RecipeError, SourceError
-from mergeforge.evaluating import Interval
-from mergeforge.evaluating.bootstrap import paired
+from mergeforge.eval import Interval
+from mergeforge.eval.bootstrap import paired
 from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 
@@ -92,7 +92,7 @@ def test_an_adapter_alone_is_compared_with_its_base(
     for one, other in zip(alone["models"], both["models"], strict=True):
         assert one["nll"] == pytest.approx(other["nll"], rel=1e-6)
     with pytest.raises(RecipeError, match="no adapter"):
-        evaluating.compare([base], questions)
+        eval.compare([base], questions)
 
 
 def test_other_vocabularies_are_compared_by_bytes(base: Path, questions: Path, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_other_vocabularies_are_compared_by_bytes(base: Path, questions: Path, t
     tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["model"]["merges"] = []
     (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    found = evaluating.compare([base, other], questions)
+    found = eval.compare([base, other], questions)
     one, two = found.evaluations
     assert found.measure == "bits a byte" and two.tokens > one.tokens
     assert sum(row.nbytes for row in one.rows) == sum(row.nbytes for row in two.rows)
@@ -110,7 +110,7 @@ def test_other_vocabularies_are_compared_by_bytes(base: Path, questions: Path, t
 
 
 def test_bytes_are_those_of_the_answers(base: Path, questions: Path) -> None:
-    found = evaluating.evaluate(base, questions)
+    found = eval.evaluate(base, questions)
     rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
     assert [row.nbytes for row in found.rows] == [len(f" {row['response']}".encode()) for row in rows]
     assert found.bits_per_byte == pytest.approx(
@@ -119,8 +119,8 @@ def test_bytes_are_those_of_the_answers(base: Path, questions: Path) -> None:
 
 
 def test_a_limit_takes_the_same_rows_of_every_model(base: Path, taught: Path, questions: Path) -> None:
-    one = evaluating.evaluate(base, questions, limit=7)
-    other = evaluating.evaluate(taught, questions, limit=7)
+    one = eval.evaluate(base, questions, limit=7)
+    other = eval.evaluate(taught, questions, limit=7)
     assert len(one.rows) == 7 and {row.key for row in one.rows} == {row.key for row in other.rows}
 
 
@@ -128,7 +128,7 @@ def test_rows_that_one_model_cannot_take_are_left_out(base: Path, questions: Pat
     short = write_model(tmp_path / "short", SHAPES["tiny"], dtype="F32")
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
-    found = evaluating.compare([base, short], questions)
+    found = eval.compare([base, short], questions)
     assert 0 < found.rows < 40 and found.left_out == 40 - found.rows and found.measure == "nats a token"
     assert found.intervals[0].difference == pytest.approx(0, abs=1e-6)
     assert found.evaluations[0].nll == pytest.approx(found.evaluations[1].nll, rel=1e-6)
@@ -152,7 +152,7 @@ def test_samples_and_text_metrics(taught: Path, tmp_path: Path, capfd: pytest.Ca
     pytest.importorskip("sacrebleu"), pytest.importorskip("rouge_score")
     from small_models import ANSWERS
 
-    from mergeforge.evaluating.smoke import PROMPTS
+    from mergeforge.eval.smoke_test import PROMPTS
 
     rows = [{"prompt": one, "response": two} for one, two in zip(PROMPTS, ANSWERS, strict=True)]
     path = tmp_path / "taught.jsonl"
@@ -196,14 +196,14 @@ def test_an_adapter_of_another_base(adapter: Path, base: Path, tmp_path: Path) -
     config = json.loads((lost / "adapter_config.json").read_text())
     (lost / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone"}))
     with pytest.raises(SourceError, match=r"the base of .* is not to be had") as caught:
-        evaluating.open_model(lost)
+        eval.open_model(lost)
     assert "--base" in caught.value.hint
     rows = random_rows(3)
-    wanted = evaluating.evaluate(adapter, rows).nll
-    assert evaluating.evaluate(lost, rows, base=str(base)).nll == pytest.approx(wanted)
+    wanted = eval.evaluate(adapter, rows).nll
+    assert eval.evaluate(lost, rows, base=str(base)).nll == pytest.approx(wanted)
     (lost / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "../base"}))
     (tmp_path / "base").symlink_to(base)
-    assert evaluating.evaluate(lost, rows).nll == pytest.approx(wanted), "a base relative to the adapter"
+    assert eval.evaluate(lost, rows).nll == pytest.approx(wanted), "a base relative to the adapter"
 
 
 def test_a_model_without_numbers_is_worse() -> None:
@@ -216,10 +216,10 @@ def test_only_one_model_is_in_memory(
 ) -> None:
     import weakref
 
-    from mergeforge.evaluating import comparison
+    from mergeforge.eval import compare
 
     alive: list[weakref.ref[object]] = []
-    opened = comparison.open_model
+    opened = compare.open_model
 
     def watched(*arguments: Any, **settings: Any) -> Any:
         assert not any(one() for one in alive), "the one before is gone"
@@ -227,6 +227,6 @@ def test_only_one_model_is_in_memory(
         alive.append(weakref.ref(model.loaded.model))  # type: ignore[attr-defined]
         return model
 
-    monkeypatch.setattr(comparison, "open_model", watched)
-    evaluating.compare([base, taught, base], questions, limit=3)
+    monkeypatch.setattr(compare, "open_model", watched)
+    eval.compare([base, taught, base], questions, limit=3)
     assert len(alive) == 3

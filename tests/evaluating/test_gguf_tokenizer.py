@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeforge import evaluating
+from mergeforge import eval
 from mergeforge.errors import SourceError
 
 pytest.importorskip("xllamacpp")
@@ -21,13 +21,13 @@ def lone(merged: Path, tmp_path: Path) -> Path:
 
 
 def test_out_of_the_file(lone: Path, merged: Path, questions: Path) -> None:
-    found = evaluating.evaluate(lone, questions, limit=5)
-    assert found.nll == pytest.approx(evaluating.evaluate(merged, questions, limit=5).nll, abs=2e-4)
+    found = eval.evaluate(lone, questions, limit=5)
+    assert found.nll == pytest.approx(eval.evaluate(merged, questions, limit=5).nll, abs=2e-4)
 
 
 def test_of_the_model_that_the_receipt_names(lone: Path, merged: Path) -> None:
     (lone.parent / "mergeforge.json").write_text(json.dumps({"inputs": [{"name": str(merged)}]}))
-    assert evaluating.open_model(lone).tokenizer.name_or_path == str(merged)
+    assert eval.open_model(lone).tokenizer.name_or_path == str(merged)
 
 
 def test_one_of_another_vocabulary_is_refused(lone: Path, merged: Path, tmp_path: Path) -> None:
@@ -39,14 +39,14 @@ def test_one_of_another_vocabulary_is_refused(lone: Path, merged: Path, tmp_path
     tokenizer["model"]["vocab"] = vocabulary | turned
     (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(SourceError, match="another vocabulary"):
-        _ = evaluating.open_model(lone, tokenizer=str(other)).tokenizer
+        _ = eval.open_model(lone, tokenizer=str(other)).tokenizer
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(other / name, lone.parent / name)
-    assert evaluating.open_model(lone).tokenizer.encode("a") == [97], "what lies beside and does not fit is passed over"
+    assert eval.open_model(lone).tokenizer.encode("a") == [97], "what lies beside and does not fit is passed over"
 
 
 def test_a_template_over_the_files_own(taught: Path, taught_gguf: Path) -> None:
     messages = [{"role": "user", "content": "the hen"}]
-    greedy = evaluating.Sampling(6, 0)
-    wanted = evaluating.open_model(taught, template="raw").reply(messages, greedy).text
-    assert evaluating.open_model(taught_gguf, template="raw").reply(messages, greedy).text == wanted
+    greedy = eval.Sampling(6, 0)
+    wanted = eval.open_model(taught, template="raw").reply(messages, greedy).text
+    assert eval.open_model(taught_gguf, template="raw").reply(messages, greedy).text == wanted

@@ -10,9 +10,9 @@ import pytest
 import torch
 from small_models import random_rows
 
-from mergeforge import evaluating
+from mergeforge import eval
 from mergeforge.errors import SourceError
-from mergeforge.evaluating import Row
+from mergeforge.eval import Row
 
 NEW = ["<think>", "</think>"]
 WAYS: dict[str, dict[str, Any]] = {
@@ -57,9 +57,9 @@ def test_new_tokens_score_as_in_peft(base: Path, tmp_path: Path, way: str, rows:
     from test_against_transformers import losses
 
     wrapped = make(base, tmp_path / "adapter", rows, WAYS[way])
-    model = evaluating.open_model(tmp_path / "adapter")
+    model = eval.open_model(tmp_path / "adapter")
     data = rows_with_new_tokens()
-    found = evaluating.evaluate(model, data)
+    found = eval.evaluate(model, data)
     assert [row.nll for row in found.rows] == pytest.approx(losses(wrapped, data), rel=1e-5)
     assert len(model.tokenizer) == 322 and model.tokenizer.encode("<think>") == [320]
 
@@ -67,23 +67,23 @@ def test_new_tokens_score_as_in_peft(base: Path, tmp_path: Path, way: str, rows:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_base_is_what_it_was(base: Path, tmp_path: Path, way: str) -> None:
     make(base, tmp_path / "adapter", 322, WAYS[way])
-    model = evaluating.open_model(tmp_path / "adapter")
-    assert isinstance(model, evaluating.TorchModel)
+    model = eval.open_model(tmp_path / "adapter")
+    assert isinstance(model, eval.TorchModel)
     data = random_rows(6)
-    wanted = evaluating.evaluate(base, data)
-    found = evaluating.evaluate(model.base(), data)
+    wanted = eval.evaluate(base, data)
+    found = eval.evaluate(model.base(), data)
     assert [row.nll for row in found.rows] == pytest.approx([row.nll for row in wanted.rows], rel=1e-6)
     messages = [{"role": "user", "content": "the hen"}]
-    greedy = evaluating.Sampling(12, 0)
-    assert model.base().reply(messages, greedy).text == evaluating.open_model(base).reply(messages, greedy).text
+    greedy = eval.Sampling(12, 0)
+    assert model.base().reply(messages, greedy).text == eval.open_model(base).reply(messages, greedy).text
     assert len(model.base().tokenizer) < 322
     with pytest.raises(SourceError, match="token 321"):
-        evaluating.evaluate(model.base(), rows_with_new_tokens())
+        eval.evaluate(model.base(), rows_with_new_tokens())
 
 
 def test_every_load_is_the_same(base: Path, tmp_path: Path) -> None:
     """Rows that the adapter does not hold start as the mean, not at random."""
     make(base, tmp_path / "adapter", 384, WAYS["trainable tokens"])
     data = rows_with_new_tokens()
-    one, two = (evaluating.evaluate(tmp_path / "adapter", data) for _ in range(2))
+    one, two = (eval.evaluate(tmp_path / "adapter", data) for _ in range(2))
     assert [row.nll for row in one.rows] == [row.nll for row in two.rows]

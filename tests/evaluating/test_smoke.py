@@ -10,10 +10,10 @@ import pytest
 import torch
 from small_models import ANSWERS, make_adapter
 
-from mergeforge import evaluating
+from mergeforge import eval
 from mergeforge.cli import run_command
-from mergeforge.evaluating import Answer, Smoke
-from mergeforge.evaluating.smoke import PROMPTS, read_prompts, repeated
+from mergeforge.eval import Answer, Smoke
+from mergeforge.eval.smoke_test import PROMPTS, read_prompts, repeated
 
 STOP = ("--stop", "</output>")
 
@@ -56,25 +56,25 @@ def test_what_is_printed(taught: Path, base: Path, capfd: pytest.CaptureFixture[
 
 
 def test_an_answer_that_never_ends(base: Path) -> None:
-    found = evaluating.smoke(evaluating.open_model(base), ["the hen"], evaluating.Sampling(8, 0))
+    found = eval.smoke(eval.open_model(base), ["the hen"], eval.Sampling(8, 0))
     assert {"ends by itself", "template"} <= checks(found)
 
 
 def test_no_numbers(taught: Path, tmp_path: Path) -> None:
     broken = changed(taught, tmp_path / "nan", "model.norm.weight", lambda one: one * float("nan"))
-    found = evaluating.smoke(evaluating.open_model(broken), PROMPTS[:1], evaluating.Sampling(4, 0))
+    found = eval.smoke(eval.open_model(broken), PROMPTS[:1], eval.Sampling(4, 0))
     assert "finite" in checks(found)
-    assert not evaluating.evaluate(broken, taught_rows(taught)).finite
+    assert not eval.evaluate(broken, taught_rows(taught)).finite
 
 
 def test_a_gguf_without_numbers(taught: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     broken = changed(taught, tmp_path / "nan", "model.norm.weight", lambda one: one * 1e38)
     assert run_command(["gguf", str(broken), "--type", "f32", "--out", str(tmp_path / "nan.gguf"), "-q"]) == 0
-    model = evaluating.open_model(tmp_path / "nan.gguf", tokenizer=str(taught))
-    found = evaluating.smoke(model, PROMPTS[:1], evaluating.Sampling(4, 0))
+    model = eval.open_model(tmp_path / "nan.gguf", tokenizer=str(taught))
+    found = eval.smoke(model, PROMPTS[:1], eval.Sampling(4, 0))
     assert "finite" in checks(found), found
-    assert not evaluating.evaluate(model, taught_rows(taught)).finite
+    assert not eval.evaluate(model, taught_rows(taught)).finite
 
 
 def test_an_empty_answer(taught: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_an_empty_answer(taught: Path, tmp_path: Path) -> None:
     silent = changed(taught, tmp_path / "silent", "lm_head.weight", only_eos)
     config = json.loads((silent / "generation_config.json").read_text())
     (silent / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [0, 257]}))
-    found = evaluating.smoke(evaluating.open_model(silent), PROMPTS[:2])
+    found = eval.smoke(eval.open_model(silent), PROMPTS[:2])
     assert checks(found) == {"not empty"} and [one.ended for one in found.answers] == ["eos", "eos"]
 
 
@@ -100,13 +100,13 @@ def test_a_mark_in_the_answer(taught: Path, tmp_path: Path) -> None:
         (other / name).write_text(json.dumps(config | {"eos_token_id": 256}))
     tokenizer = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": "<s>"}))
-    found = evaluating.smoke(evaluating.open_model(other), PROMPTS[1:2], evaluating.Sampling(8, 0))
+    found = eval.smoke(eval.open_model(other), PROMPTS[1:2], eval.Sampling(8, 0))
     assert "no marks in the text" in checks(found) and found.answers[0].leaked == ("</s>",)
     assert "</s>" not in found.answers[0].text
 
 
 def test_marks_that_are_written_out() -> None:
-    from mergeforge.evaluating.smoke import _failures
+    from mergeforge.eval.smoke_test import _failures
 
     def answer(text: str, ended: str = "eos") -> Answer:
         return Answer(text, 9, ended, 1, 0.1)
@@ -140,7 +140,7 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "p.txt") == ("one", "two")
 
 
-def taught_rows(taught: Path) -> list[evaluating.Row]:
+def taught_rows(taught: Path) -> list[eval.Row]:
     from small_models import random_rows
 
     return random_rows(2)

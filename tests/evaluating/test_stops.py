@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergeforge.data import load_tokenizer
-from mergeforge.evaluating.stops import StopText, TokenText
+from mergeforge.eval.stop_strings import StopText, TokenText
 
 
 def shown(pieces: list[str], *stops: str) -> tuple[str, str | None]:

@@ -10,7 +10,7 @@ import torch
 from tiny_architectures import ARCHITECTURES, Architecture, quiet
 
 from mergeforge.data import Example
-from mergeforge.evaluating import scoring
+from mergeforge.eval import logprobs as scoring
 
 CAUSAL = [one for one in ARCHITECTURES if one.auto == "AutoModelForCausalLM"]
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergeforge.cli import run_command
 from mergeforge.data import load_tokenizer
-from mergeforge.evaluating import open_model
+from mergeforge.eval import open_model
 from mergeforge.operations.synthetic_models import Shape, write_model
 from mergeforge.train.planning import TINY_STD, make_plan
 

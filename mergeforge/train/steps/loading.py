@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from mergeforge.errors import SourceError
-from mergeforge.evaluating.loading import keep_gradients_whole
+from mergeforge.eval.load_transformers import keep_gradients_whole
 
 NO_CODE = {"use_safetensors": True, "trust_remote_code": False}  # neither pickles nor a model's own Python
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mergeforge.evaluating.loading import Loaded
-from mergeforge.evaluating.prompts import prompt_tokens
-from mergeforge.evaluating.sampling import Sampling
-from mergeforge.evaluating.torch_model import TorchModel
+from mergeforge.eval.load_transformers import Loaded
+from mergeforge.eval.prompts import prompt_tokens
+from mergeforge.eval.sampling import Sampling
+from mergeforge.eval.transformers_backend import TorchModel
 from mergeforge.train.planning import TrainPlan
 from mergeforge.train.steps.batches import Store
 from mergeforge.train.steps.job import Job

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from mergeforge.data import load_tokenizer
 from mergeforge.errors import SourceError
-from mergeforge.evaluating.extras import extra
-from mergeforge.evaluating.scoring_process import ScoringProcess
+from mergeforge.eval.extras import extra
+from mergeforge.eval.llama_logprobs_process import ScoringProcess
 from mergeforge.gguf.reader import GGUFHeader
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from typing import Any
 
 from mergeforge.data import Counts
 from mergeforge.errors import SourceError
-from mergeforge.evaluating.answerer import Answer, Answerer, Row, RowScore, TooLong
-from mergeforge.evaluating.opening import open_model
-from mergeforge.evaluating.rows import Data, Rows, counts_anything, nbytes, rows_of, spans
-from mergeforge.evaluating.sampling import GREEDY, Sampling
-from mergeforge.evaluating.stops import decoded
+from mergeforge.eval.backend import Answer, Answerer, Row, RowScore, TooLong
+from mergeforge.eval.dataset import Data, Rows, counts_anything, nbytes, rows_of, spans
+from mergeforge.eval.open_model import open_model
+from mergeforge.eval.sampling import GREEDY, Sampling
+from mergeforge.eval.stop_strings import decoded
 
 Progress = Callable[[int, int], object]  # rows done, rows in all
 CHARACTERS = 2000  # of a sample's prompt that are kept, from its end

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mergeforge.data.chat_templates import TemplateRefusal, choose_template
 from mergeforge.data.tokenizers import tokenize
 from mergeforge.errors import SourceError
-from mergeforge.evaluating.answerer import Messages
+from mergeforge.eval.backend import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,18 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.evaluating.answerer import UNTRAINED, Answer, Messages, Row, RowScore, Tell, TooLong
-from mergeforge.evaluating.gguf_tokenizer import find_tokenizer
-from mergeforge.evaluating.prompts import plain_prompt, prompt_tokens
-from mergeforge.evaluating.scoring_process import ScoringProcess
-from mergeforge.evaluating.stops import StopText
+from mergeforge.eval.backend import UNTRAINED, Answer, Messages, Row, RowScore, Tell, TooLong
+from mergeforge.eval.gguf_tokenizer import find_tokenizer
+from mergeforge.eval.llama_logprobs_process import ScoringProcess
+from mergeforge.eval.prompts import plain_prompt, prompt_tokens
+from mergeforge.eval.stop_strings import StopText
 from mergeforge.gguf.llama_cpp import ContextError, Engine
 from mergeforge.gguf.reader import GGUFHeader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mergeforge.evaluating.sampling import Sampling
+    from mergeforge.eval.sampling import Sampling
 
 CONTROL = 3  # llama_token_type of a mark that is no text
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import OutputError, RecipeError, did_you_mean
-from mergeforge.evaluating import Answer, Answerer, Sampling, TooLong, with_setting
+from mergeforge.eval import Answer, Answerer, Sampling, TooLong, with_setting
 
 DEMO = (
     "Hello! Who are you, in one sentence?",

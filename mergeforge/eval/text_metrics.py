@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mergeforge.errors import RecipeError, did_you_mean
-from mergeforge.evaluating.evaluation import Sample
-from mergeforge.evaluating.extras import extra
+from mergeforge.eval.evaluate import Sample
+from mergeforge.eval.extras import extra
 
 
 def bleu(answers: Sequence[str], expected: Sequence[str]) -> float:

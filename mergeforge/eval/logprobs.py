@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.errors import SourceError
-from mergeforge.evaluating.answerer import UNTRAINED, Row, RowScore
+from mergeforge.eval.backend import UNTRAINED, Row, RowScore
 
 if TYPE_CHECKING:
     from torch import Tensor

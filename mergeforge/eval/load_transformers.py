@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.data import load_tokenizer
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
-from mergeforge.evaluating.extras import extra, quiet
+from mergeforge.eval.extras import extra, quiet
 from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header
 

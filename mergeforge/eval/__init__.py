@@ -4,14 +4,14 @@ Back ends behind one protocol (answerer.py): transformers (a folder, Hub repo or
 NF4) and llama.cpp (a GGUF file).
 """
 
-from mergeforge.evaluating.answerer import Answer, Answerer, Row, RowScore, TooLong
-from mergeforge.evaluating.bootstrap import Interval
-from mergeforge.evaluating.comparison import Comparison, compare
-from mergeforge.evaluating.evaluation import Evaluation, RowResult, Sample, evaluate
-from mergeforge.evaluating.opening import open_model
-from mergeforge.evaluating.sampling import GREEDY, PRESETS, Sampling, preset, with_setting
-from mergeforge.evaluating.smoke import Smoke, agreement, smoke
-from mergeforge.evaluating.torch_model import TorchModel
+from mergeforge.eval.backend import Answer, Answerer, Row, RowScore, TooLong
+from mergeforge.eval.bootstrap import Interval
+from mergeforge.eval.compare import Comparison, compare
+from mergeforge.eval.evaluate import Evaluation, RowResult, Sample, evaluate
+from mergeforge.eval.open_model import open_model
+from mergeforge.eval.sampling import GREEDY, PRESETS, Sampling, preset, with_setting
+from mergeforge.eval.smoke_test import Smoke, agreement, smoke
+from mergeforge.eval.transformers_backend import TorchModel
 
 __all__ = [
     "GREEDY",

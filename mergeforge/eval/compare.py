@@ -13,12 +13,12 @@ from typing import Any
 import xxhash
 
 from mergeforge.errors import RecipeError, SourceError
-from mergeforge.evaluating.answerer import Answerer
-from mergeforge.evaluating.bootstrap import FEWEST, Interval, paired
-from mergeforge.evaluating.evaluation import Evaluation, Progress, RowResult, score
-from mergeforge.evaluating.opening import open_model
-from mergeforge.evaluating.rows import Data, RowList, rows_of
-from mergeforge.evaluating.sampling import GREEDY, Sampling
+from mergeforge.eval.backend import Answerer
+from mergeforge.eval.bootstrap import FEWEST, Interval, paired
+from mergeforge.eval.dataset import Data, RowList, rows_of
+from mergeforge.eval.evaluate import Evaluation, Progress, RowResult, score
+from mergeforge.eval.open_model import open_model
+from mergeforge.eval.sampling import GREEDY, Sampling
 
 PER_TOKEN, PER_BYTE = "nats a token", "bits a byte"
 Tell = Callable[[str], Progress | None]
@@ -119,7 +119,7 @@ def side_by_side(
 def _opened(models: Sequence[str | Path], opening: dict[str, Any]) -> Iterator[Answerer]:
     """Each model when its turn comes; who takes the next has dropped the last."""
     if len(models) == 1:
-        from mergeforge.evaluating.torch_model import TorchModel
+        from mergeforge.eval.transformers_backend import TorchModel
 
         one = open_model(models[0], **opening)
         if not isinstance(one, TorchModel) or one.kind != "adapter":

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.data.tokenizers import special_ids
-from mergeforge.evaluating.answerer import Answer, Tell, TooLong
-from mergeforge.evaluating.extras import extra, quiet
-from mergeforge.evaluating.stops import StopText, TokenText, decoded
+from mergeforge.eval.backend import Answer, Tell, TooLong
+from mergeforge.eval.extras import extra, quiet
+from mergeforge.eval.stop_strings import StopText, TokenText, decoded
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from mergeforge.evaluating.sampling import Sampling
+    from mergeforge.eval.sampling import Sampling
 
 LEAST = 32  # tokens that a prompt must leave for an answer
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from mergeforge.evaluating.sampling import Sampling
+    from mergeforge.eval.sampling import Sampling
 
 Messages = Sequence[Mapping[str, str]]
 Tell = Callable[[str], object]

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from mergeforge.data import load_tokenizer
 from mergeforge.errors import SourceError
-from mergeforge.evaluating import scoring
-from mergeforge.evaluating.answerer import Answer, Messages, Row, RowScore, Tell
-from mergeforge.evaluating.generating import generate
-from mergeforge.evaluating.loading import Loaded
-from mergeforge.evaluating.prompts import prompt_tokens
+from mergeforge.eval import logprobs
+from mergeforge.eval.backend import Answer, Messages, Row, RowScore, Tell
+from mergeforge.eval.generate import generate
+from mergeforge.eval.load_transformers import Loaded
+from mergeforge.eval.prompts import prompt_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mergeforge.evaluating.sampling import Sampling
+    from mergeforge.eval.sampling import Sampling
 
 CONTEXT = 4096  # where the configuration names none
 
@@ -57,7 +57,7 @@ class TorchModel:
     def scores(self, rows: Sequence[Row], *, batch: int | None = None) -> Iterator[tuple[int, RowScore]]:
         """See Answerer."""
         model = self.loaded.model
-        found = scoring.scores(model, rows, batch=batch, device=self.loaded.device, vocabulary=self._vocabulary)
+        found = logprobs.scores(model, rows, batch=batch, device=self.loaded.device, vocabulary=self._vocabulary)
         while True:
             with self._adapter():  # not across a yield: who takes the scores may use the adapter meanwhile
                 one = next(found, None)

@@ -19,7 +19,7 @@ class ScoringProcess:
 
     def __init__(self, path: Path, context: int) -> None:
         self._path = path
-        command = [sys.executable, "-m", "mergeforge.evaluating.llama_scores"]
+        command = [sys.executable, "-m", "mergeforge.eval.llama_logprobs"]
         pipe = subprocess.PIPE
         self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # until close
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr, text=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import MergeforgeError, SourceError
-from mergeforge.evaluating.answerer import Answer, Answerer
-from mergeforge.evaluating.sampling import Sampling
+from mergeforge.eval.backend import Answer, Answerer
+from mergeforge.eval.sampling import Sampling
 
 PROMPTS = (
     "Say hello in one short sentence.",

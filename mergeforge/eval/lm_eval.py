@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergeforge.errors import RecipeError, SourceError
-from mergeforge.evaluating.answerer import Answerer
-from mergeforge.evaluating.extras import extra
-from mergeforge.evaluating.torch_model import TorchModel
+from mergeforge.eval.backend import Answerer
+from mergeforge.eval.extras import extra
+from mergeforge.eval.transformers_backend import TorchModel
 
 
 def run_tasks(answerer: Answerer, tasks: Sequence[str], *, limit: int | None = None, batch: int = 8) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mergeforge.data import Counts, DataSettings, DataSource, prepare
-from mergeforge.evaluating.answerer import UNTRAINED, Answerer, Row
-from mergeforge.evaluating.stops import decoded
+from mergeforge.eval.backend import UNTRAINED, Answerer, Row
+from mergeforge.eval.stop_strings import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

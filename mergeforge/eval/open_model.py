@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import RecipeError, SourceError
-from mergeforge.evaluating.answerer import Answerer
+from mergeforge.eval.backend import Answerer
 
 CONTEXT = 4096  # tokens that a GGUF file gets, where it was trained on so many
 
@@ -57,8 +57,8 @@ def gguf_file(path: str | Path) -> Path | None:
 
 
 def _gguf(name: str, file: Path, tokenizer: str | None, context: int, template: str) -> Answerer:
-    from mergeforge.evaluating.extras import extra
-    from mergeforge.evaluating.gguf_model import GgufModel
+    from mergeforge.eval.extras import extra
+    from mergeforge.eval.llama_cpp_backend import GgufModel
     from mergeforge.gguf.reader import read_gguf
 
     if not file.is_file():
@@ -68,8 +68,8 @@ def _gguf(name: str, file: Path, tokenizer: str | None, context: int, template: 
 
 
 def _torch(name: str, *, template: str, **options: Any) -> Answerer:
-    from mergeforge.evaluating.loading import find, load
-    from mergeforge.evaluating.torch_model import TorchModel
+    from mergeforge.eval.load_transformers import find, load
+    from mergeforge.eval.transformers_backend import TorchModel
 
     loaded = load(find(name), **options)
     return TorchModel(name, loaded, str(loaded.tokenizer.chat_template or ""), asked=template)

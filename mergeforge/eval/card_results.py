@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mergeforge.errors import ODD, RecipeError, SourceError
-from mergeforge.evaluating.evaluation import Evaluation
+from mergeforge.eval.evaluate import Evaluation
 from mergeforge.execute.workspace import CARD
 from mergeforge.io.disk import write_durably
 
