@@ -51,8 +51,8 @@ def main() -> None:
 
 def load(given: argparse.Namespace) -> None:
     """The peak while loading, over what the quantised model takes in the end. The bar: 1 GB."""
-    from mergeforge.train.extra import quiet
-    from mergeforge.train.steps.loading import Loading, load_base
+    from mergeforge.train.loop.load_base import Loading, load_base
+    from mergeforge.train.requirements import quiet
 
     folder = given.dir / given.shape
     if not (folder / "config.json").exists():
@@ -75,7 +75,7 @@ def loss(given: argparse.Namespace) -> None:
 
 
 def _head(chunk: int) -> tuple[float, float]:
-    from mergeforge.train.steps.loss import IGNORED, _in_chunks, _summed
+    from mergeforge.train.loop.chunked_loss import IGNORED, _in_chunks, _summed
 
     torch.manual_seed(0)
     head = torch.nn.Linear(512, 64_000, bias=False)

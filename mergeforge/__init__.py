@@ -18,7 +18,7 @@ _NAMES = {
     "run": ("mergeforge.execute.executor", "run"),
     "merge": ("mergeforge.api", "merge"),
     "verify": ("mergeforge.operations.verify", "verify"),
-    "QuickTrainer": ("mergeforge.train.quick", "QuickTrainer"),
+    "QuickTrainer": ("mergeforge.train.quick_trainer", "QuickTrainer"),
     "Plan": ("mergeforge.planner", "Plan"),
     "Recipe": ("mergeforge.recipe", "Recipe"),
     "MergeforgeError": ("mergeforge.errors", "MergeforgeError"),

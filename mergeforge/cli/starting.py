@@ -152,9 +152,9 @@ def schema(train: bool) -> None:
     mergeforge schema --train > train.schema.json
     """
     from mergeforge import recipe
-    from mergeforge.train import language
+    from mergeforge.train import keys
 
-    click.echo(json.dumps(language.json_schema() if train else recipe.json_schema(), indent=2))
+    click.echo(json.dumps(keys.json_schema() if train else recipe.json_schema(), indent=2))
 
 
 def _methods() -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ from mergeforge.core.sizes import show_size
 from mergeforge.errors import RecipeError
 
 if TYPE_CHECKING:
-    from mergeforge.train.planning import TrainPlan
-    from mergeforge.train.running import Trained
+    from mergeforge.train.plan import TrainPlan
+    from mergeforge.train.run import Trained
 
 
 @click.command()
@@ -63,14 +63,15 @@ def train(
         raise RecipeError("--extend-epochs must not be negative")
     if config is None and not then:
         raise RecipeError("which run? give its train.yaml", hint="`mergeforge recipes cp train-demo` writes one")
-    from mergeforge.train import flow, folder, planning, processes, running
-    from mergeforge.train.resuming import Resume
+    from mergeforge.train import distributed, post_training, run, run_folder
+    from mergeforge.train import plan as planning
+    from mergeforge.train.resume import Resume
 
-    quiet = quiet or not processes.is_main()
-    with processes.main_first():
-        source = config or folder.newest_run().settings()
+    quiet = quiet or not distributed.is_main()
+    with distributed.main_first():
+        source = config or run_folder.newest_run().settings()
         plan = planning.make_plan(source, sets=sets, out=out, device=device)
-    after = flow.after_of_steps(plan.settings.after, then) if then else plan.settings.after
+    after = post_training.after_of_steps(plan.settings.after, then) if then else plan.settings.after
     if after.publish and not only_plan:
         from mergeforge.hub.publish import check_access
 
@@ -81,21 +82,21 @@ def train(
         if as_json:
             click.echo(json.dumps(_plan_facts(plan), default=str))
         return 0
-    trained = None if overwrite or extend_epochs or not after.merge else running.trained_before(plan)
+    trained = None if overwrite or extend_epochs or not after.merge else run.trained_before(plan)
     if trained is None:
         with _bar(plan, quiet=quiet) as listener:
-            trained = running.train(plan, Resume(resume, extend_epochs, overwrite), [listener])
+            trained = run.train(plan, Resume(resume, extend_epochs, overwrite), [listener])
     if trained.interrupted:
         click.echo(f"interrupted after step {trained.steps}; the same command goes on from there", err=True)
         return 130
-    followed = flow.Followed()
-    if processes.is_main():
-        followed = flow.follow(
+    followed = post_training.Followed()
+    if distributed.is_main():
+        followed = post_training.follow(
             plan, after, memory=memory, tell=lambda line: None if quiet else click.echo(line, err=True)
         )
     if not quiet:
         _tell(trained, followed)
-    if as_json and processes.is_main():
+    if as_json and distributed.is_main():
         click.echo(
             json.dumps(asdict(trained) | {"folder": trained.folder.root, "followed": asdict(followed)}, default=str)
         )
@@ -108,7 +109,7 @@ def _plan_facts(plan: TrainPlan) -> dict[str, Any]:
 
 def _show(plan: TrainPlan, price: float | None, *, whole: bool) -> None:
     """The plan on stderr: data, model, choices and what was given up; with `whole`, memory by part and time too."""
-    from mergeforge.train.extra import told
+    from mergeforge.train.requirements import told
 
     counts, way, choices = plan.data.counts, plan.choices.way, plan.choices
     what = plan.settings.method if plan.settings.trains_adapter else "all weights"
@@ -137,7 +138,7 @@ def _show(plan: TrainPlan, price: float | None, *, whole: bool) -> None:
 
 
 def _whole(plan: TrainPlan, price: float | None, tokens: int) -> None:
-    from mergeforge.train.timing import seconds
+    from mergeforge.train.time_estimate import seconds
 
     for name, size in plan.choices.estimate.parts.items():
         _say(f"  {show_size(size):>9}  {name}")

@@ -15,14 +15,14 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
-    "QuickTrainer": "quick",
-    "Resume": "resuming",
-    "TrainPlan": "planning",
+    "QuickTrainer": "quick_trainer",
+    "Resume": "resume",
+    "TrainPlan": "plan",
     "TrainSettings": "settings",
-    "Trained": "running",
-    "follow": "flow",
-    "make_plan": "planning",
-    "train": "running",
+    "Trained": "run",
+    "follow": "post_training",
+    "make_plan": "plan",
+    "train": "run",
 }
 __all__ = sorted(_NAMES)
 

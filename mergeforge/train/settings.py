@@ -16,7 +16,7 @@ from mergeforge.data import DataSettings, settings_of
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.overrides import file_text, overridden, plain
-from mergeforge.train.language import TRAIN
+from mergeforge.train.keys import TRAIN
 
 DURING = ("output", "after", "track", "max_steps", "epochs")  # not part of the fingerprint
 SAME: tuple[str, ...] = (

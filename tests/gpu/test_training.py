@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mergeforge.operations.synthetic_models import Shape, write_model
-from mergeforge.train.planning import TINY_STD, make_plan
-from mergeforge.train.running import train
+from mergeforge.train.plan import TINY_STD, make_plan
+from mergeforge.train.run import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,7 @@ from mergeforge.gguf.file_types import MIXES
 from mergeforge.methods import METHODS
 from mergeforge.recipe import OUT_DTYPES, json_schema, read
 from mergeforge.recipe.parameter_values import layer_of, layer_positions, scalars, value_at
-from mergeforge.train import language
+from mergeforge.train import keys
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MLP, ATTENTION = "model.layers.3.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.weight"
@@ -134,7 +134,7 @@ def test_the_recipes_of_the_package(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("train-*.yaml")), ids=lambda path: path.stem)
 def test_the_trainings_of_the_package(path: Path) -> None:
-    assert valid(yaml.safe_load(path.read_text()), language.json_schema())
+    assert valid(yaml.safe_load(path.read_text()), keys.json_schema())
 
 
 def test_the_schema_refuses_what_reading_refuses() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mergeforge.operations.synthetic_models import write_model
-from mergeforge.train.planning import TINY_STD, Shape
+from mergeforge.train.plan import TINY_STD, Shape
 
 SHAPE = Shape(64, 176, 2, 4, 2, 320)
 COLOURS = ("red", "blue", "green", "black", "white", "grey", "pink")

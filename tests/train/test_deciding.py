@@ -13,9 +13,9 @@ import pytest
 
 from mergeforge.cli.starting import shipped
 from mergeforge.errors import BudgetError
-from mergeforge.train.deciding import Choices, Lengths, Machine, decide
-from mergeforge.train.estimate import Way, estimate
-from mergeforge.train.facts import ModelFacts, model_facts
+from mergeforge.train.auto_config import Choices, Lengths, Machine, decide
+from mergeforge.train.memory_estimate import Way, estimate
+from mergeforge.train.model_stats import ModelFacts, model_facts
 from mergeforge.train.settings import Lora, read
 
 GB = 10**9

@@ -10,8 +10,8 @@ from training_models import write_tiny
 from training_runs import run
 
 from mergeforge.operations.synthetic_models import write_tokenizer
-from mergeforge.train.flow import follow
-from mergeforge.train.planning import make_plan
+from mergeforge.train.plan import make_plan
+from mergeforge.train.post_training import follow
 from mergeforge.train.settings import After, Merge
 
 EXPERTS: dict[str, Any] = {

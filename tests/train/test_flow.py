@@ -15,7 +15,7 @@ from fakehub import FakeHub
 
 from mergeforge.cli import run_command
 from mergeforge.errors import SourceError
-from mergeforge.train.folder import newest_run
+from mergeforge.train.run_folder import newest_run
 
 
 def write(settings: dict[str, Any], **changed: Any) -> str:

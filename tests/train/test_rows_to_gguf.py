@@ -24,7 +24,7 @@ from mergeforge.cli import run_command
 from mergeforge.data import load_tokenizer
 from mergeforge.eval import open_model
 from mergeforge.operations.synthetic_models import Shape, write_model
-from mergeforge.train.planning import TINY_STD, make_plan
+from mergeforge.train.plan import TINY_STD, make_plan
 
 TOKENS = ("<output>", "</output>")
 

@@ -15,10 +15,10 @@ import torch
 from training_runs import adapter, lines, run, same
 
 from mergeforge.errors import BudgetError, MergeforgeError, MissingExtraError, OutputError
-from mergeforge.train.planning import make_plan
-from mergeforge.train.resuming import Resume
-from mergeforge.train.steps.building import make_job
-from mergeforge.train.steps.probing import probe
+from mergeforge.train.loop.memory_probe import probe
+from mergeforge.train.loop.setup import make_job
+from mergeforge.train.plan import make_plan
+from mergeforge.train.resume import Resume
 
 Settings = dict[str, Any]
 

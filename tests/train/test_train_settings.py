@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mergeforge.errors import RecipeError
-from mergeforge.train.language import json_schema
+from mergeforge.train.keys import json_schema
 from mergeforge.train.settings import read
 
 MISTAKES = [

@@ -9,9 +9,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergeforge.train.planning import make_plan
-from mergeforge.train.resuming import Resume
-from mergeforge.train.running import Trained, train
+from mergeforge.train.plan import make_plan
+from mergeforge.train.resume import Resume
+from mergeforge.train.run import Trained, train
 
 
 def run(settings: dict[str, Any], resume: Resume | None = None, listeners: Any = (), **changed: Any) -> Trained:

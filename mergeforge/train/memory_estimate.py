@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergeforge.train.facts import ModelFacts
+from mergeforge.train.model_stats import ModelFacts
 from mergeforge.train.settings import Lora
 
 MARGIN = 1.08

@@ -6,10 +6,10 @@ from mergeforge.eval.load_transformers import Loaded
 from mergeforge.eval.prompts import prompt_tokens
 from mergeforge.eval.sampling import Sampling
 from mergeforge.eval.transformers_backend import TorchModel
-from mergeforge.train.planning import TrainPlan
-from mergeforge.train.steps.batches import Store
-from mergeforge.train.steps.job import Job
-from mergeforge.train.steps.loss import IGNORED
+from mergeforge.train.loop.chunked_loss import IGNORED
+from mergeforge.train.loop.collate import Store
+from mergeforge.train.loop.context import Job
+from mergeforge.train.plan import TrainPlan
 
 COUNT = 3  # prompts that are taken from the data where the settings give none
 

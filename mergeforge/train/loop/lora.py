@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mergeforge.errors import RecipeError, listing
-from mergeforge.train.facts import left_alone
+from mergeforge.train.model_stats import left_alone
 from mergeforge.train.settings import Lora
 
 ALL = "all-linear"

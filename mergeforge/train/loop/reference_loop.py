@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
 
-from mergeforge.train.steps.batches import Shuffled
-from mergeforge.train.steps.job import Batch, Job, Metrics, autocast, validation_sums
-from mergeforge.train.steps.loss import IGNORED
-from mergeforge.train.steps.trainer import SCHEDULES, Outcome, Stop, arguments
+from mergeforge.train.loop.chunked_loss import IGNORED
+from mergeforge.train.loop.collate import Shuffled
+from mergeforge.train.loop.context import Batch, Job, Metrics, autocast, validation_sums
+from mergeforge.train.loop.hf_trainer import SCHEDULES, Outcome, Stop, arguments
 
 
 def train(job: Job, stop: Stop) -> Outcome:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mergeforge.train.loop.collate import Shuffled
+from mergeforge.train.loop.context import Job, Metrics, save_model, validation_sums
 from mergeforge.train.settings import EarlyStop
-from mergeforge.train.steps.batches import Shuffled
-from mergeforge.train.steps.job import Job, Metrics, save_model, validation_sums
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 

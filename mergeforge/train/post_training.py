@@ -15,8 +15,8 @@ import yaml
 
 from mergeforge.errors import RecipeError, SourceError
 from mergeforge.io.disk import write_durably
-from mergeforge.train.planning import TrainPlan
-from mergeforge.train.report import write_report
+from mergeforge.train.html_report import write_report
+from mergeforge.train.plan import TrainPlan
 from mergeforge.train.settings import After, Merge
 
 STEPS = ("merge", "gguf", "publish")

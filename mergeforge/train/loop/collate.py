@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from mergeforge.train.steps.loss import IGNORED
+from mergeforge.train.loop.chunked_loss import IGNORED
 
 MULTIPLE = 8  # of a batch's width: tensor cores like it
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from mergeforge.errors import MergeforgeError
 from mergeforge.tensors.budget import resident_memory
-from mergeforge.train.folder import RunFolder
+from mergeforge.train.loop.chunked_loss import IGNORED
+from mergeforge.train.loop.collate import Sequences, collate
+from mergeforge.train.run_folder import RunFolder
 from mergeforge.train.schedule import Schedule
 from mergeforge.train.settings import TrainSettings
-from mergeforge.train.steps.batches import Sequences, collate
-from mergeforge.train.steps.loss import IGNORED
 
 Batch = dict[str, Tensor]
 

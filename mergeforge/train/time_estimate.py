@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from mergeforge.train.deciding import Choices
-from mergeforge.train.facts import ModelFacts
+from mergeforge.train.auto_config import Choices
+from mergeforge.train.model_stats import ModelFacts
 
 SIZE = 1024  # of the matrices that are multiplied to find out
 SHARE = 0.4  # of a matrix product's speed that training reaches

@@ -10,11 +10,11 @@ import torch
 from transformers import set_seed
 
 from mergeforge.hub.download import fetch
-from mergeforge.train.planning import TrainPlan
-from mergeforge.train.processes import is_main
-from mergeforge.train.side_files import write_side_files
-from mergeforge.train.steps import adapter, batches, loading, loss
-from mergeforge.train.steps.job import Job, Listener
+from mergeforge.train.distributed import is_main
+from mergeforge.train.loop import chunked_loss, collate, load_base, lora
+from mergeforge.train.loop.context import Job, Listener
+from mergeforge.train.plan import TrainPlan
+from mergeforge.train.tokenizer_files import write_side_files
 
 SMALL = 20_000_000  # parameters below which one thread beats several: 0.1 s a step instead of 0.3 to 1.0 s on two cores
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_32bit": "adamw_torch"}  # the others are called as transformers calls them
@@ -27,21 +27,21 @@ def make_job(plan: TrainPlan, listeners: Sequence[Listener] = ()) -> tuple[Job, 
     if plan.choices.device == "cpu" and plan.facts.parameters < SMALL:
         torch.set_num_threads(1)
     base = _load(plan)
-    packed = plan.choices.pack and batches.keeps_rows_apart(base)
-    note = loss.install(base, chunk=way.ce_chunk, custom=loss.custom_loss(settings.loss))
+    packed = plan.choices.pack and collate.keeps_rows_apart(base)
+    note = chunked_loss.install(base, chunk=way.ce_chunk, custom=chunked_loss.custom_loss(settings.loss))
     if way.checkpointing:
-        loading.checkpoint_activations(base, offload=way.offload)
+        load_base.checkpoint_activations(base, offload=way.offload)
     model: Any = base
     if settings.trains_adapter:
-        model = adapter.with_adapter(base, way.lora, plan.new_tokens)
+        model = lora.with_adapter(base, way.lora, plan.new_tokens)
         model.peft_config["default"].base_model_name_or_path = named(plan.base)
         model.peft_config["default"].revision = plan.revision
     packs, validation = plan.packs(packed=packed), plan.data.validation
     job = Job(
         settings=settings,
         model=model,
-        train=batches.Sequences(plan.data.train, packs),
-        validation=batches.Sequences(validation, plan.validation_packs(packed=packed)) if validation else None,
+        train=collate.Sequences(plan.data.train, packs),
+        validation=collate.Sequences(validation, plan.validation_packs(packed=packed)) if validation else None,
         schedule=plan.schedule(len(packs)),
         folder=plan.folder,
         lr=plan.choices.lr,
@@ -66,7 +66,7 @@ def _load(plan: TrainPlan) -> Any:
     """The base on its device, with rows for the tokens that were added."""
     settings = plan.settings
     folder = fetch(plan.base, plan.revision, ("model",)).path
-    how = loading.Loading(
+    how = load_base.Loading(
         str(folder),
         plan.choices.dtype,
         plan.choices.device,
@@ -75,8 +75,8 @@ def _load(plan: TrainPlan) -> Any:
         attention=settings.attention,
         embed_on_cpu=plan.choices.way.embed_on_cpu,
     )
-    model = loading.load_base(how)
-    loading.make_room(model, len(plan.tokenizer))
+    model = load_base.load_base(how)
+    load_base.make_room(model, len(plan.tokenizer))
     return model
 
 

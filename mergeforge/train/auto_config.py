@@ -11,8 +11,8 @@ from typing import Any
 
 from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, RecipeError
-from mergeforge.train.estimate import Estimate, Way, estimate
-from mergeforge.train.facts import ModelFacts
+from mergeforge.train.memory_estimate import Estimate, Way, estimate
+from mergeforge.train.model_stats import ModelFacts
 from mergeforge.train.settings import Lora, TrainSettings
 
 LONGEST = 2048  # of `seq_len: auto`; a longer one is asked for by name

@@ -14,11 +14,11 @@ from mergeforge.data import Prepared, load_tokenizer, prepare
 from mergeforge.errors import OutputError, SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.operations.synthetic_models import Shape, write_model
-from mergeforge.train import extra, processes
-from mergeforge.train.deciding import Choices, Lengths, Machine, decide
-from mergeforge.train.facts import ModelFacts, model_facts
-from mergeforge.train.folder import RunFolder
+from mergeforge.train import distributed, requirements
+from mergeforge.train.auto_config import Choices, Lengths, Machine, decide
+from mergeforge.train.model_stats import ModelFacts, model_facts
 from mergeforge.train.packing import pack
+from mergeforge.train.run_folder import RunFolder
 from mergeforge.train.schedule import Schedule, make_schedule
 from mergeforge.train.settings import TrainSettings, read
 
@@ -92,14 +92,14 @@ def make_plan(
     if out is not None:
         sets = (*sets, f"output={out}")
     settings = source if isinstance(source, TrainSettings) else read(source, sets)
-    extra.check(quantise=settings.method == "qlora", track=settings.track)
+    requirements.check(quantise=settings.method == "qlora", track=settings.track)
     folder = RunFolder(settings.output)
     base, revision, small = _base(settings, folder)
     tokenizer = load_tokenizer(str(small))
     new_tokens = _add_tokens(tokenizer, settings.added_tokens)
-    machine = extra.machine(settings, device)
+    machine = requirements.machine(settings, device)
     facts = model_facts(str(small))
-    with folder.held() if processes.is_main() else contextlib.nullcontext():
+    with folder.held() if distributed.is_main() else contextlib.nullcontext():
         data, choices = _fitted(settings, tokenizer, folder, facts, machine)
     return TrainPlan(
         settings,
@@ -113,7 +113,7 @@ def make_plan(
         facts,
         machine,
         choices,
-        devices or processes.count(),
+        devices or distributed.count(),
     )
 
 

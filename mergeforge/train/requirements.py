@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from mergeforge.core.sizes import show_size
 from mergeforge.errors import MissingExtraError, RecipeError
 from mergeforge.tensors.budget import free_memory
-from mergeforge.train.deciding import Machine
+from mergeforge.train.auto_config import Machine
 from mergeforge.train.settings import TrainSettings
 
 PACKAGES = ("transformers", "peft", "accelerate")

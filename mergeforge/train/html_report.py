@@ -11,7 +11,7 @@ import yaml
 
 from mergeforge.core.sizes import show_size
 from mergeforge.io.disk import write_durably
-from mergeforge.train.folder import RunFolder
+from mergeforge.train.run_folder import RunFolder
 
 WIDTH, HEIGHT, EDGE = 640, 200, 44
 SMOOTH = 0.9  # of the moving average that is drawn over the loss

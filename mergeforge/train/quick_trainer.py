@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.data import DataSource
-from mergeforge.train.flow import Followed, follow
-from mergeforge.train.planning import TrainPlan, make_plan
-from mergeforge.train.resuming import Resume
-from mergeforge.train.running import Trained, train
+from mergeforge.train.plan import TrainPlan, make_plan
+from mergeforge.train.post_training import Followed, follow
+from mergeforge.train.resume import Resume
+from mergeforge.train.run import Trained, train
 from mergeforge.train.settings import After, Merge, read
 
 if TYPE_CHECKING:
-    from mergeforge.train.steps.job import Listener
+    from mergeforge.train.loop.context import Listener
 
 Rows = Sequence[Mapping[str, Any]]
 

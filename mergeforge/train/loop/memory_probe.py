@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mergeforge.train.steps.job import Job, autocast, memory_used
+from mergeforge.train.loop.context import Job, autocast, memory_used
 
 
 def probe(job: Job, seq_len: int) -> int:

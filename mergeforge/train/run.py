@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, OutputError
 from mergeforge.tensors.budget import resident_memory
-from mergeforge.train import extra
-from mergeforge.train.flow import write_recipe
-from mergeforge.train.folder import FINISHED, INTERRUPTED, RunFolder
-from mergeforge.train.planning import TrainPlan
-from mergeforge.train.processes import is_main
-from mergeforge.train.report import write_report
-from mergeforge.train.resuming import Resume, manifest_of, start
+from mergeforge.train import requirements
+from mergeforge.train.distributed import is_main
+from mergeforge.train.html_report import write_report
+from mergeforge.train.plan import TrainPlan
+from mergeforge.train.post_training import write_recipe
+from mergeforge.train.resume import Resume, manifest_of, start
+from mergeforge.train.run_folder import FINISHED, INTERRUPTED, RunFolder
 
 if TYPE_CHECKING:
-    from mergeforge.train.steps.job import Job, Listener
-    from mergeforge.train.steps.samples import Samples
-    from mergeforge.train.steps.trainer import Outcome, Stop
+    from mergeforge.train.loop.context import Job, Listener
+    from mergeforge.train.loop.hf_trainer import Outcome, Stop
+    from mergeforge.train.loop.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def train(plan: TrainPlan, resume: Resume | None = None, listeners: Sequence[Lis
     Ctrl-C ends the step, writes a checkpoint and returns with `interrupted`. Raises OutputError when the folder holds
     a finished run or one with other settings or data, BudgetError when the device's memory runs out twice.
     """
-    with extra.quiet(), plan.folder.held() if is_main() else contextlib.nullcontext():
+    with requirements.quiet(), plan.folder.held() if is_main() else contextlib.nullcontext():
         plan, checkpoint = start(plan, resume or Resume())
         return _train(plan, checkpoint, listeners)
 
@@ -84,8 +84,8 @@ def _trained(folder: RunFolder, facts: Mapping[str, Any]) -> Trained:
 
 
 def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[Listener]) -> Trained:
-    from mergeforge.train.steps.building import make_job
-    from mergeforge.train.steps.samples import Samples
+    from mergeforge.train.loop.samples import Samples
+    from mergeforge.train.loop.setup import make_job
 
     started = time.monotonic()
     shutil.rmtree(plan.folder.partial, ignore_errors=True)
@@ -114,7 +114,7 @@ def _probe(job: Job, plan: TrainPlan) -> None:
     """Try the largest batch; with less memory than was estimated, half of it."""
     import torch
 
-    from mergeforge.train.steps.probing import probe
+    from mergeforge.train.loop.memory_probe import probe
 
     try:
         peak = probe(job, plan.choices.way.seq_len)
@@ -129,19 +129,19 @@ def _steps(plan: TrainPlan, job: Job, checkpoint: Path | None, stop: Stop) -> Ou
     """The loop; when memory runs out, once more with half as many sequences in a pass, from the last step."""
     import torch
 
-    from mergeforge.train.steps import loop, trainer
+    from mergeforge.train.loop import hf_trainer, reference_loop
 
     if plan.settings.loop == "simple":
         if checkpoint is not None:
             raise OutputError("the simple loop cannot go on from a checkpoint", hint="loop: trainer, or --resume never")
-        return loop.train(job, stop)
+        return reference_loop.train(job, stop)
     try:
-        return trainer.train(job, checkpoint, stop)
+        return hf_trainer.train(job, checkpoint, stop)
     except torch.OutOfMemoryError as error:
         _halve(job, error)
     steps = plan.folder.steps()
     try:
-        return trainer.train(job, plan.folder.checkpoint(steps[-1]) if steps else None, stop)
+        return hf_trainer.train(job, plan.folder.checkpoint(steps[-1]) if steps else None, stop)
     except torch.OutOfMemoryError as error:
         raise _no_memory(error) from None
 
@@ -169,7 +169,7 @@ def _no_memory(error: Exception) -> BudgetError:
 
 def _finish(plan: TrainPlan, job: Job, outcome: Outcome, samples: Samples) -> dict[str, Any]:
     """Write what the run was for; the facts that only its end tells."""
-    from mergeforge.train.steps.job import load_weights, save_model, validation_sums
+    from mergeforge.train.loop.context import load_weights, save_model, validation_sums
 
     folder, facts = plan.folder, dict[str, Any]()
     best, wanted = outcome.best_step, plan.settings.save.best
@@ -204,7 +204,7 @@ def _last_loss(folder: RunFolder) -> float | None:
 @contextlib.contextmanager
 def _stoppable() -> Iterator[Stop]:
     """The first Ctrl-C or SIGTERM asks to stop after this step, the second ends at once."""
-    from mergeforge.train.steps.trainer import Stop
+    from mergeforge.train.loop.hf_trainer import Stop
 
     stop = Stop()
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import OutputError, RecipeError, SourceError
-from mergeforge.train import extra
-from mergeforge.train.folder import FINISHED, RUNNING, RunFolder
-from mergeforge.train.planning import TrainPlan
-from mergeforge.train.processes import is_main
+from mergeforge.train import requirements
+from mergeforge.train.distributed import is_main
+from mergeforge.train.plan import TrainPlan
+from mergeforge.train.run_folder import FINISHED, RUNNING, RunFolder
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def manifest_of(plan: TrainPlan, state: str) -> dict[str, Any]:
         "counts": asdict(plan.data.counts),
         "template": plan.data.template_name,
         "choices": asdict(plan.choices),
-        "versions": extra.versions(),
+        "versions": requirements.versions(),
     }
 
 
