@@ -20,7 +20,7 @@ import mergeforge
 from mergeforge.adapters.peft.kind import KINDS
 from mergeforge.adapters.peft.unsupported import REFUSED
 from mergeforge.cli import run_command
-from mergeforge.cli.starting import shipped
+from mergeforge.cli.recipes import shipped
 from mergeforge.gguf.file_types import MIXES
 from mergeforge.methods import METHODS
 from mergeforge.train.settings import read

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mergeforge.cli.starting import shipped
+from mergeforge.cli.recipes import shipped
 from mergeforge.errors import BudgetError
 from mergeforge.train.auto_config import Choices, Lengths, Machine, decide
 from mergeforge.train.memory_estimate import Way, estimate

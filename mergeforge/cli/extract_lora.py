@@ -54,11 +54,11 @@ def extract_lora(tuned: str, *, out: str, as_json: bool, quiet: bool, verbose: b
     mergeforge extract-lora ./tuned --base ./model --energy 0.95 --rank 256 --out ./adapter
     """
     started = time.monotonic()
-    from mergeforge import progress
+    from mergeforge.cli import _progress
     from mergeforge.lora import extract
 
     plan = extract.plan_extraction(tuned, base, out, **options)
-    to = progress.console()
+    to = _progress.console()
     found = list(_watched(plan, extract.extract(plan), to, quiet=quiet))
     if as_json:
         click.echo(json.dumps(extract.read_report(plan)))

@@ -30,7 +30,7 @@ def demo(folder: str) -> None:
     if root.exists() and any(root.iterdir()) and not (root / "demo.yaml").is_file():
         raise OutputError(f"{root} is not empty", hint="name a new folder: mergeforge demo DIR")
     click.echo(f"making a model of 8 M parameters and three adapters in {root}", err=True)
-    from mergeforge import progress
+    from mergeforge.cli import _progress
     from mergeforge.execute import executor
     from mergeforge.operations import synthetic_models, verify
     from mergeforge.planner import make_plan
@@ -42,9 +42,9 @@ def demo(folder: str) -> None:
     recipe = root / "demo.yaml"
     recipe.write_text(_demo_recipe(root), encoding="utf-8")
     plan = make_plan(recipe)
-    to = progress.console()
-    progress.show_plan(plan, to)
-    for _ in progress.watch(plan, executor.run(plan, fresh=True, overwrite=True), to):
+    to = _progress.console()
+    _progress.show_plan(plan, to)
+    for _ in _progress.watch(plan, executor.run(plan, fresh=True, overwrite=True), to):
         pass
     verdict = verify.verify(plan.out, deep=True)
     if not verdict.ok:

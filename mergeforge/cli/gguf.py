@@ -60,22 +60,22 @@ def gguf(
     asked = {key: value for key, value in settings.items() if value}
     if tensor_types:
         asked["tensor_types"] = dict(_pair(one) for one in tensor_types)
-    from mergeforge import progress
+    from mergeforge.cli import _progress
     from mergeforge.core.sizes import show_size
     from mergeforge.operations import convert_gguf
 
     options = {"memory": memory, "device": device, "threads": threads, "allow_pickle": allow_pickle}
     options["overwrite"] = overwrite
     planned = convert_gguf.plan_export(model, types or ("q8_0",), out, asked, **options)
-    to = progress.console()
+    to = _progress.console()
     if only_plan or verbose:
-        progress.show_plan(planned.plan, to)
+        _progress.show_plan(planned.plan, to)
     elif not quiet:
-        progress.show_notes(planned.plan, to)
+        _progress.show_notes(planned.plan, to)
     if only_plan:
         return
     tiles = convert_gguf.export(planned, fresh=fresh, overwrite=overwrite)
-    for _ in progress.watch(planned.plan, tiles, to, quiet=quiet):
+    for _ in _progress.watch(planned.plan, tiles, to, quiet=quiet):
         pass
     seconds = time.monotonic() - started
     files = {str(path): path.stat().st_size for path in planned.files}

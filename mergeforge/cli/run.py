@@ -94,14 +94,14 @@ def _streaming(recipe: Any, options: dict[str, Any]) -> list[str]:
 
 def _plan(recipe: str, *, sets: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     made = _made(recipe, sets, options)
-    from mergeforge import progress
+    from mergeforge.cli import _progress
     from mergeforge.planner import check_disk
 
     if as_json:
-        click.echo(json.dumps(progress.plan_facts(made), indent=1))
+        click.echo(json.dumps(_progress.plan_facts(made), indent=1))
     elif not quiet:
-        to = progress.console(stderr=False)
-        progress.show_plan(made, to)
+        to = _progress.console(stderr=False)
+        _progress.show_plan(made, to)
         if verbose:
             for piece in made.pieces:
                 shape = "x".join(map(str, piece.info.shape))
@@ -124,16 +124,16 @@ def _run(
 ) -> None:
     started = time.monotonic()
     made = _made(recipe, sets, options)
-    from mergeforge import progress
+    from mergeforge.cli import _progress
     from mergeforge.core.sizes import show_size
     from mergeforge.execute import executor
     from mergeforge.hub import publish
 
-    to = progress.console()
+    to = _progress.console()
     if verbose:
-        progress.show_plan(made, to)
+        _progress.show_plan(made, to)
     elif not quiet:
-        progress.show_notes(made, to)
+        _progress.show_notes(made, to)
     if made.streams:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
 
@@ -146,7 +146,7 @@ def _run(
             to.print(text, markup=False)
 
     tiles = executor.run(made, fresh=fresh, overwrite=overwrite, tell=say)
-    for _ in progress.watch(made, tiles, to, quiet=quiet):
+    for _ in _progress.watch(made, tiles, to, quiet=quiet):
         pass
     seconds = time.monotonic() - started
     if (asked := made.recipe.output.publish) and not asked.stream:

@@ -171,7 +171,7 @@ def _lines(terminal: bool) -> Iterator[str]:
 
 
 def _tell(piece: str) -> None:
-    from mergeforge.cli.evaluation_tables import printable
+    from mergeforge.cli._eval_tables import printable
 
     click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
 

@@ -79,7 +79,7 @@ def evaluate(
     if tasks:
         return _harness(models[0], [task.strip() for task in tasks.split(",") if task.strip()], asked)
     from mergeforge import eval
-    from mergeforge.cli.evaluation_tables import sample_dicts, show_evaluation
+    from mergeforge.cli._eval_tables import sample_dicts, show_evaluation
     from mergeforge.eval.card_results import card_of, note_in_card
     from mergeforge.eval.text_metrics import read_metrics, text_metrics
 
@@ -123,7 +123,7 @@ def compare(models: tuple[str, ...], *, margin: float, fail_if_worse: bool, **as
     mergeforge compare merged merged/merged-Q4_K_M.gguf --data valid.jsonl
     """
     from mergeforge import eval
-    from mergeforge.cli.evaluation_tables import sample_dicts, show_comparison
+    from mergeforge.cli._eval_tables import sample_dicts, show_comparison
     from mergeforge.eval.text_metrics import read_metrics, text_metrics
 
     metrics, settings = read_metrics(asked["metrics"]), _settings(asked)
@@ -156,7 +156,7 @@ def compare(models: tuple[str, ...], *, margin: float, fail_if_worse: bool, **as
 def _smoke(models: tuple[str, ...], path: str | None, asked: Mapping[str, Any]) -> int:
     """Every model answers the prompts; 1 when a check fails."""
     from mergeforge import eval
-    from mergeforge.cli.evaluation_tables import show_smoke
+    from mergeforge.cli._eval_tables import show_smoke
     from mergeforge.eval.smoke_test import PROMPTS, failed, read_prompts
 
     prompts = read_prompts(path) if path else PROMPTS
@@ -244,7 +244,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], Progress | None]]:
     """A bar on stderr for each model; none where nobody looks."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from mergeforge.progress import console
+    from mergeforge.cli._progress import console
 
     to = console()
     if quiet or not to.is_terminal:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergeforge.cli import data_tables
+from mergeforge.cli import _data_tables
 from mergeforge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def preview(files: tuple[str, ...], rows: int, tokens: bool, as_json: bool, **op
     mergeforge data preview train.jsonl
     mergeforge data preview sample:chat --model ./model --rows 3
     """
-    from mergeforge import progress
+    from mergeforge.cli import _progress
     from mergeforge.data.preview import show
 
     settings, model = _asked(files, options)
@@ -72,14 +72,14 @@ def preview(files: tuple[str, ...], rows: int, tokens: bool, as_json: bool, **op
     if as_json:
         click.echo(json.dumps(shown.json(), ensure_ascii=False, default=str))
         return
-    to = progress.console(stderr=False)
-    data_tables.show_decisions(shown.decisions, to)
+    to = _progress.console(stderr=False)
+    _data_tables.show_decisions(shown.decisions, to)
     if shown.template:
         to.print(f"  template    {shown.template}", markup=False)
     for note in shown.notes:
         to.print(f"  note        {note}", markup=False)
     for row in shown.rows:
-        data_tables.show_row(row, shown, tokens, to)
+        _data_tables.show_row(row, shown, tokens, to)
     for one in shown.skipped:
         to.print(f"{one.place}: not used: {one.why}", markup=False)
     if model is None:
@@ -96,7 +96,7 @@ def stats(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
     mergeforge data stats train.jsonl
     mergeforge data stats train.jsonl --model ./model --seq-len 1024
     """
-    from mergeforge import progress
+    from mergeforge.cli import _progress
 
     settings, model = _asked(files, options)
     counts, decided, notes = _prepared(settings, model) if model else _surveyed(settings)
@@ -105,9 +105,9 @@ def stats(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
         facts = {"unit": unit, **counts.json(), "decisions": [asdict(one) for one in decided], "notes": notes}
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
-    to = progress.console(stderr=False)
-    data_tables.show_decisions(decided, to)
-    data_tables.show_counts(counts, unit, to)
+    to = _progress.console(stderr=False)
+    _data_tables.show_decisions(decided, to)
+    _data_tables.show_counts(counts, unit, to)
     for note in notes:
         to.print(f"note: {note}", markup=False)
 
@@ -138,7 +138,7 @@ def split(file: str, val: str, out: str, seed: int, overwrite: bool, as_json: bo
         return
     for side, path in paths.items():
         click.echo(f"{path}: {done.written[side]:,} rows")
-    for line in data_tables.skipped_lines(done.counts):
+    for line in _data_tables.skipped_lines(done.counts):
         click.echo(line, err=True)
 
 
@@ -159,7 +159,7 @@ def build(structure: str, out: str, tokenizer: str | None, no_stats: bool, scaff
     mergeforge data build structure.yaml --out train.jsonl --scaffold
     mergeforge data build structure.yaml --out train.jsonl --tokenizer ./model
     """
-    from mergeforge import progress
+    from mergeforge.cli import _progress
     from mergeforge.data.topics.build import build as build_rows
 
     built = build_rows(structure, out, make_missing=scaffold)
@@ -174,10 +174,10 @@ def build(structure: str, out: str, tokenizer: str | None, no_stats: bool, scaff
         )
         click.echo(json.dumps(facts))
         return
-    to = progress.console(stderr=False)
-    data_tables.show_built(built, to)
+    to = _progress.console(stderr=False)
+    _data_tables.show_built(built, to)
     if counted:
-        data_tables.show_counts(counted[0], unit, to)
+        _data_tables.show_counts(counted[0], unit, to)
 
 
 def _asked(files: tuple[str, ...], options: Mapping[str, Any]) -> tuple[DataSettings, str | None]:

@@ -165,13 +165,13 @@ def _say(line: str) -> None:
 @contextmanager
 def _bar(plan: TrainPlan, *, quiet: bool) -> Iterator[Any]:
     """Something that takes metrics and shows them: a bar on a terminal, a line now and then elsewhere."""
-    from mergeforge import progress
+    from mergeforge.cli import _progress
 
     if quiet:
         yield lambda line: None
         return
     total = plan.schedule(len(plan.packs(packed=plan.choices.pack))).total
-    with progress.steps(total, progress.console()) as step:
+    with _progress.steps(total, _progress.console()) as step:
         yield lambda line: step(int(line.get("step", 0)), _words(line))
 
 
