@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parity"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from conftest import Lab
 from measure import machine, table
 from safetensors.torch import load_file
+from support.peft_lab import Lab
 from test_kinds_against_peft import ALL, BIASES, CASES
 
 import mergeforge

@@ -19,10 +19,10 @@ from typing import Any
 
 from measure import table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parity"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from support.tiny_architectures import ARCHITECTURES, Architecture, cnn, unet
 from test_any_architecture import STEM, half, mean, saved, stored
-from tiny_architectures import ARCHITECTURES, Architecture, cnn, unet
 
 import mergeforge
 from mergeforge.errors import MergeforgeError

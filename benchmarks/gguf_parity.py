@@ -18,11 +18,11 @@ from pathlib import Path
 
 from measure import table
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / name) for name in ("", "gguf")]
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / name) for name in ("",)]
 
-import llama_cpp
+from support import llama_cpp_tools as llama_cpp
 import test_whole_files as whole
-from tiny_models import TINY, Tiny, folders
+from support.gguf_models import TINY, Tiny, folders
 
 from mergeforge.errors import MergeforgeError
 from mergeforge.gguf.file_types import MIXES

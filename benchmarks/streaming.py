@@ -24,7 +24,7 @@ from pathlib import Path
 from measure import Measured, adapter, in_turn, machine, measure, median, mergeforge, model, table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from fakehub import FakeHub
+from support.fake_hub import FakeHub
 
 INTERPRETER = 350  # MiB beside the memory given: Python with torch and an HTTP client
 SHARD = 500_000_000

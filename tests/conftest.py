@@ -11,6 +11,7 @@ import pytest
 from mergeforge.native import bindings
 from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 
+pytest_plugins = ["support.peft_lab"]
 TINY = SHAPES["tiny"]
 ADAPTERS = {"loan": 4, "underwriting": 8, "fraud": 2, "a": 4, "b": 8, "legal": 4, "style": 4}
 REQUIRE_NATIVE = "MERGEFORGE_REQUIRE_NATIVE"  # set to 1: tests fail, instead of being skipped, without the kernels

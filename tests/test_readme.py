@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fakehub import FakeHub
+from support.fake_hub import FakeHub
 
 import mergeforge
 from mergeforge.adapters.peft.kind import KINDS

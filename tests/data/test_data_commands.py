@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from byte_chats import REASONING, chat, chatml, ids, write_rows
+from support.byte_chats import REASONING, chat, chatml, ids, write_rows
 
 from mergeforge.cli import run_command
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from breaking import Operation, Strikes, World
-from hubs import Talks, Wire
-from scenarios import Scenarios
-from tally import KEY, Tally, kind_of, table
-from warm import Warm
+from support.faults.breaking import Operation, Strikes, World
+from support.faults.hubs import Talks, Wire
+from support.faults.scenarios import Scenarios
+from support.faults.tally import KEY, Tally, kind_of, table
+from support.faults.warm import Warm
 
 from mergeforge.execute import executor
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from corpus import Case, cases, write
+from support.faults.corpus import Case, cases, write
 
 import mergeforge
 from mergeforge.cli import run_command

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from breaking import Strikes, World, assert_nothing_half_done, digests, go_on
-from tally import Tally
+from support.faults.breaking import Strikes, World, assert_nothing_half_done, digests, go_on
+from support.faults.tally import Tally
 
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError

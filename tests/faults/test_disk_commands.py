@@ -12,10 +12,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from scenarios import NAMES, Scenarios, assert_told
-from tally import Tally
-from tracing import need_strace, traced
-from warm import Warm
+from support.faults.scenarios import NAMES, Scenarios, assert_told
+from support.faults.tally import Tally
+from support.faults.tracing import need_strace, traced
+from support.faults.warm import Warm
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 # A system call, how it fails, in which threads, and the distance of two places in a long sweep.

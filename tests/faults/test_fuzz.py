@@ -9,9 +9,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from fuzzing import Target, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.faults.fuzzing import Target, targets
 
 NAMES = ["header", "index", "config", "tokenizer", "tokenizer_config", "generation_config", "union", "adapter", "gguf"]
 NAMES += ["recipe", "train", "jsonl", "json", "csv", "receipt"]

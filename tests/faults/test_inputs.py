@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy
 import pytest
-from breaking import SMALL, Strikes, World, digests, finished_files
 from safetensors.numpy import load_file
+from support.faults.breaking import SMALL, Strikes, World, digests, finished_files
 
 from mergeforge.errors import MergeforgeError, OutputError, SourceError
 from mergeforge.execute import executor

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from breaking import World, assert_nothing_half_done, digests, go_on
-from tally import Tally
-from warm import DEAD, Warm
+from support.faults.breaking import World, assert_nothing_half_done, digests, go_on
+from support.faults.tally import Tally
+from support.faults.warm import DEAD, Warm
 
 from mergeforge.errors import OutputError
 from mergeforge.execute import executor

@@ -9,10 +9,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from scenarios import NAMES, Scenarios
-from tally import Tally
-from tracing import need_strace, traced
-from warm import KILLED, Warm
+from support.faults.scenarios import NAMES, Scenarios
+from support.faults.tally import Tally
+from support.faults.tracing import need_strace, traced
+from support.faults.warm import KILLED, Warm
 
 # System calls that change the disk, and openat; with the distance of two kill points of a long sweep.
 CALLS = {"pwrite64": 1, "write": 2, "fsync": 3, "rename": 1, "unlink": 1, "mkdir": 2, "rmdir": 1}

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hubs import TALKS, Talks
-from tally import Tally
-from warm import KILLED, Child
+from support.faults.hubs import TALKS, Talks
+from support.faults.tally import Tally
+from support.faults.warm import KILLED, Child
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
-from tally import Tally
-from tracing import need_strace, traced
-from warm import KILLED, Warm
+from support.faults.tally import Tally
+from support.faults.tracing import need_strace, traced
+from support.faults.warm import KILLED, Warm
 
 from mergeforge.operations.synthetic_models import SHAPES, write_model
 

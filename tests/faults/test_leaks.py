@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hubs import REPO, Talks
-from tally import Tally
-from warm import Warm
+from support.faults.hubs import REPO, Talks
+from support.faults.tally import Tally
+from support.faults.warm import Warm
 
 from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 

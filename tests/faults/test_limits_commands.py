@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from scenarios import NAMES, Scenarios, assert_told
-from tally import Tally
-from warm import Warm
+from support.faults.scenarios import NAMES, Scenarios, assert_told
+from support.faults.tally import Tally
+from support.faults.warm import Warm
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hubs import TALKS, Talks
-from scenarios import assert_told
-from tally import Tally
+from support.faults.hubs import TALKS, Talks
+from support.faults.scenarios import assert_told
+from support.faults.tally import Tally
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 ONCE: dict[str, dict[str, Any]] = {

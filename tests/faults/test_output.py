@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from breaking import RECEIPT, Strikes, World, digests, finished_files, merge_command
+from support.faults.breaking import RECEIPT, Strikes, World, digests, finished_files, merge_command
 
 from mergeforge.errors import OutputError
 from mergeforge.execute import executor

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from breaking import digests
-from scenarios import Scenario, Scenarios, assert_told, difference
-from tally import Tally
-from tracing import following, need_strace
-from warm import Warm
+from support.faults.breaking import digests
+from support.faults.scenarios import Scenario, Scenarios, assert_told, difference
+from support.faults.tally import Tally
+from support.faults.tracing import following, need_strace
+from support.faults.warm import Warm
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 SAID = ("another run writes", "already holds", "exists", "another merge", "no merge of mergeforge wrote")

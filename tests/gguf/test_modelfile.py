@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from llama_cpp import TREE, needs_converter
+from support.llama_cpp_tools import TREE, needs_converter
 
 from mergeforge.gguf.key_values import array, text, u32
 from mergeforge.gguf.modelfile import chat_format, modelfile

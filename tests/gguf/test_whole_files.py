@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_cpp import convert, needs_converter, needs_quantiser, quantise, read
-from tiny_models import TINY, Tiny, folders
+from support.gguf_models import TINY, Tiny, folders
+from support.llama_cpp_tools import convert, needs_converter, needs_quantiser, quantise, read
 
 from mergeforge.errors import SourceError
 from mergeforge.gguf.file_types import MIXES

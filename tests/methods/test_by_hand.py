@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from looking import combine
+from support.method_blocks import combine
 
 from mergeforge.methods import METHODS
 from mergeforge.methods._weighted_sum import agreeing_sum, weighted_sum

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from looking import Looking, combine
+from support.method_blocks import Looking, combine
 from test_by_hand import equal, near
 
 from mergeforge.methods import METHODS, Block

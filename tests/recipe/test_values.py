@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.paths import RECIPES
 
 from mergeforge.errors import RecipeError
 from mergeforge.gguf.file_types import MIXES
@@ -18,7 +19,6 @@ from mergeforge.recipe import OUT_DTYPES, json_schema, read
 from mergeforge.recipe.parameter_values import layer_of, layer_positions, scalars, value_at
 from mergeforge.train import keys
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 MLP, ATTENTION = "model.layers.3.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.weight"
 
 

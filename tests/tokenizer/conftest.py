@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_llamas import write_three
+from support.tiny_llamas import write_three
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny_llamas import EMBEDDING, HEAD, loaded, maps, projected, write_all, written
 from test_tokenizers_against_mergekit import CASES, folders, ours
-from tiny_llamas import EMBEDDING, HEAD, loaded, maps, projected, write_all, written
 
 GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("golden_mergekit.json").read_text())
 

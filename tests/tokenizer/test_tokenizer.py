@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_llamas import TEXTS, files_of, loaded, maps, planned, write, written
+from support.tiny_llamas import TEXTS, files_of, loaded, maps, planned, write, written
 
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 from mergeforge.io.aux_files import Made

@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_llamas import EMBEDDING, HEAD, TEXTS, loaded, maps, planned, write_all, written
+from support.paths import PEERS
+from support.tiny_llamas import EMBEDDING, HEAD, TEXTS, loaded, maps, planned, write_all, written
 
 from mergeforge.tokenizer import ModelToken, TokenizerPlan, TokenSetting, Zero
 
@@ -126,7 +127,7 @@ def ours(root: Path, case: Mapping[str, Any]) -> TokenizerPlan:
 
 def peer() -> Path:
     """The Python that has mergekit."""
-    folder = os.environ.get("MERGEFORGE_PEERS") or Path(__file__).parents[2] / ".venv-peers"
+    folder = PEERS
     python = Path(folder) / "bin" / "python"
     if not python.exists():
         pytest.skip(f"mergekit is not there: no {python} (set MERGEFORGE_PEERS to a venv with mergekit 0.1.5)")

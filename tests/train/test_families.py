@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_models import write_tiny
-from training_runs import run
+from support.training_models import write_tiny
+from support.training_runs import run
 
 from mergeforge.operations.synthetic_models import write_tokenizer
 from mergeforge.train.plan import make_plan

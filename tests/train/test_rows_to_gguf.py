@@ -17,7 +17,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from training_runs import values
+from support.training_runs import values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergeforge.cli import run_command

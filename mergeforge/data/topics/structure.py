@@ -18,7 +18,7 @@
             content_types: [qa, reasoning]
 
 There is one topic file for each type of each subcategory: `identity.name.qa.json`, `identity.origin.qa.json`, ...;
-mergeforge/data/topics/topic_file.py says what is in them. `spelling`: how an answer is put together, {} stands for the text;
+topic_file.py says what is in them. `spelling`: how an answer is put together, {} stands for the text;
 `think` is only written for entries that have it (default: `<think>`, the text and `</think>` on lines of their own, an
 empty line, then the output as it is). YAML or JSON; unknown keys are errors.
 """

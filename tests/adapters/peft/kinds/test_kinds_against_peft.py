@@ -1,0 +1,152 @@
+"""Every other kind of adapter: merged by mergeforge, by PEFT, and the unmerged model's logits.
+
+Adapters are PEFT's own, made random wherever training would reach, on a tiny Llama or Qwen2 (biases).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mergeforge
+from mergeforge.adapters.peft.kind import KINDS
+from mergeforge.adapters.peft.unsupported import REFUSED
+from mergeforge.errors import SourceError
+
+if TYPE_CHECKING:
+    from support.peft_lab import Lab
+
+ALL = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "adalora": ("AdaLoraConfig", {"init_r": 6, "target_r": 3, "total_step": 10, "lora_alpha": 7}),
+    "loha": ("LoHaConfig", {"r": 4, "alpha": 9}),
+    "loha patterns": (
+        "LoHaConfig",
+        {"r": 4, "alpha": 9, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ),
+    "lokr": ("LoKrConfig", {"r": 4, "alpha": 9}),
+    "lokr both": ("LoKrConfig", {"r": 2, "alpha": 9, "decompose_both": True}),
+    "lokr whole": ("LoKrConfig", {"r": 64, "alpha": 9}),
+    "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
+    "oft": ("OFTConfig", {"oft_block_size": 8}),
+    "oft exact": ("OFTConfig", {"oft_block_size": 4, "use_cayley_neumann": False}),
+    "oft terms": ("OFTConfig", {"oft_block_size": 4, "num_cayley_neumann_terms": 3}),
+    "oft shared": ("OFTConfig", {"oft_block_size": 8, "block_share": True}),
+    "oft bounded": ("OFTConfig", {"oft_block_size": 8, "coft": True, "eps": 1e-2}),
+    "boft": ("BOFTConfig", {"boft_block_size": 4}),
+    "vera": ("VeraConfig", {"r": 5}),
+    "vera drawn again": ("VeraConfig", {"r": 5, "save_projection": False, "projection_prng_key": 11}),
+    "pvera": ("PveraConfig", {"r": 5}),
+    "vblora": ("VBLoRAConfig", {"r": 4, "num_vectors": 9, "vector_length": 16, "topk": 2}),
+    "vblora top k": (
+        "VBLoRAConfig",
+        {"r": 4, "num_vectors": 9, "vector_length": 16, "topk": 3, "save_only_topk_weights": True},
+    ),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 40, "scaling": 30.0, "random_loc_seed": 5}),
+    "hra": ("HRAConfig", {"r": 4}),
+    "hra orthogonal": ("HRAConfig", {"r": 4, "apply_GS": True}),
+    "miss": ("MissConfig", {"r": 8}),
+    "miss uneven": ("MissConfig", {"r": 5}),
+    "miss bat": ("MissConfig", {"r": 8, "init_weights": "bat", "target_modules": ["q_proj", "o_proj"]}),
+    "miss mini": ("MissConfig", {"r": 8, "init_weights": "mini", "mini_r": 4}),
+    "shira": ("ShiraConfig", {"r": 2}),
+    "c3a": ("C3AConfig", {"block_size": 8}),
+    "delora": ("DeloraConfig", {"r": 4, "delora_lambda": 6}),
+    "randlora": ("RandLoraConfig", {"r": 4, "randlora_alpha": 50}),
+    "road 1": ("RoadConfig", {"group_size": 16}),
+    "road 2": ("RoadConfig", {"variant": "road_2", "group_size": 8}),
+    "road 4": ("RoadConfig", {"variant": "road_4", "group_size": 16}),
+    "gralora": ("GraloraConfig", {"r": 8, "alpha": 5, "gralora_k": 2}),
+    "gralora hybrid": ("GraloraConfig", {"r": 8, "alpha": 5, "gralora_k": 4, "hybrid_r": 4}),
+    "hira": ("HiraConfig", {"r": 4}),
+    "glora": ("GloraConfig", {"r": 4}),
+    "glora vectors": ("GloraConfig", {"r": 4, "config_A_B": "vector"}),
+    "glora numbers": ("GloraConfig", {"r": 4, "config_A_B": "constant"}),
+    "supertuning": ("SupertuningConfig", {"sparsity": 0.9}),
+    "supertuning with lora": ("SupertuningConfig", {"sparsity": 0.9, "r": 3, "lora_alpha": 5}),
+    "ln tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm", "post_attention_layernorm", "model.norm"]}),
+    "trainable tokens": ("TrainableTokensConfig", {"token_indices": [3, 7, 41], "target_modules": ["embed_tokens"]}),
+    "loha and saved head": ("LoHaConfig", {"r": 4, "alpha": 9, "modules_to_save": ["lm_head"]}),
+}
+BIASES = {
+    "ia3 on biases": ("IA3Config", {"feedforward_modules": []}),
+    "road on biases": ("RoadConfig", {"group_size": 8}),
+    "glora on biases": ("GloraConfig", {"r": 4, "config_C": "none", "config_D_E": "vector"}),
+    "glora, biases by numbers": ("GloraConfig", {"r": 4, "config_C": "none", "config_A_B": "none"}),
+    "beft": ("BeftConfig", {"target_modules": ["q_proj", "v_proj"]}),
+    "gralora beside biases": ("GraloraConfig", {"r": 8, "alpha": 5, "gralora_k": 2}),
+}
+
+
+def check(lab: Lab, kind: str, name: str, config: dict[str, Any], **options: Any) -> float:
+    """The largest relative distance to PEFT's merge; the logits must be those of the unmerged model."""
+    base = lab.base(kind)
+    adapter = lab.tune(base, name, {"target_modules": ALL} | config)
+    out = mergeforge.merge(base_model=str(base), adapters=[str(adapter.folder)], out=lab.out(), **options)
+    ours, theirs = load_file(out / "model.safetensors"), adapter.merged_by_peft()
+    worst = 0.0
+    for key, value in ours.items():
+        other = theirs[key if key in theirs else f"model.{key}"]
+        worst = max(worst, float((value - other).abs().max() / other.abs().max()))
+    assert worst <= 1e-6, worst
+    with lab.quiet():
+        apart = (lab.logits(lab.load(out)) - lab.logits(adapter.model)).abs().max()
+    assert float(apart) <= 2e-5 * float(lab.logits(adapter.model).abs().max())
+    changed = [key for key, value in load_file(base / "model.safetensors").items() if not torch.equal(value, ours[key])]
+    assert changed
+    return worst
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_logits(lab: Lab, case: str) -> None:
+    check(lab, "llama", *CASES[case])
+
+
+@pytest.mark.parametrize("case", BIASES)
+def test_biases(lab: Lab, case: str) -> None:
+    check(lab, "qwen2", *BIASES[case])
+
+
+@pytest.mark.parametrize("case", ["loha", "road 1", "oft", "gralora hybrid", "miss bat", "c3a", "lokr", "fourierft"])
+def test_any_cut_gives_the_same_bytes(lab: Lab, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 3 rows instead of whole tensors: the numbers stay."""
+    from mergeforge.core import tensor_info
+
+    name, config = CASES[case]
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 100)
+    check(lab, "llama", name, config, threads=1)
+
+
+def test_every_kind_has_a_test() -> None:
+    tested = {name.replace("Config", "").upper() for name, _ in (*CASES.values(), *BIASES.values())}
+    assert {name.replace("_", "") for name in KINDS} - {"BONE"} <= tested
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_merged_says_why(lab: Lab, kind: str) -> None:
+    base = lab.base("llama")
+    adapter = lab.edited(lab.train(base), config={"peft_type": kind})
+    with pytest.raises(SourceError, match=f"{kind} adapters cannot be merged here"):
+        mergeforge.plan({"base_model": str(base), "adapters": [str(adapter)]}, out=lab.out())
+
+
+def test_a_field_that_is_not_understood(lab: Lab) -> None:
+    base = lab.base("llama")
+    adapter = lab.edited(lab.tune(base, "LoHaConfig", {"target_modules": ALL, "r": 4}), config={"new_field": 3})
+    with pytest.raises(SourceError, match="sets new_field = 3, whose meaning is unknown"):
+        mergeforge.plan({"base_model": str(base), "adapters": [str(adapter)]}, out=lab.out())
+
+
+def test_factors_of_another_model(lab: Lab, tmp_path: Path) -> None:
+    base = lab.base("llama")
+    adapter = lab.tune(base, "HiraConfig", {"target_modules": ALL, "r": 4})
+
+    def cut(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: (value[:-1] if "hira_B" in name else value).contiguous() for name, value in tensors.items()}
+
+    with pytest.raises(SourceError, match=r"hira_B is .* wants"):
+        mergeforge.plan({"base_model": str(base), "adapters": [str(lab.edited(adapter, tensors=cut))]}, out=lab.out())

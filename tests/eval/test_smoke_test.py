@@ -1,0 +1,146 @@
+"""eval --smoke: the taught model passes through every back end; each check has a model that fails it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.small_models import ANSWERS, make_adapter
+
+from mergeforge import eval
+from mergeforge.cli import run_command
+from mergeforge.eval import Answer, Smoke
+from mergeforge.eval.smoke_test import PROMPTS, read_prompts, repeated
+
+STOP = ("--stop", "</output>")
+
+
+def checks(found: Smoke) -> set[str]:
+    return {failure.check for failure in found.failures}
+
+
+def changed(taught: Path, folder: Path, name: str, change: object) -> Path:
+    """The taught model with one tensor changed by a function."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(taught, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name])  # type: ignore[operator]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_folder_adapter_and_gguf_pass_and_agree(
+    taught: Path, taught_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xllamacpp")
+    adapter = make_adapter(taught, tmp_path / "adapter", std=0.0)
+    models = [str(adapter), str(taught), str(taught_gguf)]
+    assert run_command(["eval", "--smoke", *models, *STOP, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["ok"] and [one["kind"] for one in found["models"]] == ["adapter", "model", "gguf"]
+    for model in found["models"]:
+        assert [one["text"].strip() for one in model["answers"]] == [answer.partition("</")[0] for answer in ANSWERS]
+        assert [one["ended"] for one in model["answers"]] == ["eos", "eos", "stop", "eos"]
+    assert [(one["same"], one["share"]) for one in found["agreement"]] == [(4, 1.0)] * 2
+
+
+def test_what_is_printed(taught: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["eval", "--smoke", str(taught), str(base), "gone", "--max-tokens", "12", *STOP]) == 1
+    said = capfd.readouterr().out
+    assert f"FAILS {base} (model)" in said and "FAILS gone" in said and "of 4 answers are the same" in said
+    assert "does not end in 12 tokens" in said and "it has no chat template" in said
+
+
+def test_an_answer_that_never_ends(base: Path) -> None:
+    found = eval.smoke(eval.open_model(base), ["the hen"], eval.Sampling(8, 0))
+    assert {"ends by itself", "template"} <= checks(found)
+
+
+def test_no_numbers(taught: Path, tmp_path: Path) -> None:
+    broken = changed(taught, tmp_path / "nan", "model.norm.weight", lambda one: one * float("nan"))
+    found = eval.smoke(eval.open_model(broken), PROMPTS[:1], eval.Sampling(4, 0))
+    assert "finite" in checks(found)
+    assert not eval.evaluate(broken, taught_rows(taught)).finite
+
+
+def test_a_gguf_without_numbers(taught: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    broken = changed(taught, tmp_path / "nan", "model.norm.weight", lambda one: one * 1e38)
+    assert run_command(["gguf", str(broken), "--type", "f32", "--out", str(tmp_path / "nan.gguf"), "-q"]) == 0
+    model = eval.open_model(tmp_path / "nan.gguf", tokenizer=str(taught))
+    found = eval.smoke(model, PROMPTS[:1], eval.Sampling(4, 0))
+    assert "finite" in checks(found), found
+    assert not eval.evaluate(model, taught_rows(taught)).finite
+
+
+def test_an_empty_answer(taught: Path, tmp_path: Path) -> None:
+    def only_eos(head: torch.Tensor) -> torch.Tensor:
+        head = head.clone()
+        head[257] = 0
+        head[:257] = head[258:] = 0
+        return head
+
+    silent = changed(taught, tmp_path / "silent", "lm_head.weight", only_eos)
+    config = json.loads((silent / "generation_config.json").read_text())
+    (silent / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [0, 257]}))
+    found = eval.smoke(eval.open_model(silent), PROMPTS[:2])
+    assert checks(found) == {"not empty"} and [one.ended for one in found.answers] == ["eos", "eos"]
+
+
+def test_a_mark_in_the_answer(taught: Path, tmp_path: Path) -> None:
+    """A model whose end of turn is not its EOS goes on past it: the mark is in the answer, though never shown."""
+    other = tmp_path / "other"
+    shutil.copytree(taught, other)
+    for name in ("generation_config.json", "config.json"):
+        config = json.loads((other / name).read_text())
+        (other / name).write_text(json.dumps(config | {"eos_token_id": 256}))
+    tokenizer = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": "<s>"}))
+    found = eval.smoke(eval.open_model(other), PROMPTS[1:2], eval.Sampling(8, 0))
+    assert "no marks in the text" in checks(found) and found.answers[0].leaked == ("</s>",)
+    assert "</s>" not in found.answers[0].text
+
+
+def test_marks_that_are_written_out() -> None:
+    from mergeforge.eval.smoke_test import _failures
+
+    def answer(text: str, ended: str = "eos") -> Answer:
+        return Answer(text, 9, ended, 1, 0.1)
+
+    assert [one.check for one in _failures([answer("ok<|im_end|>\n<|im_start|>user")])] == ["no marks in the text"]
+    assert [one.check for one in _failures([answer("so it is. " * 20, "length")])] == [
+        "ends by itself",
+        "no repetition",
+    ]
+    assert not _failures([answer("Fine.")])
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("I say. " + "so it is " * 8, "so it is "),
+        ("!" * 60, "!"),
+        ("ha " * 14, "ha "),
+        ("na na na na batman", ""),
+        ("one, two, three, four", ""),
+        ("1. a\n2. a\n3. a\n4. a\n5. a\n6. a\n7. a\n", ""),
+        ("\n" * 80, ""),
+    ],
+)
+def test_repetition(text: str, part: str) -> None:
+    assert sorted(repeated(text)) == sorted(part)
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("# mine\none\n\n two \n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == ("one", "two")
+
+
+def taught_rows(taught: Path) -> list[eval.Row]:
+    from support.small_models import random_rows
+
+    return random_rows(2)

@@ -1,0 +1,59 @@
+"""Output bytes are those that tests/execute/golden_outputs.json records: moving code changes none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support import output_cases as golden
+from support.output_cases import Case
+
+RECORDED = golden.read_golden()
+CASES = golden.cases()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("golden")
+    with golden.inside(folder):
+        golden.write_inputs()
+    return folder
+
+
+def param(case: Case) -> object:
+    marks = [pytest.mark.needs_kernels] if case.needs == "kernels" else []
+    return pytest.param(case, id=case.name, marks=marks)
+
+
+@pytest.mark.parametrize("case", [param(case) for case in CASES])
+def test_bytes_are_those_recorded(case: Case, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case.needs == "numba" and not golden.has_numba():
+        pytest.skip("numba is not installed")
+    if case.needs == "peft":
+        pytest.importorskip("peft")
+    here, there = golden.environment(), RECORDED[golden.ENVIRONMENT]
+    if case.torch_linalg and here != there:
+        pytest.skip(
+            f"torch_linalg: its last bits depend on torch and the processor; recorded with {there}, here {here}"
+        )
+    monkeypatch.chdir(inputs)
+    found, expected = golden.outputs_of(case), RECORDED[case.name]
+    assert found == expected, f"{case.name}: {', '.join(golden.differences(found, expected))}"
+
+
+def test_every_recorded_case_is_compared() -> None:
+    assert RECORDED.keys() - {golden.ENVIRONMENT} == {case.name for case in CASES}
+
+
+def test_an_interrupted_run_and_little_memory_change_nothing() -> None:
+    assert RECORDED["resumed"] == RECORDED["shards"]
+    assert RECORDED["little memory, fold"] == RECORDED["fold three"]
+    for method in ("linear", "ties", "dare_ties", "slerp"):
+        assert RECORDED[f"little memory, {method}"] == RECORDED[f"method {method}"]
+
+
+def test_torch_writes_what_kernels_write() -> None:
+    """Recorded where torch multiplies and adds in one rounding, as the kernels do."""
+    for suffix in (" in torch", " without numba"):
+        pairs = [name for name in RECORDED if name.endswith(suffix)]
+        assert pairs and all(RECORDED[name] == RECORDED[name.removesuffix(suffix)] for name in pairs)

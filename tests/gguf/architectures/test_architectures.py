@@ -1,0 +1,358 @@
+"""GGUF spellings of model families: against llama.cpp's converter, at hand or from its golden facts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.gguf_assembly import Arrays, architecture_keys, assembled, digest, infos, kept, spelled_keys, weights
+from support.gguf_models import SIZES, TINY, VOCAB, Shapes, Tiny, baichuan, folders, plain, stored_shapes, values
+from support.llama_cpp_tools import convert, needs_converter, read
+
+from mergeforge.core.tensor_info import TensorInfo
+from mergeforge.errors import SourceError
+from mergeforge.gguf.architectures import ARCHITECTURES, Spelling, spell
+from mergeforge.gguf.architectures.hf_defaults import defaults
+
+GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_architectures.json").read_text())
+TRANSFORMERS = "5.23"  # whose defaults defaults.py holds
+
+
+def spelled(config: Mapping[str, Any], shapes: Shapes, dtype: str = "float32") -> tuple[Spelling, Arrays]:
+    """A model's spelling and its GGUF tensors."""
+    tensors = infos(shapes, dtype)
+    spelling = spell(config, tensors)
+    assert {*spelling.places, *spelling.dropped} == tensors.keys()
+    return spelling, assembled(spelling, tensors, weights(shapes))
+
+
+def golden_model(name: str) -> tuple[dict[str, Any], Shapes]:
+    facts = GOLDEN[name]
+    return dict(facts["config"]), {key: tuple(shape) for key, shape in facts["stored"].items()}
+
+
+def as_read(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys from JSON as they come from a file: kinds are tuples."""
+    return {key: (tuple(kinds), value) for key, (kinds, value) in keys.items()}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_keys_equal_the_converters(name: str) -> None:
+    config, shapes = golden_model(name)
+    spelling = spell(config, infos(shapes))
+    assert spelling.arch == GOLDEN[name]["arch"]
+    assert list(spelled_keys(spelling).items()) == list(as_read(GOLDEN[name]["keys"]).items())
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_tensors_equal_the_converters(name: str) -> None:
+    spelling, arrays = spelled(*golden_model(name), GOLDEN[name]["dtype"])
+    wanted = GOLDEN[name]["tensors"]
+    assert {key: array.shape for key, array in arrays.items()} == {key: tuple(one[0]) for key, one in wanted.items()}
+    assert kept(spelling) == {key for key, one in wanted.items() if one[1]}
+    # constants come from torch's pow, whose last bit may be another one elsewhere
+    stored = wanted.keys() - spelling.constants.keys()
+    assert not [key for key in stored if digest(arrays[key].tobytes()) != wanted[key][2]]
+
+
+@needs_converter
+def test_tiny_models_equal_the_converters_files(tmp_path: Path) -> None:
+    """All of TINY that the converter can write: keys, their order, tensor names, shapes and bytes."""
+    models = [tiny for tiny in TINY if tiny.official]
+    made = folders(models, tmp_path)
+    jobs = [(made[tiny.name][1], tmp_path / f"{tiny.name}.gguf", "f32", "gpt-2") for tiny in models]
+    assert convert(jobs) == {}
+    for tiny in models:
+        _compare_with_file(tiny, made[tiny.name][0], tmp_path / f"{tiny.name}.gguf")
+
+
+def _compare_with_file(tiny: Tiny, folder: Path, official: Path) -> None:
+    config, shapes = json.loads((folder / "config.json").read_text()), stored_shapes(folder)
+    spelling, arrays = spelled(config, shapes, tiny.dtype)
+    file = read(official)
+    assert file.keys["general.architecture"][1] == spelling.arch
+    assert list(spelled_keys(spelling).items()) == list(architecture_keys(file.keys, spelling.arch).items()), tiny.name
+    assert arrays.keys() == file.tensors.keys(), tiny.name
+    for name, (kind, shape, data) in file.tensors.items():
+        assert (kind, shape) == ("F32", arrays[name].shape)
+        assert data == arrays[name].tobytes(), f"{tiny.name}: {name}"
+    assert shapes == golden_model(tiny.name)[1], "the golden facts are old: run tools/golden_gguf"
+
+
+def test_stablelm_head_norms_are_stacked() -> None:
+    """Rows of attn_q_norm are the heads' norms; the converter of b11549 loses them in a generator."""
+    config = {**golden_model("stablelm")[0], "num_attention_heads": 4, "num_key_value_heads": 2}
+    shapes = golden_model("stablelm")[1]
+    norms = {f"model.layers.{layer}.self_attn.q_layernorm.norms.{head}.weight" for layer in (0, 1) for head in range(4)}
+    spelling, arrays = spelled(config, shapes | dict.fromkeys(norms, (64,)))
+    wanted = [values(f"model.layers.1.self_attn.q_layernorm.norms.{head}.weight", (64,)).numpy() for head in range(4)]
+    assert np.array_equal(arrays["blk.1.attn_q_norm.weight"], np.stack(wanted))
+    assert "blk.1.attn_q_norm.weight" in kept(spelling)
+
+
+def test_baichuans_packed_rows_equal_separate_ones() -> None:
+    """W_pack against the same rows as the q, k and v of an InternLM 3, which the converter writes."""
+    packed = np.arange(768 * 256, dtype=np.float32).reshape(768, 256)
+    apart = dict(zip("qkv", np.split(packed, 3), strict=True))
+    config, shapes = baichuan()
+    tensors = infos(shapes)
+    stored = weights(shapes) | {name: packed for name in shapes if "W_pack" in name}
+    one = assembled(spell(config, tensors), tensors, stored)
+    config, shapes = plain("InternLM3ForCausalLM", "internlm3", num_key_value_heads=4)
+    shapes = {name: (256, 256) if "self_attn" in name else shape for name, shape in shapes.items()}
+    tensors = infos(shapes)
+    parts = {name: apart[name[-13]] for name in shapes if re.search("[qkv]_proj", name)}
+    two = assembled(spell(config, tensors), tensors, weights(shapes) | parts)
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[f"blk.0.attn_{part}.weight"], two[f"blk.0.attn_{part}.weight"]) for part in "qkv")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mixtral-many", "olmoe", "deepseek3", "qwen3moe", "phimoe"])
+def test_fused_experts_equal_single_ones(name: str) -> None:
+    """Stacks of transformers 5 (gate over up) against the same experts one by one."""
+    config, shapes = golden_model(name)
+    stored = weights(shapes)
+    tensors = infos(shapes)
+    single = assembled(spell(config, tensors), tensors, stored)
+    fused = fused_experts(stored)
+    assert len(fused) < len(stored)
+    tensors = infos({key: array.shape for key, array in fused.items()})
+    whole = assembled(spell(config, tensors), tensors, fused)
+    assert whole.keys() == single.keys()
+    assert all(np.array_equal(whole[key], single[key]) for key in single)
+
+
+def fused_experts(stored: Arrays) -> Arrays:
+    """Experts as transformers 5 keeps them in memory: gate_up_proj and down_proj, a stack a layer."""
+    parts: dict[str, dict[tuple[str, int], np.ndarray]] = {}
+    others = {}
+    for name, array in stored.items():
+        if found := re.match(r"(.*experts)\.(\d+)\.(\w+)\.weight", name):
+            kind = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(found[3], found[3])
+            parts.setdefault(found[1], {})[kind, int(found[2])] = array
+        else:
+            others[name] = array
+    for layer, found in parts.items():
+        count = len(found) // 3
+        gate_up = [np.concatenate([found["gate_proj", at], found["up_proj", at]]) for at in range(count)]
+        others[f"{layer}.gate_up_proj"] = np.stack(gate_up)
+        others[f"{layer}.down_proj"] = np.stack([found["down_proj", at] for at in range(count)])
+    return others
+
+
+def test_layouts_of_both_transformers_are_alike() -> None:
+    """rope_theta and rope_scaling at the root spell what rope_parameters does."""
+    for new, old in (("gemma2", "gemma2-legacy"), ("starcoder2-tied", "starcoder2-tied"), ("llama3", "llama3-legacy")):
+        config, shapes = golden_model(old)
+        renewed = {**config, "rope_parameters": golden_model(new)[0].get("rope_parameters")}
+        renewed = {key: value for key, value in renewed.items() if key not in ("rope_theta", "rope_scaling")}
+        assert spelled_keys(spell(renewed, infos(shapes))) == spelled_keys(spell(config, infos(shapes)))
+
+
+def test_defaults_are_transformers() -> None:
+    """Every default of the table against a config of its class."""
+    try:
+        installed = version("transformers")
+    except PackageNotFoundError:
+        installed = "none"
+    if not installed.startswith(TRANSFORMERS):
+        pytest.skip(f"the table is of transformers {TRANSFORMERS}, installed: {installed}")
+    from support.gguf_models import quiet
+    from transformers import CONFIG_MAPPING
+
+    for kind, table in defaults().items():
+        with quiet():
+            stated = CONFIG_MAPPING[kind]().to_dict()
+        rope = stated.get("rope_parameters") or {}
+        found = {**rope.get("full_attention", rope), **stated}
+        assert {key: found[key] for key, value in table.items() if value is not None} == {
+            key: value for key, value in table.items() if value is not None
+        }
+
+
+# ---- What is refused, dropped and noted
+
+
+def llama(**changes: Any) -> tuple[dict[str, Any], Shapes]:
+    config, shapes = golden_model("llama")
+    return {key: value for key, value in {**config, **changes}.items() if value != "gone"}, shapes
+
+
+def refusal(config: Mapping[str, Any], shapes: Shapes, dtype: str = "float32") -> str:
+    with pytest.raises(SourceError) as caught:
+        spell(config, infos(shapes, dtype))
+    return f"{caught.value} ({caught.value.hint})"
+
+
+def test_an_unknown_class_is_named_with_its_neighbour() -> None:
+    said = refusal(*llama(architectures=["LamaForCausalLM"]))
+    assert "LamaForCausalLM" in said and "did you mean 'LlamaForCausalLM'" in said and "safetensors" in said
+    assert "'architectures'" in refusal(*llama(architectures="gone"))
+
+
+def test_a_missing_key_is_named() -> None:
+    config, shapes = golden_model("minicpm")
+    assert "'scale_emb'" in refusal({key: value for key, value in config.items() if key != "scale_emb"}, shapes)
+
+
+def test_missing_layers_heads_and_tensors_are_named() -> None:
+    config, shapes = llama()
+    without = {name: shape for name, shape in shapes.items() if "layers.1.mlp.up_proj" not in name}
+    assert "blk.1.ffn_up" in refusal(config, without)
+    assert "blk.2.attn_norm" in refusal({**config, "num_hidden_layers": 3}, shapes)
+    assert "model.layers.1." in refusal({**config, "num_hidden_layers": 1}, shapes)
+    assert "tie_word_embeddings" in refusal(config, {name: shapes[name] for name in shapes if "lm_head" not in name})
+    assert "equal parts" in refusal({**config, "num_attention_heads": 7}, shapes)
+
+
+def test_a_gemma_needs_no_output() -> None:
+    """Whatever the config says of ties: llama.cpp takes the embedding, which is noted where there is a head."""
+    config, shapes = golden_model("gemma2-legacy")
+    spelling = spell({**config, "tie_word_embeddings": False}, infos(shapes))
+    assert "lm_head.weight" in spelling.dropped and "lm_head.weight is left out" in " ".join(spelling.notes)
+
+
+def test_a_missing_expert_is_found() -> None:
+    config, shapes = golden_model("mixtral")
+    without = {name: shape for name, shape in shapes.items() if "layers.1.block_sparse_moe.experts.2.w1" not in name}
+    assert "blk.1.ffn_gate_exps.weight" in refusal(config, without)
+    assert "config.json says 3 experts" in refusal({**config, "num_local_experts": 3}, shapes)
+
+
+def test_an_unknown_tensor_is_named() -> None:
+    config, shapes = llama()
+    assert "model.layers.0.self_attn.extra" in refusal(config, {**shapes, "model.layers.0.self_attn.extra": (4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", "U8"),
+        ("model.layers.0.self_attn.q_proj.weight", "F8_E4M3"),
+        ("model.layers.0.self_attn.q_proj.SCB", "F32"),
+        ("model.layers.0.self_attn.q_proj.weight_scale_inv", "F32"),
+        ("model.layers.0.self_attn.q_proj.qweight", "I32"),
+        ("model.layers.0.self_attn.q_proj.weight.absmax", "F32"),
+        ("model.layers.0.mlp.experts.gate_up_proj_blocks", "U8"),
+    ],
+)
+def test_quantised_weights_are_refused(name: str, dtype: str) -> None:
+    config, shapes = llama()
+    tensors = {**infos(shapes), name: TensorInfo(name, dtype, (256, 256))}
+    with pytest.raises(SourceError, match=f"{re.escape(name)}.*quantised already"):
+        spell(config, tensors)
+
+
+def test_buffers_and_other_modes_are_dropped_with_a_reason() -> None:
+    config, shapes = golden_model("gemma3-vision")
+    dropped = spell(config, infos(shapes)).dropped
+    assert any("vision_tower" in name for name in dropped)
+    assert all("mmproj" in why for why in dropped.values())
+    config, shapes = llama()
+    more = {**infos(shapes), "model.layers.0.self_attn.rotary_emb.inv_freq": TensorInfo("x", "F32", (16,))}
+    assert "buffer" in spell(config, more).dropped["model.layers.0.self_attn.rotary_emb.inv_freq"]
+
+
+def test_layers_that_predict_ahead_are_dropped() -> None:
+    config, shapes = golden_model("deepseek3")
+    more = {**shapes, "model.layers.3.eh_proj.weight": (256, 512), "model.layers.3.mlp.gate.weight": (4, 256)}
+    assert spell(config, infos(more)).dropped.keys() == {
+        "model.layers.3.eh_proj.weight",
+        "model.layers.3.mlp.gate.weight",
+    }
+
+
+def test_what_the_engine_takes_for_granted_is_noted() -> None:
+    odd_yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    scaled = odd_yarn | {"mscale": 2.0, "mscale_all_dim": 1.0}
+    for name, change, word in (
+        ("qwen2", {"rope_parameters": odd_yarn | {"attention_factor": 2.0}}, "attention factor"),
+        ("qwen2", {"rope_parameters": scaled}, "mscale"),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic"}}, "dynamic"),
+        ("qwen2", {"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ("qwen2", {"rope_parameters": {"rope_type": "curled"}}, "'curled'"),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True}, "last 64 tokens"),
+        ("gemma3", {"layer_types": ["full_attention"] * 2}, "every layer 6"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "without rope"),
+        ("cohere", {"use_qk_norm": True}, "64 layers"),
+        ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("gemma2", {"query_pre_attn_scalar": 48}, "query_pre_attn_scalar"),
+        ("deepseek3", {"scoring_func": None}, "scoring_func"),
+        ("bert", {}, "--pooling"),
+    ):
+        config, shapes = golden_model(name)
+        assert not spell(config, infos(shapes)).notes or name == "bert"
+        assert word in " ".join(spell({**config, **change}, infos(shapes)).notes)
+
+
+def test_rows_beyond_the_vocabulary_go() -> None:
+    """Gemma 3 embeddings are cut to config.json's vocab_size."""
+    config, shapes = golden_model("gemma3")
+    _, arrays = spelled(config, {**shapes, "model.embed_tokens.weight": (VOCAB + 8, 256)})
+    assert np.array_equal(arrays["token_embd.weight"], values("model.embed_tokens.weight", (VOCAB + 8, 256))[:VOCAB])
+
+
+def test_xlm_roberta_is_a_roberta_with_another_vocabulary() -> None:
+    config, shapes = golden_model("roberta")
+    one, arrays = spelled(config, shapes)
+    other, same = spelled({**config, "architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta"}, shapes)
+    assert (one.vocab, other.vocab) == ("roberta", "unigram")
+    assert spelled_keys(one) == spelled_keys(other)
+    assert arrays.keys() == same.keys() and all(np.array_equal(arrays[key], same[key]) for key in arrays)
+
+
+def test_a_classifiers_labels_are_keys() -> None:
+    """Two numbered labels are transformers' default and say nothing."""
+    config, shapes = golden_model("bert")
+    shapes = {f"bert.{name}": shape for name, shape in shapes.items()} | {"classifier.weight": (3, 256)}
+    told = {**config, "architectures": ["BertForSequenceClassification"]}
+    named = spell({**told, "id2label": {"0": "no", "2": "yes", "1": "maybe"}}, infos(shapes))
+    assert named.keys["bert.classifier.output_labels"].value == ("no", "maybe", "yes")
+    assert named.places["classifier.weight"][0].tensor == "cls.output.weight"
+    assert spell(config, infos(golden_model("bert")[1])).keys.keys() < named.keys.keys()
+
+
+def test_llama3_factors_follow_the_wavelengths() -> None:
+    """rope_freqs.weight: 1 for short waves, `factor` for long ones, between them smoothly (in float64)."""
+    config, shapes = golden_model("llama3")
+    rope = config["rope_parameters"]
+    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, 64, 2) / 64)
+    smooth = (rope["original_max_position_embeddings"] / waves - 1) / 3
+    wanted = np.where(smooth > 1, 1, np.where(smooth < 0, 8, 1 / ((1 - smooth) / 8 + smooth)))
+    found = spell(config, infos(shapes)).constants["rope_freqs.weight"]
+    assert found.dtype == np.float32 and np.allclose(found, wanted, rtol=1e-5)
+    assert 1 in found and 8 in found and len(set(found)) > 2
+
+
+def test_long_factors_must_be_as_many_as_rotated_pairs() -> None:
+    config, shapes = golden_model("phi-three-long")
+    short = {**config, "rope_scaling": {**config["rope_scaling"], "long_factor": [1.0] * 31}}
+    assert "31 factors" in refusal(short, shapes)
+
+
+def test_a_text_part_is_found_under_both_names() -> None:
+    """transformers 4 put language_model first, transformers 5 after model."""
+    config, shapes = golden_model("gemma3-vision")
+    new = {name.replace("language_model.model.", "model.language_model."): shape for name, shape in shapes.items()}
+    assert new != shapes
+    one, two = (spell(config, infos(some)).places.values() for some in (new, shapes))
+    assert [place.tensor for some in one for place in some] == [place.tensor for some in two for place in some]
+
+
+def test_every_familys_vocabulary_is_known() -> None:
+    from mergeforge.gguf.vocab import KINDS
+
+    assert {spell(*(golden_model(name)[0], infos(golden_model(name)[1]))).vocab for name in GOLDEN} <= {*KINDS}
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    tested = {ARCHITECTURES[facts["config"]["architectures"][0]] for facts in GOLDEN.values()}
+    tested |= {ARCHITECTURES["BaichuanForCausalLM"], ARCHITECTURES["XLMRobertaModel"]}  # on their own
+    assert {ARCHITECTURES[name] for name in ARCHITECTURES} == tested
+    assert SIZES["vocab_size"] == VOCAB

@@ -1,0 +1,22 @@
+"""The elements that golden_mergekit.json holds of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from support.paths import TESTS
+
+GOLDEN = TESTS / "methods" / "golden_mergekit.json"
+EACH = 8
+
+
+def samples(tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """Eight evenly spaced elements of every tensor, by their names: (tensors, 8) float32."""
+    rows = []
+    for name in sorted(tensors):
+        flat = tensors[name].detach().flatten().float().numpy()
+        rows.append(flat[np.linspace(0, len(flat) - 1, EACH).astype(int)])
+    return np.stack(rows).astype("<f4")
