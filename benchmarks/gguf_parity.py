@@ -20,12 +20,12 @@ from measure import table
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / name) for name in ("",)]
 
-from support import llama_cpp_tools as llama_cpp
 import test_whole_files as whole
+from support import llama_cpp_tools as llama_cpp
 from support.gguf_models import TINY, Tiny, folders
 
 from mergeforge.errors import MergeforgeError
-from mergeforge.gguf.file_types import MIXES
+from mergeforge.gguf.file_types import FILE_TYPES
 from mergeforge.gguf.llama_cpp import compare_with_transformers
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
@@ -78,7 +78,7 @@ def against_quantiser(ours: dict[str, Path], root: Path) -> str:
     target, equal = root / "quantised.gguf", 0
     for kind in whole.KINDS:
         try:
-            llama_cpp.quantise(ours["f32"], target, MIXES[kind].file_type)
+            llama_cpp.quantise(ours["f32"], target, FILE_TYPES[kind].file_type)
         except AssertionError:
             continue
         equal += target.read_bytes() == ours[kind].read_bytes()

@@ -117,11 +117,11 @@ def convert(given: argparse.Namespace) -> Measured:
 
 
 def quantise(given: argparse.Namespace, kind: str) -> Measured:
-    from mergeforge.gguf.file_types import MIXES
+    from mergeforge.gguf.file_types import FILE_TYPES
 
     target = given.dir / "theirs.gguf"
     source = given.dir / "theirs-bf16.gguf"
-    measured = measure([PYTHON, "-c", QUANTISE, str(source), str(target), str(MIXES[kind].file_type)])
+    measured = measure([PYTHON, "-c", QUANTISE, str(source), str(target), str(FILE_TYPES[kind].file_type)])
     target.unlink()
     return measured
 

@@ -1,119 +1,58 @@
-"""The package is built in floors: a module imports only its own package and what lies below it.
+"""The layers of the package, as CONTRIBUTING.md lists them: imports go down only, and no file imports itself in a circle.
 
-Read from the source, so that imports inside functions count too. Imports under TYPE_CHECKING do not.
+Read from the source, so imports inside functions count too. Imports under TYPE_CHECKING do not run, and do not count.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from support.paths import PACKAGE, ROOT
 
-PACKAGE = Path(__file__).parents[1] / "mergeforge"
-FLOORS = (
-    {
-        "errors",
-        "registry",
-        "parameters",
-        "native",
-        "tensors",
-        "sizes",
-        "disk",
-        "side_files",
-        "checksums",
-        "keyvalues",
-    },
-    {
-        "methods",
-        "adapters",
-        "recipe",
-        "layout",
-        "budget",
-        "hub",
-        "remote",
-        "quants",
-        "architectures",
-        "vocab",
-        "metadata",
-        "tokenizer",
-        "factoring",
-        "dequantising",
-    },
-    {"sources", "sinks", "journal", "data"},
-    {"planning", "random_model", "joining", "summing"},
-    {
-        "computing",
-        "measuring",
-        "explaining",
-        "running",
-        "workspace",
-        "receipt",
-        "card",
-        "verifying",
-        "comparing",
-        "engine",
-        "exporting",
-        "extracting",
-        "publishing",
-        "parting",
-        "shipping",
-        "examining",
-    },
-    {"evaluating", "chatting"},
-    {"train"},
-    {"cli", "progress", "__main__", "api"},
-)
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-# Between modules of one floor. Each has one direction; test_no_circles sees to it.
-ALLOWED = {
-    ("registry", "errors"),
-    ("disk", "errors"),
-    ("hub", "remote"),
-    ("planning", "joining"),
-    ("planning", "summing"),
-    ("computing", "measuring"),
-    ("comparing", "explaining"),
-    ("receipt", "measuring"),
-    ("running", "card"),
-    ("running", "receipt"),
-    ("running", "workspace"),
-    ("running", "computing"),
-    ("running", "shipping"),
-    ("shipping", "publishing"),
-    ("shipping", "workspace"),
-    ("verifying", "computing"),
-    ("verifying", "publishing"),
-    ("verifying", "workspace"),
-    ("verifying", "engine"),
-    ("exporting", "running"),
-    ("chatting", "evaluating"),
-    ("__main__", "cli"),
-    ("cli", "progress"),
-}
-HEAVY = {"torch", "numpy", "transformers", "peft", "safetensors", "huggingface_hub", "gguf"}
-MODULES = sorted(PACKAGE.rglob("*.py"))
-STEPS = PACKAGE / "train" / "steps"  # needs the extra `train`, and says so at its modules' heads
-LIGHT = [path for path in MODULES if STEPS not in path.parents]
+MAX_BOXES = 30  # files and folders at the package's top
+MAX_LINES = 400  # of a file; a table of data may have more
+TABLES: set[str] = set()
+HEAVY = {"torch", "transformers", "peft", "safetensors", "huggingface_hub", "gguf", "numba", "pyarrow"}
+LOOP = PACKAGE / "train" / "loop"  # needs the training packages, and imports them at its modules' heads
+FILES = sorted(PACKAGE.rglob("*.py"))
+LIGHT = [path for path in FILES if LOOP not in path.parents]
 
 
-def top(path: Path) -> str:
-    """The top-level module or package that a file belongs to; "" for the package's own __init__."""
-    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "" if first == "__init__" else first
+def layers() -> list[list[str]]:
+    """The list in CONTRIBUTING.md, highest layer first: `a, b > c > d`, boxes of one layer separated by commas."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    found = re.search(r"```layers\n(.*?)```", text, re.DOTALL)
+    assert found, "CONTRIBUTING.md has no block ```layers"
+    return [[name.strip() for name in layer.split(",")] for layer in found[1].replace("\n", " ").split(">")]
 
 
-def imports(tree: ast.AST, *, inside_functions: bool = True) -> Iterator[tuple[str, str, int]]:
-    """(module, name, line) of every import that is carried out; name is "" for a plain import."""
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def box(module: str) -> str:
+    """What stands at the package's top and holds a module; "" for the package itself."""
+    return (module.split(".") + [""])[1]
+
+
+def imports(tree: ast.AST, *, inside_functions: bool = True) -> Iterator[tuple[str, int]]:
+    """(module or module.name, line) of every import that runs."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, "", node.lineno) for alias in node.names)
+            yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: a relative import"
-            yield from ((str(node.module), alias.name, node.lineno) for alias in node.names)
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             yield from imports(ast.Module(node.orelse, []), inside_functions=inside_functions)
         elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -121,46 +60,105 @@ def imports(tree: ast.AST, *, inside_functions: bool = True) -> Iterator[tuple[s
 
 
 def own_imports(path: Path) -> Iterator[tuple[str, int]]:
-    """The top-level modules of mergeforge that a file imports."""
-    for module, name, line in imports(ast.parse(path.read_text())):
-        if module == "mergeforge":
-            yield name, line
-        elif module.startswith("mergeforge."):
-            yield module.split(".")[1], line
+    """The modules of mergeforge that a file imports; a name imported from a package counts as the package."""
+    for name, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        if name.split(".")[0] == "mergeforge":
+            yield (name if name in MODULES else name.rpartition(".")[0]), line
 
 
-def test_every_module_has_a_floor() -> None:
-    assert {top(path) for path in MODULES} - {""} == set(FLOOR)
+GRAPH = {module: {other for other, _ in own_imports(path)} - {module} for module, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down(path: Path) -> None:
-    me = top(path)
-    for other, line in own_imports(path):
-        place = f"{path.name}, line {line}: {me} imports {other}"
-        assert me, f"{place}: the package loads its names on first use"
-        assert other in FLOOR, place
-        assert other == me or FLOOR[other] < FLOOR[me] or (me, other) in ALLOWED, place
+def cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or not (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    groups: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in graph.get(module, ()):
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            group = []
+            while not group or group[-1] != module:
+                group.append(stack.pop())
+            if len(group) > 1:
+                groups.append(sorted(group))
+
+    for module in graph:
+        if module not in index:
+            visit(module)
+    return groups
 
 
-def test_what_is_allowed_is_needed() -> None:
-    used = {(top(path), other) for path in MODULES for other, _ in own_imports(path)}
-    assert used >= ALLOWED
+def test_every_box_has_a_layer() -> None:
+    boxes = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert boxes - {"__init__", "__main__", "__pycache__"} == {name for layer in layers() for name in layer}
 
 
-def test_no_circles() -> None:
-    assert not ALLOWED & {(two, one) for one, two in ALLOWED}
+def test_the_top_of_the_package_is_short() -> None:
+    boxes = [path.name for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")]
+    assert len(boxes) <= MAX_BOXES, sorted(boxes)
+    assert {name for name in boxes if name.endswith(".py")} == {"__init__.py", "__main__.py", "api.py", "errors.py"}
+
+
+def test_imports_go_down() -> None:
+    depth = {name: number for number, layer in enumerate(layers()) for name in layer}
+    upward = [
+        f"{path.relative_to(ROOT)}:{line}: {box(module)} imports {other}"
+        for module, path in MODULES.items()
+        for other, line in own_imports(path)
+        if box(module) not in ("__main__", box(other))
+        and not (box(module) and depth[box(module)] < depth.get(box(other), -1))
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    assert not cycles(GRAPH)
+
+
+def test_a_circle_is_found() -> None:
+    """A circle of three files, of which one package's __init__ is no part."""
+    assert cycles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()}) == [["a", "b", "c"]]
+
+
+def test_a_class_name_means_one_class() -> None:
+    places = defaultdict(list)
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_no_module_is_named_by_a_gerund() -> None:
+    gerunds = [str(path.relative_to(PACKAGE)) for path in FILES if re.search(r"ing$", path.stem)]
+    nouns = {"data/packing.py", "train/packing.py", "planner/tiling.py"}  # the field's nouns
+    assert not set(gerunds) - nouns
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_of_readable_length(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES or str(path.relative_to(PACKAGE)) in TABLES
 
 
 @pytest.mark.parametrize("path", LIGHT, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_heavy_at_module_level(path: Path) -> None:
-    for module, _, line in imports(ast.parse(path.read_text()), inside_functions=False):
-        assert module.split(".")[0] not in HEAVY, f"{path.name}, line {line}: {module}"
+    for name, line in imports(ast.parse(path.read_text(encoding="utf-8")), inside_functions=False):
+        assert name.split(".")[0] not in HEAVY, f"{path.name}, line {line}: {name}"
 
 
 def test_importing_everything_loads_nothing_heavy() -> None:
-    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in LIGHT]
-    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    names = [name for name, path in MODULES.items() if path in LIGHT and not name.endswith("__main__")]
     code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
     code += f"assert not {HEAVY} & sys.modules.keys(), {HEAVY} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

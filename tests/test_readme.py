@@ -21,7 +21,7 @@ from mergeforge.adapters.peft.kind import KINDS
 from mergeforge.adapters.peft.unsupported import REFUSED
 from mergeforge.cli import run_command
 from mergeforge.cli.recipes import shipped
-from mergeforge.gguf.file_types import MIXES
+from mergeforge.gguf.file_types import FILE_TYPES
 from mergeforge.methods import METHODS
 from mergeforge.train.settings import read
 
@@ -173,7 +173,7 @@ def test_every_adapter_kind_is_documented() -> None:
 
 
 def test_every_gguf_type_is_documented() -> None:
-    assert [name for name in MIXES if f"`{name}`" not in HOW_TO] == []
+    assert [name for name in FILE_TYPES if f"`{name}`" not in HOW_TO] == []
 
 
 def test_every_shipped_recipe_is_named_in_the_readme() -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.adapters.deltas import Edit, LowRank
+from mergeforge.adapters.deltas import LoraDelta, WeightDelta
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.tensors.budget import Need, Worker
-from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
+from mergeforge.tensors.budget import MemoryCost, Worker
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
 
 if TYPE_CHECKING:
     import torch
@@ -17,41 +17,41 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Adapted:
+class AdaptedTensor:
     """W + sum(weight * delta): every low-rank edit in one float32 GEMM, one rounding at the end.
 
     The sum is over deltas of the same W, so the order of the adapters does not matter.
     """
 
     base: Way
-    terms: tuple[tuple[float, Edit], ...]
+    terms: tuple[tuple[float, WeightDelta], ...]
 
     @property
     def info(self) -> TensorInfo:
         return self.base.info
 
     @property
-    def parts(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[Way, ...]:
         return (self.base,)
 
     @property
-    def learns(self) -> bool:
-        return any(edit.learns for _, edit in self.terms)
+    def needs_stats(self) -> bool:
+        return any(edit.needs_stats for _, edit in self.terms)
 
     @property
-    def need(self) -> Need:
-        return sum((edit.need for _, edit in self.terms), self.base.need) + Need(live=1)
+    def memory_cost(self) -> MemoryCost:
+        return sum((edit.memory_cost for _, edit in self.terms), self.base.memory_cost) + MemoryCost(scratch_blocks=1)
 
-    def learn(self, scan: Scan) -> Any:
+    def collect_stats(self, scan: StatsPass) -> Any:
         _learn_edits(scan, self.base, [edit for _, edit in self.terms])
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
-        whole = self.base.stage(rows, worker, facts, dtype)
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
+        whole = self.base.load(rows, worker, facts, dtype)
         factors = _joined(self.terms, rows, worker, dtype)
         others = [
-            (weight, edit.needs_base, edit.stage(rows, worker, facts, dtype))
+            (weight, edit.needs_base, edit.load(rows, worker, facts, dtype))
             for weight, edit in self.terms
-            if not isinstance(edit, LowRank)
+            if not isinstance(edit, LoraDelta)
         ]
 
         def block(start: int, stop: int) -> Tensor:
@@ -72,33 +72,33 @@ class AdapterDelta:
     """What one adapter adds to a tensor, as a task vector of its own; no edits: zeros."""
 
     base: Way
-    edits: tuple[Edit, ...]
+    edits: tuple[WeightDelta, ...]
 
     @property
     def info(self) -> TensorInfo:
         return self.base.info
 
     @property
-    def parts(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[Way, ...]:
         return (self.base,)
 
     @property
-    def learns(self) -> bool:
-        return any(edit.learns for edit in self.edits)
+    def needs_stats(self) -> bool:
+        return any(edit.needs_stats for edit in self.edits)
 
     @property
-    def need(self) -> Need:
-        base = self.base.need if any(edit.needs_base for edit in self.edits) else Need()
-        return sum((edit.need for edit in self.edits), base) + Need(live=1)
+    def memory_cost(self) -> MemoryCost:
+        base = self.base.memory_cost if any(edit.needs_base for edit in self.edits) else MemoryCost()
+        return sum((edit.memory_cost for edit in self.edits), base) + MemoryCost(scratch_blocks=1)
 
-    def learn(self, scan: Scan) -> Any:
+    def collect_stats(self, scan: StatsPass) -> Any:
         _learn_edits(scan, self.base, self.edits)
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
         needs_base = any(edit.needs_base for edit in self.edits)
-        whole = self.base.stage(rows, worker, facts, dtype) if needs_base else None
-        deltas = [edit.stage(rows, worker, facts, dtype) for edit in self.edits]
-        slot = worker.slot()
+        whole = self.base.load(rows, worker, facts, dtype) if needs_base else None
+        deltas = [edit.load(rows, worker, facts, dtype) for edit in self.edits]
+        slot = worker.next_slot()
 
         def block(start: int, stop: int) -> Tensor:
             base = whole(start, stop) if whole else None
@@ -110,19 +110,19 @@ class AdapterDelta:
         return block
 
 
-def _learn_edits(scan: Scan, base: Way, edits: Sequence[Edit]) -> None:
+def _learn_edits(scan: StatsPass, base: Way, edits: Sequence[WeightDelta]) -> None:
     for edit in edits:
-        if edit.learns and id(edit) not in scan.facts:
-            scan.facts[id(edit)] = edit.learn(scan, base)
+        if edit.needs_stats and id(edit) not in scan.facts:
+            scan.facts[id(edit)] = edit.collect_stats(scan, base)
 
 
 def _joined(
-    terms: Sequence[tuple[float, Edit]], rows: range, worker: Worker, dtype: torch.dtype
+    terms: Sequence[tuple[float, WeightDelta]], rows: range, worker: Worker, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
     """All low-rank terms as one product: [w1 s1 L1, w2 s2 L2, ...] [R1; R2; ...]."""
     import torch
 
-    pairs = [edit.factors(rows, worker, dtype, weight) for weight, edit in terms if isinstance(edit, LowRank)]
+    pairs = [edit.factors(rows, worker, dtype, weight) for weight, edit in terms if isinstance(edit, LoraDelta)]
     if not pairs:
         return None
     if len(pairs) == 1:

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker, viewed
-from mergeforge.tensors.lazy import Facts, Scan, Way
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker, view_rows
+from mergeforge.tensors.lazy import Stats, StatsPass, Way
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 Delta = Callable[[int, int, Any], "Tensor"]  # rows [start, stop) given W's rows (None unless it needs them)
 
 
-class Edit(Protocol):
+class WeightDelta(Protocol):
     """One adapter's change of one tensor."""
 
     @property
-    def about(self) -> str:
+    def label(self) -> str:
         """The kind of change, for the plan."""
 
     @property
@@ -39,20 +39,20 @@ class Edit(Protocol):
         """Whether the delta depends on W."""
 
     @property
-    def learns(self) -> bool:
+    def needs_stats(self) -> bool:
         """Whether it must see all of W first."""
 
     @property
-    def need(self) -> Need:
+    def memory_cost(self) -> MemoryCost:
         """Memory beside W."""
 
-    def learn(self, scan: Scan, base: Way) -> Any: ...
+    def collect_stats(self, scan: StatsPass, base: Way) -> Any: ...
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Delta: ...
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta: ...
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LoraDelta:
     """s * L R with L (rows, r) and R (r, columns), each perhaps stored transposed.
 
     W (out, in): L = lora_B, R = lora_A. GPT-2's Conv1D (in, out) and embeddings (vocabulary, dim)
@@ -60,28 +60,28 @@ class LowRank:
     row of the stored L that each of W's rows takes, where llama.cpp has reordered them.
     """
 
-    left: Stored
-    right: Stored
+    left: StoredTensor
+    right: StoredTensor
     transposed: bool
     scale: float
     order: np.ndarray | None = None
 
-    about: str = "LoRA"
+    label: str = "LoRA"
     needs_base: bool = False
-    learns: bool = False
+    needs_stats: bool = False
 
     @property
     def rank(self) -> int:
         return self.left.info.shape[0] if self.transposed else self.left.info.shape[1]
 
     @property
-    def need(self) -> Need:
+    def memory_cost(self) -> MemoryCost:
         size = self.left.info.bits // 8
         fixed = self.right.info.nbytes + 8 * self.right.info.numel + ALIGNMENT * (self.rank + 1)
         fixed += self.left.info.nbytes if self.order is not None else 0
-        return Need(row=self.rank * (size + 8), fixed=fixed, live=1)
+        return MemoryCost(row_nbytes=self.rank * (size + 8), fixed_nbytes=fixed, scratch_blocks=1)
 
-    def learn(self, scan: Scan, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
         return None
 
     def plain_factors(self) -> tuple[Tensor, Tensor]:
@@ -111,15 +111,15 @@ class LowRank:
         info, size = self.left.info, self.left.info.bits // 8
         starts = [self.left.offset + (row * info.columns + rows.start) * size for row in range(self.rank)]
         pieces = [worker.read(self.left.file, start, len(rows) * size, keep=True) for start in starts]
-        return torch.cat([viewed(piece, info.dtype, len(rows)) for piece in pieces])
+        return torch.cat([view_rows(piece, info.dtype, len(rows)) for piece in pieces])
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Delta:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
         left, right = self.factors(rows, worker, dtype)
         return lambda start, stop, base: left[start - rows.start : stop - rows.start] @ right
 
 
 @dataclass(frozen=True, eq=False)
-class Dora:
+class DoraDelta:
     """Weight-decomposed LoRA (https://arxiv.org/abs/2402.09353): V = W + s L R, W' = m / |V| * V.
 
     |V| is taken over each output's weights: over a row of W, or over a column where W is stored
@@ -128,22 +128,24 @@ class Dora:
     Defined by peft/tuners/lora/dora.py.
     """
 
-    low: LowRank
-    magnitude: Stored
+    low: LoraDelta
+    magnitude: StoredTensor
     columns: bool | None = None
 
-    about: str = "DoRA"
+    label: str = "DoRA"
     needs_base: bool = True
 
     @property
-    def learns(self) -> bool:
+    def needs_stats(self) -> bool:
         return self.low.transposed if self.columns is None else self.columns
 
     @property
-    def need(self) -> Need:
-        return self.low.need + Need(fixed=self.magnitude.info.nbytes + 16 * self.magnitude.info.numel, live=2)
+    def memory_cost(self) -> MemoryCost:
+        return self.low.memory_cost + MemoryCost(
+            fixed_nbytes=self.magnitude.info.nbytes + 16 * self.magnitude.info.numel, scratch_blocks=2
+        )
 
-    def learn(self, scan: Scan, base: Way) -> Tensor:
+    def collect_stats(self, scan: StatsPass, base: Way) -> Tensor:
         """The norms of V's columns, summed up in float64."""
         import torch
 
@@ -151,14 +153,14 @@ class Dora:
 
         def stage(rows: range) -> tuple[Any, Tensor, Tensor, int]:
             left, right = self.low.factors(rows, scan.worker, scan.dtype)
-            return base.stage(rows, scan.worker, scan.facts, scan.dtype), left, right, rows.start
+            return base.load(rows, scan.worker, scan.facts, scan.dtype), left, right, rows.start
 
         for (whole, left, right, first), start, stop in scan(stage):
             value = whole(start, stop).addmm_(left[start - first : stop - first], right)
             squares += value.square_().sum(0, dtype=torch.float64)
         return squares.sqrt().to(scan.dtype)
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Delta:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
         left, right = self.low.factors(rows, worker, dtype)
         magnitude = self.magnitude.read_all(worker).to(dtype).flatten()
         columns = facts.get(id(self))
@@ -174,46 +176,46 @@ class Dora:
 
 
 @dataclass(frozen=True, eq=False)
-class Replaced:
+class ReplaceTensor:
     """Another tensor in W's place."""
 
-    value: Stored
+    value: StoredTensor
 
-    about: str = "replaced"
+    label: str = "replaced"
     needs_base: bool = True
-    learns: bool = False
+    needs_stats: bool = False
 
     @property
-    def need(self) -> Need:
-        return self.value.need
+    def memory_cost(self) -> MemoryCost:
+        return self.value.memory_cost
 
-    def learn(self, scan: Scan, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Delta:
-        value = self.value.stage(rows, worker, facts, dtype)
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
+        value = self.value.load(rows, worker, facts, dtype)
         return lambda start, stop, base: value(start, stop).sub_(base)
 
 
 @dataclass(frozen=True, eq=False)
-class RowsReplaced:
+class ReplaceRows:
     """Some rows of W replaced: `indices` are the rows, `value` (rows, columns) their new content."""
 
     indices: tuple[int, ...]
-    value: Stored
+    value: StoredTensor
 
-    about: str = "trained tokens"
+    label: str = "trained tokens"
     needs_base: bool = True
-    learns: bool = False
+    needs_stats: bool = False
 
     @property
-    def need(self) -> Need:
-        return Need(fixed=self.value.info.nbytes + 8 * self.value.info.numel, live=1)
+    def memory_cost(self) -> MemoryCost:
+        return MemoryCost(fixed_nbytes=self.value.info.nbytes + 8 * self.value.info.numel, scratch_blocks=1)
 
-    def learn(self, scan: Scan, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Delta:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
         value = self.value.read_all(worker).to(dtype)
 
         def delta(start: int, stop: int, base: Tensor) -> Tensor:
@@ -227,23 +229,23 @@ class RowsReplaced:
 
 
 @dataclass(frozen=True, eq=False)
-class Added:
+class AddTensor:
     """A scaled vector added to a bias."""
 
-    value: Stored
+    value: StoredTensor
     scale: float
 
-    about: str = "bias"
+    label: str = "bias"
     needs_base: bool = False
-    learns: bool = False
+    needs_stats: bool = False
 
     @property
-    def need(self) -> Need:
-        return self.value.need
+    def memory_cost(self) -> MemoryCost:
+        return self.value.memory_cost
 
-    def learn(self, scan: Scan, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Delta:
-        value = self.value.stage(rows, worker, facts, dtype)
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
+        value = self.value.load(rows, worker, facts, dtype)
         return lambda start, stop, base: value(start, stop).mul_(self.scale)

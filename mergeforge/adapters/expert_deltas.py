@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.adapters.deltas import Delta, Edit
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
-from mergeforge.tensors.lazy import Facts, Scan, Way
-from mergeforge.tensors.stored import Stored
+from mergeforge.adapters.deltas import Delta, WeightDelta
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
+from mergeforge.tensors.lazy import Stats, StatsPass, Way
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertLowRank:
+class ExpertLoraDelta:
     """s * B_e A_e for every expert e: PEFT's target_parameters (peft/tuners/lora/layer.py, ParamWrapper).
 
     `a` (experts * r, in): the ranks of an expert follow one another. `b` (out, r * experts): the experts of a
@@ -25,8 +25,8 @@ class ExpertLowRank:
     (B_e A_e)^T. One expert at a time is computed.
     """
 
-    a: Stored
-    b: Stored
+    a: StoredTensor
+    b: StoredTensor
     experts: int
     scale: float
     rows: int  # of one expert in the tensor
@@ -35,24 +35,24 @@ class ExpertLowRank:
     swapped: bool = False
     by_expert: bool = False
 
-    about: str = "LoRA on experts"
+    label: str = "LoRA on experts"
     needs_base: bool = False
-    learns: bool = False
+    needs_stats: bool = False
 
     @property
     def rank(self) -> int:
         return self.a.info.shape[0] // self.experts
 
     @property
-    def need(self) -> Need:
+    def memory_cost(self) -> MemoryCost:
         read = sum(one.info.nbytes + ALIGNMENT for one in (self.a, self.b))
         one = 8 * (self.a.info.numel + self.b.info.numel) // self.experts
-        return Need(fixed=read + one, live=2)
+        return MemoryCost(fixed_nbytes=read + one, scratch_blocks=2)
 
-    def learn(self, scan: Scan, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Delta:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
         import torch
 
         a = self.a.read_all(worker).view(self.experts, self.rank, -1)
@@ -79,34 +79,34 @@ class ExpertLowRank:
 
 
 @dataclass(frozen=True, eq=False)
-class InRows:
+class RowRangeDelta:
     """An edit of rows [first, first + rows) of a tensor, as if these were a tensor of their own."""
 
-    edit: Edit
+    edit: WeightDelta
     first: int
     rows: int
 
-    learns: bool = False
+    needs_stats: bool = False
 
     @property
-    def about(self) -> str:
-        return self.edit.about
+    def label(self) -> str:
+        return self.edit.label
 
     @property
     def needs_base(self) -> bool:
         return self.edit.needs_base
 
     @property
-    def need(self) -> Need:
-        return self.edit.need + Need(live=1)
+    def memory_cost(self) -> MemoryCost:
+        return self.edit.memory_cost + MemoryCost(scratch_blocks=1)
 
-    def learn(self, scan: Scan, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Delta:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
         begin, end = max(rows.start, self.first), min(rows.stop, self.first + self.rows)
         inner = (
-            self.edit.stage(range(begin - self.first, end - self.first), worker, facts, dtype) if begin < end else None
+            self.edit.load(range(begin - self.first, end - self.first), worker, facts, dtype) if begin < end else None
         )
 
         def delta(start: int, stop: int, base: Any) -> Tensor:

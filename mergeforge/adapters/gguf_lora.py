@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mergeforge.adapters.deltas import LowRank
+from mergeforge.adapters.deltas import LoraDelta
 from mergeforge.adapters.open import Adapter
-from mergeforge.checkpoints.checkpoint import Checkpoint, Model
+from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource
 from mergeforge.core.tensor_info import FLOATS, TensorInfo
 from mergeforge.errors import SourceError, listing
-from mergeforge.gguf.architectures import Place, spell
-from mergeforge.gguf.reader import GGUFHeader, Held, read_gguf
-from mergeforge.tensors.stored import Stored
+from mergeforge.gguf.architectures import TensorTarget, build_spec
+from mergeforge.gguf.reader import GGUFHeader, GGUFTensorInfo, read_gguf
+from mergeforge.tensors.stored import StoredTensor
 
 
-def open_gguf_adapter(path: Path, label: str, base: Model) -> Adapter:
+def open_gguf_adapter(path: Path, label: str, base: ModelSource) -> Adapter:
     """Read an adapter's header and match every pair of factors to the base.
 
     Raises SourceError when it is no LoRA, or a tensor matches nothing.
@@ -29,16 +29,16 @@ def open_gguf_adapter(path: Path, label: str, base: Model) -> Adapter:
         raise SourceError(f"{path} is not a LoRA adapter", hint="a GGUF model goes under models")
     if header.get("adapter.alora.invocation_tokens"):
         raise SourceError(f"{path} applies only after certain tokens: it cannot be merged")
-    spelling = spell(base.config, {name: stored.info for name, stored in base.tensors.items()})
+    spelling = build_spec(base.config, {name: stored.info for name, stored in base.tensors.items()})
     if header.get("general.architecture") != spelling.arch:
         text = f"{path} belongs to a {header.get('general.architecture')}; {base.label} would be a {spelling.arch}"
         raise SourceError(text, hint="fold it into the model that it was trained on")
-    homes = _homes(spelling.places)
+    homes = _homes(spelling.targets)
     names = sorted({name.removesuffix(".lora_a").removesuffix(".lora_b") for name in header.tensors})
     if strangers := [name for name in names if name not in homes]:
         raise SourceError(f"{path} changes {listing(strangers)}, which {base.label} has not, or holds fused")
-    edits: dict[str, tuple[LowRank]] = {}
-    stored: dict[str, Stored] = {}
+    edits: dict[str, tuple[LoraDelta]] = {}
+    stored: dict[str, StoredTensor] = {}
     for name in names:
         tensor, place = homes[name]
         edit = _pair(header, name, base.tensors[tensor].info, place, path)
@@ -48,7 +48,7 @@ def open_gguf_adapter(path: Path, label: str, base: Model) -> Adapter:
     return Adapter(label, path, None, edits, {}, {}, True, (table,), ())
 
 
-def _homes(places: Mapping[str, tuple[Place, ...]]) -> dict[str, tuple[str, Place]]:
+def _homes(places: Mapping[str, tuple[TensorTarget, ...]]) -> dict[str, tuple[str, TensorTarget]]:
     """GGUF name -> the tensor that alone becomes it, row by row."""
     return {
         some[0].tensor: (name, some[0])
@@ -57,7 +57,7 @@ def _homes(places: Mapping[str, tuple[Place, ...]]) -> dict[str, tuple[str, Plac
     }
 
 
-def _pair(header: GGUFHeader, name: str, target: TensorInfo, place: Place, path: Path) -> LowRank:
+def _pair(header: GGUFHeader, name: str, target: TensorInfo, place: TensorTarget, path: Path) -> LoraDelta:
     import numpy as np
 
     a, b = (header.tensors.get(f"{name}.lora_{which}") for which in "ab")
@@ -71,10 +71,10 @@ def _pair(header: GGUFHeader, name: str, target: TensorInfo, place: Place, path:
         order = np.empty(target.rows, dtype=np.int64)
         order[place.rows] = np.arange(target.rows)
     scale = float(header.get("adapter.lora.alpha") or a.shape[0]) / a.shape[0]
-    return LowRank(_factor(b, path), _factor(a, path), False, scale, order)
+    return LoraDelta(_factor(b, path), _factor(a, path), False, scale, order)
 
 
-def _factor(held: Held, path: Path) -> Stored:
+def _factor(held: GGUFTensorInfo, path: Path) -> StoredTensor:
     if held.kind not in FLOATS:
         raise SourceError(f"{path}: {held.name} is {held.kind}", hint="convert the adapter to f16 or f32")
-    return Stored(TensorInfo(held.name, held.kind, held.shape), held.file, held.offset)
+    return StoredTensor(TensorInfo(held.name, held.kind, held.shape), held.file, held.offset)

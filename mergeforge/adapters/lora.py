@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mergeforge.adapters.deltas import Added, Dora, Edit, LowRank
-from mergeforge.adapters.expert_deltas import InRows
+from mergeforge.adapters.deltas import AddTensor, DoraDelta, LoraDelta, WeightDelta
+from mergeforge.adapters.expert_deltas import RowRangeDelta
 from mergeforge.adapters.peft.kind import Module
 from mergeforge.adapters.peft.lora_config import LoraSettings
 from mergeforge.adapters.peft.lora_variants import convolution, in_blocks, with_diagonal
-from mergeforge.adapters.peft_delta import Formulated
-from mergeforge.adapters.residual_init import Residual
-from mergeforge.adapters.resolve import Homes
+from mergeforge.adapters.peft_delta import PeftDelta
+from mergeforge.adapters.residual_init import ResidualInitDelta
+from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.errors import SourceError
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 PAIRS = {"linear": ("A", "B"), "embedding": ("embedding_A", "embedding_B"), "turned": ("turned_A", "turned_B")}
 _OUT_PROJ = ".base_layer.out_proj"  # of nn.MultiheadAttention, which PEFT wraps in a layer of its own
@@ -28,13 +28,13 @@ class Pair:
     """
 
     module: str
-    a: Stored
-    b: Stored
+    a: StoredTensor
+    b: StoredTensor
     kind: str = "linear"
-    magnitude: Stored | None = None
-    bias: Stored | None = None
-    middle: Stored | None = None
-    diagonal: Stored | None = None
+    magnitude: StoredTensor | None = None
+    bias: StoredTensor | None = None
+    middle: StoredTensor | None = None
+    diagonal: StoredTensor | None = None
 
     @property
     def rank(self) -> int:
@@ -56,13 +56,13 @@ class Pair:
         return len(self.a.info.shape) == len(self.b.info.shape) == 2
 
     @property
-    def factors(self) -> dict[str, Stored]:
+    def factors(self) -> dict[str, StoredTensor]:
         """By their roles in adapters/variants.py."""
         found = {"A": self.a, "B": self.b, "magnitude": self.magnitude, "middle": self.middle}
         return {role: one for role, one in found.items() if one is not None}
 
 
-def take_pair(module: str, roles: dict[str, Stored]) -> Pair | None:
+def take_pair(module: str, roles: dict[str, StoredTensor]) -> Pair | None:
     """Take a pair and what belongs to it out of a module's tensors; None where there is no pair."""
     for kind, (a, b) in PAIRS.items():
         if a in roles and b in roles:
@@ -72,7 +72,9 @@ def take_pair(module: str, roles: dict[str, Stored]) -> Pair | None:
     return None
 
 
-def low_rank_edits(pair: Pair, settings: LoraSettings, homes: Homes) -> tuple[list[tuple[str, Edit]], list[str]]:
+def low_rank_edits(
+    pair: Pair, settings: LoraSettings, homes: TensorResolver
+) -> tuple[list[tuple[str, WeightDelta]], list[str]]:
     """(tensor, edit) for what a pair does to the base, and notes.
 
     Raises Misfit for a pair without a home or of the wrong shape, SourceError for one that cannot be folded.
@@ -92,7 +94,7 @@ def low_rank_edits(pair: Pair, settings: LoraSettings, homes: Homes) -> tuple[li
     return edits, notes
 
 
-def _path_and_scale(pair: Pair, settings: LoraSettings, homes: Homes) -> tuple[str, float, list[str]]:
+def _path_and_scale(pair: Pair, settings: LoraSettings, homes: TensorResolver) -> tuple[str, float, list[str]]:
     """The path of the weight and the scale.
 
     PEFT applies the change of nn.MultiheadAttention's out_proj twice, when it trains as when it merges.
@@ -106,7 +108,7 @@ def _path_and_scale(pair: Pair, settings: LoraSettings, homes: Homes) -> tuple[s
     return f"{module}.weight", scale, []
 
 
-def _weight_edit(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: Homes) -> Edit:
+def _weight_edit(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: TensorResolver) -> WeightDelta:
     shape = tuple(target.info.shape)
     if settings.dora and pair.magnitude is None:
         text = f"{homes.label}: {pair.module} lacks its lora_magnitude_vector, though use_dora is set"
@@ -125,36 +127,36 @@ def _weight_edit(pair: Pair, scale: float, target: Way, settings: LoraSettings, 
     columns = _by_columns(pair, low, shape)
     if pair.magnitude.info.numel != shape[1 if columns else 0]:
         homes.refuse_shape(pair.module, shape, pair.magnitude)
-    return Dora(low, pair.magnitude, columns)
+    return DoraDelta(low, pair.magnitude, columns)
 
 
-def _by_columns(pair: Pair, low: LowRank, shape: tuple[int, ...]) -> bool:
+def _by_columns(pair: Pair, low: LoraDelta, shape: tuple[int, ...]) -> bool:
     """Whether DoRA's norms are those of W's columns: MLX has rows' alone, LyCORIS may have (1, in)."""
     assert pair.magnitude is not None
     over_inputs = pair.magnitude.info.shape == (1, shape[1])
     return over_inputs or (low.transposed and pair.kind != "turned")
 
 
-def _low_rank(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: Homes) -> LowRank:
+def _low_rank(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: TensorResolver) -> LoraDelta:
     """s * L R of a matrix, told by its shape which way round it is stored."""
     shape = tuple(target.info.shape)
     outside = pair.sizes
     if pair.kind == "turned":
         table = (pair.a.info.shape[0], pair.b.info.shape[1])  # an embedding, whose rows A's are
         if table == shape and (outside != shape or pair.module.rpartition(".")[2] in EMBEDDINGS):
-            return LowRank(pair.a, pair.b, False, scale)
+            return LoraDelta(pair.a, pair.b, False, scale)
         transposed = False
     else:
         transposed = pair.kind == "embedding" or _is_transposed(shape, outside, pair.module, settings, homes)
     if shape != (outside[::-1] if transposed else outside):
         homes.refuse_shape(pair.module, outside[::-1] if transposed else outside, target)
     if pair.kind == "turned":
-        return LowRank(pair.b, pair.a, True, scale)
-    return LowRank(pair.a, pair.b, True, scale) if transposed else LowRank(pair.b, pair.a, False, scale)
+        return LoraDelta(pair.b, pair.a, True, scale)
+    return LoraDelta(pair.a, pair.b, True, scale) if transposed else LoraDelta(pair.b, pair.a, False, scale)
 
 
 def _is_transposed(
-    shape: tuple[int, ...], outside: tuple[int, int], module: str, settings: LoraSettings, homes: Homes
+    shape: tuple[int, ...], outside: tuple[int, int], module: str, settings: LoraSettings, homes: TensorResolver
 ) -> bool:
     """Whether W is stored (in, out): told by its shape; a square W by the config or the model."""
     if outside[0] != outside[1]:
@@ -163,7 +165,7 @@ def _is_transposed(
     return settings.fan_in_fan_out or in_conv1d
 
 
-def _residual(pair: Pair, low: LowRank, target: Way, settings: LoraSettings, homes: Homes) -> Edit:
+def _residual(pair: Pair, low: LoraDelta, target: Way, settings: LoraSettings, homes: TensorResolver) -> WeightDelta:
     """The start's part taken out, too. Embeddings have no such start in PEFT: theirs is plain."""
     if pair.kind == "embedding" and pair.diagonal is None:
         return low
@@ -176,13 +178,13 @@ def _residual(pair: Pair, low: LowRank, target: Way, settings: LoraSettings, hom
         text = f"{about} is stored transposed (Conv1D), where {start} cannot be undone"
         raise SourceError(text, hint="fold it into the base that was saved with it: base_is_residual: true")
     if start == "truncated" and pair.diagonal is not None:
-        return Formulated(with_diagonal(low.scale), {**pair.factors, "diagonal": pair.diagonal}, target)
+        return PeftDelta(with_diagonal(low.scale), {**pair.factors, "diagonal": pair.diagonal}, target)
     if low.rank >= min(shape):
         raise SourceError(f"{about}: its start takes out all {min(shape)} directions")
-    return Residual(low, start, (shape[0], shape[1]), pair.diagonal)
+    return ResidualInitDelta(low, start, (shape[0], shape[1]), pair.diagonal)
 
 
-def _formulated(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: Homes) -> Edit:
+def _formulated(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: TensorResolver) -> WeightDelta:
     """Convolutions and block-diagonal factors."""
     shape = tuple(target.info.shape)
     module = Module(pair.module, {role: one.info.shape for role, one in pair.factors.items()}, shape)
@@ -198,19 +200,19 @@ def _formulated(pair: Pair, scale: float, target: Way, settings: LoraSettings, h
             formula = convolution(module, scale)
     except ValueError as error:
         raise SourceError(f"{homes.label}: {error}") from None
-    return Formulated(formula, pair.factors, target, shape[1] if len(shape) == 3 else 1)
+    return PeftDelta(formula, pair.factors, target, shape[1] if len(shape) == 3 else 1)
 
 
-def _bias_edit(pair: Pair, bias: Stored, scale: float, homes: Homes) -> tuple[str, Edit]:
+def _bias_edit(pair: Pair, bias: StoredTensor, scale: float, homes: TensorResolver) -> tuple[str, WeightDelta]:
     name = homes.find(f"{pair.module}.bias")
     if not name:
         text = f"{homes.label}: {bias.info.name!r} is added to a bias, and {pair.module} of {homes.base.label} has none"
         raise SourceError(text, hint="PEFT cannot merge it either: train without lora_bias, or on a base with biases")
     homes.check_same_shape(pair.module, bias, homes.target(name))
-    return name, Added(bias, scale)
+    return name, AddTensor(bias, scale)
 
 
-def _in_parts(pair: Pair, settings: LoraSettings, homes: Homes) -> list[tuple[str, Edit]]:
+def _in_parts(pair: Pair, settings: LoraSettings, homes: TensorResolver) -> list[tuple[str, WeightDelta]]:
     """Edits of the stored tensors that the module's weight is made of, or is a part of; none where it is one of them.
 
     A loaded weight may be joined of stored ones, or cut out of one; an expert on its own may lie in a stack.
@@ -221,14 +223,14 @@ def _in_parts(pair: Pair, settings: LoraSettings, homes: Homes) -> list[tuple[st
         raise SourceError(f"{homes.label}: {pair.module} lies in parts, where only plain LoRA can be folded")
     scale = settings.scale(pair.module, pair.rank)
     rows = sum(part.rows for part in parts)
-    edits: list[tuple[str, Edit]] = []
+    edits: list[tuple[str, WeightDelta]] = []
     for part in parts:
         stored = homes.base.tensors[part.name]
         if (rows, stored.info.columns) != pair.sizes:
             homes.refuse_shape(pair.module, pair.sizes, stored)
-        low = LowRank(_rows_of(pair.b, part.first, part.rows), pair.a, False, scale)
+        low = LoraDelta(_rows_of(pair.b, part.first, part.rows), pair.a, False, scale)
         whole = part.start == 0 and part.rows == stored.info.rows
-        edits.append((part.name, low if whole else InRows(low, part.start, part.rows)))
+        edits.append((part.name, low if whole else RowRangeDelta(low, part.start, part.rows)))
     return edits
 
 
@@ -248,7 +250,7 @@ def check_rank(pair: Pair, settings: LoraSettings, label: str) -> None:
         raise SourceError(text, hint=hint)
 
 
-def _rows_of(stored: Stored, first: int, rows: int) -> Stored:
+def _rows_of(stored: StoredTensor, first: int, rows: int) -> StoredTensor:
     """Rows [first, first + rows) of a matrix as a tensor of their own."""
     info = replace(stored.info, shape=(rows, *stored.info.shape[1:]))
-    return Stored(info, stored.file, stored.offset + first * stored.info.row_nbytes)
+    return StoredTensor(info, stored.file, stored.offset + first * stored.info.row_nbytes)

@@ -12,21 +12,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mergeforge.adapters.deltas import Added, Edit, LowRank, Replaced, RowsReplaced
+from mergeforge.adapters.deltas import AddTensor, LoraDelta, ReplaceRows, ReplaceTensor, WeightDelta
 from mergeforge.adapters.lora import Pair, check_rank, low_rank_edits, take_pair
 from mergeforge.adapters.match_experts import Pair as ExpertPair
 from mergeforge.adapters.match_experts import expert_edits, is_expert_module, split_module
 from mergeforge.adapters.peft.keys import UNUSED, Key, clean_path, parse_key
 from mergeforge.adapters.peft.kind import Kind, Module
 from mergeforge.adapters.peft.lora_config import LoraSettings, told_start
-from mergeforge.adapters.peft_delta import Formulated
-from mergeforge.adapters.resized_embedding import Extended, same_rows
-from mergeforge.adapters.resolve import Homes
-from mergeforge.checkpoints.checkpoint import Checkpoint, Model
+from mergeforge.adapters.peft_delta import PeftDelta
+from mergeforge.adapters.resized_embedding import ResizedEmbedding, same_rows
+from mergeforge.adapters.resolve import TensorResolver
+from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.errors import SourceError, listing
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.stored import Stored, same_content
+from mergeforge.tensors.stored import StoredTensor, same_content
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Adapter:
     label: str
     folder: Path
     revision: str | None
-    edits: Mapping[str, tuple[Edit, ...]]
+    edits: Mapping[str, tuple[WeightDelta, ...]]
     resized: Mapping[str, Way]
-    added: Mapping[str, Stored]
+    added: Mapping[str, StoredTensor]
     keeps_tied: bool
     files: tuple[Checkpoint, ...]
     notes: tuple[str, ...]
@@ -56,19 +56,19 @@ class Matching:
     """The work of opening one adapter: groups keys by module, then turns modules into edits."""
 
     label: str
-    base: Model
+    base: ModelSource
     table: Checkpoint
     settings: LoraSettings
     kind: Kind | None
     config: Mapping[str, Any]
-    edits: dict[str, list[Edit]] = field(default_factory=dict)
+    edits: dict[str, list[WeightDelta]] = field(default_factory=dict)
     resized: dict[str, Way] = field(default_factory=dict)
-    added: dict[str, Stored] = field(default_factory=dict)
+    added: dict[str, StoredTensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parameters: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.homes = Homes(self.label, self.base, self.resized)
+        self.homes = TensorResolver(self.label, self.base, self.resized)
         self.tied = self.homes.tied
 
     def adapter(self, folder: Path, revision: str | None) -> Adapter:
@@ -114,8 +114,8 @@ class Matching:
             theirs = f"revision {commit} of {trained_on or 'its base'}"
             self.notes.append(f"{self.label} was trained on {theirs}, and is folded into {ours[0] or ours[1]}")
 
-    def _modules(self) -> dict[str, dict[str, Stored]]:
-        modules: dict[str, dict[str, Stored]] = {}
+    def _modules(self) -> dict[str, dict[str, StoredTensor]]:
+        modules: dict[str, dict[str, StoredTensor]] = {}
         for name, stored in self.table.tensors.items():
             key = self._key(name)
             if key is None:
@@ -138,7 +138,7 @@ class Matching:
         own = self.kind.role_of(clean_path(name)) if self.kind else None
         return Key(*own) if own else parse_key(name)
 
-    def _formulas(self, kind: Kind, modules: dict[str, dict[str, Stored]]) -> None:
+    def _formulas(self, kind: Kind, modules: dict[str, dict[str, StoredTensor]]) -> None:
         """Turn the kind's own tensors into edits of weights and biases."""
         shared = modules.pop("", {})
         own = {
@@ -156,7 +156,7 @@ class Matching:
             with self.homes.gathering():
                 self._formula(kind, module, {**own[module], **shared}, weight, largest)
 
-    def _experts(self, modules: dict[str, dict[str, Stored]]) -> None:
+    def _experts(self, modules: dict[str, dict[str, StoredTensor]]) -> None:
         """Turn the factors of fused experts into edits of their stack, or of each expert."""
         wrapped: dict[str, list[ExpertPair]] = {}
         for module in [one for one in modules if is_expert_module(one, self.settings, self.base, self.homes.loaded)]:
@@ -181,7 +181,7 @@ class Matching:
             self.notes.append(f"{self.label}: lora_B of its {len(wrapped)} expert modules is read {layout}")
 
     def _formula(
-        self, kind: Kind, module: str, factors: Mapping[str, Stored], weight: Way, largest: tuple[int, int]
+        self, kind: Kind, module: str, factors: Mapping[str, StoredTensor], weight: Way, largest: tuple[int, int]
     ) -> None:
         shapes = {role: stored.info.shape for role, stored in factors.items()}
         transposed = self.base.config.get("model_type") in CONV1D_MODELS and len(weight.info.shape) == 2
@@ -204,19 +204,19 @@ class Matching:
                 self.homes.refuse_unknown(next(iter(factors.values())), f"{module}.{leaf}")
             target = weight if leaf == "weight" else self.homes.target(name)
             inner = target.info.shape[1] if len(target.info.shape) == 3 else 1  # a Conv1d's rows for each output
-            self._add(name, Formulated(formula, factors, target, inner))
+            self._add(name, PeftDelta(formula, factors, target, inner))
 
-    def _start(self, module: str, roles: dict[str, Stored]) -> None:
+    def _start(self, module: str, roles: dict[str, StoredTensor]) -> None:
         """What training started from, where the adapter brings it: an embedding of another size."""
         original, _ = roles.pop("original_weight", None), roles.pop("original_bias", None)
         if (stored := roles.pop("base_weight", original)) is not None:
             self._resize(module, self.homes.name(f"{module}.weight", stored), stored)
 
-    def _resize(self, module: str, name: str, stored: Stored) -> None:
+    def _resize(self, module: str, name: str, stored: StoredTensor) -> None:
         self.homes.check_size(module, stored, self.homes.target(name))
         self.resized[name] = stored
 
-    def _module(self, module: str, roles: dict[str, Stored]) -> None:
+    def _module(self, module: str, roles: dict[str, StoredTensor]) -> None:
         if pair := take_pair(module, roles):
             check_rank(pair, self.settings, self.label)
             self._low_rank(pair)
@@ -241,16 +241,16 @@ class Matching:
         for name, edit in edits:
             self._add(name, edit)
 
-    def _addition(self, module: str, leaf: str, stored: Stored) -> None:
+    def _addition(self, module: str, leaf: str, stored: StoredTensor) -> None:
         """What is added to a tensor as it is (LyCORIS' full differences)."""
         name = self.homes.name(f"{module}.{leaf}", stored)
         target = self.homes.target(name)
         if stored.info.numel != target.info.numel or stored.info.shape[:1] != target.info.shape[:1]:
             self.homes.refuse_shape(module, stored.info.shape, target)
         flat = replace(stored.info, shape=target.info.shape)
-        self._add(name, Added(replace(stored, info=flat), self.settings.scale(module, 1)))
+        self._add(name, AddTensor(replace(stored, info=flat), self.settings.scale(module, 1)))
 
-    def _tokens(self, module: str, stored: Stored) -> None:
+    def _tokens(self, module: str, stored: StoredTensor) -> None:
         name = self.homes.name(f"{module}.weight", stored)
         target = self.homes.target(name)
         indices = self.settings.token_indices
@@ -265,25 +265,27 @@ class Matching:
         if stored.info.columns != target.info.columns or not grown or min(indices) < 0:
             self.homes.refuse_shape(module, stored.info.shape, target)
         if new:
-            self.resized[name] = Extended(target, stored, tuple(indices.index(index) for index in sorted(new)))
+            self.resized[name] = ResizedEmbedding(target, stored, tuple(indices.index(index) for index in sorted(new)))
         if len(new) < len(indices):
-            self._add(name, RowsReplaced(tuple(indices), stored))
+            self._add(name, ReplaceRows(tuple(indices), stored))
 
-    def _replacement(self, module: str, leaf: str, stored: Stored) -> None:
+    def _replacement(self, module: str, leaf: str, stored: StoredTensor) -> None:
         saved = self.settings.saves(module)
         found = self.homes.find(f"{module}.{leaf}")
         if not found:
             if not saved:
                 self.homes.refuse_unknown(stored, f"{module}.{leaf}")
-            self.added[f"{module}.{leaf}"] = Stored(stored.info.renamed(f"{module}.{leaf}"), stored.file, stored.offset)
+            self.added[f"{module}.{leaf}"] = StoredTensor(
+                stored.info.renamed(f"{module}.{leaf}"), stored.file, stored.offset
+            )
             self.notes.append(f"{self.label} adds {module}.{leaf}, which the base lacks: check the config's head")
         elif leaf == "weight" and not saved and module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS):
             self._resize(module, found, stored)  # saved beside a grown vocabulary, not trained as a module
         else:
             self.homes.check_size(module, stored, self.homes.target(found))
-            self._add(found, Replaced(stored))
+            self._add(found, ReplaceTensor(stored))
 
-    def _add(self, name: str, edit: Edit) -> None:
+    def _add(self, name: str, edit: WeightDelta) -> None:
         self.edits.setdefault(name, []).append(edit)
 
     def _settle_tied(self) -> bool:
@@ -303,27 +305,27 @@ class Matching:
         if head in self.resized or not (edits or head_edits):
             return head not in self.resized
         if not head_edits:  # PEFT gives the trained tokens to a tied head too, and nothing else
-            return all(isinstance(edit, RowsReplaced) for edit in edits)
+            return all(isinstance(edit, ReplaceRows) for edit in edits)
         if len(edits) != 1 or len(head_edits) != 1 or not _same_change(edits[0], head_edits[0]):
             return False
         del self.edits[head]
         self.notes.append(f"{self.label}: its change of {head} is that of the tied {embedding}: made once, stays tied")
         return True
 
-    def _whole(self, name: str) -> Stored | None:
+    def _whole(self, name: str) -> StoredTensor | None:
         """The tensor that the adapter brings in place of the base's, if it does nothing else to it."""
         edits, resized = self.edits.get(name, []), self.resized.get(name)
-        replaced = [edit.value for edit in edits if isinstance(edit, Replaced)]
+        replaced = [edit.value for edit in edits if isinstance(edit, ReplaceTensor)]
         if edits:
             return replaced[0] if len(edits) == len(replaced) == 1 else None
-        return resized if isinstance(resized, Stored) else None
+        return resized if isinstance(resized, StoredTensor) else None
 
 
-def _same_change(one: Edit, other: Edit) -> bool:
+def _same_change(one: WeightDelta, other: WeightDelta) -> bool:
     """Whether an embedding and its head are changed alike (ensure_weight_tying saves both)."""
-    if isinstance(one, RowsReplaced) and isinstance(other, RowsReplaced):
+    if isinstance(one, ReplaceRows) and isinstance(other, ReplaceRows):
         return one.indices == other.indices and same_content(one.value, other.value)
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
+    if isinstance(one, LoraDelta) and isinstance(other, LoraDelta):
         factors = zip(one.plain_factors(), other.plain_factors(), strict=True)
         return one.scale == other.scale and all(mine.equal(theirs) for mine, theirs in factors)
     return False

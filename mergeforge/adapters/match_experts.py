@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from mergeforge.adapters.expert_deltas import ExpertLowRank
+from mergeforge.adapters.expert_deltas import ExpertLoraDelta
 from mergeforge.adapters.peft.hf_renames import Part
 from mergeforge.adapters.peft.lora_config import LoraSettings
-from mergeforge.checkpoints.checkpoint import Model
-from mergeforge.tensors.stored import Stored
+from mergeforge.checkpoints.checkpoint import ModelSource
+from mergeforge.tensors.stored import StoredTensor
 
 _ORDER = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")  # as modules define them
 _TRANSPOSED = ("gpt_oss", "llama4_text", "llama4", "dbrx")  # experts stored (E, in, out): is_transposed
@@ -24,8 +24,8 @@ _TRANSPOSED = ("gpt_oss", "llama4_text", "llama4", "dbrx")  # experts stored (E,
 class Pair:
     """The factors of one wrapped parameter, and how deep in the module it is wrapped."""
 
-    a: Stored
-    b: Stored
+    a: StoredTensor
+    b: StoredTensor
     depth: int
 
     @property
@@ -45,12 +45,12 @@ def split_module(module: str) -> tuple[str, int]:
 Loaded = Mapping[str, tuple[Part, ...]]  # parameters of the loaded model -> where they lie in the checkpoint
 
 
-def is_expert_module(module: str, settings: LoraSettings, base: Model, loaded: Loaded) -> bool:
+def is_expert_module(module: str, settings: LoraSettings, base: ModelSource, loaded: Loaded) -> bool:
     """Whether target_parameters names parameters of the module."""
     return bool(_leaves(split_module(module)[0], settings, base, loaded))
 
 
-def _leaves(module: str, settings: LoraSettings, base: Model, loaded: Loaded) -> list[str]:
+def _leaves(module: str, settings: LoraSettings, base: ModelSource, loaded: Loaded) -> list[str]:
     """The module's parameters that are adapted; a name without a module is one of every module that has it."""
     found = [
         leaf
@@ -62,8 +62,8 @@ def _leaves(module: str, settings: LoraSettings, base: Model, loaded: Loaded) ->
 
 
 def expert_edits(
-    module: str, pairs: Sequence[Pair], settings: LoraSettings, base: Model, loaded: Loaded
-) -> dict[str, ExpertLowRank]:
+    module: str, pairs: Sequence[Pair], settings: LoraSettings, base: ModelSource, loaded: Loaded
+) -> dict[str, ExpertLoraDelta]:
     """Edits by stored tensor for one module's wrapped parameters.
 
     Raises ValueError where no assignment of factors to parameters fits their shapes.
@@ -75,7 +75,7 @@ def expert_edits(
         if list(chosen) == sorted(chosen, key=leaves.index) and all(
             _fits(pair, stacks[leaf], base) for pair, leaf in zip(pairs, chosen, strict=True)
         ):
-            edits: dict[str, ExpertLowRank] = {}
+            edits: dict[str, ExpertLoraDelta] = {}
             for pair, leaf in zip(pairs, chosen, strict=True):
                 edits |= _edits(f"{module}.{leaf}", pair, stacks[leaf], settings, base)
             return edits
@@ -84,7 +84,7 @@ def expert_edits(
     raise ValueError(f"{module}: factors for {shapes} fit none of its parameters {held}")
 
 
-def _parts(path: str, base: Model, loaded: Loaded) -> tuple[Part, ...]:
+def _parts(path: str, base: ModelSource, loaded: Loaded) -> tuple[Part, ...]:
     """Where a parameter of the loaded model lies in the checkpoint; a stack as it is has one part without an expert."""
     for name in (path, *(name for name in base.tensors if name.endswith(f".{path}") or path.endswith(f".{name}"))):
         if name in base.tensors:
@@ -93,7 +93,7 @@ def _parts(path: str, base: Model, loaded: Loaded) -> tuple[Part, ...]:
     return next((loaded[name] for name in near), ())
 
 
-def _shape(parts: Sequence[Part], base: Model) -> tuple[int, ...]:
+def _shape(parts: Sequence[Part], base: ModelSource) -> tuple[int, ...]:
     """(experts, rows, columns) of a stack, fused or apart; () for none."""
     if not parts:
         return ()
@@ -104,7 +104,7 @@ def _shape(parts: Sequence[Part], base: Model) -> tuple[int, ...]:
     return experts, max(part.first + part.rows for part in parts), info.shape[1]
 
 
-def _fits(pair: Pair, parts: Sequence[Part], base: Model) -> bool:
+def _fits(pair: Pair, parts: Sequence[Part], base: ModelSource) -> bool:
     shape = _shape(parts, base)
     counts = (pair.a.info.shape[0], pair.b.info.shape[1])
     return (
@@ -112,7 +112,7 @@ def _fits(pair: Pair, parts: Sequence[Part], base: Model) -> bool:
     )
 
 
-def _swapped(pair: Pair, shape: tuple[int, ...], settings: LoraSettings, base: Model) -> bool:
+def _swapped(pair: Pair, shape: tuple[int, ...], settings: LoraSettings, base: ModelSource) -> bool:
     """Whether the stack holds (B_e A_e)^T: told by the shapes; square experts by PEFT's version and the model.
 
     PEFT before 0.19 always took (E, in, out); since then the module says so (is_transposed).
@@ -125,14 +125,14 @@ def _swapped(pair: Pair, shape: tuple[int, ...], settings: LoraSettings, base: M
 
 
 def _edits(
-    parameter: str, pair: Pair, parts: Sequence[Part], settings: LoraSettings, base: Model
-) -> dict[str, ExpertLowRank]:
+    parameter: str, pair: Pair, parts: Sequence[Part], settings: LoraSettings, base: ModelSource
+) -> dict[str, ExpertLoraDelta]:
     shape = _shape(parts, base)
     rank = pair.a.info.shape[0] // shape[0]
     scale = settings.scale(parameter, rank)
     swapped = _swapped(pair, shape, settings, base)
     return {
-        part.name: ExpertLowRank(
+        part.name: ExpertLoraDelta(
             a=pair.a,
             b=pair.b,
             experts=shape[0],

@@ -14,7 +14,7 @@ from mergeforge.adapters.match import Adapter, Matching
 from mergeforge.adapters.peft.kind import KINDS, Kind
 from mergeforge.adapters.peft.lora_config import LoraSettings, plain_settings, read_settings
 from mergeforge.adapters.peft.unsupported import REFUSED
-from mergeforge.checkpoints.checkpoint import NOTHING, Checkpoint, Model, open_checkpoint, read_json
+from mergeforge.checkpoints.checkpoint import NOTHING, Checkpoint, ModelSource, open_checkpoint, read_json
 from mergeforge.errors import ODD, SourceError, refused_if_odd
 from mergeforge.io.disk import InputFile
 from mergeforge.io.safetensors_header import header_of
@@ -26,7 +26,7 @@ _CONFIG = "adapter_config.json"
 def open_adapter(
     path: Path,
     label: str,
-    base: Model,
+    base: ModelSource,
     *,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -82,7 +82,7 @@ def _read_config(
     return settings, kind
 
 
-def _matched(table: Checkpoint, translated: Translated, label: str, base: Model, folder: Path) -> Adapter:
+def _matched(table: Checkpoint, translated: Translated, label: str, base: ModelSource, folder: Path) -> Adapter:
     known = replace(table, tensors=translated.tensors, warnings=(*table.warnings, *translated.notes))
     matching = Matching(label, base, known, translated.settings, translated.kind, translated.config)
     return matching.adapter(folder, table.revision)

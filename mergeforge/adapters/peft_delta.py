@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.adapters.peft.kind import Formula
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
-from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Formulated:
+class PeftDelta:
     """One formula on one tensor. `base`: W itself, read in whole groups of rows where the formula reaches over blocks.
 
     `inner`: rows of W for each row of the formula's: a Conv1d's (out, in, width) is stored as out * in rows.
     """
 
     formula: Formula
-    factors: Mapping[str, Stored]
+    factors: Mapping[str, StoredTensor]
     base: Way
     inner: int = 1
 
-    learns: bool = False
+    needs_stats: bool = False
 
     @property
-    def about(self) -> str:
+    def label(self) -> str:
         return self.formula.about
 
     @property
@@ -44,23 +44,27 @@ class Formulated:
         return self.formula.reach * self.inner
 
     @property
-    def need(self) -> Need:
+    def memory_cost(self) -> MemoryCost:
         read = sum(one.info.nbytes + 4 * one.info.numel + ALIGNMENT for one in self.factors.values())
-        own = Need(fixed=read + self.formula.fixed, live=self.formula.live)
+        own = MemoryCost(fixed_nbytes=read + self.formula.fixed, scratch_blocks=self.formula.live)
         if self._group == 1:
             return own
         ends = 2 * self._group * self.base.info.columns * (self.base.info.bits // 8 + 4 * (1 + self.formula.live))
-        return own + self.base.need + Need(fixed=ends, live=self.base.need.live + self.formula.live)
+        return (
+            own
+            + self.base.memory_cost
+            + MemoryCost(fixed_nbytes=ends, scratch_blocks=self.base.memory_cost.scratch_blocks + self.formula.live)
+        )
 
-    def learn(self, scan: Scan, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Any:  # sources.edits.Delta
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Any:  # sources.edits.Delta
         delta = self.formula.prepare({role: _read(one, worker, dtype) for role, one in self.factors.items()})
         if self._group == 1:
             return delta
         wide = range(self._down(rows.start), min(self._up(rows.stop), self.base.info.rows))
-        whole = self.base.stage(wide, worker, facts, dtype) if self.formula.needs_base else None
+        whole = self.base.load(wide, worker, facts, dtype) if self.formula.needs_base else None
         return self._grouped(delta, whole)
 
     def _down(self, row: int) -> int:
@@ -79,7 +83,7 @@ class Formulated:
         return grouped
 
 
-def _read(stored: Stored, worker: Worker, dtype: torch.dtype) -> Tensor:
+def _read(stored: StoredTensor, worker: Worker, dtype: torch.dtype) -> Tensor:
     """All of a factor in its shape: floats in the dtype of the computation, indices as they are."""
     value = stored.read_all(worker).view(stored.info.shape)
     return value.to(dtype) if value.is_floating_point() else value.clone()

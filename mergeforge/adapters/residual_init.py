@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.adapters.deltas import Delta, LowRank
+from mergeforge.adapters.deltas import Delta, LoraDelta
 from mergeforge.core.low_rank_svd import exact, exact_held, exact_nbytes
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
-from mergeforge.tensors.lazy import Facts, Scan, Way
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
+from mergeforge.tensors.lazy import Stats, StatsPass, Way
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -31,37 +31,37 @@ _NAMES = {"pissa": "PiSSA", "olora": "OLoRA", "kasa": "KaSA"}
 
 
 @dataclass(frozen=True, eq=False)
-class Residual:
+class ResidualInitDelta:
     """s * L R minus what the start took out of W; with a `diagonal` d (r), s * L diag(d) R.
 
     `shape`: W's as it is stored.
     """
 
-    low: LowRank
+    low: LoraDelta
     start: str
     shape: tuple[int, int]
-    diagonal: Stored | None = None
+    diagonal: StoredTensor | None = None
 
     needs_base: bool = False
-    learns: bool = True
+    needs_stats: bool = True
 
     @property
-    def about(self) -> str:
+    def label(self) -> str:
         return f"{_NAMES[self.start]} on the original"
 
     @property
-    def need(self) -> Need:
+    def memory_cost(self) -> MemoryCost:
         rows, columns = self.shape
         kept = 12 * self.low.rank * (rows + columns) + ALIGNMENT
         held = 4 * rows * columns if columns > rows else 0
         work = 32 * self.low.rank * rows if self.start == "olora" else exact_nbytes(self.shape, self.low.rank) + held
-        return self.low.need + Need(fixed=kept + work, live=2)
+        return self.low.memory_cost + MemoryCost(fixed_nbytes=kept + work, scratch_blocks=2)
 
-    def learn(self, scan: Scan, base: Way) -> tuple[Tensor, Tensor]:
+    def collect_stats(self, scan: StatsPass, base: Way) -> tuple[Tensor, Tensor]:
         """What the start took out, as two thin matrices."""
 
         def look() -> Iterator[tuple[int, Tensor]]:
-            staged = scan(lambda rows: base.stage(rows, scan.worker, scan.facts, scan.dtype))
+            staged = scan(lambda rows: base.load(rows, scan.worker, scan.facts, scan.dtype))
             return ((start, whole(start, stop)) for whole, start, stop in staged)
 
         rank = self.low.rank
@@ -76,7 +76,7 @@ class Residual:
         device = scan.worker.device
         return left.to(device, scan.dtype), right.to(device, scan.dtype)
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Delta:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
         left, right = self.low.factors(rows, worker, dtype)
         if self.diagonal is not None:
             left = left * self.diagonal.read_all(worker).to(dtype).flatten()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
-from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
-from mergeforge.tensors.stored import Stored, same_content
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.stored import StoredTensor, same_content
 
 if TYPE_CHECKING:
     import torch
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Extended:
+class ResizedEmbedding:
     """The base's rows, then those of `trained` (rows, columns) that `order` names."""
 
     base: Way
-    trained: Stored
+    trained: StoredTensor
     order: tuple[int, ...]
 
-    parts: tuple[Way, ...] = ()
-    learns: bool = False
+    inputs: tuple[Way, ...] = ()
+    needs_stats: bool = False
 
     @property
     def info(self) -> TensorInfo:
@@ -32,19 +32,21 @@ class Extended:
         return TensorInfo(base.name, base.dtype, (base.rows + len(self.order), *base.shape[1:]))
 
     @property
-    def need(self) -> Need:
+    def memory_cost(self) -> MemoryCost:
         trained = self.trained.info
-        return self.base.need + Need(fixed=trained.nbytes + 8 * trained.numel + ALIGNMENT, live=1)
+        return self.base.memory_cost + MemoryCost(
+            fixed_nbytes=trained.nbytes + 8 * trained.numel + ALIGNMENT, scratch_blocks=1
+        )
 
-    def learn(self, scan: Scan) -> Any:
+    def collect_stats(self, scan: StatsPass) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
         old = self.base.info.rows
         inside = range(rows.start, min(rows.stop, old))
-        whole = self.base.stage(inside, worker, facts, dtype) if inside else None
+        whole = self.base.load(inside, worker, facts, dtype) if inside else None
         new = self.trained.read_all(worker).to(dtype)[list(self.order)]
-        slot = worker.slot()
+        slot = worker.next_slot()
 
         def block(start: int, stop: int) -> Tensor:
             into = worker.scratch(slot, (stop - start, self.info.columns), dtype)
@@ -60,8 +62,8 @@ class Extended:
 
 def same_rows(one: Way, other: Way) -> bool:
     """Whether two tensors that adapters bring, whole or with new rows, are the same."""
-    if isinstance(one, Stored) and isinstance(other, Stored):
+    if isinstance(one, StoredTensor) and isinstance(other, StoredTensor):
         return same_content(one, other)
-    if not isinstance(one, Extended) or not isinstance(other, Extended):
+    if not isinstance(one, ResizedEmbedding) or not isinstance(other, ResizedEmbedding):
         return False
     return one.order == other.order and same_content(one.trained, other.trained)

@@ -11,17 +11,17 @@ from typing import NoReturn
 
 from mergeforge.adapters.peft.hf_renames import Part, loaded_name, loaded_tensors
 from mergeforge.adapters.peft.keys import find_tensor
-from mergeforge.checkpoints.checkpoint import Model
+from mergeforge.checkpoints.checkpoint import ModelSource
 from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, is_head, tied_head
 from mergeforge.errors import SourceError, listing
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 _WRAPPED = ".base_layer."  # PEFT's layer around nn.MultiheadAttention stays in the paths of what lies inside it
 MOST = 5  # misfits that an error names
 
 
-class Misfit(Exception):
+class MatchError(Exception):
     """A tensor of the adapter without a home, or one that does not fit it: all are looked for before the error."""
 
     def __init__(self, text: str, hint: str) -> None:
@@ -30,20 +30,20 @@ class Misfit(Exception):
 
 
 @dataclass
-class Homes:
+class TensorResolver:
     """The base's tensors as an adapter names them. `resized`: those that the adapter brings in another size."""
 
     label: str
-    base: Model
+    base: ModelSource
     resized: dict[str, Way]
-    misfits: list[Misfit] = field(default_factory=list)
+    misfits: list[MatchError] = field(default_factory=list)
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
         """Keep a misfit, and go on."""
         try:
             yield
-        except Misfit as misfit:
+        except MatchError as misfit:
             self.misfits.append(misfit)
 
     def check(self) -> None:
@@ -76,7 +76,7 @@ class Homes:
             raise SourceError(f"{self.label}: {path} may mean any of {listing(found)} of {self.base.label}")
         return found[0] if found else ""
 
-    def name(self, path: str, stored: Stored) -> str:
+    def name(self, path: str, stored: StoredTensor) -> str:
         """The base's tensor for a path that must have one. Raises Misfit."""
         found = self.find(path)
         if not found:
@@ -113,14 +113,14 @@ class Homes:
     def _is_whole(self, part: Part) -> bool:
         return part.expert is None and part.start == 0 and part.rows == self.base.tensors[part.name].info.shape[0]
 
-    def check_size(self, module: str, stored: Stored, target: Way) -> None:
+    def check_size(self, module: str, stored: StoredTensor, target: Way) -> None:
         """The shape of the base's tensor, but for the rows of a vocabulary. Raises Misfit."""
         may_grow = module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
         shape = (target.info.shape[0], *stored.info.shape[1:]) if may_grow else stored.info.shape
         if tuple(shape) != tuple(target.info.shape):
             self.refuse_shape(module, stored.info.shape, target)
 
-    def check_same_shape(self, module: str, stored: Stored, target: Way) -> None:
+    def check_same_shape(self, module: str, stored: StoredTensor, target: Way) -> None:
         """Raises Misfit."""
         if stored.info.shape != target.info.shape:
             self.refuse_shape(module, stored.info.shape, target)
@@ -129,10 +129,10 @@ class Homes:
         """Raises Misfit."""
         theirs = f"{target.info.name} of {self.base.label} is {list(target.info.shape)}"
         hint = "the adapter was trained on another model, or its vocabulary was resized and not saved"
-        raise Misfit(f"{module} is made for shape {list(shape)}, and {theirs}", hint)
+        raise MatchError(f"{module} is made for shape {list(shape)}, and {theirs}", hint)
 
-    def refuse_unknown(self, stored: Stored, path: str) -> NoReturn:
+    def refuse_unknown(self, stored: StoredTensor, path: str) -> NoReturn:
         """Raises Misfit."""
         near = get_close_matches(path, list(self.base.tensors), n=3, cutoff=0.5) if not self.misfits else []
         hint = f"nearest: {', '.join(near)}" if near else "the adapter belongs to another model"
-        raise Misfit(f"{stored.info.name!r} matches no tensor of {self.base.label}", hint)
+        raise MatchError(f"{stored.info.name!r} matches no tensor of {self.base.label}", hint)

@@ -15,13 +15,13 @@ from mergeforge.errors import SourceError, listing
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import header_of, read_header, require_regular
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 NOTHING: Mapping[str, InputFile] = {}
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(safetensors|bin)")
 
 
-class Model(Protocol):
+class ModelSource(Protocol):
     """A model that is merged: one that lies in files, or an earlier merge's result that lies nowhere."""
 
     @property
@@ -54,7 +54,7 @@ class Checkpoint:
     label: str
     folder: Path
     revision: str | None
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Any]
     file_hashes: Mapping[str, str]
     warnings: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ class _Shards:
     """What was read so far; `files`: those that lie elsewhere, by name."""
 
     files: Mapping[str, InputFile]
-    tensors: dict[str, Stored] = field(default_factory=dict)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -195,7 +195,7 @@ def _add_shard(shards: _Shards, path: Path, allow_pickle: bool) -> None:
     if path.suffix == ".safetensors":
         elsewhere = shards.files.get(path.name)
         header = header_of(elsewhere) if elsewhere and not path.exists() else read_header(path)
-        found = {name: Stored(info, header.file, offset) for name, (info, offset) in header.tensors.items()}
+        found = {name: StoredTensor(info, header.file, offset) for name, (info, offset) in header.tensors.items()}
         digest = header.sha256
     elif allow_pickle:
         require_regular(str(path))

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, listing
-from mergeforge.gguf.architectures import Place, spell
-from mergeforge.gguf.reader import Held, read_gguf
+from mergeforge.gguf.architectures import TensorTarget, build_spec
+from mergeforge.gguf.reader import GGUFTensorInfo, read_gguf
 from mergeforge.io.disk import InputFile
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
-from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,31 +29,31 @@ LIVE = 6  # blocks that dequantising takes: the bytes, integer and float tempora
 
 
 @dataclass(frozen=True, eq=False)
-class Dequantised:
+class DequantizedGGUFTensor:
     """Rows of one stored tensor, from the GGUF tensors that hold them (two for fused gate and up)."""
 
     info: TensorInfo
-    held: tuple[tuple[Place, Held], ...]
+    held: tuple[tuple[TensorTarget, GGUFTensorInfo], ...]
 
-    parts: tuple[Way, ...] = ()
-    learns: bool = False
+    inputs: tuple[Way, ...] = ()
+    needs_stats: bool = False
 
     @property
     def file(self) -> InputFile:
         return self.held[0][1].file
 
     @property
-    def need(self) -> Need:
+    def memory_cost(self) -> MemoryCost:
         row = max(one.row_nbytes(self.info.columns) for _, one in self.held)
-        return Need(row=row, fixed=ALIGNMENT * 64, live=LIVE)
+        return MemoryCost(row_nbytes=row, fixed_nbytes=ALIGNMENT * 64, scratch_blocks=LIVE)
 
-    def learn(self, scan: Scan) -> Any:
+    def collect_stats(self, scan: StatsPass) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
         every = self._units()
         staged = [self._staged(at, every[at], rows, worker) for at in range(len(self.held))]
-        slot = worker.slot()
+        slot = worker.next_slot()
 
         def block(start: int, stop: int) -> Tensor:
             into = worker.scratch(slot, (stop - start, self.info.columns), dtype)
@@ -73,14 +73,14 @@ class Dequantised:
         units = units[np.searchsorted(units, 0) :]
 
         def read() -> np.ndarray:
-            raw = worker.take(len(units) * size)
+            raw = worker.allocate(len(units) * size)
             filled = 0
             for first, count in _runs(units):
                 held.file.read_into(raw[filled : filled + count * size].data, held.offset + first * size)
                 filled += count * size
             return raw
 
-        raw = worker.once((id(self), at, rows), read)
+        raw = worker.cached((id(self), at, rows), read)
         return units, raw.reshape(len(units), size)
 
     def _fill(self, into: Tensor, at: int, wanted: np.ndarray, units: np.ndarray, raw: np.ndarray) -> None:
@@ -120,16 +120,16 @@ def open_gguf(path: Path, label: str, like: Checkpoint) -> Checkpoint:
     Raises SourceError where the two are not of one architecture and shape.
     """
     header = read_gguf(path)
-    spelling = spell(like.config, {name: stored.info for name, stored in like.tensors.items()})
+    spelling = build_spec(like.config, {name: stored.info for name, stored in like.tensors.items()})
     if header.get("general.architecture") != spelling.arch:
         text = f"{path} is a {header.get('general.architecture')}, {like.label} would be a {spelling.arch} in GGUF"
         raise SourceError(text, hint="merge models of one architecture")
     tensors = {
         name: _dequantised(like.tensors[name].info, places, header.tensors, path)
-        for name, places in spelling.places.items()
+        for name, places in spelling.targets.items()
         if not _tied_away(name, places, header.tensors)
     }
-    used = {place.tensor for places in spelling.places.values() for place in places} | set(spelling.constants)
+    used = {place.tensor for places in spelling.targets.values() for place in places} | set(spelling.constants)
     if unknown := sorted(set(header.tensors) - used):
         raise SourceError(f"{path} holds {listing(unknown)}, which {like.label} has not")
     return replace(like, label=label, revision=None, tensors=tensors, file_hashes=header.hashes, warnings=())
@@ -139,17 +139,19 @@ def open_gguf_alone(path: Path, label: str) -> Checkpoint:
     """A GGUF file as a table of its own tensors, under their GGUF names and in their order of rows."""
     header = read_gguf(path)
     tensors: dict[str, Any] = {
-        name: Dequantised(TensorInfo(name, "F32", held.shape), ((Place(name, held.shape), held),))
+        name: DequantizedGGUFTensor(TensorInfo(name, "F32", held.shape), ((TensorTarget(name, held.shape), held),))
         for name, held in header.tensors.items()
     }
     return Checkpoint(label, path.parent, None, tensors, {}, header.hashes)
 
 
-def _tied_away(name: str, places: tuple[Place, ...], held: Mapping[str, Held]) -> bool:
+def _tied_away(name: str, places: tuple[TensorTarget, ...], held: Mapping[str, GGUFTensorInfo]) -> bool:
     return all(place.tensor == "output.weight" and place.tensor not in held for place in places)
 
 
-def _dequantised(info: TensorInfo, places: tuple[Place, ...], held: Mapping[str, Held], path: Path) -> Any:
+def _dequantised(
+    info: TensorInfo, places: tuple[TensorTarget, ...], held: Mapping[str, GGUFTensorInfo], path: Path
+) -> Any:
     pairs = []
     for place in places:
         one = held.get(place.tensor)
@@ -161,7 +163,7 @@ def _dequantised(info: TensorInfo, places: tuple[Place, ...], held: Mapping[str,
         if one.shape != place.shape:
             raise SourceError(f"{path}: {place.tensor} has the shape {list(one.shape)}, not {list(place.shape)}")
         pairs.append((place, one))
-    return Dequantised(info.with_dtype("F32"), tuple(pairs))
+    return DequantizedGGUFTensor(info.with_dtype("F32"), tuple(pairs))
 
 
 def _runs(units: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mergeforge.checkpoints.checkpoint import Model, says_tied
+from mergeforge.checkpoints.checkpoint import ModelSource, says_tied
 
 HEADS = ("lm_head", "embed_out", "output_layer")  # output embeddings that may be tied to the input's
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
@@ -12,7 +12,7 @@ CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # we
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of architectures with a head
 
 
-def tied_head(base: Model) -> tuple[str, str] | None:
+def tied_head(base: ModelSource) -> tuple[str, str] | None:
     """(head, embedding) names of a checkpoint whose output embedding is its input embedding."""
     if not (says_tied(base.config) or _lacks_head(base)):
         return None
@@ -27,7 +27,7 @@ def tied_head(base: Model) -> tuple[str, str] | None:
     return None
 
 
-def _lacks_head(base: Model) -> bool:
+def _lacks_head(base: ModelSource) -> bool:
     """Whether the config leaves the flag out (GPT-2, Gemma) and the head has no tensor of its own."""
     inner = base.config.get("text_config")
     parts = [base.config, *([inner] if isinstance(inner, Mapping) else [])]

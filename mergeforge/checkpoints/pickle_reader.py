@@ -16,10 +16,10 @@ from typing import Any
 from mergeforge.core.tensor_info import DTYPES, TensorInfo, dtype_name
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import DiskFile
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 
-def read_pickled(path: Path) -> tuple[dict[str, Stored], str]:
+def read_pickled(path: Path) -> tuple[dict[str, StoredTensor], str]:
     """Every tensor of the file, and the sha256 of its zip directory.
 
     Raises SourceError when the file holds anything but contiguous tensors by name.
@@ -43,7 +43,7 @@ def read_pickled(path: Path) -> tuple[dict[str, Stored], str]:
     for name, tensor in tensors.items():
         start = offsets[tensor.untyped_storage().data_ptr()] if tensor.numel() else 0
         info = TensorInfo(name, dtype_name(tensor.dtype), tuple(tensor.shape))
-        found[name] = Stored(info, file, start + tensor.storage_offset() * tensor.element_size())
+        found[name] = StoredTensor(info, file, start + tensor.storage_offset() * tensor.element_size())
     return found, digest
 
 

@@ -55,12 +55,12 @@ def _written(plan: Plan) -> Iterator[str]:
         yield f"writes   {show_size(plan.checkpoint.nbytes)} in {files} safetensors file{'s' if files > 1 else ''}"
     if plan.streams and (to := plan.recipe.output.publish):
         yield f"sends    each file to {to.repo} when it is finished, and removes it here"
-    if plan.join:
-        ranks = sum(one.rank for one in plan.join.sums)
-        cut = "every rank kept" if plan.join.exact else f"cut to {_cut(plan.join)}"
-        yield f"writes   one adapter of {len(plan.join.sums)} modules from {ranks} ranks in all, {cut}"
+    if plan.combination:
+        ranks = sum(one.rank for one in plan.combination.sums)
+        cut = "every rank kept" if plan.combination.exact else f"cut to {_cut(plan.combination)}"
+        yield f"writes   one adapter of {len(plan.combination.sums)} modules from {ranks} ranks in all, {cut}"
     for gguf in plan.ggufs:
-        sizes = sorted(gguf.encoded.items(), key=lambda item: -item[1])
+        sizes = sorted(gguf.nbytes_by_type.items(), key=lambda item: -item[1])
         kinds = ", ".join(f"{kind} {show_size(nbytes)}" for kind, nbytes in sizes)
         name = next(iter(gguf.layout.files))
         yield f"writes   {show_size(gguf.layout.nbytes)} in {name}: {gguf.bits_per_weight:.2f} bits a weight ({kinds})"
@@ -93,7 +93,7 @@ def plan_facts(plan: Plan) -> dict[str, object]:
         "disk": plan.disk,
         "files": {name: file.nbytes for name, file in plan.files.items()},
         "gguf": [
-            {"type": gguf.mix.label, "files": list(gguf.layout.files), "bits_per_weight": gguf.bits_per_weight}
+            {"type": gguf.file_type.label, "files": list(gguf.layout.files), "bits_per_weight": gguf.bits_per_weight}
             for gguf in plan.ggufs
         ],
         "peak_memory": plan.peak,
@@ -102,12 +102,12 @@ def plan_facts(plan: Plan) -> dict[str, object]:
         "device": plan.budget.device,
         "tensors": {
             piece.info.name: {
-                "action": plan.actions[piece.info.name],
+                "action": plan.summaries[piece.info.name],
                 "dtype": piece.info.dtype,
                 "shape": list(piece.info.shape),
                 "tiles": len(piece.tiles),
             }
-            for piece in plan.pieces
+            for piece in plan.tensor_plans
         },
         "notes": list(plan.notes),
         "fingerprint": plan.fingerprint,
@@ -128,8 +128,8 @@ def _groups(plan: Plan) -> Table:
     """Tensors that are treated alike, as rows: names with the layer numbers left out."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for piece in plan.pieces:
-        action = plan.actions[piece.info.name]
+    for piece in plan.tensor_plans:
+        action = plan.summaries[piece.info.name]
         counts[action] += 1
         sizes[action] += piece.info.nbytes
     table = Table("tensors", "way", "bytes", box=None, pad_edge=False, padding=(0, 3, 0, 0))
@@ -151,9 +151,9 @@ class _Count:
     """Bytes and tensors done, and the speed."""
 
     def __init__(self, plan: Plan) -> None:
-        self.widths = {piece.info.name: piece.info.row_nbytes for piece in plan.pieces}
-        self.left = {piece.info.name: len(piece.tiles) for piece in plan.pieces}
-        self.total = sum(piece.info.nbytes for piece in plan.pieces)
+        self.widths = {piece.info.name: piece.info.row_nbytes for piece in plan.tensor_plans}
+        self.left = {piece.info.name: len(piece.tiles) for piece in plan.tensor_plans}
+        self.total = sum(piece.info.nbytes for piece in plan.tensor_plans)
         self.started = time.monotonic()
         self.nbytes = 0
 

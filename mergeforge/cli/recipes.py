@@ -188,11 +188,11 @@ def _architectures() -> list[dict[str, Any]]:
 
 
 def _quants() -> list[dict[str, Any]]:
-    from mergeforge.gguf.file_types import MIXES
+    from mergeforge.gguf.file_types import FILE_TYPES
     from mergeforge.gguf.quantize import QUANT_TYPES
 
     rows = []
-    for name, mix in MIXES.items():
+    for name, mix in FILE_TYPES.items():
         kind = QUANT_TYPES[mix.default]
         about = f"mostly {kind.name}, {kind.nbytes * 8 / kind.block:g} bits a weight; as "
         rows.append({"name": name, "about": about + ("llama-quantize" if mix.quantizer else "the converter")})

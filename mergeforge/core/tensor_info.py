@@ -118,7 +118,7 @@ class Tile:
         return self.stop - self.start
 
 
-def cut(info: TensorInfo, rows: int, strip_rows: int = 0) -> list[Tile]:
+def split_into_tiles(info: TensorInfo, rows: int, strip_rows: int = 0) -> list[Tile]:
     """Tiles of at most `rows` rows (at least one strip; 0: one block), in order, that cover the tensor."""
     strip_rows = strip_rows or info.block_rows
     step = max(1, rows // strip_rows) * strip_rows
@@ -131,7 +131,7 @@ def blocks(tile: Tile, info: TensorInfo) -> Iterator[tuple[int, int]]:
         yield start, min(start + info.block_rows, tile.stop)
 
 
-def some_blocks(info: TensorInfo, count: int) -> list[tuple[int, int]]:
+def sample_blocks(info: TensorInfo, count: int) -> list[tuple[int, int]]:
     """Row ranges of about `count` evenly spaced blocks, the first and the last among them."""
     starts = range(0, info.rows, info.block_rows)
     chosen = sorted({starts[at * (len(starts) - 1) // max(count - 1, 1)] for at in range(count)})

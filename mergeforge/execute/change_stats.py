@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.adapters.adapted_tensor import Adapted
+from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
-from mergeforge.planner import Piece
+from mergeforge.planner import TensorPlan
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.merged import Merged
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.merged import MergedTensor
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ EVERY, SHARE = 8, 8
 
 
 @dataclass(frozen=True)
-class Measured:
+class ChangeStats:
     """Sums over the elements looked at: of W squared, of the change squared, its largest; elements that should
     change, and those of them that do not once they are rounded."""
 
@@ -34,15 +34,15 @@ class Measured:
     change: float = 0.0
     largest: float = 0.0
     meant: int = 0
-    swallowed: int = 0
+    lost_to_rounding: int = 0
 
-    def __add__(self, other: Measured) -> Measured:
+    def __add__(self, other: ChangeStats) -> ChangeStats:
         added = [mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)]
         added[3] = max(self.largest, other.largest)
-        return Measured(*added)
+        return ChangeStats(*added)
 
     @classmethod
-    def of(cls, elements: int, found: Sequence[float]) -> Measured:
+    def of(cls, elements: int, found: Sequence[float]) -> ChangeStats:
         """Of what a kernel found (Stack.weighted)."""
         weight, change, largest, meant, swallowed = found
         return cls(elements, weight, change, largest, int(meant), int(swallowed))
@@ -54,24 +54,24 @@ class Measured:
         return {
             "relative": relative,
             "largest": self.largest,
-            "swallowed": self.swallowed / self.meant if self.meant else 0.0,
+            "swallowed": self.lost_to_rounding / self.meant if self.meant else 0.0,
             "elements_looked_at": self.elements,
         }
 
 
-def base_of(way: Way) -> Stored | None:
+def base_of(way: Way) -> StoredTensor | None:
     """The stored tensor that a way starts from, if its change can be told."""
-    base = way.base if isinstance(way, Adapted | Merged) else None
-    return base if isinstance(base, Stored) else None
+    base = way.base if isinstance(way, AdaptedTensor | MergedTensor) else None
+    return base if isinstance(base, StoredTensor) else None
 
 
-def looks_at(piece: Piece, start: int, stop: int) -> int:
+def sampled_rows(piece: TensorPlan, start: int, stop: int) -> int:
     """How many rows from `start` of a block [start, stop) are looked at."""
     index = start // piece.info.block_rows
     return max(1, (stop - start) // SHARE) if index % EVERY == 0 else 0
 
 
-def measure(info: TensorInfo, base: Tensor, value: Tensor) -> Measured:
+def measure_change(info: TensorInfo, base: Tensor, value: Tensor) -> ChangeStats:
     """Compare rows of the base with what they became, in the dtype that is written."""
     import torch
 
@@ -79,15 +79,16 @@ def measure(info: TensorInfo, base: Tensor, value: Tensor) -> Measured:
     change = value - base
     least, most = change.aminmax()
     meant = int(change.count_nonzero())
-    return Measured(
+    return ChangeStats(
         elements=value.numel(),
         weight=float(torch.linalg.vector_norm(base, dtype=torch.float64)) ** 2,
         change=float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2,
         largest=max(float(most), -float(least)),
         meant=meant,
-        swallowed=meant - int((value.to(dtype) - base.to(dtype)).count_nonzero()),  # rounding makes no change of none
+        lost_to_rounding=meant
+        - int((value.to(dtype) - base.to(dtype)).count_nonzero()),  # rounding makes no change of none
     )
 
 
-def total(parts: Iterable[Measured]) -> Measured:
-    return sum(parts, Measured())
+def total(parts: Iterable[ChangeStats]) -> ChangeStats:
+    return sum(parts, ChangeStats())

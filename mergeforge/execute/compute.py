@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mergeforge.core.tensor_info import TensorInfo, Tile, blocks, torch_dtype
 from mergeforge.errors import SourceError
-from mergeforge.execute.change_stats import Measured, base_of, looks_at, measure, total
-from mergeforge.planner import Piece
-from mergeforge.planner.native_sum import Summing
+from mergeforge.execute.change_stats import ChangeStats, base_of, measure_change, sampled_rows, total
+from mergeforge.planner import TensorPlan
+from mergeforge.planner.native_sum import NativeReduction
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import Facts, Rows, Scan, learn
-from mergeforge.tensors.merged import Merged
-from mergeforge.writers.encoder import Outlet, strips
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, collect_stats
+from mergeforge.tensors.merged import MergedTensor
+from mergeforge.writers.encoder import TensorEncoder, chunk_ranges
 from mergeforge.writers.safetensors import KEY
 
 if TYPE_CHECKING:
@@ -29,122 +29,126 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
 
 CALM = 1e4  # a magnitude that every type holds, by far
-Encoded = list[tuple[Outlet, "Bytes"]]  # a tile as every outlet writes it
+Encoded = list[tuple[TensorEncoder, "Bytes"]]  # a tile as every outlet writes it
 
 
-class Carried(NamedTuple):
+class EncodedTile(NamedTuple):
     """A computed tile: its bytes for every outlet, and what was measured of its change (None: nothing)."""
 
     tile: Tile
     encoded: Encoded
-    measured: Measured | None = None
+    change: ChangeStats | None = None
 
 
-class _Staged(NamedTuple):
+class _LoadedRows(NamedTuple):
     """Rows that are read: what they become, and what they were in the base where that is measured."""
 
     value: Rows
     before: Rows | None
 
 
-def carry(piece: Piece, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfinite: bool = False) -> Iterator[Carried]:
+def compute_tiles(
+    piece: TensorPlan, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfinite: bool = False
+) -> Iterator[EncodedTile]:
     """Compute tiles of one piece: yields each with its bytes as every outlet writes them.
 
     A piece that learns gives all its tiles, in order.
     """
-    if piece.summed:
-        yield from _carry_sum(piece, tiles, worker, allow_nonfinite)
+    if piece.is_native:
+        yield from _compute_native(piece, tiles, worker, allow_nonfinite)
         return
-    facts: Facts = {}
+    facts: Stats = {}
     compute = torch_dtype(piece.compute)
     assert compute is not None
     everything = range(piece.info.rows)
-    if piece.learns:
-        parts = [everything] if piece.whole else [range(tile.start, tile.stop) for tile in piece.tiles]
+    if piece.needs_stats:
+        parts = [everything] if piece.fits_in_memory else [range(tile.start, tile.stop) for tile in piece.tiles]
         worker.clear()
-        worker.rereads = not piece.whole
-        learn(piece.way, Scan(piece.info, parts, worker, facts, compute))
+        worker.rereads = not piece.fits_in_memory
+        collect_stats(piece.tensor, StatsPass(piece.info, parts, worker, facts, compute))
         worker.rereads = False
-    if piece.whole:
-        worker.restart()  # what it read to learn is still there
-        staged = _stage(piece, everything, worker, facts, compute)
+    if piece.fits_in_memory:
+        worker.reset_scratch()  # what it read to learn is still there
+        staged = _load(piece, everything, worker, facts, compute)
         mark = worker.mark()
     for tile in tiles:
-        if piece.whole:
+        if piece.fits_in_memory:
             worker.release(mark)
         else:
             worker.clear()
-        if piece.copied:
-            yield Carried(tile, _copy(piece, tile, worker))
+        if piece.is_copy:
+            yield EncodedTile(tile, _copy_tile(piece, tile, worker))
             continue
-        if not piece.whole:
-            staged = _stage(piece, range(tile.start, tile.stop), worker, facts, compute)
+        if not piece.fits_in_memory:
+            staged = _load(piece, range(tile.start, tile.stop), worker, facts, compute)
         yield _compute(piece, tile, worker, staged, allow_nonfinite)
 
 
-def _copy(piece: Piece, tile: Tile, worker: Worker) -> Encoded:
+def _copy_tile(piece: TensorPlan, tile: Tile, worker: Worker) -> Encoded:
     """The tile's bytes as they are stored; they never go to a device."""
-    stored = piece.way
-    raw = worker.take(tile.rows * piece.info.row_nbytes)
+    stored = piece.tensor
+    raw = worker.allocate(tile.rows * piece.info.row_nbytes)
     stored.file.read_into(raw.data, stored.offset + tile.start * piece.info.row_nbytes)  # type: ignore[attr-defined]
-    return [(piece.outlets[0], raw)]
+    return [(piece.encoders[0], raw)]
 
 
-def _carry_sum(piece: Piece, tiles: tuple[Tile, ...], worker: Worker, allow_nonfinite: bool) -> Iterator[Carried]:
+def _compute_native(
+    piece: TensorPlan, tiles: tuple[Tile, ...], worker: Worker, allow_nonfinite: bool
+) -> Iterator[EncodedTile]:
     """The tiles of a sum that kernels compute."""
     import numpy as np
 
-    assert isinstance(piece.way, Merged)
-    summing, measures = Summing(piece.way, piece.info, worker), base_of(piece.way) is not None
+    assert isinstance(piece.tensor, MergedTensor)
+    summing, measures = NativeReduction(piece.tensor, piece.info, worker), base_of(piece.tensor) is not None
     worker.clear()
-    terms = summing.learn(piece.tiles)
+    terms = summing.collect_stats(piece.tiles)
     for tile in tiles:
         worker.clear()
-        raw = worker.take(tile.rows * piece.info.row_nbytes)
+        raw = worker.allocate(tile.rows * piece.info.row_nbytes)
         looked_at = [
             range(start, start + count)
             for start, stop in blocks(tile, piece.info)
-            if measures and (count := looks_at(piece, start, stop))
+            if measures and (count := sampled_rows(piece, start, stop))
         ]
         changes = np.zeros(5)
         magnitude = summing.fill(terms, tile, raw, looked_at, changes)
-        (outlet,) = piece.outlets
-        if outlet.refuses(magnitude) and not allow_nonfinite:
-            raise _unfit(piece, tile, outlet, raw, magnitude)
+        (outlet,) = piece.encoders
+        if outlet.overflows(magnitude) and not allow_nonfinite:
+            raise _overflow_error(piece, tile, outlet, raw, magnitude)
         elements = sum(map(len, looked_at)) * piece.info.columns
-        yield Carried(tile, [(outlet, raw)], Measured.of(elements, changes.tolist()) if measures else None)
+        yield EncodedTile(tile, [(outlet, raw)], ChangeStats.of(elements, changes.tolist()) if measures else None)
 
 
-def _stage(piece: Piece, rows: range, worker: Worker, facts: Facts, compute: torch.dtype) -> _Staged:
-    base = base_of(piece.way)
-    value = piece.way.stage(rows, worker, facts, compute)
-    return _Staged(value, base.stage(rows, worker, facts, compute) if base else None)
+def _load(piece: TensorPlan, rows: range, worker: Worker, facts: Stats, compute: torch.dtype) -> _LoadedRows:
+    base = base_of(piece.tensor)
+    value = piece.tensor.load(rows, worker, facts, compute)
+    return _LoadedRows(value, base.load(rows, worker, facts, compute) if base else None)
 
 
-def _compute(piece: Piece, tile: Tile, worker: Worker, staged: _Staged, allow_nonfinite: bool) -> Carried:
+def _compute(piece: TensorPlan, tile: Tile, worker: Worker, staged: _LoadedRows, allow_nonfinite: bool) -> EncodedTile:
     import torch
 
     rows, before = staged
-    pens = [_Pen(outlet, tile, worker) for outlet in piece.outlets]
+    pens = [_ChunkBuffer(outlet, tile, worker) for outlet in piece.encoders]
     gathers = [
-        _Gather(height, piece.info, [pen for pen in pens if pen.outlet.strip_rows == height])
-        for height in set(piece.strip_rows.values())
+        _RowAssembler(height, piece.info, [pen for pen in pens if pen.outlet.chunk_rows == height])
+        for height in set(piece.chunk_rows.values())
     ]
-    measured: list[Measured] = []
+    measured: list[ChangeStats] = []
     bounds: list[Tensor | float] = []
     for start, stop in blocks(tile, piece.info):
         value = rows(start, stop)
-        if before and (count := looks_at(piece, start, stop)):
-            measured.append(measure(piece.info, before(start, start + count), value[:count]))
+        if before and (count := sampled_rows(piece, start, stop)):
+            measured.append(measure_change(piece.info, before(start, start + count), value[:count]))
         bounds.append(_bound(value))
         for gather in gathers:
             gather.take(value, start)
     worker.wait()
     magnitude = float(torch.tensor([float(one) for one in bounds], dtype=torch.float64).amax())  # NaN carries through
     for pen in pens:
-        if pen.outlet.refuses(magnitude) and not (allow_nonfinite and pen.outlet.plain):
-            raise _unfit(piece, tile, pen.outlet, pen.raw, magnitude)
-    return Carried(tile, [(pen.outlet, pen.raw) for pen in pens], total(measured) if before else None)
+        if pen.outlet.overflows(magnitude) and not (allow_nonfinite and pen.outlet.float_dtype):
+            raise _overflow_error(piece, tile, pen.outlet, pen.raw, magnitude)
+    return EncodedTile(tile, [(pen.outlet, pen.raw) for pen in pens], total(measured) if before else None)
 
 
 def _bound(value: Tensor) -> Tensor | float:
@@ -162,26 +166,28 @@ def _bound(value: Tensor) -> Tensor | float:
     return torch.stack(value.aminmax()).abs().amax()
 
 
-class _Pen:
+class _ChunkBuffer:
     """Writes a tile's strips for one outlet into the staging buffer, one after the other."""
 
-    def __init__(self, outlet: Outlet, tile: Tile, worker: Worker) -> None:
+    def __init__(self, outlet: TensorEncoder, tile: Tile, worker: Worker) -> None:
         self.outlet = outlet
-        self.raw = worker.take(sum(outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)))
+        self.raw = worker.allocate(
+            sum(outlet.chunk_nbytes(*strip) for strip in chunk_ranges(tile.start, tile.stop, outlet))
+        )
         self.used = 0
 
     def write(self, rows: Tensor, start: int) -> None:
         import torch
 
-        nbytes = self.outlet.nbytes(start, start + len(rows))
+        nbytes = self.outlet.chunk_nbytes(start, start + len(rows))
         self.outlet.encode(rows, start, torch.from_numpy(self.raw[self.used : self.used + nbytes]))
         self.used += nbytes
 
 
-class _Gather:
+class _RowAssembler:
     """Hands strips of one height to the pens that take them: blocks as they are, or several put together."""
 
-    def __init__(self, height: int, info: TensorInfo, pens: list[_Pen]) -> None:
+    def __init__(self, height: int, info: TensorInfo, pens: list[_ChunkBuffer]) -> None:
         self.height = height
         self.info = info
         self.pens = pens
@@ -205,12 +211,12 @@ class _Gather:
             pen.write(rows, start)
 
 
-def _unfit(piece: Piece, tile: Tile, outlet: Outlet, raw: Bytes, magnitude: float) -> SourceError:
+def _overflow_error(piece: TensorPlan, tile: Tile, outlet: TensorEncoder, raw: Bytes, magnitude: float) -> SourceError:
     """What does not fit the type that it would be written in; `raw`: the tile as the outlet writes it."""
     import torch
 
-    name, about = piece.info.name, outlet.about
-    if outlet.key != KEY or not (dtype := torch_dtype(outlet.plain)):
+    name, about = piece.info.name, outlet.label
+    if outlet.key != KEY or not (dtype := torch_dtype(outlet.float_dtype)):
         text = f"{name} would hold {magnitude:.6g}, which {about} cannot"
         return SourceError(text, hint="an input holds such values; if they are finite, gguf bf16 holds them")
     bad = ~torch.from_numpy(raw).view(dtype).isfinite()

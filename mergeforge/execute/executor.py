@@ -21,19 +21,19 @@ from typing import TYPE_CHECKING
 from mergeforge.core.checksums import strip_checksums
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import MergeforgeError, SourceError, out_of_memory
-from mergeforge.execute.compute import carry
-from mergeforge.execute.journal import Done
+from mergeforge.execute.compute import compute_tiles
+from mergeforge.execute.journal import FinishedTile
 from mergeforge.execute.model_card import model_card
 from mergeforge.execute.receipt import receipt
-from mergeforge.execute.streaming_upload import Shipment, open_shipment
+from mergeforge.execute.streaming_upload import StreamingUpload, open_streaming_upload
 from mergeforge.execute.workspace import CARD, RECEIPT, RECIPE, Workspace
 from mergeforge.gguf.modelfile import modelfile
 from mergeforge.io.disk import DiskFile, InputFile, WriteBehind
 from mergeforge.io.file_layout import OutputFiles
 from mergeforge.lora import combine
-from mergeforge.planner import Batch, Piece, Plan
+from mergeforge.planner import Batch, Plan, TensorPlan
 from mergeforge.tensors.budget import Worker, one_torch_thread, steady_malloc
-from mergeforge.writers.encoder import Outlet, Run, joined, strips
+from mergeforge.writers.encoder import ByteRange, TensorEncoder, chunk_ranges, coalesce_ranges
 from mergeforge.writers.safetensors import index
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ def run(
     started = time.monotonic()
     workspace = Workspace(plan, fresh=fresh, overwrite=overwrite)
     try:
-        shipment = open_shipment(plan, workspace, tell) if plan.streams else None
+        shipment = open_streaming_upload(plan, workspace, tell) if plan.streams else None
         if workspace.journal.commit is None or (shipment and shipment.lost):
-            yield from _carry_all(plan, workspace, shipment)
-            sides = _side_files(plan) | _joined_adapter(plan, workspace)
+            yield from _run_batches(plan, workspace, shipment)
+            sides = _aux_files(plan) | _combined_adapter(plan, workspace)
             sides[RECEIPT] = receipt(plan, workspace.journal, sides, time.monotonic() - started)
-            workspace.stage(sides)
+            workspace.write_aux_files(sides)
         if shipment:
             shipment.publish()
         workspace.commit()
@@ -85,9 +85,9 @@ def _input_files(plan: Plan) -> list[InputFile]:
     return list(found.values())
 
 
-def _side_files(plan: Plan) -> dict[str, bytes | Path]:
+def _aux_files(plan: Plan) -> dict[str, bytes | Path]:
     sides: dict[str, bytes | Path] = {}
-    sides |= {name: file if isinstance(file, Path) else file.read_bytes() for name, file in plan.side_files.items()}
+    sides |= {name: file if isinstance(file, Path) else file.read_bytes() for name, file in plan.aux_files.items()}
     if plan.config is not None:
         sides["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
     shards = index(plan.checkpoint, plan.tensors)
@@ -101,46 +101,46 @@ def _side_files(plan: Plan) -> dict[str, bytes | Path]:
     return sides
 
 
-def _joined_adapter(plan: Plan, workspace: Workspace) -> dict[str, bytes | Path]:
+def _combined_adapter(plan: Plan, workspace: Workspace) -> dict[str, bytes | Path]:
     """Join the adapters into one: in a folder beside the model, or alone."""
-    if plan.join is None:
+    if plan.combination is None:
         return {}
     place = "adapter/" if plan.files else ""
     folder = workspace.folder / place
     folder.mkdir(exist_ok=True)
-    combine.write_joined(plan.join, folder)
+    combine.write_joined(plan.combination, folder)
     return {f"{place}{name}": folder / name for name in combine.FILES}
 
 
 @dataclass(frozen=True)
-class _Job:
+class TileTask:
     """Tiles that one worker carries without a break: one, or all of a piece that learns."""
 
-    piece: Piece
+    piece: TensorPlan
     tiles: tuple[Tile, ...]
 
 
-def _carry_all(plan: Plan, workspace: Workspace, shipment: Shipment | None) -> Iterator[Tile]:
+def _run_batches(plan: Plan, workspace: Workspace, shipment: StreamingUpload | None) -> Iterator[Tile]:
     idle: list[Worker] = []  # from batch to batch: what threads free, malloc does not give to other threads
     with one_torch_thread(plan.needs_torch):  # and whatever the caller had, afterwards
         for batch in plan.batches:
-            yield from _carry(plan, batch, workspace, frozenset(shipment.sent if shipment else ()), idle)
+            yield from _run_batch(plan, batch, workspace, frozenset(shipment.sent if shipment else ()), idle)
             if shipment:
                 for name in batch.finished:
-                    shipment.ship(name)
+                    shipment.upload(name)
 
 
-def _carry(plan: Plan, batch: Batch, workspace: Workspace, sent: Set[str], idle: list[Worker]) -> Iterator[Tile]:
+def _run_batch(plan: Plan, batch: Batch, workspace: Workspace, sent: Set[str], idle: list[Worker]) -> Iterator[Tile]:
     """Carry the tiles of a batch; files that were `sent` are not here, and not written again."""
     files = OutputFiles(workspace.folder, {name: plan.files[name] for name in batch.files if name not in sent})
     try:
         files.open()
-        yield from _Crew(plan, batch, workspace, files, idle).finished()
+        yield from WorkerPool(plan, batch, workspace, files, idle).finished()
     finally:
         files.close()
 
 
-class _Crew:
+class WorkerPool:
     """The workers, their list of jobs, and what they have finished."""
 
     def __init__(self, plan: Plan, batch: Batch, workspace: Workspace, files: OutputFiles, idle: list[Worker]) -> None:
@@ -148,11 +148,11 @@ class _Crew:
         self.idle = idle
         self.journal = workspace.journal
         self.files = files
-        self.jobs = deque(_jobs(batch))
-        self.results: queue.Queue[Done | BaseException | None] = queue.Queue()
+        self.jobs = deque(_tile_tasks(batch))
+        self.results: queue.Queue[FinishedTile | BaseException | None] = queue.Queue()
         self.stop = threading.Event()
-        self.waiting: list[Done] = []
-        self.strip_rows = {piece.info.name: piece.strip_rows for piece in plan.pieces}
+        self.waiting: list[FinishedTile] = []
+        self.strip_rows = {piece.info.name: piece.chunk_rows for piece in plan.tensor_plans}
         self.inputs = _input_files(plan)
         self.failed = False
 
@@ -172,11 +172,11 @@ class _Crew:
             for thread in threads:
                 if thread.ident is not None:  # else the system let no more of them start
                     thread.join()
-            self._keep_finished()
+            self._save_finished()
             raise
         for thread in threads:
             thread.join()
-        self._settle()
+        self._flush_finished()
         self.files.sync()  # headers, and tiles that were found damaged and written again
         self._check_inputs()
 
@@ -196,24 +196,26 @@ class _Crew:
                 self.waiting.append(result)
                 yield result.tile
             if time.monotonic() - settled > SYNC_SECONDS:
-                self._settle()
+                self._flush_finished()
                 settled = time.monotonic()
 
-    def _keep_finished(self) -> None:
+    def _save_finished(self) -> None:
         """After an error or interruption: keep what was finished, as far as the disk lets us."""
         if self.failed:
             return  # bytes that could not be synced once are lost, whatever a second fsync says
         while not self.results.empty():
             result = self.results.get()
-            if isinstance(result, Done):
+            if isinstance(result, FinishedTile):
                 self.waiting.append(result)
         with contextlib.suppress(MergeforgeError):
-            self._settle()
+            self._flush_finished()
 
-    def _settle(self) -> None:
+    def _flush_finished(self) -> None:
         """Make finished tiles durable, then note them in the journal."""
         fresh = [
-            one for one in self.waiting if self.journal.held(one.tile, self.strip_rows[one.tile.name]) != one.checksums
+            one
+            for one in self.waiting
+            if self.journal.is_finished(one.tile, self.strip_rows[one.tile.name]) != one.checksums
         ]
         if fresh:
             try:
@@ -235,7 +237,7 @@ class _Crew:
             if self.plan.needs_torch:
                 self._work_in_torch()
             else:
-                self._work_off(self._worker())
+                self._drain(self._worker())
             self.results.put(None)
         except BaseException as error:
             self.results.put(error)
@@ -247,12 +249,12 @@ class _Crew:
         with torch.inference_mode():
             worker = self._worker()
             with torch.cuda.stream(worker.stream):
-                self._work_off(worker)
+                self._drain(worker)
 
-    def _work_off(self, worker: Worker) -> None:
+    def _drain(self, worker: Worker) -> None:
         """Do what jobs there are."""
         while not self.stop.is_set() and self.jobs:
-            self._do(worker)
+            self._process(worker)
         self.idle.append(worker)
 
     def _worker(self) -> Worker:
@@ -260,26 +262,28 @@ class _Crew:
         try:
             worker = self.idle.pop()
         except IndexError:
-            return Worker(self.plan.budget.device, max((piece.staging for piece in self.plan.pieces), default=0))
+            return Worker(
+                self.plan.budget.device, max((piece.staging_nbytes for piece in self.plan.tensor_plans), default=0)
+            )
         worker.write_behind = WriteBehind()  # the files that it wrote are closed
         return worker
 
-    def _do(self, worker: Worker) -> None:
+    def _process(self, worker: Worker) -> None:
         try:
             job = self.jobs.popleft()
         except IndexError:
             return  # another worker took the last one
-        held = [self._held(tile, job.piece, worker) for tile in job.tiles]
+        held = [self._verify_existing(tile, job.piece, worker) for tile in job.tiles]
         if all(held):
             for done in held:
                 self.results.put(done)
             return
         try:
-            for tile, encoded, measured in carry(
+            for tile, encoded, measured in compute_tiles(
                 job.piece, job.tiles, worker, allow_nonfinite=self.plan.allow_nonfinite
             ):
                 sums = {one.key: self._write(one, tile, raw, worker) for one, raw in encoded}
-                self.results.put(Done(tile, sums, astuple(measured) if measured else ()))
+                self.results.put(FinishedTile(tile, sums, astuple(measured) if measured else ()))
                 if self.stop.is_set():
                     return
         except ArithmeticError as error:
@@ -289,49 +293,49 @@ class _Crew:
                 raise told from error
             raise
 
-    def _write(self, outlet: Outlet, tile: Tile, raw: Bytes, worker: Worker) -> tuple[str, ...]:
+    def _write(self, outlet: TensorEncoder, tile: Tile, raw: Bytes, worker: Worker) -> tuple[str, ...]:
         """Write an encoded tile where it belongs; the checksums of its strips."""
         if outlet.file not in self.files.files:
             return _checksums(outlet, tile, raw)
         at = 0
-        for offset, nbytes in joined(_runs(outlet, tile)):
+        for offset, nbytes in coalesce_ranges(_byte_ranges(outlet, tile)):
             self.files.write(outlet.file, raw[at : at + nbytes], offset, worker.write_behind)
             at += nbytes
         return _checksums(outlet, tile, raw)
 
-    def _held(self, tile: Tile, piece: Piece, worker: Worker) -> Done | None:
+    def _verify_existing(self, tile: Tile, piece: TensorPlan, worker: Worker) -> FinishedTile | None:
         """A tile that an interrupted run wrote and that the disk still holds, or None."""
-        checksums = self.journal.held(tile, piece.strip_rows)
+        checksums = self.journal.is_finished(tile, piece.chunk_rows)
         if checksums is None:
             return None
-        for outlet in (one for one in piece.outlets if one.file in self.files.files):
+        for outlet in (one for one in piece.encoders if one.file in self.files.files):
             worker.clear()
             if _checksums(outlet, tile, self._read(outlet, tile, worker)) != checksums[outlet.key]:
                 return None
-        return Done(tile, checksums)
+        return FinishedTile(tile, checksums)
 
-    def _read(self, outlet: Outlet, tile: Tile, worker: Worker) -> Bytes:
+    def _read(self, outlet: TensorEncoder, tile: Tile, worker: Worker) -> Bytes:
         """A tile's bytes from the file, as they were encoded."""
-        runs = list(joined(_runs(outlet, tile)))
-        raw, at = worker.take(sum(nbytes for _, nbytes in runs)), 0
+        runs = list(coalesce_ranges(_byte_ranges(outlet, tile)))
+        raw, at = worker.allocate(sum(nbytes for _, nbytes in runs)), 0
         for offset, nbytes in runs:
             self.files.read(outlet.file, raw[at : at + nbytes].data, offset)
             at += nbytes
         return raw
 
 
-def _runs(outlet: Outlet, tile: Tile) -> Iterator[Run]:
-    for strip in strips(tile.start, tile.stop, outlet):
-        yield from outlet.runs(*strip)
+def _byte_ranges(outlet: TensorEncoder, tile: Tile) -> Iterator[ByteRange]:
+    for strip in chunk_ranges(tile.start, tile.stop, outlet):
+        yield from outlet.byte_ranges(*strip)
 
 
-def _checksums(outlet: Outlet, tile: Tile, raw: Bytes) -> tuple[str, ...]:
-    return strip_checksums(raw, [outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)])
+def _checksums(outlet: TensorEncoder, tile: Tile, raw: Bytes) -> tuple[str, ...]:
+    return strip_checksums(raw, [outlet.chunk_nbytes(*strip) for strip in chunk_ranges(tile.start, tile.stop, outlet)])
 
 
-def _jobs(batch: Batch) -> Iterator[_Job]:
-    for piece in batch.pieces:
-        if piece.learns:
-            yield _Job(piece, piece.tiles)
+def _tile_tasks(batch: Batch) -> Iterator[TileTask]:
+    for piece in batch.tensor_plans:
+        if piece.needs_stats:
+            yield TileTask(piece, piece.tiles)
         else:
-            yield from (_Job(piece, (tile,)) for tile in piece.tiles)
+            yield from (TileTask(piece, (tile,)) for tile in piece.tiles)

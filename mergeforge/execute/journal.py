@@ -33,16 +33,16 @@ Checksums = Mapping[str, tuple[str, ...]]  # an outlet's key -> 32 hex digits fo
 
 
 @dataclass(frozen=True)
-class Done:
+class FinishedTile:
     """A finished tile: for each outlet, the checksums of its strips; and what was measured of its change."""
 
     tile: Tile
     checksums: Checksums
-    measured: tuple[float, ...] = ()
+    change: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
-class Sent:
+class UploadedFile:
     """A finished file that was sent to a Hub repo, and is no longer here."""
 
     repo: str
@@ -57,16 +57,16 @@ class Journal:
         self,
         path: Path,
         fingerprint: str,
-        done: dict[Tile, Done],
+        done: dict[Tile, FinishedTile],
         commit: Commit | None,
-        sent: Mapping[str, Sent] = MappingProxyType({}),
+        sent: Mapping[str, UploadedFile] = MappingProxyType({}),
     ) -> None:
         self.path = path
         self.fingerprint = fingerprint
         self.done = done
         self.commit = commit
         self.sent = dict(sent)
-        self._by_tensor: dict[str, list[Done]] = {}
+        self._by_tensor: dict[str, list[FinishedTile]] = {}
         for one in done.values():
             self._by_tensor.setdefault(one.tile.name, []).append(one)
         try:
@@ -74,7 +74,7 @@ class Journal:
         except OSError as error:
             raise disk_error(error, str(path)) from error
 
-    def held(self, tile: Tile, strip_rows: Mapping[str, int]) -> Checksums | None:
+    def is_finished(self, tile: Tile, strip_rows: Mapping[str, int]) -> Checksums | None:
         """The checksums of a tile's strips for each outlet; None unless all of them are finished.
 
         A run that was given another memory cut the tensor otherwise; the strips are the same.
@@ -96,12 +96,12 @@ class Journal:
         found: dict[int, tuple[float, ...]] = {}
         reached = 0
         for one in sorted(self._by_tensor.get(name, ()), key=lambda one: (one.tile.start, -one.tile.stop)):
-            if one.tile.start >= reached and one.measured:
-                found[one.tile.start] = one.measured
+            if one.tile.start >= reached and one.change:
+                found[one.tile.start] = one.change
                 reached = one.tile.stop
         return list(found.values())
 
-    def record(self, finished: Iterable[Done]) -> None:
+    def record(self, finished: Iterable[FinishedTile]) -> None:
         """Append tiles whose bytes are synced, and sync the journal."""
         finished = list(finished)
         self._append([_record(one) for one in finished])
@@ -109,7 +109,7 @@ class Journal:
             self.done[one.tile] = one
             self._by_tensor.setdefault(one.tile.name, []).append(one)
 
-    def record_sent(self, name: str, sent: Sent) -> None:
+    def record_sent(self, name: str, sent: UploadedFile) -> None:
         """Record that a file has arrived, before it is removed here."""
         self._append([{"sent": name, "repo": sent.repo, "sha256": sent.sha256, "size": sent.nbytes}])
         self.sent[name] = sent
@@ -160,17 +160,17 @@ def read_journal(folder: Path) -> Journal | None:
         if "tile" in record:
             tile = Tile(*record["tile"])
             sums = {key: tuple(some) for key, some in record["sums"].items()}
-            done[tile] = Done(tile, sums, tuple(record.get("measured", ())))
+            done[tile] = FinishedTile(tile, sums, tuple(record.get("measured", ())))
         elif "sent" in record:
-            sent[record["sent"]] = Sent(record["repo"], record["sha256"], record["size"])
+            sent[record["sent"]] = UploadedFile(record["repo"], record["sha256"], record["size"])
         elif "commit" in record:
             commit = Commit(tuple(record["commit"]), tuple(record["removes"]))
     return Journal(path, records[0]["merge"], done, commit, sent)
 
 
-def _record(done: Done) -> dict[str, object]:
+def _record(done: FinishedTile) -> dict[str, object]:
     record: dict[str, object] = {"tile": [done.tile.name, done.tile.start, done.tile.stop], "sums": done.checksums}
-    return record | ({"measured": done.measured} if done.measured else {})
+    return record | ({"measured": done.change} if done.change else {})
 
 
 def _line(record: dict[str, object]) -> bytes:

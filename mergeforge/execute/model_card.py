@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mergeforge.checkpoints.checkpoint import Checkpoint, Model
+from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource
 from mergeforge.core.sizes import show_size
 from mergeforge.planner import Plan
 
@@ -19,7 +19,7 @@ def model_card(plan: Plan) -> str:
     """Front matter for the Hub and a body that says how the model was made."""
     front = yaml.safe_dump(_front_matter(plan), sort_keys=False, allow_unicode=True)
     recipe = plan.recipe.to_yaml().strip()
-    counts = Counter(plan.actions.values())
+    counts = Counter(plan.summaries.values())
     rows = "\n".join(f"| {count} | {action} |" for action, count in counts.most_common())
     sources = "\n".join(f"- {_described(table)}" for table in plan.inputs.checkpoints)
     return f"""---
@@ -51,7 +51,7 @@ way and checksum; `mergeforge verify` checks them.
 
 def _front_matter(plan: Plan) -> dict[str, Any]:
     inputs = plan.inputs
-    models = inputs.stored
+    models = inputs.stored_models
     named = list(dict.fromkeys(str(model.entry.model.path) for model in models))
     adapters = [str(one.entry.adapter.path) for one in inputs.opened_adapters]
     merged = len(named) > 1 or len(adapters) > 1
@@ -90,7 +90,7 @@ def _files(plan: Plan) -> str:
     if not plan.ggufs:
         return ""
     rows = "\n".join(
-        f"| {', '.join(gguf.layout.files)} | {gguf.mix.label} | {show_size(gguf.layout.nbytes)} "
+        f"| {', '.join(gguf.layout.files)} | {gguf.file_type.label} | {show_size(gguf.layout.nbytes)} "
         f"| {gguf.bits_per_weight:.2f} |"
         for gguf in plan.ggufs
     )
@@ -109,7 +109,9 @@ Encoded from {origin}.
 
 def _use(plan: Plan) -> str:
     """How a language model is loaded and served, by its repo's name if it is known."""
-    architectures = plan.inputs.stored[0].checkpoint.config.get("architectures") if plan.inputs.stored else None
+    architectures = (
+        plan.inputs.stored_models[0].checkpoint.config.get("architectures") if plan.inputs.stored_models else None
+    )
     if not any(str(one).endswith("ForCausalLM") for one in architectures or ()):
         return ""
     publish = plan.recipe.output.publish
@@ -121,7 +123,7 @@ def _use(plan: Plan) -> str:
         code += f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")'
         parts += [f"```python\n{code}\n```", f"```sh\nvllm serve {repo}\n```"]
     if plan.ggufs:
-        label = plan.ggufs[0].mix.label
+        label = plan.ggufs[0].file_type.label
         parts.append(f"```sh\nllama-server -hf {repo}:{label}\nollama run hf.co/{repo}:{label}\n```")
     return "## Use\n\n" + "\n\n".join(parts) + "\n\n"
 
@@ -131,7 +133,7 @@ def _described(table: Checkpoint) -> str:
     return f"{name} at {table.revision}" if table.revision else name
 
 
-def _licence(table: Model) -> dict[str, Any]:
+def _licence(table: ModelSource) -> dict[str, Any]:
     """The licence fields of the input's own card: copied, never invented."""
     try:
         text = (table.folder / "README.md").read_text(encoding="utf-8")

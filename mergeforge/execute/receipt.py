@@ -12,25 +12,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergeforge.adapters.adapted_tensor import Adapted
-from mergeforge.adapters.deltas import Dora, Edit, LowRank
-from mergeforge.adapters.expert_deltas import ExpertLowRank, InRows
-from mergeforge.adapters.peft_delta import Formulated
+from mergeforge.adapters.adapted_tensor import AdaptedTensor
+from mergeforge.adapters.deltas import DoraDelta, LoraDelta, WeightDelta
+from mergeforge.adapters.expert_deltas import ExpertLoraDelta, RowRangeDelta
+from mergeforge.adapters.peft_delta import PeftDelta
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.core.checksums import file_sha256, tensor_checksum
-from mergeforge.execute.change_stats import Measured, total
+from mergeforge.execute.change_stats import ChangeStats, total
 from mergeforge.execute.journal import Journal
-from mergeforge.planner import Piece, Plan
-from mergeforge.writers.encoder import Outlet, Run, joined, strips
-from mergeforge.writers.fp8 import FP8Outlet
-from mergeforge.writers.safetensors import CheckpointOutlet
+from mergeforge.planner import Plan, TensorPlan
+from mergeforge.writers.encoder import ByteRange, TensorEncoder, chunk_ranges, coalesce_ranges
+from mergeforge.writers.fp8 import FP8Encoder
+from mergeforge.writers.safetensors import SafetensorsEncoder
 
 FORMAT = 1
 
 
 def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], seconds: float) -> bytes:
     """mergeforge.json as bytes. The `run` part differs from run to run; the rest does not."""
-    tensors = {piece.info.name: _tensor(plan, piece, journal) for piece in plan.pieces}
+    tensors = {piece.info.name: _tensor(plan, piece, journal) for piece in plan.tensor_plans}
     files: dict[str, Any] = {
         name: {
             "size": file.nbytes,
@@ -42,7 +42,7 @@ def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], sec
     }
     for gguf in plan.ggufs:
         for name in gguf.layout.files:
-            files[name]["type"] = gguf.mix.label
+            files[name]["type"] = gguf.file_type.label
     files |= {name: _side_file(content) for name, content in sides.items()}
     revision = plan.recipe.output.publish.revision if plan.recipe.output.publish else ""
     for name, sent in journal.sent.items() if plan.streams else ():
@@ -62,50 +62,50 @@ def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], sec
     return (json.dumps(value, indent=1, default=str) + "\n").encode()
 
 
-def _tensor(plan: Plan, piece: Piece, journal: Journal) -> dict[str, Any]:
+def _tensor(plan: Plan, piece: TensorPlan, journal: Journal) -> dict[str, Any]:
     """What was done to a tensor, and where each format holds it."""
-    held = [journal.held(tile, piece.strip_rows) or {} for tile in piece.tiles]
+    held = [journal.is_finished(tile, piece.chunk_rows) or {} for tile in piece.tiles]
     facts: dict[str, Any] = {
-        "action": plan.actions[piece.info.name],
+        "action": plan.summaries[piece.info.name],
         "dtype": piece.info.dtype,
         "shape": list(piece.info.shape),
     }
-    if isinstance(piece.way, Adapted):
-        facts["terms"] = [_term(weight, edit) for weight, edit in piece.way.terms]
+    if isinstance(piece.tensor, AdaptedTensor):
+        facts["terms"] = [_term(weight, edit) for weight, edit in piece.tensor.terms]
     if measured := journal.measured(piece.info.name):
-        facts["change"] = total(Measured(*one) for one in measured).facts  # type: ignore[arg-type]  # numbers
-    for outlet in piece.outlets:
+        facts["change"] = total(ChangeStats(*one) for one in measured).facts  # type: ignore[arg-type]  # numbers
+    for outlet in piece.encoders:
         checksum = tensor_checksum(one for sums in held for one in sums.get(outlet.key, ()))
-        if isinstance(outlet, CheckpointOutlet):
+        if isinstance(outlet, SafetensorsEncoder):
             facts |= {"file": outlet.file, "xxh3": checksum}
         else:
-            encoded = {"file": outlet.file, "type": outlet.about, "strips": _strips(outlet, piece), "xxh3": checksum}
-            facts.setdefault("fp8" if isinstance(outlet, FP8Outlet) else "gguf", {})[outlet.key] = encoded
+            encoded = {"file": outlet.file, "type": outlet.label, "strips": _strips(outlet, piece), "xxh3": checksum}
+            facts.setdefault("fp8" if isinstance(outlet, FP8Encoder) else "gguf", {})[outlet.key] = encoded
     return facts
 
 
-def _term(weight: float, edit: Edit) -> dict[str, Any]:
+def _term(weight: float, edit: WeightDelta) -> dict[str, Any]:
     """One adapter's part in a tensor: its kind, weight, and what decides its strength."""
-    facts: dict[str, Any] = {"kind": edit.about, "weight": weight}
-    low = edit.edit if isinstance(edit, InRows) else edit
-    low = low.low if isinstance(low, Dora) else low
-    if isinstance(low, LowRank | ExpertLowRank):
+    facts: dict[str, Any] = {"kind": edit.label, "weight": weight}
+    low = edit.edit if isinstance(edit, RowRangeDelta) else edit
+    low = low.low if isinstance(low, DoraDelta) else low
+    if isinstance(low, LoraDelta | ExpertLoraDelta):
         facts |= {"rank": low.rank, "scale": low.scale}
-    if isinstance(low, LowRank):
+    if isinstance(low, LoraDelta):
         facts["adapter"] = Path(low.left.file.path).parent.name
-    if isinstance(low, Formulated):
+    if isinstance(low, PeftDelta):
         facts |= low.formula.facts
         facts["adapter"] = Path(next(iter(low.factors.values())).file.path).parent.name
     return facts
 
 
-def _strips(outlet: Outlet, piece: Piece) -> list[list[list[int]]] | list[int]:
+def _strips(outlet: TensorEncoder, piece: TensorPlan) -> list[list[list[int]]] | list[int]:
     """Where the strips lie: [offset, bytes, bytes of a strip] if they follow one another, else each one's runs.
 
     A run is [offset, bytes, times, distance]: so many pieces, so far apart.
     """
-    runs = [outlet.runs(*strip) for strip in strips(0, piece.info.rows, outlet)]
-    whole = list(joined(run for strip in runs for run in strip))
+    runs = [outlet.byte_ranges(*strip) for strip in chunk_ranges(0, piece.info.rows, outlet)]
+    whole = list(coalesce_ranges(run for strip in runs for run in strip))
     sizes = [sum(nbytes for _, nbytes in strip) for strip in runs]
     even = set(sizes[:-1]) <= {sizes[0]} and 0 < sizes[-1] <= sizes[0] if sizes else False
     if len(whole) == 1 and even and all(len(strip) == 1 for strip in runs):
@@ -113,7 +113,7 @@ def _strips(outlet: Outlet, piece: Piece) -> list[list[list[int]]] | list[int]:
     return [_evenly(strip) for strip in runs]
 
 
-def _evenly(runs: list[Run]) -> list[list[int]]:
+def _evenly(runs: list[ByteRange]) -> list[list[int]]:
     """Runs of one size and distance counted together."""
     found: list[list[int]] = []
     for offset, nbytes in runs:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergeforge.errors import MergeforgeError, OutputError
-from mergeforge.execute.journal import Sent
+from mergeforge.execute.journal import UploadedFile
 from mergeforge.execute.workspace import Workspace
 from mergeforge.hub.publish import AGAIN, check_access, held_files, hub_errors, is_same, lfs_of, stale_files
 from mergeforge.io.disk import sync_folder
@@ -25,7 +25,7 @@ Tell = Callable[[str], None]
 WAITS = (1.0, 5.0, 20.0)  # seconds between tries, beyond those that huggingface_hub makes itself
 
 
-class Shipment:
+class StreamingUpload:
     """The files of one merge on their way: `sent` have arrived, `lost` had and are gone from the Hub."""
 
     def __init__(self, plan: Plan, workspace: Workspace, parent: str, tell: Tell) -> None:
@@ -35,10 +35,10 @@ class Shipment:
         self.workspace = workspace
         self.parent = parent
         self.tell = tell
-        self.sent: dict[str, Sent] = {}
+        self.sent: dict[str, UploadedFile] = {}
         self.lost: tuple[str, ...] = ()
 
-    def look(self) -> None:
+    def reconcile(self) -> None:
         """Compare the journal with what the gathering branch holds, and remove here what has arrived there."""
         _, held = held_files(self.to.repo, self.branch)
         ours = {name: one for name, one in self.workspace.journal.sent.items() if one.repo == self.to.repo}
@@ -47,7 +47,7 @@ class Shipment:
         for name in self.sent:
             self._remove(name)
 
-    def ship(self, name: str) -> None:
+    def upload(self, name: str) -> None:
         """Send a finished file, see that it is there, note it, remove it here. Raises MergeforgeError, OutputError."""
         if name in self.sent:
             return
@@ -84,7 +84,7 @@ class Shipment:
             if _status(error) != 404:
                 self.tell(f"{self.to.repo} still has the branch {self.branch}: it can be deleted")
 
-    def _send(self, name: str) -> Sent:
+    def _send(self, name: str) -> UploadedFile:
         from huggingface_hub import CommitOperationAdd, HfApi
 
         path, repo = self.workspace.folder / name, self.to.repo
@@ -101,7 +101,7 @@ class Shipment:
         sha256, nbytes = lfs_of(found[0])
         if not sha256:
             raise MergeforgeError(f"{repo} does not keep {name} as a large file", hint="see its .gitattributes")
-        return Sent(repo, sha256, nbytes)
+        return UploadedFile(repo, sha256, nbytes)
 
     def _operations(self, parent: str | None, held: dict[str, Any]) -> list[Any]:
         """What the branch that is published lacks or has too much."""
@@ -129,7 +129,7 @@ class Shipment:
         sync_folder(self.workspace.folder)
 
 
-def open_shipment(plan: Plan, workspace: Workspace, tell: Tell) -> Shipment:
+def open_streaming_upload(plan: Plan, workspace: Workspace, tell: Tell) -> StreamingUpload:
     """Ask for the token, make the repo and the gathering branch, and see what has arrived already.
 
     Raises RecipeError for a name that is none, MergeforgeError where the Hub does not let us in.
@@ -147,13 +147,13 @@ def open_shipment(plan: Plan, workspace: Workspace, tell: Tell) -> Shipment:
             if to.revision != "main":
                 api.create_branch(to.repo, branch=to.revision, exist_ok=True)
             parent = str(api.repo_info(to.repo, revision=to.revision).sha)
-        shipment = Shipment(plan, workspace, parent, tell)
+        shipment = StreamingUpload(plan, workspace, parent, tell)
         api.create_branch(to.repo, branch=shipment.branch, revision=to.revision, exist_ok=True)
-    shipment.look()
+    shipment.reconcile()
     return shipment
 
 
-def _is_there(sent: Sent, held: Any) -> bool:
+def _is_there(sent: UploadedFile, held: Any) -> bool:
     return lfs_of(held) == (sent.sha256, sent.nbytes)
 
 

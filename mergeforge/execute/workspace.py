@@ -57,7 +57,7 @@ class Workspace:
         self.journal.close()
         os.close(self._lock)
 
-    def stage(self, side_files: dict[str, bytes | Path]) -> None:
+    def write_aux_files(self, side_files: dict[str, bytes | Path]) -> None:
         """Write what lies beside the weights, and record that all is ready to move.
 
         `side_files` maps names to contents or files to copy.
@@ -145,7 +145,7 @@ class Workspace:
                 raise self._finished()
             return
         held = sorted(path.name for path in self.out.iterdir() if path.name != WORK)
-        ours = {*self.plan.files, *self.plan.side_files, INDEX, "config.json", CARD, RECIPE}
+        ours = {*self.plan.files, *self.plan.aux_files, INDEX, "config.json", CARD, RECIPE}
         if clash := [name for name in held if name in ours or name.endswith((".safetensors", ".gguf"))]:
             text = f"{self.out} holds {listing(clash)}, which no merge of mergeforge wrote"
             raise OutputError(text, hint="write into a new folder with --out DIR")

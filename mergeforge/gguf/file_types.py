@@ -21,7 +21,7 @@ Shape = tuple[int, ...]  # slowest dimension first
 
 
 @dataclass(frozen=True)
-class Mix:
+class FileType:
     """A file type: its label, its number as general.file_type, most tensors' type, and whose rules make it."""
 
     label: str
@@ -30,32 +30,32 @@ class Mix:
     quantizer: bool = True  # llama-quantize's; else the converter's
 
 
-MIXES: Mapping[str, Mix] = {
-    "f32": Mix("F32", 0, "F32", quantizer=False),
-    "f16": Mix("F16", 1, "F16", quantizer=False),
-    "bf16": Mix("BF16", 32, "BF16", quantizer=False),
-    "q8_0": Mix("Q8_0", 7, "Q8_0", quantizer=False),
-    "q4_0": Mix("Q4_0", 2, "Q4_0"),
-    "q4_1": Mix("Q4_1", 3, "Q4_1"),
-    "q5_0": Mix("Q5_0", 8, "Q5_0"),
-    "q5_1": Mix("Q5_1", 9, "Q5_1"),
-    "q2_k": Mix("Q2_K", 10, "Q2_K"),
-    "q3_k_s": Mix("Q3_K_S", 11, "Q3_K"),
-    "q3_k_m": Mix("Q3_K_M", 12, "Q3_K"),
-    "q3_k_l": Mix("Q3_K_L", 13, "Q3_K"),
-    "q4_k_s": Mix("Q4_K_S", 14, "Q4_K"),
-    "q4_k_m": Mix("Q4_K_M", 15, "Q4_K"),
-    "q5_k_s": Mix("Q5_K_S", 16, "Q5_K"),
-    "q5_k_m": Mix("Q5_K_M", 17, "Q5_K"),
-    "q6_k": Mix("Q6_K", 18, "Q6_K"),
-    "iq4_nl": Mix("IQ4_NL", 25, "IQ4_NL"),
-    "iq4_xs": Mix("IQ4_XS", 30, "IQ4_XS"),
+FILE_TYPES: Mapping[str, FileType] = {
+    "f32": FileType("F32", 0, "F32", quantizer=False),
+    "f16": FileType("F16", 1, "F16", quantizer=False),
+    "bf16": FileType("BF16", 32, "BF16", quantizer=False),
+    "q8_0": FileType("Q8_0", 7, "Q8_0", quantizer=False),
+    "q4_0": FileType("Q4_0", 2, "Q4_0"),
+    "q4_1": FileType("Q4_1", 3, "Q4_1"),
+    "q5_0": FileType("Q5_0", 8, "Q5_0"),
+    "q5_1": FileType("Q5_1", 9, "Q5_1"),
+    "q2_k": FileType("Q2_K", 10, "Q2_K"),
+    "q3_k_s": FileType("Q3_K_S", 11, "Q3_K"),
+    "q3_k_m": FileType("Q3_K_M", 12, "Q3_K"),
+    "q3_k_l": FileType("Q3_K_L", 13, "Q3_K"),
+    "q4_k_s": FileType("Q4_K_S", 14, "Q4_K"),
+    "q4_k_m": FileType("Q4_K_M", 15, "Q4_K"),
+    "q5_k_s": FileType("Q5_K_S", 16, "Q5_K"),
+    "q5_k_m": FileType("Q5_K_M", 17, "Q5_K"),
+    "q6_k": FileType("Q6_K", 18, "Q6_K"),
+    "iq4_nl": FileType("IQ4_NL", 25, "IQ4_NL"),
+    "iq4_xs": FileType("IQ4_XS", 30, "IQ4_XS"),
 }
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 
 @dataclass(frozen=True)
-class MixFacts:
+class FileTypeFacts:
     """What the choice needs to know of a model; head counts are the first layer's."""
 
     arch: str
@@ -77,7 +77,7 @@ class MixFacts:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class TypeOverrides:
     """What a user asks for besides the mix; all types by their names in QUANT_TYPES, in any case.
 
     `overrides`: (regular expression, type) pairs; the first that is found in a tensor's name wins, before the
@@ -90,7 +90,7 @@ class Wishes:
     pure: bool = False
 
 
-NO_WISHES = Wishes()
+NO_WISHES = TypeOverrides()
 
 # Falling back when a tensor's columns are no multiple of 256; then, or for the others, F16 if none of 32.
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
@@ -123,12 +123,12 @@ _ATTENTION_V = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
-def mix_named(name: str) -> Mix:
+def file_type_named(name: str) -> FileType:
     """The mix of a user's name for it. Raises RecipeError."""
     key = name.lower()
-    mix = MIXES.get(ALIASES.get(key, key))
+    mix = FILE_TYPES.get(ALIASES.get(key, key))
     if mix is None:
-        hint = did_you_mean(key, [*MIXES, *ALIASES]) or "one of " + ", ".join(MIXES)
+        hint = did_you_mean(key, [*FILE_TYPES, *ALIASES]) or "one of " + ", ".join(FILE_TYPES)
         raise RecipeError(f"unknown GGUF type '{name}'", hint=hint)
     return mix
 
@@ -147,13 +147,13 @@ def file_order(names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: (_layer(name, -1), name.encode()))
 
 
-def choose(
-    mix: Mix,
+def select_tensor_types(
+    mix: FileType,
     tensors: Mapping[str, Shape],
-    model: MixFacts,
+    model: FileTypeFacts,
     *,
     has_importance: bool = False,
-    wishes: Wishes = NO_WISHES,
+    wishes: TypeOverrides = NO_WISHES,
     source: str = "f32",
     f32: Container[str] = (),
 ) -> dict[str, QuantType]:
@@ -167,7 +167,7 @@ def choose(
         source: the converter's mix (f32, f16 or bf16) that llama-quantize would read.
         f32: tensors that the converter keeps in F32 for this family, besides those that it always does.
     """
-    start = mix if not mix.quantizer else mix_named(source)
+    start = mix if not mix.quantizer else file_type_named(source)
     types = {name: _converted(start, name, shape, f32) for name, shape in tensors.items()}
     if mix.quantizer or wishes != NO_WISHES:
         state = _Walk(mix, model, has_importance, wishes, frozenset(tensors))
@@ -178,7 +178,7 @@ def choose(
     return types
 
 
-def _converted(mix: Mix, name: str, shape: Shape, f32: Container[str]) -> QuantType:
+def _converted(mix: FileType, name: str, shape: Shape, f32: Container[str]) -> QuantType:
     """The type that the converter gives a tensor."""
     plain = len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith((".weight", ".lora_a", ".lora_b"))
     if plain or name in f32 or _F32_NAMES.fullmatch(name):
@@ -212,10 +212,10 @@ def _more_bits(i: int, n: int) -> bool:
 class _Walk:
     """llama-quantize's way through the tensors of a model; it counts some kinds."""
 
-    mix: Mix
-    model: MixFacts
+    mix: FileType
+    model: FileTypeFacts
     has_importance: bool
-    wishes: Wishes
+    wishes: TypeOverrides
     names: frozenset[str]
     attention_v: int = 0
     ffn_down: int = 0

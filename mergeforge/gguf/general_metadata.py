@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.gguf.key_values import Keys, Value, array, f32, i32, text, u32
-from mergeforge.io.aux_files import SideFiles
+from mergeforge.io.aux_files import AuxFiles
 
 _SAMPLING = (  # key under general.sampling, names in generation_config.json, type
     ("sequence", ("sequence",), text),
@@ -72,7 +72,7 @@ def parameter_counts(tensors: Mapping[str, tuple[int, ...]]) -> ParameterCounts:
 
 
 def metadata(
-    files: SideFiles,
+    files: AuxFiles,
     config: Mapping[str, Any],
     folder_name: str,
     sizes: ParameterCounts,
@@ -101,14 +101,14 @@ def metadata(
     return keys
 
 
-def _found(files: SideFiles, config: Mapping[str, Any], folder_name: str, sizes: ParameterCounts) -> Any:
+def _found(files: AuxFiles, config: Mapping[str, Any], folder_name: str, sizes: ParameterCounts) -> Any:
     import gguf
 
     card = _card(files)
     return gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, dict(config), Path(folder_name), sizes.total)
 
 
-def _sampling(files: SideFiles) -> dict[str, Value]:
+def _sampling(files: AuxFiles) -> dict[str, Value]:
     """How the model's makers want it sampled, as far as generation_config.json is readable and says so."""
     import json
 
@@ -124,7 +124,7 @@ def _sampling(files: SideFiles) -> dict[str, Value]:
     return keys
 
 
-def _card(files: SideFiles) -> dict[str, Any]:
+def _card(files: AuxFiles) -> dict[str, Any]:
     """README.md's front matter; nothing where there is none, or none that is YAML."""
     import yaml
 

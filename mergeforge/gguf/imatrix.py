@@ -24,7 +24,7 @@ HINT = "make it with llama-imatrix"
 
 
 @dataclass(frozen=True, eq=False)
-class Importance:
+class ImatrixFile:
     """An imatrix file: weights of each GGUF tensor (experts x columns, float32), and what the file says of itself."""
 
     path: Path
@@ -46,7 +46,7 @@ class Importance:
         raise SourceError(f"{self.path}: {name} has {size}", hint="the imatrix is of another model")
 
 
-def read_importance(path: Path) -> Importance:
+def read_imatrix(path: Path) -> ImatrixFile:
     """Read an imatrix file of either format. Raises SourceError."""
     try:
         with path.open("rb") as file:
@@ -67,7 +67,7 @@ def _check(path: Path, name: str, weights: Any) -> None:
         raise SourceError(f"{path}: {name} has a negative weight", hint=f"{HINT} again")
 
 
-def _read_gguf(path: Path) -> Importance:
+def _read_gguf(path: Path) -> ImatrixFile:
     import gguf
 
     try:
@@ -84,7 +84,7 @@ def _read_gguf(path: Path) -> Importance:
         raise SourceError(f"{path}: an imatrix without entries", hint=HINT)
     weights = {name: _mean(path, name, tensors) for name in sorted(names)}
     datasets = keys["imatrix.datasets"]
-    return Importance(path, weights, tuple(map(str, datasets)), int(keys["imatrix.chunk_count"]))
+    return ImatrixFile(path, weights, tuple(map(str, datasets)), int(keys["imatrix.chunk_count"]))
 
 
 def _mean(path: Path, name: str, tensors: Mapping[str, Any]) -> NDArray[np.float32]:
@@ -105,7 +105,7 @@ def _mean(path: Path, name: str, tensors: Mapping[str, Any]) -> NDArray[np.float
     return np.where(whole > 0, total / used, np.float32(1)).astype(np.float32)
 
 
-def _read_dat(path: Path) -> Importance:
+def _read_dat(path: Path) -> ImatrixFile:
     with path.open("rb") as file:
         count = _whole(file, path)
         if not 1 <= count < 1 << 20:
@@ -113,7 +113,7 @@ def _read_dat(path: Path) -> Importance:
         weights = dict(_dat_entry(file, path) for _ in range(count))
         trailer = file.read()
     chunks, datasets = _dat_trailer(trailer)
-    return Importance(path, weights, datasets, chunks)
+    return ImatrixFile(path, weights, datasets, chunks)
 
 
 def _dat_entry(file: BinaryIO, path: Path) -> tuple[str, NDArray[np.float32]]:

@@ -25,7 +25,7 @@ _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
-class Held:
+class GGUFTensorInfo:
     """A tensor in a GGUF file: shape with the slowest dimension first, ggml type, absolute offset, bytes."""
 
     name: str
@@ -49,7 +49,7 @@ class GGUFHeader:
     """Key/values and tensors of a GGUF model, all of its files together; file name -> sha256 of its header."""
 
     keys: Mapping[str, Value]
-    tensors: Mapping[str, Held]
+    tensors: Mapping[str, GGUFTensorInfo]
     hashes: Mapping[str, str]
 
     def get(self, key: str) -> Any:
@@ -62,7 +62,7 @@ def read_gguf(path: Path) -> GGUFHeader:
     Raises SourceError that names the file and what is wrong.
     """
     keys: dict[str, Value] = {}
-    tensors: dict[str, Held] = {}
+    tensors: dict[str, GGUFTensorInfo] = {}
     hashes: dict[str, str] = {}
     for at, part in enumerate(_parts(path)):
         header = _Reader(part).header()
@@ -120,7 +120,7 @@ class _Reader:
         held = {name: self._held(name, shape, kind, start + offset) for name, shape, kind, offset in entries}
         return GGUFHeader(values, held, {self.path.name: self.digest.hexdigest()})
 
-    def _held(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> Held:
+    def _held(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> GGUFTensorInfo:
         import gguf
 
         try:
@@ -130,7 +130,7 @@ class _Reader:
         block, nbytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise SourceError(f"{self.path}: {name} has {shape[-1]} columns, which {kind.name} cannot hold")
-        held = Held(name, shape, kind.name, block, nbytes, self.file, offset)
+        held = GGUFTensorInfo(name, shape, kind.name, block, nbytes, self.file, offset)
         if offset + held.nbytes > self.file.size:
             raise SourceError(f"{self.path} is cut off: {name} lies beyond its end", hint="download it again")
         return held

@@ -21,7 +21,7 @@ from mergeforge.errors import MergeforgeError, SourceError, listing
 from mergeforge.io.disk import InputFile, write_durably
 
 if TYPE_CHECKING:
-    from mergeforge.io.remote import Link
+    from mergeforge.io.remote import RemoteSession
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB = "hf://"
@@ -50,7 +50,7 @@ def fetch(
     stems: tuple[str, ...],
     *,
     allow_pickle: bool = False,
-    link: Link | None = None,
+    link: RemoteSession | None = None,
     stream: bool = False,
 ) -> Local:
     """The local folder (or file) of a model or adapter; downloads what is missing of a Hub repo.
@@ -81,7 +81,7 @@ def _local(path: str) -> Path | None:
         return None
 
 
-def _behind(url: str, revision: str | None, stems: tuple[str, ...], link: Link | None) -> Local:
+def _behind(url: str, revision: str | None, stems: tuple[str, ...], link: RemoteSession | None) -> Local:
     """A folder, or one safetensors file, behind a URL: what lies beside the weights is copied here."""
     from mergeforge.io.remote.folder import place_of
 
@@ -100,7 +100,7 @@ def _behind(url: str, revision: str | None, stems: tuple[str, ...], link: Link |
 
 
 def _download(
-    repo: str, revision: str | None, stems: tuple[str, ...], allow_pickle: bool, link: Link | None = None
+    repo: str, revision: str | None, stems: tuple[str, ...], allow_pickle: bool, link: RemoteSession | None = None
 ) -> Local:
     """A repo's files in the cache; through a link its weights stay on the Hub, but for those that are here already."""
     import huggingface_hub
@@ -124,7 +124,7 @@ def _download(
         raise SourceError(f"there is no local {asked}, and the Hub says: {said.splitlines()[0]}", hint=hint) from None
 
 
-def _elsewhere(repo: str, sha: str, wanted: list[str], folder: Path, link: Link) -> dict[str, InputFile]:
+def _elsewhere(repo: str, sha: str, wanted: list[str], folder: Path, link: RemoteSession) -> dict[str, InputFile]:
     from mergeforge.io.remote.hub_repo import open_repo_files
 
     absent = [name for name in wanted if name not in beside_weights(wanted) and not (folder / name).exists()]

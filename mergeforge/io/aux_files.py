@@ -16,7 +16,7 @@ class SideFile(Protocol):
 
 
 @dataclass(frozen=True)
-class Made:
+class InMemoryFile:
     """A file that does not lie anywhere yet; prints as its name."""
 
     name: str
@@ -32,4 +32,4 @@ class Made:
         return self.content.decode(encoding or "utf-8")
 
 
-SideFiles = Mapping[str, SideFile]  # by their names in the model's folder
+AuxFiles = Mapping[str, SideFile]  # by their names in the model's folder

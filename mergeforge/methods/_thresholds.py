@@ -184,7 +184,7 @@ def _count_block(deltas: list[Tensor], searches: dict[int, Search]) -> None:
     for delta in {id(deltas[at]): deltas[at] for at in searches}.values():
         looking = [search for at, search in searches.items() if deltas[at] is delta]
         for (part,) in by_elements([delta]) if delta.device.type == "cpu" else [[delta]]:
-            bits = None if bindings.takes(part) else _magnitude_bits(part)
+            bits = None if bindings.is_supported(part) else _magnitude_bits(part)
             for search in looking:
                 nonzero = int(part.count_nonzero()) if search.share is not None else 0
                 low, high = search.low, search.high

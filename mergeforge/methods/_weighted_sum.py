@@ -111,7 +111,7 @@ def agreeing_sum(
     the weighted sum wins (zero: plus); normalize divides by the weights of those that agree.
     By a kernel in C, or with float arithmetic only: torch's boolean operations are 5-30 times slower on a CPU.
     """
-    if bindings.takes(*deltas):
+    if bindings.is_supported(*deltas):
         return _agreeing_in_c(deltas, weight, normalize, lambda_, ratios)
     for delta, factor in zip(deltas, _factors(weight, ratios), strict=True):
         if factor != 1:
@@ -144,7 +144,9 @@ def _agreeing_in_c(
 
     factors, weights = (np.array(one, np.float32) for one in (_factors(weight, ratios), weight))
     length = deltas[0].numel()
-    bindings.kernels().agreeing_sum(bindings.places(deltas), len(deltas), factors, weights, normalize, lambda_, length)
+    bindings.kernels().agreeing_sum(
+        bindings.data_pointers(deltas), len(deltas), factors, weights, normalize, lambda_, length
+    )
     return deltas[0]
 
 

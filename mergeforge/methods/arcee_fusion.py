@@ -41,7 +41,7 @@ class Importance:
 
         shift = self.shift(models, block)
         base, other = models
-        if not bindings.takes(base, other):
+        if not bindings.is_supported(base, other):
             return (other - base).abs_().mul_(shift)
         out = torch.empty_like(base)
         bindings.kernels().importance(base, other, shift, len(shift), base.numel() // len(shift), out)
@@ -113,7 +113,7 @@ def _parts(importance: Tensor, below: list[bool]) -> list[Tensor]:
 def arcee_fusion(models: list[Tensor], facts: Importance, block: Block) -> Tensor:
     """base + (other - base) where the importance reaches the threshold, else base."""
     base, other = models
-    if bindings.takes(base, other):
+    if bindings.is_supported(base, other):
         shift = facts.shift(models, block)
         bindings.kernels().important(base, other, shift, len(shift), base.numel() // len(shift), facts.threshold)
         return other

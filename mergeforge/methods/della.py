@@ -35,7 +35,7 @@ def kept(
 
 
 def _mask(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor:
-    found = _mask_in_c(delta, block, index, density, epsilon) if bindings.takes(delta) else None
+    found = _mask_in_c(delta, block, index, density, epsilon) if bindings.is_supported(delta) else None
     return random_mask(delta, block, index, _probability(delta, block, density, epsilon)) if found is None else found
 
 
@@ -47,7 +47,7 @@ def _mask_in_c(delta: Tensor, block: Block, index: int, density: float, epsilon:
     rows, columns = (1, delta.numel()) if block.is_vector else delta.shape
     drawn = drawing(block, index, density)
     buckets, room = min(max(columns // 2, LEAST_BUCKETS), MOST_BUCKETS), max(columns // 8, LEAST_BUCKETS)
-    by = bindings.Ranking(
+    by = bindings.RankMaskArgs(
         element=block.start & 0x7FFFFFFF,
         mask=(*drawn.upper, *drawn.lower, drawn.limit),
         lowest=density - epsilon if columns > 1 else density,
@@ -56,7 +56,7 @@ def _mask_in_c(delta: Tensor, block: Block, index: int, density: float, epsilon:
         room=room,
     )
     of_bucket, of_number = np.empty((3, buckets), np.uint32), np.empty((2, columns), np.uint16)
-    by.hold(
+    by.keep_alive(
         members=np.empty(buckets, np.uint64),
         ranks=of_bucket[0],
         sure=of_bucket[1],

@@ -77,8 +77,8 @@ def _variance(deltas: list[Tensor]) -> Tensor:
     import torch
 
     result = torch.empty_like(deltas[0])
-    if bindings.takes(*deltas):
-        bindings.kernels().variance(bindings.places(deltas), len(deltas), result.numel(), result)
+    if bindings.is_supported(*deltas):
+        bindings.kernels().variance(bindings.data_pointers(deltas), len(deltas), result.numel(), result)
         return result
     for first, *others, place in by_elements([*deltas, result], made=2):
         place.copy_(_spread(first, others))
@@ -122,8 +122,8 @@ def _agreeing_mean(deltas: list[Tensor], weights: list[float]) -> Tensor:
     import numpy as np
     import torch
 
-    if bindings.takes(*deltas):
-        places, given = bindings.places(deltas), np.array(weights, np.float32)
+    if bindings.is_supported(*deltas):
+        places, given = bindings.data_pointers(deltas), np.array(weights, np.float32)
         bindings.kernels().agreeing_mean(places, len(deltas), given, TINY, deltas[0].numel())
         return deltas[0]
     sign = combined([deltas[0].clone(), *deltas[1:]], [1.0] * len(deltas))

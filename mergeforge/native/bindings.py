@@ -29,7 +29,7 @@ class _Array:
         return ctypes.c_void_p(value.data_ptr() if hasattr(value, "data_ptr") else value.ctypes.data)
 
 
-class _Maybe(_Array):
+class _OptionalArray(_Array):
     """The same, or None."""
 
     @classmethod
@@ -40,14 +40,14 @@ class _Maybe(_Array):
 class _Struct(ctypes.Structure):
     """Some numbers and arrays for C."""
 
-    def hold(self, **arrays: Any) -> None:
+    def keep_alive(self, **arrays: Any) -> None:
         """Point fields to arrays of numpy, which live as long as this; an empty one is none."""
         self.held = arrays
         for name, one in arrays.items():
             setattr(self, name, one.ctypes.data if len(one) else None)
 
 
-class Sum(_Struct):
+class ReductionArgs(_Struct):
     """struct sum of kernels.c."""
 
     _fields_: ClassVar = [
@@ -68,7 +68,7 @@ class Sum(_Struct):
     ]
 
 
-class Ranking(_Struct):
+class RankMaskArgs(_Struct):
     """struct ranking of kernels.c."""
 
     _fields_: ClassVar = [
@@ -89,10 +89,19 @@ class Ranking(_Struct):
     ]
 
 
-_NUMBER, _SUM = ctypes.c_int64, ctypes.POINTER(Sum)
+_NUMBER, _SUM = ctypes.c_int64, ctypes.POINTER(ReductionArgs)
 _FETCHED = [_NUMBER, _Array, _Array]  # numbers of a step, room for them, their places
 _FUNCTIONS: dict[str, list[Any]] = {  # each takes its inputs first
-    "weighted_sum": [_Array, _SUM, _NUMBER, _NUMBER, _Array, ctypes.POINTER(ctypes.c_uint32), _Maybe, *_FETCHED],
+    "weighted_sum": [
+        _Array,
+        _SUM,
+        _NUMBER,
+        _NUMBER,
+        _Array,
+        ctypes.POINTER(ctypes.c_uint32),
+        _OptionalArray,
+        *_FETCHED,
+    ],
     "masses": [_Array, _SUM, _NUMBER, _Array, *_FETCHED],
     "difference": [_Array, _NUMBER, _NUMBER, _Array, *_FETCHED],
     "split_inputs": [_Array, _NUMBER, _NUMBER, _NUMBER, _Array, _NUMBER, *_FETCHED],
@@ -100,7 +109,7 @@ _FUNCTIONS: dict[str, list[Any]] = {  # each takes its inputs first
     "agreeing_sum": [_Array, _NUMBER, _Array, _Array, _NUMBER, ctypes.c_float, _NUMBER],
     "variance": [_Array, _NUMBER, _NUMBER, _Array],
     "agreeing_mean": [_Array, _NUMBER, _Array, ctypes.c_float, _NUMBER],
-    "ranked_mask": [_Array, ctypes.POINTER(Ranking), _NUMBER, _NUMBER, _Array],
+    "ranked_mask": [_Array, ctypes.POINTER(RankMaskArgs), _NUMBER, _NUMBER, _Array],
     "importance": [_Array, _Array, _Array, _NUMBER, _NUMBER, _Array],
     "important": [_Array, _Array, _Array, _NUMBER, _NUMBER, ctypes.c_float],
     "inner_products": [_Array, _NUMBER, _NUMBER, _NUMBER, _Array, _Array, *_FETCHED],
@@ -121,14 +130,14 @@ def kernels() -> ctypes.CDLL:
     return library
 
 
-def places(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
+def data_pointers(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
     """Where the numbers of tensors are, for kernels that take several."""
     import numpy as np
 
     return np.array([one.data_ptr() for one in tensors], np.int64)
 
 
-def takes(*tensors: Tensor) -> bool:
+def is_supported(*tensors: Tensor) -> bool:
     """Whether there are kernels for these tensors: float32, on the CPU, contiguous."""
     return available() and all(
         one.device.type == "cpu" and str(one.dtype) == "torch.float32" and one.is_contiguous() for one in tensors

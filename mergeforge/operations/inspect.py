@@ -11,13 +11,13 @@ from typing import Any
 
 from mergeforge.adapters.peft.describe import explain
 from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_json
-from mergeforge.checkpoints.gguf_checkpoint import Dequantised, open_gguf, open_gguf_alone
-from mergeforge.core.tensor_info import TensorInfo, blocks, cut
+from mergeforge.checkpoints.gguf_checkpoint import DequantizedGGUFTensor, open_gguf, open_gguf_alone
+from mergeforge.core.tensor_info import TensorInfo, blocks, split_into_tiles
 from mergeforge.gguf.reader import read_gguf
 from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 TILE_NBYTES = 16 << 20
 _FACTS = [
@@ -124,18 +124,24 @@ def _table(path: str, allow_pickle: bool) -> Checkpoint:
     return open_checkpoint(folder, path, allow_pickle=allow_pickle, stem="adapter_model" if is_adapter else "model")
 
 
-def _compared(one: Stored | Dequantised, two: Stored | Dequantised, worker: Worker) -> Difference:
+def _compared(
+    one: StoredTensor | DequantizedGGUFTensor, two: StoredTensor | DequantizedGGUFTensor, worker: Worker
+) -> Difference:
     import torch
 
-    if isinstance(one, Stored) and isinstance(two, Stored) and not (one.info.is_float and two.info.is_float):
+    if (
+        isinstance(one, StoredTensor)
+        and isinstance(two, StoredTensor)
+        and not (one.info.is_float and two.info.is_float)
+    ):
         return _compared_bytes(one, two, worker)
     squares = base = largest = 0.0
     widest = max(one.info.row_nbytes, two.info.row_nbytes, 1)
-    for tile in cut(one.info, max(1, TILE_NBYTES // widest)):
+    for tile in split_into_tiles(one.info, max(1, TILE_NBYTES // widest)):
         worker.clear()
         rows = range(tile.start, tile.stop)
-        left = one.stage(rows, worker, {}, torch.float64)
-        right = two.stage(rows, worker, {}, torch.float64)
+        left = one.load(rows, worker, {}, torch.float64)
+        right = two.load(rows, worker, {}, torch.float64)
         for start, stop in blocks(tile, one.info):
             x, y = left(start, stop), right(start, stop)
             base += float(x.square().sum())
@@ -143,13 +149,17 @@ def _compared(one: Stored | Dequantised, two: Stored | Dequantised, worker: Work
             squares += float(y.square().sum())
             largest = max(largest, float(y.abs().max()))
     relative = math.sqrt(squares / base) if base else math.inf if squares else 0.0
-    alike = one.info.dtype == two.info.dtype or isinstance(one, Dequantised) or isinstance(two, Dequantised)
+    alike = (
+        one.info.dtype == two.info.dtype
+        or isinstance(one, DequantizedGGUFTensor)
+        or isinstance(two, DequantizedGGUFTensor)
+    )
     dtypes = "" if alike else f"dtype {one.info.dtype} and {two.info.dtype}"
     what = dtypes or ("same" if squares == 0 else "values differ")
     return Difference(one.info.name, what, relative, largest)
 
 
-def _compared_bytes(one: Stored, two: Stored, worker: Worker) -> Difference:
+def _compared_bytes(one: StoredTensor, two: StoredTensor, worker: Worker) -> Difference:
     if one.info.dtype != two.info.dtype:
         return Difference(one.info.name, f"dtype {one.info.dtype} and {two.info.dtype}")
     for at in range(0, one.info.nbytes, TILE_NBYTES):

@@ -15,15 +15,15 @@ import xxhash
 from mergeforge.core.checksums import file_sha256, strip_checksums, tensor_checksum
 from mergeforge.core.tensor_info import Tile, blocks
 from mergeforge.errors import MergeforgeError, SourceError, refused_if_odd
-from mergeforge.execute.compute import carry
+from mergeforge.execute.compute import compute_tiles
 from mergeforge.execute.workspace import CARD, RECEIPT, RECIPE, read_receipt
 from mergeforge.gguf.llama_cpp import Closeness, compare_with_transformers
 from mergeforge.hub.publish import held_files, lfs_of
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import Header, read_header
-from mergeforge.planner import Piece, Plan, make_plan
+from mergeforge.planner import Plan, TensorPlan, make_plan
 from mergeforge.tensors.budget import Worker, cores, one_torch_thread
-from mergeforge.writers.encoder import strips
+from mergeforge.writers.encoder import chunk_ranges
 from mergeforge.writers.fp8 import SCALES
 from mergeforge.writers.safetensors import KEY
 
@@ -232,10 +232,10 @@ def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], every
     import torch
 
     plan = make_plan(out / RECIPE, out=out.parent / f"{out.name}.verify", threads=1, device="cpu", allow_nonfinite=True)
-    chosen = list(plan.pieces)
+    chosen = list(plan.tensor_plans)
     if not everything and len(chosen) > SAMPLE:
         chosen = random.Random(receipt["fingerprint"]).sample(chosen, SAMPLE)
-    worker = Worker("cpu", max(piece.staging for piece in plan.pieces))
+    worker = Worker("cpu", max(piece.staging_nbytes for piece in plan.tensor_plans))
     with torch.inference_mode(), one_torch_thread():
         for piece in chosen:
             if _computed(piece, worker) != _noted(receipt["tensors"][piece.info.name]):
@@ -244,12 +244,12 @@ def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], every
     return len(chosen)
 
 
-def _computed(piece: Piece, worker: Worker) -> dict[str, str]:
+def _computed(piece: TensorPlan, worker: Worker) -> dict[str, str]:
     """The checksum of a tensor for each of its outlets, computed from the inputs."""
     sums: dict[str, list[str]] = {}
-    for tile, encoded, _ in carry(piece, piece.tiles, worker, allow_nonfinite=True):
+    for tile, encoded, _ in compute_tiles(piece, piece.tiles, worker, allow_nonfinite=True):
         for outlet, raw in encoded:
-            sizes = [outlet.nbytes(*strip) for strip in strips(tile.start, tile.stop, outlet)]
+            sizes = [outlet.chunk_nbytes(*strip) for strip in chunk_ranges(tile.start, tile.stop, outlet)]
             sums.setdefault(outlet.key, []).extend(strip_checksums(raw, sizes))
     return {key: tensor_checksum(some) for key, some in sums.items()}
 

@@ -17,31 +17,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergeforge.checkpoints.quantized.tensor import Quantised
+from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
 from mergeforge.core.sizes import show_size
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import BudgetError, OutputError, RecipeError
-from mergeforge.gguf.file_types import ALIASES, MIXES
-from mergeforge.io.aux_files import SideFiles
+from mergeforge.gguf.file_types import ALIASES, FILE_TYPES
+from mergeforge.io.aux_files import AuxFiles
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.file_layout import Layout, OutputFile
-from mergeforge.io.remote import Link
+from mergeforge.io.remote import RemoteSession
 from mergeforge.lora.combine import Join, folded_terms, plan_join
 from mergeforge.methods import METHODS
 from mergeforge.planner.batches import Batch, at_once, by_file, most_open
-from mergeforge.planner.compose import Composition
+from mergeforge.planner.compose import MergeGraph
 from mergeforge.planner.fp8 import checkpoint_outlets, quantization_config, stored_infos
 from mergeforge.planner.gguf import GGUFInputs, GGUFPlan, gguf_config, plan_ggufs
 from mergeforge.planner.inputs import Inputs
-from mergeforge.planner.stages import Stage, settle
-from mergeforge.planner.tiling import Piece, cut_all, peak
+from mergeforge.planner.stages import Stage, resolve_stages
+from mergeforge.planner.tiling import TensorPlan, peak_memory, plan_tiles
 from mergeforge.planner.tokenizer import tokenizer_files
 from mergeforge.recipe import Recipe, read
-from mergeforge.tensors.budget import MOST_KEPT, Budget, make_budget
+from mergeforge.tensors.budget import MAX_REMOTE_CACHE, Budget, make_budget
 from mergeforge.writers import safetensors as sink
-from mergeforge.writers.encoder import Outlet
+from mergeforge.writers.encoder import TensorEncoder
 
-__all__ = ["Batch", "Piece", "Plan", "make_plan", "read_recipe"]
+__all__ = ["Batch", "Plan", "TensorPlan", "make_plan", "read_recipe"]
 
 NUMERICS = 7  # raised when a version computes other bytes from the same recipe
 WORK = ".mergeforge"  # the folder inside OUT where everything unfinished lies
@@ -58,27 +58,27 @@ class Plan:
     inputs: Inputs
     out: Path
     budget: Budget
-    pieces: tuple[Piece, ...]
-    actions: Mapping[str, str]
+    tensor_plans: tuple[TensorPlan, ...]
+    summaries: Mapping[str, str]
     checkpoint: Layout
     ggufs: tuple[GGUFPlan, ...]
-    tied: bool
+    tied_head: bool
     config: Mapping[str, Any] | None
-    side_files: SideFiles
+    aux_files: AuxFiles
     notes: tuple[str, ...]
     fingerprint: str
     allow_nonfinite: bool
-    join: Join | None = None
+    combination: Join | None = None
 
     @property
     def peak(self) -> int:
         """Working memory in bytes beside the interpreter's own: what the tiles can take at most."""
-        return peak(self.pieces, self.budget) + self.budget.kept
+        return peak_memory(self.tensor_plans, self.budget) + self.budget.remote_cache
 
     @property
     def needs_torch(self) -> bool:
         """Whether torch computes anything: what is copied, or summed by kernels, does without."""
-        return not all(piece.copied or piece.summed for piece in self.pieces)
+        return not all(piece.is_copy or piece.is_native for piece in self.tensor_plans)
 
     @property
     def nbytes_read(self) -> int:
@@ -108,7 +108,11 @@ class Plan:
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
         """What is carried one after the other: all at once, or file by file where each is sent when it is finished."""
-        return by_file(self.pieces, tuple(self.files)) if self.streams else (at_once(self.pieces, tuple(self.files)),)
+        return (
+            by_file(self.tensor_plans, tuple(self.files))
+            if self.streams
+            else (at_once(self.tensor_plans, tuple(self.files)),)
+        )
 
     @property
     def disk(self) -> int:
@@ -119,7 +123,7 @@ class Plan:
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """The checkpoint's tensors in the order of its files."""
-        infos = {piece.info.name: piece.info for piece in self.pieces}
+        infos = {piece.info.name: piece.info for piece in self.tensor_plans}
         held = {info.name: info for info in stored_infos(infos, self.recipe.output.fp8)}
         return tuple(held[name] for name in self.checkpoint.extents)
 
@@ -128,7 +132,7 @@ def read_recipe(
     source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe, sets: Sequence[str] = ()
 ) -> Recipe:
     """Read and check a recipe against the known merge methods. Raises RecipeError."""
-    return read(source, METHODS, tuple(sets), (*MIXES, *ALIASES))
+    return read(source, METHODS, tuple(sets), (*FILE_TYPES, *ALIASES))
 
 
 def make_plan(
@@ -146,13 +150,13 @@ def make_plan(
     recipe = read_recipe(source, sets)
     where = _where(recipe, out)
     budget = make_budget(memory, device, threads)
-    kept = min(budget.memory // 8, MOST_KEPT)
-    stage = settle(recipe, allow_pickle=allow_pickle, link=Link(kept))
+    kept = min(budget.memory // 8, MAX_REMOTE_CACHE)
+    stage = resolve_stages(recipe, allow_pickle=allow_pickle, link=RemoteSession(kept))
     if stage.inputs.streamed:
-        budget = replace(budget, kept=2 * kept)  # as much again for what is on its way
-    inputs, ways, infos = stage.inputs, stage.composition.ways, stage.infos
+        budget = replace(budget, remote_cache=2 * kept)  # as much again for what is on its way
+    inputs, ways, infos = stage.inputs, stage.graph.tensors, stage.infos
     name = recipe.output.name or where.absolute().name
-    told = gguf_config(stage.config, inputs.donor.checkpoint, ways) if recipe.output.gguf else stage.config
+    told = gguf_config(stage.config, inputs.reference_model.checkpoint, ways) if recipe.output.gguf else stage.config
     config = stage.config
     if config is not None and recipe.output.fp8:
         config = config | {"quantization_config": quantization_config(infos, config.get("model_type"))}
@@ -161,25 +165,25 @@ def make_plan(
     stored = stored_infos(infos, recipe.output.fp8)
     checkpoint = sink.lay_out(stored, recipe.output.shard_size) if recipe.output.safetensors else NOTHING
     outlets = _outlets(infos, checkpoint, gguf_outlets)
-    pieces, budget = cut_all(ways, {name: infos[name] for name in outlets}, outlets, budget)
-    actions = {piece.info.name: _action(piece, stage.composition) for piece in pieces}
+    pieces, budget = plan_tiles(ways, {name: infos[name] for name in outlets}, outlets, budget)
+    actions = {piece.info.name: _action(piece, stage.graph) for piece in pieces}
     _check_output(where, inputs)
     return Plan(
         recipe=recipe,
         inputs=inputs,
         out=where,
         budget=budget,
-        pieces=tuple(pieces),
-        actions=actions,
+        tensor_plans=tuple(pieces),
+        summaries=actions,
         checkpoint=checkpoint,
         ggufs=tuple(ggufs),
-        tied=stage.composition.tied,
+        tied_head=stage.graph.tied,
         config=config if recipe.output.safetensors else None,
-        side_files=stage.files if recipe.output.safetensors else {},
+        aux_files=stage.files if recipe.output.safetensors else {},
         notes=tuple(dict.fromkeys([*stage.notes, *gguf_notes])),
         fingerprint=_fingerprint(recipe, inputs, [checkpoint, *(gguf.layout for gguf in ggufs)], budget),
         allow_nonfinite=allow_nonfinite,
-        join=_join(recipe, stage, budget),
+        combination=_join(recipe, stage, budget),
     )
 
 
@@ -189,7 +193,7 @@ def _join(recipe: Recipe, stage: Stage, budget: Budget) -> Join | None:
     if asked is None or stage.inputs.base is None:
         return None
     adapters, base = [one.adapter for one in stage.inputs.adapters], stage.inputs.base.checkpoint
-    terms = folded_terms(stage.composition.ways, base, adapters)
+    terms = folded_terms(stage.graph.tensors, base, adapters)
     return plan_join(
         adapters, terms, base, rank=asked.rank, energy=asked.energy, dtype=asked.dtype, memory=budget.memory
     )
@@ -203,8 +207,8 @@ def _where(recipe: Recipe, out: str | Path | None) -> Path:
 
 
 def _outlets(
-    infos: Mapping[str, TensorInfo], checkpoint: Layout, ggufs: Mapping[str, Sequence[Outlet]]
-) -> dict[str, list[Outlet]]:
+    infos: Mapping[str, TensorInfo], checkpoint: Layout, ggufs: Mapping[str, Sequence[TensorEncoder]]
+) -> dict[str, list[TensorEncoder]]:
     """What takes each tensor, for those that anything takes, in the order of the checkpoint's files."""
     outlets = checkpoint_outlets(infos, checkpoint)
     for name in infos:
@@ -241,15 +245,17 @@ def _allocated(path: Path) -> int:
 
 def _own_card(inputs: Inputs) -> dict[str, Path]:
     """The model card of a model that is converted, not merged: GGUF takes its name, licence and tags from it."""
-    card = inputs.donor.checkpoint.folder / "README.md"
-    alone = len(inputs.every) == 1 and not inputs.opened_adapters and len(inputs.stored) == 1
+    card = inputs.reference_model.checkpoint.folder / "README.md"
+    alone = len(inputs.all_models) == 1 and not inputs.opened_adapters and len(inputs.stored_models) == 1
     return {card.name: card} if alone and card.is_file() else {}
 
 
-def _action(piece: Piece, composition: Composition) -> str:
-    untouched = f"dequantised from {piece.way.packing.about}" if isinstance(piece.way, Quantised) else "cast"
-    action = composition.actions.get(piece.info.name, "copied" if piece.copied else untouched)
-    stored = piece.way.info.dtype
+def _action(piece: TensorPlan, composition: MergeGraph) -> str:
+    untouched = (
+        f"dequantised from {piece.tensor.packing.about}" if isinstance(piece.tensor, QuantizedTensor) else "cast"
+    )
+    action = composition.summaries.get(piece.info.name, "copied" if piece.is_copy else untouched)
+    stored = piece.tensor.info.dtype
     return action if stored == piece.info.dtype else f"{action}, {stored} to {piece.info.dtype}"
 
 
@@ -299,7 +305,7 @@ def _tokenizers(recipe: Recipe, inputs: Inputs) -> list[str]:
     """Hashes of the files that say which rows are which tokens, where that matters."""
     if not any(one.tokenizer for one in (recipe, *recipe.stages)):
         return []
-    files = [file for model in inputs.stored for file in tokenizer_files(model).values()]
+    files = [file for model in inputs.stored_models for file in tokenizer_files(model).values()]
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 

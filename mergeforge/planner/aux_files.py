@@ -11,7 +11,7 @@ from typing import Any
 from mergeforge.checkpoints.names import EMBEDDINGS, is_head
 from mergeforge.core.tensor_info import DTYPES, TensorInfo
 from mergeforge.io.aux_files import SideFile
-from mergeforge.planner.inputs import Inputs, Result
+from mergeforge.planner.inputs import Inputs, IntermediateModel
 from mergeforge.recipe import OUT_DTYPES, Recipe
 
 _TOKENIZER = (
@@ -77,11 +77,11 @@ def config_dtype(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> str:
     return DTYPES[sizes.most_common(1)[0][0]][1] if sizes else "float32"
 
 
-def side_files(inputs: Inputs) -> tuple[dict[str, SideFile], list[str]]:
+def aux_files(inputs: Inputs) -> tuple[dict[str, SideFile], list[str]]:
     """Files to write by name, and notes: the donor's, and an adapter's tokenizer where it changed."""
-    donor = inputs.donor.checkpoint
-    found, notes = (dict(donor.files), []) if isinstance(donor, Result) else files_of(donor.folder)
-    opened = [*inputs.adapters, *(one for model in [inputs.donor] for one in model.adapters)]
+    donor = inputs.reference_model.checkpoint
+    found, notes = (dict(donor.files), []) if isinstance(donor, IntermediateModel) else files_of(donor.folder)
+    opened = [*inputs.adapters, *(one for model in [inputs.reference_model] for one in model.adapters)]
     changed = {}
     for one in opened:
         own = {name: one.adapter.folder / name for name in _TOKENIZER if (one.adapter.folder / name).is_file()}

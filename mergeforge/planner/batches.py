@@ -9,28 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mergeforge.planner.tiling import Piece
+from mergeforge.planner.tiling import TensorPlan
 
 
 @dataclass(frozen=True)
 class Batch:
     """Pieces that are carried together; `files`: those that they write; `finished`: those that nothing later writes."""
 
-    pieces: tuple[Piece, ...]
+    tensor_plans: tuple[TensorPlan, ...]
     files: tuple[str, ...]
     finished: tuple[str, ...]
 
 
-def at_once(pieces: Sequence[Piece], files: Sequence[str]) -> Batch:
+def at_once(pieces: Sequence[TensorPlan], files: Sequence[str]) -> Batch:
     """Everything in one batch."""
     return Batch(tuple(pieces), tuple(files), tuple(files))
 
 
-def by_file(pieces: Sequence[Piece], files: Sequence[str]) -> tuple[Batch, ...]:
+def by_file(pieces: Sequence[TensorPlan], files: Sequence[str]) -> tuple[Batch, ...]:
     """A batch for each file that pieces write first, in the order of the files."""
-    groups: dict[str, list[Piece]] = {name: [] for name in files}
+    groups: dict[str, list[TensorPlan]] = {name: [] for name in files}
     for piece in pieces:
-        groups[piece.outlets[0].file].append(piece)
+        groups[piece.encoders[0].file].append(piece)
     filled = [group for group in groups.values() if group]
     written = [_written(group) for group in filled]
     untouched = set(files).difference(*written)  # a header alone
@@ -52,8 +52,8 @@ def most_open(batches: Iterable[Batch], sizes: Mapping[str, int]) -> int:
     return most
 
 
-def _written(pieces: Iterable[Piece]) -> set[str]:
-    return {outlet.file for piece in pieces for outlet in piece.outlets}
+def _written(pieces: Iterable[TensorPlan]) -> set[str]:
+    return {outlet.file for piece in pieces for outlet in piece.encoders}
 
 
 def _in_order(names: set[str], files: Sequence[str]) -> tuple[str, ...]:

@@ -11,52 +11,59 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergeforge.adapters.adapted_tensor import AdapterDelta
-from mergeforge.adapters.deltas import Edit
+from mergeforge.adapters.deltas import WeightDelta
 from mergeforge.errors import RecipeError, SourceError, listing
 from mergeforge.methods import METHODS, Method
 from mergeforge.planner.inputs import Inputs, OpenAdapter
-from mergeforge.planner.layer_slices import Section, Source, Spot, Stack, whole_spots
-from mergeforge.planner.model_tensors import Table, check_rows, check_vocabulary, folded, follow_embedding, renamed
-from mergeforge.planner.output_tensors import section_of, spots_of
+from mergeforge.planner.layer_slices import LayerStack, MergeGroup, OutputTensor, SourceModel, whole_model_tensors
+from mergeforge.planner.model_tensors import (
+    ModelTensors,
+    check_rows,
+    check_vocabulary,
+    fold_adapters,
+    renamed_tensor,
+    tie_head_to_embedding,
+)
+from mergeforge.planner.output_tensors import merge_group, output_tensors
 from mergeforge.planner.parameters import Input, parameters_for
 from mergeforge.recipe import WITHOUT_EFFECT, ModelEntry, Recipe, Rule
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.merged import Merged
-from mergeforge.tensors.stored import Stored, same_content
+from mergeforge.tensors.merged import MergedTensor
+from mergeforge.tensors.stored import StoredTensor, same_content
 
 FOLDS = ("fold", "task_arithmetic", "linear")  # over adapters: base + sum(weight * delta)
 _AS_IT_IS = Rule()
 
 
 @dataclass(frozen=True)
-class Composition:
+class MergeGraph:
     """Every output tensor's way by name, what happens to it in words, and whether it ends up tied.
 
     `stacks`: the layers of the output, where slices say them.
     """
 
-    ways: Mapping[str, Way]
-    actions: Mapping[str, str]
+    tensors: Mapping[str, Way]
+    summaries: Mapping[str, str]
     tied: bool
     notes: tuple[str, ...]
-    stacks: tuple[Stack, ...] = ()
+    layer_stacks: tuple[LayerStack, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Group:
+class _MergeStep:
     """What the tensors of one section that follow one rule have in common: the method and its inputs, in its order.
 
     `base`: what task vectors start from. `adapters`: the top-level ones, as further inputs.
     """
 
     method: Method
-    sources: tuple[Source, ...]
-    base: Source | None
+    sources: tuple[SourceModel, ...]
+    base: SourceModel | None
     scopes: tuple[Mapping[str, Any], ...]
     adapters: tuple[OpenAdapter, ...]
 
 
-def compose(recipe: Recipe, inputs: Inputs, tables: Mapping[str, Table]) -> Composition:
+def compose(recipe: Recipe, inputs: Inputs, tables: Mapping[str, ModelTensors]) -> MergeGraph:
     """The whole merge as ways; `tables`: every model's by its label, the base's with the shapes that adapters give it.
 
     Raises RecipeError or SourceError when inputs, shapes or parameters do not fit together.
@@ -68,22 +75,22 @@ def compose(recipe: Recipe, inputs: Inputs, tables: Mapping[str, Table]) -> Comp
 class _Composer:
     recipe: Recipe
     inputs: Inputs
-    tables: Mapping[str, Table]
+    tables: Mapping[str, ModelTensors]
     notes: list[str] = field(default_factory=list)
     actions: dict[str, str] = field(default_factory=dict)
     missing: dict[str, dict[str, None]] = field(default_factory=dict)
-    stacks: tuple[Stack, ...] = ()
+    stacks: tuple[LayerStack, ...] = ()
 
     def __post_init__(self) -> None:
-        self._groups: dict[tuple[int, int], _Group] = {}
+        self._groups: dict[tuple[int, int], _MergeStep] = {}
         for table in self.tables.values():
-            self.actions.update(table.actions)
+            self.actions.update(table.summaries)
             self.notes += table.notes
 
-    def composition(self) -> Composition:
-        ways, tied = self._over_models() if self.recipe.lists else self._over_adapters()
+    def composition(self) -> MergeGraph:
+        ways, tied = self._compose_models() if self.recipe.lists else self._compose_adapters()
         self._note_what_has_no_effect()
-        return Composition(ways, self.actions, tied, tuple(self.notes), self.stacks)
+        return MergeGraph(ways, self.actions, tied, tuple(self.notes), self.stacks)
 
     def _note_what_has_no_effect(self) -> None:
         recipe = self.recipe
@@ -93,7 +100,7 @@ class _Composer:
             if any(name in scope for scope in scopes):
                 self.notes.append(f"{name} has no effect: no mask is ever stored (mergekit's has none either)")
 
-    def _base(self) -> Table:
+    def _base(self) -> ModelTensors:
         assert self.recipe.base_model is not None
         return self.tables[str(self.recipe.base_model)]
 
@@ -115,51 +122,55 @@ class _Composer:
 
     # adapters alone
 
-    def _over_adapters(self) -> tuple[dict[str, Way], bool]:
+    def _compose_adapters(self) -> tuple[dict[str, Way], bool]:
         base, table = self.inputs.base, self._base()
         assert base is not None
-        section = section_of((), self.recipe.base_model, (self.recipe.parameters,), self.tables)
+        section = merge_group((), self.recipe.base_model, (self.recipe.parameters,), self.tables)
         ways: dict[str, Way] = {}
-        for spot in whole_spots(section, table.ways):
-            rule, way = self._rule(spot.name), table.ways[spot.name]
-            edits = [table.edits(opened, spot.name) for opened in self.inputs.adapters]
+        for spot in whole_model_tensors(section, table.tensors):
+            rule, way = self._rule(spot.name), table.tensors[spot.name]
+            edits = [table.deltas(opened, spot.name) for opened in self.inputs.adapters]
             if rule.use:
-                ways[spot.name] = self._used(spot, rule.use) or way
+                ways[spot.name] = self._taken_from(spot, rule.use) or way
             elif not rule.drop:
                 ways[spot.name] = self._adapted(spot.name, way, edits, spot.position, rule) if any(edits) else way
         if self.missing:
             self._refuse_missing()
-        follow_embedding(ways, table.tied, base.checkpoint)
+        tie_head_to_embedding(ways, table.tied, base.checkpoint)
         check_vocabulary(ways, base.checkpoint)
         return ways, table.tied is not None
 
-    def _adapted(self, name: str, base: Way, edits: Sequence[tuple[Edit, ...]], position: float, rule: Rule) -> Way:
+    def _adapted(
+        self, name: str, base: Way, edits: Sequence[tuple[WeightDelta, ...]], position: float, rule: Rule
+    ) -> Way:
         method = self._method(rule, name, has_base=True)
         _check_count(method, len(edits))
         inputs = [_adapter_input(opened, name) for opened in self.inputs.adapters]
         scopes = (rule.parameters, self.recipe.parameters)
         parameters = parameters_for(method, name, position, inputs, scopes, own_first=not rule.parameters)
         if method.name in FOLDS:
-            return self._folded(name, base, edits, _fold_weights(parameters))
+            return self._fold(name, base, edits, _fold_weights(parameters))
         check_rows(name, base, edits)
         self.actions[name] = f"{method.name} of {len(edits)} adapters' deltas"
         deltas = tuple(AdapterDelta(base, one) for one in edits)
-        return Merged(base.info, method, deltas, (False,) * len(deltas), base, parameters, self.recipe.random_seed)
+        return MergedTensor(
+            base.info, method, deltas, (False,) * len(deltas), base, parameters, self.recipe.random_seed
+        )
 
-    def _folded(self, name: str, base: Way, edits: Sequence[tuple[Edit, ...]], weights: Sequence[float]) -> Way:
-        way, action = folded(name, base, edits, weights)
+    def _fold(self, name: str, base: Way, edits: Sequence[tuple[WeightDelta, ...]], weights: Sequence[float]) -> Way:
+        way, action = fold_adapters(name, base, edits, weights)
         if action:
             self.actions[name] = action
         return way
 
     # models, with or without adapters
 
-    def _over_models(self) -> tuple[dict[str, Way], bool]:
-        spots, self.stacks = spots_of(self.recipe, self.tables, lambda name: self._rule(name) is not _AS_IT_IS)
-        ways = {spot.name: way for spot in spots if (way := self._way(spot)) is not None}
+    def _compose_models(self) -> tuple[dict[str, Way], bool]:
+        spots, self.stacks = output_tensors(self.recipe, self.tables, lambda name: self._rule(name) is not _AS_IT_IS)
+        ways = {spot.name: way for spot in spots if (way := self._tensor(spot)) is not None}
         if self.missing:
             self._refuse_missing()
-        used = {id(source.table): source.table for spot in spots for source in spot.section.sources}
+        used = {id(source.model): source.model for spot in spots for source in spot.group.sources}
         if self.recipe.base_model:
             used.setdefault(id(self._base()), self._base())
         tied = all(table.tied and table.tied[0] not in ways for table in used.values())
@@ -167,69 +178,69 @@ class _Composer:
             self._note_ties_across(spots)
         return ways, tied
 
-    def _note_ties_across(self, spots: Sequence[Spot]) -> None:
+    def _note_ties_across(self, spots: Sequence[OutputTensor]) -> None:
         """A tied head follows the first slice's embedding, though the last slice's layers stand before it."""
-        first, last = spots[0].section.sources[0], spots[-1].section.sources[0]
-        if first.table is not last.table:
+        first, last = spots[0].group.sources[0], spots[-1].group.sources[0]
+        if first.model is not last.model:
             text = f"the head is tied to the embedding of {first.label}, behind layers of {last.label}"
             self.notes.append(f"{text} (as in mergekit)")
 
-    def _way(self, spot: Spot) -> Way | None:
+    def _tensor(self, spot: OutputTensor) -> Way | None:
         """How one output tensor comes about; None where it is dropped, or some input lacks it."""
         rule = self._rule(spot.name)
         if rule.drop:
             return None
         if rule.use:
-            return self._used(spot, rule.use)
-        group = self._group(spot, rule)
-        found = [self._held(source, spot) for source in group.sources]
-        origin = self._held(group.base, spot) if group.base else None
+            return self._taken_from(spot, rule.use)
+        group = self._merge_step(spot, rule)
+        found = [self._source_tensor(source, spot) for source in group.sources]
+        origin = self._source_tensor(group.base, spot) if group.base else None
         if None in found or (group.base and origin is None):
             return None
         return self._merged(spot, group, [way for way in found if way], origin, rule)
 
-    def _held(self, source: Source, spot: Spot) -> Way | None:
+    def _source_tensor(self, source: SourceModel, spot: OutputTensor) -> Way | None:
         """The spot's tensor in a source, under its output name; a lack is noted."""
         name = spot.name_in(source)
-        way = source.table.way(name)
+        way = source.model.tensor(name)
         if way is None:
             self.missing.setdefault(source.label, {})[name] = None
             return None
-        return renamed(way, spot.name)
+        return renamed_tensor(way, spot.name)
 
-    def _used(self, spot: Spot, entry: ModelEntry) -> Way | None:
+    def _taken_from(self, spot: OutputTensor, entry: ModelEntry) -> Way | None:
         """The tensor of one model, as it is."""
         label = str(self.recipe.base_model) if str(entry) == "base" else str(entry)
         if label not in self.tables:
             raise RecipeError(f"'use: {entry}' needs a base_model", hint="name one, or use one of the models")
-        source = next((one for one in spot.section.every if one.label == label), None)
+        source = next((one for one in spot.group.every if one.label == label), None)
         if source is None and spot.layer >= 0:
             text = f"'use: {entry}' at {spot.name}: the slice of that layer does not say which layer of it that is"
             raise RecipeError(text, hint="list it among the slice's sources")
-        way = self._held(source or Source(label, self.tables[label], {}), spot)
+        way = self._source_tensor(source or SourceModel(label, self.tables[label], {}), spot)
         if way is not None:
             self.actions[spot.name] = f"taken from {label}"
         return way
 
-    def _group(self, spot: Spot, rule: Rule) -> _Group:
-        key = (id(spot.section), id(rule))
+    def _merge_step(self, spot: OutputTensor, rule: Rule) -> _MergeStep:
+        key = (id(spot.group), id(rule))
         if key not in self._groups:
             self._groups[key] = self._make_group(spot, rule)
         return self._groups[key]
 
-    def _make_group(self, spot: Spot, rule: Rule) -> _Group:
-        section = spot.section
+    def _make_group(self, spot: OutputTensor, rule: Rule) -> _MergeStep:
+        section = spot.group
         if rule.models:
             base = section.base.label if section.base else None
             told = self.recipe.base_model
-            section = section_of(rule.models, told if base == str(told) else None, section.scopes, self.tables)
+            section = merge_group(rule.models, told if base == str(told) else None, section.scopes, self.tables)
         method = self._method(rule, spot.name, section.base is not None)
-        sources, base_source = self._order(method, section)
+        sources, base_source = self._method_inputs(method, section)
         adapters = self.inputs.adapters
         _check_count(method, len(sources) + len(adapters))
-        return _Group(method, tuple(sources), base_source, (rule.parameters, *section.scopes), adapters)
+        return _MergeStep(method, tuple(sources), base_source, (rule.parameters, *section.scopes), adapters)
 
-    def _order(self, method: Method, section: Section) -> tuple[list[Source], Source | None]:
+    def _method_inputs(self, method: Method, section: MergeGroup) -> tuple[list[SourceModel], SourceModel | None]:
         """The models that are the method's inputs, in its order, and the base of task vectors."""
         sources, base = list(section.sources), section.base
         if base is None:
@@ -242,9 +253,9 @@ class _Composer:
         adapters = len(self.inputs.adapters)
         if method.base_is_input and (not adapters or len(sources) + adapters < method.inputs[1]):
             return [base, *sources], None
-        if not listed and not section.count and self._counts_base(method, len(sources)):
+        if not listed and not section.layer_count and self._counts_base(method, len(sources)):
             return [*sources, base], None
-        if not listed and not section.count:
+        if not listed and not section.layer_count:
             self.notes.append("base_model gives names, config and tokenizer; its weights take no part")
         return sources, None
 
@@ -256,12 +267,14 @@ class _Composer:
     def _refuse_missing(self) -> None:
         """Say what which model lacks. Raises SourceError."""
         label, names = next(iter(self.missing.items()))
-        holders = [table.label for table in self.tables.values() if any(name in table.ways for name in names)]
+        holders = [table.label for table in self.tables.values() if any(name in table.tensors for name in names)]
         text = f"{label} lacks {listing(names)}, which {listing(sorted(holders), 3)} has"
         hint = "models of one architecture only; or say what to do: rules: [{match: ..., use: MODEL}] or drop: true"
         raise SourceError(text, hint=hint)
 
-    def _merged(self, spot: Spot, group: _Group, models: Sequence[Way], origin: Way | None, rule: Rule) -> Way:
+    def _merged(
+        self, spot: OutputTensor, group: _MergeStep, models: Sequence[Way], origin: Way | None, rule: Rule
+    ) -> Way:
         name, method = spot.name, group.method
         donor = origin or models[0]
         labels = [source.label for source in group.sources]
@@ -270,7 +283,7 @@ class _Composer:
         if not donor.info.is_float:
             return self._not_float(name, donor, models, labels)
         base = self._base() if group.adapters else None
-        edits = [base.edits(opened, name) for opened in group.adapters] if base else []
+        edits = [base.deltas(opened, name) for opened in group.adapters] if base else []
         inputs = [Input(source.label, source.parameters, spot.name_in(source)) for source in group.sources]
         inputs += [_adapter_input(opened, name) for opened in group.adapters]
         own_first = bool(rule.models) or not rule.parameters
@@ -283,24 +296,24 @@ class _Composer:
             if not ways:
                 return origin
         else:
-            adapted = self._each_folded(name, edits)
+            adapted = self._fold_each_adapter(name, edits)
             ways, subtract = (*models, *adapted), (False,) * (len(models) + len(adapted))
         if method.name == "passthrough" and parameters["scale"][0] in (None, 1.0):
             self.actions.pop(name, None)
             return ways[0]
         self.actions[name] = f"{method.name} of {len(ways)}"
         start = origin if method.on_deltas else None
-        return Merged(donor.info, method, ways, subtract, start, parameters, self.recipe.random_seed)
+        return MergedTensor(donor.info, method, ways, subtract, start, parameters, self.recipe.random_seed)
 
-    def _each_folded(self, name: str, edits: Sequence[tuple[Edit, ...]]) -> list[Way]:
+    def _fold_each_adapter(self, name: str, edits: Sequence[tuple[WeightDelta, ...]]) -> list[Way]:
         """The base with each adapter alone."""
-        way = self._base().way(name) if edits else None
-        return [self._folded(name, way, [some], [1.0]) for some in edits] if way else []
+        way = self._base().tensor(name) if edits else None
+        return [self._fold(name, way, [some], [1.0]) for some in edits] if way else []
 
     def _check_shape(self, name: str, way: Way, label: str, donor: Way) -> None:
         if way.info.shape == donor.info.shape:
             return
-        shapes = f"{list(way.info.shape)}, not {list(donor.info.shape)} as in {self.inputs.donor.label}"
+        shapes = f"{list(way.info.shape)}, not {list(donor.info.shape)} as in {self.inputs.reference_model.label}"
         hint = "models of one shape only"
         if way.info.shape[1:] == donor.info.shape[1:] and name.rpartition(".")[0].endswith(_VOCABULARY):
             hint = "the vocabularies differ: 'tokenizer_source: union' (or base) maps their rows to one another"
@@ -325,10 +338,10 @@ class _Composer:
 _VOCABULARY = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "tok_embeddings")
 
 
-def _stored(way: Way) -> Stored | None:
-    while not isinstance(way, Stored) and len(way.parts) == 1:
-        way = way.parts[0]
-    return way if isinstance(way, Stored) else None
+def _stored(way: Way) -> StoredTensor | None:
+    while not isinstance(way, StoredTensor) and len(way.inputs) == 1:
+        way = way.inputs[0]
+    return way if isinstance(way, StoredTensor) else None
 
 
 def _adapter_input(opened: OpenAdapter, name: str) -> Input:

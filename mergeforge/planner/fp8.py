@@ -14,9 +14,9 @@ from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.io.file_layout import Layout
-from mergeforge.writers.encoder import Outlet
-from mergeforge.writers.fp8 import SCALES, FP8Outlet, stored_as
-from mergeforge.writers.safetensors import CheckpointOutlet
+from mergeforge.writers.encoder import TensorEncoder
+from mergeforge.writers.fp8 import SCALES, FP8Encoder, stored_as
+from mergeforge.writers.safetensors import SafetensorsEncoder
 
 BLOCK = (128, 128)
 _KEPT = ("gate", "router", "score", "classifier", "norm", "proj_out")  # a router's gate; gate_proj is another word
@@ -42,18 +42,18 @@ def stored_infos(infos: Mapping[str, TensorInfo], fp8: bool) -> list[TensorInfo]
     return [one for name, info in infos.items() for one in (stored_as(info, BLOCK) if name in packed else (info,))]
 
 
-def checkpoint_outlets(infos: Mapping[str, TensorInfo], layout: Layout) -> dict[str, list[Outlet]]:
+def checkpoint_outlets(infos: Mapping[str, TensorInfo], layout: Layout) -> dict[str, list[TensorEncoder]]:
     """What takes each tensor in the checkpoint's files, in their order."""
-    outlets: dict[str, list[Outlet]] = {}
+    outlets: dict[str, list[TensorEncoder]] = {}
     for name, extent in layout.extents.items():
         if name not in infos:
             continue  # the scales of a tensor: its second outlet
         scales = layout.extents.get(f"{name}{SCALES}") if f"{name}{SCALES}" not in infos else None
         if scales is None:
-            outlets[name] = [CheckpointOutlet(infos[name], extent)]
+            outlets[name] = [SafetensorsEncoder(infos[name], extent)]
         else:
             info = infos[name]
-            outlets[name] = [FP8Outlet(info, extent, BLOCK), FP8Outlet(info, scales, BLOCK, scales=True)]
+            outlets[name] = [FP8Encoder(info, extent, BLOCK), FP8Encoder(info, scales, BLOCK, scales=True)]
     return outlets
 
 

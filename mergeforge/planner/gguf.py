@@ -7,23 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.checkpoints.checkpoint import Model
+from mergeforge.checkpoints.checkpoint import ModelSource
 from mergeforge.checkpoints.names import is_head, tied_head
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, refused_if_odd
-from mergeforge.gguf.architectures import Place, Spelling, spell
-from mergeforge.gguf.file_types import Mix, MixFacts, Wishes, choose, file_order, mix_named
+from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget, build_spec
+from mergeforge.gguf.file_types import (
+    FileType,
+    FileTypeFacts,
+    TypeOverrides,
+    file_order,
+    file_type_named,
+    select_tensor_types,
+)
 from mergeforge.gguf.general_metadata import metadata, parameter_counts
-from mergeforge.gguf.imatrix import Importance, read_importance
+from mergeforge.gguf.imatrix import ImatrixFile, read_imatrix
 from mergeforge.gguf.key_values import Keys, Value, text, u32
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.gguf.vocab import vocabulary
-from mergeforge.io.aux_files import SideFiles
+from mergeforge.io.aux_files import AuxFiles
 from mergeforge.io.file_layout import Layout
 from mergeforge.recipe import GGUFEntry, Output
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.stored import Stored, same_content
-from mergeforge.writers.gguf import GGUFOutlet, GGUFTensor, lay_out, positions_of
+from mergeforge.tensors.stored import StoredTensor, same_content
+from mergeforge.writers.gguf import GGUFEncoder, GGUFTensor, lay_out, positions_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,22 +45,24 @@ _LAST = ("general.quantization_version", "general.file_type")  # llama-quantize 
 class GGUFPlan:
     """One GGUF output (one file, or its splits): its mix, files, and what every tensor is encoded in."""
 
-    mix: Mix
+    file_type: FileType
     layout: Layout
     tensors: tuple[GGUFTensor, ...]
     keys: Keys
 
     @property
     def bits_per_weight(self) -> float:
-        weights = sum(tensor.nbytes * 8 / (tensor.kind.nbytes * 8 / tensor.kind.block) for tensor in self.tensors)
+        weights = sum(
+            tensor.nbytes * 8 / (tensor.quant_type.nbytes * 8 / tensor.quant_type.block) for tensor in self.tensors
+        )
         return sum(tensor.nbytes for tensor in self.tensors) * 8 / max(weights, 1)
 
     @property
-    def encoded(self) -> Mapping[str, int]:
+    def nbytes_by_type(self) -> Mapping[str, int]:
         """Type -> bytes of tensors in it."""
         sizes: dict[str, int] = {}
         for tensor in self.tensors:
-            sizes[tensor.kind.name] = sizes.get(tensor.kind.name, 0) + tensor.nbytes
+            sizes[tensor.quant_type.name] = sizes.get(tensor.quant_type.name, 0) + tensor.nbytes
         return sizes
 
 
@@ -67,31 +76,33 @@ class GGUFInputs:
     name: str
     config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorInfo]
-    files: SideFiles
+    files: AuxFiles
     device: str
 
 
-def gguf_config(config: Mapping[str, Any] | None, donor: Model, ways: Mapping[str, Way]) -> Mapping[str, Any] | None:
+def gguf_config(
+    config: Mapping[str, Any] | None, donor: ModelSource, ways: Mapping[str, Way]
+) -> Mapping[str, Any] | None:
     """The output's config as GGUF spells it: tied where the stored head is the embedding, whatever the config says."""
     tied = tied_head(donor)
-    if config is None or tied is None or not all(isinstance(ways.get(name), Stored) for name in tied):
+    if config is None or tied is None or not all(isinstance(ways.get(name), StoredTensor) for name in tied):
         return config
     head, embedding = (ways[name] for name in tied)
-    assert isinstance(head, Stored) and isinstance(embedding, Stored)
+    assert isinstance(head, StoredTensor) and isinstance(embedding, StoredTensor)
     return {**config, "tie_word_embeddings": same_content(head, embedding)}
 
 
-def plan_ggufs(output: Output, given: GGUFInputs) -> tuple[list[GGUFPlan], dict[str, list[GGUFOutlet]], list[str]]:
+def plan_ggufs(output: Output, given: GGUFInputs) -> tuple[list[GGUFPlan], dict[str, list[GGUFEncoder]], list[str]]:
     """Every GGUF output, the outlets of every tensor by its name, and notes.
 
     Raises SourceError where the model cannot be written as GGUF, RecipeError for types that are not known.
     """
-    outlets: dict[str, list[GGUFOutlet]] = {name: [] for name in given.tensors}
+    outlets: dict[str, list[GGUFEncoder]] = {name: [] for name in given.tensors}
     if not output.gguf:
         return [], outlets, []
     if not given.config:
         raise SourceError("GGUF needs the model's config.json", hint="put it beside the weights")
-    spelling = spell(given.config, given.tensors)
+    spelling = build_spec(given.config, given.tensors)
     if given.config.get("tie_word_embeddings") is False and (
         heads := [one for one in spelling.dropped if is_head(one)]
     ):
@@ -111,22 +122,22 @@ def plan_ggufs(output: Output, given: GGUFInputs) -> tuple[list[GGUFPlan], dict[
 
 
 def _plan(
-    entry: GGUFEntry, stored: bool, spelling: Spelling, tokenizer: Keys, given: GGUFInputs
-) -> tuple[GGUFPlan, dict[str, list[GGUFOutlet]]]:
-    mix = mix_named(entry.type)
-    importance = read_importance(Path(entry.imatrix).expanduser()) if entry.imatrix else None
+    entry: GGUFEntry, stored: bool, spelling: GGUFModelSpec, tokenizer: Keys, given: GGUFInputs
+) -> tuple[GGUFPlan, dict[str, list[GGUFEncoder]]]:
+    mix = file_type_named(entry.type)
+    importance = read_imatrix(Path(entry.imatrix).expanduser()) if entry.imatrix else None
     tensors = _tensors(entry, mix, spelling, importance)
     keys = _keys(mix, spelling, tokenizer, given, importance)
     layout = lay_out(f"{given.name}-{mix.label}", keys, tensors, entry.split_max_size)
-    kinds = {tensor.name: tensor.kind for tensor in tensors}
+    kinds = {tensor.name: tensor.quant_type for tensor in tensors}
     shared: dict[tuple[int, int], np.ndarray | None] = {}
     outlets = {
         name: [
-            GGUFOutlet(
+            GGUFEncoder(
                 sink=entry.type,
                 info=given.tensors[name],
-                place=place,
-                kind=kinds[place.tensor],
+                target=place,
+                quant_type=kinds[place.tensor],
                 extent=layout.extents[place.tensor],
                 device=given.device,
                 stored=given.tensors[name].dtype if stored else "",
@@ -135,12 +146,14 @@ def _plan(
             )
             for place in places
         ]
-        for name, places in spelling.places.items()
+        for name, places in spelling.targets.items()
     }
     return GGUFPlan(mix, layout, tuple(tensors), keys), outlets
 
 
-def _positions(place: Place, info: TensorInfo, shared: dict[tuple[int, int], np.ndarray | None]) -> np.ndarray | None:
+def _positions(
+    place: TensorTarget, info: TensorInfo, shared: dict[tuple[int, int], np.ndarray | None]
+) -> np.ndarray | None:
     """positions_of the place, made once for all layers whose places share their rows."""
     key = (id(place.rows), info.rows)
     if key not in shared:
@@ -148,7 +161,7 @@ def _positions(place: Place, info: TensorInfo, shared: dict[tuple[int, int], np.
     return shared[key]
 
 
-def _weights(importance: Importance | None, place: Place, kind: QuantType) -> Tensor | None:
+def _weights(importance: ImatrixFile | None, place: TensorTarget, kind: QuantType) -> Tensor | None:
     """The imatrix's column weights, a row for each matrix of the GGUF tensor."""
     import torch
 
@@ -159,25 +172,27 @@ def _weights(importance: Importance | None, place: Place, kind: QuantType) -> Te
     return None if found is None else torch.from_numpy(found)
 
 
-def _shapes(spelling: Spelling) -> dict[str, tuple[int, ...]]:
+def _shapes(spelling: GGUFModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of the GGUF tensors in the converter's order: constants, then as the last part of each comes."""
     shapes: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in spelling.constants.items()}
-    for name in sorted(spelling.places):
-        for place in spelling.places[name]:
+    for name in sorted(spelling.targets):
+        for place in spelling.targets[name]:
             shapes.pop(place.tensor, None)
             shapes[place.tensor] = place.shape
     return shapes
 
 
-def _tensors(entry: GGUFEntry, mix: Mix, spelling: Spelling, importance: Importance | None) -> list[GGUFTensor]:
+def _tensors(
+    entry: GGUFEntry, mix: FileType, spelling: GGUFModelSpec, importance: ImatrixFile | None
+) -> list[GGUFTensor]:
     shapes = _shapes(spelling)
-    chosen = choose(
+    chosen = select_tensor_types(
         mix,
         {name: shape for name, shape in shapes.items() if name not in spelling.constants},
-        _facts(spelling),
+        _model_facts(spelling),
         has_importance=importance is not None,
-        wishes=Wishes(entry.tensor_types, entry.output_type or "", entry.embedding_type or "", entry.pure),
-        f32={place.tensor for places in spelling.places.values() for place in places if place.f32},
+        wishes=TypeOverrides(entry.tensor_types, entry.output_type or "", entry.embedding_type or "", entry.pure),
+        f32={place.tensor for places in spelling.targets.values() for place in places if place.f32},
     )
     kinds = dict.fromkeys(spelling.constants, QUANT_TYPES["F32"]) | chosen
     contents = {name: value.astype("<f4").tobytes() for name, value in spelling.constants.items()}
@@ -194,7 +209,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _facts(spelling: Spelling) -> MixFacts:
+def _model_facts(spelling: GGUFModelSpec) -> FileTypeFacts:
     def fact(key: str) -> int:
         value = spelling.keys.get(f"{spelling.arch}.{key}")
         if value is None:
@@ -202,7 +217,7 @@ def _facts(spelling: Spelling) -> MixFacts:
         return int(value.value[0] if value.kind == "array" else value.value)
 
     heads = fact("attention.head_count")
-    return MixFacts(
+    return FileTypeFacts(
         arch=spelling.arch,
         block_count=fact("block_count"),
         expert_count=fact("expert_count"),
@@ -211,7 +226,9 @@ def _facts(spelling: Spelling) -> MixFacts:
     )
 
 
-def _keys(mix: Mix, spelling: Spelling, tokenizer: Keys, given: GGUFInputs, importance: Importance | None) -> Keys:
+def _keys(
+    mix: FileType, spelling: GGUFModelSpec, tokenizer: Keys, given: GGUFInputs, importance: ImatrixFile | None
+) -> Keys:
     shapes = _shapes(spelling)
     general = {"general.architecture": text(spelling.arch), "general.type": text("model")}
     general |= metadata(given.files, given.config or {}, given.name, parameter_counts(shapes))
@@ -220,10 +237,10 @@ def _keys(mix: Mix, spelling: Spelling, tokenizer: Keys, given: GGUFInputs, impo
         keys["general.file_type"] = u32(mix.file_type)
     if mix.quantizer:
         keys = {key: value for key, value in keys.items() if key not in _LAST} | {key: keys[key] for key in _LAST}
-    return keys | (_importance_keys(importance) if importance else {})
+    return keys | (_imatrix_keys(importance) if importance else {})
 
 
-def _importance_keys(importance: Importance) -> dict[str, Value]:
+def _imatrix_keys(importance: ImatrixFile) -> dict[str, Value]:
     """As llama-quantize notes an imatrix; the file by its name alone."""
     keys = {"quantize.imatrix.file": text(importance.path.name)}
     if importance.datasets:

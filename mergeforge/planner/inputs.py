@@ -10,12 +10,12 @@ from typing import Any
 
 from mergeforge.adapters.gguf_lora import open_gguf_adapter
 from mergeforge.adapters.open import Adapter, open_adapter
-from mergeforge.checkpoints.checkpoint import Checkpoint, Model, open_checkpoint, read_json
+from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource, open_checkpoint, read_json
 from mergeforge.checkpoints.gguf_checkpoint import open_gguf
 from mergeforge.errors import SourceError
 from mergeforge.hub import download
-from mergeforge.io.aux_files import SideFiles
-from mergeforge.io.remote import Link
+from mergeforge.io.aux_files import AuxFiles
+from mergeforge.io.remote import RemoteSession
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
 from mergeforge.tensors.lazy import Way
 
@@ -33,7 +33,7 @@ class OpenModel:
     """A model of the recipe with the adapters that are folded into it first."""
 
     entry: ModelEntry
-    checkpoint: Model
+    checkpoint: ModelSource
     adapters: tuple[OpenAdapter, ...]
 
     @property
@@ -42,19 +42,19 @@ class OpenModel:
 
 
 @dataclass(frozen=True)
-class Result:
+class IntermediateModel:
     """What an earlier document of the recipe makes: a model that lies nowhere."""
 
     label: str
     inputs: Inputs
     tensors: Mapping[str, Way]
     config: Mapping[str, Any]
-    files: SideFiles
+    files: AuxFiles
     warnings: tuple[str, ...]
 
     @property
     def folder(self) -> Path:
-        return self.inputs.donor.checkpoint.folder
+        return self.inputs.reference_model.checkpoint.folder
 
 
 @dataclass(frozen=True)
@@ -66,31 +66,33 @@ class Inputs:
     adapters: tuple[OpenAdapter, ...]
 
     @property
-    def donor(self) -> OpenModel:
+    def reference_model(self) -> OpenModel:
         """The model whose config, tokenizer and tensor names the output takes."""
         return self.base or self.models[0]
 
     @property
-    def every(self) -> tuple[OpenModel, ...]:
+    def all_models(self) -> tuple[OpenModel, ...]:
         """The base model first."""
         return (*([self.base] if self.base else []), *self.models)
 
     @cached_property
-    def stored(self) -> tuple[OpenModel, ...]:
+    def stored_models(self) -> tuple[OpenModel, ...]:
         """The models that lie in files, those behind earlier results too."""
         return tuple(_stored(self))
 
     @cached_property
     def opened_adapters(self) -> tuple[OpenAdapter, ...]:
         """Every adapter, wherever it is folded in."""
-        results = [model.checkpoint.inputs for model in self.every if isinstance(model.checkpoint, Result)]
+        results = [
+            model.checkpoint.inputs for model in self.all_models if isinstance(model.checkpoint, IntermediateModel)
+        ]
         inner = [one for inputs in results for one in inputs.opened_adapters]
-        return (*inner, *(one for model in self.every for one in model.adapters), *self.adapters)
+        return (*inner, *(one for model in self.all_models for one in model.adapters), *self.adapters)
 
     @cached_property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Every table of tensors that is read, each once."""
-        found = [model.checkpoint for model in self.stored if isinstance(model.checkpoint, Checkpoint)]
+        found = [model.checkpoint for model in self.stored_models if isinstance(model.checkpoint, Checkpoint)]
         for opened in self.opened_adapters:
             found.extend(opened.adapter.files)
         return tuple({id(table): table for table in found}.values())
@@ -102,14 +104,14 @@ class Inputs:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        notes = [note for model in self.every for note in model.checkpoint.warnings]
+        notes = [note for model in self.all_models for note in model.checkpoint.warnings]
         notes += [note for one in self.opened_adapters for note in one.adapter.notes]
         return tuple(dict.fromkeys(notes))
 
 
 def _stored(inputs: Inputs) -> Iterator[OpenModel]:
-    for model in inputs.every:
-        if isinstance(model.checkpoint, Result):
+    for model in inputs.all_models:
+        if isinstance(model.checkpoint, IntermediateModel):
             yield from _stored(model.checkpoint.inputs)
         else:
             yield model
@@ -127,13 +129,18 @@ class Opener:
     """
 
     def __init__(
-        self, replicate: Replicate, *, allow_pickle: bool = False, link: Link | None = None, stream: bool = False
+        self,
+        replicate: Replicate,
+        *,
+        allow_pickle: bool = False,
+        link: RemoteSession | None = None,
+        stream: bool = False,
     ) -> None:
         self.replicate = replicate
         self.allow_pickle = allow_pickle
         self.link = link
         self.stream = stream
-        self.results: dict[str, Result] = {}
+        self.intermediate_models: dict[str, IntermediateModel] = {}
         self._places: dict[tuple[ModelRef, tuple[str, ...]], download.Local] = {}
         self._opened: dict[tuple[Path, str | None], Checkpoint] = {}
         self._plain: Checkpoint | None = None
@@ -149,7 +156,7 @@ class Opener:
     def _find_plain(self, entries: list[ModelEntry]) -> None:
         """The first model that is not a GGUF gives names, shapes and config to those that are."""
         if any(_is_gguf(entry.model) for entry in entries):
-            stored = (entry for entry in entries if entry.model.path not in self.results)
+            stored = (entry for entry in entries if entry.model.path not in self.intermediate_models)
             plain = next((entry for entry in stored if not _is_gguf(entry.model)), None)
             if plain is None:
                 hint = "name the model's folder as base_model, or as one of the models"
@@ -193,12 +200,12 @@ class Opener:
             )
         return self._places[reference, stems]
 
-    def _named(self, reference: ModelRef) -> Model:
-        if reference.path in self.results and not reference.revision:
-            return self.results[reference.path]
+    def _named(self, reference: ModelRef) -> ModelSource:
+        if reference.path in self.intermediate_models and not reference.revision:
+            return self.intermediate_models[reference.path]
         return self._checkpoint(reference)
 
-    def _adapter(self, entry: AdapterEntry, base: Model) -> OpenAdapter:
+    def _adapter(self, entry: AdapterEntry, base: ModelSource) -> OpenAdapter:
         where = self._found(entry)
         label = str(entry.adapter)
         if where.path.suffix == ".gguf" and where.path.is_file():

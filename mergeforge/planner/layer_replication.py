@@ -12,9 +12,9 @@ from typing import Any
 from mergeforge.adapters.peft import lora_config
 from mergeforge.errors import SourceError
 from mergeforge.planner.aux_files import files_of
-from mergeforge.planner.inputs import Inputs, OpenModel, Result
-from mergeforge.planner.layer_slices import Source, Stack, main_stack, with_layer
-from mergeforge.planner.model_tensors import Table, renamed
+from mergeforge.planner.inputs import Inputs, IntermediateModel, OpenModel
+from mergeforge.planner.layer_slices import LayerStack, SourceModel, layer_prefix, with_layer
+from mergeforge.planner.model_tensors import ModelTensors, renamed_tensor
 from mergeforge.planner.stacked_config import stacked_config
 from mergeforge.recipe.parameter_values import layer_of
 from mergeforge.tensors.lazy import Way
@@ -23,7 +23,7 @@ from mergeforge.tensors.lazy import Way
 def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
     """The model with the layers of each range [first, stop), one range behind the other. Raises SourceError."""
     base = model.checkpoint
-    prefix = main_stack(base.tensors, base.config)
+    prefix = layer_prefix(base.tensors, base.config)
     layers = _layers(ranges)
     places: dict[int, list[int]] = {}
     for place, layer in enumerate(layers):
@@ -36,18 +36,18 @@ def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
             continue
         for place in places.get(found[1], ()):
             new = with_layer(name, place)
-            tensors[new] = renamed(way, new)
+            tensors[new] = renamed_tensor(way, new)
     held = {found[1] for name in base.tensors if (found := layer_of(name)) and found[0] == prefix}
     if lacking := sorted(set(layers) - held):
         raise SourceError(f"layer_replication repeats layer {lacking[0]}, which {model.label} has not")
-    source = Source(model.label, Table(model.label, base.config, base.tensors, None), {})
-    stack = Stack(prefix, tuple((source, layer) for layer in layers))
+    source = SourceModel(model.label, ModelTensors(model.label, base.config, base.tensors, None), {})
+    stack = LayerStack(prefix, tuple((source, layer) for layer in layers))
     files, notes = files_of(base.folder)
     notes = [
         f"layer_replication: {model.label} is written with {len(layers)} layers ({list(map(list, ranges))})",
         *notes,
     ]
-    result = Result(
+    result = IntermediateModel(
         base.label,
         Inputs(model, (), ()),
         tensors,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergeforge.errors import RecipeError, listing
-from mergeforge.planner.model_tensors import Table
+from mergeforge.planner.model_tensors import ModelTensors
 from mergeforge.recipe.parameter_values import layer_of, layer_positions
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "decoder_layers")
@@ -23,53 +23,53 @@ _OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder")
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceModel:
     """A model as it stands in a section: its own parameters, and the first of its layers there."""
 
     label: str
-    table: Table
+    model: ModelTensors
     parameters: Mapping[str, Any]
-    first: int = 0
+    first_layer: int = 0
 
 
 @dataclass(frozen=True)
-class Section:
+class MergeGroup:
     """Models that are merged tensor by tensor; `scopes`: the parameters that hold for all, inner first.
 
     `count`: layers that each source gives; 0: whole models.
     """
 
-    sources: tuple[Source, ...]
-    base: Source | None
+    sources: tuple[SourceModel, ...]
+    base: SourceModel | None
     scopes: tuple[Mapping[str, Any], ...]
-    count: int = 0
+    layer_count: int = 0
 
     @property
-    def every(self) -> tuple[Source, ...]:
+    def every(self) -> tuple[SourceModel, ...]:
         """The base too, listed or not."""
         return (*self.sources, *([self.base] if self.base else []))
 
 
 @dataclass(frozen=True)
-class Spot:
+class OutputTensor:
     """One output tensor: its section, its place 0..1 along the layers, and its layer in the section (-1: none)."""
 
     name: str
-    section: Section
+    group: MergeGroup
     position: float
     layer: int = -1
 
-    def name_in(self, source: Source) -> str:
+    def name_in(self, source: SourceModel) -> str:
         """What the tensor is called in a source."""
-        return self.name if self.layer < 0 else with_layer(self.name, source.first + self.layer)
+        return self.name if self.layer < 0 else with_layer(self.name, source.first_layer + self.layer)
 
 
 @dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """The layers of an output: the prefix of their names, and whose layer each one is."""
 
     prefix: str
-    layers: tuple[tuple[Source, int], ...]
+    layers: tuple[tuple[SourceModel, int], ...]
 
 
 def with_layer(name: str, index: int) -> str:
@@ -80,56 +80,58 @@ def with_layer(name: str, index: int) -> str:
     return f"{name[:start]}{index}.{name[start:].partition('.')[2]}"
 
 
-def whole_spots(section: Section, names: Iterable[str]) -> Iterator[Spot]:
+def whole_model_tensors(section: MergeGroup, names: Iterable[str]) -> Iterator[OutputTensor]:
     """Whole models: every tensor under its own name."""
     names = list(names)
     positions = layer_positions(names)
     for name in names:
-        yield Spot(name, section, positions[name])
+        yield OutputTensor(name, section, positions[name])
 
 
-def stacked_spots(sections: Sequence[Section], names: Iterable[str], where: str = "") -> tuple[list[Spot], Stack]:
+def sliced_tensors(
+    sections: Sequence[MergeGroup], names: Iterable[str], where: str = ""
+) -> tuple[list[OutputTensor], LayerStack]:
     """Slices: the layers of `names` that each section gives, renumbered. Raises RecipeError.
 
     `names`: the tensors of a model; `where`: the module of the recipe, for messages.
     """
     names = list(names)
-    prefix = main_stack(names, sections[0].sources[0].table.config, where)
-    layered = {id(one.table): _by_layer(one.table, prefix) for section in sections for one in section.every}
+    prefix = layer_prefix(names, sections[0].sources[0].model.config, where)
+    layered = {id(one.model): _by_layer(one.model, prefix) for section in sections for one in section.every}
     for section in sections:
         for source in section.every:
-            _check_range(source, section.count, len(layered[id(source.table)]))
+            _check_range(source, section.layer_count, len(layered[id(source.model)]))
     outside = [name for name in names if (layer_of(name) or ("", 0))[0] != prefix]
     positions = layer_positions(outside)
-    spots = [Spot(name, sections[0 if _BEFORE.search(name) else -1], positions[name]) for name in outside]
-    layers: list[tuple[Source, int]] = []
+    spots = [OutputTensor(name, sections[0 if _BEFORE.search(name) else -1], positions[name]) for name in outside]
+    layers: list[tuple[SourceModel, int]] = []
     for section in sections:
         first = section.sources[0]
-        for at in range(section.count):
-            position = at / (section.count - 1) if section.count > 1 else 1.0
-            inside = [name for one in section.sources for name in layered[id(one.table)].get(one.first + at, ())]
+        for at in range(section.layer_count):
+            position = at / (section.layer_count - 1) if section.layer_count > 1 else 1.0
+            inside = [name for one in section.sources for name in layered[id(one.model)].get(one.first_layer + at, ())]
             numbered = dict.fromkeys(with_layer(name, len(layers)) for name in inside)
-            spots += [Spot(name, section, position, at) for name in numbered]
-            layers.append((first, first.first + at))
-    return spots, Stack(prefix, tuple(layers))
+            spots += [OutputTensor(name, section, position, at) for name in numbered]
+            layers.append((first, first.first_layer + at))
+    return spots, LayerStack(prefix, tuple(layers))
 
 
-def _by_layer(table: Table, prefix: str) -> dict[int, list[str]]:
+def _by_layer(table: ModelTensors, prefix: str) -> dict[int, list[str]]:
     """The names of each layer's tensors."""
     layers: dict[int, list[str]] = {}
-    for name in table.ways:
+    for name in table.tensors:
         if (found := layer_of(name)) and found[0] == prefix:
             layers.setdefault(found[1], []).append(name)
     return layers
 
 
-def _check_range(source: Source, count: int, depth: int) -> None:
-    if source.first + count > depth:
-        text = f"layer_range [{source.first}, {source.first + count}] of {source.label} goes beyond its {depth} layers"
+def _check_range(source: SourceModel, count: int, depth: int) -> None:
+    if source.first_layer + count > depth:
+        text = f"layer_range [{source.first_layer}, {source.first_layer + count}] of {source.label} goes beyond its {depth} layers"
         raise RecipeError(text, hint=f"the last layer is {depth - 1}; layer_range ends before its second number")
 
 
-def main_stack(names: Iterable[str], config: Mapping[str, Any], where: str = "") -> str:
+def layer_prefix(names: Iterable[str], config: Mapping[str, Any], where: str = "") -> str:
     """The prefix of the layers that slices speak of: as deep as the config says, and no other tower's.
 
     Raises RecipeError where that is not one stack of layers.
@@ -139,7 +141,7 @@ def main_stack(names: Iterable[str], config: Mapping[str, Any], where: str = "")
         if found := layer_of(name):
             depths[found[0]] = max(depths.get(found[0], 0), found[1] + 1)
     if len(depths) > 1:
-        told = _told_depths(config)
+        told = _config_depths(config)
         depths = {prefix: depth for prefix, depth in depths.items() if depth in told} or depths
     if len(depths) > 1:
         plain = {one: depth for one, depth in depths.items() if not any(word in one for word in _OTHER_TOWERS)}
@@ -151,7 +153,7 @@ def main_stack(names: Iterable[str], config: Mapping[str, Any], where: str = "")
     return next(iter(depths))
 
 
-def _told_depths(config: Mapping[str, Any]) -> set[int]:
+def _config_depths(config: Mapping[str, Any]) -> set[int]:
     """The numbers of layers that a config tells."""
     inner = config.get("text_config")
     parts = [inner] if isinstance(inner, Mapping) else [config]

@@ -6,23 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mergeforge.adapters.adapted_tensor import Adapted
-from mergeforge.adapters.deltas import Edit, Replaced, RowsReplaced
+from mergeforge.adapters.adapted_tensor import AdaptedTensor
+from mergeforge.adapters.deltas import ReplaceRows, ReplaceTensor, WeightDelta
 from mergeforge.adapters.resized_embedding import same_rows
-from mergeforge.checkpoints.checkpoint import Model
+from mergeforge.checkpoints.checkpoint import ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS, is_head, tied_head
-from mergeforge.checkpoints.quantized.fake_nf4 import Simulated
-from mergeforge.checkpoints.quantized.tensor import Quantised
+from mergeforge.checkpoints.quantized.fake_nf4 import FakeQuantizedTensor
+from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
 from mergeforge.errors import SourceError, listing
 from mergeforge.planner.inputs import OpenAdapter, OpenModel
 from mergeforge.recipe.parameter_values import layer_positions, value_at
-from mergeforge.tensors.alias import Renamed
+from mergeforge.tensors.alias import AliasTensor
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 
 @dataclass(frozen=True)
-class Table:
+class ModelTensors:
     """The ways of one model's tensors, and (head, embedding) while these are one tensor.
 
     `parted`: the same names, once an adapter has made them two tensors. `actions` and `notes`: what
@@ -31,28 +31,28 @@ class Table:
 
     label: str
     config: Mapping[str, Any]
-    ways: Mapping[str, Way]
+    tensors: Mapping[str, Way]
     tied: tuple[str, str] | None
-    parted: tuple[str, str] | None = None
-    actions: Mapping[str, str] = field(default_factory=dict)
+    untied: tuple[str, str] | None = None
+    summaries: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def way(self, name: str) -> Way | None:
+    def tensor(self, name: str) -> Way | None:
         """A tensor's way; a tied head is its embedding under another name."""
-        if name in self.ways:
-            return self.ways[name]
+        if name in self.tensors:
+            return self.tensors[name]
         if self.tied and name == self.tied[0]:
-            return renamed(self.ways[self.tied[1]], name)
+            return renamed_tensor(self.tensors[self.tied[1]], name)
         return None
 
-    def edits(self, opened: OpenAdapter, name: str) -> tuple[Edit, ...]:
+    def deltas(self, opened: OpenAdapter, name: str) -> tuple[WeightDelta, ...]:
         """An adapter's edits of a tensor; what it does to an embedding for its tied head, too."""
-        if self.parted and name == self.parted[0] and opened.adapter.keeps_tied:
-            name = self.parted[1]
+        if self.untied and name == self.untied[0] and opened.adapter.keeps_tied:
+            name = self.untied[1]
         return opened.adapter.edits.get(name, ())
 
 
-def table_of(model: OpenModel, later: Sequence[OpenAdapter] = (), numerics: str = "original") -> Table:
+def model_tensors(model: OpenModel, later: Sequence[OpenAdapter] = (), numerics: str = "original") -> ModelTensors:
     """A model's table with its own adapters folded in; `later` adapters only settle shapes and ties.
 
     `numerics` "dequant_nf4": what adapters change is taken as NF4 would hold it, on which QLoRA trained them.
@@ -62,20 +62,24 @@ def table_of(model: OpenModel, later: Sequence[OpenAdapter] = (), numerics: str 
     opened = (*model.adapters, *later)
     checkpoint = model.checkpoint
     ways: dict[str, Way] = dict(checkpoint.tensors)
-    actions = _place_saved(ways, opened)
-    tied, notes = _settle_tied(ways, checkpoint, opened)
+    actions = _apply_saved_modules(ways, opened)
+    tied, notes = _resolve_tying(ways, checkpoint, opened)
     if numerics != "original":
-        notes += _as_trained(ways, checkpoint, opened, double_quant=numerics == "dequant_nf4")
-    table = Table(model.label, checkpoint.config, ways, tied, None if tied else tied_head(checkpoint), actions, notes)
+        notes += _fake_quantize_adapted(ways, checkpoint, opened, double_quant=numerics == "dequant_nf4")
+    table = ModelTensors(
+        model.label, checkpoint.config, ways, tied, None if tied else tied_head(checkpoint), actions, notes
+    )
     if model.adapters:
-        _fold_own(table, ways, actions, model.adapters)
-    follow_embedding(ways, tied, checkpoint)
+        _fold_own_adapters(table, ways, actions, model.adapters)
+    tie_head_to_embedding(ways, tied, checkpoint)
     if not later:
         check_vocabulary(ways, checkpoint)
     return table
 
 
-def folded(name: str, base: Way, edits: Sequence[tuple[Edit, ...]], weights: Sequence[float]) -> tuple[Way, str]:
+def fold_adapters(
+    name: str, base: Way, edits: Sequence[tuple[WeightDelta, ...]], weights: Sequence[float]
+) -> tuple[Way, str]:
     """base + sum(weight * edit), and what that is in words ("" where nothing changes).
 
     Raises SourceError for a replacement with another number of rows: it has no delta.
@@ -83,48 +87,48 @@ def folded(name: str, base: Way, edits: Sequence[tuple[Edit, ...]], weights: Seq
     terms = [(weight, edit) for weight, some in zip(weights, edits, strict=True) for edit in some if weight]
     if not terms:
         return base, ""
-    if len(terms) == 1 and terms[0][0] == 1 and isinstance(terms[0][1], Replaced):
-        return renamed(terms[0][1].value, name), "replaced by the adapter's"
+    if len(terms) == 1 and terms[0][0] == 1 and isinstance(terms[0][1], ReplaceTensor):
+        return renamed_tensor(terms[0][1].value, name), "replaced by the adapter's"
     check_rows(name, base, edits)
     _check_replacements(name, terms)
-    kinds = dict.fromkeys(edit.about for _, edit in terms)
-    action = f"base + {len(terms)} x {'/'.join(kinds)}" if len(terms) > 1 else f"base + {terms[0][1].about}"
-    return Adapted(base, tuple(terms)), action
+    kinds = dict.fromkeys(edit.label for _, edit in terms)
+    action = f"base + {len(terms)} x {'/'.join(kinds)}" if len(terms) > 1 else f"base + {terms[0][1].label}"
+    return AdaptedTensor(base, tuple(terms)), action
 
 
-def _check_replacements(name: str, terms: Sequence[tuple[float, Edit]]) -> None:
+def _check_replacements(name: str, terms: Sequence[tuple[float, WeightDelta]]) -> None:
     """Several replacements of one tensor can be averaged; added up they are nobody's."""
-    weights = [weight for weight, edit in terms if isinstance(edit, Replaced)]
+    weights = [weight for weight, edit in terms if isinstance(edit, ReplaceTensor)]
     if len(weights) > 1 and abs(sum(weights) - 1) > 1e-6:
         text = f"{len(weights)} adapters each bring their own {name}, and their weights sum to {sum(weights):g}"
         raise SourceError(text, hint="give them weights that sum to 1, or merge one after the other")
 
 
-def check_rows(name: str, base: Way, edits: Sequence[tuple[Edit, ...]]) -> None:
+def check_rows(name: str, base: Way, edits: Sequence[tuple[WeightDelta, ...]]) -> None:
     """A replacement with another number of rows has no delta: it cannot be weighted or combined."""
     for edit in (edit for some in edits for edit in some):
-        if isinstance(edit, Replaced) and edit.value.info.shape != base.info.shape:
+        if isinstance(edit, ReplaceTensor) and edit.value.info.shape != base.info.shape:
             shapes = f"{list(edit.value.info.shape)}, the base has {list(base.info.shape)}"
             hint = "fold that adapter alone, with weight 1, and merge the others into the result"
             raise SourceError(f"{edit.value.file.path} replaces {name} with shape {shapes}", hint=hint)
 
 
-def renamed(way: Way, name: str) -> Way:
+def renamed_tensor(way: Way, name: str) -> Way:
     """The way's tensor under another name."""
     if way.info.name == name:
         return way
-    if isinstance(way, Stored):
+    if isinstance(way, StoredTensor):
         return replace(way, info=way.info.renamed(name))
-    return Renamed(way, way.info.renamed(name))
+    return AliasTensor(way, way.info.renamed(name))
 
 
-def follow_embedding(ways: dict[str, Way], tied: tuple[str, str] | None, checkpoint: Model) -> None:
+def tie_head_to_embedding(ways: dict[str, Way], tied: tuple[str, str] | None, checkpoint: ModelSource) -> None:
     """A tied head that is stored all the same is written as what the embedding becomes."""
     if tied and tied[0] in ways and ways[tied[1]] is not checkpoint.tensors[tied[1]]:
-        ways[tied[0]] = renamed(ways[tied[1]], tied[0])
+        ways[tied[0]] = renamed_tensor(ways[tied[1]], tied[0])
 
 
-def check_vocabulary(ways: Mapping[str, Way], checkpoint: Model) -> None:
+def check_vocabulary(ways: Mapping[str, Way], checkpoint: ModelSource) -> None:
     """Raises SourceError when adapters leave a head and an embedding with different numbers of rows."""
     heads = [name for name in ways if is_head(name)]
     embeddings = [name for name in ways if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
@@ -138,17 +142,21 @@ def check_vocabulary(ways: Mapping[str, Way], checkpoint: Model) -> None:
         raise SourceError(f"{text}: an adapter resized one of them alone", hint=hint)
 
 
-def _fold_own(table: Table, ways: dict[str, Way], actions: dict[str, str], adapters: Sequence[OpenAdapter]) -> None:
+def _fold_own_adapters(
+    table: ModelTensors, ways: dict[str, Way], actions: dict[str, str], adapters: Sequence[OpenAdapter]
+) -> None:
     positions = layer_positions(ways)
     for name, way in list(ways.items()):
-        edits = [table.edits(one, name) for one in adapters]
+        edits = [table.deltas(one, name) for one in adapters]
         if any(edits):
-            ways[name], action = folded(name, way, edits, [_weight(one, name, positions[name]) for one in adapters])
+            ways[name], action = fold_adapters(
+                name, way, edits, [_weight(one, name, positions[name]) for one in adapters]
+            )
             if action:
                 actions[name] = action
 
 
-def _place_saved(ways: dict[str, Way], opened: Sequence[OpenAdapter]) -> dict[str, str]:
+def _apply_saved_modules(ways: dict[str, Way], opened: Sequence[OpenAdapter]) -> dict[str, str]:
     """Tensors that adapters bring whole: grown embeddings, heads that the base lacks."""
     placed: dict[str, tuple[str, Way]] = {}
     for one in opened:
@@ -157,12 +165,12 @@ def _place_saved(ways: dict[str, Way], opened: Sequence[OpenAdapter]) -> dict[st
             if other is not brought and not same_rows(other, brought):
                 hint = "fold them one after the other"
                 raise SourceError(f"{label} and {one.adapter.label} both bring their own {name}", hint=hint)
-            ways[name] = renamed(brought, name)
+            ways[name] = renamed_tensor(brought, name)
     return dict.fromkeys(placed, "the adapter's")
 
 
-def _settle_tied(
-    ways: dict[str, Way], checkpoint: Model, opened: Sequence[OpenAdapter]
+def _resolve_tying(
+    ways: dict[str, Way], checkpoint: ModelSource, opened: Sequence[OpenAdapter]
 ) -> tuple[tuple[str, str] | None, tuple[str, ...]]:
     """(head, embedding) that stay one tensor, or None where an adapter changes one and not the other."""
     tied = tied_head(checkpoint)
@@ -173,14 +181,14 @@ def _settle_tied(
         touched = {*one.adapter.edits, *one.adapter.resized} & {head, embedding}
         if touched and not one.adapter.keeps_tied:
             if head not in one.adapter.resized:
-                ways[head] = renamed(ways[embedding], head)
+                ways[head] = renamed_tensor(ways[embedding], head)
             note = f"{one.adapter.label} changes {listing(sorted(touched))}, which {checkpoint.label} ties: "
             return None, (note + "both are written, tie_word_embeddings becomes false",)
     return tied, ()
 
 
-def _as_trained(
-    ways: dict[str, Way], checkpoint: Model, adapters: Sequence[OpenAdapter], *, double_quant: bool
+def _fake_quantize_adapted(
+    ways: dict[str, Way], checkpoint: ModelSource, adapters: Sequence[OpenAdapter], *, double_quant: bool
 ) -> tuple[str, ...]:
     """Put what NF4 makes of them in the place of the weights that adapters change.
 
@@ -190,22 +198,22 @@ def _as_trained(
     if adapters and checkpoint.config.get("model_type") in CONV1D_MODELS:
         hint = "base_numerics: original"
         raise SourceError(f"{checkpoint.label} stores its weights transposed: NF4 cannot be told from that", hint=hint)
-    touched = {name for one in adapters for name, edits in one.adapter.edits.items() if any(map(_adds_up, edits))}
+    touched = {name for one in adapters for name, edits in one.adapter.edits.items() if any(map(_is_additive, edits))}
     touched -= {name for one in adapters for name in one.adapter.parameters}
     changed = [name for name in sorted(touched) if name in ways and _is_linear(name, ways[name])]
     for name in changed:
-        ways[name] = Simulated(ways[name], double_quant)
+        ways[name] = FakeQuantizedTensor(ways[name], double_quant)
     how = f"NF4 {'with' if double_quant else 'without'} double quantisation"
     text = f"base_numerics: {len(changed)} tensors of {checkpoint.label} are taken as {how} holds them"
     return (text,) if changed else ()
 
 
-def _adds_up(edit: Edit) -> bool:
-    return not isinstance(edit, Replaced | RowsReplaced)
+def _is_additive(edit: WeightDelta) -> bool:
+    return not isinstance(edit, ReplaceTensor | ReplaceRows)
 
 
 def _is_linear(name: str, way: Way) -> bool:
-    if isinstance(way, Quantised):
+    if isinstance(way, QuantizedTensor):
         return False  # it is already what was trained on
     last = name.split(".")[-2:-1]
     return len(way.info.shape) == 2 and way.info.is_float and not set(last) & {*HEADS, *EMBEDDINGS}

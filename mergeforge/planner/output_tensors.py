@@ -6,50 +6,61 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergeforge.errors import RecipeError, listing
-from mergeforge.planner.layer_slices import Section, Source, Spot, Stack, stacked_spots, whole_spots
-from mergeforge.planner.model_tensors import Table
+from mergeforge.planner.layer_slices import (
+    LayerStack,
+    MergeGroup,
+    OutputTensor,
+    SourceModel,
+    sliced_tensors,
+    whole_model_tensors,
+)
+from mergeforge.planner.model_tensors import ModelTensors
 from mergeforge.planner.modules import module_of
 from mergeforge.recipe import ModelEntry, Module, Recipe
 
-Tables = Mapping[str, Table]
+TensorsByModel = Mapping[str, ModelTensors]
 Scopes = tuple[Mapping[str, Any], ...]
 
 
-def spots_of(recipe: Recipe, tables: Tables, has_rule: Callable[[str], bool]) -> tuple[list[Spot], tuple[Stack, ...]]:
+def output_tensors(
+    recipe: Recipe, tables: TensorsByModel, has_rule: Callable[[str], bool]
+) -> tuple[list[OutputTensor], tuple[LayerStack, ...]]:
     """Every output tensor in the models' order, and the stacks of layers that slices make.
 
     `has_rule`: whether a rule of the recipe speaks of a tensor, so that no module need do so. Raises RecipeError.
     """
-    spotter = _Spotter(recipe, tables, has_rule)
-    return list(spotter.spots()), tuple(spotter.stacks)
+    spotter = _OutputTensorBuilder(recipe, tables, has_rule)
+    return list(spotter.build()), tuple(spotter.stacks)
 
 
-def section_of(entries: Sequence[ModelEntry], base: ModelEntry | None, scopes: Scopes, tables: Tables) -> Section:
+def merge_group(
+    entries: Sequence[ModelEntry], base: ModelEntry | None, scopes: Scopes, tables: TensorsByModel
+) -> MergeGroup:
     """Models that are merged tensor by tensor; an unlisted base gives the layers that all others give."""
     sources = tuple(
-        Source(str(entry), tables[str(entry)], entry.parameters, entry.layers[0] if entry.layers else 0)
+        SourceModel(str(entry), tables[str(entry)], entry.parameters, entry.layers[0] if entry.layers else 0)
         for entry in entries
     )
     count = entries[0].layers[1] - entries[0].layers[0] if entries and entries[0].layers else 0
     base_source = next((source for source in sources if source.label == str(base)), None)
-    starts = {source.first for source in sources}
+    starts = {source.first_layer for source in sources}
     if base and base_source is None and len(starts) <= 1:  # else its layers are not told
-        base_source = Source(str(base), tables[str(base)], {}, min(starts, default=0))
-    return Section(sources, base_source, scopes, count)
+        base_source = SourceModel(str(base), tables[str(base)], {}, min(starts, default=0))
+    return MergeGroup(sources, base_source, scopes, count)
 
 
-class _Spotter:
-    def __init__(self, recipe: Recipe, tables: Tables, has_rule: Callable[[str], bool]) -> None:
+class _OutputTensorBuilder:
+    def __init__(self, recipe: Recipe, tables: TensorsByModel, has_rule: Callable[[str], bool]) -> None:
         self.recipe = recipe
         self.tables = tables
         self.has_rule = has_rule
-        self.stacks: list[Stack] = []
+        self.stacks: list[LayerStack] = []
 
-    def spots(self) -> Iterator[Spot]:
+    def build(self) -> Iterator[OutputTensor]:
         """Every output tensor and the section that it belongs to, in the models' order."""
         recipe = self.recipe
         if not recipe.modules:
-            yield from self._spots_of(recipe, self._names(recipe), ())
+            yield from self._tensors_of(recipe, self._names(recipe), ())
             return
         parts = {module.name: module for module in recipe.modules}
         names = {name: None for module in recipe.modules for name in self._names(module)}
@@ -59,24 +70,26 @@ class _Spotter:
             raise RecipeError(text, hint="add a module for them, or a rule: {match: ..., use: base}")
         for name, module in parts.items():
             inside = [one for one, part in belongs.items() if part == name]
-            yield from self._spots_of(module, inside, (module.parameters,), f"the module {name!r}")
+            yield from self._tensors_of(module, inside, (module.parameters,), f"the module {name!r}")
         outside = [one for one, part in belongs.items() if part is None]
-        yield from whole_spots(section_of((), None, (recipe.parameters,), self.tables), outside)
+        yield from whole_model_tensors(merge_group((), None, (recipe.parameters,), self.tables), outside)
 
     def _names(self, part: Recipe | Module) -> list[str]:
         """The tensors of every model that a part of the recipe merges, and of the base model."""
         entries = [*part.models, *(source for one in part.slices for source in one.sources)]
         if self.recipe.base_model and not part.slices:
             entries.insert(0, self.recipe.base_model)
-        return list(dict.fromkeys(name for entry in entries for name in self.tables[str(entry)].ways))
+        return list(dict.fromkeys(name for entry in entries for name in self.tables[str(entry)].tensors))
 
-    def _spots_of(self, part: Recipe | Module, names: Sequence[str], scopes: Scopes, where: str = "") -> list[Spot]:
+    def _tensors_of(
+        self, part: Recipe | Module, names: Sequence[str], scopes: Scopes, where: str = ""
+    ) -> list[OutputTensor]:
         base, own = self.recipe.base_model, (*scopes, self.recipe.parameters)
         if not part.slices:
-            return list(whole_spots(section_of(part.models, base, own, self.tables), names))
+            return list(whole_model_tensors(merge_group(part.models, base, own, self.tables), names))
         sections = [
-            section_of(one.sources, one.base or base, (one.parameters, *own), self.tables) for one in part.slices
+            merge_group(one.sources, one.base or base, (one.parameters, *own), self.tables) for one in part.slices
         ]
-        spots, stack = stacked_spots(sections, names, where)
+        spots, stack = sliced_tensors(sections, names, where)
         self.stacks.append(stack)
         return spots

@@ -17,7 +17,7 @@ from mergeforge.errors import RecipeError
 from mergeforge.methods import Method
 from mergeforge.recipe.parameter_values import value_at
 
-Settings = Mapping[str, Any]
+Parameters = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Input:
     """One input of a method: what it is called, its own parameters, and the tensor's name in it."""
 
     label: str
-    settings: Settings
+    parameters: Parameters
     name: str
 
 
@@ -34,7 +34,7 @@ def parameters_for(
     name: str,
     position: float,
     inputs: Sequence[Input],
-    scopes: Sequence[Settings],
+    scopes: Sequence[Parameters],
     *,
     own_first: bool = True,
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def parameters_for(
                 parameter,
                 one.name,
                 position,
-                (one.settings, rule, *others) if own_first else (rule, one.settings, *others),
+                (one.parameters, rule, *others) if own_first else (rule, one.parameters, *others),
                 f" for {one.label}",
             )
             for one in inputs
@@ -70,7 +70,7 @@ def parameters_for(
 
 
 def _value(
-    method: Method, parameter: Parameter, name: str, position: float, scopes: Sequence[Settings], owner: str
+    method: Method, parameter: Parameter, name: str, position: float, scopes: Sequence[Parameters], owner: str
 ) -> Any:
     found = (value_at(scope.get(parameter.name), name, position, kind=parameter.kind) for scope in scopes)
     value = next((one for one in found if one is not None), None)

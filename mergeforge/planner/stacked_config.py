@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergeforge.errors import RecipeError
-from mergeforge.planner.layer_slices import DEPTHS, Stack
+from mergeforge.planner.layer_slices import DEPTHS, LayerStack
 
 Config = Mapping[str, Any]
 
@@ -33,7 +33,7 @@ _PERIODS = (
 _SLIDING = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}  # every so many-th layer is global, by default
 
 
-def stacked_config(config: Config, stacks: Sequence[Stack]) -> dict[str, Any]:
+def stacked_config(config: Config, stacks: Sequence[LayerStack]) -> dict[str, Any]:
     """The config for the layers that the output has. Raises RecipeError for one that no config can say."""
     result = dict(config)
     for stack in stacks:
@@ -63,13 +63,13 @@ def _depth_keys(part: Config, prefix: str) -> list[str]:
     return found[:1] or [key for key in (*DEPTHS, "depth") if isinstance(part.get(key), int)]
 
 
-def _restacked(part: Config, stack: Stack, where: str) -> dict[str, Any]:
+def _restacked(part: Config, stack: LayerStack, where: str) -> dict[str, Any]:
     keys = _depth_keys(part, stack.prefix)
     if not keys:
         known = ", ".join(DEPTHS)
         raise RecipeError(f"config.json does not say how many layers {stack.prefix} has", hint=f"known keys: {known}")
     before = part[keys[0]]
-    layers = [(_inner(source.table.config, where), layer) for source, layer in stack.layers]
+    layers = [(_inner(source.model.config, where), layer) for source, layer in stack.layers]
     result = dict(_with_attention_written_out(part, layers))
     for key, value in part.items():
         if _is_per_layer(key, value, before):

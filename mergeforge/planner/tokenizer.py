@@ -8,12 +8,12 @@ from typing import Any
 
 from mergeforge.checkpoints.names import EMBEDDINGS, HEADS
 from mergeforge.errors import RecipeError, SourceError, listing, refused_if_odd
-from mergeforge.io.aux_files import SideFile, SideFiles
-from mergeforge.planner.inputs import Inputs, OpenModel, Result
-from mergeforge.planner.model_tensors import Table
+from mergeforge.io.aux_files import AuxFiles, SideFile
+from mergeforge.planner.inputs import Inputs, IntermediateModel, OpenModel
+from mergeforge.planner.model_tensors import ModelTensors
 from mergeforge.recipe import Recipe, TokenEntry, TokenizerEntry
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.remapped_vocab import mapped
+from mergeforge.tensors.remapped_vocab import remap_vocab
 from mergeforge.tokenizer import (
     ModelToken,
     TokenizerOf,
@@ -33,7 +33,7 @@ from mergeforge.tokenizer.output_files import json_file
 GENERATION = "generation_config.json"
 
 
-def plan_tokens(recipe: Recipe, inputs: Inputs, tables: Mapping[str, Table]) -> TokenizerPlan | None:
+def plan_tokens(recipe: Recipe, inputs: Inputs, tables: Mapping[str, ModelTensors]) -> TokenizerPlan | None:
     """The output's tokenizer; None where the recipe leaves the donor's. Raises RecipeError or SourceError."""
     if recipe.tokenizer is None:
         return None
@@ -55,7 +55,7 @@ def template_of(recipe: Recipe, inputs: Inputs) -> str | None:
     return chat_template(recipe.chat_template, models)
 
 
-def follow(plan: TokenizerPlan, donor: OpenModel, files: SideFiles) -> tuple[dict[str, SideFile], dict[str, Any]]:
+def follow(plan: TokenizerPlan, donor: OpenModel, files: AuxFiles) -> tuple[dict[str, SideFile], dict[str, Any]]:
     """The side files, with the output's tokenizer and its ids in generation_config.json, and the config's ids."""
     found = with_tokenizer(files, plan.files)
     values = read_object(found, GENERATION)
@@ -64,18 +64,22 @@ def follow(plan: TokenizerPlan, donor: OpenModel, files: SideFiles) -> tuple[dic
     return found, moved_ids(donor.checkpoint.config, plan, donor.label)
 
 
-def map_tables(plan: TokenizerPlan, inputs: Inputs, tables: Mapping[str, Table]) -> dict[str, Table]:
+def map_tables(plan: TokenizerPlan, inputs: Inputs, tables: Mapping[str, ModelTensors]) -> dict[str, ModelTensors]:
     """Every model's table with the rows of the output's tokenizer. Raises SourceError or RecipeError."""
-    names = list(dict.fromkeys(name for table in tables.values() for name in table.ways if _has_tokens(name)))
+    names = list(dict.fromkeys(name for table in tables.values() for name in table.tensors if _has_tokens(name)))
     every = {name: {label: _held(tables, label, name) for label in tables} for name in names}
-    changed = {label: {name: mapped(name, picks, every[name]) for name in names} for label, picks in plan.picks.items()}
+    changed = {
+        label: {name: remap_vocab(name, picks, every[name]) for name in names} for label, picks in plan.picks.items()
+    }
     _check_adapters(inputs, tables, changed)
-    return {label: replace(table, ways={**table.ways, **changed[label]}) for label, table in tables.items()}
+    return {label: replace(table, tensors={**table.tensors, **changed[label]}) for label, table in tables.items()}
 
 
-def tokenizer_files(model: OpenModel) -> SideFiles:
+def tokenizer_files(model: OpenModel) -> AuxFiles:
     """The tokenizer files of a model: its own, or those of an adapter that is folded into it and brings some."""
-    found = model.checkpoint.files if isinstance(model.checkpoint, Result) else files_in(model.checkpoint.folder)
+    found = (
+        model.checkpoint.files if isinstance(model.checkpoint, IntermediateModel) else files_in(model.checkpoint.folder)
+    )
     for one in model.adapters:
         found = {**found, **files_in(one.adapter.folder)}
     return found
@@ -103,27 +107,29 @@ def _has_tokens(name: str) -> bool:
     return (leaf == "weight" and last in (*EMBEDDINGS, *HEADS)) or (leaf == "bias" and last in HEADS)
 
 
-def _rows(table: Table) -> int:
-    found = {way.info.rows for name, way in table.ways.items() if _has_tokens(name)}
+def _rows(table: ModelTensors) -> int:
+    found = {way.info.rows for name, way in table.tensors.items() if _has_tokens(name)}
     if len(found) != 1:
         counts = f"several numbers of rows ({listing(map(str, sorted(found)))})" if found else "no embedding"
         raise SourceError(f"{table.label} has {counts}, so its tokens have no rows that could be mapped")
     return found.pop()
 
 
-def _held(tables: Mapping[str, Table], label: str, name: str) -> Way:
-    way = tables[label].way(name)
+def _held(tables: Mapping[str, ModelTensors], label: str, name: str) -> Way:
+    way = tables[label].tensor(name)
     if way is None:
         raise SourceError(f"{label} lacks {name}, which other models have a row of for each token")
     return way
 
 
-def _check_adapters(inputs: Inputs, tables: Mapping[str, Table], changed: Mapping[str, Mapping[str, Way]]) -> None:
+def _check_adapters(
+    inputs: Inputs, tables: Mapping[str, ModelTensors], changed: Mapping[str, Mapping[str, Way]]
+) -> None:
     """An adapter that is merged for itself changes rows of the base as they were."""
     base = inputs.base.label if inputs.base else ""
     for one in inputs.adapters:
         names = [name for name, way in changed[base].items() if one.adapter.edits.get(name)]
-        if moved := [name for name in names if changed[base][name] is not tables[base].way(name)]:
+        if moved := [name for name in names if changed[base][name] is not tables[base].tensor(name)]:
             text = f"{one.adapter.label} changes {listing(moved)}, whose rows the output's tokenizer moves"
             raise RecipeError(text, hint="list it under the base model's adapters, or keep the base's tokenizer")
 

@@ -6,32 +6,32 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.tensors.budget import Need, Worker
-from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
+from mergeforge.tensors.budget import MemoryCost, Worker
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, eq=False)
-class Renamed:
+class AliasTensor:
     """`way`'s values; `info` is what they are called. Its shape is the way's."""
 
     way: Way
     info: TensorInfo
 
-    learns: bool = False
+    needs_stats: bool = False
 
     @property
-    def parts(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[Way, ...]:
         return (self.way,)
 
     @property
-    def need(self) -> Need:
-        return self.way.need
+    def memory_cost(self) -> MemoryCost:
+        return self.way.memory_cost
 
-    def learn(self, scan: Scan) -> Any:
+    def collect_stats(self, scan: StatsPass) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
-        return self.way.stage(rows, worker, facts, dtype)
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
+        return self.way.load(rows, worker, facts, dtype)

@@ -36,12 +36,12 @@ T = TypeVar("T")
 DEVICES = Path("/dev")
 GPU_DRIVERS = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")  # NVIDIA's, on Tegra, in WSL, AMD's
 ALIGNMENT = 64  # of every piece of a staging buffer, in bytes
-MOST_THREADS = 8  # more only fight over the disk
+MAX_THREADS = 8  # more only fight over the disk
 DEFAULT_MEMORY = 2 << 30
-SMALLEST_MEMORY = 16 << 20
+MIN_MEMORY = 16 << 20
 STREAMING_THREADS = 8  # workers at least, where they wait for the network, as far as each gets STREAMING_SHARE
 STREAMING_SHARE = 32 << 20
-MOST_KEPT = 64 << 20
+MAX_REMOTE_CACHE = 64 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
@@ -55,20 +55,20 @@ class Budget:
     memory: int
     device: str
     threads: int = 0
-    kept: int = 0
+    remote_cache: int = 0
 
     @property
-    def share(self) -> int:
-        return (self.memory - self.kept) // max(self.threads, 1)
+    def per_worker(self) -> int:
+        return (self.memory - self.remote_cache) // max(self.threads, 1)
 
     @property
-    def most_threads(self) -> int:
+    def max_threads(self) -> int:
         """The workers that make sense: one a processor, and more where they wait for the network."""
-        waiting = min(STREAMING_THREADS, self.memory // STREAMING_SHARE) if self.kept else 0
-        return min(max(cores(), waiting), MOST_THREADS)
+        waiting = min(STREAMING_THREADS, self.memory // STREAMING_SHARE) if self.remote_cache else 0
+        return min(max(cores(), waiting), MAX_THREADS)
 
     @property
-    def copies(self) -> int:
+    def buffer_copies(self) -> int:
         """How often what is staged exists: on the host, and on a device if there is one."""
         return 1 if self.device == "cpu" else 2
 
@@ -82,7 +82,7 @@ def make_budget(memory: str | int | None = None, device: str = "auto", threads: 
         given = parse_size(memory) if memory is not None else None
     except ValueError as error:
         raise RecipeError(f"--memory: {error}") from None
-    if given is not None and given < SMALLEST_MEMORY:
+    if given is not None and given < MIN_MEMORY:
         raise BudgetError(f"--memory {memory} is too little for any merge", hint="give at least 16MiB")
     if threads is not None and threads < 1:
         raise RecipeError(f"--threads must be at least 1, not {threads}")
@@ -148,19 +148,23 @@ def _may_have_gpu() -> bool:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryCost:
     """The memory that evaluating a tensor takes in one worker.
 
     row: staged bytes for each row of a tile; fixed: bytes whatever the tile; live: blocks that
     exist at once.
     """
 
-    row: int = 0
-    fixed: int = 0
-    live: int = 0
+    row_nbytes: int = 0
+    fixed_nbytes: int = 0
+    scratch_blocks: int = 0
 
-    def __add__(self, other: Need) -> Need:
-        return Need(self.row + other.row, self.fixed + other.fixed, self.live + other.live)
+    def __add__(self, other: MemoryCost) -> MemoryCost:
+        return MemoryCost(
+            self.row_nbytes + other.row_nbytes,
+            self.fixed_nbytes + other.fixed_nbytes,
+            self.scratch_blocks + other.scratch_blocks,
+        )
 
 
 class Worker:
@@ -205,13 +209,13 @@ class Worker:
         self.wait()
         self._used = self._first
         self._kept.clear()
-        self.restart()
+        self.reset_scratch()
 
-    def restart(self) -> None:
+    def reset_scratch(self) -> None:
         """Keep what was read, but let scratch blocks be handed out anew."""
         self._slots = 0
 
-    def slot(self) -> int:
+    def next_slot(self) -> int:
         """The number of a scratch block that nobody else has until the next restart()."""
         self._slots += 1
         return self._slots - 1
@@ -221,7 +225,7 @@ class Worker:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def take(self, nbytes: int) -> Bytes:
+    def allocate(self, nbytes: int) -> Bytes:
         """`nbytes` of the staging buffer, until the next clear()."""
         piece = self._staging[self._used : self._used + nbytes]
         if len(piece) < nbytes:
@@ -229,10 +233,10 @@ class Worker:
         self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         return piece
 
-    def room(self, nbytes: int) -> tuple[Tensor, Tensor]:
+    def allocate_tensor(self, nbytes: int) -> tuple[Tensor, Tensor]:
         """`nbytes` of the staging buffer and of its twin on the device, which is the same on a CPU."""
         at = self._used
-        self.take(nbytes)
+        self.allocate(nbytes)
         piece = self._on_host[at : at + nbytes]
         return piece, piece if self._on_device is None else self._on_device[at : at + nbytes]
 
@@ -250,13 +254,13 @@ class Worker:
         """
 
         def fetch() -> Tensor:
-            piece, there = self.room(nbytes)
+            piece, there = self.allocate_tensor(nbytes)
             file.read_into(piece.numpy().data, offset, keep=keep or self.rereads)
             return piece if there is piece else there.copy_(piece, non_blocking=True)
 
-        return self.once((file.path, offset, nbytes), fetch)
+        return self.cached((file.path, offset, nbytes), fetch)
 
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` stages, made once, however often it is asked for until clear()."""
         if key not in self._kept:
             self._kept[key] = make()
@@ -316,7 +320,7 @@ def steady_malloc() -> None:
     mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
-def viewed(raw: Tensor, dtype: str, columns: int) -> Tensor:
+def view_rows(raw: Tensor, dtype: str, columns: int) -> Tensor:
     """Raw bytes as rows of a tensor."""
     known = torch_dtype(dtype)
     assert known is not None, dtype

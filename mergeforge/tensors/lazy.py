@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from mergeforge.core.tensor_info import TensorInfo, some_blocks
-from mergeforge.tensors.budget import Need, Worker
+from mergeforge.core.tensor_info import TensorInfo, sample_blocks
+from mergeforge.tensors.budget import MemoryCost, Worker
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Rows = Callable[[int, int], "Tensor"]  # rows [start, stop) of a staged tile; may be overwritten
-Facts = dict[int, Any]  # id of a way -> what it learnt
+Stats = dict[int, Any]  # id of a way -> what it learnt
 
 
 class Way(Protocol):
@@ -32,32 +32,32 @@ class Way(Protocol):
         """Name, shape and stored dtype of what it yields."""
 
     @property
-    def parts(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[Way, ...]:
         """The ways that this one is made of."""
 
     @property
-    def need(self) -> Need:
+    def memory_cost(self) -> MemoryCost:
         """The memory that staging and computing takes."""
 
     @property
-    def learns(self) -> bool:
+    def needs_stats(self) -> bool:
         """Whether it must see the whole tensor first."""
 
-    def learn(self, scan: Scan) -> Any:
+    def collect_stats(self, scan: StatsPass) -> Any:
         """Facts about the whole tensor."""
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
         """Read what the rows need; the result computes blocks of them in `dtype`."""
 
 
 @dataclass
-class Scan:
+class StatsPass:
     """Runs over a whole tensor block by block: in one staged tile where it fits, else tile by tile."""
 
     info: TensorInfo
     tiles: list[range]
     worker: Worker
-    facts: Facts
+    facts: Stats
     dtype: torch.dtype
 
     def __call__(self, stage: Callable[[range], T], sample: int = 0) -> Iterator[tuple[T, int, int]]:
@@ -69,9 +69,9 @@ class Scan:
             yield from self._blocks(stage, rows)
 
     def _sampled(self, stage: Callable[[range], T], sample: int) -> Iterator[tuple[T, int, int]]:
-        chosen = some_blocks(self.info, sample)
+        chosen = sample_blocks(self.info, sample)
         if len(self.tiles) == 1:
-            self.worker.restart()
+            self.worker.reset_scratch()
             staged = stage(self.tiles[0])
             for start, stop in chosen:
                 yield staged, start, stop
@@ -81,7 +81,7 @@ class Scan:
 
     def _blocks(self, stage: Callable[[range], T], rows: range) -> Iterator[tuple[T, int, int]]:
         if len(self.tiles) == 1:
-            self.worker.restart()
+            self.worker.reset_scratch()
         else:
             self.worker.clear()
         staged = stage(rows)
@@ -89,14 +89,14 @@ class Scan:
             yield staged, start, min(start + self.info.block_rows, rows.stop)
 
 
-def learn(way: Way, scan: Scan) -> Facts:
+def collect_stats(way: Way, scan: StatsPass) -> Stats:
     """Let every part of a way that needs facts learn them, inner parts first."""
-    for part in way.parts:
-        learn(part, scan)
-    if way.learns and id(way) not in scan.facts:
-        scan.facts[id(way)] = way.learn(scan)
+    for part in way.inputs:
+        collect_stats(part, scan)
+    if way.needs_stats and id(way) not in scan.facts:
+        scan.facts[id(way)] = way.collect_stats(scan)
     return scan.facts
 
 
-def any_learns(way: Way) -> bool:
-    return way.learns or any(any_learns(part) for part in way.parts)
+def any_needs_stats(way: Way) -> bool:
+    return way.needs_stats or any(any_needs_stats(part) for part in way.inputs)

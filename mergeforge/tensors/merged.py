@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.methods import Block, Method
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
-from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
-from mergeforge.tensors.native_inputs import KINDS, Place, Stack
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.native_inputs import KINDS, NativeInput, NativeInputs
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ SAME_KEYS = 1 << 31  # elements, up to which a random mask of a tensor has the s
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
+class MergedTensor:
     """method(inputs), plus the base where the inputs are deltas.
 
     `subtract[i]` says that input i is a model from which the base has to be taken first (an
@@ -38,34 +38,34 @@ class Merged:
 
     info: TensorInfo
     method: Method
-    inputs: tuple[Way, ...]
+    sources: tuple[Way, ...]
     subtract: tuple[bool, ...]
     base: Way | None
     parameters: Mapping[str, Any]
     seed: int
 
     @property
-    def parts(self) -> tuple[Way, ...]:
-        return (*self.inputs, self.base) if self.base else self.inputs
+    def inputs(self) -> tuple[Way, ...]:
+        return (*self.sources, self.base) if self.base else self.sources
 
     @property
-    def learns(self) -> bool:
+    def needs_stats(self) -> bool:
         return self.method.facts is not None
 
     @property
-    def need(self) -> Need:
-        inside = sum((part.need for part in self.parts), Need(live=self.method.live + 1))
-        aligning = ALIGNMENT * len(self.parts)
-        return inside + Need(fixed=self.method.facts_nbytes * len(self.inputs) + aligning)
+    def memory_cost(self) -> MemoryCost:
+        inside = sum((part.memory_cost for part in self.inputs), MemoryCost(scratch_blocks=self.method.live + 1))
+        aligning = ALIGNMENT * len(self.inputs)
+        return inside + MemoryCost(fixed_nbytes=self.method.facts_nbytes * len(self.sources) + aligning)
 
-    def learn(self, scan: Scan) -> Any:
-        looks = _FastLook if self._is_stacked(scan.worker, scan.dtype) else _Look
+    def collect_stats(self, scan: StatsPass) -> Any:
+        looks = _NativeStatsPass if self._is_stacked(scan.worker, scan.dtype) else _BlockStatsPass
         return self.method.learn(looks(self, scan), self.info.numel, self.parameters)
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
         learnt = facts.get(id(self))
         if self.is_sum and self._is_stacked(worker, dtype):
-            return self._sum_of_stack(self.terms(learnt), rows, worker, dtype)
+            return self._native_sum_rows(self.reduction(learnt), rows, worker, dtype)
         inputs, base = self.staged(rows, worker, facts, dtype)
 
         def block(start: int, stop: int) -> Tensor:
@@ -78,13 +78,13 @@ class Merged:
         return block
 
     def staged(
-        self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype
+        self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype
     ) -> tuple[Callable[[int, int], _Inputs], Rows | None]:
         """Rows of the inputs, as the method takes them, and of a base that was taken from none of them."""
         if self._is_stacked(worker, dtype):
-            return self._rows_of_stack(rows, worker, dtype), None
-        staged = [way.stage(rows, worker, facts, dtype) for way in self.inputs]
-        base = self.base.stage(rows, worker, facts, dtype) if self.base else None
+            return self._native_input_rows(rows, worker, dtype), None
+        staged = [way.load(rows, worker, facts, dtype) for way in self.sources]
+        base = self.base.load(rows, worker, facts, dtype) if self.base else None
 
         def inputs(start: int, stop: int) -> _Inputs:
             values = [rows_of(start, stop) for rows_of in staged]
@@ -97,34 +97,34 @@ class Merged:
 
         return inputs, base
 
-    def stacked(self, rows: range, worker: Worker) -> Stack:
+    def native_inputs(self, rows: range, worker: Worker) -> NativeInputs:
         """Rows of the inputs and the base as they are stored, for kernels."""
-        places = [Place(part.info.dtype, part.bytes(rows, worker)) for part in self.stored_parts]
-        return Stack(places, self.info.columns, based=self.base is not None, first=rows.start)
+        places = [NativeInput(part.info.dtype, part.bytes(rows, worker)) for part in self.stored_parts]
+        return NativeInputs(places, self.info.columns, based=self.base is not None, first=rows.start)
 
-    def terms(self, learnt: Any, compute: str = "F32") -> WeightedSum:
+    def reduction(self, learnt: Any, compute: str = "F32") -> WeightedSum:
         """What the method makes of the inputs, where that is a weighted sum."""
-        return self.method.weighted_sum(learnt, len(self.inputs), self.block(0), compute, self.parameters)
+        return self.method.weighted_sum(learnt, len(self.sources), self.block(0), compute, self.parameters)
 
     @property
-    def stored_parts(self) -> list[Stored]:
+    def stored_parts(self) -> list[StoredTensor]:
         """The inputs and the base, of a way that is_of_stored."""
-        return [part for part in self.parts if isinstance(part, Stored)]
+        return [part for part in self.inputs if isinstance(part, StoredTensor)]
 
     @property
-    def is_of_stored(self) -> bool:
+    def inputs_are_stored(self) -> bool:
         """Whether kernels read the inputs: tensors as they lie in files, all less the base or none."""
         if not set(self.subtract) <= {self.base is not None}:
             return False
         shape = self.info.shape
         return all(
-            isinstance(one, Stored) and one.info.dtype in KINDS and one.info.shape == shape for one in self.parts
+            isinstance(one, StoredTensor) and one.info.dtype in KINDS and one.info.shape == shape for one in self.inputs
         )
 
     @property
     def is_sum(self) -> bool:
         """Whether kernels know all that the method does with them."""
-        return self.is_of_stored and self.method.is_sum(self.parameters) and self.info.numel <= SAME_KEYS
+        return self.inputs_are_stored and self.method.is_sum(self.parameters) and self.info.numel <= SAME_KEYS
 
     def block(self, start: int) -> Block:
         return Block(self.info.name, start * self.info.columns, self.seed, len(self.info.shape) < 2)
@@ -132,10 +132,10 @@ class Merged:
     def _is_stacked(self, worker: Worker, dtype: torch.dtype) -> bool:
         import torch
 
-        return worker.kernels and dtype == torch.float32 and self.is_of_stored
+        return worker.kernels and dtype == torch.float32 and self.inputs_are_stored
 
-    def _sum_of_stack(self, terms: WeightedSum, rows: range, worker: Worker, dtype: torch.dtype) -> Rows:
-        stored, slot = self.stacked(rows, worker), worker.slot()
+    def _native_sum_rows(self, terms: WeightedSum, rows: range, worker: Worker, dtype: torch.dtype) -> Rows:
+        stored, slot = self.native_inputs(rows, worker), worker.next_slot()
 
         def block(start: int, stop: int) -> Tensor:
             into = worker.scratch(slot, (stop - start, self.info.columns), dtype)
@@ -144,22 +144,22 @@ class Merged:
 
         return block
 
-    def _rows_of_stack(self, rows: range, worker: Worker, dtype: torch.dtype) -> Callable[[int, int], _Inputs]:
-        stored = self.stacked(rows, worker)
-        slots = [worker.slot() for _ in self.parts]
+    def _native_input_rows(self, rows: range, worker: Worker, dtype: torch.dtype) -> Callable[[int, int], _Inputs]:
+        stored = self.native_inputs(rows, worker)
+        slots = [worker.next_slot() for _ in self.inputs]
 
         def inputs(start: int, stop: int) -> _Inputs:
             shape = (stop - start, self.info.columns)
             values = [stored.rows(at, start, stop, worker.scratch(slot, shape, dtype)) for at, slot in enumerate(slots)]
-            return values[: len(self.inputs)], values[-1] if self.base else None
+            return values[: len(self.sources)], values[-1] if self.base else None
 
         return inputs
 
 
-class _Look:
+class _BlockStatsPass:
     """What a method sees of a tensor: its inputs, block by block."""
 
-    def __init__(self, way: Merged, scan: Scan) -> None:
+    def __init__(self, way: MergedTensor, scan: StatsPass) -> None:
         self.way = way
         self.scan = scan
 
@@ -170,9 +170,9 @@ class _Look:
             yield see(inputs(start, stop)[0], way.block(start))
 
 
-class _FastLook(_Look):
+class _NativeStatsPass(_BlockStatsPass):
     """With inner products that are added up straight from the inputs' bytes."""
 
     def products(self) -> Iterator[NDArray[np.float64]]:
-        for stored, start, stop in self.scan(partial(self.way.stacked, worker=self.scan.worker)):
+        for stored, start, stop in self.scan(partial(self.way.native_inputs, worker=self.scan.worker)):
             yield stored.products(start, stop)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeforge.methods._weighted_sum import WeightedSum
-from mergeforge.native.bindings import CHUNK, PRODUCT_CHUNK, Sum, kernels
+from mergeforge.native.bindings import CHUNK, PRODUCT_CHUNK, ReductionArgs, kernels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ MEMORY = -1  # instead of a file
 RANGE = [("input", "i8"), ("low", "i4"), ("high", "i4"), ("inside", "i8"), ("found", "i8"), ("beyond", "i8")]
 
 
-class Unreadable(Exception):
+class UnreadableInput(Exception):
     """Input number `at` could not be read from its file."""
 
     def __init__(self, at: int) -> None:
@@ -45,7 +45,7 @@ class Unreadable(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class NativeInput:
     """A tensor's rows, from one on: bytes in memory, or of a file from `offset` on."""
 
     dtype: str
@@ -60,7 +60,7 @@ class Place:
         return self.file, start, KINDS[self.dtype]
 
 
-class Stack:
+class NativeInputs:
     """The same rows of several tensors, as they are stored; the base, if inputs are taken less it, is the last.
 
     `first`: the number of the row that the places begin with; `room`: of room_nbytes(), for tensors in files. Functions
@@ -68,7 +68,7 @@ class Stack:
     """
 
     def __init__(
-        self, places: Sequence[Place], columns: int, *, based: bool, first: int, room: Bytes | None = None
+        self, places: Sequence[NativeInput], columns: int, *, based: bool, first: int, room: Bytes | None = None
     ) -> None:
         import numpy as np
 
@@ -141,9 +141,9 @@ class Stack:
         step, inputs = self._step or self._length(start, stop), self._from(start)
         chosen = inputs if of is None else inputs[of]
         if failed := getattr(kernels(), name)(chosen, *arguments, step, self._room, self._found):
-            raise Unreadable(failed - 1 if of is None else of[failed - 1])
+            raise UnreadableInput(failed - 1 if of is None else of[failed - 1])
 
-    def _sum(self, terms: WeightedSum, start: int) -> Sum:
+    def _sum(self, terms: WeightedSum, start: int) -> ReductionArgs:
         """The sum for kernels whose number 0 is the first of row `start`."""
         import numpy as np
 
@@ -155,7 +155,7 @@ class Stack:
             raise AssertionError(f"factors, masks, bands, weights: {lengths} for {self.inputs} inputs")
         products = np.empty((len(weights), CHUNK), np.float32)
         chunks = np.array([one.ctypes.data for one in products], np.int64)
-        made = Sum(
+        made = ReductionArgs(
             inputs=self.inputs,
             based=self.based,
             fused=terms.fused,
@@ -166,7 +166,7 @@ class Stack:
             swaps=terms.near is not None,
             near=terms.near or 0.0,
         )
-        made.hold(factors=factors, masks=masks, bands=bands, weights=weights, products=chunks)
+        made.keep_alive(factors=factors, masks=masks, bands=bands, weights=weights, products=chunks)
         made.chunks = products  # which live as long, too
         return made
 
@@ -180,6 +180,6 @@ class Stack:
         return table
 
 
-def room_nbytes(count: int) -> int:
+def read_buffer_nbytes(count: int) -> int:
     """The room that reading `count` tensors from files takes."""
     return max(READ_NBYTES, count * CHUNK * WIDEST)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.core.tensor_info import TensorInfo, cut
+from mergeforge.core.tensor_info import TensorInfo, split_into_tiles
 from mergeforge.errors import SourceError
-from mergeforge.tensors.alias import Renamed
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
-from mergeforge.tensors.lazy import Facts, Rows, Scan, Way, any_learns, learn
-from mergeforge.tensors.row_gather import Picked, StagedRows
+from mergeforge.tensors.alias import AliasTensor
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way, any_needs_stats, collect_stats
+from mergeforge.tensors.row_gather import RowGather, StagedRows
 from mergeforge.tokenizer.settings import RowPicks
 
 if TYPE_CHECKING:
@@ -25,48 +25,48 @@ LIVE = 2  # the block, and the rows that go into it
 
 
 @dataclass(frozen=True, eq=False)
-class Mapped:
+class RemappedVocab:
     """Rows of several ways: each the mean of those that `origins` name; the last `padding` the mean of all others.
 
     Its origins have rows of their own numbers, so it lets them learn itself and has no `parts`.
     """
 
     info: TensorInfo
-    origins: tuple[Picked, ...]
+    origins: tuple[RowGather, ...]
     padding: int = 0
 
-    parts: tuple[Way, ...] = ()
+    inputs: tuple[Way, ...] = ()
 
     @property
-    def learns(self) -> bool:
-        return self.padding > 0 or any(any_learns(origin.way) for origin in self.origins)
+    def needs_stats(self) -> bool:
+        return self.padding > 0 or any(any_needs_stats(origin.tensor) for origin in self.origins)
 
     @property
-    def need(self) -> Need:
-        inside = [origin.need for origin in self.origins]
+    def memory_cost(self) -> MemoryCost:
+        inside = [origin.memory_cost for origin in self.origins]
         staged = self._sum([origin.row_nbytes for origin in self.origins])
-        return Need(
-            row=int(staged.max(initial=0)) + INDEX_NBYTES * (len(self.origins) + 1),
-            fixed=ALIGNMENT * len(self.origins)
+        return MemoryCost(
+            row_nbytes=int(staged.max(initial=0)) + INDEX_NBYTES * (len(self.origins) + 1),
+            fixed_nbytes=ALIGNMENT * len(self.origins)
             + 16 * self.info.columns
-            + max((one.fixed for one in inside), default=0),
-            live=LIVE + max((one.live for one in inside), default=0),
+            + max((one.fixed_nbytes for one in inside), default=0),
+            scratch_blocks=LIVE + max((one.scratch_blocks for one in inside), default=0),
         )
 
-    def learn(self, scan: Scan) -> Any:
+    def collect_stats(self, scan: StatsPass) -> Any:
         """Let the origins learn; the mean of the rows for the padding."""
-        for way in (origin.way for origin in self.origins):
-            if any_learns(way):
-                tiles = [range(tile.start, tile.stop) for tile in cut(way.info, 1)]
+        for way in (origin.tensor for origin in self.origins):
+            if any_needs_stats(way):
+                tiles = [range(tile.start, tile.stop) for tile in split_into_tiles(way.info, 1)]
                 scan.worker.clear()
-                learn(way, Scan(way.info, tiles, scan.worker, scan.facts, scan.dtype))
+                collect_stats(way, StatsPass(way.info, tiles, scan.worker, scan.facts, scan.dtype))
                 scan.worker.clear()
         return self._mean(scan) if self.padding else None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
-        staged = [origin.stage(rows, worker, facts, dtype, id(self)) for origin in self.origins]
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
+        staged = [origin.load(rows, worker, facts, dtype, id(self)) for origin in self.origins]
         counts = self._sum([1] * len(self.origins), rows)
-        slot = worker.slot()
+        slot = worker.next_slot()
         mean = facts.get(id(self))
 
         def block(start: int, stop: int) -> Tensor:
@@ -92,18 +92,18 @@ class Mapped:
             total += (origin.rows[rows.start : rows.stop] >= 0) * number
         return total
 
-    def _mean(self, scan: Scan) -> Tensor:
+    def _mean(self, scan: StatsPass) -> Tensor:
         """The mean of all rows but the padding, summed up in float64 (mergekit/tokenizer/embed.py)."""
         import torch
 
         total = torch.zeros(self.info.columns, dtype=torch.float64, device=scan.worker.device)
-        for block, start, stop in scan(lambda tile: self.stage(tile, scan.worker, scan.facts, scan.dtype)):
+        for block, start, stop in scan(lambda tile: self.load(tile, scan.worker, scan.facts, scan.dtype)):
             if start < self._padded_from:
                 total += block(start, stop)[: self._padded_from - start].sum(0, dtype=torch.float64)
         return (total / self._padded_from).to(scan.dtype)
 
 
-def mapped(name: str, picks: RowPicks, ways: Mapping[str, Way]) -> Way:
+def remap_vocab(name: str, picks: RowPicks, ways: Mapping[str, Way]) -> Way:
     """A model's tensor `name` for the output's tokenizer; its own way where nothing changes.
 
     `ways`: a model's label -> how this tensor comes about there. Raises SourceError where shapes do not fit.
@@ -116,13 +116,13 @@ def mapped(name: str, picks: RowPicks, ways: Mapping[str, Way]) -> Way:
     dtypes = {info.dtype for info in infos}
     dtype = dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
     info = replace(infos[0], name=name, dtype=dtype, shape=(picks.size, *infos[0].shape[1:]))
-    origins = (Picked(_plain(ways[label]), rows, info.block_rows) for label, rows in picks.sources.items())
-    return Mapped(info, tuple(origins), picks.padding)
+    origins = (RowGather(_plain(ways[label]), rows, info.block_rows) for label, rows in picks.sources.items())
+    return RemappedVocab(info, tuple(origins), picks.padding)
 
 
 def _plain(way: Way) -> Way:
     """A way without its other names, so that a stored tensor is seen as one."""
-    while isinstance(way, Renamed):
+    while isinstance(way, AliasTensor):
         way = way.way
     return way
 

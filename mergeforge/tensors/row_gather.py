@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeforge.core.tensor_info import DTYPES, dtype_name
-from mergeforge.tensors.alias import Renamed
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker, viewed
-from mergeforge.tensors.lazy import Facts, Way
-from mergeforge.tensors.merged import Merged
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.alias import AliasTensor
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker, view_rows
+from mergeforge.tensors.lazy import Stats, Way
+from mergeforge.tensors.merged import MergedTensor
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,53 +31,55 @@ PIECES = 64  # of the staging buffer, that computing one block of a part may tak
 
 
 @dataclass(frozen=True, eq=False)
-class Picked:
+class RowGather:
     """One way and, for every output row, the row of it that the output takes; -1: none.
 
     `block_rows`: of the output, for those of its blocks that begin a tile.
     """
 
-    way: Way
+    tensor: Way
     rows: NDArray[np.int32]
     block_rows: int
 
     @property
     def row_nbytes(self) -> int:
         """Bytes of a staged row."""
-        info = self.way.info
-        return info.row_nbytes if isinstance(self.way, Stored) else info.columns * WIDEST
+        info = self.tensor.info
+        return info.row_nbytes if isinstance(self.tensor, StoredTensor) else info.columns * WIDEST
 
     @property
-    def need(self) -> Need:
+    def memory_cost(self) -> MemoryCost:
         """What computing one block of the way takes; live in the output's blocks."""
-        if isinstance(self.way, Stored):
-            return Need()
-        inside, rows = self.way.need, self.way.info.block_rows
-        live = -(-(inside.live + 1) * rows // max(self.block_rows, 1))
-        return Need(fixed=inside.row * rows + inside.fixed + ALIGNMENT * PIECES, live=live)
+        if isinstance(self.tensor, StoredTensor):
+            return MemoryCost()
+        inside, rows = self.tensor.memory_cost, self.tensor.info.block_rows
+        live = -(-(inside.scratch_blocks + 1) * rows // max(self.block_rows, 1))
+        return MemoryCost(
+            fixed_nbytes=inside.row_nbytes * rows + inside.fixed_nbytes + ALIGNMENT * PIECES, scratch_blocks=live
+        )
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype, key: int) -> StagedRows:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype, key: int) -> StagedRows:
         """The tile's rows that come from here."""
         import numpy as np
 
         wanted = self.rows[rows.start : rows.stop]
         places = np.flatnonzero(wanted >= 0)
         numbers = wanted[places]
-        stored = isinstance(self.way, Stored)
-        kind = self.way.info.dtype if stored else dtype_name(dtype)
-        row_nbytes = self.way.info.columns * DTYPES[kind][0] // 8
+        stored = isinstance(self.tensor, StoredTensor)
+        kind = self.tensor.info.dtype if stored else dtype_name(dtype)
+        row_nbytes = self.tensor.info.columns * DTYPES[kind][0] // 8
 
         def make() -> Tensor:
-            piece, there = worker.room(len(numbers) * row_nbytes)
-            if isinstance(self.way, Stored):
-                _read(self.way, numbers, piece)
+            piece, there = worker.allocate_tensor(len(numbers) * row_nbytes)
+            if isinstance(self.tensor, StoredTensor):
+                _read(self.tensor, numbers, piece)
                 return there if there is piece else there.copy_(piece, non_blocking=True)
-            tile = viewed(there, kind, self.way.info.columns)
-            _compute(self.way, numbers, (places + rows.start) // self.block_rows, tile, worker, facts)
+            tile = view_rows(there, kind, self.tensor.info.columns)
+            _compute(self.tensor, numbers, (places + rows.start) // self.block_rows, tile, worker, facts)
             return there
 
-        raw = worker.once((key, id(self), rows), make)
-        return StagedRows(places, viewed(raw, kind, self.way.info.columns))
+        raw = worker.cached((key, id(self), rows), make)
+        return StagedRows(places, view_rows(raw, kind, self.tensor.info.columns))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +109,7 @@ class StagedRows:
                 into.index_copy_(0, at, rows)
 
 
-def _read(way: Stored, numbers: NDArray[np.int32], into: Tensor) -> None:
+def _read(way: StoredTensor, numbers: NDArray[np.int32], into: Tensor) -> None:
     """Rows of a stored tensor, in the order in which they are wanted; neighbours in one read."""
     nbytes = way.info.row_nbytes
     buffer = into.numpy().data
@@ -118,7 +120,7 @@ def _read(way: Stored, numbers: NDArray[np.int32], into: Tensor) -> None:
 
 
 def _compute(
-    way: Way, numbers: NDArray[np.int32], blocks: NDArray[np.int64], into: Tensor, worker: Worker, facts: Facts
+    way: Way, numbers: NDArray[np.int32], blocks: NDArray[np.int64], into: Tensor, worker: Worker, facts: Stats
 ) -> None:
     """Rows of any way, piece by piece; `blocks`: the output's, which each belongs to."""
     import numpy as np
@@ -126,7 +128,7 @@ def _compute(
 
     mark = worker.mark()
     for rows, here in _in_runs(numbers, blocks) if _by_element(way) else _in_blocks(way, numbers):
-        value = way.stage(rows, worker, facts, into.dtype)(rows.start, rows.stop)
+        value = way.load(rows, worker, facts, into.dtype)(rows.start, rows.stop)
         wanted = torch.from_numpy(numbers[here].astype(np.int64) - rows.start).to(into.device)
         into.index_copy_(0, torch.from_numpy(here).to(into.device), value.index_select(0, wanted))
         worker.release(mark)
@@ -134,9 +136,9 @@ def _compute(
 
 def _by_element(way: Way) -> bool:
     """Whether any rows can be computed by themselves: nothing looks at where a block begins."""
-    if isinstance(way, Merged):
-        return "block" not in way.method.wants and all(map(_by_element, way.parts))
-    return isinstance(way, Stored) or (isinstance(way, Renamed) and _by_element(way.way))
+    if isinstance(way, MergedTensor):
+        return "block" not in way.method.wants and all(map(_by_element, way.inputs))
+    return isinstance(way, StoredTensor) or (isinstance(way, AliasTensor) and _by_element(way.way))
 
 
 def _in_blocks(way: Way, numbers: NDArray[np.int32]) -> Iterator[tuple[range, NDArray[np.int64]]]:

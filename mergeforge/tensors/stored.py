@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.disk import InputFile
-from mergeforge.tensors.budget import Need, Worker, viewed
-from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
+from mergeforge.tensors.budget import MemoryCost, Worker, view_rows
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,26 +23,26 @@ PIECE = 1 << 18  # elements that a comparison reads at a time
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class StoredTensor:
     """Contiguous bytes of one file."""
 
     info: TensorInfo
     file: InputFile
     offset: int
 
-    parts: tuple[Way, ...] = ()
-    learns: bool = False
+    inputs: tuple[Way, ...] = ()
+    needs_stats: bool = False
 
     @property
-    def need(self) -> Need:
-        return Need(row=self.info.row_nbytes, live=1)
+    def memory_cost(self) -> MemoryCost:
+        return MemoryCost(row_nbytes=self.info.row_nbytes, scratch_blocks=1)
 
-    def learn(self, scan: Scan) -> Any:
+    def collect_stats(self, scan: StatsPass) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
         raw = self.read(rows, worker)
-        slot = worker.slot()
+        slot = worker.next_slot()
 
         def block(start: int, stop: int) -> Tensor:
             into = worker.scratch(slot, (stop - start, self.info.columns), dtype)
@@ -54,7 +54,7 @@ class Stored:
         """The rows in the stored dtype, in the worker's staging buffer."""
         nbytes = self.info.row_nbytes
         raw = worker.read(self.file, self.offset + rows.start * nbytes, len(rows) * nbytes, keep=keep)
-        return viewed(raw, self.info.dtype, self.info.columns)
+        return view_rows(raw, self.info.dtype, self.info.columns)
 
     def bytes(self, rows: range, worker: Worker) -> Bytes:
         """The rows' bytes in the staging buffer, on the host of a worker without a device."""
@@ -73,7 +73,7 @@ class Stored:
         for start in range(0, self.info.numel, PIECE):
             raw = bytearray(min(PIECE, self.info.numel - start) * size)
             self.file.read_into(memoryview(raw), self.offset + start * size)
-            yield viewed(torch.frombuffer(raw, dtype=torch.uint8), self.info.dtype, 1).flatten().double()
+            yield view_rows(torch.frombuffer(raw, dtype=torch.uint8), self.info.dtype, 1).flatten().double()
 
     def whole(self) -> Tensor:
         """All of a small tensor in float64, in its shape."""
@@ -82,7 +82,7 @@ class Stored:
         return torch.cat(list(self.pieces())).view(self.info.shape)
 
 
-def same_content(one: Stored, other: Stored) -> bool:
+def same_content(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors hold the same numbers, be it in different dtypes."""
     import torch
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergeforge.errors import RecipeError, SourceError, did_you_mean
-from mergeforge.io.aux_files import Made, SideFile, SideFiles
+from mergeforge.io.aux_files import AuxFiles, InMemoryFile, SideFile
 from mergeforge.tokenizer.hf_vocabulary import read_object
 from mergeforge.tokenizer.output_files import json_file
 from mergeforge.tokenizer.settings import TokenizerOf
@@ -83,18 +83,18 @@ def chat_template(wanted: str, models: Sequence[TokenizerOf]) -> str | None:
     return wanted
 
 
-def with_chat_template(files: SideFiles, template: str) -> dict[str, SideFile]:
+def with_chat_template(files: AuxFiles, template: str) -> dict[str, SideFile]:
     """Side files with this chat template alone, in chat_template.jinja. Raises SourceError."""
     stale = ("chat_template.json", "additional_chat_templates/")
     found = {name: content for name, content in files.items() if not name.startswith(stale)}
-    found["chat_template.jinja"] = Made("chat_template.jinja", template.encode())
+    found["chat_template.jinja"] = InMemoryFile("chat_template.jinja", template.encode())
     config = read_object(files, "tokenizer_config.json") or {}
     if config.pop("chat_template", None) is not None:
         found["tokenizer_config.json"] = json_file("tokenizer_config.json", config)
     return found
 
 
-def _own(files: SideFiles) -> str:
+def _own(files: AuxFiles) -> str:
     """A model's default chat template; "" where it has none."""
     if "chat_template.jinja" in files:
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergeforge.errors import SourceError, listing
-from mergeforge.io.aux_files import SideFiles
+from mergeforge.io.aux_files import AuxFiles
 from mergeforge.tokenizer.settings import TokenizerOf
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
@@ -82,7 +82,7 @@ def added_ids(plain: Mapping[str, int], added: Iterable[str]) -> dict[str, int]:
     return ids
 
 
-def read_object(files: SideFiles, name: str) -> dict[str, Any] | None:
+def read_object(files: AuxFiles, name: str) -> dict[str, Any] | None:
     """The JSON object in a file; None when there is no such file. Raises SourceError."""
     if name not in files:
         return None

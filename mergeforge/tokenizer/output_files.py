@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import SourceError, listing
-from mergeforge.io.aux_files import Made, SideFile, SideFiles
+from mergeforge.io.aux_files import AuxFiles, InMemoryFile, SideFile
 from mergeforge.tokenizer.hf_vocabulary import Vocabulary, added_ids, read_object, save_again
 from mergeforge.tokenizer.output_vocabulary import Output
 
@@ -40,7 +40,7 @@ def files_in(folder: Path) -> dict[str, SideFile]:
     return {path.relative_to(folder).as_posix(): path for path in found}
 
 
-def with_tokenizer(files: SideFiles, made: SideFiles) -> dict[str, SideFile]:
+def with_tokenizer(files: AuxFiles, made: AuxFiles) -> dict[str, SideFile]:
     """Side files with these tokenizer files in the place of their own."""
     return {**{name: file for name, file in files.items() if not _is_of_tokenizer(name)}, **made}
 
@@ -74,11 +74,11 @@ def output_files(donor: Vocabulary, output: Output) -> tuple[dict[str, SideFile]
     return files, ["tekken.json is left out: it lacks the new tokens"] if stale else []
 
 
-def json_file(name: str, value: Mapping[str, Any]) -> Made:
-    return Made(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+def json_file(name: str, value: Mapping[str, Any]) -> InMemoryFile:
+    return InMemoryFile(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _config(files: SideFiles, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _config(files: AuxFiles, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """tokenizer_config.json with these added tokens, if it lists any or a slow tokenizer would miss them."""
     config = read_object(files, "tokenizer_config.json") or {}
     if "tokenizer.model" in files or "added_tokens_decoder" in config:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mergeforge.io.aux_files import SideFile, SideFiles
+from mergeforge.io.aux_files import AuxFiles, SideFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +58,7 @@ class TokenizerOf:
     """
 
     label: str
-    files: SideFiles
+    files: AuxFiles
     rows: int
     merged: bool = True
 

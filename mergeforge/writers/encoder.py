@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-Run = tuple[int, int]  # (offset in the file, bytes)
+ByteRange = tuple[int, int]  # (offset in the file, bytes)
 
 
-class Outlet(Protocol):
+class TensorEncoder(Protocol):
     """How one file takes one tensor, strip by strip.
 
     A strip is `strip_rows` rows (the last may be shorter): what is encoded at once, and what a
@@ -32,28 +32,28 @@ class Outlet(Protocol):
     def file(self) -> str: ...
 
     @property
-    def about(self) -> str:
+    def label(self) -> str:
         """Its type, for messages."""
 
     @property
-    def plain(self) -> str:
+    def float_dtype(self) -> str:
         """The dtype of its bytes; "" where they are quantised blocks, which hold neither infinities nor NaN."""
 
     @property
-    def strip_rows(self) -> int: ...
+    def chunk_rows(self) -> int: ...
 
     @property
     def row_nbytes(self) -> int:
         """The most bytes that a row takes, on average over a strip."""
 
     @property
-    def live(self) -> int:
+    def scratch_nbytes(self) -> int:
         """Bytes of the temporaries that encoding a strip takes."""
 
-    def nbytes(self, start: int, stop: int) -> int:
+    def chunk_nbytes(self, start: int, stop: int) -> int:
         """Bytes of the encoded strip of rows [start, stop)."""
 
-    def runs(self, start: int, stop: int) -> list[Run]:
+    def byte_ranges(self, start: int, stop: int) -> list[ByteRange]:
         """Where the encoded strip's bytes go, in their order."""
 
     def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
@@ -62,22 +62,22 @@ class Outlet(Protocol):
         Does not change `rows`. On a device the copy is only begun: wait for the worker before reading.
         """
 
-    def refuses(self, magnitude: float) -> bool:
+    def overflows(self, magnitude: float) -> bool:
         """Whether a value of this magnitude (or NaN) would not come out finite."""
 
 
-def strips(start: int, stop: int, outlet: Outlet) -> Iterator[tuple[int, int]]:
+def chunk_ranges(start: int, stop: int, outlet: TensorEncoder) -> Iterator[tuple[int, int]]:
     """Row ranges of the strips in [start, stop), which begins with one."""
-    for at in range(start, stop, outlet.strip_rows):
-        yield at, min(at + outlet.strip_rows, stop)
+    for at in range(start, stop, outlet.chunk_rows):
+        yield at, min(at + outlet.chunk_rows, stop)
 
 
-def common_strip(block_rows: int, outlets: Iterable[Outlet], rows: int) -> int:
+def chunk_alignment(block_rows: int, outlets: Iterable[TensorEncoder], rows: int) -> int:
     """The number of rows after which blocks and every outlet's strips begin anew."""
-    return min(rows, math.lcm(block_rows, *(outlet.strip_rows for outlet in outlets))) or 1
+    return min(rows, math.lcm(block_rows, *(outlet.chunk_rows for outlet in outlets))) or 1
 
 
-def joined(runs: Iterable[Run]) -> Iterator[Run]:
+def coalesce_ranges(runs: Iterable[ByteRange]) -> Iterator[ByteRange]:
     """Runs with those that follow one another in the file made one."""
     offset, nbytes = 0, 0
     for at, more in runs:

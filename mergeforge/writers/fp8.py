@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.file_layout import Extent
 from mergeforge.quant_codecs import fp8
-from mergeforge.writers.encoder import Run
+from mergeforge.writers.encoder import ByteRange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ LIVE = 13  # bytes of temporaries for each element of a band: as float32, padded
 
 
 @dataclass(frozen=True)
-class FP8Outlet:
+class FP8Encoder:
     """The codes of a matrix, or (`scales`) the scales of its blocks of `block` (rows, columns).
 
     `info`: the tensor as it is computed; `extent`: where these codes or scales lie. A strip is whole
@@ -34,14 +34,14 @@ class FP8Outlet:
     block: tuple[int, int]
     scales: bool = False
 
-    plain: str = ""
+    float_dtype: str = ""
 
     @property
     def key(self) -> str:
         return f"fp8{SCALES}" if self.scales else "fp8"
 
     @property
-    def about(self) -> str:
+    def label(self) -> str:
         return "FP8's scales" if self.scales else "FP8"
 
     @property
@@ -49,7 +49,7 @@ class FP8Outlet:
         return self.extent.file
 
     @property
-    def strip_rows(self) -> int:
+    def chunk_rows(self) -> int:
         return min(math.lcm(self.info.block_rows, self.block[0]), self.info.rows)
 
     @property
@@ -57,21 +57,21 @@ class FP8Outlet:
         return self._across * 4 if self.scales else self.info.columns
 
     @property
-    def live(self) -> int:
+    def scratch_nbytes(self) -> int:
         return LIVE * self.block[0] * (self.info.columns + self.block[1])
 
     @property
     def _across(self) -> int:
         return -(-self.info.columns // self.block[1])
 
-    def nbytes(self, start: int, stop: int) -> int:
+    def chunk_nbytes(self, start: int, stop: int) -> int:
         if self.scales:
             return -(-(stop - start) // self.block[0]) * self._across * 4
         return (stop - start) * self.info.columns
 
-    def runs(self, start: int, stop: int) -> list[Run]:
+    def byte_ranges(self, start: int, stop: int) -> list[ByteRange]:
         before = start // self.block[0] * self._across * 4 if self.scales else start * self.info.columns
-        return [(self.extent.offset + before, self.nbytes(start, stop))]
+        return [(self.extent.offset + before, self.chunk_nbytes(start, stop))]
 
     def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
         import torch
@@ -84,7 +84,7 @@ class FP8Outlet:
             into[at : at + len(raw)].copy_(raw, non_blocking=True)
             at += len(raw)
 
-    def refuses(self, magnitude: float) -> bool:
+    def overflows(self, magnitude: float) -> bool:
         return not magnitude < math.inf
 
 

@@ -14,11 +14,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
-from mergeforge.gguf.architectures import Place
+from mergeforge.gguf.architectures import TensorTarget
 from mergeforge.gguf.key_values import Keys, Value, encoded, u16
 from mergeforge.gguf.quantize import QuantType, encode, scratch_nbytes
 from mergeforge.io.file_layout import Extent, Layout, OutputFile
-from mergeforge.writers.encoder import Run, joined
+from mergeforge.writers.encoder import ByteRange, coalesce_ranges
 from mergeforge.writers.safetensors import OVERFLOW
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ class GGUFTensor:
 
     name: str
     shape: tuple[int, ...]
-    kind: QuantType
+    quant_type: QuantType
     content: bytes = b""
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape[:-1]) * self.kind.row_nbytes(self.shape[-1])
+        return math.prod(self.shape[:-1]) * self.quant_type.row_nbytes(self.shape[-1])
 
 
 def lay_out(stem: str, keys: Keys, tensors: Sequence[GGUFTensor], split_max_size: int = 0) -> Layout:
@@ -78,7 +78,7 @@ def header(keys: Keys, tensors: Sequence[GGUFTensor]) -> bytes:
 def _entry(tensor: GGUFTensor, offset: int) -> bytes:
     name = tensor.name.encode()
     dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
-    return struct.pack("<Q", len(name)) + name + dims + struct.pack("<IQ", tensor.kind.number, offset)
+    return struct.pack("<Q", len(name)) + name + dims + struct.pack("<IQ", tensor.quant_type.number, offset)
 
 
 def _offsets(tensors: Sequence[GGUFTensor]) -> list[int]:
@@ -105,7 +105,7 @@ def _split(tensors: Sequence[GGUFTensor], largest: int) -> list[list[GGUFTensor]
     return parts
 
 
-def positions_of(place: Place, info: TensorInfo) -> np.ndarray | None:
+def positions_of(place: TensorTarget, info: TensorInfo) -> np.ndarray | None:
     """Which of the place's units each stored row becomes (int32; -1: none); None where rows stay in order.
 
     Layers share it: a stack of experts has some hundred thousand rows.
@@ -120,7 +120,7 @@ def positions_of(place: Place, info: TensorInfo) -> np.ndarray | None:
 
 
 @dataclass(frozen=True, eq=False)
-class GGUFOutlet:
+class GGUFEncoder:
     """A merged tensor's rows, arranged and encoded as (a part of) one GGUF tensor.
 
     `stored` names the dtype to which values are rounded first ("": none). `importance`: float32,
@@ -129,8 +129,8 @@ class GGUFOutlet:
 
     sink: str
     info: TensorInfo
-    place: Place
-    kind: QuantType
+    target: TensorTarget
+    quant_type: QuantType
     extent: Extent
     device: str
     stored: str = ""
@@ -139,80 +139,80 @@ class GGUFOutlet:
 
     @property
     def key(self) -> str:
-        return f"{self.sink}/{self.place.tensor}/{self.place.first}"
+        return f"{self.sink}/{self.target.tensor}/{self.target.first}"
 
     @property
-    def about(self) -> str:
-        return f"GGUF's {self.kind.name}"
+    def label(self) -> str:
+        return f"GGUF's {self.quant_type.name}"
 
     @property
-    def plain(self) -> str:
-        return self.kind.name if self.kind.name in _PLAIN else ""
+    def float_dtype(self) -> str:
+        return self.quant_type.name if self.quant_type.name in _PLAIN else ""
 
     @property
     def file(self) -> str:
         return self.extent.file
 
     @property
-    def strip_rows(self) -> int:
-        if not self.place.turn:
+    def chunk_rows(self) -> int:
+        if not self.target.turn:
             return self.info.block_rows
         return min(math.lcm(self.info.block_rows, self._source_rows), self.info.rows)
 
     @property
     def row_nbytes(self) -> int:
-        if self.place.turn:
+        if self.target.turn:
             return -(-self._columns * self._unit_nbytes // self._source_rows)
         return self._unit_nbytes
 
     @property
-    def live(self) -> int:
-        strip = self.strip_rows * self.info.columns * 4
-        arranged = 3 if self.place.turn else 1 if self.place.rows is not None else 0
-        rounded = bool(self.stored or self.place.add)
-        result = self.strip_rows * self.row_nbytes if self.kind.block > 1 else 0
-        return (arranged + rounded) * strip + result + scratch_nbytes(self.kind, self.device)
+    def scratch_nbytes(self) -> int:
+        strip = self.chunk_rows * self.info.columns * 4
+        arranged = 3 if self.target.turn else 1 if self.target.rows is not None else 0
+        rounded = bool(self.stored or self.target.add)
+        result = self.chunk_rows * self.row_nbytes if self.quant_type.block > 1 else 0
+        return (arranged + rounded) * strip + result + scratch_nbytes(self.quant_type, self.device)
 
-    def nbytes(self, start: int, stop: int) -> int:
+    def chunk_nbytes(self, start: int, stop: int) -> int:
         return len(self._targets(start, stop)) * self._unit_nbytes
 
-    def runs(self, start: int, stop: int) -> list[Run]:
+    def byte_ranges(self, start: int, stop: int) -> list[ByteRange]:
         targets, size = self._targets(start, stop), self._unit_nbytes
         if isinstance(targets, range):
             return [(self.extent.offset + targets.start * size, len(targets) * size)] if targets else []
-        return list(joined((self.extent.offset + int(target) * size, size) for target in targets))
+        return list(coalesce_ranges((self.extent.offset + int(target) * size, size) for target in targets))
 
     def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
         values = self._arranged(rows.float(), start)
         if self.stored:
             values = values.to(torch_dtype(self.stored)).float()
-        if self.place.add:
-            values = values + self.place.add
-        if self.plain:
-            dtype = torch_dtype(self.plain)
+        if self.target.add:
+            values = values + self.target.add
+        if self.float_dtype:
+            dtype = torch_dtype(self.float_dtype)
             assert dtype is not None
             values = values if values.device.type == "cpu" else values.to(dtype)
             into.view(dtype).view(values.shape).copy_(values, non_blocking=True)
             return
         for part, out, importance in self._matrices(values.contiguous(), into, start, start + len(rows)):
-            out.copy_(encode(self.kind, part, importance).view(-1), non_blocking=True)
+            out.copy_(encode(self.quant_type, part, importance).view(-1), non_blocking=True)
 
-    def refuses(self, magnitude: float) -> bool:
-        return not (magnitude < OVERFLOW[self.plain] if self.plain else magnitude <= LARGEST_SCALE)
+    def overflows(self, magnitude: float) -> bool:
+        return not (magnitude < OVERFLOW[self.float_dtype] if self.float_dtype else magnitude <= LARGEST_SCALE)
 
     # Stored rows are units of the GGUF tensor: whole rows of it, or single elements of a 1-D one.
 
     @property
     def _unit_columns(self) -> int:
-        return self.place.turn or self.info.columns
+        return self.target.turn or self.info.columns
 
     @property
     def _unit_nbytes(self) -> int:
-        return self.kind.row_nbytes(self._unit_columns)
+        return self.quant_type.row_nbytes(self._unit_columns)
 
     @property
     def _first(self) -> int:
-        return self.place.first * self.place.shape[-1] // self._unit_columns
+        return self.target.first * self.target.shape[-1] // self._unit_columns
 
     @property
     def _columns(self) -> int:
@@ -221,18 +221,18 @@ class GGUFOutlet:
 
     @property
     def _chosen(self) -> slice:
-        return self.place.columns or slice(None)
+        return self.target.columns or slice(None)
 
     @property
     def _source_rows(self) -> int:
         """Stored rows from which one turned matrix comes."""
-        if self.place.rows is None:
-            return self.place.turn
-        return self.info.rows * self.place.turn // len(self.place.rows)
+        if self.target.rows is None:
+            return self.target.turn
+        return self.info.rows * self.target.turn // len(self.target.rows)
 
     @cached_property
     def _positions(self) -> np.ndarray:
-        positions = positions_of(self.place, self.info) if self.positions is None else self.positions
+        positions = positions_of(self.target, self.info) if self.positions is None else self.positions
         assert positions is not None
         return positions
 
@@ -240,10 +240,10 @@ class GGUFOutlet:
         """The GGUF tensor's units that stored rows [start, stop) become, ascending."""
         import numpy as np
 
-        if self.place.turn:
+        if self.target.turn:
             first, last = start // self._source_rows, stop // self._source_rows
             return range(self._first + first * self._columns, self._first + last * self._columns)
-        if self.place.rows is None:
+        if self.target.rows is None:
             return range(self._first + start, self._first + stop)
         found: np.ndarray = np.sort(self._positions[start:stop])
         return self._first + found[np.searchsorted(found, 0) :].astype(np.int64)
@@ -254,9 +254,9 @@ class GGUFOutlet:
         import torch
 
         stop = start + len(values)
-        if self.place.turn:
+        if self.target.turn:
             return self._turned(values, start)
-        if self.place.rows is None:
+        if self.target.rows is None:
             return values
         positions = self._positions[start:stop]
         order = np.argsort(positions, kind="stable")[np.count_nonzero(positions < 0) :]
@@ -267,10 +267,10 @@ class GGUFOutlet:
     def _turned(self, values: Tensor, start: int) -> Tensor:
         import torch
 
-        turn, source = self.place.turn, self._source_rows
-        if self.place.rows is not None:
+        turn, source = self.target.turn, self._source_rows
+        if self.target.rows is not None:
             first, last = start // source * turn, (start + len(values)) // source * turn
-            chosen = torch.from_numpy(self.place.rows[first:last] - start).to(values.device)
+            chosen = torch.from_numpy(self.target.rows[first:last] - start).to(values.device)
             values = values.index_select(0, chosen)
         matrices = values.view(-1, turn, values.shape[1])[:, :, self._chosen]
         return matrices.transpose(1, 2).reshape(-1, turn)
@@ -286,7 +286,7 @@ class GGUFOutlet:
             return
         import numpy as np
 
-        matrix = np.asarray(self._targets(start, stop)) // self.place.shape[-2]
+        matrix = np.asarray(self._targets(start, stop)) // self.target.shape[-2]
         for one in np.unique(matrix):
             first, last = (int(at) for at in np.searchsorted(matrix, [one, one + 1]))
             yield values[first:last], into[first * size : last * size], self.importance[int(one)].to(values.device)

@@ -45,7 +45,7 @@ PIECE = 8 << 20  # bytes copied at a time
 
 
 @dataclass(frozen=True)
-class Part:
+class SpooledTensor:
     """A tensor of the adapter and where its bytes lie now."""
 
     info: TensorInfo
@@ -79,16 +79,16 @@ class Spool:
             self._held[name] = (info, self._size)
             self._size += len(data)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[SpooledTensor]:
         """What it holds, by name."""
         file = DiskFile(self.path)
-        return [Part(info, file, offset) for _, (info, offset) in sorted(self._held.items())]
+        return [SpooledTensor(info, file, offset) for _, (info, offset) in sorted(self._held.items())]
 
     def close(self) -> None:
         os.close(self._fd)
 
 
-def write_adapter(folder: Path, parts: Sequence[Part], config: Mapping[str, Any], card: str) -> None:
+def write_adapter(folder: Path, parts: Sequence[SpooledTensor], config: Mapping[str, Any], card: str) -> None:
     """Write adapter_model.safetensors, adapter_config.json and README.md; durable on return."""
     layout = lay_out([part.info for part in parts], 1 << 62)
     files = OutputFiles(folder, {WEIGHTS: layout.files[SINGLE]})
@@ -105,7 +105,7 @@ def write_adapter(folder: Path, parts: Sequence[Part], config: Mapping[str, Any]
     write_durably(folder / CARD, card.encode())
 
 
-def _copy(part: Part, files: OutputFiles, offset: int, behind: WriteBehind) -> None:
+def _copy(part: SpooledTensor, files: OutputFiles, offset: int, behind: WriteBehind) -> None:
     import numpy as np
 
     piece = np.empty(min(PIECE, part.info.nbytes), np.uint8)
@@ -115,7 +115,7 @@ def _copy(part: Part, files: OutputFiles, offset: int, behind: WriteBehind) -> N
         files.write(WEIGHTS, some, offset + done, behind)
 
 
-def stored_part(part: Part, name: str) -> Part:
+def stored_part(part: SpooledTensor, name: str) -> SpooledTensor:
     """The same bytes under another name."""
     return replace(part, info=part.info.renamed(name))
 

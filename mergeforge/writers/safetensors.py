@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mergeforge.core.tensor_info import DTYPE_ORDER, TensorInfo, torch_dtype
 from mergeforge.io.file_layout import Extent, Layout, OutputFile
-from mergeforge.writers.encoder import Run
+from mergeforge.writers.encoder import ByteRange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,21 +29,21 @@ OVERFLOW = {"F16": 65520.0, "BF16": float.fromhex("0x1.ffp127"), "F32": math.inf
 
 
 @dataclass(frozen=True)
-class CheckpointOutlet:
+class SafetensorsEncoder:
     """A tensor's rows, cast to its dtype, at its extent; a strip is a block."""
 
     info: TensorInfo
     extent: Extent
 
     key: str = KEY
-    live: int = 0
+    scratch_nbytes: int = 0
 
     @property
-    def about(self) -> str:
+    def label(self) -> str:
         return self.info.dtype
 
     @property
-    def plain(self) -> str:
+    def float_dtype(self) -> str:
         return self.info.dtype
 
     @property
@@ -51,18 +51,18 @@ class CheckpointOutlet:
         return self.extent.file
 
     @property
-    def strip_rows(self) -> int:
+    def chunk_rows(self) -> int:
         return self.info.block_rows
 
     @property
     def row_nbytes(self) -> int:
         return self.info.row_nbytes
 
-    def nbytes(self, start: int, stop: int) -> int:
+    def chunk_nbytes(self, start: int, stop: int) -> int:
         return (stop - start) * self.info.row_nbytes
 
-    def runs(self, start: int, stop: int) -> list[Run]:
-        return [(self.extent.offset + start * self.info.row_nbytes, self.nbytes(start, stop))]
+    def byte_ranges(self, start: int, stop: int) -> list[ByteRange]:
+        return [(self.extent.offset + start * self.info.row_nbytes, self.chunk_nbytes(start, stop))]
 
     def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
         dtype = torch_dtype(self.info.dtype)
@@ -71,7 +71,7 @@ class CheckpointOutlet:
             rows = rows.to(dtype)  # fewer bytes over the bus
         into.view(dtype).view(rows.shape).copy_(rows, non_blocking=True)
 
-    def refuses(self, magnitude: float) -> bool:
+    def overflows(self, magnitude: float) -> bool:
         return not magnitude < OVERFLOW[self.info.dtype]
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import mergeforge
 from mergeforge.core import tensor_info
-from mergeforge.core.tensor_info import DTYPES, TensorInfo, Tile, blocks, cut, torch_dtype
+from mergeforge.core.tensor_info import DTYPES, TensorInfo, Tile, blocks, split_into_tiles, torch_dtype
 from mergeforge.methods import METHODS
 from mergeforge.native import bindings
 from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
@@ -74,7 +74,7 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
         plan = mergeforge.plan(recipe(models, method, kind), out=folder / "planned", device="cpu", threads=1)
         pieces = [tiling._piece(piece.way, piece.info, piece.outlets, 0, "cpu") for piece in plan.pieces]
         assert any(len(piece.tiles) > 1 for piece in pieces)
-        return max(piece.staging for piece in pieces) + max(piece.live for piece in pieces)
+        return max(piece.staging_nbytes for piece in pieces) + max(piece.scratch_nbytes for piece in pieces)
 
     def run(
         method: str,
@@ -91,7 +91,7 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
             patch.setattr(tensor_info, "BLOCK_ELEMENTS", BLOCK)
             patch.setattr(tiling, "TILE_NBYTES", tile)
             patch.setattr(tiling, "SUM_NBYTES", tile)
-            patch.setattr(budget, "SMALLEST_MEMORY", 1)
+            patch.setattr(budget, "MIN_MEMORY", 1)
             memory = 1 << 30 if more is None else threads * (least(method, kind, in_c) + more)
             plan = mergeforge.plan(recipe(models, method, kind), out=out, memory=memory, threads=threads, device="cpu")
             assert plan.peak <= memory
@@ -167,7 +167,7 @@ def test_tiles_and_blocks_cover_a_tensor(shape: tuple[int, ...], dtype: str, sha
     assert info.rows * info.columns == info.numel
     if math.prod(shape) > 1 << 30:
         info = TensorInfo("w", dtype, (min(shape[0], 1 << 12), shape[1]))
-    tiles = cut(info, max(1, int(share * info.rows)))
+    tiles = split_into_tiles(info, max(1, int(share * info.rows)))
     found = [range(*block) for tile in tiles for block in blocks(tile, info)]
     assert found == [range(*block) for block in blocks(Tile("w", 0, info.rows), info)]
     assert sum(map(len, found)) == info.rows

@@ -190,7 +190,7 @@ def noted(folder: Path) -> dict[Tile, Any]:
 
 
 def test_finished_tiles_are_not_computed_again(world: World, out: Path, interrupted: Path, strike: Strike) -> None:
-    done, tiles = len(noted(interrupted)), sum(len(piece.tiles) for piece in world.plan(out).pieces)
+    done, tiles = len(noted(interrupted)), sum(len(piece.tiles) for piece in world.plan(out).tensor_plans)
     assert 3 < done < tiles
     assert tiles_written(world, out, strike) == tiles - done
 
@@ -233,7 +233,7 @@ def test_a_damaged_tile_is_found_and_computed_again(world: World, out: Path, int
         byte = file.read(1)
         file.seek(extent.offset)
         file.write(bytes([byte[0] ^ 1]))
-    tiles = sum(len(piece.tiles) for piece in plan.pieces)
+    tiles = sum(len(piece.tiles) for piece in plan.tensor_plans)
     assert tiles_written(world, out, strike) == tiles - len(done) + 1
 
 
@@ -241,7 +241,7 @@ def test_a_tile_that_was_mended_is_synced(world: World, out: Path, strike: Strik
     """All tiles noted, one damaged: writing it again changes nothing in the journal, but must reach the disk."""
     plan = world.plan(out)
     stopped = executor.run(plan)
-    tiles = [next(stopped) for _ in range(sum(len(piece.tiles) for piece in plan.pieces))]
+    tiles = [next(stopped) for _ in range(sum(len(piece.tiles) for piece in plan.tensor_plans))]
     stopped.close()
     assert len(noted(out / WORK)) == len(tiles)
     extent = plan.checkpoint.extents[tiles[0].name]

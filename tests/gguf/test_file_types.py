@@ -16,12 +16,21 @@ import pytest
 from support.file_type_models import MODELS
 
 from mergeforge.errors import RecipeError
-from mergeforge.gguf.file_types import ALIASES, MIXES, MixFacts, Wishes, choose, file_order, mix_named, type_named
+from mergeforge.gguf.file_types import (
+    ALIASES,
+    FILE_TYPES,
+    FileTypeFacts,
+    TypeOverrides,
+    file_order,
+    file_type_named,
+    select_tensor_types,
+    type_named,
+)
 from mergeforge.gguf.quantize import QUANT_TYPES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_file_types.json").read_text(encoding="utf-8"))
-QUANTIZER = [name for name, mix in MIXES.items() if mix.quantizer]
-TINY = MixFacts("llama", 4, 0, 4, 2)
+QUANTIZER = [name for name, mix in FILE_TYPES.items() if mix.quantizer]
+TINY = FileTypeFacts("llama", 4, 0, 4, 2)
 
 
 def recorded(key: str) -> list[str]:
@@ -37,7 +46,7 @@ def test_types_and_order_are_llama_quantize_s(name: str) -> None:
     for mix in QUANTIZER:
         for imatrix in (False, True):
             key = f"{name} {mix}" + " imatrix" * (imatrix and f"{name} {mix} imatrix" in GOLDEN["types"])
-            found = choose(MIXES[mix], tensors, model.facts, has_importance=imatrix)
+            found = select_tensor_types(FILE_TYPES[mix], tensors, model.facts, has_importance=imatrix)
             assert [found[tensor].name for tensor in file_order(list(tensors))] == recorded(key), key
 
 
@@ -46,8 +55,8 @@ def test_file_types_are_gguf_s() -> None:
     from gguf import LlamaFileType
 
     known = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind.value for kind in LlamaFileType}
-    assert {mix.label: mix.file_type for mix in MIXES.values()}.items() <= known.items()
-    assert all(key == mix.label.lower() and mix.default in QUANT_TYPES for key, mix in MIXES.items())
+    assert {mix.label: mix.file_type for mix in FILE_TYPES.values()}.items() <= known.items()
+    assert all(key == mix.label.lower() and mix.default in QUANT_TYPES for key, mix in FILE_TYPES.items())
 
 
 @pytest.mark.parametrize("mix", ["f32", "f16", "bf16", "q8_0"])
@@ -63,17 +72,17 @@ def test_the_converter_s_rules(mix: str) -> None:
         "mine.weight": (2, 64),
     }
     rest = {"token_embd.weight": (2, 64), "blk.0.ffn_up.weight": (2, 64), "blk.0.altup_proj.weight": (2, 64)}
-    found = choose(MIXES[mix], {**kept, **rest, "odd.weight": (2, 33)}, TINY, f32={"mine.weight"})
+    found = select_tensor_types(FILE_TYPES[mix], {**kept, **rest, "odd.weight": (2, 33)}, TINY, f32={"mine.weight"})
     assert {found[name].name for name in kept} == {"F32"}
-    assert {found[name].name for name in rest} == {MIXES[mix].label}
-    assert found["odd.weight"].name == ("F16" if mix == "q8_0" else MIXES[mix].label)
+    assert {found[name].name for name in rest} == {FILE_TYPES[mix].label}
+    assert found["odd.weight"].name == ("F16" if mix == "q8_0" else FILE_TYPES[mix].label)
 
 
 def test_what_is_not_quantised_keeps_the_source_s_type() -> None:
     """As llama-quantize does it: F32 from an F32 file, BF16 from a BF16 file; norms are F32 in both."""
     tensors = {"blk.0.altup_proj.weight": (4, 256), "blk.0.attn_norm.weight": (256,), "blk.0.attn_q.weight": (4, 256)}
     for source in ("f32", "bf16"):
-        found = choose(MIXES["q4_k_m"], tensors, TINY, source=source)
+        found = select_tensor_types(FILE_TYPES["q4_k_m"], tensors, TINY, source=source)
         assert [found[name].name for name in tensors] == [source.upper(), "F32", "Q4_K"]
 
 
@@ -83,7 +92,7 @@ TENSORS = {"token_embd.weight": (4, 256), "output.weight": (4, 256)} | {
 
 
 def types(mix: str, **wishes: object) -> dict[str, str]:
-    found = choose(MIXES[mix], TENSORS, TINY, wishes=Wishes(**wishes))  # type: ignore[arg-type]
+    found = select_tensor_types(FILE_TYPES[mix], TENSORS, TINY, wishes=TypeOverrides(**wishes))  # type: ignore[arg-type]
     return {name: kind.name for name, kind in found.items()}
 
 
@@ -108,7 +117,9 @@ def test_output_and_embedding_types() -> None:
     found = types("q4_k_m", output="q8_0", embedding="q5_k")
     assert (found["output.weight"], found["token_embd.weight"]) == ("Q8_0", "Q5_K")
     with pytest.raises(RecipeError, match=r"token_embd.weight has 40 columns, Q4_K needs a multiple of 256"):
-        choose(MIXES["q8_0"], {"token_embd.weight": (4, 40)}, TINY, wishes=Wishes(embedding="q4_k"))
+        select_tensor_types(
+            FILE_TYPES["q8_0"], {"token_embd.weight": (4, 40)}, TINY, wishes=TypeOverrides(embedding="q4_k")
+        )
 
 
 def test_wishes_count_for_the_converter_s_mixes_too() -> None:
@@ -118,18 +129,18 @@ def test_wishes_count_for_the_converter_s_mixes_too() -> None:
 
 
 def test_names_in_any_case_and_aliases() -> None:
-    assert mix_named("Q4_K_M") is MIXES["q4_k_m"]
-    assert all(mix_named(alias).label == f"{alias.upper()}_M" for alias in ALIASES)
+    assert file_type_named("Q4_K_M") is FILE_TYPES["q4_k_m"]
+    assert all(file_type_named(alias).label == f"{alias.upper()}_M" for alias in ALIASES)
     assert type_named("iq4_xs") is QUANT_TYPES["IQ4_XS"]
 
 
 def test_unknown_names_say_what_is_near() -> None:
     with pytest.raises(RecipeError, match="unknown GGUF type 'q4_k_x'") as error:
-        mix_named("q4_k_x")
+        file_type_named("q4_k_x")
     assert "did you mean 'q4_k_" in error.value.hint
     with pytest.raises(RecipeError, match="unknown GGUF tensor type 'q4_k_m'"):
-        choose(MIXES["q4_k_m"], TENSORS, TINY, wishes=Wishes(overrides=[("a", "q4_k_m")]))
+        select_tensor_types(FILE_TYPES["q4_k_m"], TENSORS, TINY, wishes=TypeOverrides(overrides=[("a", "q4_k_m")]))
     with pytest.raises(RecipeError, match="is no regular expression"):
-        choose(MIXES["q4_k_m"], TENSORS, TINY, wishes=Wishes(overrides=[("(", "q8_0")]))
+        select_tensor_types(FILE_TYPES["q4_k_m"], TENSORS, TINY, wishes=TypeOverrides(overrides=[("(", "q8_0")]))
     with pytest.raises(RecipeError, match="no layer of a model with 4"):
-        choose(MIXES["q4_k_m"], {"mtp.ffn_down.weight": (4, 256)}, MixFacts("llama", 4, 8, 4, 2))
+        select_tensor_types(FILE_TYPES["q4_k_m"], {"mtp.ffn_down.weight": (4, 256)}, FileTypeFacts("llama", 4, 8, 4, 2))

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFWriter
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.imatrix import read_importance
+from mergeforge.gguf.imatrix import read_imatrix
 
 SUMS = np.array([[2, 4, 6, 8], [9, 9, 9, 9], [1, 0, 3, 5]], np.float32)
 COUNTS = np.array([[2], [0], [4]], np.float32)
@@ -48,7 +48,7 @@ def dat(entries: dict[str, tuple[int, list[float]]], trailer: bytes = b"") -> by
 def test_gguf_sums_over_counts(tmp_path: Path) -> None:
     """Experts one by one; the one that was never used weighs all columns 1."""
     path = write_gguf(tmp_path / "i.gguf", {"a.weight.in_sum2": SUMS, "a.weight.counts": COUNTS})
-    found = read_importance(path)
+    found = read_imatrix(path)
     assert found.weights["a.weight"].tolist() == [[1, 2, 3, 4], [1, 1, 1, 1], [0.25, 0, 0.75, 1.25]]
     assert found.weights["a.weight"].dtype == np.float32
     assert (found.datasets, found.chunks) == (("wiki.txt",), 7)
@@ -57,21 +57,21 @@ def test_gguf_sums_over_counts(tmp_path: Path) -> None:
 def test_dat_sums_over_calls(tmp_path: Path) -> None:
     path = tmp_path / "i.dat"
     path.write_bytes(dat({"a.weight": (2, [2, 4]), "b.weight": (0, [3, 5])}, struct.pack("<ii", 9, 4) + b"wiki"))
-    found = read_importance(path)
+    found = read_imatrix(path)
     assert {name: weights.tolist() for name, weights in found.weights.items()} == {
         "a.weight": [[1, 2]],
         "b.weight": [[3, 5]],
     }
     assert (found.datasets, found.chunks) == (("wiki",), 9)
     path.write_bytes(dat({"a.weight": (2, [2, 4])}))
-    assert (read_importance(path).datasets, read_importance(path).chunks) == ((), 0)
+    assert (read_imatrix(path).datasets, read_imatrix(path).chunks) == ((), 0)
 
 
 def test_a_tensor_s_weights(tmp_path: Path) -> None:
     """None for a tensor that is not there; an embedding of another size is passed over, another tensor is an error."""
     names = ("a.weight", "token_embd.weight")
     tensors = {name + part: data for name in names for part, data in ((".in_sum2", SUMS), (".counts", COUNTS))}
-    found = read_importance(write_gguf(tmp_path / "i.gguf", tensors))
+    found = read_imatrix(write_gguf(tmp_path / "i.gguf", tensors))
     weights = found.of("a.weight", 4, 3)
     assert weights is not None and weights.shape == (3, 4)
     assert found.of("b.weight", 4) is None
@@ -114,5 +114,5 @@ def test_broken_files_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "imatrix"
     make(path)
     with pytest.raises(SourceError, match=message) as error:
-        read_importance(path)
+        read_imatrix(path)
     assert str(path) in str(error.value) and error.value.hint

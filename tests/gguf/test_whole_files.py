@@ -16,7 +16,7 @@ from support.gguf_models import TINY, Tiny, folders
 from support.llama_cpp_tools import convert, needs_converter, needs_quantiser, quantise, read
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.file_types import MIXES
+from mergeforge.gguf.file_types import FILE_TYPES
 from mergeforge.operations import convert_gguf
 
 UNTIED = "gemma2-legacy"  # has an lm_head unlike its embedding: a GGUF Gemma has none, and the converter drops it
@@ -83,7 +83,7 @@ def test_a_head_that_gguf_cannot_hold_is_refused(tmp_path: Path) -> None:
 
 QUANTISED = ["llama", "mixtral", "qwen2", "qwen3moe", "gemma2", "gemma3", "phi-three", "gpt2", "falcon", "olmo2"]
 QUANTISED += ["starcoder2", "deepseek3", "granite", "cohere2", "qwen2moe", "roberta"]
-KINDS = [name for name, mix in MIXES.items() if mix.quantizer]
+KINDS = [name for name, mix in FILE_TYPES.items() if mix.quantizer]
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_files_equal_the_quantisers(models: dict[str, tuple[Path, Path]], tiny: 
     different = []
     for kind in KINDS:
         theirs = tmp_path / "theirs.gguf"
-        quantise(ours["f32"], theirs, MIXES[kind].file_type)
+        quantise(ours["f32"], theirs, FILE_TYPES[kind].file_type)
         if theirs.read_bytes() != ours[kind].read_bytes():
             different.append(f"{kind}: {list(differences(tiny, read(ours[kind]), read(theirs)))[:3]}")
     assert different == []

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import mergeforge
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
-from mergeforge.planner.layer_slices import main_stack, with_layer
+from mergeforge.planner.layer_slices import layer_prefix, with_layer
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 Made = Mapping[str, torch.Tensor]
@@ -159,13 +159,13 @@ def test_the_stack_that_slices_speak_of() -> None:
         return [f"{prefix}.{at}.w" for prefix, depth in stacks for at in range(depth)]
 
     vlm = names(("vision_tower.layers", 4), ("language_model.model.layers", 4))
-    assert main_stack(vlm, {"text_config": {"num_hidden_layers": 4}}) == "language_model.model.layers"
-    assert main_stack(names(("visual.blocks", 9), ("model.layers", 4)), {"num_hidden_layers": 4}) == "model.layers"
-    assert main_stack(names(("encoder.block", 2)), {}) == "encoder.block"
+    assert layer_prefix(vlm, {"text_config": {"num_hidden_layers": 4}}) == "language_model.model.layers"
+    assert layer_prefix(names(("visual.blocks", 9), ("model.layers", 4)), {"num_hidden_layers": 4}) == "model.layers"
+    assert layer_prefix(names(("encoder.block", 2)), {}) == "encoder.block"
     with pytest.raises(RecipeError, match="several stacks of layers"):
-        main_stack(names(("a", 4), ("b", 4)), {})
+        layer_prefix(names(("a", 4), ("b", 4)), {})
     with pytest.raises(RecipeError, match="no numbered layers"):
-        main_stack(["conv.weight"], {})
+        layer_prefix(["conv.weight"], {})
 
 
 def test_another_number_in_a_name() -> None:

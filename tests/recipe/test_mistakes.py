@@ -12,7 +12,7 @@ import numpy
 import pytest
 
 from mergeforge.errors import Problem, RecipeError
-from mergeforge.gguf.file_types import MIXES
+from mergeforge.gguf.file_types import FILE_TYPES
 from mergeforge.methods import METHODS
 from mergeforge.recipe import ModelRef, read
 from mergeforge.recipe.yaml_reader import LARGEST_FILE
@@ -26,7 +26,7 @@ def problems_of(text: str | bytes, folder: Path) -> tuple[Problem, ...]:
     path = folder / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError) as caught:
-        read(path, METHODS, mixes=MIXES)
+        read(path, METHODS, mixes=FILE_TYPES)
     assert caught.value.exit_code == 2
     assert str(path) in str(caught.value)
     for problem in caught.value.problems:

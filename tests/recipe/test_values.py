@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.paths import RECIPES
 
 from mergeforge.errors import RecipeError
-from mergeforge.gguf.file_types import MIXES
+from mergeforge.gguf.file_types import FILE_TYPES
 from mergeforge.methods import METHODS
 from mergeforge.recipe import OUT_DTYPES, json_schema, read
 from mergeforge.recipe.parameter_values import layer_of, layer_positions, scalars, value_at
@@ -128,8 +128,8 @@ MERGES = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startsw
 @pytest.mark.parametrize("path", MERGES, ids=lambda path: path.stem)
 def test_the_recipes_of_the_package(path: Path) -> None:
     assert all(valid(document, json_schema()) for document in yaml.safe_load_all(path.read_text()))
-    recipe = read(path, METHODS, mixes=MIXES)
-    assert read(list(yaml.safe_load_all(recipe.to_yaml())), METHODS, mixes=MIXES) == recipe
+    recipe = read(path, METHODS, mixes=FILE_TYPES)
+    assert read(list(yaml.safe_load_all(recipe.to_yaml())), METHODS, mixes=FILE_TYPES) == recipe
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("train-*.yaml")), ids=lambda path: path.stem)
@@ -152,7 +152,7 @@ def test_the_schema_refuses_what_reading_refuses() -> None:
     for change in bad:
         assert not valid({**good, **change}, json_schema()), change
         with pytest.raises(RecipeError):
-            read({**good, **change}, METHODS, mixes=MIXES)
+            read({**good, **change}, METHODS, mixes=FILE_TYPES)
 
 
 # --- any recipe
@@ -190,11 +190,11 @@ RECIPE = st.fixed_dictionaries(
 @given(RECIPE)
 def test_a_recipe_that_loads_prints_and_loads_again(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     try:
-        recipe = read(value, METHODS, mixes=MIXES)
+        recipe = read(value, METHODS, mixes=FILE_TYPES)
     except RecipeError as error:
         assert re.search("is not path|must be text|density", str(error)), str(error)
         return
     assert valid(yaml.safe_load(recipe.to_yaml()), json_schema()) or "1e-5" in repr(value) or "'2'" in repr(value)
     path = tmp_path_factory.getbasetemp() / "again.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8", newline="")
-    assert read(path, METHODS, mixes=MIXES) == recipe
+    assert read(path, METHODS, mixes=FILE_TYPES) == recipe

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mergeforge.core.tensor_info import blocks, cut, torch_dtype
+from mergeforge.core.tensor_info import blocks, split_into_tiles, torch_dtype
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import Scan, Way, learn
+from mergeforge.tensors.lazy import StatsPass, Way, collect_stats
 
 Tensors = dict[str, torch.Tensor]
 
@@ -45,16 +45,16 @@ def values(way: Way, rows: int = 1 << 30) -> torch.Tensor:
     """All of a way in its dtype, in tiles of at most `rows` rows, in exactly the memory that its need declares."""
     info = way.info
     pieces = []
-    tiles = cut(info, rows)
+    tiles = split_into_tiles(info, rows)
     highest = max(tile.rows for tile in tiles)
-    worker = Worker("cpu", highest * way.need.row + way.need.fixed)
+    worker = Worker("cpu", highest * way.memory_cost.row_nbytes + way.memory_cost.fixed_nbytes)
     with torch.inference_mode():
-        scan = Scan(info, [range(tile.start, tile.stop) for tile in tiles], worker, {}, torch.float32)
+        scan = StatsPass(info, [range(tile.start, tile.stop) for tile in tiles], worker, {}, torch.float32)
         worker.clear()
-        facts = learn(way, scan)
+        facts = collect_stats(way, scan)
         for tile in tiles:
-            worker.restart() if len(tiles) == 1 else worker.clear()
-            block = way.stage(range(tile.start, tile.stop), worker, facts, torch.float32)
+            worker.reset_scratch() if len(tiles) == 1 else worker.clear()
+            block = way.load(range(tile.start, tile.stop), worker, facts, torch.float32)
             for start, stop in blocks(tile, info):
                 pieces.append(block(start, stop).clone())
     return torch.cat(pieces).view(info.shape).to(torch_dtype(info.dtype))

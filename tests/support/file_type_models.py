@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mergeforge.gguf.file_types import MixFacts, Shape
+from mergeforge.gguf.file_types import FileTypeFacts, Shape
 
 ODD = {
     "per_layer_token_embd.weight": (4, 256),
@@ -33,7 +33,7 @@ ODD = {
 class Model:
     """`attention` and `ffn` name a layer's matrices; `ffn` "dense", "experts" or "both" (experts after layer 0)."""
 
-    facts: MixFacts
+    facts: FileTypeFacts
     columns: int = 256
     tied: bool = False
     attention: tuple[str, ...] = ("q", "k", "v", "output")
@@ -63,17 +63,19 @@ class Model:
 
 MLA = ("q_a", "q_b", "kv_a_mqa", "kv_b", "output")
 MODELS = {
-    "llama-32": Model(MixFacts("llama", 32, 0, 32, 8)),
-    "llama-tied-17": Model(MixFacts("llama", 17, 0, 32, 32), tied=True),
-    "llama-80": Model(MixFacts("llama", 80, 0, 64, 8)),
-    "llama-80-mha": Model(MixFacts("llama", 80, 0, 64, 64)),
-    "qwen2-80": Model(MixFacts("qwen2", 80, 0, 64, 64)),
-    "mixtral-12": Model(MixFacts("llama", 12, 8, 32, 8), experts=True),
-    "qwen3moe-12": Model(MixFacts("qwen3moe", 12, 128, 32, 4), experts=True, tied=True),
-    "deepseek2-27": Model(MixFacts("deepseek2", 27, 64, 16, 16), attention=MLA, experts=True, shared=True, dense=1),
-    "falcon-32": Model(MixFacts("falcon", 32, 0, 71, 1), attention=("qkv", "output")),
-    "phi3-16": Model(MixFacts("phi3", 16, 0, 32, 32), attention=("qkv", "output")),
-    "odd-columns-9": Model(MixFacts("llama", 9, 0, 4, 2), columns=288),
-    "odder-columns-9": Model(MixFacts("llama", 9, 0, 4, 2), columns=40, tied=True),
-    "odd-names-11": Model(MixFacts("llama", 11, 0, 8, 2), extra=ODD),
+    "llama-32": Model(FileTypeFacts("llama", 32, 0, 32, 8)),
+    "llama-tied-17": Model(FileTypeFacts("llama", 17, 0, 32, 32), tied=True),
+    "llama-80": Model(FileTypeFacts("llama", 80, 0, 64, 8)),
+    "llama-80-mha": Model(FileTypeFacts("llama", 80, 0, 64, 64)),
+    "qwen2-80": Model(FileTypeFacts("qwen2", 80, 0, 64, 64)),
+    "mixtral-12": Model(FileTypeFacts("llama", 12, 8, 32, 8), experts=True),
+    "qwen3moe-12": Model(FileTypeFacts("qwen3moe", 12, 128, 32, 4), experts=True, tied=True),
+    "deepseek2-27": Model(
+        FileTypeFacts("deepseek2", 27, 64, 16, 16), attention=MLA, experts=True, shared=True, dense=1
+    ),
+    "falcon-32": Model(FileTypeFacts("falcon", 32, 0, 71, 1), attention=("qkv", "output")),
+    "phi3-16": Model(FileTypeFacts("phi3", 16, 0, 32, 32), attention=("qkv", "output")),
+    "odd-columns-9": Model(FileTypeFacts("llama", 9, 0, 4, 2), columns=288),
+    "odder-columns-9": Model(FileTypeFacts("llama", 9, 0, 4, 2), columns=40, tied=True),
+    "odd-names-11": Model(FileTypeFacts("llama", 11, 0, 8, 2), extra=ODD),
 }

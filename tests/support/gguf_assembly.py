@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.gguf.architectures import Place, Spelling
+from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget
 from mergeforge.gguf.key_values import Value
 from support.gguf_models import Shapes, values
 
@@ -26,11 +26,11 @@ def weights(shapes: Shapes) -> Arrays:
     return {name: values(name, tuple(shape)).numpy() for name, shape in shapes.items()}
 
 
-def assembled(spelling: Spelling, tensors: Mapping[str, TensorInfo], stored: Mapping[str, np.ndarray]) -> Arrays:
+def assembled(spelling: GGUFModelSpec, tensors: Mapping[str, TensorInfo], stored: Mapping[str, np.ndarray]) -> Arrays:
     """Every GGUF tensor, in float32; what no place fills is NaN."""
     flat: Arrays = {}
     shapes: Shapes = {}
-    for name, places in spelling.places.items():
+    for name, places in spelling.targets.items():
         for place in places:
             shapes[place.tensor] = place.shape
             whole = flat.setdefault(place.tensor, np.full(int(np.prod(place.shape)), np.nan, dtype=np.float32))
@@ -40,7 +40,7 @@ def assembled(spelling: Spelling, tensors: Mapping[str, TensorInfo], stored: Map
     return {name: flat[name].reshape(shapes[name]) for name in flat} | dict(spelling.constants)
 
 
-def arranged(place: Place, rows: np.ndarray) -> np.ndarray:
+def arranged(place: TensorTarget, rows: np.ndarray) -> np.ndarray:
     if place.rows is not None:
         rows = rows[place.rows]
     if place.turn:
@@ -61,13 +61,13 @@ def architecture_keys(keys: Mapping[str, Any], arch: str) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key.startswith(f"{arch}.") or key == "general.file_type"}
 
 
-def spelled_keys(spelling: Spelling) -> dict[str, Any]:
+def spelled_keys(spelling: GGUFModelSpec) -> dict[str, Any]:
     return {key: typed(value) for key, value in architecture_keys(spelling.keys, spelling.arch).items()}
 
 
-def kept(spelling: Spelling) -> set[str]:
+def kept(spelling: GGUFModelSpec) -> set[str]:
     """Tensors that stay F32 whatever the file's type."""
-    return {place.tensor for places in spelling.places.values() for place in places if place.f32} | {
+    return {place.tensor for places in spelling.targets.values() for place in places if place.f32} | {
         *spelling.constants
     }
 

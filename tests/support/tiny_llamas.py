@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergeforge.checkpoints.checkpoint import open_checkpoint
-from mergeforge.core.tensor_info import TensorInfo, blocks, cut
-from mergeforge.io.aux_files import SideFiles
+from mergeforge.core.tensor_info import TensorInfo, blocks, split_into_tiles
+from mergeforge.io.aux_files import AuxFiles
 from mergeforge.operations.synthetic_models import Shape, write_model
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import Facts, Scan, Way, learn
-from mergeforge.tensors.remapped_vocab import mapped
+from mergeforge.tensors.lazy import Stats, StatsPass, Way, collect_stats
+from mergeforge.tensors.remapped_vocab import remap_vocab
 from mergeforge.tokenizer import TokenizerOf, TokenizerPlan, TokenizerSettings, plan_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -147,7 +147,7 @@ def projected(rows: torch.Tensor, vocabulary: Mapping[str, int]) -> list[float]:
     return [round(value, 6) for value in total.tolist()]
 
 
-def files_of(folder: Path) -> SideFiles:
+def files_of(folder: Path) -> AuxFiles:
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
 
@@ -182,19 +182,21 @@ def ways(folders: Sequence[Path], name: str) -> dict[str, Way]:
 
 def computed(way: Way, rows: int = 1 << 20, staging: int = 0) -> torch.Tensor:
     """All of a way, in tiles of about `rows` rows, in the memory that it says it needs."""
-    need = way.need
-    tiles = cut(way.info, rows)
+    need = way.memory_cost
+    tiles = split_into_tiles(way.info, rows)
     highest = max(tile.rows for tile in tiles)
-    worker = Worker("cpu", staging or need.row * highest + need.fixed + 64 * 64)
-    facts: Facts = {}
-    learn(way, Scan(way.info, [range(tile.start, tile.stop) for tile in tiles], worker, facts, torch.float32))
+    worker = Worker("cpu", staging or need.row_nbytes * highest + need.fixed_nbytes + 64 * 64)
+    facts: Stats = {}
+    collect_stats(
+        way, StatsPass(way.info, [range(tile.start, tile.stop) for tile in tiles], worker, facts, torch.float32)
+    )
     out = torch.empty(way.info.rows, way.info.columns)
     for tile in tiles:
         if len(tiles) > 1:
             worker.clear()
         else:
-            worker.restart()
-        block = way.stage(range(tile.start, tile.stop), worker, facts, torch.float32)
+            worker.reset_scratch()
+        block = way.load(range(tile.start, tile.stop), worker, facts, torch.float32)
         for start, stop in blocks(tile, way.info):
             out[start:stop] = block(start, stop)
     return out
@@ -203,7 +205,7 @@ def computed(way: Way, rows: int = 1 << 20, staging: int = 0) -> torch.Tensor:
 def maps(folders: Sequence[Path], plan: TokenizerPlan, name: str = EMBEDDING) -> dict[str, torch.Tensor]:
     """Every model's embedding, with the rows of the output's tokenizer."""
     every = ways(folders, name)
-    return {label: computed(mapped(name, picks, every)) for label, picks in plan.picks.items()}
+    return {label: computed(remap_vocab(name, picks, every)) for label, picks in plan.picks.items()}
 
 
 def info(rows: int, columns: int, dtype: str = "F32") -> TensorInfo:

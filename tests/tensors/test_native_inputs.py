@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mergeforge
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
-from mergeforge.execute.change_stats import measure
+from mergeforge.execute.change_stats import measure_change
 from mergeforge.methods import METHODS, Block
 from mergeforge.methods._kth_largest import NOTHING
 from mergeforge.methods._magnitude_range import Band, Bands
@@ -27,7 +27,7 @@ from mergeforge.methods._thresholds import Threshold, _magnitude_bits, _split, _
 from mergeforge.methods._weighted_sum import WeightedSum, agreeing_sum, agreeing_terms, weighted_sum
 from mergeforge.native import bindings
 from mergeforge.native.bindings import CHUNK
-from mergeforge.tensors.native_inputs import Place, Stack, Unreadable, room_nbytes
+from mergeforge.tensors.native_inputs import NativeInput, NativeInputs, UnreadableInput, read_buffer_nbytes
 
 pytestmark = pytest.mark.needs_kernels
 
@@ -54,34 +54,34 @@ def raw(one: Tensor) -> np.ndarray:
     return one.view(torch.uint8).numpy().reshape(-1)
 
 
-def stacked(dtypes: list[str], based: bool, files: Path | None = None) -> tuple[Stack, list[Tensor]]:
+def stacked(dtypes: list[str], based: bool, files: Path | None = None) -> tuple[NativeInputs, list[Tensor]]:
     """A stack whose first row is number 5, in memory or in files, and its tensors as float32."""
     return placed(dtypes, [numbers(dtype, seed) for seed, dtype in enumerate(dtypes)], based, files)
 
 
 def placed(
     dtypes: list[str], tensors: list[Tensor], based: bool, files: Path | None, first: int = 5
-) -> tuple[Stack, list[Tensor]]:
+) -> tuple[NativeInputs, list[Tensor]]:
     """The same of these tensors."""
     columns = tensors[0].shape[1]
-    places, room = [Place(dtype, raw(one)) for dtype, one in zip(dtypes, tensors, strict=True)], None
+    places, room = [NativeInput(dtype, raw(one)) for dtype, one in zip(dtypes, tensors, strict=True)], None
     if files:
         places = [in_file(files / str(at), dtype, tensors[at]) for at, dtype in enumerate(dtypes)]
         room = np.empty(STEPS[len(dtypes)] * len(dtypes) * 4, np.uint8)
-    return Stack(places, columns, based=based, first=first, room=room), [one.float() for one in tensors]
+    return NativeInputs(places, columns, based=based, first=first, room=room), [one.float() for one in tensors]
 
 
 def magnitude_bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
 
-def in_file(path: Path, dtype: str, tensor: Tensor) -> Place:
+def in_file(path: Path, dtype: str, tensor: Tensor) -> NativeInput:
     """After some bytes that are something else's."""
     path.write_bytes(b"header" + raw(tensor).tobytes())
-    return Place(dtype, file=os.open(path, os.O_RDONLY), offset=6)
+    return NativeInput(dtype, file=os.open(path, os.O_RDONLY), offset=6)
 
 
-def summed(found: Stack, terms: WeightedSum, start: int, stop: int, dtype: str = "F32") -> tuple[Tensor, float]:
+def summed(found: NativeInputs, terms: WeightedSum, start: int, stop: int, dtype: str = "F32") -> tuple[Tensor, float]:
     """Rows of a sum as they are written, and their largest magnitude."""
     out = torch.empty(stop - start, found.columns, dtype=torch_dtype(dtype))
     return out, found.weighted(terms, start, stop, dtype, raw(out))
@@ -95,8 +95,8 @@ def bits(one: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_number_of_16_bits(dtype: str) -> None:
     every = HALVES.view(torch_dtype(dtype)).view(1, -1)
-    place = Place(dtype, raw(every))
-    found = Stack([place], 1 << 16, based=False, first=0).rows(0, 0, 1, torch.empty(every.shape))
+    place = NativeInput(dtype, raw(every))
+    found = NativeInputs([place], 1 << 16, based=False, first=0).rows(0, 0, 1, torch.empty(every.shape))
     expected = every.float()
     assert torch.equal(found.isnan(), expected.isnan())
     there = ~expected.isnan()
@@ -125,7 +125,7 @@ def test_rounding(dtype: str) -> None:
     near = (halves.view(torch.int32)[:, None] + torch.tensor([-1, 0, 1, 1 << 12, 1 << 15])).to(torch.int32)
     any_bits = torch.randint(-(1 << 31), 1 << 31, (1 << 20,), generator=torch.Generator().manual_seed(1))
     every = torch.cat([near.flatten(), any_bits.to(torch.int32)]).view(torch.float32).view(1, -1)
-    found = Stack([Place("F32", raw(every))], every.shape[1], based=False, first=0)
+    found = NativeInputs([NativeInput("F32", raw(every))], every.shape[1], based=False, first=0)
     rows, most = summed(found, WeightedSum([1.0]), 0, 1, dtype)
     expected = every.to(torch_dtype(dtype))
     odd = every.isnan()
@@ -137,7 +137,7 @@ def test_rounding(dtype: str) -> None:
 def test_one_nan_is_like_another() -> None:
     """Those that torch writes."""
     odd = torch.tensor([[math.nan, -math.nan] * 32])
-    found = Stack([Place("F32", raw(odd))], 64, based=False, first=0)
+    found = NativeInputs([NativeInput("F32", raw(odd))], 64, based=False, first=0)
     for dtype in ("BF16", "F16"):
         rows, _ = summed(found, WeightedSum([1.0]), 0, 1, dtype)
         assert torch.equal(rows.view(torch.int16), odd.to(torch_dtype(dtype)).view(torch.int16))
@@ -150,13 +150,13 @@ def test_changes(tmp_path: Path, dtype: str, in_files: bool) -> None:
     terms = WeightedSum([3e-3, 0.0, 1e-3])
     found, (*models, base) = stacked(["BF16", "F32", "F16", "BF16"], True, tmp_path if in_files else None)
     after = terms.of([one[1:4] - base[1:4] for one in models]).add_(base[1:4])
-    expected = measure(TensorInfo("w", dtype, tuple(base.shape)), base[1:4], after)
+    expected = measure_change(TensorInfo("w", dtype, tuple(base.shape)), base[1:4], after)
     changes = np.zeros(5)
     for start, stop in ((6, 8), (8, 9)):
         out = torch.empty(stop - start, found.columns, dtype=torch_dtype(dtype))
         found.weighted(terms, start, stop, dtype, raw(out), changes)
     assert changes.tolist() == pytest.approx(list(astuple(expected)[1:]), rel=1e-12)
-    assert expected.swallowed > 0 or dtype == "F32"
+    assert expected.lost_to_rounding > 0 or dtype == "F32"
 
 
 @pytest.mark.parametrize("in_files", [False, True])
@@ -305,15 +305,15 @@ def test_split_inputs(tmp_path: Path, based: bool, in_files: bool) -> None:
 def test_files_that_end_too_early(tmp_path: Path) -> None:
     found, _ = stacked(["BF16", "BF16"], False, tmp_path)
     os.truncate(tmp_path / "1", 1000)
-    with pytest.raises(Unreadable) as raised:
+    with pytest.raises(UnreadableInput) as raised:
         summed(found, WeightedSum([0.5, 0.5]), 5, 14)
     assert raised.value.at == 1
 
 
 def test_room() -> None:
     """At least a step of each input, however many they are."""
-    assert room_nbytes(2) == 1 << 20
-    assert room_nbytes(1000) == 1000 * CHUNK * 4
+    assert read_buffer_nbytes(2) == 1 << 20
+    assert read_buffer_nbytes(1000) == 1000 * CHUNK * 4
 
 
 @pytest.mark.parametrize("dtypes", STORED, ids="-".join)

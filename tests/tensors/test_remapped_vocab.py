@@ -15,19 +15,19 @@ from safetensors.torch import save_file
 from support.paths import TESTS
 from support.tiny_llamas import computed
 
-from mergeforge.adapters.adapted_tensor import Adapted
-from mergeforge.adapters.deltas import Dora, LowRank
+from mergeforge.adapters.adapted_tensor import AdaptedTensor
+from mergeforge.adapters.deltas import DoraDelta, LoraDelta
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.core import tensor_info
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import DiskFile
 from mergeforge.methods import METHODS
-from mergeforge.tensors.alias import Renamed
+from mergeforge.tensors.alias import AliasTensor
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import Facts, Scan, Way, learn
-from mergeforge.tensors.merged import Merged
-from mergeforge.tensors.remapped_vocab import INDEX_NBYTES, Mapped, mapped
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.lazy import Stats, StatsPass, Way, collect_stats
+from mergeforge.tensors.merged import MergedTensor
+from mergeforge.tensors.remapped_vocab import INDEX_NBYTES, RemappedVocab, remap_vocab
+from mergeforge.tensors.stored import StoredTensor
 from mergeforge.tokenizer import RowPicks
 
 Peak: Any = runpy.run_path(str(TESTS / "methods" / "test_scratch_memory.py"))["Peak"]
@@ -41,7 +41,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
+def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StoredTensor]:
     """Embeddings a (100 rows), b (70, bfloat16) and c (90), and factors for a LoRA of a and of c."""
     folder = tmp_path_factory.mktemp("stored")
     generator = torch.Generator().manual_seed(0)
@@ -61,13 +61,13 @@ def picks(size: int, padding: int = 0, **sources: list[int]) -> RowPicks:
     return RowPicks(filled, np.zeros(size, dtype=np.int32), size, padding)
 
 
-def rows_of(stored: Stored) -> torch.Tensor:
+def rows_of(stored: StoredTensor) -> torch.Tensor:
     return stored.whole().float().view(stored.info.rows, -1)
 
 
-def test_single_rows_means_zeros_and_padding(stored: dict[str, Stored]) -> None:
+def test_single_rows_means_zeros_and_padding(stored: dict[str, StoredTensor]) -> None:
     a, b, c = (rows_of(stored[name]) for name in "abc")
-    way = mapped("w", picks(6, 1, a=[3, -1, 7, -1], b=[-1, 5, 8, -1], c=[-1, -1, 9, -1, 2]), stored)
+    way = remap_vocab("w", picks(6, 1, a=[3, -1, 7, -1], b=[-1, 5, 8, -1], c=[-1, -1, 9, -1, 2]), stored)
     expected = torch.stack([a[3], b[5], (a[7] + b[8] + c[9]) / 3, torch.zeros(COLUMNS), c[2]])
     out = computed(way)
     assert out[:5].equal(expected)
@@ -75,31 +75,31 @@ def test_single_rows_means_zeros_and_padding(stored: dict[str, Stored]) -> None:
     assert (way.info.name, way.info.dtype, way.info.shape) == ("w", "F32", (6, COLUMNS))
 
 
-def test_what_does_not_change_is_the_models_own(stored: dict[str, Stored]) -> None:
-    assert mapped("w", picks(100, a=[*range(100)]), stored) is stored["a"]
-    assert mapped("w", picks(99, a=[*range(99)]), stored) is not stored["a"]
-    assert mapped("w", picks(101, 1, a=[*range(100)]), stored) is not stored["a"]
+def test_what_does_not_change_is_the_models_own(stored: dict[str, StoredTensor]) -> None:
+    assert remap_vocab("w", picks(100, a=[*range(100)]), stored) is stored["a"]
+    assert remap_vocab("w", picks(99, a=[*range(99)]), stored) is not stored["a"]
+    assert remap_vocab("w", picks(101, 1, a=[*range(100)]), stored) is not stored["a"]
 
 
-def test_a_bias_and_a_tensor_under_another_name(stored: dict[str, Stored]) -> None:
-    way = mapped("b", picks(3, x=[5, -1, 5]), {"x": Renamed(stored["bias"], stored["bias"].info.renamed("x"))})
-    assert isinstance(way, Mapped)
-    assert isinstance(way.origins[0].way, Stored)
+def test_a_bias_and_a_tensor_under_another_name(stored: dict[str, StoredTensor]) -> None:
+    way = remap_vocab("b", picks(3, x=[5, -1, 5]), {"x": AliasTensor(stored["bias"], stored["bias"].info.renamed("x"))})
+    assert isinstance(way, RemappedVocab)
+    assert isinstance(way.origins[0].tensor, StoredTensor)
     bias = rows_of(stored["bias"])
     assert computed(way).flatten().tolist() == [bias[5].item(), 0, bias[5].item()]
     assert way.info.shape == (3,)
 
 
-def test_nothing_to_take_is_zeros(stored: dict[str, Stored]) -> None:
-    assert computed(mapped("w", picks(3), stored)).equal(torch.zeros(3, COLUMNS))
+def test_nothing_to_take_is_zeros(stored: dict[str, StoredTensor]) -> None:
+    assert computed(remap_vocab("w", picks(3), stored)).equal(torch.zeros(3, COLUMNS))
 
 
-def test_the_dtype_holds_every_source(stored: dict[str, Stored]) -> None:
-    assert mapped("w", picks(2, b=[1, 0]), stored).info.dtype == "BF16"
-    assert mapped("w", picks(2, a=[-1, 1], b=[1, -1]), stored).info.dtype == "F32"
+def test_the_dtype_holds_every_source(stored: dict[str, StoredTensor]) -> None:
+    assert remap_vocab("w", picks(2, b=[1, 0]), stored).info.dtype == "BF16"
+    assert remap_vocab("w", picks(2, a=[-1, 1], b=[1, -1]), stored).info.dtype == "F32"
 
 
-def test_neighbouring_rows_are_one_read(stored: dict[str, Stored], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbouring_rows_are_one_read(stored: dict[str, StoredTensor], monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     plain = DiskFile.read_into
 
@@ -108,7 +108,7 @@ def test_neighbouring_rows_are_one_read(stored: dict[str, Stored], monkeypatch: 
         plain(self, buffer, offset, keep=keep)
 
     monkeypatch.setattr(DiskFile, "read_into", read_into)
-    computed(mapped("w", picks(90, a=[*range(40), 60, *range(50, 99)]), stored))
+    computed(remap_vocab("w", picks(90, a=[*range(40), 60, *range(50, 99)]), stored))
     assert lengths == [40, 1, 49]
 
 
@@ -119,37 +119,37 @@ def test_neighbouring_rows_are_one_read(stored: dict[str, Stored], monkeypatch: 
         ({"a": [0, -1], "wide": [-1, 3]}, r"wide: w is F32 \[50, 9\], which cannot be mapped"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(stored: dict[str, Stored], sources: Any, message: str) -> None:
+def test_shapes_that_do_not_fit_are_named(stored: dict[str, StoredTensor], sources: Any, message: str) -> None:
     with pytest.raises(SourceError, match=message):
-        mapped("w", picks(2, **sources), stored)
+        remap_vocab("w", picks(2, **sources), stored)
 
 
 # over ways that are computed
 
 
-def lora(stored: dict[str, Stored]) -> Way:
+def lora(stored: dict[str, StoredTensor]) -> Way:
     """An embedding with a LoRA: no facts, blocks of its own."""
-    return Adapted(stored["a"], ((0.5, LowRank(stored["left"], stored["right"], True, 2.0)),))
+    return AdaptedTensor(stored["a"], ((0.5, LoraDelta(stored["left"], stored["right"], True, 2.0)),))
 
 
-def dora(stored: dict[str, Stored]) -> Way:
+def dora(stored: dict[str, StoredTensor]) -> Way:
     """An embedding with a DoRA: it learns the norms of all columns."""
-    low = LowRank(stored["other left"], stored["right"], True, 2.0)
-    return Adapted(stored["c"], ((1.0, Dora(low, stored["m"])),))
+    low = LoraDelta(stored["other left"], stored["right"], True, 2.0)
+    return AdaptedTensor(stored["c"], ((1.0, DoraDelta(low, stored["m"])),))
 
 
 def method(name: str, *inputs: Way, base: Way | None = None, **parameters: Any) -> Way:
     known = METHODS[name]
     values = {one.name: parameters.get(one.name, one.default) for one in known.parameters.values()}
     given = {key: [value] * len(inputs) if known.parameters[key].per_input else value for key, value in values.items()}
-    return Merged(inputs[0].info.renamed("inner"), known, inputs, (True,) * len(inputs), base, given, 3)
+    return MergedTensor(inputs[0].info.renamed("inner"), known, inputs, (True,) * len(inputs), base, given, 3)
 
 
-def inner(stored: dict[str, Stored]) -> dict[str, Way]:
+def inner(stored: dict[str, StoredTensor]) -> dict[str, Way]:
     """One of each kind: stored, folded in, learning, merged before with a random mask and without one."""
     a = stored["a"]
     dare = method("dare_ties", lora(stored), base=a, weight=1.0, density=0.5)
-    linear = method("task_arithmetic", Renamed(a, a.info.renamed("x")), base=a, weight=0.3)
+    linear = method("task_arithmetic", AliasTensor(a, a.info.renamed("x")), base=a, weight=0.3)
     return {"stored": a, "lora": lora(stored), "dora": dora(stored), "dare": dare, "linear": linear}
 
 
@@ -162,11 +162,11 @@ MIXED = {
 }
 
 
-def mixed(stored: dict[str, Stored], padding: int = 3) -> Way:
-    return mapped("w", picks(85, padding, **MIXED), inner(stored))
+def mixed(stored: dict[str, StoredTensor], padding: int = 3) -> Way:
+    return remap_vocab("w", picks(85, padding, **MIXED), inner(stored))
 
 
-def test_rows_of_computed_ways_are_those_of_the_ways_themselves(stored: dict[str, Stored]) -> None:
+def test_rows_of_computed_ways_are_those_of_the_ways_themselves(stored: dict[str, StoredTensor]) -> None:
     wholes = {name: computed(way) for name, way in inner(stored).items()}
     expected = torch.zeros(82, COLUMNS)
     counts = torch.zeros(82, 1)
@@ -180,12 +180,12 @@ def test_rows_of_computed_ways_are_those_of_the_ways_themselves(stored: dict[str
     torch.testing.assert_close(out[82:], out[:82].mean(0).expand(3, -1), rtol=0, atol=1e-6)
 
 
-def nested(stored: dict[str, Stored]) -> Way:
+def nested(stored: dict[str, StoredTensor]) -> Way:
     """TIES over two mapped embeddings, mapped again: facts at every depth."""
     every = inner(stored)
-    base = mapped("w", picks(85, 3, stored=[*range(82)]), every)
-    merged = method("ties", mixed(stored), mapped("w", picks(85, lora=[*range(80)]), every), base=base, weight=0.6)
-    return mapped(
+    base = remap_vocab("w", picks(85, 3, stored=[*range(82)]), every)
+    merged = method("ties", mixed(stored), remap_vocab("w", picks(85, lora=[*range(80)]), every), base=base, weight=0.6)
+    return remap_vocab(
         "w", picks(120, 2, x=[*range(80), *range(84, 50, -1)], a=[-1] * 100 + [4] * 18), {"x": merged, **stored}
     )
 
@@ -205,7 +205,9 @@ def wholes() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", WAYS)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 130))
-def test_tiles_do_not_show(stored: dict[str, Stored], wholes: dict[str, torch.Tensor], name: str, rows: int) -> None:
+def test_tiles_do_not_show(
+    stored: dict[str, StoredTensor], wholes: dict[str, torch.Tensor], name: str, rows: int
+) -> None:
     way = WAYS[name](stored)
     if name not in wholes:
         wholes[name] = computed(way, staging=1 << 20)
@@ -215,18 +217,18 @@ def test_tiles_do_not_show(stored: dict[str, Stored], wholes: dict[str, torch.Te
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("rows", [16, 64, 130])
 def test_staging_stays_within_what_is_declared(
-    stored: dict[str, Stored], monkeypatch: pytest.MonkeyPatch, name: str, rows: int
+    stored: dict[str, StoredTensor], monkeypatch: pytest.MonkeyPatch, name: str, rows: int
 ) -> None:
     """The buffer's fill level, after every piece that is taken of it."""
     levels: list[int] = []
-    take = Worker.take
+    take = Worker.allocate
 
     def watched(self: Worker, nbytes: int) -> torch.Tensor:
         piece = take(self, nbytes)
         levels.append(self._used - self._first)
         return piece
 
-    monkeypatch.setattr(Worker, "take", watched)
+    monkeypatch.setattr(Worker, "allocate", watched)
     way = WAYS[name](stored)
     computed(way, rows, staging=1 << 20)
     highest = min(-(-way.info.rows // 16) * 16, max(rows // 16, 1) * 16)
@@ -234,7 +236,7 @@ def test_staging_stays_within_what_is_declared(
 
 
 def test_temporaries_stay_within_what_is_declared(
-    stored: dict[str, Stored], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stored: dict[str, StoredTensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """New tensors and arrays of staging a tile and computing its blocks, beside the staging buffer."""
     monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 1 << 19)
@@ -244,14 +246,16 @@ def test_temporaries_stay_within_what_is_declared(
     ways: dict[str, Way] = dict(open_checkpoint(tmp_path, "one").tensors)
     ways["m"] = method("dare_ties", ways["a"], ways["b"], base=ways["c"], weight=1.0, density=0.5)
     order = torch.randperm(2000, generator=generator).tolist()
-    way = mapped("w", picks(2000, 8, a=order[:1500], b=[-1] * 900 + order[:900], m=[-1] * 400 + order[:1500]), ways)
+    way = remap_vocab(
+        "w", picks(2000, 8, a=order[:1500], b=[-1] * 900 + order[:900], m=[-1] * 400 + order[:1500]), ways
+    )
     for _ in range(2):  # at first, what is imported counts
-        worker, facts = Worker("cpu", way.need.row * 1024 + way.need.fixed), Facts()
+        worker, facts = Worker("cpu", way.memory_cost.row_nbytes * 1024 + way.memory_cost.fixed_nbytes), Stats()
         with Peak([*every.values(), torch.from_numpy(worker._staging)]) as peak:
-            learn(way, Scan(way.info, [range(1024), range(1024, 2000)], worker, facts, torch.float32))
+            collect_stats(way, StatsPass(way.info, [range(1024), range(1024, 2000)], worker, facts, torch.float32))
             worker.clear()
-            block = way.stage(range(1024, 2000), worker, facts, torch.float32)
+            block = way.load(range(1024, 2000), worker, facts, torch.float32)
             for start in range(1024, 2000, 512):
                 block(start, min(start + 512, 2000))
     facts_nbytes = METHODS["dare_ties"].facts_nbytes * 2
-    assert peak.peak <= way.need.live * (4 << 19) + facts_nbytes + INDEX_NBYTES * 3 * 1024
+    assert peak.peak <= way.memory_cost.scratch_blocks * (4 << 19) + facts_nbytes + INDEX_NBYTES * 3 * 1024

@@ -45,7 +45,7 @@ def test_memory_threads_and_tiles_do_not_show(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: dict[str, Any], method: str
 ) -> None:
     monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 256)
-    monkeypatch.setattr(budget, "SMALLEST_MEMORY", 1)
+    monkeypatch.setattr(budget, "MIN_MEMORY", 1)
     models = [{"model": str(root / name), "parameters": {"weight": 1.0, "density": 0.5}} for name in "bc"]
     value = {"merge_method": method, "base_model": str(root / "a"), "models": models, "tokenizer": tokenizer}
     seen = set()

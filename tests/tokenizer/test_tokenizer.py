@@ -12,7 +12,7 @@ import pytest
 from support.tiny_llamas import TEXTS, files_of, loaded, maps, planned, write, written
 
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
-from mergeforge.io.aux_files import Made
+from mergeforge.io.aux_files import InMemoryFile
 from mergeforge.tokenizer import (
     ModelToken,
     TokenizerOf,
@@ -27,8 +27,8 @@ from mergeforge.tokenizer import (
 )
 
 
-def made(name: str, value: Any) -> Made:
-    return Made(name, (value if isinstance(value, str) else json.dumps(value)).encode())
+def made(name: str, value: Any) -> InMemoryFile:
+    return InMemoryFile(name, (value if isinstance(value, str) else json.dumps(value)).encode())
 
 
 def words(label: str, vocab: str, added: str = "", rows: int = 0, **config: Any) -> TokenizerOf:

@@ -11,8 +11,8 @@ from mergeforge.core import tensor_info as table
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.file_layout import Extent
 from mergeforge.quant_codecs import fp8
-from mergeforge.writers.encoder import strips
-from mergeforge.writers.fp8 import FP8Outlet, stored_as
+from mergeforge.writers.encoder import chunk_ranges
+from mergeforge.writers.fp8 import FP8Encoder, stored_as
 
 BLOCK = (16, 32)
 
@@ -26,10 +26,10 @@ def written(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     info = TensorInfo("w", "BF16", tuple(values.shape))
     found = []
     for one, scales in zip(stored_as(info, BLOCK), (False, True), strict=True):
-        outlet = FP8Outlet(info, Extent("file", 100, one.nbytes), BLOCK, scales)
+        outlet = FP8Encoder(info, Extent("file", 100, one.nbytes), BLOCK, scales)
         raw = torch.zeros(one.nbytes, dtype=torch.uint8)
-        for start, stop in strips(0, info.rows, outlet):
-            [(offset, nbytes)] = outlet.runs(start, stop)
+        for start, stop in chunk_ranges(0, info.rows, outlet):
+            [(offset, nbytes)] = outlet.byte_ranges(start, stop)
             outlet.encode(values[start:stop], start, raw[offset - 100 : offset - 100 + nbytes])
         found.append(raw.view(torch.float32 if scales else torch.float8_e4m3fn).view(one.shape))
     return found[0], found[1]

@@ -10,11 +10,11 @@ import torch
 
 from mergeforge.core import tensor_info
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.gguf.architectures import Place
+from mergeforge.gguf.architectures import TensorTarget
 from mergeforge.gguf.quantize import QUANT_TYPES
 from mergeforge.io.file_layout import Extent
-from mergeforge.writers.encoder import common_strip, strips
-from mergeforge.writers.gguf import GGUFOutlet
+from mergeforge.writers.encoder import chunk_alignment, chunk_ranges
+from mergeforge.writers.gguf import GGUFEncoder
 
 
 @pytest.fixture(autouse=True)
@@ -22,23 +22,26 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 640)  # 20 rows of 32 columns: no multiple of a head
 
 
-def written(place: Place, values: torch.Tensor, kind: str = "F32") -> np.ndarray:
+def written(place: TensorTarget, values: torch.Tensor, kind: str = "F32") -> np.ndarray:
     """The GGUF tensor that the outlet fills strip by strip, a byte array; what nobody wrote is 255."""
     info = TensorInfo("w", "F32", tuple(values.shape))
     encoding = QUANT_TYPES[kind]
     nbytes = math.prod(place.shape[:-1]) * encoding.row_nbytes(place.shape[-1])
-    outlet = GGUFOutlet("q", info, place, encoding, Extent("f", 64, nbytes), "cpu")
+    outlet = GGUFEncoder("q", info, place, encoding, Extent("f", 64, nbytes), "cpu")
     file = np.full(64 + nbytes, 255, dtype=np.uint8)
     rows = values.reshape(info.rows, info.columns)
-    assert common_strip(info.block_rows, [outlet], info.rows) % outlet.strip_rows in (0, info.rows % outlet.strip_rows)
-    for start, stop in strips(0, info.rows, outlet):
-        into = torch.empty(outlet.nbytes(start, stop), dtype=torch.uint8)
+    assert chunk_alignment(info.block_rows, [outlet], info.rows) % outlet.chunk_rows in (
+        0,
+        info.rows % outlet.chunk_rows,
+    )
+    for start, stop in chunk_ranges(0, info.rows, outlet):
+        into = torch.empty(outlet.chunk_nbytes(start, stop), dtype=torch.uint8)
         before = rows[start:stop].clone()
         outlet.encode(rows[start:stop], start, into)
         assert torch.equal(rows[start:stop], before)
         assert len(into) <= outlet.row_nbytes * (stop - start)
         at = 0
-        for offset, size in outlet.runs(start, stop):
+        for offset, size in outlet.byte_ranges(start, stop):
             file[offset : offset + size] = into[at : at + size].numpy()
             at += size
         assert at == len(into)
@@ -56,23 +59,27 @@ def random(*shape: int) -> torch.Tensor:
 
 def test_rows_as_they_are() -> None:
     values = random(50, 32)
-    assert np.array_equal(as_floats(written(Place("t", (50, 32)), values), (50, 32)), values.numpy())
+    assert np.array_equal(as_floats(written(TensorTarget("t", (50, 32)), values), (50, 32)), values.numpy())
 
 
 def test_rotary_rows_are_interleaved() -> None:
     values, rows = random(64, 32), np.arange(64).reshape(4, 2, 8).swapaxes(1, 2).ravel()
-    assert np.array_equal(as_floats(written(Place("t", (64, 32), rows=rows), values), (64, 32)), values.numpy()[rows])
+    assert np.array_equal(
+        as_floats(written(TensorTarget("t", (64, 32), rows=rows), values), (64, 32)), values.numpy()[rows]
+    )
 
 
 def test_fused_rows_become_three_runs() -> None:
     values = random(3 * 30, 32)
     rows = np.concatenate([np.arange(90).reshape(5, 3, 6)[:, part].ravel() for part in range(3)])
-    assert np.array_equal(as_floats(written(Place("t", (90, 32), rows=rows), values), (90, 32)), values.numpy()[rows])
+    assert np.array_equal(
+        as_floats(written(TensorTarget("t", (90, 32), rows=rows), values), (90, 32)), values.numpy()[rows]
+    )
 
 
 def test_an_expert_fills_its_slice_and_nothing_else() -> None:
     values = random(10, 32)
-    found = as_floats(written(Place("t", (3, 10, 32), first=10), values), (3, 10, 32))
+    found = as_floats(written(TensorTarget("t", (3, 10, 32), first=10), values), (3, 10, 32))
     assert np.array_equal(found[1], values.numpy())
     assert (found[[0, 2]].view(np.uint8) == 255).all()
 
@@ -80,31 +87,31 @@ def test_an_expert_fills_its_slice_and_nothing_else() -> None:
 def test_gate_and_up_come_out_of_fused_experts() -> None:
     values, rows = random(4, 24, 32), np.arange(96).reshape(4, 2, 12)
     for part in range(2):
-        found = written(Place("t", (4, 12, 32), rows=rows[:, part].ravel()), values)
+        found = written(TensorTarget("t", (4, 12, 32), rows=rows[:, part].ravel()), values)
         assert np.array_equal(as_floats(found, (4, 12, 32)), values.numpy()[:, part * 12 : part * 12 + 12])
 
 
 def test_matrices_are_turned_and_every_second_row_taken() -> None:
     values = random(4, 32, 24)
-    found = written(Place("t", (4, 12, 32), turn=32, columns=slice(1, None, 2)), values)
+    found = written(TensorTarget("t", (4, 12, 32), turn=32, columns=slice(1, None, 2)), values)
     assert np.array_equal(as_floats(found, (4, 12, 32)), values.numpy().swapaxes(1, 2)[:, 1::2])
 
 
 def test_a_part_of_each_head_is_turned() -> None:
     values = random(4 * 24, 32)  # 4 heads of 16 + 8 rows
     heads = np.arange(96).reshape(4, 24)
-    found = written(Place("t", (4, 32, 16), rows=heads[:, :16].ravel(), turn=16), values)
+    found = written(TensorTarget("t", (4, 32, 16), rows=heads[:, :16].ravel(), turn=16), values)
     assert np.array_equal(as_floats(found, (4, 32, 16)), values.numpy().reshape(4, 24, 32)[:, :16].swapaxes(1, 2))
 
 
 def test_what_is_added_is_added() -> None:
     values = random(300)
-    assert np.array_equal(as_floats(written(Place("t", (300,), add=1.0), values), (300,)), values.numpy() + 1)
+    assert np.array_equal(as_floats(written(TensorTarget("t", (300,), add=1.0), values), (300,)), values.numpy() + 1)
 
 
 def test_vectors_are_stacked() -> None:
     values = random(8)
-    found = as_floats(written(Place("t", (3, 8), first=2), values), (3, 8))
+    found = as_floats(written(TensorTarget("t", (3, 8), first=2), values), (3, 8))
     assert np.array_equal(found[2], values.numpy())
 
 
@@ -114,7 +121,7 @@ def test_encoded_rows_are_those_of_the_whole(kind: str) -> None:
 
     values, rows = random(64, 64), np.arange(64).reshape(4, 2, 8).swapaxes(1, 2).ravel()
     whole = encode(QUANT_TYPES[kind], values[torch.from_numpy(rows)]).numpy().ravel()
-    assert np.array_equal(written(Place("t", (64, 64), rows=rows), values, kind), whole)
+    assert np.array_equal(written(TensorTarget("t", (64, 64), rows=rows), values, kind), whole)
 
 
 def test_importance_is_that_of_the_expert() -> None:
@@ -122,12 +129,12 @@ def test_importance_is_that_of_the_expert() -> None:
 
     values, weights = random(3, 10, 32), random(3, 32).abs()
     info, kind = TensorInfo("w", "F32", (3, 10, 32)), QUANT_TYPES["Q4_0"]
-    place = Place("t", (3, 10, 32))
-    outlet = GGUFOutlet("q", info, place, kind, Extent("f", 0, 30 * 18), "cpu", importance=weights)
+    place = TensorTarget("t", (3, 10, 32))
+    outlet = GGUFEncoder("q", info, place, kind, Extent("f", 0, 30 * 18), "cpu", importance=weights)
     rows = values.reshape(30, 32)
     found = []
-    for start, stop in strips(0, 30, outlet):
-        into = torch.empty(outlet.nbytes(start, stop), dtype=torch.uint8)
+    for start, stop in chunk_ranges(0, 30, outlet):
+        into = torch.empty(outlet.chunk_nbytes(start, stop), dtype=torch.uint8)
         outlet.encode(rows[start:stop], start, into)
         found.append(into)
     expected = [encode(kind, values[at], weights[at]).view(-1) for at in range(3)]
@@ -139,9 +146,9 @@ def test_importance_is_that_of_the_expert() -> None:
     [("F16", 65519.0, 65520.0), ("Q4_K", 65504.0, 65505.0), ("BF16", 3.39e38, 3.4e38), ("F32", 3.4e38, math.inf)],
 )
 def test_what_does_not_fit_is_refused(kind: str, largest: float, larger: float) -> None:
-    outlet = GGUFOutlet(
-        "q", TensorInfo("w", "F32", (1, 256)), Place("t", (1, 256)), QUANT_TYPES[kind], Extent("f", 0, 0), "cpu"
+    outlet = GGUFEncoder(
+        "q", TensorInfo("w", "F32", (1, 256)), TensorTarget("t", (1, 256)), QUANT_TYPES[kind], Extent("f", 0, 0), "cpu"
     )
-    assert not outlet.refuses(largest)
-    assert outlet.refuses(larger)
-    assert outlet.refuses(math.nan)
+    assert not outlet.overflows(largest)
+    assert outlet.overflows(larger)
+    assert outlet.overflows(math.nan)

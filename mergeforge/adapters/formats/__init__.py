@@ -12,7 +12,7 @@ from typing import Any
 
 from mergeforge.adapters.peft.kind import Kind
 from mergeforge.adapters.peft.lora_config import LoraSettings
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Translated:
     `kind`: what LyCORIS has beside LoRA, which reads `config`.
     """
 
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     scales: Mapping[str, float]
     kind: Kind | None = None
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -18,10 +18,10 @@ from mergeforge.adapters.formats import Translated
 from mergeforge.adapters.formats.ldm_names import ldm_names
 from mergeforge.adapters.peft.kinds.lycoris import LYCORIS
 from mergeforge.adapters.peft.lora_config import LoraSettings, read_settings
-from mergeforge.adapters.resolve import Homes
-from mergeforge.checkpoints.checkpoint import Model
+from mergeforge.adapters.resolve import TensorResolver
+from mergeforge.checkpoints.checkpoint import ModelSource
 from mergeforge.errors import SourceError, listing
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 METADATA = "lora_adapter_metadata"
 # suffix -> the same in keys.py's names
@@ -61,11 +61,13 @@ class _Spoken:
     component: str
     module: str
     role: str
-    stored: Stored
+    stored: StoredTensor
     flat: bool
 
 
-def read_diffusion(tensors: Mapping[str, Stored], metadata: Mapping[str, str], label: str, base: Model) -> Translated:
+def read_diffusion(
+    tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], label: str, base: ModelSource
+) -> Translated:
     """The tensors that are for the base, and the scale of every module.
 
     A component of which the base has nothing, while it has all of another, is another model's: it is left
@@ -93,7 +95,7 @@ def read_diffusion(tensors: Mapping[str, Stored], metadata: Mapping[str, str], l
     return _translated(modules, _settings(metadata, known, label), label, tuple(notes))
 
 
-def _spoken(name: str, stored: Stored, label: str) -> _Spoken:
+def _spoken(name: str, stored: StoredTensor, label: str) -> _Spoken:
     if old := _PROCESSOR.fullmatch(name):
         leaf = "to_out.0" if old[2] == "to_out" else old[2]
         name = f"{old[1]}.{leaf}.lora_{old[3]}.weight"
@@ -110,10 +112,10 @@ def _spoken(name: str, stored: Stored, label: str) -> _Spoken:
 class _Homes:
     """The base's modules by the dialect's paths."""
 
-    def __init__(self, label: str, base: Model) -> None:
+    def __init__(self, label: str, base: ModelSource) -> None:
         self.label = label
         self.base = base
-        self.homes = Homes(label, base, {})
+        self.homes = TensorResolver(label, base, {})
         self.flat: dict[str, list[str]] = {}
         self.found: dict[str, str] = {}
         modules = dict.fromkeys(name.rpartition(".")[0] for name in base.tensors)
@@ -140,7 +142,7 @@ class _Homes:
         return (exact or found or [""])[0]
 
 
-def _left_out(component: str, spoken: list[_Spoken], label: str, base: Model) -> str:
+def _left_out(component: str, spoken: list[_Spoken], label: str, base: ModelSource) -> str:
     count = sum(one.component == component for one in spoken)
     return (
         f"{label}: its {count} tensors for {component or 'another model'} are left out: {base.label} has none of them"
@@ -178,7 +180,7 @@ def _translated(
     label: str,
     notes: tuple[str, ...],
 ) -> Translated:
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     scales: dict[str, float] = {}
     alphas: dict[str, float] = {}
     ranks: set[int] = set()
@@ -199,14 +201,14 @@ def _translated(
     return Translated(tensors, scales, LYCORIS, {"alphas": alphas}, notes)
 
 
-def _number(stored: Stored, label: str) -> float:
+def _number(stored: StoredTensor, label: str) -> float:
     """A tensor of one number."""
     if stored.info.numel != 1:
         raise SourceError(f"{label}: {stored.info.name!r} is {list(stored.info.shape)}, not one number")
     return float(stored.whole().sum())
 
 
-def _renamed(module: str, roles: Mapping[str, _Spoken]) -> Iterator[tuple[str, Stored]]:
+def _renamed(module: str, roles: Mapping[str, _Spoken]) -> Iterator[tuple[str, StoredTensor]]:
     for role, one in roles.items():
         if role == "alpha":
             continue

@@ -14,7 +14,7 @@ from typing import Any
 
 from mergeforge.adapters.formats import Translated
 from mergeforge.errors import SourceError
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 STEM = "adapters"
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -27,12 +27,12 @@ def is_mlx(config: Mapping[str, Any]) -> bool:
     return "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config)
 
 
-def read_mlx(tensors: Mapping[str, Stored], config: Mapping[str, Any], label: str) -> Translated:
+def read_mlx(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], label: str) -> Translated:
     """The tensors and scales of an adapter. Raises SourceError for one that cannot be folded."""
     kind = config.get("fine_tune_type", "lora")
     if kind not in _TYPES:
         raise SourceError(f"{label}: its config says fine_tune_type: {kind!r}", hint="known: " + ", ".join(_TYPES))
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     modules = {name.rpartition(".")[0] for name in tensors if name.endswith((".lora_a", ".lora_b"))}
     experts = {one for one in modules if (b := tensors.get(f"{one}.lora_b")) and len(b.info.shape) == 3}
     for name, stored in tensors.items():
@@ -49,7 +49,7 @@ def read_mlx(tensors: Mapping[str, Stored], config: Mapping[str, Any], label: st
     return Translated(found, dict.fromkeys(scaled, _scale(config, label)) if scaled else {})
 
 
-def _by_expert(module: str, leaf: str, stored: Stored, count: int, label: str) -> dict[str, Stored]:
+def _by_expert(module: str, leaf: str, stored: StoredTensor, count: int, label: str) -> dict[str, StoredTensor]:
     """A stack of factors as those of each expert, under the names that Hugging Face's checkpoints have.
 
     lora_a may be (experts * r, in), too. mlx-lm stacks Mixtral's w1, w2 and w3 as gate, down and up projections.
@@ -64,7 +64,7 @@ def _by_expert(module: str, leaf: str, stored: Stored, count: int, label: str) -
     names = [f"{path.format(at)}.{_PLAIN[leaf]}" for at in range(count)]
     infos = [replace(stored.info, name=name, shape=one) for name in names]
     size = infos[0].nbytes
-    return {info.name: Stored(info, stored.file, stored.offset + at * size) for at, info in enumerate(infos)}
+    return {info.name: StoredTensor(info, stored.file, stored.offset + at * size) for at, info in enumerate(infos)}
 
 
 def _scale(config: Mapping[str, Any], label: str) -> float:

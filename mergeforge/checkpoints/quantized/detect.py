@@ -10,7 +10,7 @@ from mergeforge.checkpoints.quantized import bitsandbytes, fp8_mxfp4, packed_int
 from mergeforge.checkpoints.quantized.detection_state import SIXTEEN_BIT, Held, dtype_of, settings_of, without_settings
 from mergeforge.errors import SourceError, listing
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 KNOWN = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq", "compressed-tensors", "modelopt")
 LAYOUTS = ("marlin", "marlin-24", "sparse-bitmask", "sparse-24-bitmask", "mxfp6-pack-quantized")  # not understood
@@ -36,7 +36,7 @@ PACKED = (
 
 
 def recognise(
-    label: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]
+    label: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
 ) -> tuple[Mapping[str, Way], Mapping[str, Any], tuple[str, ...]]:
     """A checkpoint's tensors with quantised groups as one way each, its config without their settings, and notes.
 
@@ -95,7 +95,7 @@ def _check(held: Held, config: Mapping[str, Any], dropped: list[str]) -> None:
         raise SourceError(text, hint=SIXTEEN_BIT)
 
 
-def _is_packed(name: str, stored: Stored) -> bool:
+def _is_packed(name: str, stored: StoredTensor) -> bool:
     leaf = name.rpartition(".")[2]
     return leaf in PACKED or stored.info.dtype.startswith("F8_") or (leaf == "weight" and not stored.info.is_float)
 

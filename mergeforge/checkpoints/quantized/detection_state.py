@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergeforge.checkpoints.quantized.tensor import Packing, Quantised
+from mergeforge.checkpoints.quantized.tensor import Packing, QuantizedTensor
 from mergeforge.core.tensor_info import DTYPES, FLOATS, TensorInfo
 from mergeforge.errors import SourceError
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 LARGEST = 1 << 20  # bytes of a description, of a shape, or of the groups of a weight's inputs
 SIXTEEN_BIT = "give the 16-bit version of the model"
@@ -25,20 +25,20 @@ class Held:
     """
 
     label: str
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     settings: Mapping[str, Any]
     dtype: str
-    found: dict[str, Quantised] = field(default_factory=dict)
+    found: dict[str, QuantizedTensor] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
-    def ending(self, *ends: str) -> Iterator[tuple[str, Stored]]:
+    def ending(self, *ends: str) -> Iterator[tuple[str, StoredTensor]]:
         """Names (without their end) and tensors that end so, and that nothing has recognised yet."""
         for name, stored in self.tensors.items():
             for end in ends:
                 if name.endswith(end) and name not in self.used:
                     yield name.removesuffix(end), stored
 
-    def wants(self, name: str, why: str) -> Stored:
+    def wants(self, name: str, why: str) -> StoredTensor:
         """A tensor that a group must have. Raises SourceError."""
         if name not in self.tensors:
             raise SourceError(f"{self.label} lacks {name}, which {why} needs", hint="download it again")
@@ -49,7 +49,7 @@ class Held:
     def put(self, name: str, packing: Packing, shape: tuple[int, ...], dtype: str, also: tuple[str, ...] = ()) -> None:
         """Note that stored tensors are the tensor `name`; `also` belongs to them and is not read."""
         names = tuple(one.info.name for one in packing.stored)
-        self.found[names[0]] = Quantised(TensorInfo(name, dtype, shape), packing)
+        self.found[names[0]] = QuantizedTensor(TensorInfo(name, dtype, shape), packing)
         self.used.update(names, (one for one in also if one in self.tensors))
 
     def refuse(self, name: str, what: str) -> SourceError:
@@ -57,13 +57,13 @@ class Held:
         return SourceError(f"{self.label}: {name} {what}", hint=SIXTEEN_BIT)
 
 
-def shape_check(held: Held, stored: Stored, shape: tuple[int, ...]) -> None:
+def shape_check(held: Held, stored: StoredTensor, shape: tuple[int, ...]) -> None:
     """Raises SourceError unless a stored tensor has the shape."""
     if stored.info.shape != shape:
         raise held.refuse(stored.info.name, f"has the shape {list(stored.info.shape)}, not {list(shape)}")
 
 
-def numbers(stored: Stored) -> bytes:
+def numbers(stored: StoredTensor) -> bytes:
     """All bytes of a small tensor, read while planning. Raises SourceError for a large one."""
     if stored.info.nbytes > LARGEST:
         raise SourceError(f"{stored.file.path}: {stored.info.name} has {stored.info.nbytes} bytes, far too many")
@@ -72,7 +72,7 @@ def numbers(stored: Stored) -> bytes:
     return bytes(raw)
 
 
-def description(stored: Stored) -> dict[str, Any]:
+def description(stored: StoredTensor) -> dict[str, Any]:
     """A JSON object that is stored as a tensor of bytes. Raises SourceError."""
     try:
         value = json.loads(numbers(stored).decode("utf-8"))

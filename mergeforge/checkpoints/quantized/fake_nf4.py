@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.quant_codecs import nf4
-from mergeforge.tensors.budget import Need, Worker
-from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
+from mergeforge.tensors.budget import MemoryCost, Worker
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ class Statistics:
 
 
 @dataclass(frozen=True, eq=False)
-class Simulated:
+class FakeQuantizedTensor:
     """`way`'s values after bitsandbytes' NF4, blocks of 64 over the flat tensor; its info is the way's.
 
     `double_quant`: the magnitudes are quantised too (bnb_4bit_use_double_quant), less their mean over
@@ -45,11 +45,11 @@ class Simulated:
         return self.way.info
 
     @property
-    def parts(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[Way, ...]:
         return (self.way,)
 
     @property
-    def learns(self) -> bool:
+    def needs_stats(self) -> bool:
         return self.double_quant or not self._aligned
 
     @property
@@ -59,24 +59,26 @@ class Simulated:
         return info.block_rows == info.rows or info.block_rows * info.columns % nf4.BLOCK == 0
 
     @property
-    def need(self) -> Need:
-        count = -(-self.info.numel // nf4.BLOCK) if self.learns else 0
+    def memory_cost(self) -> MemoryCost:
+        count = -(-self.info.numel // nf4.BLOCK) if self.needs_stats else 0
         held = 4 * count * (1 if self._aligned else 2) + count + 4 * -(-count // nf4.NESTED)
-        return self.way.need + Need(fixed=held + count + 16 * min(count, nf4.PIECE), live=LIVE)
+        return self.way.memory_cost + MemoryCost(
+            fixed_nbytes=held + count + 16 * min(count, nf4.PIECE), scratch_blocks=LIVE
+        )
 
-    def learn(self, scan: Scan) -> Statistics:
+    def collect_stats(self, scan: StatsPass) -> Statistics:
         import torch
 
         largest = torch.zeros(-(-self.info.numel // nf4.BLOCK), device=scan.worker.device)
-        for rows, start, stop in scan(lambda tile: self.way.stage(tile, scan.worker, scan.facts, scan.dtype)):
+        for rows, start, stop in scan(lambda tile: self.way.load(tile, scan.worker, scan.facts, scan.dtype)):
             _add_magnitudes(largest, rows(start, stop).flatten().float(), start * self.info.columns)
         kept = None if self._aligned else largest.clone() if self.double_quant else largest
         return Statistics(kept, nf4.quantised_magnitudes(largest) if self.double_quant else None)
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
         import torch
 
-        plain = self.way.stage(rows, worker, facts, dtype)
+        plain = self.way.load(rows, worker, facts, dtype)
         learnt: Any = facts.get(id(self), Statistics(None, None))
         rounded = torch_dtype(self.info.dtype)
         levels = nf4.dynamic_map(torch.device(worker.device)) if self.double_quant else None

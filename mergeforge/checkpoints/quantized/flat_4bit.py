@@ -10,9 +10,9 @@ from mergeforge.checkpoints.quantized.tensor import PIECE, Pieces, live, strips
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.quant_codecs import nf4
 from mergeforge.quant_codecs.packed_4bit import pair_table, unpack
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
 from mergeforge.tensors.lazy import Rows
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,8 @@ TEMPORARIES = 2  # of a piece: values, and bytes as integers, a scale for each, 
 class Nested:
     """Double quantisation: the magnitudes' 8-bit levels, the largest of each block of them, their mean."""
 
-    levels: Stored
-    largest: Stored
+    levels: StoredTensor
+    largest: StoredTensor
     offset: float
 
 
@@ -35,24 +35,28 @@ class FourBit:
     """Codes (two a byte, the high four bits first), the 16 levels, and a magnitude for each `block` of them."""
 
     about: str
-    codes: Stored
-    levels: Stored
-    largest: Stored
+    codes: StoredTensor
+    levels: StoredTensor
+    largest: StoredTensor
     block: int
     nested: Nested | None = None
 
     @property
-    def stored(self) -> tuple[Stored, ...]:
+    def stored(self) -> tuple[StoredTensor, ...]:
         inner = (self.nested.levels, self.nested.largest) if self.nested else ()
         return (self.codes, self.levels, self.largest, *inner)
 
-    def need(self, info: TensorInfo) -> Need:
+    def memory_cost(self, info: TensorInfo) -> MemoryCost:
         size = self.largest.info.bits // 8
         row = -(-info.columns // 2) + -(-info.columns * size // self.block)
         fixed = sum(one.info.nbytes for one in self.stored[1:] if one is not self.largest)
-        return Need(row=row, fixed=fixed + 8 * ALIGNMENT, live=live(TEMPORARIES, max(PIECE, info.columns), info))
+        return MemoryCost(
+            row_nbytes=row,
+            fixed_nbytes=fixed + 8 * ALIGNMENT,
+            scratch_blocks=live(TEMPORARIES, max(PIECE, info.columns), info),
+        )
 
-    def stage(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
+    def load(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
         first, last = rows.start * info.columns, rows.stop * info.columns
         codes = _part(self.codes, first // 2, -(-last // 2), worker)
         blocks = range(first // self.block, -(-last // self.block))
@@ -87,12 +91,12 @@ class FourBit:
         return magnitudes
 
 
-def _torch(stored: Stored) -> torch.dtype:
+def _torch(stored: StoredTensor) -> torch.dtype:
     known = torch_dtype(stored.info.dtype)
     assert known is not None
     return known
 
 
-def _part(stored: Stored, start: int, stop: int, worker: Worker) -> Tensor:
+def _part(stored: StoredTensor, start: int, stop: int, worker: Worker) -> Tensor:
     """Bytes [start, stop) of a stored tensor."""
     return worker.read(stored.file, stored.offset + start, stop - start)

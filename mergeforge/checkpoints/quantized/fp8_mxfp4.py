@@ -10,7 +10,7 @@ from mergeforge.checkpoints.quantized.detection_state import Held, shape_check
 from mergeforge.checkpoints.quantized.rowwise import ByRow
 from mergeforge.checkpoints.quantized.transposed import Experts
 from mergeforge.quant_codecs import fp8, mxfp4
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def eight_bit(held: Held) -> None:
         held.put(name, _packing(held, weight, scales), weight.info.shape, held.dtype or "BF16")
 
 
-def _packing(held: Held, weight: Stored, scales: Stored) -> ByRow:
+def _packing(held: Held, weight: StoredTensor, scales: StoredTensor) -> ByRow:
     rows, columns = weight.info.shape[-2:]
     high, wide = _block(held, weight, scales)
     exponents = scales.info.dtype in POWERS
@@ -57,12 +57,12 @@ def _packing(held: Held, weight: Stored, scales: Stored) -> ByRow:
     return ByRow("FP8", (weight,), (as_bytes(scales),), values, temporaries=2)
 
 
-def as_bytes(scales: Stored) -> Stored:
+def as_bytes(scales: StoredTensor) -> StoredTensor:
     """E8M0 scales as plain bytes: older versions of torch have no such dtype."""
-    return Stored(scales.info.with_dtype("U8"), scales.file, scales.offset) if scales.info.bits == 8 else scales
+    return StoredTensor(scales.info.with_dtype("U8"), scales.file, scales.offset) if scales.info.bits == 8 else scales
 
 
-def _block(held: Held, weight: Stored, scales: Stored) -> tuple[int, int]:
+def _block(held: Held, weight: StoredTensor, scales: StoredTensor) -> tuple[int, int]:
     """Rows and columns that share a scale. Raises SourceError where the scales' shape fits none."""
     rows, columns = weight.info.shape[-2:]
     shape = scales.info.shape

@@ -11,7 +11,7 @@ from mergeforge.checkpoints.quantized.fp8_mxfp4 import POWERS, as_bytes
 from mergeforge.checkpoints.quantized.rowwise import ByRow
 from mergeforge.checkpoints.quantized.transposed import Words
 from mergeforge.quant_codecs import int8, mxfp4, nvfp4, packed_int32
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,9 @@ def words_of_inputs(held: Held) -> None:
         held.put(f"{module}.weight", found, (outputs, inputs), held.dtype or "F16", (f"{module}.g_idx",))
 
 
-def _gptq(held: Held, codes: Stored, zeros: Stored, scales: Stored, groups: Stored | None) -> Words:
+def _gptq(
+    held: Held, codes: StoredTensor, zeros: StoredTensor, scales: StoredTensor, groups: StoredTensor | None
+) -> Words:
     rows, outputs = codes.info.shape
     told = held.settings.get("bits")
     per_word = outputs // zeros.info.shape[1] if zeros.info.shape[1] else 0
@@ -50,7 +52,9 @@ def _gptq(held: Held, codes: Stored, zeros: Stored, scales: Stored, groups: Stor
     return Words(f"GPTQ int{bits}", codes, zeros, scales, groups, bits, not newer, awq=False)
 
 
-def _awq(held: Held, codes: Stored, zeros: Stored, scales: Stored, groups: Stored | None) -> Words:
+def _awq(
+    held: Held, codes: StoredTensor, zeros: StoredTensor, scales: StoredTensor, groups: StoredTensor | None
+) -> Words:
     version = str(held.settings.get("version") or held.settings.get("format") or "gemm").lower()
     if version != "gemm" or held.settings.get("bits", 4) != 4:
         raise held.refuse(codes.info.name, f"is AWQ of the layout {version!r}, which cannot be read")
@@ -83,7 +87,9 @@ def modelopt(held: Held) -> None:
             _packed_bytes(held, name, codes, scales, whole, divides=False)
 
 
-def _packed_bytes(held: Held, name: str, codes: Stored, scales: Stored, whole: Stored | None, *, divides: bool) -> None:
+def _packed_bytes(
+    held: Held, name: str, codes: StoredTensor, scales: StoredTensor, whole: StoredTensor | None, *, divides: bool
+) -> None:
     columns = codes.info.columns * 2
     shape = (*codes.info.shape[:-1], columns)
     if whole is None and scales.info.dtype in POWERS:
@@ -99,7 +105,7 @@ def _packed_bytes(held: Held, name: str, codes: Stored, scales: Stored, whole: S
     held.put(name, packing, shape, held.dtype or "BF16")
 
 
-def _packed_words(held: Held, name: str, codes: Stored, scales: Stored) -> None:
+def _packed_words(held: Held, name: str, codes: StoredTensor, scales: StoredTensor) -> None:
     told = held.wants(f"{name}_shape", codes.info.name)
     size = told.info.bits // 8
     raw = numbers(told)
@@ -127,7 +133,7 @@ def _packed_words(held: Held, name: str, codes: Stored, scales: Stored) -> None:
     held.put(name, packing, (shape[0], shape[1]), held.dtype or "BF16", (told.info.name, f"{name}_g_idx"))
 
 
-def _bits(settings: Mapping[str, Any], codes: Stored, columns: int) -> int:
+def _bits(settings: Mapping[str, Any], codes: StoredTensor, columns: int) -> int:
     """Bits of a weight: what fits the words; where several do, what the config says."""
     fitting = [bits for bits in range(1, 9) if -(-columns * bits // 32) == codes.info.columns]
     groups = settings.get("config_groups")
@@ -136,7 +142,7 @@ def _bits(settings: Mapping[str, Any], codes: Stored, columns: int) -> int:
     return next((bits for bits in told if bits in fitting), fitting[0] if len(fitting) == 1 else 0)
 
 
-def _check_groups(held: Held, stored: Stored, inputs: int, count: int) -> bool:
+def _check_groups(held: Held, stored: StoredTensor, inputs: int, count: int) -> bool:
     """Whether a g_idx says the group of each input; all -1 says nothing. Raises SourceError where it cannot."""
     import numpy as np
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from mergeforge.checkpoints.quantized.tensor import PIECE, Pieces, live, strips
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,21 +26,23 @@ class ByRow:
     """
 
     about: str
-    each: tuple[Stored, ...]
-    whole: tuple[Stored, ...]
+    each: tuple[StoredTensor, ...]
+    whole: tuple[StoredTensor, ...]
     values: Values
     temporaries: float
 
     @property
-    def stored(self) -> tuple[Stored, ...]:
+    def stored(self) -> tuple[StoredTensor, ...]:
         return (*self.each, *self.whole)
 
-    def need(self, info: TensorInfo) -> Need:
+    def memory_cost(self, info: TensorInfo) -> MemoryCost:
         row = sum(one.info.row_nbytes for one in self.each)
         fixed = sum(one.info.nbytes for one in self.whole) + ALIGNMENT * len(self.stored)
-        return Need(row=row, fixed=fixed, live=live(self.temporaries, max(PIECE, info.columns), info))
+        return MemoryCost(
+            row_nbytes=row, fixed_nbytes=fixed, scratch_blocks=live(self.temporaries, max(PIECE, info.columns), info)
+        )
 
-    def stage(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
+    def load(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
         each = [one.read(rows, worker) for one in self.each]
         whole = [one.read_all(worker).view(one.info.shape) for one in self.whole]
 

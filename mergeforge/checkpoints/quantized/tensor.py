@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.io.disk import InputFile
-from mergeforge.tensors.budget import Need, Worker
-from mergeforge.tensors.lazy import Facts, Rows, Scan, Way
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.budget import MemoryCost, Worker
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -44,25 +44,25 @@ class Packing(Protocol):
         """The format's name."""
 
     @property
-    def stored(self) -> tuple[Stored, ...]:
+    def stored(self) -> tuple[StoredTensor, ...]:
         """Everything that it reads; the codes first."""
 
-    def need(self, info: TensorInfo) -> Need:
+    def memory_cost(self, info: TensorInfo) -> MemoryCost:
         """What staging rows and dequantising a block of them, piece by piece, takes."""
 
-    def stage(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
+    def load(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
         """Read what the rows need; the result dequantises blocks of them."""
 
 
 @dataclass(frozen=True, eq=False)
-class Quantised:
+class QuantizedTensor:
     """`packing`'s values, rounded to `info`'s dtype; so a merge sees what the dequantised model holds."""
 
     info: TensorInfo
     packing: Packing
 
-    parts: tuple[Way, ...] = ()
-    learns: bool = False
+    inputs: tuple[Way, ...] = ()
+    needs_stats: bool = False
 
     @property
     def file(self) -> InputFile:
@@ -79,16 +79,16 @@ class Quantised:
         return sum(one.info.nbytes for one in self.packing.stored)
 
     @property
-    def need(self) -> Need:
-        return self.packing.need(self.info) + Need(live=1)
+    def memory_cost(self) -> MemoryCost:
+        return self.packing.memory_cost(self.info) + MemoryCost(scratch_blocks=1)
 
-    def learn(self, scan: Scan) -> Any:
+    def collect_stats(self, scan: StatsPass) -> Any:
         return None
 
-    def stage(self, rows: range, worker: Worker, facts: Facts, dtype: torch.dtype) -> Rows:
-        pieces = self.packing.stage(self.info, rows, worker)
+    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
+        pieces = self.packing.load(self.info, rows, worker)
         rounded = torch_dtype(self.info.dtype)
-        slot = worker.slot()
+        slot = worker.next_slot()
 
         def block(start: int, stop: int) -> Tensor:
             into = worker.scratch(slot, (stop - start, self.info.columns), dtype)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from mergeforge.checkpoints.quantized.tensor import PIECE, Pieces, live
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.quant_codecs import mxfp4, packed_int32
-from mergeforge.tensors.budget import ALIGNMENT, Need, Worker, viewed
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker, view_rows
+from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,23 +34,23 @@ class Words:
     """
 
     about: str
-    codes: Stored
-    zeros: Stored
-    scales: Stored
-    groups: Stored | None
+    codes: StoredTensor
+    zeros: StoredTensor
+    scales: StoredTensor
+    groups: StoredTensor | None
     bits: int
     zeros_less: bool
     awq: bool
 
     @property
-    def stored(self) -> tuple[Stored, ...]:
+    def stored(self) -> tuple[StoredTensor, ...]:
         return (self.codes, self.zeros, self.scales, *([self.groups] if self.groups else []))
 
     @property
     def per_word(self) -> int:
         return 32 // self.bits
 
-    def need(self, info: TensorInfo) -> Need:
+    def memory_cost(self, info: TensorInfo) -> MemoryCost:
         inputs, groups = self.codes.info.rows, self.scales.info.rows
         words_row = inputs * 4 // self.per_word if self.awq else inputs * 4
         row = words_row + -(-groups * 4 // self.per_word) + groups * self.scales.info.bits // 8
@@ -59,13 +59,13 @@ class Words:
         wide = info.block_rows + 2 * self.per_word  # a block's edges may lie inside words
         many = live(TEMPORARIES, max(PIECE, self.per_word * wide) * wide // info.block_rows, info)
         scaling = live(4, groups * wide, info)
-        return Need(
-            row=row,
-            fixed=edges + small + _strips(self.codes, self.zeros, self.scales) + 8 * ALIGNMENT,
-            live=many + scaling,
+        return MemoryCost(
+            row_nbytes=row,
+            fixed_nbytes=edges + small + _strips(self.codes, self.zeros, self.scales) + 8 * ALIGNMENT,
+            scratch_blocks=many + scaling,
         )
 
-    def stage(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
+    def load(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
         coarse = range(rows.start // self.per_word, -(-rows.stop // self.per_word))
         codes = columns(self.codes, coarse if self.awq else rows, worker, last=rows.stop == info.rows)
         zeros = columns(self.zeros, coarse, worker)
@@ -111,21 +111,21 @@ class Experts:
     """
 
     about: str
-    codes: Stored
-    exponents: Stored
+    codes: StoredTensor
+    exponents: StoredTensor
 
     @property
-    def stored(self) -> tuple[Stored, ...]:
+    def stored(self) -> tuple[StoredTensor, ...]:
         return (self.codes, self.exponents)
 
-    def need(self, info: TensorInfo) -> Need:
+    def memory_cost(self, info: TensorInfo) -> MemoryCost:
         experts, _, outputs = info.shape
         group = outputs * (mxfp4.GROUP // 2 + 1)
         fixed = 2 * group + 3 * ALIGNMENT * (experts + 2) + _strips(_by_output(self.codes), _by_output(self.exponents))
         piece = max(PIECE, outputs * mxfp4.GROUP)
-        return Need(row=-(-group // mxfp4.GROUP), fixed=fixed, live=live(2, piece, info))
+        return MemoryCost(row_nbytes=-(-group // mxfp4.GROUP), fixed_nbytes=fixed, scratch_blocks=live(2, piece, info))
 
-    def stage(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
+    def load(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
         _, inputs, outputs = info.shape
         codes, exponents = _by_output(self.codes), _by_output(self.exponents)
         staged = {}
@@ -156,7 +156,9 @@ class Experts:
         return pieces
 
 
-def columns(stored: Stored, wanted: range, worker: Worker, lines: range | None = None, *, last: bool = False) -> Tensor:
+def columns(
+    stored: StoredTensor, wanted: range, worker: Worker, lines: range | None = None, *, last: bool = False
+) -> Tensor:
     """Columns `wanted` of the stored rows `lines` (all), staged: (rows, columns) in the stored dtype.
 
     `last`: nobody needs the other columns after this.
@@ -166,20 +168,20 @@ def columns(stored: Stored, wanted: range, worker: Worker, lines: range | None =
     nbytes = len(lines) * len(wanted) * size
 
     def make() -> Tensor:
-        piece, there = worker.room(nbytes)
+        piece, there = worker.allocate_tensor(nbytes)
         _gather(stored, wanted, lines, piece, worker, keep=not last)
         return there if there is piece else there.copy_(piece, non_blocking=True)
 
-    raw = worker.once((stored.file.path, stored.offset, wanted, lines), make)
-    return viewed(raw, stored.info.dtype, len(wanted))
+    raw = worker.cached((stored.file.path, stored.offset, wanted, lines), make)
+    return view_rows(raw, stored.info.dtype, len(wanted))
 
 
-def _gather(stored: Stored, wanted: range, lines: range, into: Tensor, worker: Worker, *, keep: bool) -> None:
+def _gather(stored: StoredTensor, wanted: range, lines: range, into: Tensor, worker: Worker, *, keep: bool) -> None:
     size, row = stored.info.bits // 8, stored.info.row_nbytes
     if len(wanted) == stored.info.columns:
         stored.file.read_into(into.numpy().data, stored.offset + lines.start * row, keep=keep)
         return
-    strip = worker.once(("strip", max(row, STRIP)), lambda: worker.take(max(row, STRIP)))
+    strip = worker.cached(("strip", max(row, STRIP)), lambda: worker.allocate(max(row, STRIP)))
     kept = into.numpy().reshape(len(lines), -1)
     step = max(len(strip) // row, 1)
     for at in range(0, len(lines), step):
@@ -189,18 +191,18 @@ def _gather(stored: Stored, wanted: range, lines: range, into: Tensor, worker: W
         kept[at : at + count] = part.reshape(count, row)[:, wanted.start * size : wanted.stop * size]
 
 
-def _strips(*every: Stored) -> int:
+def _strips(*every: StoredTensor) -> int:
     """Bytes of the strips that gathering columns takes."""
     return STRIP + sum(one.info.row_nbytes for one in every if one.info.row_nbytes > STRIP)
 
 
-def _by_output(stored: Stored) -> Stored:
+def _by_output(stored: StoredTensor) -> StoredTensor:
     """Codes or exponents as a matrix of bytes with a row for each output of each expert."""
     experts, outputs, *rest = stored.info.shape
     width = 1
     for one in rest:
         width *= one
-    return Stored(TensorInfo(stored.info.name, "U8", (experts * outputs, width)), stored.file, stored.offset)
+    return StoredTensor(TensorInfo(stored.info.name, "U8", (experts * outputs, width)), stored.file, stored.offset)
 
 
 def _groups_of(rows: range, expert: int, inputs: int) -> range:

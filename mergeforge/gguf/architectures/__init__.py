@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class TensorTarget:
     """Where a stored tensor, or a part of it, goes in a GGUF file.
 
     The stored tensor is seen as rows x columns (TensorInfo.rows, .columns). GGUF row `first + j` is
@@ -53,7 +53,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Spelling:
+class GGUFModelSpec:
     """A model as GGUF spells it.
 
     `keys`: in the converter's order, from the architecture's first key on; `general.file_type`
@@ -65,14 +65,14 @@ class Spelling:
 
     arch: str
     keys: Keys
-    places: Mapping[str, tuple[Place, ...]]
+    targets: Mapping[str, tuple[TensorTarget, ...]]
     vocab: str
     dropped: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-Family = Callable[["Model"], Spelling]
+Family = Callable[["Model"], GGUFModelSpec]
 ARCHITECTURES: Registry[Family] = Registry("architecture", __name__)
 
 
@@ -87,7 +87,7 @@ def architecture(*names: str) -> Callable[[Family], Family]:
     return register
 
 
-def spell(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Spelling:
+def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> GGUFModelSpec:
     """How GGUF spells the model of a config.json and its tensors.
 
     Raises SourceError for a model class that is not known, a key or tensor that is missing, a tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.engine_limits import POOLING
 from mergeforge.gguf.architectures.hparams import text_keys
 from mergeforge.gguf.architectures.model import Model
@@ -21,21 +21,21 @@ _HEADS = ("cls.predictions", "cls.seq_relationship", "lm_head.", "pooler.dense")
 
 
 @architecture("BertModel", "BertForMaskedLM", "BertForSequenceClassification")
-def bert(model: Model) -> Spelling:
+def bert(model: Model) -> GGUFModelSpec:
     return _encoder(model, "bert", 0)
 
 
 @architecture("RobertaModel", "RobertaForSequenceClassification")
-def roberta(model: Model) -> Spelling:
+def roberta(model: Model) -> GGUFModelSpec:
     return _encoder(model, "roberta", 1 + int(model.need("pad_token_id")))
 
 
 @architecture("XLMRobertaModel", "XLMRobertaForSequenceClassification")
-def xlm_roberta(model: Model) -> Spelling:
+def xlm_roberta(model: Model) -> GGUFModelSpec:
     return _encoder(model, "unigram", 1 + int(model.need("pad_token_id")))
 
 
-def _encoder(model: Model, vocab: str, unused: int) -> Spelling:
+def _encoder(model: Model, vocab: str, unused: int) -> GGUFModelSpec:
     """`unused` rows of positions lead the table of a RoBERTa and go."""
     context = int(model.need("max_position_embeddings")) - unused
     labels = _labels(model)

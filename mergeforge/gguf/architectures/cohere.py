@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.engine_limits import head_notes, window_notes
 from mergeforge.gguf.architectures.hparams import NO_SCALING, text_keys
 from mergeforge.gguf.architectures.model import Model
@@ -16,7 +16,7 @@ _NEEDS = (*ATTENTION, "ffn_gate", "ffn_up", "ffn_down")
 
 
 @architecture("CohereForCausalLM")
-def command_r(model: Model) -> Spelling:
+def command_r(model: Model) -> GGUFModelSpec:
     """model_max_length is the context it was trained for, where the config has it."""
     context = model.need("model_max_length", "max_position_embeddings")
     model = replace(model, config={**model.config, "max_position_embeddings": context})
@@ -29,7 +29,7 @@ def command_r(model: Model) -> Spelling:
 
 
 @architecture("Cohere2ForCausalLM")
-def cohere2(model: Model) -> Spelling:
+def cohere2(model: Model) -> GGUFModelSpec:
     part = model.find("rotary_pct") or model.rope.get("partial_rotary_factor", 1.0)
     keys = text_keys(model) | {
         "logit_scale": f32(model.need("logit_scale")),

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.experts import stacked
 from mergeforge.gguf.architectures.hparams import optional, text_keys
 from mergeforge.gguf.architectures.model import Model
@@ -30,7 +30,7 @@ _NEEDS = (
 
 
 @architecture("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
-def deepseek2(model: Model) -> Spelling:
+def deepseek2(model: Model) -> GGUFModelSpec:
     notes = []
     if model.name == "DeepseekV3ForCausalLM" and model.find("scoring_func") is None:
         notes.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.constants import llama3_factors
 from mergeforge.gguf.architectures.hparams import text_keys
 from mergeforge.gguf.architectures.model import Model
@@ -14,14 +14,14 @@ _AFTER = (*ATTENTION[1:], "ffn_gate", "ffn_up", "ffn_down", "post_attention_norm
 
 
 @architecture("ExaoneForCausalLM")
-def exaone(model: Model) -> Spelling:
+def exaone(model: Model) -> GGUFModelSpec:
     part = model.rope.get("partial_rotary_factor", 1.0)
     keys = text_keys(model) | {"rope.dimension_count": u32(int(part * (model.hidden // model.heads)))}
     return spelled(model, "exaone", keys, vocab="gpt2", needs=GATED, constants=llama3_factors(model))
 
 
 @architecture("Exaone4ForCausalLM")
-def exaone4(model: Model) -> Spelling:
+def exaone4(model: Model) -> GGUFModelSpec:
     keys = text_keys(model) | {"vocab_size": u32(model.need("vocab_size"))} | _window(model)
     constants = llama3_factors(model, factor=16.0)
     slides = model.layers != _LAYERS_OF_32B and model.find("sliding_window") is not None

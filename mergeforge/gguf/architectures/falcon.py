@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.hparams import FILE_TYPE
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.row_order import grouped
@@ -15,7 +15,7 @@ _NEEDS = ("attn_norm", "attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 
 @architecture("FalconForCausalLM", "RWForCausalLM")
-def falcon(model: Model) -> Spelling:
+def falcon(model: Model) -> GGUFModelSpec:
     if model.find("alibi"):
         raise SourceError("config.json: llama.cpp's falcon has no ALiBi ('alibi': true)", hint="write safetensors")
     keys = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.engine_limits import head_notes, score_notes, window_notes
 from mergeforge.gguf.architectures.hparams import FILE_TYPE, head_sizes, optional, text_keys
 from mergeforge.gguf.architectures.model import Model
@@ -14,13 +14,13 @@ _AROUND = (*GATED, "post_attention_norm", "post_ffw_norm")  # Gemma 2 and 3 norm
 
 
 @architecture("GemmaForCausalLM")
-def gemma(model: Model) -> Spelling:
+def gemma(model: Model) -> GGUFModelSpec:
     keys = _own_keys(model)
     return spelled(model, "gemma", keys, unread_head, norms, vocab="gemma", notes=head_notes(model))
 
 
 @architecture("Gemma2ForCausalLM")
-def gemma2(model: Model) -> Spelling:
+def gemma2(model: Model) -> GGUFModelSpec:
     keys = _own_keys(model) | {
         "attn_logit_softcapping": f32(model.need("attn_logit_softcapping")),
         "final_logit_softcapping": f32(model.need("final_logit_softcapping")),
@@ -39,7 +39,7 @@ def gemma2(model: Model) -> Spelling:
 
 
 @architecture("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
-def gemma3(model: Model) -> Spelling:
+def gemma3(model: Model) -> GGUFModelSpec:
     if model.find("attn_logit_softcapping") is not None:
         raise SourceError("config.json: llama.cpp's Gemma 3 has no attn_logit_softcapping", hint="set it to null")
     keys = text_keys(model) | head_sizes(model.find("head_dim") or 256)

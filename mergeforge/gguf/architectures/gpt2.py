@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.hparams import FILE_TYPE
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.tensor_mapping import DECODER, Answer, Stored, spelled
@@ -13,7 +13,7 @@ _ONCE = ("token_embd", "position_embd", "output_norm")
 
 
 @architecture("GPT2LMHeadModel")
-def gpt2(model: Model) -> Spelling:
+def gpt2(model: Model) -> GGUFModelSpec:
     keys = {
         "block_count": u32(model.layers),
         "context_length": u32(model.need("n_ctx", "n_positions")),
@@ -27,7 +27,7 @@ def gpt2(model: Model) -> Spelling:
 
 
 @architecture("GPTBigCodeForCausalLM")
-def starcoder(model: Model) -> Spelling:
+def starcoder(model: Model) -> GGUFModelSpec:
     keys = {
         "context_length": u32(model.need("n_positions")),
         "embedding_length": u32(model.hidden),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.engine_limits import window_notes
 from mergeforge.gguf.architectures.hparams import text_keys
 from mergeforge.gguf.architectures.model import Model
@@ -15,7 +15,7 @@ _EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 
 @architecture("GptOssForCausalLM")
-def gpt_oss(model: Model) -> Spelling:
+def gpt_oss(model: Model) -> GGUFModelSpec:
     keys = text_keys(model) | {
         "attention.sliding_window": u32(model.need("sliding_window")),
         "expert_feed_forward_length": u32(model.need("intermediate_size")),

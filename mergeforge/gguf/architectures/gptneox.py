@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.row_order import grouped
 from mergeforge.gguf.architectures.tensor_mapping import DECODER, Answer, Stored, spelled
@@ -10,7 +10,7 @@ from mergeforge.gguf.key_values import f32, flag, u32
 
 
 @architecture("GPTNeoXForCausalLM")
-def gptneox(model: Model) -> Spelling:
+def gptneox(model: Model) -> GGUFModelSpec:
     """The part of a head that is rotated: rotary_pct, in transformers 5 rope's partial_rotary_factor.
 
     The converter looks only for the first and fails. It writes no general.file_type.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import paired_heads
 from mergeforge.gguf.architectures.constants import llama3_factors
 from mergeforge.gguf.architectures.experts import halves, stacked
@@ -17,17 +17,17 @@ _NEEDS = (*ATTENTION, *_FEED_FORWARD)
 
 
 @architecture("GraniteForCausalLM")
-def granite(model: Model) -> Spelling:
+def granite(model: Model) -> GGUFModelSpec:
     return _granite(model, "granite", {})
 
 
 @architecture("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM")
-def granitemoe(model: Model) -> Spelling:
+def granitemoe(model: Model) -> GGUFModelSpec:
     shared = model.find("shared_intermediate_size") or None
     return _granite(model, "granitemoe", optional(u32, expert_shared_feed_forward_length=shared))
 
 
-def _granite(model: Model, arch: str, more: dict[str, Value]) -> Spelling:
+def _granite(model: Model, arch: str, more: dict[str, Value]) -> GGUFModelSpec:
     # llama.cpp's granite knows no head_dim of its own
     model = Model(model.name, model.stated, {**model.config, "head_dim": None}, model.tensors)
     scales = optional(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import paired_heads
 from mergeforge.gguf.architectures.hparams import text_keys
 from mergeforge.gguf.architectures.llama import llama_keys
@@ -15,17 +15,17 @@ _BAICHUAN_2_SIZE = 125696
 
 
 @architecture("InternLM2ForCausalLM")
-def internlm2(model: Model) -> Spelling:
+def internlm2(model: Model) -> GGUFModelSpec:
     return spelled(model, "internlm2", text_keys(model), grouped_heads, vocab="internlm2")
 
 
 @architecture("InternLM3ForCausalLM")
-def internlm3(model: Model) -> Spelling:
+def internlm3(model: Model) -> GGUFModelSpec:
     return spelled(model, "llama", llama_keys(model), paired_heads, vocab="internlm3")
 
 
 @architecture("BaichuanForCausalLM", "BaiChuanForCausalLM")
-def baichuan(model: Model) -> Spelling:
+def baichuan(model: Model) -> GGUFModelSpec:
     """The converter of b11549 calls itself without end on every tensor but W_pack."""
     keys = text_keys(model) | {
         "tensor_data_layout": text("Meta AI original pth"),

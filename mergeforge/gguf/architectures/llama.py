@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import paired_heads
 from mergeforge.gguf.architectures.constants import llama3_factors
 from mergeforge.gguf.architectures.engine_limits import POOLING
@@ -24,17 +24,17 @@ _SQUARED = tuple(need for need in GATED if not need.startswith("ffn_gate"))
     "MixtralForCausalLM",
     "LlavaForConditionalGeneration",
 )
-def llama(model: Model) -> Spelling:
+def llama(model: Model) -> GGUFModelSpec:
     return like_llama(model, "llama")
 
 
 @architecture("LlamaModel")
-def llama_without_head(model: Model) -> Spelling:
+def llama_without_head(model: Model) -> GGUFModelSpec:
     return like_llama(model, "llama", prefix="model.", notes=(POOLING,))
 
 
 @architecture("SmolLM3ForCausalLM")
-def smollm3(model: Model) -> Spelling:
+def smollm3(model: Model) -> GGUFModelSpec:
     """llama.cpp leaves every fourth layer without rope, whatever the config says."""
     rope = model.find("no_rope_layers")
     usual = [int((at + 1) % 4 != 0) for at in range(model.layers)]
@@ -43,12 +43,12 @@ def smollm3(model: Model) -> Spelling:
 
 
 @architecture("ArceeForCausalLM")
-def arcee(model: Model) -> Spelling:
+def arcee(model: Model) -> GGUFModelSpec:
     return like_llama(model, "arcee", needs=_SQUARED)
 
 
 @architecture("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
-def llama4(model: Model) -> Spelling:
+def llama4(model: Model) -> GGUFModelSpec:
     """Experts are stored transposed; intermediate_size is theirs, the dense layers' is intermediate_size_mlp."""
     keys = llama_keys(model)
     keys["feed_forward_length"] = u32(model.need("intermediate_size_mlp"))
@@ -69,7 +69,7 @@ def like_llama(
     needs: Sequence[str] = GATED,
     notes: Iterable[str] = (),
     prefix: str = "",
-) -> Spelling:
+) -> GGUFModelSpec:
     """The spelling of a family that differs from Llama in `arch` and some keys."""
     return spelled(
         model,

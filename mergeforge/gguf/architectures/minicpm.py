@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import paired_heads
 from mergeforge.gguf.architectures.constants import long_factors
 from mergeforge.gguf.architectures.hparams import text_keys
@@ -12,7 +12,7 @@ from mergeforge.gguf.key_values import f32
 
 
 @architecture("MiniCPMForCausalLM")
-def minicpm(model: Model) -> Spelling:
+def minicpm(model: Model) -> GGUFModelSpec:
     keys = text_keys(model) | {
         "embedding_scale": f32(model.need("scale_emb")),
         "residual_scale": f32(model.need("scale_depth") / model.layers**0.5),

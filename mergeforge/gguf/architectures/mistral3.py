@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.llama import like_llama, llama_keys
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.key_values import Value, f32
 
 
 @architecture("Mistral3ForConditionalGeneration", "Ministral3ForCausalLM")
-def mistral3(model: Model) -> Spelling:
+def mistral3(model: Model) -> GGUFModelSpec:
     kind = model.find("model_type")
     if kind == "mistral4":
         raise SourceError("config.json: Mistral 4 cannot be written as GGUF yet", hint="write safetensors")

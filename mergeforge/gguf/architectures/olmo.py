@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import paired_heads
 from mergeforge.gguf.architectures.experts import stacked
 from mergeforge.gguf.architectures.hparams import optional, text_keys
@@ -16,14 +16,14 @@ _AFTER = (*_BARE, "post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k
 
 
 @architecture("OlmoForCausalLM", "OLMoForCausalLM")
-def olmo(model: Model) -> Spelling:
+def olmo(model: Model) -> GGUFModelSpec:
     keys = text_keys(model) | {"attention.layer_norm_epsilon": f32(1e-5)}
     keys |= optional(f32, attention__clamp_kqv=model.find("clip_qkv"))
     return spelled(model, "olmo", keys, paired_heads, vocab="gpt2", needs=_BARE, needs_once=("token_embd",))
 
 
 @architecture("Olmo2ForCausalLM", "Olmo3ForCausalLM")
-def olmo2(model: Model) -> Spelling:
+def olmo2(model: Model) -> GGUFModelSpec:
     return spelled(model, "olmo2", text_keys(model) | _window(model), vocab="gpt2", needs=_AFTER)
 
 
@@ -40,12 +40,12 @@ def _window(model: Model) -> dict[str, Value]:
 
 
 @architecture("OlmoeForCausalLM")
-def olmoe(model: Model) -> Spelling:
+def olmoe(model: Model) -> GGUFModelSpec:
     keys = text_keys(model) | {"attention.layer_norm_rms_epsilon": f32(1e-5)}
     return spelled(model, "olmoe", keys, stacked, vocab="gpt2", needs=(*GATED, "attn_q_norm", "attn_k_norm"))
 
 
 @architecture("SeedOssForCausalLM")
-def seed_oss(model: Model) -> Spelling:
+def seed_oss(model: Model) -> GGUFModelSpec:
     needs = (*ATTENTION, "attn_post_norm|post_attention_norm", *_FEED_FORWARD)
     return spelled(model, "seed_oss", text_keys(model), vocab="gpt2", needs=needs)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.constants import long_factors
 from mergeforge.gguf.architectures.experts import stacked
 from mergeforge.gguf.architectures.hparams import FILE_TYPE
@@ -18,7 +18,7 @@ _PARALLEL = (*ATTENTION, "ffn_up", "ffn_down")  # Phi-2 has one norm for attenti
 
 
 @architecture("PhiForCausalLM")
-def phi2(model: Model) -> Spelling:
+def phi2(model: Model) -> GGUFModelSpec:
     keys = {
         "context_length": u32(model.need("n_positions", "max_position_embeddings")),
         "embedding_length": u32(model.hidden),
@@ -35,12 +35,12 @@ def phi2(model: Model) -> Spelling:
 
 
 @architecture("Phi3ForCausalLM", "Phi4ForCausalLMV")
-def phi3(model: Model) -> Spelling:
+def phi3(model: Model) -> GGUFModelSpec:
     return _phi3(model, "phi3", {})
 
 
 @architecture("PhiMoEForCausalLM", "PhimoeForCausalLM")
-def phimoe(model: Model) -> Spelling:
+def phimoe(model: Model) -> GGUFModelSpec:
     keys = {
         "expert_used_count": u32(model.need("num_experts_per_tok", "num_experts_per_token")),
         "expert_count": u32(model.need("num_local_experts", "num_experts")),
@@ -49,7 +49,7 @@ def phimoe(model: Model) -> Spelling:
     return _phi3(model, "phimoe", keys, stacked, notes=(note,))
 
 
-def _phi3(model: Model, arch: str, more: dict[str, Value], *rules: Rule, notes: Sequence[str] = ()) -> Spelling:
+def _phi3(model: Model, arch: str, more: dict[str, Value], *rules: Rule, notes: Sequence[str] = ()) -> GGUFModelSpec:
     factors = long_factors(model, _rotated(model))
     keys = (_stretch(model) if factors else {}) | _phi3_keys(model) | more
     return spelled(model, arch, keys, *rules, vocab="phi3", needs=DECODER, constants=factors, notes=notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.engine_limits import POOLING
 from mergeforge.gguf.architectures.experts import stacked
 from mergeforge.gguf.architectures.hparams import optional, text_keys
@@ -14,17 +14,17 @@ _NORMED = (*GATED, "attn_q_norm", "attn_k_norm")
 
 
 @architecture("Qwen2ForCausalLM")
-def qwen2(model: Model) -> Spelling:
+def qwen2(model: Model) -> GGUFModelSpec:
     return spelled(model, "qwen2", text_keys(model), vocab="spm_or_gpt2")
 
 
 @architecture("Qwen3ForCausalLM")
-def qwen3(model: Model) -> Spelling:
+def qwen3(model: Model) -> GGUFModelSpec:
     return spelled(model, "qwen3", text_keys(model), vocab="spm_or_gpt2", needs=_NORMED)
 
 
 @architecture("Qwen2Model", "Qwen3Model")
-def qwen_without_head(model: Model) -> Spelling:
+def qwen_without_head(model: Model) -> GGUFModelSpec:
     """Embedders: tensors are named as inside of the model with a head."""
     arch, needs = ("qwen2", GATED) if model.name == "Qwen2Model" else ("qwen3", _NORMED)
     keys = text_keys(model)
@@ -32,17 +32,17 @@ def qwen_without_head(model: Model) -> Spelling:
 
 
 @architecture("Qwen2MoeForCausalLM")
-def qwen2moe(model: Model) -> Spelling:
+def qwen2moe(model: Model) -> GGUFModelSpec:
     return _with_experts(model, "qwen2moe", ())
 
 
 @architecture("Qwen3MoeForCausalLM")
-def qwen3moe(model: Model) -> Spelling:
+def qwen3moe(model: Model) -> GGUFModelSpec:
     notes = ["llama.cpp normalises the weights of the chosen experts, this model (norm_topk_prob false) does not"]
     return _with_experts(model, "qwen3moe", () if model.find("norm_topk_prob") else notes)
 
 
-def _with_experts(model: Model, arch: str, notes: tuple[str, ...] | list[str]) -> Spelling:
+def _with_experts(model: Model, arch: str, notes: tuple[str, ...] | list[str]) -> GGUFModelSpec:
     keys = text_keys(model) | optional(
         u32,
         expert_feed_forward_length=model.find("moe_intermediate_size"),

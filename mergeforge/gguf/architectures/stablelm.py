@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.hparams import FILE_TYPE
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, Answer, Stored, spelled
@@ -15,7 +15,7 @@ _NEEDS = (*ATTENTION, "ffn_up", "ffn_down", "ffn_gate")  # with parallel residua
 
 
 @architecture("StableLmForCausalLM", "StableLMEpochForCausalLM")
-def stablelm(model: Model) -> Spelling:
+def stablelm(model: Model) -> GGUFModelSpec:
     part = model.rope.get("partial_rotary_factor", 0.25)
     keys = {
         "context_length": u32(model.need("max_position_embeddings")),

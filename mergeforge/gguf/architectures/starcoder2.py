@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures import Spelling, architecture
+from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.hparams import text_keys
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.tensor_mapping import DECODER, spelled
 
 
 @architecture("Starcoder2ForCausalLM")
-def starcoder2(model: Model) -> Spelling:
+def starcoder2(model: Model) -> GGUFModelSpec:
     return spelled(model, "starcoder2", text_keys(model), vocab="gpt2", needs=DECODER)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, listing
-from mergeforge.gguf.architectures import Place, Spelling
+from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget
 from mergeforge.gguf.architectures.engine_limits import rope_notes, window_notes
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.key_values import Value
@@ -69,12 +69,12 @@ class Stored:
             )
         return str(found)
 
-    def at(self, tensor: str = "", shape: tuple[int, ...] = (), **options: Any) -> Place:
+    def at(self, tensor: str = "", shape: tuple[int, ...] = (), **options: Any) -> TensorTarget:
         """A place in a GGUF tensor, its own by name and shape unless told otherwise."""
         tensor, shape = tensor or self.gguf(), shape or self.info.shape
-        return Place(tensor, shape, f32=kept_f32(tensor, shape), **options)
+        return TensorTarget(tensor, shape, f32=kept_f32(tensor, shape), **options)
 
-    def in_block(self, part: str, shape: tuple[int, ...] = (), **options: Any) -> Place:
+    def in_block(self, part: str, shape: tuple[int, ...] = (), **options: Any) -> TensorTarget:
         """A place in `blk.<its layer>.<part>.weight` or, for a bias, `.bias`."""
         kind = "bias" if self.is_bias else "weight"
         return self.at(f"blk.{self.layer}.{part}.{kind}", shape, **options)
@@ -92,7 +92,7 @@ class Stored:
         return self.info.rows // heads
 
 
-Answer = tuple[Place, ...] | str | None
+Answer = tuple[TensorTarget, ...] | str | None
 Rule = Callable[[Stored], Answer]
 
 
@@ -108,7 +108,7 @@ def spelled(
     prefix: str = "",
     constants: Mapping[str, np.ndarray] | None = None,
     notes: Iterable[str] = (),
-) -> Spelling:
+) -> GGUFModelSpec:
     """The spelling of a model: `keys` get the prefix `arch`, every tensor a place by the rules.
 
     `needs`: parts that every block must have, `a|b` one of them; `needs_once`: tensors outside of blocks.
@@ -116,7 +116,7 @@ def spelled(
     """
     layers = layers or model.layers
     names = _name_map(arch, layers)
-    places: dict[str, tuple[Place, ...]] = {}
+    places: dict[str, tuple[TensorTarget, ...]] = {}
     dropped: dict[str, str] = {}
     for name, info in model.tensors.items():
         answer = _answer(Stored(model, names, prefix + canonical(name), info), rules)
@@ -128,7 +128,7 @@ def spelled(
     _check_filled(model, places)
     full = {key if key.startswith(("general.", "tokenizer.")) else f"{arch}.{key}": keys[key] for key in keys}
     more = (*rope_notes(model, arch), *window_notes(model, "attention.sliding_window" in keys))
-    return Spelling(arch, full, places, vocab, dropped, dict(constants or {}), notes=(*notes, *more))
+    return GGUFModelSpec(arch, full, places, vocab, dropped, dict(constants or {}), notes=(*notes, *more))
 
 
 def unread_head(stored: Stored) -> Answer:
@@ -159,7 +159,7 @@ def _name_map(arch: str, layers: int) -> Any:
     return gguf.get_tensor_name_map(known[arch], layers)
 
 
-def _answer(stored: Stored, rules: Sequence[Rule]) -> tuple[Place, ...] | str:
+def _answer(stored: Stored, rules: Sequence[Rule]) -> tuple[TensorTarget, ...] | str:
     name, info = stored.name, stored.info
     if name.endswith(_BUFFERS):
         return "a buffer that engines compute themselves"
@@ -178,7 +178,7 @@ def _answer(stored: Stored, rules: Sequence[Rule]) -> tuple[Place, ...] | str:
 
 def _check_needs(
     model: Model,
-    places: Mapping[str, tuple[Place, ...]],
+    places: Mapping[str, tuple[TensorTarget, ...]],
     needs: Sequence[str],
     needs_once: Sequence[str],
     layers: int,
@@ -200,7 +200,7 @@ def _in_layer(need: str, layer: int) -> str:
     return "|".join(f"blk.{layer}.{part}" for part in need.split("|"))
 
 
-def _check_filled(model: Model, places: Mapping[str, tuple[Place, ...]]) -> None:
+def _check_filled(model: Model, places: Mapping[str, tuple[TensorTarget, ...]]) -> None:
     """Every GGUF tensor has one shape and is filled exactly."""
     shapes: dict[str, tuple[int, ...]] = {}
     filled: dict[str, int] = {}
@@ -219,10 +219,10 @@ def _check_filled(model: Model, places: Mapping[str, tuple[Place, ...]]) -> None
             )
 
 
-def _each(places: Mapping[str, tuple[Place, ...]]) -> Iterator[tuple[str, Place]]:
+def _each(places: Mapping[str, tuple[TensorTarget, ...]]) -> Iterator[tuple[str, TensorTarget]]:
     return ((name, place) for name, some in places.items() for place in some)
 
 
-def _elements(place: Place, info: TensorInfo) -> int:
+def _elements(place: TensorTarget, info: TensorInfo) -> int:
     rows = info.rows if place.rows is None else len(place.rows)
     return rows * len(range(*(place.columns or slice(None)).indices(info.columns)))

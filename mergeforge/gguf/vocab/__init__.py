@@ -27,7 +27,7 @@ from mergeforge.errors import RecipeError, did_you_mean, refused_if_odd
 from mergeforge.gguf.key_values import Keys
 from mergeforge.gguf.vocab.families import KINDS
 from mergeforge.gguf.vocab.tokenizer_files import TokenizerFiles
-from mergeforge.io.aux_files import SideFiles
+from mergeforge.io.aux_files import AuxFiles
 
 __all__ = ["KINDS", "Vocabulary", "vocabulary"]
 
@@ -42,7 +42,7 @@ class Vocabulary:
 
 
 def vocabulary(
-    files: SideFiles, config: Mapping[str, Any], kind: str, *, rows: int, pre: str | None = None
+    files: AuxFiles, config: Mapping[str, Any], kind: str, *, rows: int, pre: str | None = None
 ) -> Vocabulary:
     """The vocabulary of a model whose token embedding has `rows` rows.
 

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.io.aux_files import SideFiles
+from mergeforge.io.aux_files import AuxFiles
 
-Files = SideFiles
+Files = AuxFiles
 
 
 def text_of(files: Files, name: str) -> str | None:

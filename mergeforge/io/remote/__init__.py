@@ -7,6 +7,6 @@ part of the memory given.
 """
 
 from mergeforge.io.remote.ranged_file import RemoteFile
-from mergeforge.io.remote.session import Link
+from mergeforge.io.remote.session import RemoteSession
 
-__all__ = ["Link", "RemoteFile"]
+__all__ = ["RemoteFile", "RemoteSession"]

@@ -10,10 +10,10 @@ from mergeforge.errors import SourceError
 from mergeforge.io.remote.fsspec_folder import FilesystemPlace
 from mergeforge.io.remote.http_folder import WebPlace
 from mergeforge.io.remote.ranged_file import RemoteFile
-from mergeforge.io.remote.session import Link
+from mergeforge.io.remote.session import RemoteSession
 
 
-class Place(Protocol):
+class RemoteFolder(Protocol):
     """What lies behind a URL."""
 
     def names(self, stems: Sequence[str]) -> list[str]:
@@ -30,7 +30,7 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def place_of(url: str, link: Link) -> Place:
+def place_of(url: str, link: RemoteSession) -> RemoteFolder:
     """The folder behind a URL. Raises SourceError for one that holds a secret, MissingExtraError without fsspec."""
     parts = urlsplit(url)
     if parts.password or parts.query or parts.fragment:

@@ -13,7 +13,7 @@ from typing import Any
 from mergeforge.errors import MissingExtraError, SourceError
 from mergeforge.io.remote.ranged_file import RemoteFile
 from mergeforge.io.remote.retry import Patience, reason
-from mergeforge.io.remote.session import Link
+from mergeforge.io.remote.session import RemoteSession
 
 PIECE = 4 << 20  # fsspec hands out bytes of its own: no more than this at once for each reading thread
 LARGEST = 256 << 20  # of what is read whole
@@ -25,7 +25,7 @@ _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectory
 class FilesystemPlace:
     """A folder by its fsspec URL."""
 
-    def __init__(self, url: str, link: Link) -> None:
+    def __init__(self, url: str, link: RemoteSession) -> None:
         self.url = url
         self.link = link
         self._fs, self._root = _filesystem(url)

@@ -9,7 +9,7 @@ from mergeforge.errors import SourceError
 from mergeforge.io.remote.http import Answer, WebRanges, answered, etag_of
 from mergeforge.io.remote.ranged_file import RemoteFile
 from mergeforge.io.remote.retry import Passing, persist
-from mergeforge.io.remote.session import Link
+from mergeforge.io.remote.session import RemoteSession
 
 BESIDE = (
     "config.json",
@@ -40,7 +40,7 @@ _ABSENT = (403, 404, 410)  # object stores say 403 for what is not there
 class WebPlace:
     """A folder behind `http://` or `https://`."""
 
-    def __init__(self, url: str, link: Link) -> None:
+    def __init__(self, url: str, link: RemoteSession) -> None:
         self.url = url
         self.link = link
         self._read: dict[str, bytes | None] = {}

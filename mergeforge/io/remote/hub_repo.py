@@ -10,12 +10,12 @@ from mergeforge.errors import SourceError
 from mergeforge.io.remote.http import WebRanges
 from mergeforge.io.remote.ranged_file import CHUNK, RemoteFile
 from mergeforge.io.remote.retry import Passing, Patience, is_passing
-from mergeforge.io.remote.session import Link
+from mergeforge.io.remote.session import RemoteSession
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def open_repo_files(repo: str, sha: str, names: Sequence[str], link: Link) -> dict[str, RemoteFile]:
+def open_repo_files(repo: str, sha: str, names: Sequence[str], link: RemoteSession) -> dict[str, RemoteFile]:
     """Ask for each file's size, etag and first bytes at the commit `sha`. Raises SourceError, or what the Hub says."""
     ahead = len(names) * CHUNK <= link.kept.nbytes
 
@@ -28,7 +28,7 @@ def open_repo_files(repo: str, sha: str, names: Sequence[str], link: Link) -> di
     return dict(zip(names, link.pool.map(one, names), strict=True))
 
 
-def _opened(repo: str, sha: str, name: str, link: Link) -> RemoteFile:
+def _opened(repo: str, sha: str, name: str, link: RemoteSession) -> RemoteFile:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in __all__
 
@@ -43,7 +43,7 @@ def _opened(repo: str, sha: str, name: str, link: Link) -> RemoteFile:
     return RemoteFile(ranges, link)
 
 
-def _facts(url: str, path: str, link: Link) -> Any:
+def _facts(url: str, path: str, link: RemoteSession) -> Any:
     """What the Hub tells of a file, asked again while it is busy."""
     from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.errors import HfHubHTTPError

@@ -9,7 +9,7 @@ from concurrent.futures import wait
 from typing import Protocol
 
 from mergeforge.errors import SourceError
-from mergeforge.io.remote.session import Link
+from mergeforge.io.remote.session import RemoteSession
 
 PIECE = 4 << 20  # what one request asks for, where there is more to fetch
 CHUNK = 512 << 10  # ranges up to this size come in aligned chunks, which are kept: headers, norms, adapters' factors
@@ -44,7 +44,7 @@ class Ranges(Protocol):
 class RemoteFile:
     """An input that lies elsewhere, read by all threads."""
 
-    def __init__(self, ranges: Ranges, link: Link) -> None:
+    def __init__(self, ranges: Ranges, link: RemoteSession) -> None:
         self.ranges = ranges
         self.link = link
 

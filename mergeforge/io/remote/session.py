@@ -14,7 +14,7 @@ from pathlib import Path
 STREAMS = 16  # pieces that are fetched at once
 
 
-class Link:
+class RemoteSession:
     """Threads that fetch pieces, the ranges that are kept, and folders for the small files beside weights."""
 
     def __init__(self, kept_nbytes: int) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mergeforge.adapters.adapted_tensor import Adapted
-from mergeforge.adapters.deltas import Edit, LowRank
+from mergeforge.adapters.adapted_tensor import AdaptedTensor
+from mergeforge.adapters.deltas import LoraDelta, WeightDelta
 from mergeforge.adapters.open import Adapter
 from mergeforge.adapters.peft.keys import parse_key
-from mergeforge.checkpoints.checkpoint import Model
+from mergeforge.checkpoints.checkpoint import ModelSource
 from mergeforge.checkpoints.names import tied_head
 from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, RecipeError, SourceError
 from mergeforge.recipe import OUT_DTYPES
 from mergeforge.tensors.lazy import Way
-from mergeforge.tensors.stored import Stored, same_content
+from mergeforge.tensors.stored import StoredTensor, same_content
 
-Terms = Mapping[str, Sequence[tuple[float, Edit]]]  # tensor -> (weight, edit) of every adapter that changes it
+Terms = Mapping[str, Sequence[tuple[float, WeightDelta]]]  # tensor -> (weight, edit) of every adapter that changes it
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Sum:
 
     tensor: str
     module: str
-    terms: tuple[tuple[float, LowRank], ...]
+    terms: tuple[tuple[float, LoraDelta], ...]
     shape: tuple[int, int]
     embedding: bool
 
@@ -49,7 +49,7 @@ class Join:
     """A planned adapter: headers are read, the memory is proved."""
 
     adapters: tuple[Adapter, ...]
-    base: Model
+    base: ModelSource
     sums: tuple[Sum, ...]
     rank: int | None
     energy: float | None
@@ -62,25 +62,25 @@ class Join:
 
 def weighted_terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> Terms:
     """One weight for all of an adapter."""
-    terms: dict[str, list[tuple[float, Edit]]] = {}
+    terms: dict[str, list[tuple[float, WeightDelta]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, edits in adapter.edits.items():
             terms.setdefault(name, []).extend((weight, edit) for edit in edits)
     return terms
 
 
-def folded_terms(ways: Mapping[str, Way], base: Model, adapters: Sequence[Adapter]) -> Terms:
+def folded_terms(ways: Mapping[str, Way], base: ModelSource, adapters: Sequence[Adapter]) -> Terms:
     """The terms of a planned merge, as its method, weights and rules made them.
 
     Raises RecipeError where a tensor comes about in any way but the base's own plus adapters' changes.
     """
     terms = {}
     for name, way in ways.items():
-        start = way.base if isinstance(way, Adapted) else way
+        start = way.base if isinstance(way, AdaptedTensor) else way
         if start is not base.tensors.get(name) and not any(name in one.resized for one in adapters):
             hint = "merge_method linear or task_arithmetic over adapters alone, without models, keeps them factors"
             raise RecipeError(f"output.adapter: {name} is more than the base plus weighted adapters", hint=hint)
-        if isinstance(way, Adapted):
+        if isinstance(way, AdaptedTensor):
             terms[name] = way.terms
     return terms
 
@@ -88,7 +88,7 @@ def folded_terms(ways: Mapping[str, Way], base: Model, adapters: Sequence[Adapte
 def plan_join(
     adapters: Sequence[Adapter],
     terms: Terms,
-    base: Model,
+    base: ModelSource,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -118,12 +118,12 @@ def plan_join(
     return Join(tuple(adapters), base, sums, rank, energy, dtype)
 
 
-def _check_plain(adapter: Adapter, base: Model) -> None:
+def _check_plain(adapter: Adapter, base: ModelSource) -> None:
     """Raises SourceError where an adapter is more than low-rank factors."""
     hint = "merge it into the model: leave output.adapter out"
     for name, edits in adapter.edits.items():
-        if other := next((edit for edit in edits if not isinstance(edit, LowRank)), None):
-            text = f"{adapter.label}: its change of {name} ({other.about}) is no pair of low-rank factors"
+        if other := next((edit for edit in edits if not isinstance(edit, LoraDelta)), None):
+            text = f"{adapter.label}: its change of {name} ({other.label}) is no pair of low-rank factors"
             raise SourceError(f"{text}, so it cannot be joined with others", hint=hint)
     tied = tied_head(base)
     if tied and adapter.keeps_tied and tied[1] in adapter.edits:
@@ -133,14 +133,14 @@ def _check_plain(adapter: Adapter, base: Model) -> None:
         raise SourceError(f"{adapter.label} brings a whole {whole[0]}, which has no place in a sum", hint=hint)
 
 
-def _is_bases(name: str, adapter: Adapter, base: Model) -> bool:
+def _is_bases(name: str, adapter: Adapter, base: ModelSource) -> bool:
     """Whether a tensor that came with the adapter is the base's own, as PEFT saves it beside an embedding's factors."""
     held, brought = base.tensors.get(name), adapter.resized[name]
-    return isinstance(held, Stored) and isinstance(brought, Stored) and same_content(brought, held)
+    return isinstance(held, StoredTensor) and isinstance(brought, StoredTensor) and same_content(brought, held)
 
 
-def _sum(name: str, terms: Sequence[tuple[float, Edit]]) -> Sum | None:
-    kept = tuple((weight, edit) for weight, edit in terms if weight and isinstance(edit, LowRank))
+def _sum(name: str, terms: Sequence[tuple[float, WeightDelta]]) -> Sum | None:
+    kept = tuple((weight, edit) for weight, edit in terms if weight and isinstance(edit, LoraDelta))
     if not kept:
         return None
     edit = kept[0][1]

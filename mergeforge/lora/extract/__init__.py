@@ -20,7 +20,7 @@ from mergeforge.lora.extract.plan import FILES, REPORT, Extraction, plan_extract
 from mergeforge.lora.extract.report import PREFIX, Found, Report, adapter_card, make_report, report_json
 from mergeforge.lora.extract.workers import Crew
 from mergeforge.tensors.budget import one_torch_thread
-from mergeforge.writers.peft_adapter import Part, Spool, new_folder, write_adapter
+from mergeforge.writers.peft_adapter import Spool, SpooledTensor, new_folder, write_adapter
 from mergeforge.writers.peft_config import lora_config, task_type
 
 __all__ = ["Extraction", "Found", "Report", "extract", "extract_lora", "make_report", "plan_extraction", "read_report"]
@@ -79,10 +79,10 @@ def _check_any(report: Report) -> None:
         raise SourceError(text, hint="mergeforge diff shows where they differ")
 
 
-def _whole_parts(report: Report) -> list[Part]:
+def _whole_parts(report: Report) -> list[SpooledTensor]:
     """The tensors that are held whole, as the tuned model stores them."""
     return [
-        Part(pair.tuned.info.renamed(f"{PREFIX}{key}"), pair.tuned.file, pair.tuned.offset)
+        SpooledTensor(pair.tuned.info.renamed(f"{PREFIX}{key}"), pair.tuned.file, pair.tuned.offset)
         for key, pair in report.saved.items()
     ]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from mergeforge.core.low_rank_svd import SquareSum, exact_nbytes, is_exact_cheaper, randomised_nbytes
 from mergeforge.core.sizes import show_size
-from mergeforge.core.tensor_info import TensorInfo, cut
+from mergeforge.core.tensor_info import TensorInfo, split_into_tiles
 from mergeforge.errors import BudgetError
 from mergeforge.lora.extract.pairing import Pair
-from mergeforge.tensors.budget import ALIGNMENT, MOST_THREADS, Budget, Worker, cores
+from mergeforge.tensors.budget import ALIGNMENT, MAX_THREADS, Budget, Worker, cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,19 +53,19 @@ class Wanted:
 def plan_jobs(pairs: Sequence[Pair], wanted: Wanted, budget: Budget) -> tuple[list[Job], Budget]:
     """A job for every pair, and the budget with its number of workers. Raises BudgetError."""
     methods = [_method(pair, wanted, replace(budget, threads=1)) for pair in pairs]
-    for threads in [budget.threads] if budget.threads else range(min(cores(), MOST_THREADS), 0, -1):
+    for threads in [budget.threads] if budget.threads else range(min(cores(), MAX_THREADS), 0, -1):
         tried = replace(budget, threads=threads)
         jobs = [_job(pair, method, wanted, tried) for pair, method in zip(pairs, methods, strict=True)]
         if all(job is not None for job in jobs):
             return [job for job in jobs if job is not None], tried
     pair, method = next(one for one, job in zip(zip(pairs, methods, strict=True), jobs, strict=True) if job is None)
-    needs = _fixed(pair, method, wanted) + _live(pair.tuned.info) + budget.copies * (_row_nbytes(pair) + SLACK)
+    needs = _fixed(pair, method, wanted) + _live(pair.tuned.info) + budget.buffer_copies * (_row_nbytes(pair) + SLACK)
     needs += _square_nbytes(pair) if method == "exact" and pair.tuned.info.rows < pair.tuned.info.columns else 0
-    needs += budget.copies * _row_nbytes(pair) * pair.tuned.info.block_rows
+    needs += budget.buffer_copies * _row_nbytes(pair) * pair.tuned.info.block_rows
     hint = f"--memory {-(-needs >> 20)}MiB --threads 1, or more"
     if method == "exact":
         hint += "; or --svd randomised with --rank"
-    text = f"{pair.name} needs {show_size(needs)} for one worker, {show_size(tried.share)} given"
+    text = f"{pair.name} needs {show_size(needs)} for one worker, {show_size(tried.per_worker)} given"
     raise BudgetError(text, hint=hint)
 
 
@@ -84,15 +84,15 @@ def _method(pair: Pair, wanted: Wanted, budget: Budget) -> str:
 def _job(pair: Pair, method: str, wanted: Wanted, budget: Budget) -> Job | None:
     """How a worker with its share does it; None where the share is too small."""
     info = pair.tuned.info
-    room = budget.share - _fixed(pair, method, wanted) - _live(info)
+    room = budget.per_worker - _fixed(pair, method, wanted) - _live(info)
     row, least = _row_nbytes(pair), _row_nbytes(pair) * info.block_rows
-    held = bool(method) and room - _square_nbytes(pair) >= budget.copies * (least + SLACK)
+    held = bool(method) and room - _square_nbytes(pair) >= budget.buffer_copies * (least + SLACK)
     if method == "exact" and info.rows < info.columns and not held:
         return None
-    room = (room - held * _square_nbytes(pair)) // budget.copies - SLACK
+    room = (room - held * _square_nbytes(pair)) // budget.buffer_copies - SLACK
     if room < least:
         return None
-    tile = cut(info, min(room, TILE_NBYTES) // max(row, 1))[0] if info.rows else None
+    tile = split_into_tiles(info, min(room, TILE_NBYTES) // max(row, 1))[0] if info.rows else None
     rows = tile.rows if tile else 0
     return Job(pair, method, rows, held, rows * row + SLACK)
 
@@ -181,7 +181,7 @@ class Difference:
         pair, info, worker = self.job.pair, self.job.pair.tuned.info, self.worker
         wide = "F64" in (pair.base.info.dtype, info.dtype)
         dtype = torch.float64 if wide else torch.float32
-        for tile in cut(info, self.job.tile_rows):
+        for tile in split_into_tiles(info, self.job.tile_rows):
             worker.clear()
             rows = range(tile.start, tile.stop)
             left, right = (stored.read(rows, worker, keep=keep) for stored in (pair.base, pair.tuned))

@@ -14,7 +14,7 @@ from mergeforge.adapters.peft.keys import find_tensor
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, is_head, tied_head
 from mergeforge.errors import RecipeError, SourceError, listing
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 POSITIONS = ("wpe", "embed_positions", "position_embeddings", "token_type_embeddings")
 ROUTERS = ("gate", "router")  # of experts: parameters of a module that is no linear layer
@@ -35,8 +35,8 @@ class Pair:
 
     module: str
     leaf: str
-    base: Stored
-    tuned: Stored
+    base: StoredTensor
+    tuned: StoredTensor
     way: str
     embedding: bool = False
     transposed: bool = False
@@ -97,7 +97,7 @@ def all_tensors(base: Checkpoint, pairs: Sequence[Pair]) -> list[str]:
     return [*names, tied[0]] if tied else names
 
 
-def _matched(base: Checkpoint, tuned: Checkpoint) -> Iterator[tuple[str, Stored, Stored]]:
+def _matched(base: Checkpoint, tuned: Checkpoint) -> Iterator[tuple[str, StoredTensor, StoredTensor]]:
     """(module path, base's, tuned's) of every tensor; a head that one model ties stands for its embedding."""
     left = {name: stored for name, stored in base.tensors.items() if not BUFFERS.search(name)}
     ties = tied_head(base), tied_head(tuned)
@@ -121,7 +121,7 @@ def _matched(base: Checkpoint, tuned: Checkpoint) -> Iterator[tuple[str, Stored,
     _refuse_missing(base, tuned, missing, list(left))
 
 
-def _other_name(name: str, names: Mapping[str, Stored]) -> str:
+def _other_name(name: str, names: Mapping[str, StoredTensor]) -> str:
     found = find_tensor(name, names)
     return found[0] if len(found) == 1 else ""
 
@@ -142,7 +142,7 @@ def _path(name: str, model: Checkpoint) -> str:
     return f"{prefix}.{name}" if headed and headless and not is_head(name) and not name.startswith(prefix) else name
 
 
-def _pair(name: str, base: Stored, tuned: Stored, model: Checkpoint, choice: Choice) -> Pair:
+def _pair(name: str, base: StoredTensor, tuned: StoredTensor, model: Checkpoint, choice: Choice) -> Pair:
     module, _, leaf = name.rpartition(".")
     last = module.rpartition(".")[2]
     head, embedding = is_head(name), last in (*EMBEDDINGS, *POSITIONS)

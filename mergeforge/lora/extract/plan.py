@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mergeforge.checkpoints.quantized.tensor import Quantised
+from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
 from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.hub import download
 from mergeforge.lora.extract.difference import Job, Wanted, plan_jobs
@@ -104,7 +104,7 @@ def _opened(name: str, allow_pickle: bool) -> tuple[ModelRef, Checkpoint]:
     if folder.is_dir() and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         raise SourceError(f"{name} is an adapter, not a model", hint="merge it first: mergeforge run")
     table = open_checkpoint(folder, name, revision=where.revision, allow_pickle=allow_pickle)
-    if packed := [one for one, way in table.tensors.items() if isinstance(way, Quantised)]:
+    if packed := [one for one, way in table.tensors.items() if isinstance(way, QuantizedTensor)]:
         text = f"{name} is quantised ({packed[0]}): its difference would be mostly rounding"
         raise SourceError(text, hint="take the 16-bit model")
     return ref, table

@@ -19,7 +19,7 @@ from torch import nn
 
 import mergeforge
 from mergeforge import SourceError
-from mergeforge.adapters.adapted_tensor import Adapted
+from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.adapters.open import open_adapter
 from mergeforge.adapters.peft.lora_config import replicated
 from mergeforge.checkpoints.checkpoint import open_checkpoint
@@ -304,7 +304,7 @@ def test_a_residual_base_takes_its_adapter_plainly(lab: Lab, start: str, tmp_pat
     assert any("the base is taken to be what its start" in note for note in found.notes)
     theirs = adapter.merged_by_peft()
     for name, (edit,) in found.edits.items():
-        ours = evaluated(Adapted(opened.tensors[name], ((1.0, edit),)))
+        ours = evaluated(AdaptedTensor(opened.tensors[name], ((1.0, edit),)))
         assert close(ours, theirs[name], 1e-6), name
 
 
@@ -312,7 +312,7 @@ def evaluated(way: Way) -> torch.Tensor:
     """A whole tensor, as a merge computes it."""
     worker = Worker("cpu", 1 << 20)
     rows = range(way.info.rows)
-    return way.stage(rows, worker, {}, torch.float32)(0, len(rows))
+    return way.load(rows, worker, {}, torch.float32)(0, len(rows))
 
 
 def test_several_misfits_are_all_named(lab: Lab) -> None:

@@ -9,13 +9,13 @@ import torch
 from support.checkpoint_values import opened, values
 from test_against_libraries import CASES
 
-from mergeforge.checkpoints.quantized.fake_nf4 import Simulated
+from mergeforge.checkpoints.quantized.fake_nf4 import FakeQuantizedTensor
 from mergeforge.core import tensor_info as table
 from mergeforge.quant_codecs import nf4
 
 
-def simulated(folder: Path, weight: torch.Tensor, double_quant: bool) -> Simulated:
-    return Simulated(opened(folder, {"weight": weight}).tensors["weight"], double_quant)
+def simulated(folder: Path, weight: torch.Tensor, double_quant: bool) -> FakeQuantizedTensor:
+    return FakeQuantizedTensor(opened(folder, {"weight": weight}).tensors["weight"], double_quant)
 
 
 @pytest.mark.parametrize("elements", [1 << 19, 1000, 37 * 50])
@@ -40,8 +40,8 @@ def test_levels_are_kept(tmp_path: Path) -> None:
 
 def test_it_learns_only_what_it_must(tmp_path: Path) -> None:
     weight = torch.ones(4, 64).bfloat16()
-    assert simulated(tmp_path, weight, True).learns
-    assert not simulated(tmp_path, weight, False).learns
+    assert simulated(tmp_path, weight, True).needs_stats
+    assert not simulated(tmp_path, weight, False).needs_stats
 
 
 def test_the_dynamic_map_is_symmetric_but_for_its_end() -> None:

@@ -13,10 +13,10 @@ from support.quantized_cases import FORMATS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mergeforge.checkpoints.quantized.fake_nf4 import Simulated
-from mergeforge.core.tensor_info import blocks, cut
+from mergeforge.checkpoints.quantized.fake_nf4 import FakeQuantizedTensor
+from mergeforge.core.tensor_info import blocks, split_into_tiles
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import Scan, Way, learn
+from mergeforge.tensors.lazy import StatsPass, Way, collect_stats
 
 SHAPE = (1024, 1088)  # two blocks of 480 rows and a rest
 SLACK = 0.25  # of a block: tables, scales of a few rows
@@ -47,17 +47,17 @@ class Peak(TorchDispatchMode):
 def peak_of(way: Way, rows: int) -> float:
     """Blocks of float32 that exist at once while tiles of `rows` rows are computed, the scratch blocks too."""
     info = way.info
-    tiles = [range(tile.start, tile.stop) for tile in cut(info, rows)]
+    tiles = [range(tile.start, tile.stop) for tile in split_into_tiles(info, rows)]
     block_nbytes = 4 * info.block_rows * info.columns
-    staging = max(map(len, tiles)) * way.need.row + way.need.fixed
+    staging = max(map(len, tiles)) * way.memory_cost.row_nbytes + way.memory_cost.fixed_nbytes
     with torch.inference_mode():
         worker = Worker("cpu", staging)
-        facts = learn(way, Scan(info, tiles, worker, {}, torch.float32))
+        facts = collect_stats(way, StatsPass(info, tiles, worker, {}, torch.float32))
         with Peak() as measured:
             for tile in tiles:
                 worker.clear()
-                value = way.stage(tile, worker, facts, torch.float32)
-                for start, stop in blocks(cut(info, rows)[tiles.index(tile)], info):
+                value = way.load(tile, worker, facts, torch.float32)
+                for start, stop in blocks(split_into_tiles(info, rows)[tiles.index(tile)], info):
                     value(start, stop)
     return measured.peak / block_nbytes
 
@@ -72,17 +72,17 @@ def checkpoint(folder: Path, kind: str) -> Way:
 def test_no_more_blocks_than_declared(kind: str, tmp_path: Path) -> None:
     way = checkpoint(tmp_path, kind)
     found = peak_of(way, 1 << 20)
-    print(kind, found, way.need.live)
-    assert found <= way.need.live + SLACK
+    print(kind, found, way.memory_cost.scratch_blocks)
+    assert found <= way.memory_cost.scratch_blocks + SLACK
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_simulated(double_quant: bool, tmp_path: Path) -> None:
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).bfloat16()
-    way = Simulated(opened(tmp_path, {"w": weight}).tensors["w"], double_quant)
+    way = FakeQuantizedTensor(opened(tmp_path, {"w": weight}).tensors["w"], double_quant)
     found = peak_of(way, 1 << 20)
-    print("simulated", found, way.need.live)
-    assert found <= way.need.live + SLACK
+    print("simulated", found, way.memory_cost.scratch_blocks)
+    assert found <= way.memory_cost.scratch_blocks + SLACK
 
 
 def test_experts(tmp_path: Path) -> None:
@@ -91,6 +91,6 @@ def test_experts(tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "mxfp4"}}
     way = opened(tmp_path, {"e.up_blocks": blocks_, "e.up_scales": scales}, config).tensors["e.up"]
     found = peak_of(way, 1)
-    print("mxfp4", found, way.need.live)
-    assert found <= way.need.live + SLACK
-    assert way.need.row == 512 * 17 // 32
+    print("mxfp4", found, way.memory_cost.scratch_blocks)
+    assert found <= way.memory_cost.scratch_blocks + SLACK
+    assert way.memory_cost.row_nbytes == 512 * 17 // 32

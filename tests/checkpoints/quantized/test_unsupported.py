@@ -12,7 +12,7 @@ from support.checkpoint_values import Tensors, opened, values
 from support.quantized_cases import FORMATS
 
 from mergeforge.errors import SourceError
-from mergeforge.tensors.stored import Stored
+from mergeforge.tensors.stored import StoredTensor
 
 WEIGHT = torch.linspace(-1, 1, 32 * 64).view(32, 64).bfloat16()
 
@@ -100,7 +100,7 @@ def test_what_is_not_quantised_is_not_touched(tmp_path: Path) -> None:
     tensors, config = stored("nf4")
     tensors = {"a.weight": WEIGHT, **tensors, "z.weight": WEIGHT.half()}
     found = opened(tmp_path, tensors, config)
-    assert isinstance(found.tensors["a.weight"], Stored)
+    assert isinstance(found.tensors["a.weight"], StoredTensor)
     assert found.tensors["z.weight"].info.dtype == "F16"
 
 
@@ -151,5 +151,5 @@ def test_damaged_groups(kind: str, change: str, tmp_path: Path) -> None:
         except SourceError:
             continue
         for way in found.values():
-            if not isinstance(way, Stored):
+            if not isinstance(way, StoredTensor):
                 values(way, rows=1)

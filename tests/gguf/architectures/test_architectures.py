@@ -17,18 +17,18 @@ from support.llama_cpp_tools import convert, needs_converter, read
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
-from mergeforge.gguf.architectures import ARCHITECTURES, Spelling, spell
+from mergeforge.gguf.architectures import ARCHITECTURES, GGUFModelSpec, build_spec
 from mergeforge.gguf.architectures.hf_defaults import defaults
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_architectures.json").read_text())
 TRANSFORMERS = "5.23"  # whose defaults defaults.py holds
 
 
-def spelled(config: Mapping[str, Any], shapes: Shapes, dtype: str = "float32") -> tuple[Spelling, Arrays]:
+def spelled(config: Mapping[str, Any], shapes: Shapes, dtype: str = "float32") -> tuple[GGUFModelSpec, Arrays]:
     """A model's spelling and its GGUF tensors."""
     tensors = infos(shapes, dtype)
-    spelling = spell(config, tensors)
-    assert {*spelling.places, *spelling.dropped} == tensors.keys()
+    spelling = build_spec(config, tensors)
+    assert {*spelling.targets, *spelling.dropped} == tensors.keys()
     return spelling, assembled(spelling, tensors, weights(shapes))
 
 
@@ -45,7 +45,7 @@ def as_read(keys: Mapping[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_keys_equal_the_converters(name: str) -> None:
     config, shapes = golden_model(name)
-    spelling = spell(config, infos(shapes))
+    spelling = build_spec(config, infos(shapes))
     assert spelling.arch == GOLDEN[name]["arch"]
     assert list(spelled_keys(spelling).items()) == list(as_read(GOLDEN[name]["keys"]).items())
 
@@ -103,12 +103,12 @@ def test_baichuans_packed_rows_equal_separate_ones() -> None:
     config, shapes = baichuan()
     tensors = infos(shapes)
     stored = weights(shapes) | {name: packed for name in shapes if "W_pack" in name}
-    one = assembled(spell(config, tensors), tensors, stored)
+    one = assembled(build_spec(config, tensors), tensors, stored)
     config, shapes = plain("InternLM3ForCausalLM", "internlm3", num_key_value_heads=4)
     shapes = {name: (256, 256) if "self_attn" in name else shape for name, shape in shapes.items()}
     tensors = infos(shapes)
     parts = {name: apart[name[-13]] for name in shapes if re.search("[qkv]_proj", name)}
-    two = assembled(spell(config, tensors), tensors, weights(shapes) | parts)
+    two = assembled(build_spec(config, tensors), tensors, weights(shapes) | parts)
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[f"blk.0.attn_{part}.weight"], two[f"blk.0.attn_{part}.weight"]) for part in "qkv")
 
@@ -119,11 +119,11 @@ def test_fused_experts_equal_single_ones(name: str) -> None:
     config, shapes = golden_model(name)
     stored = weights(shapes)
     tensors = infos(shapes)
-    single = assembled(spell(config, tensors), tensors, stored)
+    single = assembled(build_spec(config, tensors), tensors, stored)
     fused = fused_experts(stored)
     assert len(fused) < len(stored)
     tensors = infos({key: array.shape for key, array in fused.items()})
-    whole = assembled(spell(config, tensors), tensors, fused)
+    whole = assembled(build_spec(config, tensors), tensors, fused)
     assert whole.keys() == single.keys()
     assert all(np.array_equal(whole[key], single[key]) for key in single)
 
@@ -152,7 +152,7 @@ def test_layouts_of_both_transformers_are_alike() -> None:
         config, shapes = golden_model(old)
         renewed = {**config, "rope_parameters": golden_model(new)[0].get("rope_parameters")}
         renewed = {key: value for key, value in renewed.items() if key not in ("rope_theta", "rope_scaling")}
-        assert spelled_keys(spell(renewed, infos(shapes))) == spelled_keys(spell(config, infos(shapes)))
+        assert spelled_keys(build_spec(renewed, infos(shapes))) == spelled_keys(build_spec(config, infos(shapes)))
 
 
 def test_defaults_are_transformers() -> None:
@@ -186,7 +186,7 @@ def llama(**changes: Any) -> tuple[dict[str, Any], Shapes]:
 
 def refusal(config: Mapping[str, Any], shapes: Shapes, dtype: str = "float32") -> str:
     with pytest.raises(SourceError) as caught:
-        spell(config, infos(shapes, dtype))
+        build_spec(config, infos(shapes, dtype))
     return f"{caught.value} ({caught.value.hint})"
 
 
@@ -214,7 +214,7 @@ def test_missing_layers_heads_and_tensors_are_named() -> None:
 def test_a_gemma_needs_no_output() -> None:
     """Whatever the config says of ties: llama.cpp takes the embedding, which is noted where there is a head."""
     config, shapes = golden_model("gemma2-legacy")
-    spelling = spell({**config, "tie_word_embeddings": False}, infos(shapes))
+    spelling = build_spec({**config, "tie_word_embeddings": False}, infos(shapes))
     assert "lm_head.weight" in spelling.dropped and "lm_head.weight is left out" in " ".join(spelling.notes)
 
 
@@ -246,23 +246,23 @@ def test_quantised_weights_are_refused(name: str, dtype: str) -> None:
     config, shapes = llama()
     tensors = {**infos(shapes), name: TensorInfo(name, dtype, (256, 256))}
     with pytest.raises(SourceError, match=f"{re.escape(name)}.*quantised already"):
-        spell(config, tensors)
+        build_spec(config, tensors)
 
 
 def test_buffers_and_other_modes_are_dropped_with_a_reason() -> None:
     config, shapes = golden_model("gemma3-vision")
-    dropped = spell(config, infos(shapes)).dropped
+    dropped = build_spec(config, infos(shapes)).dropped
     assert any("vision_tower" in name for name in dropped)
     assert all("mmproj" in why for why in dropped.values())
     config, shapes = llama()
     more = {**infos(shapes), "model.layers.0.self_attn.rotary_emb.inv_freq": TensorInfo("x", "F32", (16,))}
-    assert "buffer" in spell(config, more).dropped["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert "buffer" in build_spec(config, more).dropped["model.layers.0.self_attn.rotary_emb.inv_freq"]
 
 
 def test_layers_that_predict_ahead_are_dropped() -> None:
     config, shapes = golden_model("deepseek3")
     more = {**shapes, "model.layers.3.eh_proj.weight": (256, 512), "model.layers.3.mlp.gate.weight": (4, 256)}
-    assert spell(config, infos(more)).dropped.keys() == {
+    assert build_spec(config, infos(more)).dropped.keys() == {
         "model.layers.3.eh_proj.weight",
         "model.layers.3.mlp.gate.weight",
     }
@@ -287,8 +287,8 @@ def test_what_the_engine_takes_for_granted_is_noted() -> None:
         ("bert", {}, "--pooling"),
     ):
         config, shapes = golden_model(name)
-        assert not spell(config, infos(shapes)).notes or name == "bert"
-        assert word in " ".join(spell({**config, **change}, infos(shapes)).notes)
+        assert not build_spec(config, infos(shapes)).notes or name == "bert"
+        assert word in " ".join(build_spec({**config, **change}, infos(shapes)).notes)
 
 
 def test_rows_beyond_the_vocabulary_go() -> None:
@@ -312,10 +312,10 @@ def test_a_classifiers_labels_are_keys() -> None:
     config, shapes = golden_model("bert")
     shapes = {f"bert.{name}": shape for name, shape in shapes.items()} | {"classifier.weight": (3, 256)}
     told = {**config, "architectures": ["BertForSequenceClassification"]}
-    named = spell({**told, "id2label": {"0": "no", "2": "yes", "1": "maybe"}}, infos(shapes))
+    named = build_spec({**told, "id2label": {"0": "no", "2": "yes", "1": "maybe"}}, infos(shapes))
     assert named.keys["bert.classifier.output_labels"].value == ("no", "maybe", "yes")
-    assert named.places["classifier.weight"][0].tensor == "cls.output.weight"
-    assert spell(config, infos(golden_model("bert")[1])).keys.keys() < named.keys.keys()
+    assert named.targets["classifier.weight"][0].tensor == "cls.output.weight"
+    assert build_spec(config, infos(golden_model("bert")[1])).keys.keys() < named.keys.keys()
 
 
 def test_llama3_factors_follow_the_wavelengths() -> None:
@@ -325,7 +325,7 @@ def test_llama3_factors_follow_the_wavelengths() -> None:
     waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, 64, 2) / 64)
     smooth = (rope["original_max_position_embeddings"] / waves - 1) / 3
     wanted = np.where(smooth > 1, 1, np.where(smooth < 0, 8, 1 / ((1 - smooth) / 8 + smooth)))
-    found = spell(config, infos(shapes)).constants["rope_freqs.weight"]
+    found = build_spec(config, infos(shapes)).constants["rope_freqs.weight"]
     assert found.dtype == np.float32 and np.allclose(found, wanted, rtol=1e-5)
     assert 1 in found and 8 in found and len(set(found)) > 2
 
@@ -341,14 +341,14 @@ def test_a_text_part_is_found_under_both_names() -> None:
     config, shapes = golden_model("gemma3-vision")
     new = {name.replace("language_model.model.", "model.language_model."): shape for name, shape in shapes.items()}
     assert new != shapes
-    one, two = (spell(config, infos(some)).places.values() for some in (new, shapes))
+    one, two = (build_spec(config, infos(some)).targets.values() for some in (new, shapes))
     assert [place.tensor for some in one for place in some] == [place.tensor for some in two for place in some]
 
 
 def test_every_familys_vocabulary_is_known() -> None:
     from mergeforge.gguf.vocab import KINDS
 
-    assert {spell(*(golden_model(name)[0], infos(golden_model(name)[1]))).vocab for name in GOLDEN} <= {*KINDS}
+    assert {build_spec(*(golden_model(name)[0], infos(golden_model(name)[1]))).vocab for name in GOLDEN} <= {*KINDS}
 
 
 def test_every_family_has_a_tiny_model() -> None:

@@ -11,7 +11,7 @@ import pytest
 from support.fake_hub import FakeHub
 
 from mergeforge.errors import SourceError
-from mergeforge.io.remote import Link, RemoteFile, http, retry
+from mergeforge.io.remote import RemoteFile, RemoteSession, http, retry
 from mergeforge.io.remote import ranged_file as remote_file
 from mergeforge.io.remote.http import WebRanges
 from mergeforge.io.remote.session import Kept
@@ -38,7 +38,7 @@ def opened(hub: FakeHub, data: bytes = DATA) -> RemoteFile:
     oid = hashlib.sha256(data).hexdigest()
     url = f"{hub.url}/org/m/resolve/main/model.safetensors"
     ranges = WebRanges("m", url, len(data), oid, sha256=oid, location=f"{hub.cdn}/cdn/{oid}")
-    return RemoteFile(ranges, Link(4 << 20))
+    return RemoteFile(ranges, RemoteSession(4 << 20))
 
 
 def read(file: RemoteFile, start: int = 0, stop: int = len(DATA), *, keep: bool = False) -> bytes:

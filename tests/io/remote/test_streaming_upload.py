@@ -199,12 +199,12 @@ def test_batches_hold_every_piece_once_and_close_every_file(inputs: Path, tmp_pa
     output = {"shard_size": 2_000_000, "gguf": ["q8_0"], "fp8": True, "publish": publish}
     recipe = {"merge_method": "passthrough", "models": [str(inputs / "base")], "output": output}
     plan = make_plan(recipe, out=tmp_path / "out")
-    pieces = [piece.info.name for batch in plan.batches for piece in batch.pieces]
-    assert sorted(pieces) == sorted(piece.info.name for piece in plan.pieces)
+    pieces = [piece.info.name for batch in plan.batches for piece in batch.tensor_plans]
+    assert sorted(pieces) == sorted(piece.info.name for piece in plan.tensor_plans)
     finished = [name for batch in plan.batches for name in batch.finished]
     assert sorted(finished) == sorted(plan.files)
     for at, batch in enumerate(plan.batches):
-        written = {outlet.file for piece in batch.pieces for outlet in piece.outlets}
+        written = {outlet.file for piece in batch.tensor_plans for outlet in piece.encoders}
         closed = {name for earlier in plan.batches[:at] for name in earlier.finished}
         assert written <= set(batch.files) and not written & closed
     assert plan.disk < plan.nbytes_written

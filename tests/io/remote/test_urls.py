@@ -41,7 +41,7 @@ def recipe(root: str) -> dict[str, Any]:
 
 def test_a_merge_from_what_fsspec_knows(memory: Any, expected: dict[str, bytes], tmp_path: Path) -> None:
     plan = make_plan(recipe("memory://store"), out=tmp_path / "out", memory="128MiB")
-    assert plan.budget.kept and plan.peak <= 128 << 20
+    assert plan.budget.remote_cache and plan.peak <= 128 << 20
     assert weights(executor.merge(plan)) == expected
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 

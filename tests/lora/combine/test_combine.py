@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from support.changed_models import load, load_adapted, logits, make_model, merged_by_peft, quiet, tensors
 
 import mergeforge
-from mergeforge.adapters.adapted_tensor import Adapted
+from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.adapters.open import open_adapter
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.errors import BudgetError, OutputError, RecipeError, SourceError
@@ -156,11 +156,11 @@ def test_terms_are_those_of_the_planned_merge(train: Train) -> None:
     base = open_checkpoint(folders[0].parent / "base", "base")
     one, other = (open_adapter(folder, folder.name, base) for folder in folders)
     name, untouched = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
-    way = Adapted(base.tensors[name], ((0.5, one.edits[name][0]), (2.0, other.edits[name][0])))
+    way = AdaptedTensor(base.tensors[name], ((0.5, one.edits[name][0]), (2.0, other.edits[name][0])))
     ways = {name: way, untouched: base.tensors[untouched]}
     assert folded_terms(ways, base, [one, other]) == {name: way.terms}
     with pytest.raises(RecipeError, match="more than the base plus weighted adapters"):
-        folded_terms({name: Adapted(way, way.terms)}, base, [one, other])
+        folded_terms({name: AdaptedTensor(way, way.terms)}, base, [one, other])
 
 
 def test_what_cancels_is_refused(train: Train, tmp_path: Path) -> None:
