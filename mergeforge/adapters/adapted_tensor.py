@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.adapters.deltas import LoraDelta, WeightDelta
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.tensors.budget import MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ class AdaptedTensor:
     The sum is over deltas of the same W, so the order of the adapters does not matter.
     """
 
-    base: Way
+    base: LazyTensor
     terms: tuple[tuple[float, WeightDelta], ...]
 
     @property
@@ -31,7 +31,7 @@ class AdaptedTensor:
         return self.base.info
 
     @property
-    def inputs(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[LazyTensor, ...]:
         return (self.base,)
 
     @property
@@ -71,7 +71,7 @@ class AdaptedTensor:
 class AdapterDelta:
     """What one adapter adds to a tensor, as a task vector of its own; no edits: zeros."""
 
-    base: Way
+    base: LazyTensor
     edits: tuple[WeightDelta, ...]
 
     @property
@@ -79,7 +79,7 @@ class AdapterDelta:
         return self.base.info
 
     @property
-    def inputs(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[LazyTensor, ...]:
         return (self.base,)
 
     @property
@@ -110,7 +110,7 @@ class AdapterDelta:
         return block
 
 
-def _learn_edits(scan: StatsPass, base: Way, edits: Sequence[WeightDelta]) -> None:
+def _learn_edits(scan: StatsPass, base: LazyTensor, edits: Sequence[WeightDelta]) -> None:
     for edit in edits:
         if edit.needs_stats and id(edit) not in scan.facts:
             scan.facts[id(edit)] = edit.collect_stats(scan, base)

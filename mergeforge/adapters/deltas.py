@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker, view_rows
-from mergeforge.tensors.lazy import Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Stats, StatsPass, LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class WeightDelta(Protocol):
     def memory_cost(self) -> MemoryCost:
         """Memory beside W."""
 
-    def collect_stats(self, scan: StatsPass, base: Way) -> Any: ...
+    def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any: ...
 
     def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta: ...
 
@@ -81,7 +81,7 @@ class LoraDelta:
         fixed += self.left.info.nbytes if self.order is not None else 0
         return MemoryCost(row_nbytes=self.rank * (size + 8), fixed_nbytes=fixed, scratch_blocks=1)
 
-    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
     def plain_factors(self) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class DoraDelta:
             fixed_nbytes=self.magnitude.info.nbytes + 16 * self.magnitude.info.numel, scratch_blocks=2
         )
 
-    def collect_stats(self, scan: StatsPass, base: Way) -> Tensor:
+    def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Tensor:
         """The norms of V's columns, summed up in float64."""
         import torch
 
@@ -189,7 +189,7 @@ class ReplaceTensor:
     def memory_cost(self) -> MemoryCost:
         return self.value.memory_cost
 
-    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
     def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
@@ -212,7 +212,7 @@ class ReplaceRows:
     def memory_cost(self) -> MemoryCost:
         return MemoryCost(fixed_nbytes=self.value.info.nbytes + 8 * self.value.info.numel, scratch_blocks=1)
 
-    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
     def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
@@ -243,7 +243,7 @@ class AddTensor:
     def memory_cost(self) -> MemoryCost:
         return self.value.memory_cost
 
-    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
     def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:

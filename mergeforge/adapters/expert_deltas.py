@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.adapters.deltas import Delta, WeightDelta
 from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
-from mergeforge.tensors.lazy import Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Stats, StatsPass, LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class ExpertLoraDelta:
         one = 8 * (self.a.info.numel + self.b.info.numel) // self.experts
         return MemoryCost(fixed_nbytes=read + one, scratch_blocks=2)
 
-    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
     def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
@@ -100,7 +100,7 @@ class RowRangeDelta:
     def memory_cost(self) -> MemoryCost:
         return self.edit.memory_cost + MemoryCost(scratch_blocks=1)
 
-    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
     def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:

@@ -14,7 +14,7 @@ from mergeforge.adapters.residual_init import ResidualInitDelta
 from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.errors import SourceError
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
 PAIRS = {"linear": ("A", "B"), "embedding": ("embedding_A", "embedding_B"), "turned": ("turned_A", "turned_B")}
@@ -108,7 +108,7 @@ def _path_and_scale(pair: Pair, settings: LoraSettings, homes: TensorResolver) -
     return f"{module}.weight", scale, []
 
 
-def _weight_edit(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: TensorResolver) -> WeightDelta:
+def _weight_edit(pair: Pair, scale: float, target: LazyTensor, settings: LoraSettings, homes: TensorResolver) -> WeightDelta:
     shape = tuple(target.info.shape)
     if settings.dora and pair.magnitude is None:
         text = f"{homes.label}: {pair.module} lacks its lora_magnitude_vector, though use_dora is set"
@@ -137,7 +137,7 @@ def _by_columns(pair: Pair, low: LoraDelta, shape: tuple[int, ...]) -> bool:
     return over_inputs or (low.transposed and pair.kind != "turned")
 
 
-def _low_rank(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: TensorResolver) -> LoraDelta:
+def _low_rank(pair: Pair, scale: float, target: LazyTensor, settings: LoraSettings, homes: TensorResolver) -> LoraDelta:
     """s * L R of a matrix, told by its shape which way round it is stored."""
     shape = tuple(target.info.shape)
     outside = pair.sizes
@@ -165,7 +165,7 @@ def _is_transposed(
     return settings.fan_in_fan_out or in_conv1d
 
 
-def _residual(pair: Pair, low: LoraDelta, target: Way, settings: LoraSettings, homes: TensorResolver) -> WeightDelta:
+def _residual(pair: Pair, low: LoraDelta, target: LazyTensor, settings: LoraSettings, homes: TensorResolver) -> WeightDelta:
     """The start's part taken out, too. Embeddings have no such start in PEFT: theirs is plain."""
     if pair.kind == "embedding" and pair.diagonal is None:
         return low
@@ -184,7 +184,7 @@ def _residual(pair: Pair, low: LoraDelta, target: Way, settings: LoraSettings, h
     return ResidualInitDelta(low, start, (shape[0], shape[1]), pair.diagonal)
 
 
-def _formulated(pair: Pair, scale: float, target: Way, settings: LoraSettings, homes: TensorResolver) -> WeightDelta:
+def _formulated(pair: Pair, scale: float, target: LazyTensor, settings: LoraSettings, homes: TensorResolver) -> WeightDelta:
     """Convolutions and block-diagonal factors."""
     shape = tuple(target.info.shape)
     module = Module(pair.module, {role: one.info.shape for role, one in pair.factors.items()}, shape)

@@ -25,7 +25,7 @@ from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.errors import SourceError, listing
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
 
 
@@ -43,7 +43,7 @@ class Adapter:
     folder: Path
     revision: str | None
     edits: Mapping[str, tuple[WeightDelta, ...]]
-    resized: Mapping[str, Way]
+    resized: Mapping[str, LazyTensor]
     added: Mapping[str, StoredTensor]
     keeps_tied: bool
     files: tuple[Checkpoint, ...]
@@ -62,7 +62,7 @@ class Matching:
     kind: Kind | None
     config: Mapping[str, Any]
     edits: dict[str, list[WeightDelta]] = field(default_factory=dict)
-    resized: dict[str, Way] = field(default_factory=dict)
+    resized: dict[str, LazyTensor] = field(default_factory=dict)
     added: dict[str, StoredTensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parameters: set[str] = field(default_factory=set)
@@ -146,7 +146,7 @@ class Matching:
             for module, roles in modules.items()
         }
         own = {module: factors for module, factors in own.items() if factors}
-        weights: dict[str, Way] = {}
+        weights: dict[str, LazyTensor] = {}
         for module, factors in own.items():
             with self.homes.gathering():
                 weights[module] = self.homes.target(self.homes.name(f"{module}.weight", next(iter(factors.values()))))
@@ -181,7 +181,7 @@ class Matching:
             self.notes.append(f"{self.label}: lora_B of its {len(wrapped)} expert modules is read {layout}")
 
     def _formula(
-        self, kind: Kind, module: str, factors: Mapping[str, StoredTensor], weight: Way, largest: tuple[int, int]
+        self, kind: Kind, module: str, factors: Mapping[str, StoredTensor], weight: LazyTensor, largest: tuple[int, int]
     ) -> None:
         shapes = {role: stored.info.shape for role, stored in factors.items()}
         transposed = self.base.config.get("model_type") in CONV1D_MODELS and len(weight.info.shape) == 2

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.adapters.peft.kind import Formula
 from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class PeftDelta:
 
     formula: Formula
     factors: Mapping[str, StoredTensor]
-    base: Way
+    base: LazyTensor
     inner: int = 1
 
     needs_stats: bool = False
@@ -56,7 +56,7 @@ class PeftDelta:
             + MemoryCost(fixed_nbytes=ends, scratch_blocks=self.base.memory_cost.scratch_blocks + self.formula.live)
         )
 
-    def collect_stats(self, scan: StatsPass, base: Way) -> Any:
+    def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
     def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Any:  # sources.edits.Delta

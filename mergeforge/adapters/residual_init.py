@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.adapters.deltas import Delta, LoraDelta
 from mergeforge.core.low_rank_svd import exact, exact_held, exact_nbytes
 from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
-from mergeforge.tensors.lazy import Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Stats, StatsPass, LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ResidualInitDelta:
         work = 32 * self.low.rank * rows if self.start == "olora" else exact_nbytes(self.shape, self.low.rank) + held
         return self.low.memory_cost + MemoryCost(fixed_nbytes=kept + work, scratch_blocks=2)
 
-    def collect_stats(self, scan: StatsPass, base: Way) -> tuple[Tensor, Tensor]:
+    def collect_stats(self, scan: StatsPass, base: LazyTensor) -> tuple[Tensor, Tensor]:
         """What the start took out, as two thin matrices."""
 
         def look() -> Iterator[tuple[int, Tensor]]:

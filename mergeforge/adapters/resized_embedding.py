@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class ResizedEmbedding:
     """The base's rows, then those of `trained` (rows, columns) that `order` names."""
 
-    base: Way
+    base: LazyTensor
     trained: StoredTensor
     order: tuple[int, ...]
 
-    inputs: tuple[Way, ...] = ()
+    inputs: tuple[LazyTensor, ...] = ()
     needs_stats: bool = False
 
     @property
@@ -60,7 +60,7 @@ class ResizedEmbedding:
         return block
 
 
-def same_rows(one: Way, other: Way) -> bool:
+def same_rows(one: LazyTensor, other: LazyTensor) -> bool:
     """Whether two tensors that adapters bring, whole or with new rows, are the same."""
     if isinstance(one, StoredTensor) and isinstance(other, StoredTensor):
         return same_content(one, other)

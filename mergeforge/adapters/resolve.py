@@ -14,7 +14,7 @@ from mergeforge.adapters.peft.keys import find_tensor
 from mergeforge.checkpoints.checkpoint import ModelSource
 from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, is_head, tied_head
 from mergeforge.errors import SourceError, listing
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
 _WRAPPED = ".base_layer."  # PEFT's layer around nn.MultiheadAttention stays in the paths of what lies inside it
@@ -35,7 +35,7 @@ class TensorResolver:
 
     label: str
     base: ModelSource
-    resized: dict[str, Way]
+    resized: dict[str, LazyTensor]
     misfits: list[MatchError] = field(default_factory=list)
 
     @contextmanager
@@ -83,7 +83,7 @@ class TensorResolver:
             self.refuse_unknown(stored, path)
         return found
 
-    def target(self, name: str) -> Way:
+    def target(self, name: str) -> LazyTensor:
         """The tensor that is edited: the base's, or what the adapter saved in its place."""
         if name in self.resized:
             return self.resized[name]
@@ -113,19 +113,19 @@ class TensorResolver:
     def _is_whole(self, part: Part) -> bool:
         return part.expert is None and part.start == 0 and part.rows == self.base.tensors[part.name].info.shape[0]
 
-    def check_size(self, module: str, stored: StoredTensor, target: Way) -> None:
+    def check_size(self, module: str, stored: StoredTensor, target: LazyTensor) -> None:
         """The shape of the base's tensor, but for the rows of a vocabulary. Raises Misfit."""
         may_grow = module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
         shape = (target.info.shape[0], *stored.info.shape[1:]) if may_grow else stored.info.shape
         if tuple(shape) != tuple(target.info.shape):
             self.refuse_shape(module, stored.info.shape, target)
 
-    def check_same_shape(self, module: str, stored: StoredTensor, target: Way) -> None:
+    def check_same_shape(self, module: str, stored: StoredTensor, target: LazyTensor) -> None:
         """Raises Misfit."""
         if stored.info.shape != target.info.shape:
             self.refuse_shape(module, stored.info.shape, target)
 
-    def refuse_shape(self, module: str, shape: tuple[int, ...], target: Way) -> NoReturn:
+    def refuse_shape(self, module: str, shape: tuple[int, ...], target: LazyTensor) -> NoReturn:
         """Raises Misfit."""
         theirs = f"{target.info.name} of {self.base.label} is {list(target.info.shape)}"
         hint = "the adapter was trained on another model, or its vocabulary was resized and not saved"

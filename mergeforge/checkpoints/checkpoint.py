@@ -14,7 +14,7 @@ from mergeforge.checkpoints.quantized import recognise
 from mergeforge.errors import SourceError, listing
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import header_of, read_header, require_regular
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
 NOTHING: Mapping[str, InputFile] = {}
@@ -33,7 +33,7 @@ class ModelSource(Protocol):
         """Where the files beside its weights lie."""
 
     @property
-    def tensors(self) -> Mapping[str, Way]: ...
+    def tensors(self) -> Mapping[str, LazyTensor]: ...
 
     @property
     def config(self) -> Mapping[str, Any]:

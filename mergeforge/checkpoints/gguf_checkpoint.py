@@ -18,7 +18,7 @@ from mergeforge.gguf.architectures import TensorTarget, build_spec
 from mergeforge.gguf.reader import GGUFTensorInfo, read_gguf
 from mergeforge.io.disk import InputFile
 from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,7 @@ class DequantizedGGUFTensor:
     info: TensorInfo
     held: tuple[tuple[TensorTarget, GGUFTensorInfo], ...]
 
-    inputs: tuple[Way, ...] = ()
+    inputs: tuple[LazyTensor, ...] = ()
     needs_stats: bool = False
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.planner import TensorPlan
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.merged import MergedTensor
 from mergeforge.tensors.stored import StoredTensor
 
@@ -59,7 +59,7 @@ class ChangeStats:
         }
 
 
-def base_of(way: Way) -> StoredTensor | None:
+def base_of(way: LazyTensor) -> StoredTensor | None:
     """The stored tensor that a way starts from, if its change can be told."""
     base = way.base if isinstance(way, AdaptedTensor | MergedTensor) else None
     return base if isinstance(base, StoredTensor) else None

@@ -27,7 +27,7 @@ from mergeforge.planner.model_tensors import (
 from mergeforge.planner.output_tensors import merge_group, output_tensors
 from mergeforge.planner.parameters import Input, parameters_for
 from mergeforge.recipe import WITHOUT_EFFECT, ModelEntry, Recipe, Rule
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.merged import MergedTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
 
@@ -42,7 +42,7 @@ class MergeGraph:
     `stacks`: the layers of the output, where slices say them.
     """
 
-    tensors: Mapping[str, Way]
+    tensors: Mapping[str, LazyTensor]
     summaries: Mapping[str, str]
     tied: bool
     notes: tuple[str, ...]
@@ -122,11 +122,11 @@ class _Composer:
 
     # adapters alone
 
-    def _compose_adapters(self) -> tuple[dict[str, Way], bool]:
+    def _compose_adapters(self) -> tuple[dict[str, LazyTensor], bool]:
         base, table = self.inputs.base, self._base()
         assert base is not None
         section = merge_group((), self.recipe.base_model, (self.recipe.parameters,), self.tables)
-        ways: dict[str, Way] = {}
+        ways: dict[str, LazyTensor] = {}
         for spot in whole_model_tensors(section, table.tensors):
             rule, way = self._rule(spot.name), table.tensors[spot.name]
             edits = [table.deltas(opened, spot.name) for opened in self.inputs.adapters]
@@ -141,8 +141,8 @@ class _Composer:
         return ways, table.tied is not None
 
     def _adapted(
-        self, name: str, base: Way, edits: Sequence[tuple[WeightDelta, ...]], position: float, rule: Rule
-    ) -> Way:
+        self, name: str, base: LazyTensor, edits: Sequence[tuple[WeightDelta, ...]], position: float, rule: Rule
+    ) -> LazyTensor:
         method = self._method(rule, name, has_base=True)
         _check_count(method, len(edits))
         inputs = [_adapter_input(opened, name) for opened in self.inputs.adapters]
@@ -157,7 +157,7 @@ class _Composer:
             base.info, method, deltas, (False,) * len(deltas), base, parameters, self.recipe.random_seed
         )
 
-    def _fold(self, name: str, base: Way, edits: Sequence[tuple[WeightDelta, ...]], weights: Sequence[float]) -> Way:
+    def _fold(self, name: str, base: LazyTensor, edits: Sequence[tuple[WeightDelta, ...]], weights: Sequence[float]) -> LazyTensor:
         way, action = fold_adapters(name, base, edits, weights)
         if action:
             self.actions[name] = action
@@ -165,7 +165,7 @@ class _Composer:
 
     # models, with or without adapters
 
-    def _compose_models(self) -> tuple[dict[str, Way], bool]:
+    def _compose_models(self) -> tuple[dict[str, LazyTensor], bool]:
         spots, self.stacks = output_tensors(self.recipe, self.tables, lambda name: self._rule(name) is not _AS_IT_IS)
         ways = {spot.name: way for spot in spots if (way := self._tensor(spot)) is not None}
         if self.missing:
@@ -185,7 +185,7 @@ class _Composer:
             text = f"the head is tied to the embedding of {first.label}, behind layers of {last.label}"
             self.notes.append(f"{text} (as in mergekit)")
 
-    def _tensor(self, spot: OutputTensor) -> Way | None:
+    def _tensor(self, spot: OutputTensor) -> LazyTensor | None:
         """How one output tensor comes about; None where it is dropped, or some input lacks it."""
         rule = self._rule(spot.name)
         if rule.drop:
@@ -199,7 +199,7 @@ class _Composer:
             return None
         return self._merged(spot, group, [way for way in found if way], origin, rule)
 
-    def _source_tensor(self, source: SourceModel, spot: OutputTensor) -> Way | None:
+    def _source_tensor(self, source: SourceModel, spot: OutputTensor) -> LazyTensor | None:
         """The spot's tensor in a source, under its output name; a lack is noted."""
         name = spot.name_in(source)
         way = source.model.tensor(name)
@@ -208,7 +208,7 @@ class _Composer:
             return None
         return renamed_tensor(way, spot.name)
 
-    def _taken_from(self, spot: OutputTensor, entry: ModelEntry) -> Way | None:
+    def _taken_from(self, spot: OutputTensor, entry: ModelEntry) -> LazyTensor | None:
         """The tensor of one model, as it is."""
         label = str(self.recipe.base_model) if str(entry) == "base" else str(entry)
         if label not in self.tables:
@@ -273,8 +273,8 @@ class _Composer:
         raise SourceError(text, hint=hint)
 
     def _merged(
-        self, spot: OutputTensor, group: _MergeStep, models: Sequence[Way], origin: Way | None, rule: Rule
-    ) -> Way:
+        self, spot: OutputTensor, group: _MergeStep, models: Sequence[LazyTensor], origin: LazyTensor | None, rule: Rule
+    ) -> LazyTensor:
         name, method = spot.name, group.method
         donor = origin or models[0]
         labels = [source.label for source in group.sources]
@@ -305,12 +305,12 @@ class _Composer:
         start = origin if method.on_deltas else None
         return MergedTensor(donor.info, method, ways, subtract, start, parameters, self.recipe.random_seed)
 
-    def _fold_each_adapter(self, name: str, edits: Sequence[tuple[WeightDelta, ...]]) -> list[Way]:
+    def _fold_each_adapter(self, name: str, edits: Sequence[tuple[WeightDelta, ...]]) -> list[LazyTensor]:
         """The base with each adapter alone."""
         way = self._base().tensor(name) if edits else None
         return [self._fold(name, way, [some], [1.0]) for some in edits] if way else []
 
-    def _check_shape(self, name: str, way: Way, label: str, donor: Way) -> None:
+    def _check_shape(self, name: str, way: LazyTensor, label: str, donor: LazyTensor) -> None:
         if way.info.shape == donor.info.shape:
             return
         shapes = f"{list(way.info.shape)}, not {list(donor.info.shape)} as in {self.inputs.reference_model.label}"
@@ -319,7 +319,7 @@ class _Composer:
             hint = "the vocabularies differ: 'tokenizer_source: union' (or base) maps their rows to one another"
         raise SourceError(f"{label}: {name} is {shapes}", hint=hint)
 
-    def _not_float(self, name: str, donor: Way, models: Sequence[Way], labels: Sequence[str]) -> Way:
+    def _not_float(self, name: str, donor: LazyTensor, models: Sequence[LazyTensor], labels: Sequence[str]) -> LazyTensor:
         """Integers and flags (position ids, counters, masks) are copied where all models agree on them."""
         first = _stored(donor)
         for way, label in zip(models, labels, strict=True):
@@ -338,7 +338,7 @@ class _Composer:
 _VOCABULARY = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "tok_embeddings")
 
 
-def _stored(way: Way) -> StoredTensor | None:
+def _stored(way: LazyTensor) -> StoredTensor | None:
     while not isinstance(way, StoredTensor) and len(way.inputs) == 1:
         way = way.inputs[0]
     return way if isinstance(way, StoredTensor) else None

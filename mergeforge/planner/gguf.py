@@ -28,7 +28,7 @@ from mergeforge.gguf.vocab import vocabulary
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.io.file_layout import Layout
 from mergeforge.recipe import GGUFEntry, Output
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
 from mergeforge.writers.gguf import GGUFEncoder, GGUFTensor, lay_out, positions_of
 
@@ -81,7 +81,7 @@ class GGUFInputs:
 
 
 def gguf_config(
-    config: Mapping[str, Any] | None, donor: ModelSource, ways: Mapping[str, Way]
+    config: Mapping[str, Any] | None, donor: ModelSource, ways: Mapping[str, LazyTensor]
 ) -> Mapping[str, Any] | None:
     """The output's config as GGUF spells it: tied where the stored head is the embedding, whatever the config says."""
     tied = tied_head(donor)

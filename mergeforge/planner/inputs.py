@@ -17,7 +17,7 @@ from mergeforge.hub import download
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.io.remote import RemoteSession
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 
 Tell = Callable[[str], None]
 
@@ -47,7 +47,7 @@ class IntermediateModel:
 
     label: str
     inputs: Inputs
-    tensors: Mapping[str, Way]
+    tensors: Mapping[str, LazyTensor]
     config: Mapping[str, Any]
     files: AuxFiles
     warnings: tuple[str, ...]

@@ -17,7 +17,7 @@ from mergeforge.planner.layer_slices import LayerStack, SourceModel, layer_prefi
 from mergeforge.planner.model_tensors import ModelTensors, renamed_tensor
 from mergeforge.planner.stacked_config import stacked_config
 from mergeforge.recipe.parameter_values import layer_of
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 
 
 def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
@@ -28,7 +28,7 @@ def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
     places: dict[int, list[int]] = {}
     for place, layer in enumerate(layers):
         places.setdefault(layer, []).append(place)
-    tensors: dict[str, Way] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name, way in base.tensors.items():
         found = layer_of(name)
         if found is None or found[0] != prefix:

@@ -17,7 +17,7 @@ from mergeforge.errors import SourceError, listing
 from mergeforge.planner.inputs import OpenAdapter, OpenModel
 from mergeforge.recipe.parameter_values import layer_positions, value_at
 from mergeforge.tensors.alias import AliasTensor
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
 
@@ -31,13 +31,13 @@ class ModelTensors:
 
     label: str
     config: Mapping[str, Any]
-    tensors: Mapping[str, Way]
+    tensors: Mapping[str, LazyTensor]
     tied: tuple[str, str] | None
     untied: tuple[str, str] | None = None
     summaries: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def tensor(self, name: str) -> Way | None:
+    def tensor(self, name: str) -> LazyTensor | None:
         """A tensor's way; a tied head is its embedding under another name."""
         if name in self.tensors:
             return self.tensors[name]
@@ -61,7 +61,7 @@ def model_tensors(model: OpenModel, later: Sequence[OpenAdapter] = (), numerics:
     """
     opened = (*model.adapters, *later)
     checkpoint = model.checkpoint
-    ways: dict[str, Way] = dict(checkpoint.tensors)
+    ways: dict[str, LazyTensor] = dict(checkpoint.tensors)
     actions = _apply_saved_modules(ways, opened)
     tied, notes = _resolve_tying(ways, checkpoint, opened)
     if numerics != "original":
@@ -78,8 +78,8 @@ def model_tensors(model: OpenModel, later: Sequence[OpenAdapter] = (), numerics:
 
 
 def fold_adapters(
-    name: str, base: Way, edits: Sequence[tuple[WeightDelta, ...]], weights: Sequence[float]
-) -> tuple[Way, str]:
+    name: str, base: LazyTensor, edits: Sequence[tuple[WeightDelta, ...]], weights: Sequence[float]
+) -> tuple[LazyTensor, str]:
     """base + sum(weight * edit), and what that is in words ("" where nothing changes).
 
     Raises SourceError for a replacement with another number of rows: it has no delta.
@@ -104,7 +104,7 @@ def _check_replacements(name: str, terms: Sequence[tuple[float, WeightDelta]]) -
         raise SourceError(text, hint="give them weights that sum to 1, or merge one after the other")
 
 
-def check_rows(name: str, base: Way, edits: Sequence[tuple[WeightDelta, ...]]) -> None:
+def check_rows(name: str, base: LazyTensor, edits: Sequence[tuple[WeightDelta, ...]]) -> None:
     """A replacement with another number of rows has no delta: it cannot be weighted or combined."""
     for edit in (edit for some in edits for edit in some):
         if isinstance(edit, ReplaceTensor) and edit.value.info.shape != base.info.shape:
@@ -113,7 +113,7 @@ def check_rows(name: str, base: Way, edits: Sequence[tuple[WeightDelta, ...]]) -
             raise SourceError(f"{edit.value.file.path} replaces {name} with shape {shapes}", hint=hint)
 
 
-def renamed_tensor(way: Way, name: str) -> Way:
+def renamed_tensor(way: LazyTensor, name: str) -> LazyTensor:
     """The way's tensor under another name."""
     if way.info.name == name:
         return way
@@ -122,13 +122,13 @@ def renamed_tensor(way: Way, name: str) -> Way:
     return AliasTensor(way, way.info.renamed(name))
 
 
-def tie_head_to_embedding(ways: dict[str, Way], tied: tuple[str, str] | None, checkpoint: ModelSource) -> None:
+def tie_head_to_embedding(ways: dict[str, LazyTensor], tied: tuple[str, str] | None, checkpoint: ModelSource) -> None:
     """A tied head that is stored all the same is written as what the embedding becomes."""
     if tied and tied[0] in ways and ways[tied[1]] is not checkpoint.tensors[tied[1]]:
         ways[tied[0]] = renamed_tensor(ways[tied[1]], tied[0])
 
 
-def check_vocabulary(ways: Mapping[str, Way], checkpoint: ModelSource) -> None:
+def check_vocabulary(ways: Mapping[str, LazyTensor], checkpoint: ModelSource) -> None:
     """Raises SourceError when adapters leave a head and an embedding with different numbers of rows."""
     heads = [name for name in ways if is_head(name)]
     embeddings = [name for name in ways if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
@@ -143,7 +143,7 @@ def check_vocabulary(ways: Mapping[str, Way], checkpoint: ModelSource) -> None:
 
 
 def _fold_own_adapters(
-    table: ModelTensors, ways: dict[str, Way], actions: dict[str, str], adapters: Sequence[OpenAdapter]
+    table: ModelTensors, ways: dict[str, LazyTensor], actions: dict[str, str], adapters: Sequence[OpenAdapter]
 ) -> None:
     positions = layer_positions(ways)
     for name, way in list(ways.items()):
@@ -156,9 +156,9 @@ def _fold_own_adapters(
                 actions[name] = action
 
 
-def _apply_saved_modules(ways: dict[str, Way], opened: Sequence[OpenAdapter]) -> dict[str, str]:
+def _apply_saved_modules(ways: dict[str, LazyTensor], opened: Sequence[OpenAdapter]) -> dict[str, str]:
     """Tensors that adapters bring whole: grown embeddings, heads that the base lacks."""
-    placed: dict[str, tuple[str, Way]] = {}
+    placed: dict[str, tuple[str, LazyTensor]] = {}
     for one in opened:
         for name, brought in {**one.adapter.resized, **one.adapter.added}.items():
             label, other = placed.setdefault(name, (one.adapter.label, brought))
@@ -170,7 +170,7 @@ def _apply_saved_modules(ways: dict[str, Way], opened: Sequence[OpenAdapter]) ->
 
 
 def _resolve_tying(
-    ways: dict[str, Way], checkpoint: ModelSource, opened: Sequence[OpenAdapter]
+    ways: dict[str, LazyTensor], checkpoint: ModelSource, opened: Sequence[OpenAdapter]
 ) -> tuple[tuple[str, str] | None, tuple[str, ...]]:
     """(head, embedding) that stay one tensor, or None where an adapter changes one and not the other."""
     tied = tied_head(checkpoint)
@@ -188,7 +188,7 @@ def _resolve_tying(
 
 
 def _fake_quantize_adapted(
-    ways: dict[str, Way], checkpoint: ModelSource, adapters: Sequence[OpenAdapter], *, double_quant: bool
+    ways: dict[str, LazyTensor], checkpoint: ModelSource, adapters: Sequence[OpenAdapter], *, double_quant: bool
 ) -> tuple[str, ...]:
     """Put what NF4 makes of them in the place of the weights that adapters change.
 
@@ -212,7 +212,7 @@ def _is_additive(edit: WeightDelta) -> bool:
     return not isinstance(edit, ReplaceTensor | ReplaceRows)
 
 
-def _is_linear(name: str, way: Way) -> bool:
+def _is_linear(name: str, way: LazyTensor) -> bool:
     if isinstance(way, QuantizedTensor):
         return False  # it is already what was trained on
     last = name.split(".")[-2:-1]

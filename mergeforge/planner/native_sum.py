@@ -21,7 +21,7 @@ from mergeforge.methods._thresholds import SAMPLE_BLOCKS, SAMPLE_ELEMENTS
 from mergeforge.methods._weighted_sum import WeightedSum
 from mergeforge.native import bindings
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.merged import MergedTensor
 from mergeforge.tensors.native_inputs import (
     KINDS,
@@ -50,7 +50,7 @@ T = TypeVar("T")
 PIECE = 1 << 16  # elements whose bits are split at a time
 
 
-def is_native(way: Way, info: TensorInfo, outlets: Sequence[TensorEncoder], device: str) -> bool:
+def is_native(way: LazyTensor, info: TensorInfo, outlets: Sequence[TensorEncoder], device: str) -> bool:
     """Whether a tensor is such a sum, and goes to a checkpoint alone."""
     return (
         device == "cpu"
@@ -63,7 +63,7 @@ def is_native(way: Way, info: TensorInfo, outlets: Sequence[TensorEncoder], devi
     )
 
 
-def native_staging_nbytes(way: Way, info: TensorInfo) -> int:
+def native_staging_nbytes(way: LazyTensor, info: TensorInfo) -> int:
     """Memory that a worker needs beside the written tile: the room for reading, and what a search in the tensor holds
     (with a block of one input, or two ranges of a piece of each)."""
     assert isinstance(way, MergedTensor)  # is_summed

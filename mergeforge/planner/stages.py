@@ -22,7 +22,7 @@ from mergeforge.planner.stacked_config import stacked_config
 from mergeforge.planner.tokenizer import follow, map_tables, plan_tokens, template_of
 from mergeforge.recipe import OUT_DTYPES, Recipe
 from mergeforge.tensors.alias import AliasTensor
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tokenizer import with_chat_template
 
 
@@ -114,7 +114,7 @@ def _output_infos(recipe: Recipe, composition: MergeGraph, inputs: Inputs) -> di
 
 def _intermediate_model(name: str, stage: Stage) -> IntermediateModel:
     """A stage as a model: its values unrounded, its dtypes as they would be written."""
-    tensors: dict[str, Way] = {
+    tensors: dict[str, LazyTensor] = {
         tensor: way if way.info == stage.infos[tensor] else AliasTensor(way, stage.infos[tensor])
         for tensor, way in stage.graph.tensors.items()
     }

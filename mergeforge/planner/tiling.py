@@ -10,7 +10,7 @@ from mergeforge.core.tensor_info import TensorInfo, Tile, split_into_tiles
 from mergeforge.errors import BudgetError
 from mergeforge.planner.native_sum import is_native, native_staging_nbytes
 from mergeforge.tensors.budget import ALIGNMENT, Budget
-from mergeforge.tensors.lazy import Way, any_needs_stats
+from mergeforge.tensors.lazy import LazyTensor, any_needs_stats
 from mergeforge.tensors.stored import StoredTensor
 from mergeforge.writers.encoder import TensorEncoder, chunk_alignment
 from mergeforge.writers.safetensors import SafetensorsEncoder
@@ -31,7 +31,7 @@ class TensorPlan:
     """
 
     info: TensorInfo
-    tensor: Way
+    tensor: LazyTensor
     encoders: tuple[TensorEncoder, ...]
     compute: str
     is_copy: bool
@@ -49,7 +49,7 @@ class TensorPlan:
 
 
 def plan_tiles(
-    ways: Mapping[str, Way],
+    ways: Mapping[str, LazyTensor],
     infos: Mapping[str, TensorInfo],
     outlets: Mapping[str, Sequence[TensorEncoder]],
     budget: Budget,
@@ -84,7 +84,7 @@ def peak_memory(pieces: Iterable[TensorPlan], budget: Budget) -> int:
     )
 
 
-def _piece(way: Way, info: TensorInfo, outlets: tuple[TensorEncoder, ...], room: int, device: str) -> TensorPlan:
+def _piece(way: LazyTensor, info: TensorInfo, outlets: tuple[TensorEncoder, ...], room: int, device: str) -> TensorPlan:
     if _is_copied(way, info, outlets):
         return _copied(way, info, outlets, room)
     if is_native(way, info, outlets, device):
@@ -105,7 +105,7 @@ def _piece(way: Way, info: TensorInfo, outlets: tuple[TensorEncoder, ...], room:
     return TensorPlan(info, way, outlets, compute, False, False, learns, whole, tiles, staging, live)
 
 
-def _live(way: Way, info: TensorInfo, outlets: Sequence[TensorEncoder], device: str) -> int:
+def _live(way: LazyTensor, info: TensorInfo, outlets: Sequence[TensorEncoder], device: str) -> int:
     """Bytes of the blocks that exist at once while a tensor is computed, and of what encoding takes."""
     if _is_copied(way, info, outlets) or is_native(way, info, outlets, device):
         return 0
@@ -118,30 +118,30 @@ def _live(way: Way, info: TensorInfo, outlets: Sequence[TensorEncoder], device: 
     )  # and what checking it takes
 
 
-def _compute(way: Way, info: TensorInfo) -> str:
+def _compute(way: LazyTensor, info: TensorInfo) -> str:
     return "F64" if "F64" in (info.dtype, *_stored_dtypes(way)) else "F32"
 
 
-def _is_copied(way: Way, info: TensorInfo, outlets: Sequence[TensorEncoder]) -> bool:
+def _is_copied(way: LazyTensor, info: TensorInfo, outlets: Sequence[TensorEncoder]) -> bool:
     to_checkpoint = len(outlets) == 1 and isinstance(outlets[0], SafetensorsEncoder)
     return to_checkpoint and isinstance(way, StoredTensor) and way.info.dtype == info.dtype
 
 
-def _copied(way: Way, info: TensorInfo, outlets: tuple[TensorEncoder, ...], room: int) -> TensorPlan:
+def _copied(way: LazyTensor, info: TensorInfo, outlets: tuple[TensorEncoder, ...], room: int) -> TensorPlan:
     rows = min(TILE_NBYTES, room - SLACK) // max(info.row_nbytes, 1)
     tiles = tuple(split_into_tiles(info, max(rows, 1)))
     highest = max((tile.rows for tile in tiles), default=0)
     return TensorPlan(info, way, outlets, "F32", True, False, False, False, tiles, highest * info.row_nbytes + SLACK, 0)
 
 
-def _summed(way: Way, info: TensorInfo, outlets: tuple[TensorEncoder, ...], room: int) -> TensorPlan:
+def _summed(way: LazyTensor, info: TensorInfo, outlets: tuple[TensorEncoder, ...], room: int) -> TensorPlan:
     beside = SLACK + native_staging_nbytes(way, info)
     tiles = tuple(split_into_tiles(info, max(min(SUM_NBYTES, room - beside) // max(info.row_nbytes, 1), 1)))
     staging = max((tile.rows for tile in tiles), default=0) * info.row_nbytes + beside
     return TensorPlan(info, way, outlets, "F32", False, True, any_needs_stats(way), False, tiles, staging, 0)
 
 
-def _stored_dtypes(way: Way) -> set[str]:
+def _stored_dtypes(way: LazyTensor) -> set[str]:
     return {way.info.dtype}.union(*(_stored_dtypes(part) for part in way.inputs))
 
 

@@ -12,7 +12,7 @@ from mergeforge.io.aux_files import AuxFiles, SideFile
 from mergeforge.planner.inputs import Inputs, IntermediateModel, OpenModel
 from mergeforge.planner.model_tensors import ModelTensors
 from mergeforge.recipe import Recipe, TokenEntry, TokenizerEntry
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.remapped_vocab import remap_vocab
 from mergeforge.tokenizer import (
     ModelToken,
@@ -115,7 +115,7 @@ def _rows(table: ModelTensors) -> int:
     return found.pop()
 
 
-def _held(tables: Mapping[str, ModelTensors], label: str, name: str) -> Way:
+def _held(tables: Mapping[str, ModelTensors], label: str, name: str) -> LazyTensor:
     way = tables[label].tensor(name)
     if way is None:
         raise SourceError(f"{label} lacks {name}, which other models have a row of for each token")
@@ -123,7 +123,7 @@ def _held(tables: Mapping[str, ModelTensors], label: str, name: str) -> Way:
 
 
 def _check_adapters(
-    inputs: Inputs, tables: Mapping[str, ModelTensors], changed: Mapping[str, Mapping[str, Way]]
+    inputs: Inputs, tables: Mapping[str, ModelTensors], changed: Mapping[str, Mapping[str, LazyTensor]]
 ) -> None:
     """An adapter that is merged for itself changes rows of the base as they were."""
     base = inputs.base.label if inputs.base else ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.tensors.budget import MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
 
 if TYPE_CHECKING:
     import torch
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 class AliasTensor:
     """`way`'s values; `info` is what they are called. Its shape is the way's."""
 
-    way: Way
+    way: LazyTensor
     info: TensorInfo
 
     needs_stats: bool = False
 
     @property
-    def inputs(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[LazyTensor, ...]:
         return (self.way,)
 
     @property

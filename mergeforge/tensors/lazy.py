@@ -24,7 +24,7 @@ Rows = Callable[[int, int], "Tensor"]  # rows [start, stop) of a staged tile; ma
 Stats = dict[int, Any]  # id of a way -> what it learnt
 
 
-class Way(Protocol):
+class LazyTensor(Protocol):
     """How one tensor comes about."""
 
     @property
@@ -32,7 +32,7 @@ class Way(Protocol):
         """Name, shape and stored dtype of what it yields."""
 
     @property
-    def inputs(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[LazyTensor, ...]:
         """The ways that this one is made of."""
 
     @property
@@ -89,7 +89,7 @@ class StatsPass:
             yield staged, start, min(start + self.info.block_rows, rows.stop)
 
 
-def collect_stats(way: Way, scan: StatsPass) -> Stats:
+def collect_stats(way: LazyTensor, scan: StatsPass) -> Stats:
     """Let every part of a way that needs facts learn them, inner parts first."""
     for part in way.inputs:
         collect_stats(part, scan)
@@ -98,5 +98,5 @@ def collect_stats(way: Way, scan: StatsPass) -> Stats:
     return scan.facts
 
 
-def any_needs_stats(way: Way) -> bool:
+def any_needs_stats(way: LazyTensor) -> bool:
     return way.needs_stats or any(any_needs_stats(part) for part in way.inputs)

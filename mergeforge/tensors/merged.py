@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.methods import Block, Method
 from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
 from mergeforge.tensors.native_inputs import KINDS, NativeInput, NativeInputs
 from mergeforge.tensors.stored import StoredTensor
 
@@ -38,14 +38,14 @@ class MergedTensor:
 
     info: TensorInfo
     method: Method
-    sources: tuple[Way, ...]
+    sources: tuple[LazyTensor, ...]
     subtract: tuple[bool, ...]
-    base: Way | None
+    base: LazyTensor | None
     parameters: Mapping[str, Any]
     seed: int
 
     @property
-    def inputs(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[LazyTensor, ...]:
         return (*self.sources, self.base) if self.base else self.sources
 
     @property

@@ -10,7 +10,7 @@ from mergeforge.core.tensor_info import TensorInfo, split_into_tiles
 from mergeforge.errors import SourceError
 from mergeforge.tensors.alias import AliasTensor
 from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way, any_needs_stats, collect_stats
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor, any_needs_stats, collect_stats
 from mergeforge.tensors.row_gather import RowGather, StagedRows
 from mergeforge.tokenizer.settings import RowPicks
 
@@ -35,7 +35,7 @@ class RemappedVocab:
     origins: tuple[RowGather, ...]
     padding: int = 0
 
-    inputs: tuple[Way, ...] = ()
+    inputs: tuple[LazyTensor, ...] = ()
 
     @property
     def needs_stats(self) -> bool:
@@ -103,7 +103,7 @@ class RemappedVocab:
         return (total / self._padded_from).to(scan.dtype)
 
 
-def remap_vocab(name: str, picks: RowPicks, ways: Mapping[str, Way]) -> Way:
+def remap_vocab(name: str, picks: RowPicks, ways: Mapping[str, LazyTensor]) -> LazyTensor:
     """A model's tensor `name` for the output's tokenizer; its own way where nothing changes.
 
     `ways`: a model's label -> how this tensor comes about there. Raises SourceError where shapes do not fit.
@@ -120,7 +120,7 @@ def remap_vocab(name: str, picks: RowPicks, ways: Mapping[str, Way]) -> Way:
     return RemappedVocab(info, tuple(origins), picks.padding)
 
 
-def _plain(way: Way) -> Way:
+def _plain(way: LazyTensor) -> LazyTensor:
     """A way without its other names, so that a stored tensor is seen as one."""
     while isinstance(way, AliasTensor):
         way = way.way

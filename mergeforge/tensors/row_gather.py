@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mergeforge.core.tensor_info import DTYPES, dtype_name
 from mergeforge.tensors.alias import AliasTensor
 from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker, view_rows
-from mergeforge.tensors.lazy import Stats, Way
+from mergeforge.tensors.lazy import Stats, LazyTensor
 from mergeforge.tensors.merged import MergedTensor
 from mergeforge.tensors.stored import StoredTensor
 
@@ -37,7 +37,7 @@ class RowGather:
     `block_rows`: of the output, for those of its blocks that begin a tile.
     """
 
-    tensor: Way
+    tensor: LazyTensor
     rows: NDArray[np.int32]
     block_rows: int
 
@@ -120,7 +120,7 @@ def _read(way: StoredTensor, numbers: NDArray[np.int32], into: Tensor) -> None:
 
 
 def _compute(
-    way: Way, numbers: NDArray[np.int32], blocks: NDArray[np.int64], into: Tensor, worker: Worker, facts: Stats
+    way: LazyTensor, numbers: NDArray[np.int32], blocks: NDArray[np.int64], into: Tensor, worker: Worker, facts: Stats
 ) -> None:
     """Rows of any way, piece by piece; `blocks`: the output's, which each belongs to."""
     import numpy as np
@@ -134,14 +134,14 @@ def _compute(
         worker.release(mark)
 
 
-def _by_element(way: Way) -> bool:
+def _by_element(way: LazyTensor) -> bool:
     """Whether any rows can be computed by themselves: nothing looks at where a block begins."""
     if isinstance(way, MergedTensor):
         return "block" not in way.method.wants and all(map(_by_element, way.inputs))
     return isinstance(way, StoredTensor) or (isinstance(way, AliasTensor) and _by_element(way.way))
 
 
-def _in_blocks(way: Way, numbers: NDArray[np.int32]) -> Iterator[tuple[range, NDArray[np.int64]]]:
+def _in_blocks(way: LazyTensor, numbers: NDArray[np.int32]) -> Iterator[tuple[range, NDArray[np.int64]]]:
     """The blocks that hold wanted rows, and which of the rows each holds."""
     import numpy as np
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.disk import InputFile
 from mergeforge.tensors.budget import MemoryCost, Worker, view_rows
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ class StoredTensor:
     file: InputFile
     offset: int
 
-    inputs: tuple[Way, ...] = ()
+    inputs: tuple[LazyTensor, ...] = ()
     needs_stats: bool = False
 
     @property

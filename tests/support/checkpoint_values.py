@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mergeforge.core.tensor_info import blocks, split_into_tiles, torch_dtype
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import StatsPass, Way, collect_stats
+from mergeforge.tensors.lazy import StatsPass, LazyTensor, collect_stats
 
 Tensors = dict[str, torch.Tensor]
 
@@ -41,7 +41,7 @@ def opened(folder: Path, tensors: Tensors, config: dict[str, Any] | None = None)
     return open_checkpoint(write(folder, tensors, config), "the model")
 
 
-def values(way: Way, rows: int = 1 << 30) -> torch.Tensor:
+def values(way: LazyTensor, rows: int = 1 << 30) -> torch.Tensor:
     """All of a way in its dtype, in tiles of at most `rows` rows, in exactly the memory that its need declares."""
     info = way.info
     pieces = []

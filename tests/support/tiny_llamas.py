@@ -17,7 +17,7 @@ from mergeforge.core.tensor_info import TensorInfo, blocks, split_into_tiles
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.operations.synthetic_models import Shape, write_model
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import Stats, StatsPass, Way, collect_stats
+from mergeforge.tensors.lazy import Stats, StatsPass, LazyTensor, collect_stats
 from mergeforge.tensors.remapped_vocab import remap_vocab
 from mergeforge.tokenizer import TokenizerOf, TokenizerPlan, TokenizerSettings, plan_tokenizer
 
@@ -176,11 +176,11 @@ def loaded(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def ways(folders: Sequence[Path], name: str) -> dict[str, Way]:
+def ways(folders: Sequence[Path], name: str) -> dict[str, LazyTensor]:
     return {folder.name: open_checkpoint(folder, folder.name).tensors[name] for folder in folders}
 
 
-def computed(way: Way, rows: int = 1 << 20, staging: int = 0) -> torch.Tensor:
+def computed(way: LazyTensor, rows: int = 1 << 20, staging: int = 0) -> torch.Tensor:
     """All of a way, in tiles of about `rows` rows, in the memory that it says it needs."""
     need = way.memory_cost
     tiles = split_into_tiles(way.info, rows)

@@ -24,7 +24,7 @@ from mergeforge.io.disk import DiskFile
 from mergeforge.methods import METHODS
 from mergeforge.tensors.alias import AliasTensor
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import Stats, StatsPass, Way, collect_stats
+from mergeforge.tensors.lazy import Stats, StatsPass, LazyTensor, collect_stats
 from mergeforge.tensors.merged import MergedTensor
 from mergeforge.tensors.remapped_vocab import INDEX_NBYTES, RemappedVocab, remap_vocab
 from mergeforge.tensors.stored import StoredTensor
@@ -127,25 +127,25 @@ def test_shapes_that_do_not_fit_are_named(stored: dict[str, StoredTensor], sourc
 # over ways that are computed
 
 
-def lora(stored: dict[str, StoredTensor]) -> Way:
+def lora(stored: dict[str, StoredTensor]) -> LazyTensor:
     """An embedding with a LoRA: no facts, blocks of its own."""
     return AdaptedTensor(stored["a"], ((0.5, LoraDelta(stored["left"], stored["right"], True, 2.0)),))
 
 
-def dora(stored: dict[str, StoredTensor]) -> Way:
+def dora(stored: dict[str, StoredTensor]) -> LazyTensor:
     """An embedding with a DoRA: it learns the norms of all columns."""
     low = LoraDelta(stored["other left"], stored["right"], True, 2.0)
     return AdaptedTensor(stored["c"], ((1.0, DoraDelta(low, stored["m"])),))
 
 
-def method(name: str, *inputs: Way, base: Way | None = None, **parameters: Any) -> Way:
+def method(name: str, *inputs: LazyTensor, base: LazyTensor | None = None, **parameters: Any) -> LazyTensor:
     known = METHODS[name]
     values = {one.name: parameters.get(one.name, one.default) for one in known.parameters.values()}
     given = {key: [value] * len(inputs) if known.parameters[key].per_input else value for key, value in values.items()}
     return MergedTensor(inputs[0].info.renamed("inner"), known, inputs, (True,) * len(inputs), base, given, 3)
 
 
-def inner(stored: dict[str, StoredTensor]) -> dict[str, Way]:
+def inner(stored: dict[str, StoredTensor]) -> dict[str, LazyTensor]:
     """One of each kind: stored, folded in, learning, merged before with a random mask and without one."""
     a = stored["a"]
     dare = method("dare_ties", lora(stored), base=a, weight=1.0, density=0.5)
@@ -162,7 +162,7 @@ MIXED = {
 }
 
 
-def mixed(stored: dict[str, StoredTensor], padding: int = 3) -> Way:
+def mixed(stored: dict[str, StoredTensor], padding: int = 3) -> LazyTensor:
     return remap_vocab("w", picks(85, padding, **MIXED), inner(stored))
 
 
@@ -180,7 +180,7 @@ def test_rows_of_computed_ways_are_those_of_the_ways_themselves(stored: dict[str
     torch.testing.assert_close(out[82:], out[:82].mean(0).expand(3, -1), rtol=0, atol=1e-6)
 
 
-def nested(stored: dict[str, StoredTensor]) -> Way:
+def nested(stored: dict[str, StoredTensor]) -> LazyTensor:
     """TIES over two mapped embeddings, mapped again: facts at every depth."""
     every = inner(stored)
     base = remap_vocab("w", picks(85, 3, stored=[*range(82)]), every)
@@ -243,7 +243,7 @@ def test_temporaries_stay_within_what_is_declared(
     generator = torch.Generator().manual_seed(0)
     every = {name: torch.randn(2000, 1024, generator=generator) for name in "abc"}
     save_file(every, tmp_path / "model.safetensors")
-    ways: dict[str, Way] = dict(open_checkpoint(tmp_path, "one").tensors)
+    ways: dict[str, LazyTensor] = dict(open_checkpoint(tmp_path, "one").tensors)
     ways["m"] = method("dare_ties", ways["a"], ways["b"], base=ways["c"], weight=1.0, density=0.5)
     order = torch.randperm(2000, generator=generator).tolist()
     way = remap_vocab(

@@ -9,7 +9,7 @@ from typing import Any
 from mergeforge.checkpoints.quantized import bitsandbytes, fp8_mxfp4, packed_int
 from mergeforge.checkpoints.quantized.detection_state import SIXTEEN_BIT, Held, dtype_of, settings_of, without_settings
 from mergeforge.errors import SourceError, listing
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
 KNOWN = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq", "compressed-tensors", "modelopt")
@@ -37,7 +37,7 @@ PACKED = (
 
 def recognise(
     label: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
-) -> tuple[Mapping[str, Way], Mapping[str, Any], tuple[str, ...]]:
+) -> tuple[Mapping[str, LazyTensor], Mapping[str, Any], tuple[str, ...]]:
     """A checkpoint's tensors with quantised groups as one way each, its config without their settings, and notes.
 
     Raises SourceError where something is quantised in a way that is not understood.
@@ -65,9 +65,9 @@ def _method_by_keys(settings: Mapping[str, Any]) -> str:
     return "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(settings) else "unknown"
 
 
-def _with_found(held: Held, dropped: list[str]) -> dict[str, Way]:
+def _with_found(held: Held, dropped: list[str]) -> dict[str, LazyTensor]:
     """Every tensor in the order of the files; a group stands where its codes stood."""
-    found: dict[str, Way] = {}
+    found: dict[str, LazyTensor] = {}
     for name, stored in held.tensors.items():
         way = held.found.get(name)
         if way is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.quant_codecs import nf4
 from mergeforge.tensors.budget import MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class FakeQuantizedTensor:
     the whole tensor, which is why it learns. The values are rounded to the way's dtype, as bitsandbytes does.
     """
 
-    way: Way
+    way: LazyTensor
     double_quant: bool
 
     @property
@@ -45,7 +45,7 @@ class FakeQuantizedTensor:
         return self.way.info
 
     @property
-    def inputs(self) -> tuple[Way, ...]:
+    def inputs(self) -> tuple[LazyTensor, ...]:
         return (self.way,)
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.io.disk import InputFile
 from mergeforge.tensors.budget import MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, Way
+from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class QuantizedTensor:
     info: TensorInfo
     packing: Packing
 
-    inputs: tuple[Way, ...] = ()
+    inputs: tuple[LazyTensor, ...] = ()
     needs_stats: bool = False
 
     @property

@@ -14,7 +14,7 @@ from mergeforge.checkpoints.names import tied_head
 from mergeforge.core.sizes import show_size
 from mergeforge.errors import BudgetError, RecipeError, SourceError
 from mergeforge.recipe import OUT_DTYPES
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
 
 Terms = Mapping[str, Sequence[tuple[float, WeightDelta]]]  # tensor -> (weight, edit) of every adapter that changes it
@@ -69,7 +69,7 @@ def weighted_terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> Ter
     return terms
 
 
-def folded_terms(ways: Mapping[str, Way], base: ModelSource, adapters: Sequence[Adapter]) -> Terms:
+def folded_terms(ways: Mapping[str, LazyTensor], base: ModelSource, adapters: Sequence[Adapter]) -> Terms:
     """The terms of a planned merge, as its method, weights and rules made them.
 
     Raises RecipeError where a tensor comes about in any way but the base's own plus adapters' changes.

@@ -24,7 +24,7 @@ from mergeforge.adapters.open import open_adapter
 from mergeforge.adapters.peft.lora_config import replicated
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import Way
+from mergeforge.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
     from support.peft_lab import Lab, Trained
@@ -308,7 +308,7 @@ def test_a_residual_base_takes_its_adapter_plainly(lab: Lab, start: str, tmp_pat
         assert close(ours, theirs[name], 1e-6), name
 
 
-def evaluated(way: Way) -> torch.Tensor:
+def evaluated(way: LazyTensor) -> torch.Tensor:
     """A whole tensor, as a merge computes it."""
     worker = Worker("cpu", 1 << 20)
     rows = range(way.info.rows)

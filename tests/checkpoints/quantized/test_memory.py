@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from mergeforge.checkpoints.quantized.fake_nf4 import FakeQuantizedTensor
 from mergeforge.core.tensor_info import blocks, split_into_tiles
 from mergeforge.tensors.budget import Worker
-from mergeforge.tensors.lazy import StatsPass, Way, collect_stats
+from mergeforge.tensors.lazy import StatsPass, LazyTensor, collect_stats
 
 SHAPE = (1024, 1088)  # two blocks of 480 rows and a rest
 SLACK = 0.25  # of a block: tables, scales of a few rows
@@ -44,7 +44,7 @@ class Peak(TorchDispatchMode):
         return result
 
 
-def peak_of(way: Way, rows: int) -> float:
+def peak_of(way: LazyTensor, rows: int) -> float:
     """Blocks of float32 that exist at once while tiles of `rows` rows are computed, the scratch blocks too."""
     info = way.info
     tiles = [range(tile.start, tile.stop) for tile in split_into_tiles(info, rows)]
@@ -62,7 +62,7 @@ def peak_of(way: Way, rows: int) -> float:
     return measured.peak / block_nbytes
 
 
-def checkpoint(folder: Path, kind: str) -> Way:
+def checkpoint(folder: Path, kind: str) -> LazyTensor:
     stored, _, settings = FORMATS[kind](torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).bfloat16())
     tensors = {f"m.{leaf}": value for leaf, value in stored.items()}
     return opened(folder, tensors, {"quantization_config": settings, "dtype": "bfloat16"}).tensors["m.weight"]
