@@ -1,1 +1,1 @@
-"""native."""
+"""The C library and its bindings."""

@@ -1,7 +1,7 @@
-"""kernels.c: loops over numbers in C, which is compiled when mergeforge is installed where there is a C compiler.
+"""Bindings of kernels.c, a C library that is compiled at installation if there is a C compiler.
 
-A shared library behind ctypes, which lets go of the GIL: importing it takes nothing. Where there is none, torch does
-the same.
+It is a shared library behind ctypes, which releases the GIL, so importing this module costs nothing. Without the
+library, torch computes the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Array:
-    """An argument that is an array of numpy or a tensor, contiguous: held while C reads or writes it."""
+    """An argument that is a contiguous numpy array or tensor; alive while C reads or writes it."""
 
     @classmethod
     def from_param(cls, value: Any) -> ctypes.c_void_p:
@@ -30,7 +30,7 @@ class _Array:
 
 
 class _OptionalArray(_Array):
-    """The same, or None."""
+    """An array or None."""
 
     @classmethod
     def from_param(cls, value: Any) -> ctypes.c_void_p:
@@ -38,38 +38,38 @@ class _OptionalArray(_Array):
 
 
 class _Struct(ctypes.Structure):
-    """Some numbers and arrays for C."""
+    """Numbers and arrays for C."""
 
     def keep_alive(self, **arrays: Any) -> None:
-        """Point fields to arrays of numpy, which live as long as this; an empty one is none."""
-        self.held = arrays
-        for name, one in arrays.items():
-            setattr(self, name, one.ctypes.data if len(one) else None)
+        """Point fields to numpy arrays, which live as long as this struct; an empty array becomes a null pointer."""
+        self.arrays = arrays
+        for name, array in arrays.items():
+            setattr(self, name, array.ctypes.data if len(array) else None)
 
 
 class ReductionArgs(_Struct):
-    """struct sum of kernels.c."""
+    """struct reduction of kernels.c."""
 
     _fields_: ClassVar = [
         ("inputs", ctypes.c_int64),
-        ("based", ctypes.c_int64),
+        ("has_base", ctypes.c_int64),
         ("fused", ctypes.c_int64),
-        ("swaps", ctypes.c_int64),
+        ("is_nearswap", ctypes.c_int64),
         ("element", ctypes.c_int64),
         ("factors", ctypes.c_void_p),
         ("masks", ctypes.c_void_p),
-        ("bands", ctypes.c_void_p),
+        ("ranges", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("products", ctypes.c_void_p),
         ("normalize", ctypes.c_int64),
         ("divisor", ctypes.c_float),
         ("scale", ctypes.c_float),
-        ("near", ctypes.c_float),
+        ("nearswap_t", ctypes.c_float),
     ]
 
 
 class RankMaskArgs(_Struct):
-    """struct ranking of kernels.c."""
+    """struct rank_mask of kernels.c."""
 
     _fields_: ClassVar = [
         ("element", ctypes.c_int64),
@@ -89,41 +89,41 @@ class RankMaskArgs(_Struct):
     ]
 
 
-_NUMBER, _SUM = ctypes.c_int64, ctypes.POINTER(ReductionArgs)
-_FETCHED = [_NUMBER, _Array, _Array]  # numbers of a step, room for them, their places
-_FUNCTIONS: dict[str, list[Any]] = {  # each takes its inputs first
+_INT64, _REDUCTION = ctypes.c_int64, ctypes.POINTER(ReductionArgs)
+_READING = [_INT64, _Array, _Array]  # elements per read, read buffer, input pointers
+_FUNCTIONS: dict[str, list[Any]] = {  # argument types
     "weighted_sum": [
         _Array,
-        _SUM,
-        _NUMBER,
-        _NUMBER,
+        _REDUCTION,
+        _INT64,
+        _INT64,
         _Array,
         ctypes.POINTER(ctypes.c_uint32),
         _OptionalArray,
-        *_FETCHED,
+        *_READING,
     ],
-    "masses": [_Array, _SUM, _NUMBER, _Array, *_FETCHED],
-    "difference": [_Array, _NUMBER, _NUMBER, _Array, *_FETCHED],
-    "split_inputs": [_Array, _NUMBER, _NUMBER, _NUMBER, _Array, _NUMBER, *_FETCHED],
-    "split": [_Array, _NUMBER, ctypes.c_int32, ctypes.c_int32, _Array, ctypes.POINTER(_NUMBER)],
-    "agreeing_sum": [_Array, _NUMBER, _Array, _Array, _NUMBER, ctypes.c_float, _NUMBER],
-    "variance": [_Array, _NUMBER, _NUMBER, _Array],
-    "agreeing_mean": [_Array, _NUMBER, _Array, ctypes.c_float, _NUMBER],
-    "ranked_mask": [_Array, ctypes.POINTER(RankMaskArgs), _NUMBER, _NUMBER, _Array],
-    "importance": [_Array, _Array, _Array, _NUMBER, _NUMBER, _Array],
-    "important": [_Array, _Array, _Array, _NUMBER, _NUMBER, ctypes.c_float],
-    "inner_products": [_Array, _NUMBER, _NUMBER, _NUMBER, _Array, _Array, *_FETCHED],
+    "l1_norms": [_Array, _REDUCTION, _INT64, _Array, *_READING],
+    "difference": [_Array, _INT64, _INT64, _Array, *_READING],
+    "split_inputs": [_Array, _INT64, _INT64, _INT64, _Array, _INT64, *_READING],
+    "split": [_Array, _INT64, ctypes.c_int32, ctypes.c_int32, _Array, ctypes.POINTER(_INT64)],
+    "sign_consensus_sum": [_Array, _INT64, _Array, _Array, _INT64, ctypes.c_float, _INT64],
+    "variance": [_Array, _INT64, _INT64, _Array],
+    "sign_consensus_mean": [_Array, _INT64, _Array, ctypes.c_float, _INT64],
+    "ranked_mask": [_Array, ctypes.POINTER(RankMaskArgs), _INT64, _INT64, _Array],
+    "importance": [_Array, _Array, _Array, _INT64, _INT64, _Array],
+    "important": [_Array, _Array, _Array, _INT64, _INT64, ctypes.c_float],
+    "inner_products": [_Array, _INT64, _INT64, _INT64, _Array, _Array, *_READING],
 }
-CHUNK, PRODUCT_CHUNK = 2048, 512  # numbers that kernels, and inner products, take at a time (kernels.c)
+CHUNK, PRODUCT_CHUNK = 2048, 512  # elements that kernels, and inner products, process at a time (kernels.c)
 
 
-def available() -> bool:
-    """Whether the kernels were compiled, and load here."""
+def is_available() -> bool:
+    """Whether the C library is compiled and can be loaded."""
     return _library() is not None
 
 
 def kernels() -> ctypes.CDLL:
-    """The library. Raises RuntimeError where there is none: ask available() first."""
+    """The C library. Raises RuntimeError if there is none; check is_available() first."""
     library = _library()
     if library is None:
         raise RuntimeError("kernels.c is not compiled")
@@ -131,16 +131,17 @@ def kernels() -> ctypes.CDLL:
 
 
 def data_pointers(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
-    """Where the numbers of tensors are, for kernels that take several."""
+    """The addresses of the tensors' elements, for kernels that take several."""
     import numpy as np
 
-    return np.array([one.data_ptr() for one in tensors], np.int64)
+    return np.array([tensor.data_ptr() for tensor in tensors], np.int64)
 
 
 def is_supported(*tensors: Tensor) -> bool:
-    """Whether there are kernels for these tensors: float32, on the CPU, contiguous."""
-    return available() and all(
-        one.device.type == "cpu" and str(one.dtype) == "torch.float32" and one.is_contiguous() for one in tensors
+    """Whether kernels can take these tensors: float32, on the CPU, contiguous."""
+    return is_available() and all(
+        tensor.device.type == "cpu" and str(tensor.dtype) == "torch.float32" and tensor.is_contiguous()
+        for tensor in tensors
     )
 
 
@@ -154,14 +155,14 @@ def _library() -> ctypes.CDLL | None:
                 for name, arguments in _FUNCTIONS.items():
                     function = getattr(library, name)
                     function.argtypes, function.restype = arguments, ctypes.c_int64
-                return library if _is_of_this_source(library) else None
+                return library if _matches_source(library) else None
             except (OSError, AttributeError, ValueError):  # for another system, or of another version
                 return None
     return None
 
 
-def _is_of_this_source(library: ctypes.CDLL) -> bool:
-    """Whether it was compiled from the kernels.c beside, where there is one (wheels bring none)."""
+def _matches_source(library: ctypes.CDLL) -> bool:
+    """Whether the library was compiled from the kernels.c next to it, if there is one (wheels have none)."""
     source = Path(__file__).with_name("kernels.c")
     compiled = (ctypes.c_char * 65).in_dll(library, "kernels_source").value
     return not source.exists() or compiled == hashlib.sha256(source.read_bytes()).hexdigest().encode()

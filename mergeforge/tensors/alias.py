@@ -1,4 +1,4 @@
-"""A way under another name or dtype: a head that is its embedding, a layer of a stack, an earlier merge's result."""
+"""AliasTensor: a tensor under another name or dtype."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.tensors.budget import MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
+from mergeforge.tensors.budget import MemoryCost
+from mergeforge.tensors.lazy import LazyTensor, Rows, Stats, StatsPass
+from mergeforge.tensors.worker import Worker
 
 if TYPE_CHECKING:
     import torch
@@ -15,23 +16,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AliasTensor:
-    """`way`'s values; `info` is what they are called. Its shape is the way's."""
+    """The values of `tensor` under the name and dtype of `info`, which has the same shape.
 
-    way: LazyTensor
+    Used for a head tied to its embedding, a layer of a layer stack and the result of an earlier merge.
+    """
+
+    tensor: LazyTensor
     info: TensorInfo
 
     needs_stats: bool = False
 
     @property
     def inputs(self) -> tuple[LazyTensor, ...]:
-        return (self.way,)
+        return (self.tensor,)
 
     @property
     def memory_cost(self) -> MemoryCost:
-        return self.way.memory_cost
+        return self.tensor.memory_cost
 
     def collect_stats(self, scan: StatsPass) -> Any:
         return None
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
-        return self.way.load(rows, worker, facts, dtype)
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
+        return self.tensor.load(rows, worker, stats, dtype)

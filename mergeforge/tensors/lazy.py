@@ -1,9 +1,8 @@
-"""Where tensors come from.
+"""LazyTensor: how one tensor is computed, before any of it is read.
 
-A *way* says how one tensor comes about, and is all that the rest of the engine knows of it: stored
-in a file, a stored tensor with adapters folded in, several ways through a merge method. Evaluating
-one has three steps: `learn` facts about the whole tensor (most ways need none), `stage` a tile
-(read its bytes into the worker's buffer), then compute it block by block.
+The executor knows nothing else about a tensor: it may be stored in a file, a stored tensor with adapters folded in,
+or several tensors combined by a merge method. Evaluation has three steps: `collect_stats` over the whole tensor (most
+kinds need none), `load` a tile (read its bytes into the worker's staging buffer), then compute it block by block.
 """
 
 from __future__ import annotations
@@ -13,90 +12,92 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mergeforge.core.tensor_info import TensorInfo, sample_blocks
-from mergeforge.tensors.budget import MemoryCost, Worker
+from mergeforge.tensors.budget import MemoryCost
+from mergeforge.tensors.worker import Worker
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 T = TypeVar("T")
-Rows = Callable[[int, int], "Tensor"]  # rows [start, stop) of a staged tile; may be overwritten
-Stats = dict[int, Any]  # id of a way -> what it learnt
+Rows = Callable[[int, int], "Tensor"]  # computes rows [start, stop) of a loaded tile; the result may be overwritten
+Stats = dict[int, Any]  # id of a LazyTensor -> the statistics it collected
 
 
 class LazyTensor(Protocol):
-    """How one tensor comes about."""
+    """How one tensor is computed from its inputs."""
 
     @property
     def info(self) -> TensorInfo:
-        """Name, shape and stored dtype of what it yields."""
+        """Name, shape and dtype of the result."""
 
     @property
     def inputs(self) -> tuple[LazyTensor, ...]:
-        """The ways that this one is made of."""
+        """The tensors that this one is computed from."""
 
     @property
     def memory_cost(self) -> MemoryCost:
-        """The memory that staging and computing takes."""
+        """The memory that loading and computing takes."""
 
     @property
     def needs_stats(self) -> bool:
-        """Whether it must see the whole tensor first."""
+        """Whether collect_stats() must see the whole tensor before a tile is loaded."""
 
     def collect_stats(self, scan: StatsPass) -> Any:
-        """Facts about the whole tensor."""
+        """Compute facts about the whole tensor."""
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
-        """Read what the rows need; the result computes blocks of them in `dtype`."""
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
+        """Read what the rows need; the returned function computes blocks of them in `dtype`."""
 
 
 @dataclass
 class StatsPass:
-    """Runs over a whole tensor block by block: in one staged tile where it fits, else tile by tile."""
+    """Iterates over the blocks of a whole tensor: loaded as one tile where it fits, otherwise tile by tile."""
 
     info: TensorInfo
     tiles: list[range]
     worker: Worker
-    facts: Stats
+    stats: Stats
     dtype: torch.dtype
 
-    def __call__(self, stage: Callable[[range], T], sample: int = 0) -> Iterator[tuple[T, int, int]]:
-        """(staged tile, start, stop) of every block, or of about `sample` evenly spaced ones."""
+    def __call__(self, load: Callable[[range], T], sample: int = 0) -> Iterator[tuple[T, int, int]]:
+        """Yield (loaded tile, start, stop) for every block, or for about `sample` evenly spaced blocks."""
         if sample:
-            yield from self._sampled(stage, sample)
+            yield from self._sampled(load, sample)
             return
         for rows in self.tiles:
-            yield from self._blocks(stage, rows)
+            yield from self._blocks(load, rows)
 
-    def _sampled(self, stage: Callable[[range], T], sample: int) -> Iterator[tuple[T, int, int]]:
+    def _sampled(self, load: Callable[[range], T], sample: int) -> Iterator[tuple[T, int, int]]:
         chosen = sample_blocks(self.info, sample)
         if len(self.tiles) == 1:
             self.worker.reset_scratch()
-            staged = stage(self.tiles[0])
+            loaded = load(self.tiles[0])
             for start, stop in chosen:
-                yield staged, start, stop
+                yield loaded, start, stop
             return
         for start, stop in chosen:
-            yield from self._blocks(stage, range(start, stop))
+            yield from self._blocks(load, range(start, stop))
 
-    def _blocks(self, stage: Callable[[range], T], rows: range) -> Iterator[tuple[T, int, int]]:
+    def _blocks(self, load: Callable[[range], T], rows: range) -> Iterator[tuple[T, int, int]]:
         if len(self.tiles) == 1:
             self.worker.reset_scratch()
         else:
             self.worker.clear()
-        staged = stage(rows)
+        loaded = load(rows)
         for start in range(rows.start, rows.stop, self.info.block_rows):
-            yield staged, start, min(start + self.info.block_rows, rows.stop)
+            yield loaded, start, min(start + self.info.block_rows, rows.stop)
 
 
-def collect_stats(way: LazyTensor, scan: StatsPass) -> Stats:
-    """Let every part of a way that needs facts learn them, inner parts first."""
-    for part in way.inputs:
+def collect_stats(tensor: LazyTensor, scan: StatsPass) -> Stats:
+    """Collect the statistics of a tensor and of everything it is computed from, inputs first."""
+    for part in tensor.inputs:
         collect_stats(part, scan)
-    if way.needs_stats and id(way) not in scan.facts:
-        scan.facts[id(way)] = way.collect_stats(scan)
-    return scan.facts
+    if tensor.needs_stats and id(tensor) not in scan.stats:
+        scan.stats[id(tensor)] = tensor.collect_stats(scan)
+    return scan.stats
 
 
-def any_needs_stats(way: LazyTensor) -> bool:
-    return way.needs_stats or any(any_needs_stats(part) for part in way.inputs)
+def any_needs_stats(tensor: LazyTensor) -> bool:
+    """Whether the tensor or anything it is computed from needs statistics."""
+    return tensor.needs_stats or any(any_needs_stats(part) for part in tensor.inputs)

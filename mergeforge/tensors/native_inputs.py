@@ -1,9 +1,9 @@
-"""Kernels that read the stored inputs of a merge straight from their bytes (kernels.c), in memory or in files.
+"""Stored inputs of a merge as the C library reads them: straight from their bytes, in memory or in files.
 
-torch makes one pass over memory for every operation, so that an average of three models moves ten times the bytes
-of its inputs. Here one loop takes a few thousand elements, which stay in the first cache, through everything:
-widened to float32, less the base, weighted, added up, rounded. The numbers are torch's, bit for bit; inner products
-are added up in float64 on both sides. What lies in files is read in steps that stay in the second cache.
+torch makes one pass over memory per operation, so an average of three models moves ten times the bytes of its inputs.
+The C library takes a few thousand elements, which stay in the L1 cache, through all steps at once: widen to float32,
+subtract the base, weight, add, round. The results equal torch's bit for bit; inner products are summed in float64 in
+both. Tensors in files are read in steps that stay in the L2 cache.
 """
 
 from __future__ import annotations
@@ -28,158 +28,169 @@ if TYPE_CHECKING:
     Bits = NDArray[np.int32]
 
 F = TypeVar("F", "Tensor", "Floats")
-KINDS = {"BF16": 0, "F16": 1, "F32": 2}  # what kernels read and write, and its number in kernels.c
-WIDEST = 4  # bytes of an element
-READ_NBYTES = 1 << 20  # of all inputs together, that are read at a time
-MEMORY = -1  # instead of a file
-# struct range of kernels.c
-RANGE = [("input", "i8"), ("low", "i4"), ("high", "i4"), ("inside", "i8"), ("found", "i8"), ("beyond", "i8")]
+NATIVE_DTYPES = {"BF16": 0, "F16": 1, "F32": 2}  # dtypes that kernels.c reads and writes, and their numbers there
+MAX_ITEMSIZE = 4  # bytes of an element
+READ_NBYTES = 1 << 20  # bytes of all inputs together that are read at a time
+IN_MEMORY = -1  # in place of a file descriptor
+# struct magnitude_count of kernels.c
+MAGNITUDE_COUNT = [("input", "i8"), ("low", "i4"), ("high", "i4"), ("inside", "i8"), ("count", "i8"), ("above", "i8")]
 
 
 class UnreadableInput(Exception):
-    """Input number `at` could not be read from its file."""
+    """Input number `index` could not be read from its file."""
 
-    def __init__(self, at: int) -> None:
-        super().__init__(f"input {at} cannot be read")
-        self.at = at
+    def __init__(self, index: int) -> None:
+        super().__init__(f"input {index} cannot be read")
+        self.index = index
 
 
 @dataclass(frozen=True)
 class NativeInput:
-    """A tensor's rows, from one on: bytes in memory, or of a file from `offset` on."""
+    """Consecutive rows of a tensor: bytes in memory, or of a file from `offset` on."""
 
     dtype: str
-    held: Bytes | None = None
-    file: int = MEMORY
+    data: Bytes | None = None
+    file: int = IN_MEMORY
     offset: int = 0
 
     @property
-    def row(self) -> tuple[int, int, int]:
-        """struct input of kernels.c."""
-        start = self.offset if self.held is None else self.held.ctypes.data
-        return self.file, start, KINDS[self.dtype]
+    def as_struct(self) -> tuple[int, int, int]:
+        """The fields of struct input in kernels.c."""
+        start = self.offset if self.data is None else self.data.ctypes.data
+        return self.file, start, NATIVE_DTYPES[self.dtype]
 
 
 class NativeInputs:
-    """The same rows of several tensors, as they are stored; the base, if inputs are taken less it, is the last.
+    """The same rows of several stored tensors; if there is a base to subtract, it is the last one.
 
-    `first`: the number of the row that the places begin with; `room`: of room_nbytes(), for tensors in files. Functions
-    of rows [start, stop) raise Unreadable.
+    `first_row`: the number of the row that the tensors' bytes start with; `read_buffer`: read_buffer_nbytes() bytes,
+    needed for tensors in files. Methods that take rows [start, stop) raise UnreadableInput.
     """
 
     def __init__(
-        self, places: Sequence[NativeInput], columns: int, *, based: bool, first: int, room: Bytes | None = None
+        self,
+        tensors: Sequence[NativeInput],
+        columns: int,
+        *,
+        has_base: bool,
+        first_row: int,
+        read_buffer: Bytes | None = None,
     ) -> None:
         import numpy as np
 
-        self.places = places  # holds the bytes
+        self.tensors = tensors  # keeps the bytes alive
         self.columns = columns
-        self.based = based
-        self.first = first
-        self.inputs = len(places) - based
-        self._table = np.array([one.row for one in places], np.int64)
-        self._widths = np.array([columns * (WIDEST if one.dtype == "F32" else 2) for one in places], np.int64)
-        self._room = np.empty(0, np.uint8) if room is None else room
-        self._step = len(self._room) // (len(places) * WIDEST) // CHUNK * CHUNK
-        self._found = np.empty(len(places), np.int64)
+        self.has_base = has_base
+        self.first_row = first_row
+        self.input_count = len(tensors) - has_base
+        self._structs = np.array([tensor.as_struct for tensor in tensors], np.int64)
+        self._row_nbytes = np.array(
+            [columns * (MAX_ITEMSIZE if tensor.dtype == "F32" else 2) for tensor in tensors], np.int64
+        )
+        self._read_buffer = np.empty(0, np.uint8) if read_buffer is None else read_buffer
+        self._read_elems = len(self._read_buffer) // (len(tensors) * MAX_ITEMSIZE) // CHUNK * CHUNK
+        self._input_ptrs = np.empty(len(tensors), np.int64)
 
-    def weighted(
+    def weighted_sum(
         self, terms: WeightedSum, start: int, stop: int, dtype: str, out: Bytes | Tensor, changes: Doubles | None = None
     ) -> float:
-        """Put `terms` of the rows, plus the base if there is one, rounded to a dtype, into `out`.
+        """Write the weighted sum of the rows, plus the base if there is one, to `out`, rounded to `dtype`.
 
-        Returns the largest magnitude before it was rounded, or NaN. To `changes` is added what the terms make of the
-        base: (sum of its squares, sum of the changes' squares, the largest change (not added), elements that change,
-        those of them that do not once they are rounded).
+        Returns the largest magnitude before rounding, or NaN. Adds the effect on the base to `changes`: (sum of the
+        base's squares, sum of the changes' squares, the largest change (a maximum, not a sum), elements that change,
+        those of them whose change is lost to rounding).
         """
         import numpy as np
 
-        most = ctypes.c_uint32()
-        length = self._length(start, stop)
-        self._call("weighted_sum", start, stop, self._sum(terms, start), length, KINDS[dtype], out, most, changes)
-        return float(np.uint32(most.value).view(np.float32))
+        max_bits = ctypes.c_uint32()
+        args, length = self._reduction_args(terms, start), self._length(start, stop)
+        self._call("weighted_sum", start, stop, args, length, NATIVE_DTYPES[dtype], out, max_bits, changes)
+        return float(np.uint32(max_bits.value).view(np.float32))
 
-    def masses(self, terms: WeightedSum, start: int, stop: int) -> Doubles:
-        """The sum of each input's magnitudes, and of those of elements that the terms keep: (inputs, 2)."""
+    def l1_norms(self, terms: WeightedSum, start: int, stop: int) -> Doubles:
+        """The L1 norm of each input, and of the elements that the masks or ranges keep: (inputs, 2)."""
         import numpy as np
 
-        found = np.zeros((self.inputs, 2))
-        self._call("masses", start, stop, self._sum(terms, start), self._length(start, stop), found)
-        return found
+        norms = np.zeros((self.input_count, 2))
+        self._call("l1_norms", start, stop, self._reduction_args(terms, start), self._length(start, stop), norms)
+        return norms
 
-    def rows(self, at: int, start: int, stop: int, out: F) -> F:
-        """Rows of input `at`, less the base if there is one, or of the base, into `out` (float32)."""
-        pair = [at, len(self.places) - 1]
-        based = self.based and at < self.inputs
-        self._call("difference", start, stop, based, self._length(start, stop), out, of=pair)
+    def load_rows(self, index: int, start: int, stop: int, out: F) -> F:
+        """Write rows of input `index`, minus the base if there is one, or of the base itself, to `out` (float32)."""
+        pair = [index, len(self.tensors) - 1]
+        subtract = self.has_base and index < self.input_count
+        self._call("difference", start, stop, subtract, self._length(start, stop), out, of=pair)
         return out
 
-    def split(self, ranges: Sequence[tuple[int, int, int]], start: int, stop: int) -> list[tuple[int, Bits]]:
-        """For each (input, low, high), in the inputs' order: how many magnitudes have bits of `high` at least, and the
-        bits of those in [low, high), less `low`."""
+    def split_magnitudes(self, ranges: Sequence[tuple[int, int, int]], start: int, stop: int) -> list[tuple[int, Bits]]:
+        """Split the inputs' magnitudes by their float32 bits.
+
+        For each (input, low, high), in the order of the inputs: how many magnitudes have bits of at least `high`, and
+        the bits of those in [low, high), minus `low`.
+        """
         import numpy as np
 
         length = self._length(start, stop)
         inside = [np.empty(length, np.int32) for _ in ranges]
-        rows = [(*one, into.ctypes.data, 0, 0) for one, into in zip(ranges, inside, strict=True)]
-        table = np.array(rows, RANGE)
-        self._call("split_inputs", start, stop, self.inputs, self.based, length, table, len(table))
-        counts = zip(table["beyond"].tolist(), table["found"].tolist(), inside, strict=True)
-        return [(beyond, into[:found]) for beyond, found, into in counts]
+        rows = [(*limits, bits.ctypes.data, 0, 0) for limits, bits in zip(ranges, inside, strict=True)]
+        table = np.array(rows, MAGNITUDE_COUNT)
+        self._call("split_inputs", start, stop, self.input_count, self.has_base, length, table, len(table))
+        counts = zip(table["above"].tolist(), table["count"].tolist(), inside, strict=True)
+        return [(above, bits[:count]) for above, count, bits in counts]
 
-    def products(self, start: int, stop: int) -> Doubles:
-        """The inner products of each input with itself and those that follow it."""
+    def inner_products(self, start: int, stop: int) -> Doubles:
+        """The inner products of each input with itself and the inputs that follow it."""
         import numpy as np
 
-        room, sums = np.empty(self.inputs * PRODUCT_CHUNK), np.zeros(self.inputs * (self.inputs + 1) // 2)
-        length = self._length(start, stop)
-        self._call("inner_products", start, stop, self.inputs, self.based, length, room, sums)
+        count = self.input_count
+        buffer, sums = np.empty(count * PRODUCT_CHUNK), np.zeros(count * (count + 1) // 2)
+        self._call("inner_products", start, stop, count, self.has_base, self._length(start, stop), buffer, sums)
         return sums
 
     def _call(self, name: str, start: int, stop: int, *arguments: Any, of: Sequence[int] | None = None) -> None:
-        """A kernel on rows (`of` some of the tensors alone), and what it needs to fetch them."""
-        step, inputs = self._step or self._length(start, stop), self._from(start)
+        """Call a kernel on the rows of all tensors, or `of` some of them."""
+        read_elems, inputs = self._read_elems or self._length(start, stop), self._structs_from(start)
         chosen = inputs if of is None else inputs[of]
-        if failed := getattr(kernels(), name)(chosen, *arguments, step, self._room, self._found):
+        if failed := getattr(kernels(), name)(chosen, *arguments, read_elems, self._read_buffer, self._input_ptrs):
             raise UnreadableInput(failed - 1 if of is None else of[failed - 1])
 
-    def _sum(self, terms: WeightedSum, start: int) -> ReductionArgs:
-        """The sum for kernels whose number 0 is the first of row `start`."""
+    def _reduction_args(self, terms: WeightedSum, start: int) -> ReductionArgs:
+        """The arguments of a reduction whose element 0 is the first of row `start`."""
         import numpy as np
 
-        factors, weights = (np.array(one, np.float32) for one in (terms.factors, terms.elected))
-        masks = np.array([[*one.upper, *one.lower, one.limit] for one in terms.kept], np.uint32)
-        bands = np.empty((0, 6), np.int64) if terms.bands is None else terms.bands
-        lengths = [len(one) for one in (factors, masks, bands, weights)]
-        if lengths[0] != self.inputs or not {*lengths[1:]} <= {0, self.inputs}:  # C would read beyond: a bug
-            raise AssertionError(f"factors, masks, bands, weights: {lengths} for {self.inputs} inputs")
+        factors, weights = (np.array(values, np.float32) for values in (terms.factors, terms.election_weights))
+        masks = np.array([[*key.upper, *key.lower, key.limit] for key in terms.mask_keys], np.uint32)
+        ranges = np.empty((0, 6), np.int64) if terms.magnitude_ranges is None else terms.magnitude_ranges
+        lengths = [len(array) for array in (factors, masks, ranges, weights)]
+        if lengths[0] != self.input_count or not {*lengths[1:]} <= {0, self.input_count}:  # C would read out of bounds
+            raise AssertionError(f"factors, masks, ranges, weights: {lengths} for {self.input_count} inputs")
         products = np.empty((len(weights), CHUNK), np.float32)
-        chunks = np.array([one.ctypes.data for one in products], np.int64)
-        made = ReductionArgs(
-            inputs=self.inputs,
-            based=self.based,
+        product_ptrs = np.array([product.ctypes.data for product in products], np.int64)
+        args = ReductionArgs(
+            inputs=self.input_count,
+            has_base=self.has_base,
             fused=terms.fused,
             element=start * self.columns,
             normalize=terms.normalize,
             divisor=terms.divisor("F32"),
             scale=terms.scale,
-            swaps=terms.near is not None,
-            near=terms.near or 0.0,
+            is_nearswap=terms.nearswap_t is not None,
+            nearswap_t=terms.nearswap_t or 0.0,
         )
-        made.keep_alive(factors=factors, masks=masks, bands=bands, weights=weights, products=chunks)
-        made.chunks = products  # which live as long, too
-        return made
+        args.keep_alive(factors=factors, masks=masks, ranges=ranges, weights=weights, products=product_ptrs)
+        args.chunks = products  # keeps alive what product_ptrs points to
+        return args
 
     def _length(self, start: int, stop: int) -> int:
         return (stop - start) * self.columns
 
-    def _from(self, start: int) -> Integers:
-        """Where each tensor's row `start` lies."""
-        table = self._table.copy()
-        table[:, 1] += (start - self.first) * self._widths
-        return table
+    def _structs_from(self, start: int) -> Integers:
+        """struct input of each tensor, starting at row `start`."""
+        structs = self._structs.copy()
+        structs[:, 1] += (start - self.first_row) * self._row_nbytes
+        return structs
 
 
 def read_buffer_nbytes(count: int) -> int:
-    """The room that reading `count` tensors from files takes."""
-    return max(READ_NBYTES, count * CHUNK * WIDEST)
+    """The size of the read buffer for `count` tensors in files."""
+    return max(READ_NBYTES, count * CHUNK * MAX_ITEMSIZE)

@@ -1,4 +1,4 @@
-"""A tensor as it lies in a file."""
+"""StoredTensor: contiguous bytes of one file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.disk import InputFile
-from mergeforge.tensors.budget import MemoryCost, Worker, view_rows
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
+from mergeforge.tensors.budget import MemoryCost
+from mergeforge.tensors.lazy import LazyTensor, Rows, Stats, StatsPass
+from mergeforge.tensors.worker import Worker, view_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-PIECE = 1 << 18  # elements that a comparison reads at a time
+CHUNK_ELEMENTS = 1 << 18  # elements that a comparison reads at a time
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """Contiguous bytes of one file."""
+    """A tensor as it is stored in a file, from byte `offset` on."""
 
     info: TensorInfo
     file: InputFile
@@ -40,52 +41,53 @@ class StoredTensor:
     def collect_stats(self, scan: StatsPass) -> Any:
         return None
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
         raw = self.read(rows, worker)
         slot = worker.next_slot()
 
         def block(start: int, stop: int) -> Tensor:
-            into = worker.scratch(slot, (stop - start, self.info.columns), dtype)
-            return into.copy_(raw[start - rows.start : stop - rows.start])
+            out = worker.scratch(slot, (stop - start, self.info.columns), dtype)
+            return out.copy_(raw[start - rows.start : stop - rows.start])
 
         return block
 
     def read(self, rows: range, worker: Worker, *, keep: bool = False) -> Tensor:
-        """The rows in the stored dtype, in the worker's staging buffer."""
+        """The rows in the stored dtype, in the worker's staging buffer (on its device)."""
         nbytes = self.info.row_nbytes
         raw = worker.read(self.file, self.offset + rows.start * nbytes, len(rows) * nbytes, keep=keep)
         return view_rows(raw, self.info.dtype, self.info.columns)
 
-    def bytes(self, rows: range, worker: Worker) -> Bytes:
-        """The rows' bytes in the staging buffer, on the host of a worker without a device."""
+    def read_bytes(self, rows: range, worker: Worker) -> Bytes:
+        """The bytes of the rows in the staging buffer of a CPU worker."""
         nbytes = self.info.row_nbytes
         return worker.read(self.file, self.offset + rows.start * nbytes, len(rows) * nbytes).numpy()
 
     def read_all(self, worker: Worker) -> Tensor:
-        """All of a small tensor that every tile needs."""
+        """The whole of a small tensor that every tile needs."""
         return self.read(range(self.info.rows), worker, keep=True)
 
-    def pieces(self) -> Iterator[Tensor]:
-        """All of it as flat float64 tensors, in small pieces; for comparisons while planning."""
+    def float64_chunks(self) -> Iterator[Tensor]:
+        """The whole tensor as flat float64 chunks of CHUNK_ELEMENTS, for comparisons during planning."""
         import torch
 
         size = self.info.bits // 8
-        for start in range(0, self.info.numel, PIECE):
-            raw = bytearray(min(PIECE, self.info.numel - start) * size)
+        for start in range(0, self.info.numel, CHUNK_ELEMENTS):
+            raw = bytearray(min(CHUNK_ELEMENTS, self.info.numel - start) * size)
             self.file.read_into(memoryview(raw), self.offset + start * size)
             yield view_rows(torch.frombuffer(raw, dtype=torch.uint8), self.info.dtype, 1).flatten().double()
 
-    def whole(self) -> Tensor:
-        """All of a small tensor in float64, in its shape."""
+    def read_float64(self) -> Tensor:
+        """A small tensor as float64, in its shape."""
         import torch
 
-        return torch.cat(list(self.pieces())).view(self.info.shape)
+        return torch.cat(list(self.float64_chunks())).view(self.info.shape)
 
 
-def same_content(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two stored tensors hold the same numbers, be it in different dtypes."""
+def same_content(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two stored tensors hold the same numbers, possibly in different dtypes."""
     import torch
 
-    if one.info.shape != other.info.shape:
+    if first.info.shape != second.info.shape:
         return False
-    return all(torch.equal(mine, theirs) for mine, theirs in zip(one.pieces(), other.pieces(), strict=True))
+    chunks = zip(first.float64_chunks(), second.float64_chunks(), strict=True)
+    return all(torch.equal(left, right) for left, right in chunks)
