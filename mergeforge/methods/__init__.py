@@ -1,19 +1,19 @@
-"""Merge methods: pure functions on blocks of tensors. One file each; its presence registers it.
+"""Merge methods: pure functions on blocks of tensors, one file each. A file in this package registers its methods.
 
-    @method("linear", live=1)
+    @method("linear", scratch_blocks=1)
     def linear(models, *, weight: list[float], normalize: bool = True): ...
 
 A method gets one block (rows of one tensor, float32 or float64, on the worker's device) of every
-input and returns the merged block; it may overwrite the blocks that it is given. Its keyword-only
-arguments are its recipe parameters. Its first argument says what its inputs are:
+input and returns the merged block; it may overwrite the blocks that it receives. Its keyword-only
+arguments are its recipe parameters. The name of its first argument says what the inputs are:
 
 * `models`: the weights themselves (an adapter alone is its delta; the base is then added);
 * `deltas`: task vectors, input minus base; the result is added to the base.
 
-A method that needs facts about the whole tensor names a `facts` function. It is called first with
-`look`, which runs a function over the blocks and yields the results in order; it may look as often
-as it needs. So no tensor has to fit into memory. `live` counts the block-sized temporaries that
-exist at once besides the inputs; a test holds every method to it.
+A method that needs statistics of the whole tensor names a `stats` function. It is called before the
+merge with a BlockScan, which runs a function over the blocks and yields the results in order; it may
+scan as often as it needs. So no tensor has to fit into memory. `scratch_blocks` counts the block-sized
+temporaries that exist at once besides the inputs; a test measures every method against it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DENSITY = Interval(0, 1, open_low=True)
 
 @dataclass(frozen=True)
 class Block:
-    """Where a block stands: its tensor, its first element's flat index, and the merge's seed.
+    """The position of a block: its tensor, the flat index of its first element, and the merge's seed.
 
     `is_vector`: the tensor is 1-D, and its elements are the rows of the block.
     """
@@ -49,22 +49,27 @@ class Block:
     is_vector: bool = False
 
 
-class Look(Protocol):
-    """Run `see(inputs, block)` on every block, or on about `sample` of them; yield results in order.
+class BlockScan(Protocol):
+    """One pass over a tensor: run `visit(inputs, block)` on every block, or on about `sample` of them, in order.
 
-    It may have methods that are faster: `products` yields the blocks' inner products as gram() adds them up;
-    `masses` the sums of each input's magnitudes, and of those that are drawn at random with a `density` or lie in
-    `bands` (rescale.ratios_of); `samples(inputs)` the bits of some of their magnitudes; and `split(ranges)`, block by
-    block, how many bits of an input are beyond its range [low, high), and those inside, less `low`. Numbers of inputs
-    beyond the last begin again with the first. Where there is one of the latter, there are all but `products`.
+    A scan may offer faster, native ways to get what methods need; a stats function looks for them with getattr():
+
+    * `inner_products()` yields the blocks' inner products, as gram() adds them up;
+    * `l1_norms(density=..., ranges=...)` yields for each block the L1 norm of each input, and of what remains of it
+      after a random mask with a `density` or after `ranges` of magnitude (ratios_from_l1_norms);
+    * `magnitude_samples(inputs)` returns the float32 bits of some magnitudes of each input;
+    * `split_magnitudes(ranges)` yields for each block how many magnitudes of an input have bits above its range
+      [low, high), and the bits inside it, minus `low`.
+
+    Input numbers beyond the last input wrap around. A scan that has one of the last three has all three of them.
     """
 
-    def __call__(self, see: Callable[[list[Tensor], Block], R], sample: int = 0) -> Iterator[R]: ...
+    def __call__(self, visit: Callable[[list[Tensor], Block], R], sample: int = 0) -> Iterator[R]: ...
 
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method and what its declaration says of it; `inputs` is (fewest, most)."""
+    """A merge method and what its registration declares; `inputs` is (fewest, most)."""
 
     name: str
     combine: Callable[..., Any]
@@ -74,54 +79,53 @@ class Method:
     base_is_input: bool
     optional_base: bool
     inputs: tuple[int, int]
-    facts: Callable[..., Any] | None
-    facts_nbytes: int
-    sum_nbytes: int
+    stats: Callable[..., Any] | None
+    stats_nbytes: int
+    native_stats_nbytes: int
     as_sum: Callable[..., WeightedSum] | None
     sum_if: Callable[..., bool]
     check: Callable[..., None] | None
-    live: int
-    wants: frozenset[str]
-    sum_wants: frozenset[str]
-    about: str
+    scratch_blocks: int
+    combine_arguments: frozenset[str]
+    as_sum_arguments: frozenset[str]
+    description: str
 
-    def for_base(self, given: bool) -> Method:
-        """The method as it works in a recipe with, or without, a base model."""
-        return replace(self, on_deltas=True) if given and self.optional_base else self
+    def for_base(self, has_base: bool) -> Method:
+        """Return the method as it works in a recipe with, or without, a base model."""
+        return replace(self, on_deltas=True) if has_base and self.optional_base else self
 
-    def __call__(self, inputs: list[Tensor], facts: Any, block: Block, parameters: Mapping[str, Any]) -> Tensor:
-        extra = {"facts": facts, "block": block}
-        wanted = {name: extra[name] for name in extra if name in self.wants}
-        merged: Tensor = self.combine(inputs, **wanted, **{_python(name): value for name, value in parameters.items()})
+    def __call__(self, inputs: list[Tensor], stats: Any, block: Block, parameters: Mapping[str, Any]) -> Tensor:
+        available = {"stats": stats, "block": block}
+        extra = {name: available[name] for name in available if name in self.combine_arguments}
+        merged: Tensor = self.combine(inputs, **extra, **_as_arguments(parameters))
         return merged
 
     def is_sum(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether what the method makes of its inputs is a weighted sum of them."""
-        given = {_python(name): value for name, value in parameters.items()}
-        return self.as_sum is not None and self.sum_if(**given)
+        """Whether the merged tensor is a weighted sum of the inputs."""
+        return self.as_sum is not None and self.sum_if(**_as_arguments(parameters))
 
     def weighted_sum(
-        self, facts: Any, count: int, block: Block, compute: str, parameters: Mapping[str, Any]
+        self, stats: Any, count: int, block: Block, compute: str, parameters: Mapping[str, Any]
     ) -> WeightedSum:
-        """What the method makes of `count` inputs, of a method and parameters that are a sum (is_sum).
+        """The merge of `count` inputs as a weighted sum; only where is_sum().
 
         `block`: the tensor's first.
         """
         assert self.as_sum is not None
-        extra = {"facts": facts, "count": count, "block": block, "compute": compute}
-        wanted = {name: extra[name] for name in extra if name in self.sum_wants}
-        return self.as_sum(**wanted, **{_python(name): value for name, value in parameters.items()})
+        available = {"stats": stats, "count": count, "block": block, "compute": compute}
+        extra = {name: available[name] for name in available if name in self.as_sum_arguments}
+        return self.as_sum(**extra, **_as_arguments(parameters))
 
     def check_parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Raises ValueError when the values of one tensor make no sense together."""
+        """Raise ValueError when the values of one tensor contradict each other."""
         if self.check is not None:
-            self.check(**{_python(name): value for name, value in parameters.items()})
+            self.check(**_as_arguments(parameters))
 
-    def learn(self, look: Look, numel: int, parameters: Mapping[str, Any]) -> Any:
-        """The facts that combining needs; None for a method that looks at nothing."""
-        if self.facts is None:
+    def collect_stats(self, scan: BlockScan, numel: int, parameters: Mapping[str, Any]) -> Any:
+        """The statistics of a tensor that combining needs; None for a method that needs none."""
+        if self.stats is None:
             return None
-        return self.facts(look, numel, **{_python(name): value for name, value in parameters.items()})
+        return self.stats(scan, numel, **_as_arguments(parameters))
 
 
 METHODS: Registry[Method] = Registry("merge method", __name__)
@@ -129,13 +133,13 @@ METHODS: Registry[Method] = Registry("merge method", __name__)
 
 def method(
     *names: str,
-    live: int,
+    scratch_blocks: int,
     inputs: tuple[int, int] = (1, 1 << 16),
     base_is_input: bool = False,
     optional_base: bool = False,
-    facts: Callable[..., Any] | None = None,
-    facts_nbytes: int = 0,
-    sum_nbytes: int = 0,
+    stats: Callable[..., Any] | None = None,
+    stats_nbytes: int = 0,
+    native_stats_nbytes: int = 0,
     as_sum: Callable[..., WeightedSum] | None = None,
     sum_if: Callable[..., bool] = lambda **_: True,
     check: Callable[..., None] | None = None,
@@ -143,13 +147,16 @@ def method(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as a merge method under one or more names.
 
-    `base_is_input`: the base model is the first input (slerp). `optional_base`: where the recipe has a
-    base model, the method works on task vectors (nuslerp). `facts_nbytes`: memory that learning
-    the facts holds for each input; `sum_nbytes`: where kernels look at it. `as_sum`, given `facts`, `count` (of
-    inputs), `block` (the tensor's first) or `compute` ("F32" or "F64") if it names them, and the parameters, tells
-    the same as a weighted sum of the inputs, for parameters of which `sum_if` holds: such sums are computed in one
-    pass, straight from the inputs' bytes. `check` raises ValueError for parameters that make no sense together, when
-    the merge is planned. `within`: the interval in which a parameter must lie.
+    `base_is_input`: the base model is the first input (slerp).
+    `optional_base`: the method works on task vectors if the recipe has a base model (nuslerp).
+    `stats`: a function (scan, numel, **parameters) that collects what combining needs; the result arrives as the
+    argument `stats`. `stats_nbytes`: the memory that it holds for each input; `native_stats_nbytes`: the same where
+    the native library scans the tensor.
+    `as_sum`: the merge as a weighted sum of the inputs, for parameters that pass `sum_if`. It takes the parameters,
+    and any of `stats`, `count` (number of inputs), `block` (the tensor's first) and `compute` ("F32" or "F64") that
+    it names. The native library computes such sums in one pass, straight from the inputs' bytes.
+    `check`: raises ValueError for parameters that contradict each other; called when the merge is planned.
+    `within`: the interval in which a parameter must lie.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -164,16 +171,16 @@ def method(
                 base_is_input=base_is_input,
                 optional_base=optional_base,
                 inputs=inputs,
-                facts=facts,
-                facts_nbytes=facts_nbytes,
-                sum_nbytes=sum_nbytes,
+                stats=stats,
+                stats_nbytes=stats_nbytes,
+                native_stats_nbytes=native_stats_nbytes,
                 as_sum=as_sum,
                 sum_if=sum_if,
                 check=check,
-                live=live,
-                wants=frozenset(arguments) & {"facts", "block"},
-                sum_wants=frozenset(inspect.signature(as_sum).parameters if as_sum else ()),
-                about=(inspect.getdoc(function) or "").split("\n")[0],
+                scratch_blocks=scratch_blocks,
+                combine_arguments=frozenset(arguments) & {"stats", "block"},
+                as_sum_arguments=frozenset(inspect.signature(as_sum).parameters if as_sum else ()),
+                description=(inspect.getdoc(function) or "").split("\n")[0],
             )
             METHODS.add(name, entry)
         return function
@@ -181,5 +188,6 @@ def method(
     return register
 
 
-def _python(name: str) -> str:
-    return "lambda_" if name == "lambda" else name
+def _as_arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe parameters as keyword arguments: `lambda` is a Python keyword."""
+    return {"lambda_" if name == "lambda" else name: value for name, value in parameters.items()}

@@ -1,10 +1,10 @@
-"""The k-th largest of many numbers that are seen piece by piece, exactly and without a sort of all.
+"""The k-th largest of many numbers that arrive in chunks, exactly and without sorting them all.
 
 Numbers are non-negative integers: the bits of float32 magnitudes. A small sample gives a narrow bracket
-around the k-th; one look counts what lies above the bracket and keeps what lies inside: as it is while it
-is little, else counted by values (there are few different ones between bfloat16 models), which are made
-coarser while there are too many. If the sample misled (the k-th is outside) or values had to be coarse,
-another look narrows the bracket, until one number is left.
+around the k-th; one scan counts what lies above the bracket and collects what lies inside: as it is while it
+is little, else as a histogram (bfloat16 models differ in few distinct values), whose values become coarser
+while there are too many. If the sample misled (the k-th is outside) or the histogram had to be coarse,
+another scan narrows the bracket, until one number is left.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
     Bits = NDArray[np.int32]
 
-CANDIDATES = 1 << 19  # magnitudes that a search keeps as they are
-VALUES = 1 << 16  # different ones that it counts
-ALL_BITS = 0x7F800001  # one more than the bits of infinity
-NOTHING = (ALL_BITS - 1, 0, 1)  # what is found for k = 0: infinity
-SEARCH_NBYTES = 3 * 4 * CANDIDATES  # what one search holds: candidates, where their values change, counts
+MAX_CANDIDATES = 1 << 19  # magnitudes that a search keeps as they are
+MAX_DISTINCT = 1 << 16  # distinct values in a histogram
+BITS_LIMIT = 0x7F800001  # one more than the bits of infinity
+INFINITE_THRESHOLD = (BITS_LIMIT - 1, 0, 1)  # the result for k = 0
+SEARCH_NBYTES = 3 * 4 * MAX_CANDIDATES  # one search holds candidates, the positions where their values change, counts
 
 
 @dataclass
-class _Tally:
+class _MagnitudeHistogram:
     """How often each number occurred: at first exactly, then divided by 2**shift and rounded down."""
 
     values: Bits
@@ -35,16 +35,16 @@ class _Tally:
     shift: int = 0
 
     def add(self, bits: Bits) -> None:
-        """Count some more, which are overwritten."""
+        """Count more numbers; overwrites them."""
         import numpy as np
 
         bits >>= np.int32(self.shift)
         bits.sort()
-        while np.count_nonzero(bits[1:] != bits[:-1]) >= VALUES:
+        while np.count_nonzero(bits[1:] != bits[:-1]) >= MAX_DISTINCT:
             self._coarsen(bits, 1)
-        first = _firsts(bits)
+        first = _first_positions(bits)
         self._merge(bits[first], np.diff(first, append=len(bits)))
-        while len(self.values) > VALUES:
+        while len(self.values) > MAX_DISTINCT:
             self._coarsen(self.values, 1)
             self._merge(self.values[:0], self.counts[:0])
 
@@ -62,12 +62,12 @@ class _Tally:
         values, counts = np.concatenate([self.values, values]), np.concatenate([self.counts, counts])
         order = values.argsort(kind="stable")
         values, counts = values[order], counts[order]
-        first = _firsts(values)
+        first = _first_positions(values)
         self.values, self.counts = values[first], np.add.reduceat(counts, first)
 
 
-def _firsts(ordered: Bits) -> NDArray[np.int64]:
-    """Where each value first stands."""
+def _first_positions(ordered: Bits) -> NDArray[np.int64]:
+    """The position of the first occurrence of each value."""
     import numpy as np
 
     changes = np.ones(len(ordered), np.bool_)
@@ -76,104 +76,109 @@ def _firsts(ordered: Bits) -> NDArray[np.int64]:
 
 
 @dataclass
-class Search:
+class KthLargestSearch:
     """Narrows [low, high) to the bits of the k-th largest of `numel` magnitudes.
 
-    With a `share`, k is that share of the magnitudes that are not zero, and a look counts them too.
-    `found`: these bits, how many of the elements that have them are among the k, and how many there are.
+    With a `nonzero_fraction`, k is that fraction of the nonzero magnitudes, which a scan counts too.
+    `result`: these bits, how many of the elements with these bits are among the k, and how many there are.
     """
 
-    keep: int
+    k: int
     numel: int
-    share: float | None = None
+    nonzero_fraction: float | None = None
     nonzero: int = 0
     low: int = 0
-    high: int = ALL_BITS
+    high: int = BITS_LIMIT
     above: int = 0
-    tally: _Tally | None = None
-    waiting: Bits | None = None  # one array: small ones between the blocks of a merge would break up its memory
-    held: int = 0
-    found: tuple[int, int, int] | None = None
+    histogram: _MagnitudeHistogram | None = None
+    candidates: Bits | None = None  # one array: small ones between the blocks of a merge would fragment its memory
+    candidate_count: int = 0
+    result: tuple[int, int, int] | None = None
 
     def bracket(self, sample: Bits) -> None:
-        """Start with the range that holds the threshold unless the sample (in rising order) is unlike the tensor."""
+        """Start with the range that holds the threshold unless the sample (ascending) is unlike the tensor."""
         import numpy as np
 
-        if self.share is not None:
-            self.keep = int(self.share * self.numel * np.count_nonzero(sample) / len(sample))
-        rank = len(sample) * self.keep / self.numel
-        spread = 4.5 * math.sqrt(rank * max(1 - self.keep / self.numel, 0)) + 8
-        ordered = sample[::-1]
+        if self.nonzero_fraction is not None:
+            self.k = int(self.nonzero_fraction * self.numel * np.count_nonzero(sample) / len(sample))
+        rank = len(sample) * self.k / self.numel
+        spread = 4.5 * math.sqrt(rank * max(1 - self.k / self.numel, 0)) + 8
+        descending = sample[::-1]
         high = int(rank - spread)
         low = int(rank + spread)
-        self.high = min(int(ordered[high]) + 1, ALL_BITS) if high >= 0 else ALL_BITS
-        self.low = min(int(ordered[low]), self.high - 1) if low < len(ordered) else 0
+        self.high = min(int(descending[high]) + 1, BITS_LIMIT) if high >= 0 else BITS_LIMIT
+        self.low = min(int(descending[low]), self.high - 1) if low < len(descending) else 0
 
-    def start(self) -> None:
-        """Begin a look."""
+    def start_scan(self) -> None:
         import numpy as np
 
-        self.above, self.nonzero, self.tally, self.waiting, self.held = 0, 0, None, np.empty(CANDIDATES, np.int32), 0
+        self.above, self.nonzero, self.histogram = 0, 0, None
+        self.candidates, self.candidate_count = np.empty(MAX_CANDIDATES, np.int32), 0
 
     def add(self, above: int, inside: Bits, nonzero: int = 0) -> None:
-        assert self.waiting is not None
+        """Add a chunk: how many bits are above the range, and those inside it, minus `low`."""
+        assert self.candidates is not None
         self.above += above
         self.nonzero += nonzero
-        if self.held + len(inside) > CANDIDATES:
-            self._count(self.waiting[: self.held])
-            self.held = 0
-        if len(inside) > CANDIDATES:
+        if self.candidate_count + len(inside) > MAX_CANDIDATES:
+            self._count(self.candidates[: self.candidate_count])
+            self.candidate_count = 0
+        if len(inside) > MAX_CANDIDATES:
             self._count(inside)
         else:
-            self.waiting[self.held : self.held + len(inside)] = inside
-            self.held += len(inside)
+            self.candidates[self.candidate_count : self.candidate_count + len(inside)] = inside
+            self.candidate_count += len(inside)
 
-    def finish(self) -> None:
-        """After a look: the threshold is found, or the range is narrower, or it was the wrong one."""
-        if self.share is not None:
-            self.keep = int(self.share * self.nonzero)
-        if self.keep == 0:
-            self.found = NOTHING
+    def finish_scan(self) -> None:
+        """Set the result, or narrow the range, or replace a range that does not hold the threshold.
+
+        Raises ArithmeticError where the threshold is NaN.
+        """
+        if self.nonzero_fraction is not None:
+            self.k = int(self.nonzero_fraction * self.nonzero)
+        if self.k == 0:
+            self.result = INFINITE_THRESHOLD
             return
-        inside = self.held + (int(self.tally.counts.sum()) if self.tally else 0)
-        if self.above >= self.keep and self.high >= ALL_BITS:
-            raise ArithmeticError("a task vector holds values that are not numbers (NaN)")
-        if self.above >= self.keep:
-            self.low, self.high = self.high, ALL_BITS
-        elif self.above + inside < self.keep:
+        inside = self.candidate_count + (int(self.histogram.counts.sum()) if self.histogram else 0)
+        if self.above >= self.k and self.high >= BITS_LIMIT:
+            raise ArithmeticError("a task vector contains NaN values")
+        if self.above >= self.k:
+            self.low, self.high = self.high, BITS_LIMIT
+        elif self.above + inside < self.k:
             self.low, self.high = 0, self.low
-        elif self.tally:
+        elif self.histogram:
             self._narrow()
         else:
             self._select()
-        self.tally = self.waiting = None
+        self.histogram = self.candidates = None
 
     def _count(self, bits: Bits) -> None:
-        """Turn candidates into counts."""
+        """Move candidates into the histogram."""
         import numpy as np
 
-        self.tally = self.tally or _Tally(np.empty(0, np.int32), np.empty(0, np.int64))
-        self.tally.add(bits)
+        self.histogram = self.histogram or _MagnitudeHistogram(np.empty(0, np.int32), np.empty(0, np.int64))
+        self.histogram.add(bits)
 
     def _select(self) -> None:
-        """All candidates are there: the threshold is one of them."""
+        """Take the threshold from the candidates, which are complete."""
         import numpy as np
 
-        assert self.waiting is not None
-        bits = self.waiting[: self.held]
+        assert self.candidates is not None
+        bits = self.candidates[: self.candidate_count]
         bits.sort()
-        value = bits[len(bits) - (self.keep - self.above)]
+        value = bits[len(bits) - (self.k - self.above)]
         first, end = np.searchsorted(bits, [value, value + 1])
-        self.found = (self.low + int(value), self.keep - self.above - (len(bits) - int(end)), int(end - first))
+        self.result = (self.low + int(value), self.k - self.above - (len(bits) - int(end)), int(end - first))
 
     def _narrow(self) -> None:
-        assert self.tally is not None and self.waiting is not None
-        self._count(self.waiting[: self.held])
-        counts, shift = self.tally.counts, self.tally.shift
+        """Narrow the range to one value of the histogram."""
+        assert self.histogram is not None and self.candidates is not None
+        self._count(self.candidates[: self.candidate_count])
+        counts, shift = self.histogram.counts, self.histogram.shift
         reached = counts[::-1].cumsum() + self.above  # how many at or above each value, from the top
-        at = len(counts) - 1 - int((reached >= self.keep).argmax())
-        value, count = int(self.tally.values[at]), int(counts[at])
-        above = int(reached[len(counts) - 1 - at]) - count
+        index = len(counts) - 1 - int((reached >= self.k).argmax())
+        value, count = int(self.histogram.values[index]), int(counts[index])
+        above = int(reached[len(counts) - 1 - index]) - count
         if shift == 0:
-            self.found = (self.low + value, self.keep - above, count)
+            self.result = (self.low + value, self.k - above, count)
         self.low, self.high = self.low + (value << shift), min(self.high, self.low + (value + 1 << shift))

@@ -1,4 +1,4 @@
-"""What methods keep of task vectors by magnitude: the largest elements, or those between two thresholds."""
+"""Selecting elements of task vectors by magnitude: the largest ones, or those between two thresholds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mergeforge.methods import Block, Look
-from mergeforge.methods._rescale import Rescaled, ratios, ratios_of
+from mergeforge.methods import Block, BlockScan
+from mergeforge.methods._rescale import Rescaled, ratios, ratios_from_l1_norms
 from mergeforge.methods._sub_blocks import by_elements
 from mergeforge.methods._thresholds import Threshold
 
@@ -18,57 +18,60 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
-NO_MAGNITUDE = 0x7FFFFFFF  # bits that no magnitude exceeds
+UNBOUNDED = 0x7FFFFFFF  # bits that no magnitude exceeds
 
 
 @dataclass
-class Band:
-    """What reaches the threshold `outer`, but not what reaches `inner`, if there is one."""
+class MagnitudeRange:
+    """The elements that reach the `lower` threshold, except those that reach the `upper` one, if there is one."""
 
-    outer: Threshold
-    inner: Threshold | None = None
+    lower: Threshold
+    upper: Threshold | None = None
 
     def keep(self, delta: Tensor, block: Block) -> Tensor:
-        """Zero what is outside the band, in place. Blocks must come in the tensor's order, from the first one on."""
-        begins = block.start == 0
-        if self.inner is None:
-            return self.outer.trim(delta, begins)
+        """Zero what is outside the range, in place. Blocks must come in the tensor's order, from the first one on."""
+        is_first = block.start == 0
+        if self.upper is None:
+            return self.lower.trim(delta, is_first)
         for (part,) in by_elements([delta]):
-            above = self.inner.trim(part.clone(), begins)
-            self.outer.trim(part, begins).sub_(above)
-            begins = False
+            above = self.upper.trim(part.clone(), is_first)
+            self.lower.trim(part, is_first).sub_(above)
+            is_first = False
         return delta
 
 
 @dataclass
-class Bands:
-    """The band of each task vector; None keeps all of it."""
+class MagnitudeRanges:
+    """The range of each task vector; None keeps all of it."""
 
-    bands: list[Band | None]
+    ranges: list[MagnitudeRange | None]
 
     def keep(self, deltas: list[Tensor], block: Block) -> list[Tensor]:
-        """Each delta's block, in place, as Band does it."""
-        return [band.keep(delta, block) if band else delta for delta, band in zip(deltas, self.bands, strict=True)]
+        """Zero what is outside each delta's range, in place, as MagnitudeRange does."""
+        return [
+            magnitudes.keep(delta, block) if magnitudes else delta
+            for delta, magnitudes in zip(deltas, self.ranges, strict=True)
+        ]
 
     @cached_property
-    def table(self) -> Integers:
-        """struct band of kernels.c for each task vector: kernels count off ties in it."""
+    def native_table(self) -> Integers:
+        """`struct band` of kernels.c for each task vector. The native library counts off ties in it."""
         import numpy as np
 
-        return np.array([_row(band) for band in self.bands], np.int64)
+        return np.array([_native_row(magnitudes) for magnitudes in self.ranges], np.int64)
 
-    def rescaled(self, look: Look, rescale: bool) -> Rescaled[Bands]:
-        """With what restores each task vector's mass."""
-        count = len(self.bands)
+    def rescaled(self, scan: BlockScan, rescale: bool) -> Rescaled[MagnitudeRanges]:
+        """The ranges with the ratio that restores each task vector's L1 norm; 1 without `rescale`."""
+        count = len(self.ranges)
         if not rescale:
             return Rescaled(self, [1.0] * count)
-        if masses := getattr(look, "masses", None):
-            return Rescaled(self, ratios_of(masses(bands=self.table), count))
-        return Rescaled(self, ratios(look, self.keep, count))
+        if l1_norms := getattr(scan, "l1_norms", None):
+            return Rescaled(self, ratios_from_l1_norms(l1_norms(ranges=self.native_table), count))
+        return Rescaled(self, ratios(scan, self.keep, count))
 
 
-def _row(band: Band | None) -> list[int]:
-    if band is None:
-        return [-1, 0, 0, NO_MAGNITUDE, 0, 0]
-    high = [band.inner.bits, band.inner.ties_kept, 0] if band.inner else [NO_MAGNITUDE, 0, 0]
-    return [band.outer.bits, band.outer.ties_kept, 0, *high]
+def _native_row(magnitudes: MagnitudeRange | None) -> list[int]:
+    if magnitudes is None:
+        return [-1, 0, 0, UNBOUNDED, 0, 0]
+    lower, upper = magnitudes.lower, magnitudes.upper
+    return [lower.bits, lower.ties_kept, 0, *([upper.bits, upper.ties_kept, 0] if upper else [UNBOUNDED, 0, 0])]

@@ -1,4 +1,4 @@
-"""arcee_fusion: take over only the changes that matter most, by size and by how they shift a row's distribution.
+"""arcee_fusion: take over only the most important changes, by size and by how they shift a row's distribution.
 
 Arcee AI's method, as mergekit defines it.
 """
@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.methods import Block, Look, method
-from mergeforge.methods._thresholds import SEARCH_NBYTES, largest, sample, survey
+from mergeforge.methods import Block, BlockScan, method
+from mergeforge.methods._kth_largest import SEARCH_NBYTES
+from mergeforge.methods._thresholds import sample_magnitude_bits, sample_whole_tensor, thresholds_of_largest
 from mergeforge.native import bindings
 
 if TYPE_CHECKING:
@@ -18,104 +19,114 @@ if TYPE_CHECKING:
 
 QUARTILES = (0.25, 0.5, 0.75)
 SOFTENING = 1e-8
-ROWS_KEPT = 1 << 18  # whose divergence is kept: 1 MB
+CACHED_ROWS = 1 << 18  # rows whose divergence is cached: 1 MB
 
 
 @dataclass
 class Importance:
     """|other - base| times the KL divergence of the rows' softmax (other from base), and its threshold.
 
-    Rounding makes some divergences of near rows negative. A vector is one row (one longer than a
-    block is several). `shifts`: divergences in one piece, and in `places` where those of the block that
-    starts there lie, as far as there is room.
+    Rounding makes some divergences of near rows negative. A vector is one row; one longer than a block counts
+    as several. `divergences` caches the divergences in one array; `cached_rows` maps a block's start to its rows.
     """
 
     threshold: float = 0.0
-    shifts: Tensor | None = None
+    divergences: Tensor | None = None
     used: int = 0
-    places: dict[int, slice] = field(default_factory=dict)
+    cached_rows: dict[int, slice] = field(default_factory=dict)
 
     def of(self, models: list[Tensor], block: Block) -> Tensor:
         """The importance of a block's elements."""
         import torch
 
-        shift = self.shift(models, block)
+        divergence = self.divergence(models, block)
         base, other = models
         if not bindings.is_supported(base, other):
-            return (other - base).abs_().mul_(shift)
+            return (other - base).abs_().mul_(divergence)
         out = torch.empty_like(base)
-        bindings.kernels().importance(base, other, shift, len(shift), base.numel() // len(shift), out)
+        rows = len(divergence)
+        bindings.kernels().importance(base, other, divergence, rows, base.numel() // rows, out)
         return out
 
-    def shift(self, models: list[Tensor], block: Block) -> Tensor:
+    def divergence(self, models: list[Tensor], block: Block) -> Tensor:
         """The divergence of each row, as a column."""
-        if self.shifts is not None and block.start in self.places:
-            return self.shifts[self.places[block.start]]
-        found = _divergence(*(model.view(1, -1) if block.is_vector else model for model in models))
-        self.shifts = found.new_empty(ROWS_KEPT, 1) if self.shifts is None else self.shifts
-        place = slice(self.used, self.used + len(found))
-        if place.stop <= ROWS_KEPT:
-            self.shifts[place] = found
-            self.places[block.start], self.used = place, place.stop
-        return found
+        if self.divergences is not None and block.start in self.cached_rows:
+            return self.divergences[self.cached_rows[block.start]]
+        divergence = _divergence(*(model.view(1, -1) if block.is_vector else model for model in models))
+        self.divergences = divergence.new_empty(CACHED_ROWS, 1) if self.divergences is None else self.divergences
+        rows = slice(self.used, self.used + len(divergence))
+        if rows.stop <= CACHED_ROWS:
+            self.divergences[rows] = divergence
+            self.cached_rows[block.start], self.used = rows, rows.stop
+        return divergence
 
 
 def _divergence(base: Tensor, other: Tensor) -> Tensor:
-    """Of each row, as a column."""
+    """The KL divergence of each row, as a column."""
     import torch
 
-    p, q = (one.softmax(dim=-1).add_(SOFTENING) for one in (other, base))
+    p, q = (rows.softmax(dim=-1).add_(SOFTENING) for rows in (other, base))
     return p.mul_(torch.div(p, q, out=q).log_()).sum(dim=-1, keepdim=True)
 
 
-def threshold(look: Look, numel: int) -> Importance:
+def importance_threshold(scan: BlockScan, numel: int) -> Importance:
     """median + 1.5 (third - first quartile) of the importance over the whole tensor, in float32.
 
     Quartiles are those at the ranks floor(q (n - 1)).
     """
     import numpy as np
 
-    found = Importance()
+    importance = Importance()
     if not numel:
-        return found
-    negative, seen = survey(look(found.of), numel, lambda values: int(values.lt_(0).sum()))
-    ranks = [int(share * (numel - 1)) for share in QUARTILES]
-    below = [rank < negative for rank in ranks]
-    keep = {at: rank + 1 if below[at] else numel - rank for at, rank in enumerate(ranks)}
-    parts = dict(zip(below, _parts(seen, below), strict=True))
-    bits = {one: sample(part, 1, 1) for one, part in parts.items()}
-    samples = {at: bits[one] for at, one in enumerate(below)}
-    del seen, parts, bits
-    edges = largest(_of_importance(look, found, below), numel, keep, samples)
-    values = (-edges[at].value if below[at] else edges[at].value for at in range(len(ranks)))
-    first, middle, third = map(np.float32, values)
-    found.threshold = float(middle + np.float32(1.5) * (third - first))
-    return found
+        return importance
+    negative, samples = sample_whole_tensor(scan(importance.of), numel, lambda values: int(values.lt_(0).sum()))
+    ranks = [int(quartile * (numel - 1)) for quartile in QUARTILES]
+    is_negative = [rank < negative for rank in ranks]
+    counts = {at: rank + 1 if is_negative[at] else numel - rank for at, rank in enumerate(ranks)}
+    parts = dict(zip(is_negative, _signed_parts(samples, is_negative), strict=True))
+    bits = {sign: sample_magnitude_bits(part, 1, 1) for sign, part in parts.items()}
+    samples_by_rank = {at: bits[sign] for at, sign in enumerate(is_negative)}
+    del samples, parts, bits
+    thresholds = thresholds_of_largest(_importance_scan(scan, importance, is_negative), numel, counts, samples_by_rank)
+    values = (-thresholds[at].value if is_negative[at] else thresholds[at].value for at in range(len(ranks)))
+    first, median, third = map(np.float32, values)
+    importance.threshold = float(median + np.float32(1.5) * (third - first))
+    return importance
 
 
-def _of_importance(look: Look, found: Importance, below: list[bool]) -> Any:
-    """Looks at the importance once for each rank: its negative part where the rank lies below zero, else the other."""
+def _importance_scan(scan: BlockScan, importance: Importance, is_negative: list[bool]) -> Any:
+    """Scan the importance as one input for each rank: the negative part for a rank below zero, else the positive."""
 
-    def looking(see: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
-        return look(lambda models, block: see(_parts(found.of(models, block), below), block), sample)
+    def scan_importance(visit: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
+        return scan(
+            lambda models, block: visit(_signed_parts(importance.of(models, block), is_negative), block), sample
+        )
 
-    return looking
+    return scan_importance
 
 
-def _parts(importance: Tensor, below: list[bool]) -> list[Tensor]:
-    """Overwrites the importance."""
-    negative = importance.neg().clamp_(min=0) if any(below) else importance
+def _signed_parts(importance: Tensor, is_negative: list[bool]) -> list[Tensor]:
+    """The magnitudes of the negative or of the positive importance, one for each rank; overwrites the importance."""
+    negative = importance.neg().clamp_(min=0) if any(is_negative) else importance
     positive = importance.clamp_(min=0)
-    return [negative if one else positive for one in below]
+    return [negative if sign else positive for sign in is_negative]
 
 
-@method("arcee_fusion", live=3, inputs=(2, 2), base_is_input=True, facts=threshold, facts_nbytes=2 * SEARCH_NBYTES)
-def arcee_fusion(models: list[Tensor], facts: Importance, block: Block) -> Tensor:
+@method(
+    "arcee_fusion",
+    scratch_blocks=3,
+    inputs=(2, 2),
+    base_is_input=True,
+    stats=importance_threshold,
+    stats_nbytes=2 * SEARCH_NBYTES,
+)
+def arcee_fusion(models: list[Tensor], stats: Importance, block: Block) -> Tensor:
     """base + (other - base) where the importance reaches the threshold, else base."""
     base, other = models
     if bindings.is_supported(base, other):
-        shift = facts.shift(models, block)
-        bindings.kernels().important(base, other, shift, len(shift), base.numel() // len(shift), facts.threshold)
+        divergence = stats.divergence(models, block)
+        rows = len(divergence)
+        bindings.kernels().important(base, other, divergence, rows, base.numel() // rows, stats.threshold)
         return other
-    mask = facts.of(models, block).ge_(facts.threshold)
+    mask = stats.of(models, block).ge_(stats.threshold)
     return other.sub_(base).mul_(mask).add_(base)

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.methods import DENSITY, UNIT, Block, Look, method
-from mergeforge.methods._magnitude_range import Band, Bands
+from mergeforge.methods import DENSITY, UNIT, Block, BlockScan, method
+from mergeforge.methods._kth_largest import SEARCH_NBYTES
+from mergeforge.methods._magnitude_range import MagnitudeRange, MagnitudeRanges
 from mergeforge.methods._rescale import Rescaled
-from mergeforge.methods._thresholds import SEARCH_NBYTES, largest
+from mergeforge.methods._thresholds import thresholds_of_largest
 from mergeforge.methods._weighted_sum import (
     WeightedSum,
-    agreeing_sum,
-    agreeing_terms,
+    sign_consensus_sum,
+    sign_consensus_terms,
     task_arithmetic_sum,
     weighted_sum,
 )
@@ -26,54 +27,72 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def bands(
-    look: Look, numel: int, *, density: list[float], gamma: list[float], rescale: bool, **_: object
-) -> Rescaled[Bands]:
-    """For each task vector the band of magnitudes: int(density n) elements below the int(gamma n) largest."""
+def magnitude_ranges(
+    scan: BlockScan, numel: int, *, density: list[float], gamma: list[float], rescale: bool, **_: object
+) -> Rescaled[MagnitudeRanges]:
+    """The range of magnitudes of each task vector: int(density n) elements below the int(gamma n) largest."""
     count = len(density)
-    keep: dict[int, int] = {}  # input -> the band and what is above it; input + count -> what is above it
-    for at, (share, top) in enumerate(zip(density, gamma, strict=True)):
-        if share < 1:
-            kept = int(share * numel)
-            lowest = max(0, numel - kept - int(top * numel))
-            keep |= {at: numel - lowest, at + count: numel - lowest - kept}
-    edges = largest(look if hasattr(look, "split") else _twice(look), numel, keep)
-    found = Bands([Band(edges[at], edges[at + count]) if at in edges else None for at in range(count)])
-    return found.rescaled(look, rescale)
+    counts: dict[int, int] = {}  # input -> elements in the range and above; input + count -> elements above it
+    for index, (fraction, top_fraction) in enumerate(zip(density, gamma, strict=True)):
+        if fraction < 1:
+            kept = int(fraction * numel)
+            smallest = max(0, numel - kept - int(top_fraction * numel))
+            counts |= {index: numel - smallest, index + count: numel - smallest - kept}
+    thresholds = thresholds_of_largest(
+        scan if hasattr(scan, "split_magnitudes") else _doubled_scan(scan), numel, counts
+    )
+    ranges = [
+        MagnitudeRange(thresholds[index], thresholds[index + count]) if index in thresholds else None
+        for index in range(count)
+    ]
+    return MagnitudeRanges(ranges).rescaled(scan, rescale)
 
 
-def _twice(look: Look) -> Any:
-    """Looks at every task vector as two inputs, so that both edges of its band are found at once."""
+def _doubled_scan(scan: BlockScan) -> Any:
+    """Scan every task vector as two inputs, so that one scan finds both thresholds of its range."""
 
-    def looking(see: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
-        return look(lambda deltas, block: see([*deltas, *deltas], block), sample)
+    def scan_doubled(visit: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
+        return scan(lambda deltas, block: visit([*deltas, *deltas], block), sample)
 
-    return looking
+    return scan_doubled
 
 
 def as_sum(
-    facts: Rescaled[Bands], compute: str, *, weight: list[float], normalize: bool, lambda_: float, **_: object
+    stats: Rescaled[MagnitudeRanges],
+    compute: str,
+    *,
+    weight: list[float],
+    normalize: bool,
+    lambda_: float,
+    **_: object,
 ) -> WeightedSum:
-    terms = task_arithmetic_sum(weight, normalize, lambda_, facts.ratios, compute)
-    return replace(terms, bands=facts.found.table)
+    terms = task_arithmetic_sum(weight, normalize, lambda_, stats.ratios, compute)
+    return replace(terms, magnitude_ranges=stats.selection.native_table)
 
 
-def as_agreeing_sum(
-    facts: Rescaled[Bands], *, weight: list[float], normalize: bool, lambda_: float, **_: object
+def as_sign_consensus_sum(
+    stats: Rescaled[MagnitudeRanges], *, weight: list[float], normalize: bool, lambda_: float, **_: object
 ) -> WeightedSum:
-    return replace(agreeing_terms(weight, normalize, lambda_, facts.ratios), bands=facts.found.table)
+    terms = sign_consensus_terms(weight, normalize, lambda_, stats.ratios)
+    return replace(terms, magnitude_ranges=stats.selection.native_table)
 
 
-EDGES_NBYTES = 2 * SEARCH_NBYTES
+TWO_SEARCHES_NBYTES = 2 * SEARCH_NBYTES
 WITHIN = {"density": DENSITY, "gamma": UNIT}
 
 
 @method(
-    "breadcrumbs", live=1, facts=bands, facts_nbytes=EDGES_NBYTES, sum_nbytes=EDGES_NBYTES, within=WITHIN, as_sum=as_sum
+    "breadcrumbs",
+    scratch_blocks=1,
+    stats=magnitude_ranges,
+    stats_nbytes=TWO_SEARCHES_NBYTES,
+    native_stats_nbytes=TWO_SEARCHES_NBYTES,
+    within=WITHIN,
+    as_sum=as_sum,
 )
 def breadcrumbs(
     deltas: list[Tensor],
-    facts: Rescaled[Bands],
+    stats: Rescaled[MagnitudeRanges],
     block: Block,
     *,
     weight: list[float],
@@ -84,22 +103,22 @@ def breadcrumbs(
     lambda_: float = 1.0,
     int8_mask: bool = False,
 ) -> Tensor:
-    """Keep `density` of the elements after leaving out the `gamma` largest, and add up. int8_mask has no effect."""
-    return weighted_sum(facts.found.keep(deltas, block), weight, normalize, lambda_, facts.ratios)
+    """Drop each delta's `gamma` largest elements, keep `density` of all below, add up. int8_mask has no effect."""
+    return weighted_sum(stats.selection.keep(deltas, block), weight, normalize, lambda_, stats.ratios)
 
 
 @method(
     "breadcrumbs_ties",
-    live=4,
-    facts=bands,
-    facts_nbytes=EDGES_NBYTES,
-    sum_nbytes=EDGES_NBYTES,
+    scratch_blocks=4,
+    stats=magnitude_ranges,
+    stats_nbytes=TWO_SEARCHES_NBYTES,
+    native_stats_nbytes=TWO_SEARCHES_NBYTES,
     within=WITHIN,
-    as_sum=as_agreeing_sum,
+    as_sum=as_sign_consensus_sum,
 )
 def breadcrumbs_ties(
     deltas: list[Tensor],
-    facts: Rescaled[Bands],
+    stats: Rescaled[MagnitudeRanges],
     block: Block,
     *,
     weight: list[float],
@@ -110,5 +129,5 @@ def breadcrumbs_ties(
     lambda_: float = 1.0,
     int8_mask: bool = False,
 ) -> Tensor:
-    """breadcrumbs, and only elements that have the elected sign (TIES' election). int8_mask has no effect."""
-    return agreeing_sum(facts.found.keep(deltas, block), weight, normalize, lambda_, facts.ratios)
+    """breadcrumbs, adding only elements that have the elected sign (TIES). int8_mask has no effect."""
+    return sign_consensus_sum(stats.selection.keep(deltas, block), weight, normalize, lambda_, stats.ratios)

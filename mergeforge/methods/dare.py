@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mergeforge.methods import DENSITY, Block, Look, method
-from mergeforge.methods._mask_cache import KEPT, MASKS_NBYTES, Masks
-from mergeforge.methods._random_mask import drawing, masked
-from mergeforge.methods._rescale import Rescaled, ratios, ratios_of
+from mergeforge.methods import DENSITY, Block, BlockScan, method
+from mergeforge.methods._mask_cache import CACHED_ELEMENTS, MASK_CACHE_NBYTES, MaskCache
+from mergeforge.methods._random_mask import apply_random_masks, mask_key
+from mergeforge.methods._rescale import Rescaled, ratios, ratios_from_l1_norms
 from mergeforge.methods._weighted_sum import (
     WeightedSum,
-    agreeing_sum,
-    agreeing_terms,
+    sign_consensus_sum,
+    sign_consensus_terms,
     task_arithmetic_sum,
     weighted_sum,
 )
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def facts(look: Look, numel: int, *, density: list[float], rescale: bool, **_: object) -> Rescaled[list[Masks]]:
-    """The masks, and the ratio that restores each task vector's mass."""
+def collect_stats(
+    scan: BlockScan, numel: int, *, density: list[float], rescale: bool, **_: object
+) -> Rescaled[list[MaskCache]]:
+    """The masks, and the ratio that restores each task vector's L1 norm."""
     count = len(density)
-    if not rescale or all(one >= 1 for one in density):
-        return Rescaled([Masks() for _ in density], [1.0] * count)
-    if masses := getattr(look, "masses", None):
-        return Rescaled([Masks() for _ in density], ratios_of(masses(density=density), count))
-    masks = [Masks(KEPT) for _ in density]
-    found = ratios(look, lambda deltas, block: masked(deltas, block, density, masks), count)
-    return Rescaled(masks, found)
+    if not rescale or all(probability >= 1 for probability in density):
+        return Rescaled([MaskCache() for _ in density], [1.0] * count)
+    if l1_norms := getattr(scan, "l1_norms", None):
+        return Rescaled([MaskCache() for _ in density], ratios_from_l1_norms(l1_norms(density=density), count))
+    masks = [MaskCache(CACHED_ELEMENTS) for _ in density]
+    return Rescaled(masks, ratios(scan, lambda deltas, block: apply_random_masks(deltas, block, density, masks), count))
 
 
 def as_sum(
-    facts: Rescaled[list[Masks]],
+    stats: Rescaled[list[MaskCache]],
     block: Block,
     compute: str,
     *,
@@ -48,11 +49,11 @@ def as_sum(
     lambda_: float,
     **_: object,
 ) -> WeightedSum:
-    return _drawn(task_arithmetic_sum(weight, normalize, lambda_, facts.ratios, compute), block, density)
+    return _with_masks(task_arithmetic_sum(weight, normalize, lambda_, stats.ratios, compute), block, density)
 
 
-def as_agreeing_sum(
-    facts: Rescaled[list[Masks]],
+def as_sign_consensus_sum(
+    stats: Rescaled[list[MaskCache]],
     block: Block,
     *,
     weight: list[float],
@@ -61,20 +62,22 @@ def as_agreeing_sum(
     lambda_: float,
     **_: object,
 ) -> WeightedSum:
-    return _drawn(agreeing_terms(weight, normalize, lambda_, facts.ratios), block, density)
+    return _with_masks(sign_consensus_terms(weight, normalize, lambda_, stats.ratios), block, density)
 
 
-def _drawn(terms: WeightedSum, block: Block, density: Sequence[float]) -> WeightedSum:
-    return replace(terms, kept=[drawing(block, at, one) for at, one in enumerate(density)])
+def _with_masks(terms: WeightedSum, block: Block, density: Sequence[float]) -> WeightedSum:
+    return replace(terms, mask_keys=[mask_key(block, index, value) for index, value in enumerate(density)])
 
 
 WITHIN = {"density": DENSITY}
 
 
-@method("dare_linear", live=1, facts=facts, facts_nbytes=MASKS_NBYTES, within=WITHIN, as_sum=as_sum)
+@method(
+    "dare_linear", scratch_blocks=1, stats=collect_stats, stats_nbytes=MASK_CACHE_NBYTES, within=WITHIN, as_sum=as_sum
+)
 def dare_linear(
     deltas: list[Tensor],
-    facts: Rescaled[list[Masks]],
+    stats: Rescaled[list[MaskCache]],
     block: Block,
     *,
     weight: list[float],
@@ -84,19 +87,26 @@ def dare_linear(
     lambda_: float = 1.0,
     int8_mask: bool = False,
 ) -> Tensor:
-    """Keep each element with probability `density`, restore the mass, add up with weights.
+    """Keep each element with probability `density`, restore the L1 norm, add up with weights.
 
-    The mask depends on random_seed, the tensor's name and the element's place only. int8_mask has
+    The mask depends only on random_seed, the tensor's name and the element's position. int8_mask has
     no effect.
     """
-    left = masked(deltas, block, density, facts.found)
-    return weighted_sum(left, weight, normalize, lambda_, facts.ratios)
+    masked = apply_random_masks(deltas, block, density, stats.selection)
+    return weighted_sum(masked, weight, normalize, lambda_, stats.ratios)
 
 
-@method("dare_ties", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, within=WITHIN, as_sum=as_agreeing_sum)
+@method(
+    "dare_ties",
+    scratch_blocks=4,
+    stats=collect_stats,
+    stats_nbytes=MASK_CACHE_NBYTES,
+    within=WITHIN,
+    as_sum=as_sign_consensus_sum,
+)
 def dare_ties(
     deltas: list[Tensor],
-    facts: Rescaled[list[Masks]],
+    stats: Rescaled[list[MaskCache]],
     block: Block,
     *,
     weight: list[float],
@@ -106,9 +116,9 @@ def dare_ties(
     lambda_: float = 1.0,
     int8_mask: bool = False,
 ) -> Tensor:
-    """As dare_linear, but only elements that have the elected sign are added (TIES' election).
+    """dare_linear, adding only elements that have the elected sign (TIES).
 
     int8_mask has no effect.
     """
-    left = masked(deltas, block, density, facts.found)
-    return agreeing_sum(left, weight, normalize, lambda_, facts.ratios)
+    masked = apply_random_masks(deltas, block, density, stats.selection)
+    return sign_consensus_sum(masked, weight, normalize, lambda_, stats.ratios)

@@ -10,64 +10,66 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mergeforge.methods import DENSITY, UNIT, Block, Look, method
-from mergeforge.methods._mask_cache import KEPT, MASKS_NBYTES, Masks
-from mergeforge.methods._random_mask import drawing, random_mask
+from mergeforge.methods import DENSITY, UNIT, Block, BlockScan, method
+from mergeforge.methods._mask_cache import CACHED_ELEMENTS, MASK_CACHE_NBYTES, MaskCache
+from mergeforge.methods._random_mask import mask_key, random_mask
 from mergeforge.methods._rescale import Rescaled, ratios
 from mergeforge.methods._sub_blocks import by_rows
-from mergeforge.methods._weighted_sum import agreeing_sum, weighted_sum
+from mergeforge.methods._weighted_sum import sign_consensus_sum, weighted_sum
 from mergeforge.native import bindings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAST_BUCKETS, MOST_BUCKETS = 64, 1 << 16  # that magnitudes of a row are put into
+MIN_BUCKETS, MAX_BUCKETS = 64, 1 << 16  # that the magnitudes of a row are sorted into
 
 
-def kept(
-    deltas: list[Tensor], block: Block, density: list[float], epsilon: list[float], masks: list[Masks]
+def apply_rank_masks(
+    deltas: list[Tensor], block: Block, density: list[float], epsilon: list[float], masks: list[MaskCache]
 ) -> list[Tensor]:
-    """Each delta's block, in place, with elements kept with a probability that grows with their rank in the row."""
-    for at, (delta, share, width, mask) in enumerate(zip(deltas, density, epsilon, masks, strict=True)):
-        if share < 1:
-            mask.apply([delta], block, partial(_mask, delta, block, at, share, width))
+    """Keep each element of the deltas' block with a probability that grows with its rank in the row, in place."""
+    for index, (delta, mean, spread, mask) in enumerate(zip(deltas, density, epsilon, masks, strict=True)):
+        if mean < 1:
+            mask.apply([delta], block, partial(_mask, delta, block, index, mean, spread))
     return deltas
 
 
 def _mask(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor:
-    found = _mask_in_c(delta, block, index, density, epsilon) if bindings.is_supported(delta) else None
-    return random_mask(delta, block, index, _probability(delta, block, density, epsilon)) if found is None else found
+    native_mask = _mask_native(delta, block, index, density, epsilon) if bindings.is_supported(delta) else None
+    if native_mask is not None:
+        return native_mask
+    return random_mask(delta, block, index, _probability(delta, block, density, epsilon))
 
 
-def _mask_in_c(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor | None:
-    """The same mask with hardly a sort; None where too many magnitudes of a row are nearly, but not quite, equal."""
+def _mask_native(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor | None:
+    """The same mask with hardly any sorting; None where too many magnitudes of a row are nearly equal."""
     import numpy as np
     import torch
 
     rows, columns = (1, delta.numel()) if block.is_vector else delta.shape
-    drawn = drawing(block, index, density)
-    buckets, room = min(max(columns // 2, LEAST_BUCKETS), MOST_BUCKETS), max(columns // 8, LEAST_BUCKETS)
-    by = bindings.RankMaskArgs(
+    key = mask_key(block, index, density)
+    buckets, capacity = min(max(columns // 2, MIN_BUCKETS), MAX_BUCKETS), max(columns // 8, MIN_BUCKETS)
+    arguments = bindings.RankMaskArgs(
         element=block.start & 0x7FFFFFFF,
-        mask=(*drawn.upper, *drawn.lower, drawn.limit),
+        mask=(*key.upper, *key.lower, key.limit),
         lowest=density - epsilon if columns > 1 else density,
         step=2 * epsilon / (columns - 1) if columns > 1 else 0.0,
         buckets=buckets,
-        room=room,
+        room=capacity,
     )
-    of_bucket, of_number = np.empty((3, buckets), np.uint32), np.empty((2, columns), np.uint16)
-    by.keep_alive(
+    per_bucket, per_column = np.empty((3, buckets), np.uint32), np.empty((2, columns), np.uint16)
+    arguments.keep_alive(
         members=np.empty(buckets, np.uint64),
-        ranks=of_bucket[0],
-        sure=of_bucket[1],
-        possible=of_bucket[2],
-        bucket=of_number[0],
-        draws=of_number[1],
+        ranks=per_bucket[0],
+        sure=per_bucket[1],
+        possible=per_bucket[2],
+        bucket=per_column[0],
+        draws=per_column[1],
         before=np.empty(columns, np.uint32),
-        sorted=np.empty(room, np.uint64),
+        sorted=np.empty(capacity, np.uint64),
     )
-    kept = torch.empty(delta.shape, dtype=torch.bool)
-    return None if bindings.kernels().ranked_mask(delta, by, rows, columns, kept) else kept
+    mask = torch.empty(delta.shape, dtype=torch.bool)
+    return None if bindings.kernels().ranked_mask(delta, arguments, rows, columns, mask) else mask
 
 
 def _probability(delta: Tensor, block: Block, density: float, epsilon: float) -> Tensor:
@@ -79,18 +81,18 @@ def _probability(delta: Tensor, block: Block, density: float, epsilon: float) ->
     if columns == 1:
         return torch.full_like(delta, density, dtype=torch.float32)
     result = torch.empty(rows.shape, device=delta.device)
-    for part, place in by_rows([rows, result]):
+    for part, out in by_rows([rows, result]):
         order = _order(part)
         steps = torch.arange(columns, dtype=torch.float32, device=delta.device).mul_(2 * epsilon / (columns - 1))
-        place.scatter_(1, order, steps.add_(density - epsilon).expand(part.shape))
+        out.scatter_(1, order, steps.add_(density - epsilon).expand(part.shape))
     return result.view(delta.shape)
 
 
 def _order(rows: Tensor) -> Tensor:
-    """Each row's columns by rising magnitude (in float32), equal ones in their order.
+    """Each row's columns by ascending magnitude (in float32), equal magnitudes by column.
 
-    On a CPU numpy sorts the magnitudes' bits with their columns behind them as one integer, which it does 15
-    times as fast as torch sorts floats.
+    On a CPU numpy sorts integers that hold a magnitude's bits and, below them, its column, 15 times as fast as
+    torch sorts floats.
     """
     import torch
 
@@ -106,29 +108,35 @@ def _order(rows: Tensor) -> Tensor:
 
 
 def check(*, density: list[float], epsilon: list[float], **_: object) -> None:
-    for share, width in zip(density, epsilon, strict=True):
-        if share < 1 and not (share - width > 0 and share + width < 1):
-            raise ValueError(f"density {share:g} -+ epsilon {width:g} leaves (0, 1): give a smaller epsilon")
+    for mean, spread in zip(density, epsilon, strict=True):
+        if mean < 1 and not (mean - spread > 0 and mean + spread < 1):
+            raise ValueError(f"density {mean:g} +/- epsilon {spread:g} is not within (0, 1): use a smaller epsilon")
 
 
-def facts(
-    look: Look, numel: int, *, density: list[float], epsilon: list[float], rescale: bool, **_: object
-) -> Rescaled[list[Masks]]:
-    """The masks, and the ratio that restores each task vector's mass."""
+def collect_stats(
+    scan: BlockScan, numel: int, *, density: list[float], epsilon: list[float], rescale: bool, **_: object
+) -> Rescaled[list[MaskCache]]:
+    """The masks, and the ratio that restores each task vector's L1 norm."""
     count = len(density)
-    if not rescale or all(one >= 1 for one in density):
-        return Rescaled([Masks() for _ in density], [1.0] * count)
-    masks = [Masks(KEPT) for _ in density]
-    return Rescaled(masks, ratios(look, lambda deltas, block: kept(deltas, block, density, epsilon, masks), count))
+    if not rescale or all(mean >= 1 for mean in density):
+        return Rescaled([MaskCache() for _ in density], [1.0] * count)
+    masks = [MaskCache(CACHED_ELEMENTS) for _ in density]
+
+    def keep(deltas: list[Tensor], block: Block) -> list[Tensor]:
+        return apply_rank_masks(deltas, block, density, epsilon, masks)
+
+    return Rescaled(masks, ratios(scan, keep, count))
 
 
 WITHIN = {"density": DENSITY, "epsilon": UNIT}
 
 
-@method("della_linear", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, check=check, within=WITHIN)
+@method(
+    "della_linear", scratch_blocks=4, stats=collect_stats, stats_nbytes=MASK_CACHE_NBYTES, check=check, within=WITHIN
+)
 def della_linear(
     deltas: list[Tensor],
-    facts: Rescaled[list[Masks]],
+    stats: Rescaled[list[MaskCache]],
     block: Block,
     *,
     weight: list[float],
@@ -139,15 +147,15 @@ def della_linear(
     lambda_: float = 1.0,
     int8_mask: bool = False,
 ) -> Tensor:
-    """Drop by magnitude ranks within rows, restore the mass, add up with weights. int8_mask has no effect."""
-    left = kept(deltas, block, density, epsilon, facts.found)
-    return weighted_sum(left, weight, normalize, lambda_, facts.ratios)
+    """Drop elements by magnitude rank within rows, restore the L1 norm, add up. int8_mask has no effect."""
+    masked = apply_rank_masks(deltas, block, density, epsilon, stats.selection)
+    return weighted_sum(masked, weight, normalize, lambda_, stats.ratios)
 
 
-@method("della", live=4, facts=facts, facts_nbytes=MASKS_NBYTES, check=check, within=WITHIN)
+@method("della", scratch_blocks=4, stats=collect_stats, stats_nbytes=MASK_CACHE_NBYTES, check=check, within=WITHIN)
 def della(
     deltas: list[Tensor],
-    facts: Rescaled[list[Masks]],
+    stats: Rescaled[list[MaskCache]],
     block: Block,
     *,
     weight: list[float],
@@ -158,6 +166,6 @@ def della(
     lambda_: float = 1.0,
     int8_mask: bool = False,
 ) -> Tensor:
-    """della_linear, and only elements that have the elected sign (TIES' election). int8_mask has no effect."""
-    left = kept(deltas, block, density, epsilon, facts.found)
-    return agreeing_sum(left, weight, normalize, lambda_, facts.ratios)
+    """della_linear, adding only elements that have the elected sign (TIES). int8_mask has no effect."""
+    masked = apply_rank_masks(deltas, block, density, epsilon, stats.selection)
+    return sign_consensus_sum(masked, weight, normalize, lambda_, stats.ratios)

@@ -20,11 +20,11 @@ def as_sum(*, weight: list[float], normalize: bool) -> WeightedSum:
     return WeightedSum(weight, normalize, fused=True)
 
 
-@method("linear", live=0, check=check, as_sum=as_sum)
+@method("linear", scratch_blocks=0, check=check, as_sum=as_sum)
 def linear(models: list[Tensor], *, weight: list[float], normalize: bool = True) -> Tensor:
     """Weighted average of the inputs; with normalize: false, their weighted sum.
 
-    Added one after another with a fused multiply-add, then divided by the weights' float32 sum, as
-    mergekit 0.1.5's linear does. The plan refuses weights that sum to zero.
+    Inputs are added one after another with a fused multiply-add, then divided by the weights' float32 sum, as in
+    mergekit 0.1.5's linear. The plan refuses weights that sum to zero.
     """
-    return as_sum(weight=weight, normalize=normalize).of(models)
+    return as_sum(weight=weight, normalize=normalize).evaluate(models)

@@ -8,68 +8,68 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from mergeforge.methods import Look, method
+from mergeforge.methods import BlockScan, method
 from mergeforge.methods._inner_products import gram, is_vector, lengths
 from mergeforge.methods._sub_blocks import by_rows
-from mergeforge.methods._weighted_sum import WeightedSum, combined
+from mergeforge.methods._weighted_sum import WeightedSum, fused_weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TINY = 1e-6  # of a product of norms, and of the denominator
+TINY = 1e-6  # lower limit of a product of norms, and of the denominator
 
 
-def share(look: Look, numel: int, *, filter_wise: bool) -> float | None:
+def interpolation_ratio(scan: BlockScan, numel: int, *, filter_wise: bool) -> float | None:
     """The share of the average, from the mean cosine of all pairs; None where each row has its own."""
     import numpy as np
 
-    if filter_wise and not is_vector(look):
+    if filter_wise and not is_vector(scan):
         return None
-    products = gram(look)
+    products = gram(scan)
     count = len(products)
     if count < 2:
         return 0.0
     norms = lengths(products)
     cosines = np.clip(products / np.maximum(np.outer(norms, norms), TINY), -1, 1)
     cosine = float(cosines[np.triu_indices(count, 1)].mean())
-    below = 1 + (count - 1) * cosine
-    return count * cosine / below if abs(below) >= TINY else 0.0
+    denominator = 1 + (count - 1) * cosine
+    return count * cosine / denominator if abs(denominator) >= TINY else 0.0
 
 
-def as_sum(facts: float, count: int, **_: object) -> WeightedSum:
-    return WeightedSum([facts / count] * count, fused=True)
+def as_sum(stats: float, count: int, **_: object) -> WeightedSum:
+    return WeightedSum([stats / count] * count, fused=True)
 
 
 def sum_if(*, filter_wise: bool) -> bool:
     return not filter_wise
 
 
-@method("model_stock", live=1, inputs=(2, 1 << 16), facts=share, as_sum=as_sum, sum_if=sum_if)
-def model_stock(deltas: list[Tensor], facts: float | None, *, filter_wise: bool = False) -> Tensor:
+@method("model_stock", scratch_blocks=1, inputs=(2, 1 << 16), stats=interpolation_ratio, as_sum=as_sum, sum_if=sum_if)
+def model_stock(deltas: list[Tensor], stats: float | None, *, filter_wise: bool = False) -> Tensor:
     """base + t * mean(deltas), t = N cos / (1 + (N - 1) cos); with filter_wise a t for each row.
 
-    cos is the mean cosine of all pairs of the N task vectors. Where it has no answer (N vectors that
-    oppose each other) the base stays.
+    cos is the mean cosine of all pairs of the N task vectors. Where t is undefined (N vectors that
+    oppose each other) the result is the base.
     """
     count = len(deltas)
-    if facts is not None:
-        return as_sum(facts, count).of(deltas)
+    if stats is not None:
+        return as_sum(stats, count).evaluate(deltas)
     for rows in by_rows(deltas):
-        each = _shares(rows)
-        combined(rows, [1 / count] * count).mul_(each)
+        row_ratios = _row_ratios(rows)
+        fused_weighted_sum(rows, [1 / count] * count).mul_(row_ratios)
     return deltas[0]
 
 
-def _shares(rows: list[Tensor]) -> Tensor:
+def _row_ratios(rows: list[Tensor]) -> Tensor:
     """t for each row, as a column."""
     count = len(rows)
     norms: list[Tensor] = [row.norm(dim=1) for row in rows]
     cosine = norms[0].new_zeros(norms[0].shape)
-    for one, two in combinations(range(count), 2):
-        product = (rows[one] * rows[two]).sum(dim=1)
-        cosine.add_(product.div_((norms[one] * norms[two]).clamp_(min=TINY)).clamp_(-1, 1))
+    for first, second in combinations(range(count), 2):
+        product = (rows[first] * rows[second]).sum(dim=1)
+        cosine.add_(product.div_((norms[first] * norms[second]).clamp_(min=TINY)).clamp_(-1, 1))
     cosine.div_(count * (count - 1) / 2)
-    below = cosine.mul(count - 1).add_(1)
-    singular = below.abs() < TINY
-    t = cosine.mul_(count).div_(below.masked_fill_(singular, 1))
+    denominator = cosine.mul(count - 1).add_(1)
+    singular = denominator.abs() < TINY
+    t = cosine.mul_(count).div_(denominator.masked_fill_(singular, 1))
     return t.masked_fill_(singular, 0).unsqueeze(1)

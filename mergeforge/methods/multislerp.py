@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mergeforge.core.parameters import Interval
-from mergeforge.methods import Look, method
+from mergeforge.methods import BlockScan, method
 from mergeforge.methods._inner_products import gram, lengths
 from mergeforge.methods._weighted_sum import WeightedSum
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def weights(look: Look, numel: int, *, weight: list[float], normalize_weights: bool, eps: float) -> list[float]:
+def weights(scan: BlockScan, numel: int, *, weight: list[float], normalize_weights: bool, eps: float) -> list[float]:
     """The weight of each input in the result.
 
-    By definition the directions' mean is taken, and from there a step in the tangent space, by the
-    weighted mean of the directions there. That is s - (s.m) m for s the weighted sum and m = s / |s|,
-    so zero: the step is left out.
+    By definition the result is the mean of the directions plus a step in the tangent space, by the
+    weighted mean of the directions there. That step is s - (s.m) m for s the weighted sum and m = s / |s|,
+    which is zero: it is left out.
 
     Raises ArithmeticError where the directions cancel.
     """
     import numpy as np
 
-    products = gram(look)
+    products = gram(scan)
     if len(products) <= 1:
         return [1.0] * len(weight)
     share = np.array(weight) / (sum(weight) if normalize_weights else 1)
@@ -33,10 +33,10 @@ def weights(look: Look, numel: int, *, weight: list[float], normalize_weights: b
     scale = 1 / (norms + eps)
     length = math.sqrt(max(float(share @ (products * np.outer(scale, scale)) @ share), 0))
     if length >= eps:
-        return [float(one) for one in share * scale * (norms @ share) / length]
+        return [float(value) for value in share * scale * (norms @ share) / length]
     if len(weight) > 2 and float(norms.max()) > eps:
         raise ArithmeticError("the directions cancel: their weighted mean has no length")
-    return [float(one) for one in share]
+    return [float(value) for value in share]
 
 
 def check(*, weight: list[float], normalize_weights: bool, eps: float) -> None:
@@ -44,22 +44,22 @@ def check(*, weight: list[float], normalize_weights: bool, eps: float) -> None:
         raise ValueError("the weights sum to zero, and normalize_weights divides by their sum")
 
 
-def as_sum(facts: list[float], **_: object) -> WeightedSum:
-    return WeightedSum(facts, fused=True)
+def as_sum(stats: list[float], **_: object) -> WeightedSum:
+    return WeightedSum(stats, fused=True)
 
 
 @method(
     "multislerp",
-    live=1,
+    scratch_blocks=1,
     optional_base=True,
-    facts=weights,
+    stats=weights,
     check=check,
     as_sum=as_sum,
     within={"eps": Interval(0, 1, open_low=True)},
 )
 def multislerp(
     models: list[Tensor],
-    facts: list[float],
+    stats: list[float],
     *,
     weight: list[float],
     normalize_weights: bool = True,
@@ -67,6 +67,6 @@ def multislerp(
 ) -> Tensor:
     """The weighted mean of the models' directions (with a base: their task vectors'), at their mean length.
 
-    mergekit's method (https://goddard.blog/posts/multislerp-wow-what-a-cool-idea). One input stays as it is.
+    mergekit's method (https://goddard.blog/posts/multislerp-wow-what-a-cool-idea). A single input is returned as it is.
     """
-    return as_sum(facts).of(models)
+    return as_sum(stats).evaluate(models)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from mergeforge.methods import Look, method
+from mergeforge.methods import BlockScan, method
 from mergeforge.methods._inner_products import gram, is_vector
 from mergeforge.methods._sub_blocks import by_rows
 from mergeforge.methods._weighted_sum import WeightedSum
@@ -14,18 +14,20 @@ from mergeforge.methods._weighted_sum import WeightedSum
 if TYPE_CHECKING:
     from torch import Tensor
 
-TINY_NORM = 1e-7
+MIN_NORM = 1e-7
 COLUMNS_NBYTES = 4 * 8 << 18  # for each input, 262,144 columns: more than any vocabulary has
 STRAIGHT = 2.0**-23  # of the squared sine: float32 cannot tell less from a straight line
 
+Coefficients = tuple[float, float] | tuple["Tensor", "Tensor"] | None
+
 
 def coefficients(
-    look: Look, numel: int, *, weight: list[float], nuslerp_flatten: bool, nuslerp_row_wise: bool
-) -> tuple[float, float] | tuple[Tensor, Tensor] | None:
-    """What to multiply the two inputs by: whole tensors, or each column; None where each row has its own."""
-    if nuslerp_flatten or is_vector(look):
-        return _of_tensor(look, _t(weight))
-    return _of_columns(look, _t(weight)) if nuslerp_row_wise else None
+    scan: BlockScan, numel: int, *, weight: list[float], nuslerp_flatten: bool, nuslerp_row_wise: bool
+) -> Coefficients:
+    """The factors of the two inputs: for the whole tensor, or for each column; None where each row has its own."""
+    if nuslerp_flatten or is_vector(scan):
+        return _tensor_coefficients(scan, _t(weight))
+    return _column_coefficients(scan, _t(weight)) if nuslerp_row_wise else None
 
 
 def _t(weight: list[float]) -> float:
@@ -33,11 +35,11 @@ def _t(weight: list[float]) -> float:
     return 0.5 if abs(total) < 1e-6 else weight[1] / total
 
 
-def _of_tensor(look: Look, t: float) -> tuple[float, float]:
-    products = gram(look)
+def _tensor_coefficients(scan: BlockScan, t: float) -> tuple[float, float]:
+    products = gram(scan)
     if not len(products):
         return 1 - t, t
-    norms = [max(math.sqrt(max(products[at, at], 0)), TINY_NORM) for at in range(2)]
+    norms = [max(math.sqrt(max(products[at, at], 0)), MIN_NORM) for at in range(2)]
     cosine = max(-1.0, min(1.0, products[0, 1] / norms[0] / norms[1]))
     if 1 - cosine * cosine <= STRAIGHT:
         return 1 - t, t
@@ -45,18 +47,18 @@ def _of_tensor(look: Look, t: float) -> tuple[float, float]:
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def _of_columns(look: Look, t: float) -> tuple[Tensor, Tensor] | None:
+def _column_coefficients(scan: BlockScan, t: float) -> tuple[Tensor, Tensor] | None:
     """A row of factors for each input, from squares and products summed down the columns."""
     total: list[Tensor] = []
-    for found in look(lambda inputs, block: list(_sums(inputs, dim=0))):
-        total = [held.add_(more) for held, more in zip(total, found, strict=True)] if total else _double(found)
+    for sums in scan(lambda inputs, block: list(_sums(inputs, dim=0))):
+        total = [column.add_(more) for column, more in zip(total, sums, strict=True)] if total else _double(sums)
     return _factors(total, t) if total else None
 
 
 def _sums(inputs: list[Tensor], dim: int) -> Iterator[Tensor]:
     """The first input's squares, the second's, and their products, summed over a dimension."""
-    one, two = inputs
-    for left, right in ((one, one), (two, two), (one, two)):
+    first, second = inputs
+    for left, right in ((first, first), (second, second), (first, second)):
         yield (left * right).sum(dim=dim)
 
 
@@ -65,26 +67,23 @@ def _double(values: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _factors(sums: list[Tensor], t: float) -> tuple[Tensor, Tensor]:
-    """sin((1 - t) a) / sin(a) and sin(t a) / sin(a) for the angles a; 1 - t and t where these are next to nothing.
+    """sin((1 - t) a) / sin(a) and sin(t a) / sin(a) for the angles a; 1 - t and t where the angle is almost zero.
 
     Overwrites the sums (float64).
     """
-    squares, others, cosine = sums
-    norms = squares.sqrt_().clamp_(min=TINY_NORM).mul_(others.sqrt_().clamp_(min=TINY_NORM))
+    first_squares, second_squares, cosine = sums
+    norms = first_squares.sqrt_().clamp_(min=MIN_NORM).mul_(second_squares.sqrt_().clamp_(min=MIN_NORM))
     cosine.div_(norms).clamp_(-1, 1)
     straight = 1 - cosine * cosine <= STRAIGHT
     angle = cosine.masked_fill_(straight, 0).acos_()
     sine = norms.copy_(angle).sin_()
-    first = others.copy_(angle).mul_(1 - t).sin_().div_(sine).masked_fill_(straight, 1 - t)
+    first = second_squares.copy_(angle).mul_(1 - t).sin_().div_(sine).masked_fill_(straight, 1 - t)
     return first, angle.mul_(t).sin_().div_(sine).masked_fill_(straight, t)
 
 
-Coefficients = tuple[float, float] | tuple["Tensor", "Tensor"] | None
-
-
-def as_sum(facts: tuple[float, float], **_: object) -> WeightedSum:
-    """Where one angle counts for the whole tensor."""
-    return WeightedSum(facts)
+def as_sum(stats: tuple[float, float], **_: object) -> WeightedSum:
+    """The merge where the whole tensor has one angle."""
+    return WeightedSum(stats)
 
 
 def sum_if(*, nuslerp_flatten: bool, **_: object) -> bool:
@@ -93,17 +92,17 @@ def sum_if(*, nuslerp_flatten: bool, **_: object) -> bool:
 
 @method(
     "nuslerp",
-    live=1,
+    scratch_blocks=1,
     inputs=(2, 2),
     optional_base=True,
-    facts=coefficients,
-    facts_nbytes=COLUMNS_NBYTES,
+    stats=coefficients,
+    stats_nbytes=COLUMNS_NBYTES,
     as_sum=as_sum,
     sum_if=sum_if,
 )
 def nuslerp(
     models: list[Tensor],
-    facts: Coefficients,
+    stats: Coefficients,
     *,
     weight: list[float],
     nuslerp_flatten: bool = True,
@@ -114,15 +113,15 @@ def nuslerp(
     nuslerp_flatten: one angle for a tensor; else one for each row, or with nuslerp_row_wise one for
     each column (mergekit's names). Weights that sum to zero mean the middle.
     """
-    if facts is not None:
-        return _sum(models, facts)
+    if stats is not None:
+        return _sum(models, stats)
     for rows in by_rows(models):
-        _sum(rows, _factors([one[:, None] for one in _double(_sums(rows, dim=1))], _t(weight)))
+        _sum(rows, _factors([column[:, None] for column in _double(_sums(rows, dim=1))], _t(weight)))
     return models[0]
 
 
 def _sum(inputs: list[Tensor], factors: tuple[float, float] | tuple[Tensor, Tensor]) -> Tensor:
-    """combined(), where each factor may be a column or a row of numbers."""
-    one, two = inputs
-    first, second = (each if isinstance(each, float) else each.to(one.dtype) for each in factors)
-    return one.mul_(first).add_(two.mul_(second))
+    """The sum of two inputs times their factors (numbers, columns or rows), into the first."""
+    first, second = inputs
+    a, b = (factor if isinstance(factor, float) else factor.to(first.dtype) for factor in factors)
+    return first.mul_(a).add_(second.mul_(b))

@@ -15,7 +15,7 @@ def as_sum(*, scale: list[float] | None) -> WeightedSum:
     return WeightedSum([1.0 if scale is None or scale[0] is None else scale[0]])
 
 
-@method("passthrough", live=0, inputs=(1, 1), as_sum=as_sum)
+@method("passthrough", scratch_blocks=0, inputs=(1, 1), as_sum=as_sum)
 def passthrough(models: list[Tensor], *, scale: list[float] | None = None) -> Tensor:
-    """One model unchanged, or multiplied by `scale` where it is given."""
-    return as_sum(scale=scale).of(models)
+    """One model unchanged, or multiplied by `scale`."""
+    return as_sum(scale=scale).evaluate(models)

@@ -1,4 +1,4 @@
-"""ram and ramplus_tl: changes that models share are averaged, those of one model alone are kept whole.
+"""ram and ramplus_tl: average the changes that models share, keep those of one model alone in full.
 
 Reinforced Agent Merging, https://arxiv.org/abs/2601.13572.
 """
@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mergeforge.core.parameters import Interval
-from mergeforge.methods import Block, Look, method
+from mergeforge.methods import Block, BlockScan, method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 POSITIVE = Interval(0, math.inf)
 
 
-def _changes(deltas: list[Tensor], epsilon: float) -> Tensor:
-    """Zero what a task vector changes by epsilon at most, in place; count at each element the others."""
+def _count_changes(deltas: list[Tensor], epsilon: float) -> Tensor:
+    """Zero changes of at most epsilon, in place; return the number of models that change each element."""
     import torch
 
     count = torch.zeros_like(deltas[0])
@@ -28,42 +28,42 @@ def _changes(deltas: list[Tensor], epsilon: float) -> Tensor:
     return count
 
 
-@method("ram", live=2, within={"epsilon": POSITIVE})
+@method("ram", scratch_blocks=2, within={"epsilon": POSITIVE})
 def ram(deltas: list[Tensor], *, epsilon: float = 1e-5) -> Tensor:
     """base + the sum of the changes above epsilon, divided at each element by the number of models that make one."""
-    count = _changes(deltas, epsilon)
+    count = _count_changes(deltas, epsilon)
     total = deltas[0]
     for delta in deltas[1:]:
         total.add_(delta)
     return total.div_(count.clamp_(min=1))
 
 
-def gains(look: Look, numel: int, *, epsilon: float, r: float, alpha: float) -> list[float]:
-    """What each task vector's unique changes are multiplied by: more, the more of them it shares."""
+def gains(scan: BlockScan, numel: int, *, epsilon: float, r: float, alpha: float) -> list[float]:
+    """The factor of each task vector's unique changes: the larger, the more changes it shares."""
 
     def counts(deltas: list[Tensor], block: Block) -> list[tuple[int, int]]:
-        alone = _changes(deltas, epsilon).eq_(1).flatten()
+        is_unique = _count_changes(deltas, epsilon).eq_(1).flatten()
         changed = [delta.sign_().abs_().flatten() for delta in deltas]
-        return [(int(one.sum()), int(one.dot(alone))) for one in changed]
+        return [(int(changes.sum()), int(changes.dot(is_unique))) for changes in changed]
 
-    found = []
-    for parts in zip(*look(counts), strict=True):
-        changed, unique = (sum(column) for column in zip(*parts, strict=True))
-        found.append(1 + r * min((changed - unique) / max(unique, epsilon, 1e-30), alpha))
-    return found
+    factors = []
+    for block_counts in zip(*scan(counts), strict=True):
+        changed, unique = (sum(column) for column in zip(*block_counts, strict=True))
+        factors.append(1 + r * min((changed - unique) / max(unique, epsilon, 1e-30), alpha))
+    return factors
 
 
-@method("ramplus_tl", live=3, facts=gains, within={"epsilon": POSITIVE, "r": POSITIVE, "alpha": POSITIVE})
+@method("ramplus_tl", scratch_blocks=3, stats=gains, within={"epsilon": POSITIVE, "r": POSITIVE, "alpha": POSITIVE})
 def ramplus_tl(
-    deltas: list[Tensor], facts: list[float], *, epsilon: float = 1e-5, r: float = 0.1, alpha: float = 0.2
+    deltas: list[Tensor], stats: list[float], *, epsilon: float = 1e-5, r: float = 0.1, alpha: float = 0.2
 ) -> Tensor:
     """ram, with each model's unique changes enlarged by up to 1 + r * alpha.
 
-    By 1 + r * (shared / unique changes of the tensor), the ratio at most alpha.
+    The factor is 1 + r * (shared / unique changes of the tensor), with the ratio limited to alpha.
     """
-    count = _changes(deltas, epsilon)
-    alone = count.clone().eq_(1)
-    total = deltas[0].mul_(alone.mul(facts[0] - 1).add_(1))
-    for delta, gain in zip(deltas[1:], facts[1:], strict=True):
-        total.add_(delta.mul_(alone.mul(gain - 1).add_(1)))
+    count = _count_changes(deltas, epsilon)
+    is_unique = count.clone().eq_(1)
+    total = deltas[0].mul_(is_unique.mul(stats[0] - 1).add_(1))
+    for delta, gain in zip(deltas[1:], stats[1:], strict=True):
+        total.add_(delta.mul_(is_unique.mul(gain - 1).add_(1)))
     return total.div_(count.clamp_(min=1))

@@ -1,4 +1,4 @@
-"""sce: select what varies, calculate weights from it, erase minority signs.
+"""sce: select elements by variance, calculate weights from them, erase minority signs.
 
 Wan et al., "FuseChat: Knowledge Fusion of Chat Models", https://arxiv.org/abs/2408.07990.
 """
@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.methods import UNIT, Block, Look, method
-from mergeforge.methods._mask_cache import KEPT, MASKS_NBYTES, Masks
+from mergeforge.methods import UNIT, Block, BlockScan, method
+from mergeforge.methods._kth_largest import SEARCH_NBYTES
+from mergeforge.methods._mask_cache import CACHED_ELEMENTS, MASK_CACHE_NBYTES, MaskCache
 from mergeforge.methods._sub_blocks import by_elements
-from mergeforge.methods._thresholds import SAMPLE_ELEMENTS, SEARCH_NBYTES, Threshold, largest_share, some
-from mergeforge.methods._weighted_sum import combined
+from mergeforge.methods._thresholds import SAMPLE_ELEMENTS, Threshold, subsample, threshold_of_largest_fraction
+from mergeforge.methods._weighted_sum import fused_weighted_sum
 from mergeforge.native import bindings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TINY = 1e-6  # of the weights' sum, and of the divisor
+MIN_SUM = 1e-6  # of the weights, and of the divisor
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Selection:
     """The threshold of variance (None: everything is kept) with its masks, and each task vector's weight."""
 
     threshold: Threshold | None
-    masks: Masks = field(default_factory=Masks)
+    masks: MaskCache = field(default_factory=MaskCache)
     weights: list[float] = field(default_factory=list)
 
     def keep(self, deltas: list[Tensor], block: Block) -> None:
@@ -38,99 +39,106 @@ class Selection:
             self.masks.apply(deltas, block, lambda: trim(_variance(deltas), block.start == 0).ne_(0))
 
 
-def select(look: Look, numel: int, *, select_topk: float, int8_mask: bool) -> Selection:
-    """Keep the `select_topk` share of the elements that vary, by variance; weights are mean squares of what is kept."""
-    # All masks are kept (each block's in whole bytes) or none: a threshold counts off ties from the first block on.
-    found = Selection(_threshold(look, numel, select_topk), Masks(KEPT if numel <= KEPT * 7 // 8 else 0))
+def select(scan: BlockScan, numel: int, *, select_topk: float, int8_mask: bool) -> Selection:
+    """Keep the `select_topk` fraction of the elements that vary, by variance; weights are mean squares of these."""
+    # Either all masks are cached (each block's in whole bytes) or none: a threshold counts ties from the first block.
+    capacity = CACHED_ELEMENTS if numel <= CACHED_ELEMENTS * 7 // 8 else 0
+    selection = Selection(_threshold(scan, numel, select_topk), MaskCache(capacity))
 
     def squares(deltas: list[Tensor], block: Block) -> list[float]:
-        found.keep(deltas, block)
+        selection.keep(deltas, block)
         return [float(delta.flatten().dot(delta.flatten())) for delta in deltas]
 
-    means = [math.fsum(column) / numel for column in zip(*look(squares), strict=True)]
+    means = [math.fsum(column) / numel for column in zip(*scan(squares), strict=True)]
     total = math.fsum(means)
-    found.weights = [one / total if total >= TINY else 1 / len(means) for one in means]
-    return found
+    selection.weights = [mean / total if total >= MIN_SUM else 1 / len(means) for mean in means]
+    return selection
 
 
-def _threshold(look: Look, numel: int, share: float) -> Threshold | None:
-    if share >= 1 or not numel:
+def _threshold(scan: BlockScan, numel: int, fraction: float) -> Threshold | None:
+    if fraction >= 1 or not numel:
         return None
-    return largest_share(_of_variance(look), numel, share)
+    return threshold_of_largest_fraction(_variance_scan(scan), numel, fraction)
 
 
-def _of_variance(look: Look) -> Any:
-    """Looks at the variance of the task vectors as if it were one task vector."""
+def _variance_scan(scan: BlockScan) -> Any:
+    """Scan the variance of the task vectors as if it were one task vector."""
 
-    def looking(see: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
+    def scan_variance(visit: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
         def variance(deltas: list[Tensor]) -> Tensor:
-            few = [some(delta, delta.numel(), SAMPLE_ELEMENTS) for delta in deltas] if sample else deltas
+            few = [subsample(delta, delta.numel(), SAMPLE_ELEMENTS) for delta in deltas] if sample else deltas
             return _variance(few)
 
-        return look(lambda deltas, block: see([variance(deltas)], block), sample)
+        return scan(lambda deltas, block: visit([variance(deltas)], block), sample)
 
-    return looking
+    return scan_variance
 
 
 def _variance(deltas: list[Tensor]) -> Tensor:
-    """Of each element over the task vectors, divided by their number."""
+    """The variance of each element over the task vectors (divided by their number)."""
     import torch
 
     result = torch.empty_like(deltas[0])
     if bindings.is_supported(*deltas):
         bindings.kernels().variance(bindings.data_pointers(deltas), len(deltas), result.numel(), result)
         return result
-    for first, *others, place in by_elements([*deltas, result], made=2):
-        place.copy_(_spread(first, others))
+    for first, *rest, out in by_elements([*deltas, result], temporaries=2):
+        out.copy_(_float64_variance(first, rest))
     return result
 
 
-def _spread(first: Tensor, others: list[Tensor]) -> Tensor:
-    """The variance in float64: what is equal stays equal. Of distances from the first, so that no digit cancels.
+def _float64_variance(first: Tensor, rest: list[Tensor]) -> Tensor:
+    """The variance in float64, so that equal variances stay equal; of differences from `first`, to avoid cancellation.
 
     (torch.var makes sce 17 times slower.)
     """
     import torch
 
-    origin, count = first.double(), len(others) + 1
-    if not others:
+    origin, count = first.double(), len(rest) + 1
+    if not rest:
         return torch.zeros_like(origin)
-    total = others[0].to(torch.float64, copy=True).sub_(origin)
+    total = rest[0].to(torch.float64, copy=True).sub_(origin)
     squares = total * total
-    for other in others[1:]:
-        apart = other.to(torch.float64, copy=True).sub_(origin)
-        total.add_(apart)
-        squares.addcmul_(apart, apart)
+    for delta in rest[1:]:
+        difference = delta.to(torch.float64, copy=True).sub_(origin)
+        total.add_(difference)
+        squares.addcmul_(difference, difference)
     return squares.mul_(count).addcmul_(total, total, value=-1).mul_(1 / (count * count))
 
 
-@method("sce", live=3, facts=select, facts_nbytes=SEARCH_NBYTES + MASKS_NBYTES, within={"select_topk": UNIT})
+@method(
+    "sce",
+    scratch_blocks=3,
+    stats=select,
+    stats_nbytes=SEARCH_NBYTES + MASK_CACHE_NBYTES,
+    within={"select_topk": UNIT},
+)
 def sce(
-    deltas: list[Tensor], facts: Selection, block: Block, *, select_topk: float = 1.0, int8_mask: bool = False
+    deltas: list[Tensor], stats: Selection, block: Block, *, select_topk: float = 1.0, int8_mask: bool = False
 ) -> Tensor:
-    """Select elements by variance, weigh task vectors by their mean squares, erase what disagrees in sign.
+    """Select elements by variance, weight task vectors by their mean squares, erase minority signs.
 
     Mean squares that add up to less than 1e-6 make the weights equal, as in mergekit. int8_mask has
     no effect.
     """
-    facts.keep(deltas, block)
-    return _agreeing_mean(deltas, facts.weights)
+    stats.keep(deltas, block)
+    return _sign_consensus_mean(deltas, stats.weights)
 
 
-def _agreeing_mean(deltas: list[Tensor], weights: list[float]) -> Tensor:
+def _sign_consensus_mean(deltas: list[Tensor], weights: list[float]) -> Tensor:
     """The weighted mean of the deltas that have the elected sign at each element, into the first one."""
     import numpy as np
     import torch
 
     if bindings.is_supported(*deltas):
-        places, given = bindings.data_pointers(deltas), np.array(weights, np.float32)
-        bindings.kernels().agreeing_mean(places, len(deltas), given, TINY, deltas[0].numel())
+        pointers, weight_array = bindings.data_pointers(deltas), np.array(weights, np.float32)
+        bindings.kernels().sign_consensus_mean(pointers, len(deltas), weight_array, MIN_SUM, deltas[0].numel())
         return deltas[0]
-    sign = combined([deltas[0].clone(), *deltas[1:]], [1.0] * len(deltas))
+    sign = fused_weighted_sum([deltas[0].clone(), *deltas[1:]], [1.0] * len(deltas))
     sign.ge_(0).mul_(2).sub_(1)
     result, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in zip(deltas, weights, strict=True):
         agreeing = delta.mul_(sign).relu_()  # |delta| where its sign is the elected one, else 0
         result.add_(agreeing, alpha=weight)
         divisor.add_(agreeing.sign_(), alpha=weight)
-    return result.mul_(sign).div_(divisor.clamp_(min=TINY))
+    return result.mul_(sign).div_(divisor.clamp_(min=MIN_SUM))

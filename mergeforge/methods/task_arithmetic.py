@@ -18,7 +18,7 @@ def as_sum(*, weight: list[float], normalize: bool, lambda_: float, int8_mask: b
     return task_arithmetic_sum(weight, normalize, lambda_)
 
 
-@method("task_arithmetic", "fold", live=0, as_sum=as_sum)
+@method("task_arithmetic", "fold", scratch_blocks=0, as_sum=as_sum)
 def task_arithmetic(
     deltas: list[Tensor],
     *,
@@ -31,4 +31,4 @@ def task_arithmetic(
 
     With adapters alone this is the fold: W + sum(weight * B A alpha / r). int8_mask has no effect.
     """
-    return task_arithmetic_sum(weight, normalize, lambda_).of(deltas)
+    return task_arithmetic_sum(weight, normalize, lambda_).evaluate(deltas)

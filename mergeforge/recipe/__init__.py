@@ -1,6 +1,6 @@
-"""Recipe: what a merge is to do, read strictly from YAML or a dict.
+"""Recipes: the description of a merge, read strictly from YAML or a dict.
 
-mergekit's keys, plus `adapters`, `rules` and `output`. Several documents in one file are merges that
+A recipe has mergekit's keys, plus `adapters`, `rules` and `output`. Several documents in one file are merges that
 use each other's results by name. Reading needs neither torch nor the models, and
 reports every mistake of a file at once, each with its line and column.
 """
@@ -22,7 +22,7 @@ from mergeforge.recipe.model import (
     GGUFEntry,
     ModelEntry,
     ModelRef,
-    Module,
+    ModuleEntry,
     Output,
     Publish,
     Recipe,
@@ -31,8 +31,8 @@ from mergeforge.recipe.model import (
     TokenEntry,
     TokenizerEntry,
 )
-from mergeforge.recipe.overrides import file_text, overridden, plain
-from mergeforge.recipe.validator import WITHOUT_EFFECT, Checker, Known, Method
+from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
+from mergeforge.recipe.validator import WITHOUT_EFFECT, KnownNames, MethodSignature, Validator
 
 __all__ = [
     "OUT_DTYPES",
@@ -42,7 +42,7 @@ __all__ = [
     "GGUFEntry",
     "ModelEntry",
     "ModelRef",
-    "Module",
+    "ModuleEntry",
     "Output",
     "Publish",
     "Recipe",
@@ -57,61 +57,63 @@ __all__ = [
 
 def read(
     source: str | FilePath | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe,
-    methods: Mapping[str, Method] | Any,
-    sets: tuple[str, ...] = (),
-    mixes: Known = (),
+    methods: Mapping[str, MethodSignature] | Any,
+    overrides: tuple[str, ...] = (),
+    gguf_types: KnownNames = (),
 ) -> Recipe:
     """Read a recipe from a file, a dict (or list of dicts: its documents) or a Recipe.
 
-    `sets`: PATH=VALUE overrides of the document that gives the result. `methods` and `mixes`: the
-    merge methods and GGUF types that there are.
+    `methods`: the known merge methods. `overrides`: PATH=VALUE overrides (`--set`) of the document that gives the
+    result. `gguf_types`: the known GGUF types.
 
-    Raises RecipeError with every mistake that was found.
+    Raises RecipeError with every mistake.
     """
     if isinstance(source, Recipe):
         source = source.documents
     name = "the recipe"
     if isinstance(source, Mapping):
-        documents: list[yaml_reader.Parsed] = [(plain(source), {}, [])]
+        documents: list[yaml_reader.ParsedDocument] = [(plain_value(source), {}, [])]
     elif isinstance(source, str | FilePath):
         name = str(source)
-        documents = yaml_reader.parse(file_text(FilePath(source)), name)
+        documents = yaml_reader.parse(read_recipe_file(FilePath(source)), name)
     else:
-        documents = [(plain(one), {}, []) for one in source]
-    last = _result_among([value for value, _, _ in documents])
-    for override in sets:
-        value, places, problems = documents[last]
-        documents[last] = overridden(value, override), places, problems
-    recipes, mistakes = _read_all(documents, methods, mixes)
+        documents = [(plain_value(document), {}, []) for document in source]
+    final = _final_document([value for value, _, _ in documents])
+    for override in overrides:
+        value, positions, problems = documents[final]
+        documents[final] = apply_override(value, override), positions, problems
+    recipes, mistakes = _read_all(documents, methods, gguf_types)
     if mistakes:
         raise RecipeError(f"{name} has mistakes:", problems=sorted(set(mistakes)))
-    result = recipes.pop(last)
+    result = recipes.pop(final)
     return replace(result, stages=tuple(recipes)) if recipes else result
 
 
 def _read_all(
-    documents: Sequence[yaml_reader.Parsed], methods: Mapping[str, Method], mixes: Known
+    documents: Sequence[yaml_reader.ParsedDocument], methods: Mapping[str, MethodSignature], gguf_types: KnownNames
 ) -> tuple[list[Recipe], list[Problem]]:
-    """Every document as a recipe, and the mistakes in all of them."""
+    """Read every document; return the recipes and all mistakes."""
     recipes: list[Recipe] = []
     mistakes: list[Problem] = []
     names: set[Any] = set()
-    last = _result_among([value for value, _, _ in documents])
-    for at, (value, places, problems) in enumerate(documents):
-        checker = Checker(places, problems)
-        read_value = RECIPE.read(value, (), checker.report)
-        recipe = checker.recipe(read_value, value, methods)
-        checker.check_gguf(read_value, mixes)
-        if at != last:
-            checker.check_stage(read_value, names)
-        mistakes += checker.problems
+    final = _final_document([value for value, _, _ in documents])
+    for index, (value, positions, problems) in enumerate(documents):
+        validator = Validator(positions, problems)
+        checked_value = RECIPE.read(value, (), validator.report)
+        recipe = validator.recipe(checked_value, value, methods)
+        validator.check_gguf(checked_value, gguf_types)
+        if index != final:
+            validator.check_stage(checked_value, names)
+        mistakes += validator.problems
         if recipe is not None:
             recipes.append(recipe)
-        names.add(read_value.get("name"))
+        names.add(checked_value.get("name"))
     return recipes, mistakes
 
 
-def _result_among(documents: Sequence[Any]) -> int:
-    """Which document gives the result: the one without a name, else the last."""
-    unnamed = [at for at, value in enumerate(documents) if isinstance(value, Mapping) and value.get("name") is None]
+def _final_document(documents: Sequence[Any]) -> int:
+    """The index of the document that gives the result: the one without a name, else the last."""
+    unnamed = [
+        index for index, value in enumerate(documents) if isinstance(value, Mapping) and value.get("name") is None
+    ]
     return unnamed[-1] if unnamed else len(documents) - 1

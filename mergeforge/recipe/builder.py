@@ -1,21 +1,20 @@
-"""From values of the right shape to the recipe's parts: models, slices, modules, rules, tokenizers, outputs."""
+"""Builds the parts of a recipe from validated values: models, slices, modules, rules, tokenizers, outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path as FilePath
-from typing import Any, Protocol
+from typing import Any
 
 from mergeforge.core.parameters import Parameter
-from mergeforge.recipe import yaml_reader as text
 from mergeforge.recipe.model import (
     AdapterEntry,
     AdapterOutput,
     GGUFEntry,
     ModelEntry,
     ModelRef,
-    Module,
+    ModuleEntry,
     Output,
     Publish,
     Rule,
@@ -24,58 +23,58 @@ from mergeforge.recipe.model import (
     TokenizerEntry,
 )
 from mergeforge.recipe.parameter_values import scalars
+from mergeforge.recipe.schema import ReportProblem
+from mergeforge.recipe.yaml_reader import Path
 
 _FOLD_WEIGHT = Parameter("weight", "float", per_input=True, required=False, default=1.0, within=None)
 
 
-class Report(Protocol):
-    """Takes a mistake: where it stands, what is wrong, what to do."""
-
-    def __call__(self, path: text.Path, message: str, hint: str = "") -> None: ...
-
-
 class Builder:
-    """Builds the parts; what is wrong with one is reported at its place."""
+    """Builds the parts; reports each mistake at its position."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: ReportProblem) -> None:
         self.report = report
 
-    def models(self, value: Mapping[str, Any], path: text.Path) -> tuple[ModelEntry, ...]:
-        return tuple(self.model(item, (*path, "models", at)) for at, item in enumerate(value.get("models") or []))
+    def models(self, value: Mapping[str, Any], path: Path) -> tuple[ModelEntry, ...]:
+        models = enumerate(value.get("models") or [])
+        return tuple(self.model(item, (*path, "models", index)) for index, item in models)
 
-    def slices(self, value: Mapping[str, Any], path: text.Path) -> tuple[Slice, ...]:
-        return tuple(self.slice(item, (*path, "slices", at)) for at, item in enumerate(value.get("slices") or []))
+    def slices(self, value: Mapping[str, Any], path: Path) -> tuple[Slice, ...]:
+        slices = enumerate(value.get("slices") or [])
+        return tuple(self.slice(item, (*path, "slices", index)) for index, item in slices)
 
-    def slice(self, item: Mapping[str, Any], path: text.Path) -> Slice:
+    def slice(self, item: Mapping[str, Any], path: Path) -> Slice:
         sources = tuple(
-            replace(self.model(one, (*path, "sources", at)), layers=one.get("layer_range"))
-            for at, one in enumerate(item.get("sources") or [])
+            replace(self.model(source, (*path, "sources", index)), layers=source.get("layer_range"))
+            for index, source in enumerate(item.get("sources") or [])
         )
-        lengths = {one.layers[1] - one.layers[0] for one in sources if one.layers}
-        if len(lengths) > 1:
-            counts = ", ".join(str(one.layers[1] - one.layers[0]) for one in sources if one.layers)
+        depths = [source.layers[1] - source.layers[0] for source in sources if source.layers]
+        if len(set(depths)) > 1:
             self.report(
-                (*path, "sources"), f"the sources of a slice give {counts} layers", "they must give as many each"
+                (*path, "sources"),
+                f"the sources of this slice have different numbers of layers: {', '.join(map(str, depths))}",
+                "give each layer_range the same length",
             )
         base = item.get("base_model")
         base_entry = self.model({"model": base}, (*path, "base_model")) if base else None
         return Slice(sources, base_entry, item.get("parameters") or {})
 
-    def module(self, name: str, item: Mapping[str, Any]) -> Module:
-        path: text.Path = ("modules", name)
+    def module(self, name: str, item: Mapping[str, Any]) -> ModuleEntry:
+        path: Path = ("modules", name)
         if bool(item.get("models")) == bool(item.get("slices")):
-            self.report(path, f"the module {name!r} needs either models or slices")
+            self.report(path, f"the module {name!r} needs either 'models' or 'slices'")
         models, slices = self.models(item, path), self.slices(item, path)
-        return Module(name, models, slices, item.get("parameters") or {})
+        return ModuleEntry(name, models, slices, item.get("parameters") or {})
 
-    def rule(self, item: Mapping[str, Any], path: text.Path) -> Rule:
-        ways = [key for key in ("merge_method", "use", "drop") if item.get(key)]
-        if len(ways) > 1:
-            self.report(path, f"a rule has either {' or '.join(ways)}", "split it in two, or take one out")
-        if not item or (not ways and not item.get("parameters") and not item.get("models")):
-            self.report(path, "this rule changes nothing", "give it a merge_method, parameters, models, use or drop")
-        if ways and ways[0] != "merge_method" and (item.get("parameters") or item.get("models")):
-            self.report(path, f"a rule with '{ways[0]}' merges nothing", "take its parameters and models out")
+    def rule(self, item: Mapping[str, Any], path: Path) -> Rule:
+        actions = [key for key in ("merge_method", "use", "drop") if item.get(key)]
+        if len(actions) > 1:
+            text = f"a rule can have only one of {', '.join(actions)}"
+            self.report(path, text, "split it into several rules, or remove a key")
+        if not item or (not actions and not item.get("parameters") and not item.get("models")):
+            self.report(path, "this rule changes nothing", "add merge_method, parameters, models, use or drop")
+        if actions and actions[0] != "merge_method" and (item.get("parameters") or item.get("models")):
+            self.report(path, f"a rule with '{actions[0]}' takes no parameters or models", "remove them")
         return Rule(
             match=tuple(pattern for pattern in item.get("match") or () if pattern),
             merge_method=item.get("merge_method"),
@@ -86,98 +85,101 @@ class Builder:
         )
 
     def tokenizer(self, value: Mapping[str, Any]) -> TokenizerEntry | None:
-        short, full = value.get("tokenizer_source"), value.get("tokenizer")
-        if short and full:
-            self.report(("tokenizer_source",), "tokenizer_source and tokenizer say the same", "keep one of them")
-        if not short and full is None:
+        shorthand, full = value.get("tokenizer_source"), value.get("tokenizer")
+        if shorthand and full:
+            self.report(("tokenizer_source",), "the recipe has both tokenizer_source and tokenizer", "keep one of them")
+        if not shorthand and full is None:
             return None
-        path: text.Path = ("tokenizer", "source") if full is not None else ("tokenizer_source",)
-        source = short or (full or {}).get("source") or {"model": {"path": "union"}}
+        path: Path = ("tokenizer", "source") if full is not None else ("tokenizer_source",)
+        source = shorthand or (full or {}).get("source") or {"model": {"path": "union"}}
         entry = self.model({"model": source}, path)
         tokens = {
             token: self.token(item, ("tokenizer", "tokens", token))
             for token, item in ((full or {}).get("tokens") or {}).items()
         }
-        named = str(entry) if str(entry) in ("union", "base") else entry
-        return TokenizerEntry(named, tokens, (full or {}).get("pad_to_multiple_of"))
+        source_or_keyword = str(entry) if str(entry) in ("union", "base") else entry
+        return TokenizerEntry(source_or_keyword, tokens, (full or {}).get("pad_to_multiple_of"))
 
-    def token(self, item: Mapping[str, Any], path: text.Path) -> TokenEntry | None:
+    def token(self, item: Mapping[str, Any], path: Path) -> TokenEntry | None:
         source = item.get("source")
         if not source:
             if item.get("force"):
-                self.report(path, "'force' needs a source", "a model, {kind: zero} or {kind: model_token, ...}")
+                self.report(
+                    path, "'force' needs a source", "add 'source': a model, {kind: zero} or {kind: model_token, ...}"
+                )
             return None
         kind = source.get("kind") or "model"
         model = self.model({"model": source["model"]}, (*path, "source")) if source.get("model") else None
-        given = [key for key in ("token", "token_id") if source.get(key) is not None]
+        row_keys = [key for key in ("token", "token_id") if source.get(key) is not None]
         if kind != "zero" and model is None:
-            self.report((*path, "source"), "a token's source needs a model", "or kind: zero")
-        if len(given) != (kind == "model_token"):
-            wanted = "either token or token_id" if kind == "model_token" else "neither token nor token_id"
-            self.report((*path, "source"), f"a source of the kind {kind} takes {wanted}")
+            self.report((*path, "source"), "a token's source needs a model", "add 'model', or use kind: zero")
+        if len(row_keys) != (kind == "model_token"):
+            allowed = "exactly one of token and token_id" if kind == "model_token" else "neither token nor token_id"
+            self.report((*path, "source"), f"a source of kind {kind} takes {allowed}")
         return TokenEntry(kind, model, source.get("token"), source.get("token_id"), bool(item.get("force")))
 
-    def model(self, item: Mapping[str, Any], path: text.Path) -> ModelEntry:
-        """`item`: a checked {model, adapters, parameters}."""
+    def model(self, item: Mapping[str, Any], path: Path) -> ModelEntry:
+        """Build a model from a validated {model, adapters, parameters}."""
         reference = item.get("model") or {}
         model, adapters = self.ref(reference.get("model") or {}, path)
         lora = reference.get("lora")
         if lora:
             adapters = (*adapters, self.ref(lora, path)[0])
         entries = [AdapterEntry(adapter) for adapter in adapters]
-        entries += [self.folded(one, (*path, "adapters", at)) for at, one in enumerate(item.get("adapters") or [])]
+        own_adapters = enumerate(item.get("adapters") or [])
+        entries += [self.folded_adapter(adapter, (*path, "adapters", index)) for index, adapter in own_adapters]
         return ModelEntry(model, tuple(entries), item.get("parameters") or {})
 
-    def adapter(self, item: Mapping[str, Any], path: text.Path) -> AdapterEntry:
-        reference, more = self.ref({"path": item.get("adapter")}, path)
-        if more:
-            self.report(path, f"'{item['adapter']}' is more than one adapter", "list each adapter on its own")
+    def adapter(self, item: Mapping[str, Any], path: Path) -> AdapterEntry:
+        reference, further = self.ref({"path": item.get("adapter")}, path)
+        if further:
+            self.report(path, f"'{item['adapter']}' names more than one adapter", "list each adapter separately")
         residual = bool(item.get("base_is_residual"))
         return AdapterEntry(reference, item.get("weight", 1.0), item.get("parameters") or {}, residual)
 
-    def folded(self, item: Mapping[str, Any], path: text.Path) -> AdapterEntry:
-        """An adapter inside a model takes a weight and nothing else: no method combines it."""
+    def folded_adapter(self, item: Mapping[str, Any], path: Path) -> AdapterEntry:
+        """Build an adapter inside a model. It takes only a weight, because no merge method applies to it."""
         entry = self.adapter(item, path)
         check_values(entry.weight, (*path, "weight"), _FOLD_WEIGHT, self.report)
         if entry.parameters:
-            text = "an adapter inside a model is folded in by its weight alone"
-            self.report((*path, "parameters"), text, "list it under the top 'adapters' to combine it")
+            text = "an adapter inside a model takes only a weight"
+            self.report((*path, "parameters"), text, "list it under the top-level 'adapters' to use a merge method")
         return entry
 
-    def ref(self, item: Mapping[str, Any], path: text.Path) -> tuple[ModelRef, tuple[ModelRef, ...]]:
+    def ref(self, item: Mapping[str, Any], path: Path) -> tuple[ModelRef, tuple[ModelRef, ...]]:
         model, adapters = parse_ref(item.get("path") or "?")
         if item.get("revision"):
             model = ModelRef(model.path, item["revision"])
         if not model.path or not all(adapter.path for adapter in adapters):
-            self.report(path, f"'{item.get('path')}' is not path[@revision][+adapter]")
+            self.report(path, f"'{item.get('path')}' is not a model reference", "write path[@revision][+adapter]")
         return model, adapters
 
 
-def check_values(setting: Any, path: text.Path, parameter: Parameter, report: Report) -> None:
-    """Report the values of a setting that the parameter cannot have."""
-    for value in scalars(setting):
-        if parameter.kind == "float" and isinstance(value, bool):
-            report(path, f"'{parameter.name}' must be a number, not {str(value).lower()}")
-        elif parameter.kind == "bool" and not isinstance(value, bool) and value not in (0, 1):
-            report(path, f"'{parameter.name}' must be true or false, not {value}")
-        elif parameter.within and not isinstance(value, bool) and value not in parameter.within:
-            report(path, f"'{parameter.name}' must lie in {parameter.within}, not {value}")
-        elif value != value or value in (float("inf"), float("-inf")):
-            report(path, f"'{parameter.name}' must be a finite number, not {value}")
+def check_values(value: Any, path: Path, parameter: Parameter, report: ReportProblem) -> None:
+    """Report every number or boolean in a value that the parameter does not accept."""
+    for scalar in scalars(value):
+        if parameter.kind == "float" and isinstance(scalar, bool):
+            report(path, f"'{parameter.name}' must be a number, not {str(scalar).lower()}")
+        elif parameter.kind == "bool" and not isinstance(scalar, bool) and scalar not in (0, 1):
+            report(path, f"'{parameter.name}' must be true or false, not {scalar}")
+        elif parameter.within and not isinstance(scalar, bool) and scalar not in parameter.within:
+            report(path, f"'{parameter.name}' must be in {parameter.within}, not {scalar}")
+        elif scalar != scalar or scalar in (float("inf"), float("-inf")):
+            report(path, f"'{parameter.name}' must be a finite number, not {scalar}")
 
 
-def parse_ref(written: str) -> tuple[ModelRef, tuple[ModelRef, ...]]:
-    """`path[@revision][+adapter[@revision]]...` -> the model and its adapters.
+def parse_ref(reference: str) -> tuple[ModelRef, tuple[ModelRef, ...]]:
+    """Parse `path[@revision][+adapter[@revision]]...` into the model and its adapters.
 
-    A text that is an existing path is that path, whatever characters are in it.
+    An existing path means that path, whatever characters it contains.
     """
-    if _exists(written):
-        return ModelRef(written), ()
-    model, *adapters = (_revision(part.strip()) for part in written.split("+"))
+    if _exists(reference):
+        return ModelRef(reference), ()
+    model, *adapters = (_parse_revision(part.strip()) for part in reference.split("+"))
     return model, tuple(adapters)
 
 
-def _revision(part: str) -> ModelRef:
+def _parse_revision(part: str) -> ModelRef:
     if "@" not in part or _exists(part) or ("://" in part and not part.startswith("hf://")):
         return ModelRef(part)
     path, _, revision = part.partition("@")
@@ -187,12 +189,12 @@ def _revision(part: str) -> ModelRef:
 def _exists(path: str) -> bool:
     try:
         return FilePath(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL
+    except (OSError, RuntimeError, ValueError):  # too long, the home of an unknown user, a NUL
         return False
 
 
-def output_of(value: Mapping[str, Any]) -> Output:
-    """The checked `output` part of a recipe."""
+def build_output(value: Mapping[str, Any]) -> Output:
+    """Build the validated `output` part of a recipe."""
     return Output(
         path=value.get("path"),
         safetensors=value.get("safetensors") is not False,

@@ -1,4 +1,4 @@
-"""The recipe's language: which keys there are, and what each may hold."""
+"""The keys of a recipe, and the schema of each."""
 
 from __future__ import annotations
 
@@ -6,140 +6,144 @@ from typing import Any
 
 from mergeforge.recipe.model import OUT_DTYPES
 from mergeforge.recipe.schema import (
-    Choice,
-    Flag,
+    Boolean,
+    Enum,
+    Integer,
     ListOf,
     MapOf,
+    Object,
+    ParameterValue,
     Pattern,
     Range,
-    Record,
-    Setting,
-    Shape,
+    Schema,
     Size,
-    Text,
-    Whole,
+    String,
 )
 
-_REVISION = Record({"path": Text(), "revision": Text()}, required=("path",), short="path")
-_PARAMETERS = MapOf(Setting(), "the method's parameters: numbers, gradients or filters")
-_ADAPTER = Record(
+_REVISION = Object({"path": String(), "revision": String()}, required=("path",), shorthand="path")
+_PARAMETERS = MapOf(ParameterValue(), "the method's parameters: numbers, gradients or filters")
+_ADAPTER = Object(
     {
-        "adapter": Text("a PEFT adapter: a folder or Hub repo id, with optional @revision"),
-        "weight": Setting("a number, a gradient over the layers, or filters (default 1)"),
+        "adapter": String("a PEFT adapter: a folder or Hub repo id, with an optional @revision"),
+        "weight": ParameterValue("a number, a gradient over the layers, or filters (default 1)"),
         "parameters": _PARAMETERS,
-        "base_is_residual": Flag("true: the base is the residual model that PiSSA, OLoRA, CorDA or LoftQ saved"),
+        "base_is_residual": Boolean("true: base_model is the residual model that PiSSA, OLoRA, CorDA or LoftQ saved"),
     },
     required=("adapter",),
-    short="adapter",
+    shorthand="adapter",
 )
-_MODEL_REF = Record({"model": _REVISION, "lora": _REVISION}, required=("model",), short="model")
-_ADAPTERS = ListOf(_ADAPTER, "adapters folded into this model first")
-_MODEL = Record(
+_MODEL_REF = Object({"model": _REVISION, "lora": _REVISION}, required=("model",), shorthand="model")
+_ADAPTERS = ListOf(_ADAPTER, "adapters to fold into this model first")
+_MODEL = Object(
     {"model": _MODEL_REF, "adapters": _ADAPTERS, "parameters": _PARAMETERS},
     required=("model",),
-    short="model",
+    shorthand="model",
 )
 _MODELS = ListOf(_MODEL, "the models to merge")
-_SOURCE = Record(
+_SOURCE = Object(
     {
         "model": _MODEL_REF,
-        "layer_range": Range("the layers [first, stop) that it gives"),
+        "layer_range": Range("the layers to take: [first, last + 1]"),
         "adapters": _ADAPTERS,
         "parameters": _PARAMETERS,
     },
     required=("model", "layer_range"),
 )
-_SLICE = Record(
+_SLICE = Object(
     {
-        "sources": ListOf(_SOURCE, "models and the layers that they give, as many each"),
+        "sources": ListOf(_SOURCE, "models and the layers to take from each; all the same number of layers"),
         "base_model": _MODEL_REF,
         "parameters": _PARAMETERS,
     },
     required=("sources",),
 )
-_SLICES = ListOf(_SLICE, "layers of the models, merged and stacked one on the other")
-_MODULE = Record({"models": _MODELS, "slices": _SLICES, "parameters": _PARAMETERS})
-_RULE = Record(
+_SLICES = ListOf(_SLICE, "slices of layers, each merged from its sources, stacked in this order")
+_MODULE = Object({"models": _MODELS, "slices": _SLICES, "parameters": _PARAMETERS})
+_RULE = Object(
     {
-        "match": ListOf(Pattern(), "regular expressions, searched for in a tensor's name (none: every one)", lone=True),
-        "merge_method": Text("the method for these tensors"),
+        "match": ListOf(
+            Pattern(), "regular expressions searched for in tensor names (none: every tensor)", allow_scalar=True
+        ),
+        "merge_method": String("the merge method for these tensors"),
         "parameters": _PARAMETERS,
-        "models": ListOf(_MODEL, "the models that are merged into these tensors, instead of the recipe's"),
+        "models": ListOf(_MODEL, "the models to merge for these tensors, instead of the recipe's"),
         "use": _MODEL_REF,
-        "drop": Flag("true: leave these tensors out"),
+        "drop": Boolean("true: leave these tensors out of the result"),
     },
-    about="how the tensors that match are made; the first rule that matches counts",
+    description="how to make the tensors that match; the first matching rule applies",
 )
-_TOKEN_SOURCE = Record(
+_TOKEN_SOURCE = Object(
     {
-        "kind": Choice(("zero", "model_token")),
+        "kind": Enum(("zero", "model_token")),
         "model": _MODEL_REF,
-        "token": Text("the token whose row is taken"),
-        "token_id": Whole(0, "its number"),
+        "token": String("the token whose embedding row to use"),
+        "token_id": Integer(0, "the id of that token"),
     },
-    short="model",
+    shorthand="model",
 )
-_TOKEN = Record(
-    {"source": _TOKEN_SOURCE, "force": Flag("for every model, also those that know the token")},
-    about="where a token's embedding comes from",
+_TOKEN = Object(
+    {"source": _TOKEN_SOURCE, "force": Boolean("true: use this row in every model, even one that has the token")},
+    description="the source of a token's embedding row",
 )
-_TOKENIZER = Record(
+_TOKENIZER = Object(
     {
         "source": _MODEL_REF,
-        "tokens": MapOf(_TOKEN, "tokens treated on their own"),
-        "pad_to_multiple_of": Whole(1, "rows of the embedding are filled up to a multiple of this"),
+        "tokens": MapOf(_TOKEN, "settings for single tokens"),
+        "pad_to_multiple_of": Integer(1, "pad the embedding to a multiple of this many rows"),
     }
 )
-_DTYPE = Choice(tuple(OUT_DTYPES))
-_GGUF = Record(
+_DTYPE = Enum(tuple(OUT_DTYPES))
+_GGUF = Object(
     {
-        "type": Text("q4_k_m, q8_0, f16, ...: see `mergeforge list quants`"),
-        "imatrix": Text("an importance matrix: GGUF or .dat"),
-        "tensor_types": MapOf(Text(), "GGUF tensor name (part or regular expression) -> type"),
-        "output_tensor_type": Text("the type of output.weight"),
-        "token_embedding_type": Text("the type of token_embd.weight"),
-        "pure": Flag("every tensor in the main type"),
-        "split_max_size": Size("largest size of one file, e.g. 4GB"),
+        "type": String("q4_k_m, q8_0, f16, ...: see `mergeforge list quants`"),
+        "imatrix": String("an importance matrix file: GGUF or .dat"),
+        "tensor_types": MapOf(String(), "GGUF tensor name (substring or regular expression) -> type"),
+        "output_tensor_type": String("the type of output.weight"),
+        "token_embedding_type": String("the type of token_embd.weight"),
+        "pure": Boolean("true: quantize every tensor to the main type"),
+        "split_max_size": Size("maximum size of one file, e.g. 4GB"),
     },
     required=("type",),
-    short="type",
+    shorthand="type",
 )
-_JOINED = Record(
+_JOINED = Object(
     {
-        "all": Flag("true: every rank of every adapter, exactly"),
-        "rank": Whole(1, "the sum's best approximation of this rank"),
-        "energy": Setting("the smallest rank that holds this share of the squared change, 0 to 1"),
+        "all": Boolean("true: keep every rank of every adapter, without loss"),
+        "rank": Integer(1, "truncate the sum of the adapters to this rank"),
+        "energy": ParameterValue("truncate to the smallest rank that keeps this share of the squared change, 0 to 1"),
         "dtype": _DTYPE,
     },
-    short="all",
-    about="the adapters as one PEFT adapter: true, or {rank, energy, dtype}",
+    shorthand="all",
+    description="write the adapters as one PEFT adapter: true, or {rank, energy, dtype}",
 )
-_PUBLISH = Record(
+_PUBLISH = Object(
     {
-        "repo": Text("the Hub repo that the result goes to: owner/name"),
-        "private": Flag("who sees a repo that is made now (default true)"),
-        "revision": Text("the branch (default main)"),
-        "stream": Flag("true: each file is sent and removed here when it is finished, and needs no room afterwards"),
+        "repo": String("the Hub repo to upload the result to: owner/name"),
+        "private": Boolean("create the repo as private (default true)"),
+        "revision": String("the branch to upload to (default main)"),
+        "stream": Boolean("true: upload each file when it is finished, then delete it locally to save disk space"),
     },
     required=("repo",),
-    short="repo",
+    shorthand="repo",
 )
-_OUTPUT = Record(
+_OUTPUT = Object(
     {
-        "path": Text("the folder to write"),
-        "safetensors": Flag("false: only GGUF, no other copy on disk at any time"),
-        "fp8": Flag("true: linear weights as FP8 (E4M3) with a scale for each block of 128 x 128"),
-        "shard_size": Size("largest size of one safetensors file, e.g. 5GB"),
-        "gguf": ListOf(_GGUF, "GGUF files to write, by their types: q4_k_m, q8_0, f16, ...", lone=True),
-        "gguf_from": Choice(("float32", "stored"), "what is quantised: the merged float32 values, or them as stored"),
-        "gguf_pre": Text("the pre-tokenizer's name in GGUF, where its structure does not tell"),
-        "name": Text("what the model is called in GGUF file names and metadata (default: the folder's name)"),
+        "path": String("the output folder"),
+        "safetensors": Boolean("false: write only GGUF; no other copy is on disk at any time"),
+        "fp8": Boolean("true: store linear weights as FP8 (E4M3) with one scale per block of 128 x 128"),
+        "shard_size": Size("maximum size of one safetensors file, e.g. 5GB"),
+        "gguf": ListOf(_GGUF, "GGUF files to write, by type: q4_k_m, q8_0, f16, ...", allow_scalar=True),
+        "gguf_from": Enum(
+            ("float32", "stored"), "quantize the merged float32 values, or the values rounded to the stored dtype"
+        ),
+        "gguf_pre": String("the name of the GGUF pre-tokenizer, if it cannot be detected"),
+        "name": String("the model's name in GGUF file names and metadata (default: the folder's name)"),
         "adapter": _JOINED,
         "publish": _PUBLISH,
     }
 )
-_FIELDS: dict[str, Shape] = {
-    "merge_method": Text("fold, linear, slerp, ties, ...: see `mergeforge list methods`"),
+_FIELDS: dict[str, Schema] = {
+    "merge_method": String("fold, linear, slerp, ties, ...: see `mergeforge list methods`"),
     "base_model": _MODEL_REF,
     "models": _MODELS,
     "adapters": ListOf(_ADAPTER, "PEFT adapters of base_model"),
@@ -147,24 +151,27 @@ _FIELDS: dict[str, Shape] = {
     "dtype": _DTYPE,
     "out_dtype": _DTYPE,
     "tokenizer_source": _MODEL_REF,
-    "base_numerics": Choice(
+    "base_numerics": Enum(
         ("original", "dequant_nf4", "dequant_nf4_single"),
-        "what adapters are folded into: tensors as stored, or as QLoRA trained on them (NF4, with or without double "
-        "quantisation)",
+        "what adapters are folded into: the tensors as stored, or as QLoRA trained on them (NF4, with or without "
+        "double quantization)",
     ),
-    "stream_inputs": Flag("true: Hub repos are read where they lie, in pieces, and not downloaded"),
-    "random_seed": Whole(0, "seed of dare's random masks (default 0)"),
+    "stream_inputs": Boolean("true: read Hub repos remotely, range by range, instead of downloading them"),
+    "random_seed": Integer(0, "seed of the random masks of dare and della (default 0)"),
     "output": _OUTPUT,
     "slices": _SLICES,
-    "modules": MapOf(_MODULE, "parts of a model (text_decoder, vision_tower, encoder, ...) merged each on its own"),
-    "rules": ListOf(_RULE, "tensors that are made otherwise than the rest; the first rule that matches counts"),
+    "modules": MapOf(_MODULE, "parts of a model (text_decoder, vision_tower, encoder, ...), each merged separately"),
+    "rules": ListOf(_RULE, "rules for tensors that are made differently; the first matching rule applies"),
     "tokenizer": _TOKENIZER,
-    "chat_template": Text("auto, a template's name (alpaca, chatml, exaone, llama3, mistral), or Jinja"),
-    "name": Text("what later documents of the file call this one's result"),
+    "chat_template": String("auto, a template name (alpaca, chatml, exaone, llama3, mistral), or a Jinja template"),
+    "name": String("the name by which later documents in the file refer to this result"),
 }
-RECIPE = Record(_FIELDS, about="a mergeforge recipe")
+RECIPE = Object(_FIELDS, description="a mergeforge recipe")
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a recipe, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mergeforge recipe"} | RECIPE.json()
+    """Return the JSON Schema (draft 2020-12) of a recipe, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "mergeforge recipe",
+    } | RECIPE.json_schema()

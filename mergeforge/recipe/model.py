@@ -1,4 +1,4 @@
-"""What a recipe is made of, checked: models, slices, rules, adapters, outputs, and the Recipe itself."""
+"""The parts of a validated recipe: models, slices, rules, adapters, outputs, and the Recipe itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 _LINE_BREAKS = set("\r\x85\u2028\u2029\ufeff")
-# What `dtype` and `out_dtype` may be, as mergekit spells them, and the safetensors name of each.
+# The values of `dtype` and `out_dtype`, as mergekit spells them, and the safetensors name of each.
 OUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
@@ -29,7 +29,7 @@ class ModelRef:
 class AdapterEntry:
     """An adapter with its weight and the method's other parameters for it.
 
-    `base_is_residual`: the base is what PiSSA, OLoRA and the like left of the original.
+    `base_is_residual`: the base is the residual model that PiSSA, OLoRA or a similar initialization saved.
     """
 
     adapter: ModelRef
@@ -40,9 +40,9 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model, the adapters folded into it before anything else, and the method's parameters for it.
+    """A model, the adapters folded into it first, and the method's parameters for it.
 
-    `layers`: in a slice, the layers [first, stop) that it gives.
+    `layers`: in a slice, the layers [first, stop) that it contributes.
     """
 
     model: ModelRef
@@ -56,9 +56,9 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class Slice:
-    """Layers of several models, merged, and stacked on those of the slices before it.
+    """Merged layers of several models, stacked on the layers of the slices before.
 
-    `base`: the base model of this slice alone.
+    `base`: the base model of this slice only.
     """
 
     sources: tuple[ModelEntry, ...]
@@ -67,8 +67,8 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Module:
-    """A part of a model (text_decoder, vision_tower, encoder, ...) with models or slices of its own."""
+class ModuleEntry:
+    """A part of a model (text_decoder, vision_tower, encoder, ...) with its own models or slices."""
 
     name: str
     models: tuple[ModelEntry, ...] = ()
@@ -78,10 +78,10 @@ class Module:
 
 @dataclass(frozen=True)
 class Rule:
-    """How the tensors whose names match are made; what it leaves out is as in the recipe around it.
+    """How to merge the tensors whose names match; keys that it omits come from the recipe.
 
-    `match`: regular expressions, any of which is found in the name (none: every tensor). `use`: the
-    model whose tensor is taken unchanged ("base": the base model's). `drop`: they are left out.
+    `match`: regular expressions, one of which is found in the name (none: every tensor). `use`: copy the
+    tensor of this model unchanged ("base": the base model's). `drop`: leave the tensors out.
     """
 
     match: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ class TokenEntry:
     """Where a token's embedding comes from: a model's row for it, another token's row, or zeros.
 
     `kind`: "model" (the row that `model` has for it), "model_token" (its row for `token` or
-    `token_id`) or "zero". `force`: for every model, also those that know the token.
+    `token_id`) or "zero". `force`: for every model, even one that has the token.
     """
 
     kind: str
@@ -112,7 +112,7 @@ class TokenEntry:
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """The output's tokenizer: "union", "base" or a model's, tokens treated on their own, padding."""
+    """The output's tokenizer: "union", "base" or a model's; settings of single tokens; padding."""
 
     source: str | ModelEntry = "union"
     tokens: Mapping[str, TokenEntry | None] = field(default_factory=dict)
@@ -121,10 +121,10 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class GGUFEntry:
-    """A GGUF file to write: its mix of types (`q4_k_m`, ...), and what changes that mix.
+    """A GGUF file to write: its file type (`q4_k_m`, ...) and overrides for single tensors.
 
-    `tensor_types`: (part of a GGUF tensor's name or regular expression, type), first match wins.
-    `split_max_size`: largest sum of tensor bytes of one file; 0: one file.
+    `tensor_types`: (substring of a GGUF tensor's name or regular expression, type), first match wins.
+    `split_max_size`: maximum sum of tensor bytes of one file; 0: one file.
     """
 
     type: str
@@ -138,7 +138,7 @@ class GGUFEntry:
 
 @dataclass(frozen=True)
 class AdapterOutput:
-    """The adapters as one: all their ranks, or cut to `rank`, or to the `energy` share of the squared change."""
+    """The adapters combined into one: at full rank, or cut to `rank` or to the `energy` share of the squared change."""
 
     rank: int | None = None
     energy: float | None = None
@@ -147,7 +147,7 @@ class AdapterOutput:
 
 @dataclass(frozen=True)
 class Publish:
-    """The Hub repo that the finished folder goes to; with `stream`, file by file while the merge goes on."""
+    """The Hub repo to upload the finished folder to; with `stream`, file by file while the merge runs."""
 
     repo: str
     private: bool = True
@@ -157,12 +157,12 @@ class Publish:
 
 @dataclass(frozen=True)
 class Output:
-    """Where the result goes, in which formats, and how it is split: `shard_size` in bytes.
+    """Where the result is written, in which formats, and how it is split: `shard_size` in bytes.
 
     `fp8`: linear weights are stored as FP8 (E4M3) with a scale for each block of 128 x 128.
-    `gguf_from` "stored": GGUF is made from values rounded as safetensors would hold them.
-    `gguf_pre` overrides what the tokenizer's structure says of its pre-tokenizer. `name` is what the
-    model is called in file names and metadata (default: the folder's name).
+    `gguf_from` "stored": GGUF is quantized from values rounded to the safetensors dtype.
+    `gguf_pre` overrides the pre-tokenizer that the tokenizer's structure implies. `name` is the
+    model's name in file names and metadata (default: the folder's name).
     """
 
     path: str | None = None
@@ -181,8 +181,8 @@ class Output:
 class Recipe:
     """A whole merge, as the user wrote it; `raw` is the plain value that was read.
 
-    `base_numerics`: what adapters are folded into: the tensors as stored, or as NF4 would hold them.
-    `stream_inputs`: Hub repos are read where they lie, not downloaded.
+    `base_numerics`: what adapters are folded into: the tensors as stored, or rounded to NF4.
+    `stream_inputs`: read Hub repos remotely instead of downloading them.
     `stages`: the other documents of its file, whose results it may name as models. A `merge_method`
     of "" leaves every tensor to the rules.
     """
@@ -199,7 +199,7 @@ class Recipe:
     raw: Mapping[str, Any]
     name: str | None = None
     slices: tuple[Slice, ...] = ()
-    modules: tuple[Module, ...] = ()
+    modules: tuple[ModuleEntry, ...] = ()
     rules: tuple[Rule, ...] = ()
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = None
@@ -208,40 +208,40 @@ class Recipe:
     stages: tuple[Recipe, ...] = ()
 
     @property
-    def lists(self) -> list[tuple[ModelEntry, ...]]:
-        """The models, as they are merged with one another: the recipe's, each slice's, each rule's."""
-        parts: list[Recipe | Module] = [self, *self.modules]
-        found = [list_ for part in parts for list_ in (part.models, *(one.sources for one in part.slices))]
-        return [list_ for list_ in (*found, *(rule.models for rule in self.rules)) if list_]
+    def model_lists(self) -> list[tuple[ModelEntry, ...]]:
+        """Every list of models that are merged with one another: the recipe's, each slice's, each rule's."""
+        parts: list[Recipe | ModuleEntry] = [self, *self.modules]
+        lists = [models for part in parts for models in (part.models, *(slice_.sources for slice_ in part.slices))]
+        return [models for models in (*lists, *(rule.models for rule in self.rules)) if models]
 
     @property
-    def entries(self) -> list[ModelEntry]:
-        """Every model that the recipe names, but for its base model: each once, in its order."""
-        slices = [*self.slices, *(one for module in self.modules for one in module.slices)]
-        tokens = [one.model for one in self.tokenizer.tokens.values() if one] if self.tokenizer else []
+    def named_models(self) -> list[ModelEntry]:
+        """Every model that the recipe names, except its base model: each once, in order."""
+        slices = [*self.slices, *(slice_ for module in self.modules for slice_ in module.slices)]
+        tokens = [token.model for token in self.tokenizer.tokens.values() if token] if self.tokenizer else []
         source = self.tokenizer.source if self.tokenizer else None
-        others = [
-            *(one.base for one in slices),
+        further = [
+            *(slice_.base for slice_ in slices),
             *(rule.use for rule in self.rules if str(rule.use) != "base"),
             source if isinstance(source, ModelEntry) else None,
             *tokens,
         ]
-        every = [entry for list_ in self.lists for entry in list_] + [entry for entry in others if entry]
-        return list({str(entry): entry for entry in reversed(every)}.values())[::-1]
+        entries = [entry for models in self.model_lists for entry in models] + [entry for entry in further if entry]
+        return list({str(entry): entry for entry in reversed(entries)}.values())[::-1]
 
     @property
     def documents(self) -> list[Mapping[str, Any]]:
-        """What was read: the stages, then the recipe itself."""
+        """The plain values of the stages, then of the recipe itself."""
         return [*(stage.raw for stage in self.stages), self.raw]
 
     @property
     def method_name(self) -> str:
-        """What the merge is called in a line: its method, or those of its rules."""
+        """The merge in one word: its method, or the methods of its rules."""
         rules = dict.fromkeys(rule.merge_method for rule in self.rules if rule.merge_method)
         return self.merge_method or "+".join(map(str, rules)) or "rules"
 
     def to_yaml(self) -> str:
-        """YAML that reads back as this recipe."""
+        """YAML that read() turns into this recipe again."""
         return "---\n".join(_dumped(document) for document in self.documents)
 
 

@@ -1,4 +1,4 @@
-"""Documents before they are checked: the text of a file, `--set` overrides, values given from Python."""
+"""Recipe documents before validation: the text of a file, `--set` overrides, and values from Python."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mergeforge.errors import RecipeError
 from mergeforge.recipe import yaml_reader
 
 
-def plain(value: Any) -> Any:
-    """A dict from Python as YAML would give it: numbers of NumPy, tuples and paths become plain ones."""
+def plain_value(value: Any) -> Any:
+    """Convert a value from Python to what YAML would give: NumPy numbers, tuples and paths become plain ones."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Integral) and not isinstance(value, bool):
@@ -25,15 +25,20 @@ def plain(value: Any) -> Any:
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
 
 
-def file_text(path: FilePath) -> str:
+def read_recipe_file(path: FilePath) -> str:
+    """The text of a recipe file. Raises RecipeError."""
     try:
         with open(path, "rb") as file:
-            data = file.read(yaml_reader.LARGEST_FILE + 1)
-        if len(data) > yaml_reader.LARGEST_FILE:
-            raise RecipeError(f"{path} is larger than 1 MiB", hint="a recipe is a few dozen lines")
+            data = file.read(yaml_reader.MAX_FILE_NBYTES + 1)
+        if len(data) > yaml_reader.MAX_FILE_NBYTES:
+            raise RecipeError(
+                f"{path} is larger than 1 MiB", hint="a recipe has a few dozen lines; is this the right file?"
+            )
         return data.decode("utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}", hint="`mergeforge init` writes one to start from") from None
+        raise RecipeError(
+            f"there is no recipe {path}", hint="`mergeforge init` writes a recipe to start from"
+        ) from None
     except IsADirectoryError:
         raise RecipeError(f"{path} is a folder, not a recipe") from None
     except UnicodeDecodeError:
@@ -42,12 +47,12 @@ def file_text(path: FilePath) -> str:
         raise RecipeError(f"{path} cannot be read: {error}") from None
 
 
-def overridden(value: Any, override: str) -> Any:
-    """`value` with PATH=VALUE set; list items by index (`adapters.0.weight=0.5`)."""
-    path, equals, written = override.partition("=")
+def apply_override(value: Any, override: str) -> Any:
+    """Return `value` with PATH=VALUE set; list items by index (`adapters.0.weight=0.5`)."""
+    path, equals, text = override.partition("=")
     if not equals or not path:
-        raise RecipeError(f"--set {override}: write PATH=VALUE, such as --set adapters.0.weight=0.5")
-    return _with(value, path.split("."), yaml_reader.scalar(written), override)
+        raise RecipeError(f"--set {override}: write PATH=VALUE, for example --set adapters.0.weight=0.5")
+    return _with(value, path.split("."), yaml_reader.scalar(text), override)
 
 
 def _with(value: Any, path: list[str], new: Any, override: str) -> Any:

@@ -1,7 +1,7 @@
-"""What a parameter is worth at one tensor: filters by name, gradients over the layers.
+"""The value of a parameter at one tensor: filters by name, gradients over the layers.
 
 The rules are mergekit's (mergekit/config.py, ConfigReader and evaluate_setting), so that its
-configs mean the same here: a filter is a plain part of the tensor's name and the first that
+configs mean the same here: a filter is a substring of the tensor's name and the first that
 matches wins; a list of m numbers is interpolated linearly over the layers; tensors outside any
 layer (embeddings, final norm, lm_head) take the first number.
 """
@@ -15,18 +15,18 @@ from typing import Any
 _LAYER = re.compile(r"^(.*?)\.?(\d+)\.")
 
 
-def value_at(setting: Any, name: str, position: float, *, kind: str = "float") -> Any:
-    """The setting's value for tensor `name` at layer position 0..1; None where no filter matches.
+def value_at(value: Any, name: str, position: float, *, kind: str = "float") -> Any:
+    """The parameter's value for tensor `name` at layer position 0..1; None where no filter matches.
 
-    A gradient of flags (`kind` "bool") is not interpolated: the value before the position counts.
+    A gradient of booleans (`kind` "bool") is not interpolated: the value before the position counts.
     """
-    if isinstance(setting, list) and setting and isinstance(setting[0], Mapping):
-        for choice in setting:
-            wanted = choice.get("filter")
-            if wanted in (None, "*") or wanted in name:
-                return value_at(choice["value"], name, position, kind=kind)
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        for entry in value:
+            substring = entry.get("filter")
+            if substring in (None, "*") or substring in name:
+                return value_at(entry["value"], name, position, kind=kind)
         return None
-    return _gradient(setting, position, kind) if isinstance(setting, list) else setting
+    return _gradient(value, position, kind) if isinstance(value, list) else value
 
 
 def _gradient(values: list[Any], position: float, kind: str) -> Any:
@@ -38,15 +38,15 @@ def _gradient(values: list[Any], position: float, kind: str) -> Any:
     return (1 - part) * values[low] + part * values[high]
 
 
-def scalars(setting: Any) -> Iterator[Any]:
-    """Every number or flag that stands in a setting."""
-    if isinstance(setting, list):
-        for item in setting:
+def scalars(value: Any) -> Iterator[Any]:
+    """Yield every number or boolean in a parameter value."""
+    if isinstance(value, list):
+        for item in value:
             yield from scalars(item)
-    elif isinstance(setting, Mapping):
-        yield from scalars(setting.get("value"))
-    elif setting is not None:
-        yield setting
+    elif isinstance(value, Mapping):
+        yield from scalars(value.get("value"))
+    elif value is not None:
+        yield value
 
 
 def layer_of(name: str) -> tuple[str, int] | None:

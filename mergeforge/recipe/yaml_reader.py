@@ -1,7 +1,7 @@
-"""YAML text -> plain values and where each stands, strictly.
+"""Strict YAML: plain values, and the position of each.
 
-PyYAML's node tree is used for positions. Refused, each with line and column: tags, duplicate keys,
-keys that are not text, more than 32 levels, more than 100,000 values counted
+Positions come from PyYAML's node tree. Refused, each with line and column: tags, duplicate keys,
+keys that are not strings, more than 32 levels, more than 100,000 values counted
 through aliases (an alias bomb is small until it is expanded), aliases that contain themselves,
 files above 1 MiB.
 """
@@ -16,21 +16,23 @@ import yaml
 from mergeforge.errors import Problem, RecipeError
 
 Path = tuple["str | int", ...]
-Places = dict[Path, tuple[int, int]]
-Parsed = tuple[Any, Places, "list[Problem]"]  # a value, the 1-based (line, column) of every key and item, mistakes
+Positions = dict[Path, tuple[int, int]]
+ParsedDocument = tuple[
+    Any, Positions, "list[Problem]"
+]  # a value, the 1-based (line, column) of every key and item, mistakes
 
-LARGEST_FILE = 1 << 20
-DEEPEST = 32
-MOST_VALUES = 100_000
+MAX_FILE_NBYTES = 1 << 20
+MAX_DEPTH = 32
+MAX_VALUES = 100_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLAIN = {f"tag:yaml.org,2002:{tag}" for tag in ("str", "int", "float", "bool", "null")}
-_OWN_TEXT = {f"tag:yaml.org,2002:{tag}" for tag in ("timestamp", "value", "merge")}  # no recipe has these: plain text
+_AS_STRING = {f"tag:yaml.org,2002:{tag}" for tag in ("timestamp", "value", "merge")}  # read as plain strings
 
 
-def parse(text: str, name: str) -> list[Parsed]:
-    """What each document of the text holds.
+def parse(text: str, name: str) -> list[ParsedDocument]:
+    """Parse every document of a text.
 
-    Raises RecipeError at once for text that is not YAML or goes past a limit.
+    Raises RecipeError at once for invalid YAML or text beyond a limit.
     """
     try:
         _check_depth(text, name)
@@ -38,28 +40,28 @@ def parse(text: str, name: str) -> list[Parsed]:
     except yaml.YAMLError as error:
         raise _syntax_error(error, name) from None
     except (ValueError, OverflowError) as error:  # PyYAML does not check the numbers of escapes and directives
-        raise RecipeError(f"{name} is not YAML: {error}") from None
+        raise RecipeError(f"{name} is not valid YAML: {error}") from None
     if not documents:
         raise RecipeError(f"{name} is empty", hint="`mergeforge init` writes a recipe to start from")
-    return [_parsed(document, name) for document in documents if len(documents) == 1 or not _is_nothing(document)]
+    return [_parsed(document, name) for document in documents if len(documents) == 1 or not _is_empty(document)]
 
 
-def _parsed(document: yaml.Node, name: str) -> Parsed:
-    reader = _Reader(name)
-    return reader.value(document, ()), reader.places, reader.problems
+def _parsed(document: yaml.Node, name: str) -> ParsedDocument:
+    reader = _NodeReader(name)
+    return reader.value(document, ()), reader.positions, reader.problems
 
 
-def _is_nothing(document: yaml.Node) -> bool:
+def _is_empty(document: yaml.Node) -> bool:
     """Whether a document is empty: `---` at the end of a file."""
     return isinstance(document, yaml.ScalarNode) and document.value == ""
 
 
 def scalar(text: str) -> Any:
-    """The value of a `--set` text, read as YAML would read it."""
+    """Parse the value of a `--set` option as YAML."""
     if not text.strip():
         return ""
-    (value, _, problems), *more = parse(text, "--set")
-    if more:
+    (value, _, problems), *rest = parse(text, "--set")
+    if rest:
         raise RecipeError(f"--set: {text!r} is more than one value")
     if problems:
         raise RecipeError(f"--set: {problems[0]}")
@@ -67,36 +69,36 @@ def scalar(text: str) -> Any:
 
 
 def _check_depth(text: str, name: str) -> None:
-    """Refuse deep nesting while it is still a flat list of events: composing is recursive."""
+    """Refuse deep nesting in the flat list of events, because composing is recursive."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise _refusal(name, event, f"nested more than {DEEPEST} levels deep")
+        if depth > MAX_DEPTH:
+            raise _refusal(name, event, f"nested more than {MAX_DEPTH} levels deep")
 
 
 def _refusal(name: str, at: yaml.Node | yaml.Event, message: str) -> RecipeError:
-    return RecipeError(f"{name} cannot be read", problems=[Problem(*_place(at), message)])
+    return RecipeError(f"{name} cannot be read", problems=[Problem(*_position(at), message)])
 
 
 def _syntax_error(error: yaml.YAMLError, name: str) -> RecipeError:
     mark = getattr(error, "problem_mark", None)
     text = getattr(error, "problem", None) or str(error)
     line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
-    return RecipeError(f"{name} cannot be read", problems=[Problem(line, column, f"not YAML: {text}")])
+    return RecipeError(f"{name} cannot be read", problems=[Problem(line, column, f"invalid YAML: {text}")])
 
 
-def _place(at: yaml.Node | yaml.Event) -> tuple[int, int]:
+def _position(at: yaml.Node | yaml.Event) -> tuple[int, int]:
     mark = at.start_mark
     return (mark.line + 1, mark.column + 1) if mark else (0, 0)
 
 
-class _Reader:
-    """Turns one document's nodes into values, noting places and mistakes."""
+class _NodeReader:
+    """Turns one document's nodes into values; collects positions and mistakes."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.places: Places = {}
+        self.positions: Positions = {}
         self.problems: list[Problem] = []
         self._open: set[int] = set()
         self._count = 0
@@ -104,7 +106,7 @@ class _Reader:
 
     def value(self, node: yaml.Node, path: Path) -> Any:
         self._enter(node)
-        self.places.setdefault(path, _place(node))
+        self.positions.setdefault(path, _position(node))
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         self._open.add(id(node))
@@ -123,20 +125,20 @@ class _Reader:
 
     def _enter(self, node: yaml.Node) -> None:
         self._count += 1
-        if self._count > MOST_VALUES:
-            raise _refusal(self.name, node, f"more than {MOST_VALUES:,} values once aliases are expanded")
+        if self._count > MAX_VALUES:
+            raise _refusal(self.name, node, f"more than {MAX_VALUES:,} values once aliases are expanded")
         if id(node) in self._open:
             raise _refusal(self.name, node, "an alias contains itself")
         if isinstance(node, yaml.ScalarNode) and _SURROGATE.search(node.value):
-            raise _refusal(self.name, node, "half of a surrogate pair is no text")
+            raise _refusal(self.name, node, "a lone surrogate is not valid text")
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         if node.tag in _PLAIN:
             try:
                 return self._scalars.construct_object(node)
             except (ValueError, KeyError, yaml.YAMLError):
-                self._refuse(node, f"{node.value[:40]!r} is not a value of the tag {node.tag}")
-        elif node.tag not in _OWN_TEXT:
+                self._refuse(node, f"{node.value[:40]!r} is not a valid value for the tag {node.tag}")
+        elif node.tag not in _AS_STRING:
             self._refuse(node, f"the tag {node.tag} is not allowed")
         return node.value
 
@@ -154,17 +156,17 @@ class _Reader:
                 continue
             key = self._key(key_node)
             if key in result:
-                self._refuse(key_node, f"'{key}' stands here a second time")
-            self.places[(*path, key)] = _place(key_node)
+                self._refuse(key_node, f"duplicate key '{key}'")
+            self.positions[(*path, key)] = _position(key_node)
             result[key] = self.value(value_node, (*path, key))
         return {**merged, **result}
 
     def _key(self, node: yaml.Node) -> str:
         self._enter(node)
         if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN:
-            self._refuse(node, "a key must be plain text")
+            self._refuse(node, "a key must be a plain string")
             return "?"
         return str(node.value)
 
     def _refuse(self, node: yaml.Node, message: str) -> None:
-        self.problems.append(Problem(*_place(node), message))
+        self.problems.append(Problem(*_position(node), message))

@@ -483,25 +483,25 @@ def ulps(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_linear_and_passthrough_are_equal(peers: Peers, name: str) -> None:
+def test_linear_and_passthrough_match_mergekit_exactly(peers: Peers, name: str) -> None:
     for key, ours, theirs in peers.both(name):
         assert torch.equal(ours, theirs), f"{key}: {int(ulps(ours, theirs).max())} ulp"
 
 
 @pytest.mark.parametrize("name", TASK)
-def test_task_arithmetic_and_dare_that_keeps_all_are_equal(peers: Peers, name: str) -> None:
+def test_task_arithmetic_and_dare_at_density_1_match_mergekit_exactly(peers: Peers, name: str) -> None:
     for key, ours, theirs in peers.both(name):
         assert int(ulps(ours, theirs).max()) <= 1, key
 
 
 @pytest.mark.parametrize("name", [name for name in SLERP if "near" in name])
-def test_slerp_on_a_straight_line_is_equal(peers: Peers, name: str) -> None:
+def test_slerp_of_parallel_tensors_matches_mergekit_exactly(peers: Peers, name: str) -> None:
     for key, ours, theirs in peers.both(name):
         assert torch.equal(ours, theirs), f"{key}: {int(ulps(ours, theirs).max())} ulp"
 
 
 @pytest.mark.parametrize("name", [name for name in SLERP if "near" not in name])
-def test_slerp_on_an_arc(peers: Peers, name: str) -> None:
+def test_slerp_on_an_arc_is_close_to_mergekit(peers: Peers, name: str) -> None:
     """mergekit's angle is rounded to float32: the coefficients differ in their last bits."""
     base, far = peers.tensors("base"), peers.tensors("far")
     for key, ours, theirs in peers.both(name):
@@ -555,7 +555,7 @@ def test_ties(peers: Peers, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_ties_keeps_as_many(peers: Peers, name: str) -> None:
+def test_ties_keeps_as_many_elements_as_mergekit(peers: Peers, name: str) -> None:
     written = RECIPES[name]
     base, tuned = peers.tensors(written["base_model"]), peers.tensors(written["models"][0]["model"])
     cut_through = 0
@@ -569,7 +569,7 @@ def test_ties_keeps_as_many(peers: Peers, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DROPPED)
-def test_dare_keeps_the_density_and_the_mass(peers: Peers, name: str) -> None:
+def test_dare_keeps_the_density_and_the_l1_norm(peers: Peers, name: str) -> None:
     """The masks differ; what they amount to does not."""
     written = RECIPES[name]
     density, rescale = written["parameters"]["density"], written["parameters"].get("rescale", True)
@@ -618,7 +618,7 @@ def cut_through(values: torch.Tensor, ranks: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", NEAR)
-def test_the_other_methods_are_near(peers: Peers, name: str) -> None:
+def test_other_methods_are_close_to_mergekit(peers: Peers, name: str) -> None:
     written = RECIPES[name]
     base = peers.tensors(written.get("base_model", written["models"][0]["model"]))
     models = [peers.tensors(one["model"]) for one in written["models"] if one["model"] != written.get("base_model")]
@@ -635,13 +635,13 @@ def test_the_other_methods_are_near(peers: Peers, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_both_refuse(peers: Peers, name: str) -> None:
+def test_mergekit_and_mergeforge_both_refuse(peers: Peers, name: str) -> None:
     assert name in peers.errors
     with pytest.raises(RecipeError):
         peers.plan(name)
 
 
-def test_weights_that_sum_to_zero(peers: Peers) -> None:
+def test_weights_that_sum_to_zero_are_refused(peers: Peers) -> None:
     """mergekit writes a model of inf and NaN."""
     theirs = peers.theirs("weights sum to zero")
     assert not all(bool(value.isfinite().all()) for value in theirs.values())
@@ -649,7 +649,7 @@ def test_weights_that_sum_to_zero(peers: Peers) -> None:
         peers.plan("weights sum to zero")
 
 
-def test_directions_of_what_does_not_differ(peers: Peers) -> None:
+def test_directions_of_equal_models(peers: Peers) -> None:
     """mergekit refuses three models in which a tensor is the base's; here it stays the base's."""
     name = "multislerp of equal norms"
     assert re.search("weighted sum of the input tensors is zero", peers.errors[name])
@@ -657,7 +657,7 @@ def test_directions_of_what_does_not_differ(peers: Peers) -> None:
     assert all(torch.equal(ours[key], base[key]) for key in base if "norm" in key)
 
 
-def test_a_base_that_has_no_weight(peers: Peers) -> None:
+def test_base_without_a_weight(peers: Peers) -> None:
     """mergekit wants a weight for a base that is not listed; here it then takes no part."""
     name = "linear base without a weight"
     assert re.search("Missing required parameter weight", peers.errors[name])

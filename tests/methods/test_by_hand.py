@@ -10,7 +10,9 @@ import torch
 from support.method_blocks import combine
 
 from mergeforge.methods import METHODS
-from mergeforge.methods._weighted_sum import agreeing_sum, weighted_sum
+from mergeforge.methods._magnitude_range import MagnitudeRanges
+from mergeforge.methods._random_mask import KEEP_ALL
+from mergeforge.methods._weighted_sum import WeightedSum, sign_consensus_sum, weighted_sum
 
 UNWEIGHTED = {
     "slerp",
@@ -23,7 +25,7 @@ UNWEIGHTED = {
     "nearswap",
     "arcee_fusion",
 }
-# what these learn are float sums, whose last bits are those of the blocks
+# their statistics are float sums, whose last bits depend on the blocks
 SUMS = {
     "slerp",
     "dare_linear",
@@ -46,7 +48,7 @@ def near(value: torch.Tensor, expected: Any) -> None:
     torch.testing.assert_close(value, torch.tensor(expected, dtype=value.dtype), rtol=1e-6, atol=1e-7)
 
 
-def test_the_methods() -> None:
+def test_registered_methods_and_what_they_declare() -> None:
     assert set(METHODS) >= {
         "linear",
         "passthrough",
@@ -83,15 +85,15 @@ def test_the_methods() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_says_what_it_does(name: str) -> None:
+def test_every_method_has_a_description(name: str) -> None:
     method = METHODS[name]
-    assert method.about.endswith(".")
-    assert method.live >= 0
+    assert method.description.endswith(".")
+    assert method.scratch_blocks >= 0
     assert all(parameter.kind in ("float", "bool") for parameter in method.parameters.values())
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_weight_has_to_be_given(name: str) -> None:
+def test_weight_is_required(name: str) -> None:
     if name in UNWEIGHTED:
         assert "weight" not in METHODS[name].parameters
     else:
@@ -99,22 +101,22 @@ def test_weight_has_to_be_given(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["slerp", "nearswap"])
-def test_t_has_to_be_given(name: str) -> None:
+def test_t_is_required(name: str) -> None:
     assert METHODS[name].parameters["t"].required
 
 
 # linear
 
 
-def test_linear_divides_by_the_weights() -> None:
+def test_linear_divides_by_the_sum_of_the_weights() -> None:
     equal(combine("linear", [[1.0, 2.0], [5.0, -2.0]], weight=[1.0, 3.0]), [4.0, -1.0])
 
 
-def test_linear_without_normalize_adds() -> None:
+def test_linear_without_normalize_is_a_sum() -> None:
     equal(combine("linear", [[1.0, 2.0], [5.0, -2.0]], weight=[1.0, 3.0], normalize=False), [16.0, -4.0])
 
 
-def test_linear_of_one() -> None:
+def test_linear_returns_a_single_input_unchanged() -> None:
     equal(combine("linear", [[1.0, 2.0]], weight=[4.0]), [1.0, 2.0])
 
 
@@ -124,7 +126,7 @@ def test_linear_rounds_once_for_each_product() -> None:
     equal(combine("linear", [[1.0], [one]], weight=[1.0, 2.0**-24], normalize=False), [one])
 
 
-def test_linear_in_double_precision() -> None:
+def test_linear_keeps_float64() -> None:
     first, second = torch.tensor([1.0], dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64)
     merged = combine("linear", [first, second], weight=[0.1, 0.3], normalize=False)
     assert merged.dtype == torch.float64
@@ -139,18 +141,18 @@ def test_linear_refuses_weights_that_sum_to_zero(weight: list[float]) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
-def test_a_weight_for_each_input(name: str) -> None:
+def test_one_weight_for_each_input_is_required(name: str) -> None:
     parameters = {parameter.name: parameter.default for parameter in METHODS[name].parameters.values()}
     parameters |= {"weight": [1.0], "density": [1.0, 1.0]} if "density" in parameters else {"weight": [1.0]}
-    facts: Any = METHODS[name].learn(lambda see, sample=0: iter(()), 0, parameters)
+    stats: Any = METHODS[name].collect_stats(lambda visit, sample=0: iter(()), 0, parameters)
     with pytest.raises(ValueError, match="zip"):
-        combine_two(name, facts, parameters)
+        combine_two(name, stats, parameters)
 
 
-def combine_two(name: str, facts: Any, parameters: dict[str, Any]) -> None:
+def combine_two(name: str, stats: Any, parameters: dict[str, Any]) -> None:
     from mergeforge.methods import Block
 
-    METHODS[name]([torch.ones(2, 1), torch.ones(2, 1)], facts, Block("w", 0, 0), parameters)
+    METHODS[name]([torch.ones(2, 1), torch.ones(2, 1)], stats, Block("w", 0, 0), parameters)
 
 
 # passthrough
@@ -165,19 +167,19 @@ def test_passthrough() -> None:
 # slerp
 
 
-def test_slerp_on_a_right_angle() -> None:
+def test_slerp_at_a_right_angle() -> None:
     half = math.sqrt(0.5)
     near(combine("slerp", [[1.0, 0.0], [0.0, 1.0]], t=0.5), [half, half])
     near(combine("slerp", [[2.0, 0.0], [0.0, 1.0]], t=1 / 3), [2 * math.sin(math.pi / 3), 0.5])
 
 
 @pytest.mark.parametrize("other", [[0.0, 1.0], [1.0, 1.0], [-1.0, 0.0], [2.0, 0.001], [0.0, 0.0]])
-def test_slerp_ends_at_its_models(other: list[float]) -> None:
+def test_slerp_at_t_0_and_1_returns_the_models(other: list[float]) -> None:
     equal(combine("slerp", [[1.0, 0.0], other], t=0.0), [1.0, 0.0])
     equal(combine("slerp", [[1.0, 0.0], other], t=1.0), other)
 
 
-def test_slerp_of_parallel_tensors_is_a_straight_line() -> None:
+def test_slerp_of_parallel_tensors_is_linear() -> None:
     equal(combine("slerp", [[1.0, 2.0], [3.0, 6.0]], t=0.25), [1.5, 3.0])
     equal(combine("slerp", [[1.0, 2.0], [-1.0, -2.0]], t=0.25), [0.5, 1.0])
 
@@ -187,13 +189,13 @@ def test_slerp_of_zeros() -> None:
     near(combine("slerp", [[0.0, 0.0], [1.0, 0.0]], t=0.5), [0.0 + math.sin(math.pi / 4), 0.0])
 
 
-def test_slerp_takes_the_angle_of_the_whole_tensor() -> None:
+def test_slerp_uses_the_angle_of_the_whole_tensor() -> None:
     """Blocks of one element would be parallel; the tensors are at a right angle."""
     near(combine("slerp", [[1.0, 0.0], [0.0, 1.0]], t=0.5, size=1), [math.sqrt(0.5), math.sqrt(0.5)])
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_slerp_takes_two(count: int) -> None:
+def test_slerp_needs_exactly_two_models(count: int) -> None:
     with pytest.raises(ValueError, match="unpack"):
         combine("slerp", [[1.0]] * count, t=0.5)
 
@@ -215,13 +217,13 @@ def test_weights_that_sum_to_zero_divide_by_one() -> None:
     equal(weighted_sum([torch.ones(1), torch.ones(1)], [-1.0, 1.0], True), [0.0])
 
 
-def test_agreeing_sum() -> None:
+def test_sign_consensus_sum() -> None:
     """Element 0: both agree; 1: minus wins; 2: they cancel, so plus; 3: one is zero; 4: all are."""
     deltas = [torch.tensor([1.0, 1.0, 2.0, 0.0, 0.0]), torch.tensor([3.0, -4.0, -2.0, -6.0, 0.0])]
-    equal(agreeing_sum([one.clone() for one in deltas], [1.0, 1.0], True), [2.0, -4.0, 2.0, -6.0, 0.0])
-    equal(agreeing_sum([one.clone() for one in deltas], [1.0, 1.0], False), [4.0, -4.0, 2.0, -6.0, 0.0])
+    equal(sign_consensus_sum([one.clone() for one in deltas], [1.0, 1.0], True), [2.0, -4.0, 2.0, -6.0, 0.0])
+    equal(sign_consensus_sum([one.clone() for one in deltas], [1.0, 1.0], False), [4.0, -4.0, 2.0, -6.0, 0.0])
     # the weights vote as well: 3 * 1 against 0.5 * 4, and divide
-    equal(agreeing_sum([one.clone() for one in deltas], [3.0, 0.5], True), [4.5 / 3.5, 1.0, 2.0, -6.0, 0.0])
+    equal(sign_consensus_sum([one.clone() for one in deltas], [3.0, 0.5], True), [4.5 / 3.5, 1.0, 2.0, -6.0, 0.0])
 
 
 def test_ties() -> None:
@@ -235,23 +237,23 @@ def test_ties() -> None:
     equal(combine("ties", deltas, weight=[1.0, 1.0]), [2.5, -3.0, -5.0, 0.375])
 
 
-def test_ties_with_a_density_for_each_input() -> None:
+def test_ties_with_one_density_per_input() -> None:
     deltas = [[4.0, -3.0, 1.0, 0.5], [1.0, 2.0, -5.0, 0.25]]
     equal(combine("ties", deltas, weight=[1.0, 1.0], density=[0.25, 1.0]), [2.5, 2.0, -5.0, 0.25])
 
 
-def test_ties_rescales_to_the_mass() -> None:
+def test_ties_rescales_to_the_l1_norm() -> None:
     """8.5 of mass, 7 kept."""
     merged = combine("ties", [[4.0, -3.0, 1.0, 0.5]], weight=[1.0], density=0.5, rescale=True)
     near(merged, [4 * 8.5 / 7, -3 * 8.5 / 7, 0.0, 0.0])
 
 
-def test_ties_keeps_one_element_at_least() -> None:
+def test_ties_keeps_at_least_one_element() -> None:
     equal(combine("ties", [[1.0, -3.0, 2.0]], weight=[1.0], density=0.01), [0.0, -3.0, 0.0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_ties_keeps_the_first_of_equals(size: int) -> None:
+def test_ties_keeps_the_first_of_equal_magnitudes(size: int) -> None:
     delta = [1.0, -2.0, 2.0, -2.0, 2.0, 3.0, 0.0, 2.0]
     equal(combine("ties", [delta], weight=[1.0], density=0.5, size=size), [0.0, -2.0, 2.0, -2.0, 0.0, 3.0, 0.0, 0.0])
     rescaled = combine("ties", [delta], weight=[1.0], density=0.5, size=size, rescale=True)
@@ -264,7 +266,7 @@ def test_zeros_stay_zeros(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
-def test_dare_that_keeps_everything(name: str) -> None:
+def test_dare_at_density_1_keeps_everything(name: str) -> None:
     deltas = [[4.0, -3.0, 1.0], [1.0, 2.0, 3.0]]
     expected = [5.0, -1.0, 4.0] if name == "dare_linear" else [5.0, -3.0, 4.0]
     equal(combine(name, deltas, weight=[1.0, 1.0]), expected)
@@ -272,7 +274,7 @@ def test_dare_that_keeps_everything(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
-def test_dare_restores_the_mass(name: str, density: float) -> None:
+def test_dare_restores_the_l1_norm(name: str, density: float) -> None:
     delta = torch.randn(20_000, generator=torch.Generator().manual_seed(3))
     kept = combine(name, [delta], weight=[1.0], density=density, size=4096)
     share = int((kept != 0).sum()) / len(delta)
@@ -286,7 +288,7 @@ def test_dare_restores_the_mass(name: str, density: float) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"passthrough"}))
 @pytest.mark.parametrize("size", [16, 48, 1000])
-def test_blocks_do_not_show(name: str, size: int) -> None:
+def test_result_does_not_depend_on_the_block_size(name: str, size: int) -> None:
     """Any cut gives the same numbers; what is summed up over blocks, to its last bits."""
     deltas = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)).round(decimals=1) for seed in (1, 2)]
     given: dict[str, Any] = {"t": 0.3, "weight": [0.4, 0.7], "density": 0.4}
@@ -297,7 +299,7 @@ def test_blocks_do_not_show(name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"passthrough", "slerp"}))
-def test_double_precision_stays(name: str) -> None:
+def test_float64_inputs_give_a_float64_result(name: str) -> None:
     deltas = [torch.randn(300, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2)]
     merged = combine(name, deltas, weight=[0.4, 0.7], density=0.4, t=0.3)
     assert merged.dtype == torch.float64
@@ -307,10 +309,26 @@ def test_double_precision_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"passthrough"}))
-def test_nan_is_not_lost(name: str) -> None:
+def test_nan_reaches_the_output(name: str) -> None:
     """It reaches the output, where the run refuses it, or is refused while learning."""
     deltas = [torch.ones(64), torch.ones(64)]
     deltas[1][7] = float("nan")
     given: dict[str, Any] = {"t": 0.3, "weight": [0.4, 0.7], "density": 0.4}
     merged = combine(name, deltas, **given)
     assert bool(merged[7].isnan())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"election_weights": [1.0, 1.0]},
+        {"nearswap_t": 0.5},
+        {"mask_keys": [KEEP_ALL, KEEP_ALL]},
+        {"magnitude_ranges": MagnitudeRanges([None, None]).native_table},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_evaluate_refuses_sums_that_only_the_native_library_computes(fields: dict[str, Any]) -> None:
+    terms = WeightedSum([1.0, 1.0], **fields)
+    with pytest.raises(NotImplementedError, match=next(iter(fields))):
+        terms.evaluate([torch.tensor([1.0]), torch.tensor([-2.0])])

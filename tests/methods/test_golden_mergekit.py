@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.golden_mergekit import EACH, GOLDEN, samples
+from support.golden_mergekit import GOLDEN, PER_TENSOR, samples
 from test_against_mergekit import Peers
 from test_slices_against_mergekit import Both
 
@@ -24,7 +24,7 @@ def golden(part: str) -> dict[str, str]:
 
 def check(tensors: Mapping[str, torch.Tensor], recorded: str) -> None:
     """Every sample within 1e-6 of its tensor's largest."""
-    theirs = np.frombuffer(base64.b64decode(recorded), dtype="<f4").reshape(-1, EACH)
+    theirs = np.frombuffer(base64.b64decode(recorded), dtype="<f4").reshape(-1, PER_TENSOR)
     ours = samples(tensors)
     assert ours.shape == theirs.shape
     largest = np.abs(theirs).max(axis=1, keepdims=True)

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.method_blocks import Looking, combine
+from support.method_blocks import InMemoryScan, combine
 from test_by_hand import equal, near
 
 from mergeforge.methods import METHODS, Block
 from mergeforge.methods._inner_products import gram
-from mergeforge.methods._mask_cache import Masks
+from mergeforge.methods._mask_cache import MaskCache
 from mergeforge.methods._random_mask import random_mask
 from mergeforge.methods._rescale import Rescaled
 from mergeforge.methods._sub_blocks import by_rows
-from mergeforge.methods._thresholds import SAMPLE_BLOCKS, largest_share
-from mergeforge.methods.della import _mask, _mask_in_c, _order, _probability
-from mergeforge.methods.sce import _agreeing_mean, _of_variance, _variance
+from mergeforge.methods._thresholds import SAMPLE_BLOCKS, threshold_of_largest_fraction
+from mergeforge.methods.della import _mask, _mask_native, _order, _probability
+from mergeforge.methods.sce import _sign_consensus_mean, _variance, _variance_scan
 from mergeforge.native import bindings
 
 HALF = math.sqrt(0.5)
@@ -33,12 +33,12 @@ def refused(name: str, match: str, **parameters: Any) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_gram(size: int) -> None:
-    products = gram(Looking([torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 1.0, 3.0])], size))
+    products = gram(InMemoryScan([torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 1.0, 3.0])], size))
     assert products.tolist() == [[5.0, 2.0], [2.0, 10.0]]
 
 
-def test_gram_of_nothing() -> None:
-    assert gram(lambda see, sample=0: iter(())).shape == (0, 0)
+def test_gram_of_an_empty_tensor() -> None:
+    assert gram(lambda visit, sample=0: iter(())).shape == (0, 0)
 
 
 # directions
@@ -60,18 +60,20 @@ def test_nuslerp_of_rows_and_columns() -> None:
     equal(method([one.clone(), two.clone()], None, Block("w", 0, 0), parameters)[1], [2.0, 2.0])
     near(method([one.clone(), two.clone()], None, Block("w", 0, 0), parameters)[0], [HALF, HALF])
     one, two, parameters = one.T.contiguous(), two.T.contiguous(), parameters | {"nuslerp_row_wise": True}
-    facts = method.learn(lambda see, sample=0: iter([see([one.clone(), two.clone()], Block("w", 0, 0))]), 4, parameters)
-    near(method([one, two], facts, Block("w", 0, 0), parameters), [[HALF, 2.0], [HALF, 2.0]])
+    stats = method.collect_stats(
+        lambda visit, sample=0: iter([visit([one.clone(), two.clone()], Block("w", 0, 0))]), 4, parameters
+    )
+    near(method([one, two], stats, Block("w", 0, 0), parameters), [[HALF, 2.0], [HALF, 2.0]])
 
 
-def test_nuslerp_takes_a_vector_for_one_row() -> None:
-    looking = Looking([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], 1)
+def test_nuslerp_treats_a_vector_as_one_row() -> None:
+    blocks = InMemoryScan([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], 1)
     parameters = {"weight": [1.0, 1.0], "nuslerp_flatten": False, "nuslerp_row_wise": False}
 
-    def look(see: Any, sample: int = 0) -> Any:
-        return looking(lambda inputs, block: see(inputs, Block("w", block.start, 0, is_vector=True)), sample)
+    def scan(visit: Any, sample: int = 0) -> Any:
+        return blocks(lambda inputs, block: visit(inputs, Block("w", block.start, 0, is_vector=True)), sample)
 
-    assert METHODS["nuslerp"].learn(look, 2, parameters) == pytest.approx((HALF, HALF))
+    assert METHODS["nuslerp"].collect_stats(scan, 2, parameters) == pytest.approx((HALF, HALF))
 
 
 def test_multislerp() -> None:
@@ -83,7 +85,7 @@ def test_multislerp() -> None:
     equal(combine("multislerp", [[0.0, 0.0]] * 3, weight=[1.0, 1.0, 1.0]), [0.0, 0.0])
 
 
-def test_multislerp_refuses_what_has_no_mean() -> None:
+def test_multislerp_refuses_directions_that_cancel() -> None:
     refused("multislerp", "sum to zero", weight=[1.0, -1.0])
     with pytest.raises(ArithmeticError, match="cancel"):
         combine("multislerp", [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], weight=[1.0, 1.0, 2.0])
@@ -111,7 +113,7 @@ def test_model_stock() -> None:
     equal(combine("model_stock", [[1.0, 2.0], [-1.0, -2.0]]), [0.0, 0.0])
 
 
-def test_model_stock_by_rows() -> None:
+def test_model_stock_filter_wise() -> None:
     """Blocks of single elements are rows: parallel or opposed."""
     near(combine("model_stock", [[1.0, 1.0], [3.0, -3.0]], filter_wise=True), [2.0, 0.0])
 
@@ -130,13 +132,13 @@ def test_breadcrumbs() -> None:
     near(rescaled, [one * 55 / 30 for one in expected])
 
 
-def test_breadcrumbs_keeps_its_density_first() -> None:
+def test_breadcrumbs_density_takes_precedence_over_gamma() -> None:
     """gamma gives way where the two are more than there is."""
     equal(combine("breadcrumbs", [[1.0, 2.0, 3.0, 4.0]], weight=[1.0], density=0.75, gamma=0.5), [1.0, 2.0, 3.0, 0.0])
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
-def test_breadcrumbs_among_equals(size: int) -> None:
+def test_breadcrumbs_keeps_the_exact_count_among_equal_magnitudes(size: int) -> None:
     """Exactly four stay, whatever the blocks; the largest are the first of equals."""
     kept = combine("breadcrumbs", [[2.0] * 10], weight=[1.0], density=0.4, gamma=0.2, size=size)
     equal(kept, [0.0, 0.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0])
@@ -155,8 +157,8 @@ def test_della_keeps_large_elements_more_often(name: str) -> None:
     rows = torch.arange(1.0, 401.0).expand(500, 400).contiguous()
     parameters = {one.name: one.default for one in METHODS[name].parameters.values()}
     parameters |= {"weight": [1.0], "density": [0.5], "epsilon": [0.3], "normalize": False}
-    facts = Rescaled([Masks()], [1.0])
-    kept = METHODS[name]([rows.clone()], facts, Block("w", 0, 0), parameters).ne(0).float().mean(dim=0)
+    stats = Rescaled([MaskCache()], [1.0])
+    kept = METHODS[name]([rows.clone()], stats, Block("w", 0, 0), parameters).ne(0).float().mean(dim=0)
     expected = torch.linspace(0.2, 0.8, 400)
     assert float((kept - expected).abs().amax()) < 5 * 0.5 / math.sqrt(500)
     assert float((kept - expected).view(8, 50).mean(dim=1).abs().amax()) < 5 * 0.5 / math.sqrt(500 * 50)
@@ -164,7 +166,7 @@ def test_della_keeps_large_elements_more_often(name: str) -> None:
 
 @pytest.mark.parametrize("shape", [(64, 33), (3, 20_000), (1, 100_000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_della_ranks_as_a_stable_sort_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_della_ranks_match_a_stable_sort(shape: tuple[int, int], dtype: torch.dtype) -> None:
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype).mul(4).round()  # many equals
     rows[0, :3] = torch.tensor([math.nan, math.inf, -0.0])
     for part in by_rows([rows]):
@@ -200,30 +202,32 @@ def nothing(rows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("density", [0.5, 0.3, 0.9])
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (3, 2), (40, 7), (8, 600), (3, 2048), (2, 5633), (1, 100_001)])
 @pytest.mark.parametrize("made", [many, differences, halves, nothing])
-def test_della_in_c(made: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, int], density: float) -> None:
+def test_della_native_mask_matches_torch(
+    made: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, int], density: float
+) -> None:
     """The mask that a sort makes, wherever the block stands."""
     rows = made(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     for is_vector in {False, shape[1] == 1}:
         block = Block("w", 3 * shape[1] + is_vector, 7, is_vector)
         expected = random_mask(rows, block, 1, _probability(rows, block, density, 0.0999))
-        found = _mask_in_c(rows, block, 1, density, 0.0999)
+        found = _mask_native(rows, block, 1, density, 0.0999)
         assert found is not None
         assert torch.equal(found, expected)
 
 
 @pytest.mark.needs_kernels
-def test_della_sorts_what_c_does_not() -> None:
+def test_della_falls_back_to_sorting_for_nearly_equal_magnitudes() -> None:
     """Most magnitudes differ less than their buckets do, beside a few that are far away."""
     rows = 1 + torch.rand(4, 4096, generator=torch.Generator().manual_seed(1)) * 1e-4
     rows[:, :100] *= 1e6
     block = Block("w", 0, 7)
-    assert _mask_in_c(rows, block, 0, 0.5, 0.15) is None
+    assert _mask_native(rows, block, 0, 0.5, 0.15) is None
     assert torch.equal(
         _mask(rows, block, 0, 0.5, 0.15), random_mask(rows, block, 0, _probability(rows, block, 0.5, 0.15))
     )
 
 
-def test_della_refuses_chances_that_are_none() -> None:
+def test_della_refuses_probabilities_outside_0_to_1() -> None:
     refused("della", "epsilon 0.15", density=[0.5, 0.1], epsilon=[0.15, 0.15])
     refused("della_linear", "epsilon 0.5", density=[0.5], epsilon=[0.5])
     METHODS["della"].check_parameters({"density": [1.0, 0.5], "epsilon": [0.15, 0.4]})
@@ -231,17 +235,17 @@ def test_della_refuses_chances_that_are_none() -> None:
 
 @pytest.mark.needs_kernels
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_sce_in_c(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sce_native_matches_torch(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variances and means that torch computes, bit for bit; with zeros of both signs and equal elements."""
     numbers = torch.Generator().manual_seed(3)
     deltas = [torch.randn(3, 1001, generator=numbers) * 10.0**-at for at in range(count)]
     deltas[0][:, ::5], deltas[-1][:, 1::5] = 0.0, -0.0
     deltas[-1][:, ::7] = deltas[0][:, ::7]
     weights = [0.4, 1e-9, 0.6, 0.2, 0.3][:count]
-    variance, mean = _variance(deltas), _agreeing_mean([one.clone() for one in deltas], weights)
-    monkeypatch.setattr(bindings, "available", lambda: False)
+    variance, mean = _variance(deltas), _sign_consensus_mean([one.clone() for one in deltas], weights)
+    monkeypatch.setattr(bindings, "is_available", lambda: False)
     assert torch.equal(variance, _variance(deltas))
-    expected = _agreeing_mean(deltas, weights)
+    expected = _sign_consensus_mean(deltas, weights)
     assert torch.equal(mean.view(torch.int32), expected.view(torch.int32))
 
 
@@ -254,7 +258,7 @@ def test_sce() -> None:
     near(combine("sce", [[1e-4, 1e-4], [3e-4, -1e-4]]), [2e-4, 1e-4])  # too small to weigh: equal weights
 
 
-def test_sce_selects_what_varies() -> None:
+def test_sce_selects_by_variance() -> None:
     """Variances 0, 1, 4, 0.25: of three that vary int(3 * 0.7) = 2 are kept."""
     deltas = [[5.0, 1.0, 1.0, 0.0], [5.0, 3.0, 5.0, 1.0]]
     # weights of [0, 1, 1, 0] and [0, 3, 5, 0]: 2 and 34 of 36
@@ -264,19 +268,19 @@ def test_sce_selects_what_varies() -> None:
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
-def test_sce_selects_a_share_of_what_varies(share: float) -> None:
+def test_sce_selects_a_fraction_of_the_varying_elements(share: float) -> None:
     """Of 3000 elements every third varies, more and more; the sample sees blocks that hardly do."""
     varying = torch.arange(3000.0).mul(torch.arange(3000) % 3 == 0)
-    for start in Looking([varying], 100).starts(SAMPLE_BLOCKS):
+    for start in InMemoryScan([varying], 100).starts(SAMPLE_BLOCKS):
         varying[start : start + 100] *= 1e-3
-    look = Looking([torch.zeros(3000), varying], 100)
-    threshold = largest_share(_of_variance(look), 3000, share)
+    scan = InMemoryScan([torch.zeros(3000), varying], 100)
+    threshold = threshold_of_largest_fraction(_variance_scan(scan), 3000, share)
     ranked = varying.double().square().div(4).float().sort(descending=True).values
     assert threshold.value == float(ranked[int(share * int(varying.count_nonzero())) - 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_variances_leave_their_deltas_alone(dtype: torch.dtype) -> None:
+def test_variance_does_not_change_its_inputs(dtype: torch.dtype) -> None:
     deltas = [torch.randn(50, 4, dtype=dtype) for _ in range(3)]
     kept = [delta.clone() for delta in deltas]
     torch.testing.assert_close(_variance(deltas), torch.stack(kept).var(dim=0, correction=0))
@@ -307,26 +311,26 @@ def vectors(*values: list[float]) -> Any:
     """The engine's view of 1-D tensors, in one block."""
     inputs = [torch.tensor(one).view(-1, 1) for one in values]
     block = Block("w", 0, 0, is_vector=True)
-    return (lambda see, sample=0: iter([see([one.clone() for one in inputs], block)])), inputs, block
+    return (lambda visit, sample=0: iter([visit([one.clone() for one in inputs], block)])), inputs, block
 
 
 def test_arcee_fusion() -> None:
     """One of eight changes stands out from the quartiles and is taken over."""
     base, other = [0.0] * 8, [0.1, 0.1, 0.11, 0.12, 0.1, 0.12, 0.11, 1.0]
-    look, inputs, block = vectors(base, other)
-    facts = METHODS["arcee_fusion"].learn(look, 8, {})
-    equal(METHODS["arcee_fusion"](inputs, facts, block, {}).flatten(), [0.0] * 7 + [1.0])
+    scan, inputs, block = vectors(base, other)
+    stats = METHODS["arcee_fusion"].collect_stats(scan, 8, {})
+    equal(METHODS["arcee_fusion"](inputs, stats, block, {}).flatten(), [0.0] * 7 + [1.0])
 
 
-def test_arcee_fusion_of_equals_is_the_base() -> None:
+def test_arcee_fusion_of_equal_models_is_the_base() -> None:
     equal(combine("arcee_fusion", [[1.0, 2.0], [1.0, 2.0]]), [1.0, 2.0])
 
 
 @pytest.mark.parametrize(
     "name", ["nuslerp", "multislerp", "karcher", "sce", "model_stock", "ramplus_tl", "breadcrumbs"]
 )
-def test_nothing_to_look_at(name: str) -> None:
+def test_stats_of_an_empty_tensor(name: str) -> None:
     """A tensor without elements."""
     known = METHODS[name].parameters.values()
     values = {one.name: [0.5, 0.5] if one.per_input else one.default for one in known}
-    METHODS[name].learn(lambda see, sample=0: iter(()), 0, values)
+    METHODS[name].collect_stats(lambda visit, sample=0: iter(()), 0, values)

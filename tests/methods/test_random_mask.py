@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from mergeforge.methods import Block
-from mergeforge.methods._mask_cache import Masks
-from mergeforge.methods._random_mask import _drawn, _drawn_below, _drawn_there, masked, random_mask
+from mergeforge.methods._mask_cache import MaskCache
+from mergeforge.methods._random_mask import (
+    _sample_bits,
+    _sample_bits_on_device,
+    _samples_below,
+    apply_random_masks,
+    random_mask,
+)
 
 N = 100_000
 KEYS = (0x89ABCDEF, 0x12345678), (0x0F1E2D3C, 0x4B5A6978)
@@ -29,12 +35,12 @@ def mask(
 
 @pytest.mark.parametrize("first", [0, 1, 12_345, (1 << 31) - 3 * 16, 5 << 31])
 @pytest.mark.parametrize("cut", [1, 7, 16, 40, 47])
-def test_any_cut_draws_the_same(first: int, cut: int) -> None:
+def test_any_split_of_the_tensor_draws_the_same_mask(first: int, cut: int) -> None:
     whole = mask(first, 48)
     assert torch.equal(torch.cat([mask(first, cut), mask(first + cut, 48 - cut)]), whole)
 
 
-def test_elements_beyond_two_to_the_31_differ() -> None:
+def test_masks_beyond_2_to_the_31_elements_differ() -> None:
     assert not torch.equal(mask(1 << 31), mask(0))
     assert not torch.equal(mask(1 << 32), mask(0))
     assert not torch.equal(mask(1 << 32), mask(1 << 31))
@@ -42,13 +48,13 @@ def test_elements_beyond_two_to_the_31_differ() -> None:
 
 
 @pytest.mark.parametrize("density", [2.0**-16, 0.001, 0.1, 0.3, 0.5, 0.9, 0.999, 1 - 2.0**-16])
-def test_the_density_is_right(density: float) -> None:
+def test_mask_has_the_requested_density(density: float) -> None:
     count = 10 * N
     kept = int(mask(count=count, density=density).sum())
     assert abs(kept - density * count) <= 4 * math.sqrt(count * density * (1 - density)) + 1
 
 
-def test_it_is_independent_of_all_the_rest() -> None:
+def test_masks_are_independent_of_each_other() -> None:
     """Two masks agree by chance only; so do neighbours, rows and columns of one mask."""
     one = mask()
     others = [mask(tensor="v"), mask(seed=1), mask(index=1), mask(tensor="w/1"), mask(seed=1 << 40), mask(start=N)]
@@ -57,22 +63,22 @@ def test_it_is_independent_of_all_the_rest() -> None:
         assert abs(float((one == other).float().mean()) - 0.5) < 5 / math.sqrt(4 * N)
 
 
-def test_names_do_not_run_into_each_other() -> None:
+def test_mask_keys_are_unambiguous() -> None:
     assert not torch.equal(mask(tensor="a/1", index=2), mask(tensor="a", index=12))
     assert not torch.equal(mask(tensor="1/w", seed=1), mask(tensor="w", seed=11))
 
 
-def test_a_larger_density_keeps_what_a_smaller_one_keeps() -> None:
+def test_larger_density_keeps_a_superset() -> None:
     assert bool((mask(density=0.3) <= mask(density=0.6)).all())
 
 
-def test_the_values_are_pinned() -> None:
+def test_mask_values_are_pinned() -> None:
     """They decide the bytes of every DARE merge: another version must not change them."""
     assert mask(0, 24).int().tolist() == PINNED[0]
     assert mask((1 << 31) + 5, 24, tensor="model.norm.weight", seed=7, index=2, density=0.3).int().tolist() == PINNED[1]
 
 
-def test_the_shape_follows_the_tensor() -> None:
+def test_mask_has_the_shape_of_the_tensor() -> None:
     like = torch.empty(3, 4, dtype=torch.float64)
     drawn = random_mask(like, Block("w", 8, 0), 0, 0.5)
     assert drawn.shape == like.shape
@@ -80,23 +86,23 @@ def test_the_shape_follows_the_tensor() -> None:
 
 
 @pytest.mark.parametrize("start", [0, 3, 1 << 19, (1 << 31) - 64, 7 << 31])
-def test_numpy_and_torch_draw_the_same(start: int) -> None:
+def test_numpy_and_torch_draw_the_same_bits(start: int) -> None:
     """More than one piece; torch's hash is what other devices run."""
     like = torch.empty((1 << 17) + 5)
-    drawn = _drawn(start & 0x7FFFFFFF, like.numel(), *KEYS)
-    assert np.array_equal(drawn, _drawn_there(start & 0x7FFFFFFF, like, *KEYS).numpy())
+    drawn = _sample_bits(start & 0x7FFFFFFF, like.numel(), *KEYS)
+    assert np.array_equal(drawn, _sample_bits_on_device(start & 0x7FFFFFFF, like, *KEYS).numpy())
 
 
 @pytest.mark.parametrize("limit", [1, 255, 256, 257, 0x8000, 0x8001, 0xFF00, 0xFFFF])
 @pytest.mark.parametrize("start", [0, 7])
-def test_the_lower_byte_decides_where_the_upper_does_not(limit: int, start: int) -> None:
+def test_lower_byte_decides_ties_of_the_upper_byte(limit: int, start: int) -> None:
     """Every limit cuts the same draws, whether all of their bytes are hashed or only those that matter."""
     count = 1 << 20
-    assert np.array_equal(_drawn_below(limit, start, count, *KEYS), _drawn(start, count, *KEYS) < limit)
+    assert np.array_equal(_samples_below(limit, start, count, *KEYS), _sample_bits(start, count, *KEYS) < limit)
 
 
 @pytest.mark.parametrize("start", [0, 5])
-def test_a_density_for_each_element(start: int) -> None:
+def test_one_density_per_element(start: int) -> None:
     densities = torch.full((100, 7), 0.3)
     densities[::2] = 0.9
     drawn = random_mask(torch.empty(100, 7), Block("w", start, 0), 0, densities)
@@ -104,9 +110,9 @@ def test_a_density_for_each_element(start: int) -> None:
         assert torch.equal(drawn[row::2].flatten(), mask(start, 700, density=density).view(100, 7)[row::2].flatten())
 
 
-def test_draws_are_even() -> None:
+def test_random_bits_are_uniform() -> None:
     """As many of each sixteenth, from each byte of the hashes, and no byte tells of its neighbours or of the lower."""
-    drawn = _drawn(0, 10 * N, *KEYS)
+    drawn = _sample_bits(0, 10 * N, *KEYS)
     upper, lower = drawn >> 8, drawn & 255
     for some in (upper, lower):
         for at in range(4):
@@ -117,19 +123,19 @@ def test_draws_are_even() -> None:
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(len(one))
 
 
-def test_masked_is_in_place_and_leaves_whole_ones_alone() -> None:
+def test_apply_random_masks_is_in_place_and_skips_density_1() -> None:
     first, second = torch.ones(50, 2), torch.ones(50, 2)
-    masks = [Masks(96), Masks()]
-    kept = masked([first, second], Block("w", 0, 0), [0.5, 1.0], masks)
+    masks = [MaskCache(96), MaskCache()]
+    kept = apply_random_masks([first, second], Block("w", 0, 0), [0.5, 1.0], masks)
     assert kept[0] is first and kept[1] is second
     assert torch.equal(first.flatten(), mask(0, 100).float())
     assert bool((second == 1).all())
 
 
 @pytest.mark.parametrize("room", [0, 8, 96, 1 << 10])
-def test_masks_that_are_kept_are_the_same(room: int) -> None:
+def test_cached_masks_match_redrawn_ones(room: int) -> None:
     """Two of three blocks fit into 96 elements; the others are drawn again."""
-    masks, drawn = Masks(room), []
+    masks, drawn = MaskCache(room), []
 
     def draw(delta: torch.Tensor, block: Block) -> torch.Tensor:
         drawn.append(block.start)

@@ -1,4 +1,4 @@
-"""The memory that methods declare: `live` block-sized temporaries at once beside their inputs."""
+"""The memory that methods declare: `scratch_blocks` block-sized temporaries at once besides their inputs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ SLACK = 0.05  # of a block, 100 KB: scalars, Python's own objects
 
 
 class Through(TorchDispatchMode):
-    """Sees every operation and changes nothing."""
+    """Intercepts every operation and changes nothing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -73,13 +74,13 @@ class Peak(TorchDispatchMode):
         self.nbytes -= self.held.pop(key)[1]
 
     def _note(self) -> None:
-        """numpy's highest since the last note comes on top of the tensors of now."""
+        """Add numpy's peak since the last call to the tensors that exist now."""
         self.peak = max(self.peak, self.nbytes + tracemalloc.get_traced_memory()[1])
         tracemalloc.reset_peak()
 
 
 class Engine:
-    """Inputs as the engine gives them: the same scratch blocks, filled anew for every block."""
+    """Inputs as workers pass them: the same scratch blocks, refilled for every block."""
 
     def __init__(self, wholes: list[Tensor], columns: int = 1) -> None:
         self.wholes = wholes
@@ -91,9 +92,9 @@ class Engine:
             scratch.copy_(whole[start : start + BLOCK_ELEMENTS].view(scratch.shape))
         return list(self.scratch), Block("w", start, 0)
 
-    def look(self, see: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
+    def scan(self, visit: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
         for at in range(BLOCKS):
-            yield see(*self.block(at))
+            yield visit(*self.block(at))
 
 
 def random(count: int) -> list[Tensor]:
@@ -110,7 +111,7 @@ def equal(count: int) -> list[Tensor]:
 
 
 def misleading(count: int) -> list[Tensor]:
-    """What is sampled is far from the rest: the whole range of numbers is searched."""
+    """The sample is unlike the rest: the whole range of numbers is searched."""
     wholes = random(count)
     for one in wholes:
         one.view(-1)[:: BLOCK_ELEMENTS // (1 << 16) | 1] *= 1e-20
@@ -125,35 +126,41 @@ def parameters(name: str, count: int) -> dict[str, Any]:
     return {one.name: [values[one.name]] * count if one.per_input else values[one.name] for one in known}
 
 
+def visit_one_block(
+    inputs: list[Tensor], visit: Callable[[list[Tensor], Block], Any], sample: int = 0
+) -> Iterator[Any]:
+    yield visit(inputs, Block("w", 0, 0))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
-    """Run everything once: importing is no method's memory."""
+    """Run every method once, so that imports are not counted as a method's memory."""
     with Through():
         for name in METHODS:
             count = min(2, METHODS[name].inputs[1])
             given = parameters(name, count)
             inputs = [torch.ones(8, 1) for _ in range(count)]
-            facts = METHODS[name].learn(lambda see, sample=0: iter([see(inputs, Block("w", 0, 0))]), 8, given)  # noqa: B023
-            METHODS[name](inputs, facts, Block("w", 0, 0), given)
+            stats = METHODS[name].collect_stats(partial(visit_one_block, inputs), 8, given)
+            METHODS[name](inputs, stats, Block("w", 0, 0), given)
 
 
 @pytest.fixture(autouse=True)
 def in_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is declared is what torch needs; kernels in C need less."""
+    """Methods declare what torch needs; the native library needs less."""
     if "in_c" not in request.fixturenames:
-        monkeypatch.setattr(bindings, "available", lambda: False)
+        monkeypatch.setattr(bindings, "is_available", lambda: False)
 
 
 @pytest.fixture
 def in_c() -> None:
-    """With kernels, where they are compiled."""
+    """With the native library, if it is compiled."""
 
 
 @pytest.mark.usefixtures("in_c")
 @pytest.mark.parametrize(
     ("name", "columns"), [*((name, 1) for name in sorted(METHODS)), ("della", 64), ("della", BLOCK_ELEMENTS)]
 )
-def test_kernels_need_no_more_than_torch(name: str, columns: int) -> None:
+def test_native_library_needs_no_more_memory_than_torch(name: str, columns: int) -> None:
     measured(name, random, min(3, METHODS[name].inputs[1]), columns)
 
 
@@ -162,25 +169,27 @@ CASES = [(name, data) for name in sorted(METHODS) for data in (random, ties, equ
 
 
 @pytest.mark.parametrize(
-    ("name", "data"), [(name, data) for name, data in CASES if METHODS[name].facts or data is random]
+    ("name", "data"), [(name, data) for name, data in CASES if METHODS[name].stats or data is random]
 )
-def test_temporaries_stay_within_what_is_declared(name: str, data: Callable[[int], list[Tensor]]) -> None:
-    learning, highest = measured(name, data, min(3, METHODS[name].inputs[1]))
-    needed = max(highest, learning)
+def test_temporaries_stay_within_the_declared_scratch_blocks(name: str, data: Callable[[int], list[Tensor]]) -> None:
+    stats_blocks, highest = measured(name, data, min(3, METHODS[name].inputs[1]))
+    needed = max(highest, stats_blocks)
     if name not in DRAWN:
         tight(name, data, needed)
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_temporaries_where_masks_are_drawn_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks of a tensor that is too large to keep them."""
-    monkeypatch.setattr(f"{METHODS[name].combine.__module__}.KEPT", 0)
-    monkeypatch.setitem(METHODS._entries, name, replace(METHODS[name], facts_nbytes=0))
+def test_temporaries_when_masks_are_not_cached(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of a tensor that is too large for the mask cache."""
+    monkeypatch.setattr(f"{METHODS[name].combine.__module__}.CACHED_ELEMENTS", 0)
+    monkeypatch.setitem(METHODS._entries, name, replace(METHODS[name], stats_nbytes=0))
     tight(name, random, max(measured(name, random, 3, BLOCK_ELEMENTS if "della" in name else 1)))
 
 
 def tight(name: str, data: Callable[[int], list[Tensor]], needed: float) -> None:
-    assert data is not random or METHODS[name].live - needed < 1, f"{METHODS[name].live} declared, {needed:.2f} needed"
+    assert data is not random or METHODS[name].scratch_blocks - needed < 1, (
+        f"{METHODS[name].scratch_blocks} declared, {needed:.2f} needed"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(METHODS) if METHODS[name].inputs[1] > 6])
@@ -207,26 +216,26 @@ def test_temporaries_of_rows_and_columns(name: str, flags: dict[str, Any], colum
 def measured(
     name: str, data: Callable[[int], list[Tensor]], count: int, columns: int = 1, **flags: bool
 ) -> tuple[float, float]:
-    """The most blocks that learning (beside what it declares) and combining hold, which are as declared."""
+    """The most blocks that the statistics (beyond the declared stats_nbytes) and combining hold; checks both limits."""
     method = METHODS[name]
     engine = Engine(data(count), columns)
     given = parameters(name, count) | flags
     known = [*engine.wholes, *engine.scratch]
-    with Peak(known) as learning:
-        facts = method.learn(engine.look, BLOCKS * BLOCK_ELEMENTS, given)
-    allowed = method.live * BLOCK_NBYTES + method.facts_nbytes * count
-    assert learning.peak <= allowed + SLACK * BLOCK_NBYTES, f"learning: {learning.peak / BLOCK_NBYTES:.2f} blocks"
+    with Peak(known) as stats_peak:
+        stats = method.collect_stats(engine.scan, BLOCKS * BLOCK_ELEMENTS, given)
+    allowed = method.scratch_blocks * BLOCK_NBYTES + method.stats_nbytes * count
+    assert stats_peak.peak <= allowed + SLACK * BLOCK_NBYTES, f"stats: {stats_peak.peak / BLOCK_NBYTES:.2f} blocks"
     highest = 0.0
     for at in range(BLOCKS):
         inputs, block = engine.block(at)
-        with Peak(known) as combining:
-            method(inputs, facts, block, given)
-        highest = max(highest, combining.peak / BLOCK_NBYTES)
-    assert highest <= method.live + SLACK, f"combining: {highest:.2f} blocks"
-    return (learning.peak - method.facts_nbytes * count) / BLOCK_NBYTES, highest
+        with Peak(known) as combine_peak:
+            method(inputs, stats, block, given)
+        highest = max(highest, combine_peak.peak / BLOCK_NBYTES)
+    assert highest <= method.scratch_blocks + SLACK, f"combining: {highest:.2f} blocks"
+    return (stats_peak.peak - method.stats_nbytes * count) / BLOCK_NBYTES, highest
 
 
-def test_it_measures() -> None:
+def test_peak_counts_tensors_and_arrays() -> None:
     inputs = [torch.ones(BLOCK_ELEMENTS)]
     with Peak(inputs) as peak:
         doubled = inputs[0] * 2

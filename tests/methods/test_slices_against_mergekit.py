@@ -185,7 +185,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
 
 
 @pytest.mark.parametrize("name", [*STACKS, *SEVERAL])
-def test_every_tensor_and_the_depth(both: Both, name: str) -> None:
+def test_slices_match_mergekit_in_every_tensor_and_depth(both: Both, name: str) -> None:
     theirs, config = both.theirs(name)
     out = both.ours(name)
     ours = load_file(out / "model.safetensors")
@@ -195,7 +195,7 @@ def test_every_tensor_and_the_depth(both: Both, name: str) -> None:
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == config["num_hidden_layers"]
 
 
-def test_a_stack_has_no_parts_on_disk(both: Both) -> None:
+def test_layer_stack_writes_no_intermediate_files(both: Both) -> None:
     """Documents whose results are used leave nothing behind."""
     out = both.ours("a stack of results", overwrite=True)
     before = set(both.folder.rglob("*"))

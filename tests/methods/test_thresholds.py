@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.method_blocks import Looking
+from support.method_blocks import InMemoryScan
 
 from mergeforge.methods import _kth_largest, _thresholds
-from mergeforge.methods._thresholds import Threshold, thresholds
+from mergeforge.methods._thresholds import Threshold, density_thresholds
 
 N = 30_000
 
@@ -25,7 +25,7 @@ def bfloat16_like() -> torch.Tensor:
 def misleading(size: int = 1000) -> torch.Tensor:
     """The blocks that the sample sees hold only small numbers."""
     value = noise(3).mul(100)
-    for start in Looking([value], size).starts(_thresholds.SAMPLE_BLOCKS):
+    for start in InMemoryScan([value], size).starts(_thresholds.SAMPLE_BLOCKS):
         value[start : start + size] *= 1e-6
     return value
 
@@ -33,7 +33,7 @@ def misleading(size: int = 1000) -> torch.Tensor:
 def misleading_up(size: int = 1000) -> torch.Tensor:
     """The blocks that the sample sees hold only large numbers."""
     value = noise(3).mul(1e-6)
-    for start in Looking([value], size).starts(_thresholds.SAMPLE_BLOCKS):
+    for start in InMemoryScan([value], size).starts(_thresholds.SAMPLE_BLOCKS):
         value[start : start + size] *= 1e9
     return value
 
@@ -76,16 +76,16 @@ def kept(value: torch.Tensor, density: float) -> np.ndarray:
     return stays
 
 
-def trim(look: Looking, at: int, threshold: Threshold) -> torch.Tensor:
-    return torch.cat([threshold.trim(look.block(start)[0][at], start == 0).flatten() for start in look.starts()])
+def trim(scan: InMemoryScan, at: int, threshold: Threshold) -> torch.Tensor:
+    return torch.cat([threshold.trim(scan.block(start)[0][at], start == 0).flatten() for start in scan.starts()])
 
 
 @pytest.mark.parametrize("density", [1e-9, 0.001, 0.3, 0.5, 0.999])
 @pytest.mark.parametrize("name", DATA)
 def test_the_threshold_is_exact(name: str, density: float) -> None:
     value = DATA[name]
-    look = Looking([value], 1000)
-    (found,) = thresholds(look, value.numel(), [density])
+    scan = InMemoryScan([value], 1000)
+    (found,) = density_thresholds(scan, value.numel(), [density])
     assert found is not None
     stays = kept(value, density)
     magnitudes = value.abs().numpy()
@@ -94,58 +94,58 @@ def test_the_threshold_is_exact(name: str, density: float) -> None:
     assert found.ties == int((magnitudes == limit).sum())
     assert found.ties_kept == int((magnitudes[stays] == limit).sum())
     for _ in range(2):  # a merge of merges looks more than once
-        assert torch.equal(trim(look, 0, found), torch.where(torch.from_numpy(stays), value, 0.0))
+        assert torch.equal(trim(scan, 0, found), torch.where(torch.from_numpy(stays), value, 0.0))
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])
-def test_any_blocks(size: int) -> None:
+def test_threshold_does_not_depend_on_the_block_size(size: int) -> None:
     value = DATA["bfloat16"][:2000]
-    look = Looking([value], size)
-    (found,) = thresholds(look, len(value), [0.5])
+    scan = InMemoryScan([value], size)
+    (found,) = density_thresholds(scan, len(value), [0.5])
     assert found is not None and found.ties > found.ties_kept > 0
-    assert torch.equal(trim(look, 0, found), torch.where(torch.from_numpy(kept(value, 0.5)), value, 0.0))
+    assert torch.equal(trim(scan, 0, found), torch.where(torch.from_numpy(kept(value, 0.5)), value, 0.0))
 
 
-def test_several_inputs_at_once() -> None:
+def test_one_scan_finds_thresholds_of_several_inputs() -> None:
     values = [DATA["random"], DATA["bfloat16"], DATA["misleading"], DATA["zeros"]]
     densities = [0.2, 0.7, 0.4, 1.0]
-    look = Looking(values, 1000)
-    found = thresholds(look, N, densities)
+    scan = InMemoryScan(values, 1000)
+    found = density_thresholds(scan, N, densities)
     assert found[3] is None
     for at in range(3):
         threshold = found[at]
         assert threshold is not None
         expected = torch.where(torch.from_numpy(kept(values[at], densities[at])), values[at], 0.0)
-        assert torch.equal(trim(look, at, threshold), expected)
+        assert torch.equal(trim(scan, at, threshold), expected)
 
 
 @pytest.mark.parametrize("values", [8, 1 << 16])
-def test_more_candidates_than_a_search_holds(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_with_more_candidates_than_it_holds(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are counted, and made coarser where there are more than 8; several looks narrow the range."""
-    monkeypatch.setattr(_kth_largest, "CANDIDATES", 64)
-    monkeypatch.setattr(_kth_largest, "VALUES", values)
+    monkeypatch.setattr(_kth_largest, "MAX_CANDIDATES", 64)
+    monkeypatch.setattr(_kth_largest, "MAX_DISTINCT", values)
     monkeypatch.setattr(_thresholds, "SAMPLE_ELEMENTS", 4)
     for name, value in DATA.items():
-        look = Looking([value], 500)
-        (found,) = thresholds(look, len(value), [0.37])
+        scan = InMemoryScan([value], 500)
+        (found,) = density_thresholds(scan, len(value), [0.37])
         assert found is not None
-        assert torch.equal(trim(look, 0, found), torch.where(torch.from_numpy(kept(value, 0.37)), value, 0.0)), name
+        assert torch.equal(trim(scan, 0, found), torch.where(torch.from_numpy(kept(value, 0.37)), value, 0.0)), name
 
 
-def test_a_good_sample_needs_two_looks() -> None:
+def test_good_sample_needs_two_scans() -> None:
     """Also where a few columns are much larger than the rest."""
     looks = []
 
-    class Counting(Looking):
-        def __call__(self, see, sample=0):  # type: ignore[no-untyped-def]
+    class Counting(InMemoryScan):
+        def __call__(self, visit, sample=0):  # type: ignore[no-untyped-def]
             looks.append(sample)
-            return super().__call__(see, sample)
+            return super().__call__(visit, sample)
 
     columns = noise(0, 1 << 21)
     columns.view(-1, 1024)[:, ::16] *= 20
     for value in (noise(0, 1 << 21), columns):
         looks.clear()
-        thresholds(Counting([value], 1 << 18), len(value), [0.3])
+        density_thresholds(Counting([value], 1 << 18), len(value), [0.3])
         assert looks == [_thresholds.SAMPLE_BLOCKS, 0]
 
 
@@ -155,41 +155,41 @@ def test_nan_at_the_threshold_is_refused(share: float, size: int) -> None:
     value = noise(0, 4000)
     value[: int(share * len(value))] = float("nan")
     with pytest.raises(ArithmeticError, match="NaN"):
-        thresholds(Looking([value], size), len(value), [0.5])
+        density_thresholds(InMemoryScan([value], size), len(value), [0.5])
 
 
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1])
-def test_any_nan_counts_as_largest(bits: int) -> None:
+def test_nan_counts_as_the_largest_magnitude(bits: int) -> None:
     """Where a tensor holds a few, they stay: the run refuses them in what it writes."""
     value = noise(0, 1000)
     value[5::100] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
-    look = Looking([value], 64)
-    (found,) = thresholds(look, 1000, [0.5])
+    scan = InMemoryScan([value], 64)
+    (found,) = density_thresholds(scan, 1000, [0.5])
     assert found is not None
-    trimmed = trim(look, 0, found)
+    trimmed = trim(scan, 0, found)
     assert bool(trimmed[5::100].isnan().all())
     assert int((trimmed != 0).sum()) == 500
     with pytest.raises(ArithmeticError, match="NaN"):
-        thresholds(look, 1000, [0.005])
+        density_thresholds(scan, 1000, [0.005])
 
 
-def test_nothing_to_find() -> None:
-    assert thresholds(Looking([torch.empty(0)], 10), 0, [0.5]) == [None]
-    assert thresholds(Looking([torch.ones(3)], 10), 3, [1.0]) == [None]
+def test_empty_tensor_and_density_1_have_no_threshold() -> None:
+    assert density_thresholds(InMemoryScan([torch.empty(0)], 10), 0, [0.5]) == [None]
+    assert density_thresholds(InMemoryScan([torch.ones(3)], 10), 3, [1.0]) == [None]
 
 
-def test_trimming_is_in_place() -> None:
+def test_trim_is_in_place() -> None:
     value = torch.tensor([[3.0], [1.0], [2.0]])
     assert Threshold(magnitude_bits(2.0), 1, 1).trim(value, True) is value
     assert value.flatten().tolist() == [3.0, 0.0, 2.0]
 
 
-def test_double_precision_is_compared_in_single() -> None:
+def test_float64_is_compared_in_float32() -> None:
     value = torch.tensor([[1 + 1e-12], [-1.0], [1 - 1e-12], [0.5]], dtype=torch.float64)
-    look = Looking([value.flatten()], 2)
-    (found,) = thresholds(look, 4, [0.5])
+    scan = InMemoryScan([value.flatten()], 2)
+    (found,) = density_thresholds(scan, 4, [0.5])
     assert found is not None
-    assert trim(look, 0, found).tolist() == [1 + 1e-12, -1.0, 0.0, 0.0]
+    assert trim(scan, 0, found).tolist() == [1 + 1e-12, -1.0, 0.0, 0.0]
 
 
 def magnitude_bits(value: float) -> int:

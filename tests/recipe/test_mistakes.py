@@ -15,18 +15,18 @@ from mergeforge.errors import Problem, RecipeError
 from mergeforge.gguf.file_types import FILE_TYPES
 from mergeforge.methods import METHODS
 from mergeforge.recipe import ModelRef, read
-from mergeforge.recipe.yaml_reader import LARGEST_FILE
+from mergeforge.recipe.yaml_reader import MAX_FILE_NBYTES
 
 SLICED = "merge_method: linear\nslices: [{sources: "
 GOOD = "merge_method: linear\nmodels:\n- {model: org/a, parameters: {weight: 1}}\n"
 
 
 def problems_of(text: str | bytes, folder: Path) -> tuple[Problem, ...]:
-    """What is wrong with a recipe file, in the order of the file."""
+    """The mistakes of a recipe file, in the order of the file."""
     path = folder / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError) as caught:
-        read(path, METHODS, mixes=FILE_TYPES)
+        read(path, METHODS, gguf_types=FILE_TYPES)
     assert caught.value.exit_code == 2
     assert str(path) in str(caught.value)
     for problem in caught.value.problems:
@@ -34,7 +34,7 @@ def problems_of(text: str | bytes, folder: Path) -> tuple[Problem, ...]:
     return caught.value.problems
 
 
-def test_everything_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     text = """\
 merge_methd: ties
 merge_method: tie
@@ -49,11 +49,11 @@ dtype: bfloat61
 random_seed: -1
 output: {pth: out, shard_size: large, safetensors: 1}
 """
-    found = problems_of(text, tmp_path)
-    assert [(one.line, one.column, one.message, one.hint) for one in found] == [
+    problems = problems_of(text, tmp_path)
+    assert [(problem.line, problem.column, problem.message, problem.hint) for problem in problems] == [
         (1, 1, "unknown key 'merge_methd'", "did you mean 'merge_method'?"),
         (2, 1, "unknown merge method 'tie'", "did you mean 'ties'?"),
-        (3, 1, "'base_model' must be text, not a list", "quote it"),
+        (3, 1, "'base_model' must be a string, not a list", ""),
         (6, 5, "unknown key 'paramters'", "did you mean 'parameters'?"),
         (7, 5, "'models' needs the key 'model'", ""),
         (7, 5, "unknown key 'mdoel'", "did you mean 'model'?"),
@@ -72,19 +72,19 @@ output: {pth: out, shard_size: large, safetensors: 1}
         ("{}", 1, 1, "nothing to merge", "give models"),
         ("5", 1, 1, "the recipe must be a mapping, not 5", "key: value"),
         ("- a", 1, 1, "the recipe must be a mapping, not a list", ""),
-        ("---\n", 2, 1, "the recipe must be a mapping, not nothing", ""),
-        ("models: []\nmerge_method: linear", 1, 1, "'models' must be a list, not an empty one", "- "),
+        ("---\n", 2, 1, "the recipe must be a mapping, not null", ""),
+        ("models: []\nmerge_method: linear", 1, 1, "'models' is an empty list", "- "),
         ("models: org/a\nmerge_method: linear", 1, 1, "'models' must be a list, not 'org/a'", "- "),
-        ("models: [~]\nmerge_method: linear", 1, 10, "'models' must be text, not nothing", ""),
+        ("models: [~]\nmerge_method: linear", 1, 10, "'models' must be a string, not null", ""),
         ("models: [{model: ~}]\nmerge_method: linear", 1, 10, "needs the key 'model'", ""),
-        ("models: [{model: ''}]\nmerge_method: linear", 1, 11, "'model' must be text, not ''", ""),
-        ("models: [a, b]", 1, 1, "merge_method is missing", "adapters alone"),
+        ("models: [{model: ''}]\nmerge_method: linear", 1, 11, "'model' must be a string, not ''", ""),
+        ("models: [a, b]", 1, 1, "merge_method is missing", "nothing but adapters"),
         ("base_model: b\nadapters: [a]\nmerge_method: fild", 3, 1, "unknown merge method", "did you mean 'fold'?"),
         ("base_model: b\nadapters: [a]\nmerge_method: zzz", 3, 1, "unknown merge method 'zzz'", "known: "),
         ("adapters: [a]", 1, 1, "adapters need a base_model", "trained on"),
-        ("merge_method: ties\nmodels: [a]", 1, 1, "ties needs a base_model", "tuned from"),
-        ("merge_method: slerp\nmodels: [a]\nparameters: {t: 1}", 1, 1, "slerp needs a base_model", "tuned from"),
-        (GOOD + "- {model: org/a, parameters: {weight: 1}}", 4, 3, "'org/a' is listed twice", "add its weights"),
+        ("merge_method: ties\nmodels: [a]", 1, 1, "ties needs a base_model", "fine-tuned from"),
+        ("merge_method: slerp\nmodels: [a]\nparameters: {t: 1}", 1, 1, "slerp needs a base_model", "fine-tuned from"),
+        (GOOD + "- {model: org/a, parameters: {weight: 1}}", 4, 3, "'org/a' is listed twice", "add up its weights"),
         (GOOD + "parameters: {normalise: true}", 4, 14, "linear has no parameter 'normalise'", "'normalize'?"),
         (GOOD + "parameters: {qqq: true}", 4, 14, "linear has no parameter 'qqq'", "linear takes: "),
         (GOOD + "- {model: b, parameters: {normalize: true}}", 4, 27, "one value for the whole merge", "top"),
@@ -100,22 +100,28 @@ output: {pth: out, shard_size: large, safetensors: 1}
         ),
         (GOOD + "- {model: b, parameters: {weight: [1, {value: 1}]}}", 4, 27, "mixes numbers and filters", ""),
         (GOOD + "- {model: b, parameters: {weight: {valeu: 1}}}", 4, 36, "unknown key 'valeu'", "'value'?"),
-        (GOOD + "- {model: b, parameters: {weight: {filter: 3, value: 1}}}", 4, 36, "a filter must be text, not 3", ""),
+        (
+            GOOD + "- {model: b, parameters: {weight: {filter: 3, value: 1}}}",
+            4,
+            36,
+            "a filter must be a string, not 3",
+            "",
+        ),
         (GOOD + "- {model: b, parameters: {weight: [{value: []}]}}", 4, 37, "'weight' is an empty list", ""),
-        (GOOD + "- {model: b, parameters: {weight: [{value: ~}]}}", 4, 37, "number, true or false, not nothing", ""),
+        (GOOD + "- {model: b, parameters: {weight: [{value: ~}]}}", 4, 37, "number, true or false, not null", ""),
         (GOOD + "- {model: b, parameters: {weight: .nan}}", 4, 27, "must be a finite number, not nan", ""),
         (GOOD + "- {model: b, parameters: {weight: -.inf}}", 4, 27, "must be a finite number, not -inf", ""),
         (GOOD + "- {model: b, parameters: {weight: 1e400}}", 4, 27, "must be a finite number, not inf", ""),
         (GOOD + f"- {{model: b, parameters: {{weight: 1{'0' * 400}}}}}", 4, 27, "must be a number", ""),
-        (GOOD + "- {model: b, parameters: {weight: !!int x}}", 4, 35, "'x' is not a value of the tag", ""),
-        (GOOD + "- {model: b, parameters: {weight: 0b_}}", 4, 35, "'0b_' is not a value of the tag", ""),
-        (GOOD + f"- {{model: b, parameters: {{weight: {'9' * 5000}}}}}", 4, 35, "is not a value of the tag", ""),
+        (GOOD + "- {model: b, parameters: {weight: !!int x}}", 4, 35, "'x' is not a valid value for the tag", ""),
+        (GOOD + "- {model: b, parameters: {weight: 0b_}}", 4, 35, "'0b_' is not a valid value for the tag", ""),
+        (GOOD + f"- {{model: b, parameters: {{weight: {'9' * 5000}}}}}", 4, 35, "is not a valid value for the tag", ""),
         (GOOD + "parameters: {normalize: maybe}", 4, 14, "must be a number, true or false, not 'maybe'", ""),
         (GOOD + "parameters: {normalize: 2}", 4, 14, "'normalize' must be true or false, not 2", ""),
-        (GOOD + "parameters: {normalize: 1, normalize: 2}", 4, 28, "'normalize' stands here a second time", ""),
-        (GOOD + "merge_method: ties", 4, 1, "'merge_method' stands here a second time", ""),
-        (GOOD + "? [a]\n: b", 4, 3, "a key must be plain text", ""),
-        (GOOD + "2026-01-01: b", 4, 1, "a key must be plain text", ""),
+        (GOOD + "parameters: {normalize: 1, normalize: 2}", 4, 28, "duplicate key 'normalize'", ""),
+        (GOOD + "merge_method: ties", 4, 1, "duplicate key 'merge_method'", ""),
+        (GOOD + "? [a]\n: b", 4, 3, "a key must be a plain string", ""),
+        (GOOD + "2026-01-01: b", 4, 1, "a key must be a plain string", ""),
         (GOOD + "<<: 5", 4, 5, "'<<' takes a mapping", ""),
         (GOOD + "name: !!python/object/apply:os.system ['touch PWNED']", 4, 7, "the tag tag:yaml.org,2002:python", ""),
         (GOOD + "name: !!python/name:os.system", 4, 7, "is not allowed", ""),
@@ -123,10 +129,22 @@ output: {pth: out, shard_size: large, safetensors: 1}
         (GOOD + "name: !!set {a}", 4, 7, "is not allowed", ""),
         (GOOD + "name: !mine {a: b}", 4, 7, "the tag !mine is not allowed", ""),
         (GOOD + "---\na: b", 5, 1, "unknown key 'a'", "known keys"),
-        (GOOD + "---\n" + GOOD, 1, 1, "this document has no name", "one document, the result, may go without"),
-        ("name: x\n" + GOOD + "---\nname: x\n" + GOOD + "---\n" + GOOD, 6, 1, "two documents are called 'x'", ""),
-        ("name: x\n" + GOOD + "output: {path: y}\n---\n" + GOOD, 5, 1, "this document's result is not written", ""),
-        (GOOD + "a: [1, 2", 4, 9, "not YAML", ""),
+        (
+            GOOD + "---\n" + GOOD,
+            1,
+            1,
+            "this document has no name",
+            "only one document, the final result, may omit its name",
+        ),
+        ("name: x\n" + GOOD + "---\nname: x\n" + GOOD + "---\n" + GOOD, 6, 1, "two documents are named 'x'", ""),
+        (
+            "name: x\n" + GOOD + "output: {path: y}\n---\n" + GOOD,
+            5,
+            1,
+            "only the final document may have an output",
+            "",
+        ),
+        (GOOD + "a: [1, 2", 4, 9, "invalid YAML", ""),
         (GOOD + "a: &x [*x]", 4, 4, "an alias contains itself", ""),
         (GOOD + "a: &x {b: *x}", 4, 4, "an alias contains itself", ""),
         (GOOD + "a: *nowhere", 4, 4, "undefined alias", ""),
@@ -134,7 +152,7 @@ output: {pth: out, shard_size: large, safetensors: 1}
         (GOOD + "a: " + "[" * 40 + "]" * 40, 4, 35, "nested more than 32 levels deep", ""),
         (GOOD + "a: " + "[" * 5000, 4, 35, "nested more than 32 levels deep", ""),
         (GOOD + "a: " + "{a: " * 5000, 4, 128, "nested more than 32 levels deep", ""),
-        (GOOD + "slices: []", 4, 1, "'slices' must be a list, not an empty one", ""),
+        (GOOD + "slices: []", 4, 1, "'slices' is an empty list", ""),
         (
             GOOD + "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]",
             4,
@@ -144,13 +162,13 @@ output: {pth: out, shard_size: large, safetensors: 1}
         ),
         (GOOD + "modules: {a: b}", 4, 11, "'a' must be a mapping, not 'b'", ""),
         (SLICED + "[{model: a}]", 2, 21, "'sources' needs the key 'layer_range'", ""),
-        (SLICED + "[{model: a, layer_range: [8, 4]}]", 2, 32, "'layer_range' [8, 4] holds no layers", "[first layer"),
-        (SLICED + "[{model: a, layer_range: [-1, 4]}]", 2, 32, "'layer_range' [-1, 4] holds no layers", ""),
+        (SLICED + "[{model: a, layer_range: [8, 4]}]", 2, 32, "'layer_range' [8, 4] selects no layers", "[first layer"),
+        (SLICED + "[{model: a, layer_range: [-1, 4]}]", 2, 32, "'layer_range' [-1, 4] selects no layers", ""),
         (SLICED + "[{model: a, layer_range: 4}]", 2, 32, "must be two whole numbers, not 4", ""),
         (SLICED + "[{model: a, layer_range: [0, 1.5]}]", 2, 32, "must be two whole numbers, not [0, 1.5]", ""),
         (
             SLICED + "[{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]",
-            *(2, 11, "the sources of a slice give 2, 3 layers", "as many each"),
+            *(2, 11, "the sources of this slice have different numbers of layers: 2, 3", "same length"),
         ),
         (
             SLICED + "[{model: a, layer_range: [0, 2]}, {model: a, layer_range: [0, 2]}]",
@@ -173,47 +191,53 @@ output: {pth: out, shard_size: large, safetensors: 1}
         (
             GOOD + "- {model: b, adapters: [{adapter: c, weight: 1}], parameters: {weight: 1}}\nrules:\n"
             "- {match: x, models: [{model: b, adapters: [{adapter: c, weight: 2}]}]}",
-            *(6, 23, "has its adapters with other weights here", ""),
+            *(6, 23, "the adapters of 'b+c' have different weights here than above", ""),
         ),
-        (GOOD + "rules: [{match: '('}]", 4, 10, "'(' is not a regular expression", "a dot"),
-        (GOOD + "rules: [{match: a, use: base, drop: true}]", 4, 9, "a rule has either use or drop", ""),
+        (GOOD + "rules: [{match: '('}]", 4, 10, "'(' is not a valid regular expression", "a literal dot"),
+        (GOOD + "rules: [{match: a, use: base, drop: true}]", 4, 9, "a rule can have only one of use, drop", ""),
         (GOOD + "rules: [{match: a}]", 4, 9, "this rule changes nothing", ""),
         (
             GOOD + "rules: [{match: a, use: org/a, parameters: {weight: 1}}]",
-            *(4, 9, "a rule with 'use' merges nothing", ""),
+            *(4, 9, "a rule with 'use' takes no parameters or models", ""),
         ),
         (GOOD + "rules: [{match: a, merge_method: tise}]", 4, 20, "unknown merge method 'tise'", "'ties'?"),
         (GOOD + "rules: [{match: a, merge_method: slerp}]", 4, 20, "slerp needs a base_model", ""),
         (GOOD + "rules: [{match: a, parameters: {t: 1}}]", 4, 33, "linear has no parameter 't'", ""),
-        (GOOD + "tokenizer: {source: union}\ntokenizer_source: base", 5, 1, "tokenizer_source and tokenizer", "one of"),
+        (
+            GOOD + "tokenizer: {source: union}\ntokenizer_source: base",
+            5,
+            1,
+            "both tokenizer_source and tokenizer",
+            "one of",
+        ),
         (GOOD + "tokenizer: {pad_to_multiple_of: 0}", 4, 13, "must be a whole number of at least 1, not 0", ""),
         (GOOD + "tokenizer: {tokens: {x: {source: {kind: zreo}}}}", 4, 35, "'kind' cannot be 'zreo'", "'zero'?"),
         (
             GOOD + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}",
-            *(4, 26, "takes either token or token_id", ""),
+            *(4, 26, "takes exactly one of token and token_id", ""),
         ),
         (GOOD + "tokenizer: {tokens: {x: {force: true}}}", 4, 22, "'force' needs a source", ""),
         (GOOD + "output: {gguf: [q9_0]}", 4, 17, "unknown GGUF type 'q9_0'", "did you mean 'q"),
-        (GOOD + "output: {gguf: [q8_0, q8_0]}", 4, 23, "two GGUF files of the type q8_0", "each type once"),
+        (GOOD + "output: {gguf: [q8_0, q8_0]}", 4, 23, "two GGUF files of type q8_0", "list each type once"),
         (GOOD + "output: {gguf: {pure: true}}", 4, 10, "'gguf' needs the key 'type'", ""),
         (GOOD + "output: {gguf: q8_0, gguf_from: bf16}", 4, 22, "'gguf_from' cannot be 'bf16'", "float32"),
         (GOOD + "output: {safetensors: false}", 4, 10, "nothing would be written", "output.gguf"),
-        (GOOD + "output: {adapter: {rank: 8}}", 4, 10, "there are no adapters to join", "extract-lora"),
+        (GOOD + "output: {adapter: {rank: 8}}", 4, 10, "there are no adapters to combine", "extract-lora"),
         (GOOD + "output: {adapter: {rnak: 8}}", 4, 20, "unknown key 'rnak'", "'rank'?"),
         (GOOD + "output: {publish: {}}", 4, 10, "'publish' needs the key 'repo'", ""),
         (GOOD + "output: {safetensors: false}", 4, 10, "nothing would be written", ""),
         (GOOD + "output: {shard_size: 0}", 4, 10, "a size must be at least one byte", ""),
-        (GOOD + "output: {path: 5}", 4, 10, "'path' must be text, not 5", "quote it"),
+        (GOOD + "output: {path: 5}", 4, 10, "'path' must be a string, not 5", "quote it"),
         (GOOD + "random_seed: true", 4, 1, "'random_seed' must be a whole number of at least 0, not true", ""),
         (GOOD + "random_seed: 1.5", 4, 1, "'random_seed' must be a whole number", ""),
-        ("base_model: +a\nadapters: [b]", 1, 1, "'+a' is not path[@revision][+adapter]", ""),
-        ("base_model: b\nadapters: [a+c]", 2, 12, "'a+c' is more than one adapter", "on its own"),
+        ("base_model: +a\nadapters: [b]", 1, 1, "'+a' is not a model reference", "path[@revision][+adapter]"),
+        ("base_model: b\nadapters: [a+c]", 2, 12, "'a+c' names more than one adapter", "separately"),
         ("base_model: b\nadapters: [{weight: 1}]", 2, 12, "'adapters' needs the key 'adapter'", ""),
         ("base_model: b\nadapters: [{adapter: a, weigth: 1}]", 2, 25, "unknown key 'weigth'", "'weight'?"),
         ("base_model: b\nadapters: [{adapter: a, weight: true}]", 2, 25, "'weight' must be a number, not true", ""),
         (
             "base_model: b\nadapters: [{adapter: a, parameters: {weight: 1}}]",
-            *(2, 38, "an adapter's weight stands beside it", "move it up"),
+            *(2, 38, "an adapter's weight is not one of its parameters", "move it up"),
         ),
         (
             "base_model: b\nmerge_method: slerp\nparameters: {t: 0.5}\nadapters: [{adapter: a, weight: 0.5}, c]",
@@ -222,40 +246,45 @@ output: {pth: out, shard_size: large, safetensors: 1}
         (GOOD + "- {model: b, adapters: [{adapter: c, weight: true}], parameters: {weight: 1}}", 4, 38, "a number", ""),
         (
             GOOD + "- {model: b, adapters: [{adapter: c, parameters: {x: 1}}], parameters: {weight: 1}}",
-            *(4, 38, "folded in by its weight alone", "top 'adapters'"),
+            *(4, 38, "takes only a weight", "top-level 'adapters'"),
         ),
     ],
 )
-def test_one_mistake(tmp_path: Path, text: str, line: int, column: int, message: str, hint: str) -> None:
+def test_single_mistake_has_line_column_and_hint(
+    tmp_path: Path, text: str, line: int, column: int, message: str, hint: str
+) -> None:
     text = text + "}]" if text.startswith(SLICED) else text
-    matching = [one for one in problems_of(text, tmp_path) if message in one.message]
-    assert matching, f"not reported; instead: {[str(one) for one in problems_of(text, tmp_path)]}"
+    problems = problems_of(text, tmp_path)
+    matching = [problem for problem in problems if message in problem.message]
+    assert matching, f"not reported; instead: {list(map(str, problems))}"
     assert (matching[0].line, matching[0].column) == (line, column)
     assert hint in matching[0].hint
 
 
 @pytest.mark.parametrize("density", ["0", "-0.1", "1.5", "[0.5, 0]", "{filter: mlp, value: 2}", ".nan"])
-def test_density_lies_above_zero_and_up_to_one(tmp_path: Path, density: str) -> None:
+def test_density_must_be_in_0_to_1(tmp_path: Path, density: str) -> None:
     start = "merge_method: ties\nbase_model: b\nmodels:\n- {model: a, parameters: {weight: 1, density: "
-    found = problems_of(start + density + "}}", tmp_path)
-    assert [(one.line, one.message.split(", not")[0]) for one in found] == [(4, "'density' must lie in (0, 1]")]
+    problems = problems_of(start + density + "}}", tmp_path)
+    assert [(problem.line, problem.message.split(", not")[0]) for problem in problems] == [
+        (4, "'density' must be in (0, 1]")
+    ]
     (tmp_path / "good.yaml").write_text(start + "1}}")
     read(tmp_path / "good.yaml", METHODS)
 
 
 @pytest.mark.parametrize("code", ["0b_", "0x_", "1:", "!!bool maybe", "!!float x", "!!timestamp x", "="])
-def test_odd_scalars_are_never_a_traceback(tmp_path: Path, code: str) -> None:
+def test_odd_scalars_are_reported_as_mistakes(tmp_path: Path, code: str) -> None:
     problems_of(GOOD + f"dtype: {code}", tmp_path)
 
 
 @pytest.mark.parametrize(
     "text", ['a: "\\UFFFFFFFF"', "%YAML " + "1" * 5000 + ".1\n---\na: b", "a: \x07", "\ufeff\ufeffa"]
 )
-def test_what_pyyaml_stumbles_over(tmp_path: Path, text: str) -> None:
+def test_text_that_breaks_pyyaml_is_reported(tmp_path: Path, text: str) -> None:
     problems_of(text, tmp_path)
 
 
-def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
+def test_alias_bomb_is_refused_quickly(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     started = time.monotonic()
@@ -265,13 +294,13 @@ def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - started < 10
 
 
-def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     for content, message in (
         (b"", "is empty"),
         (b"# a comment\n", "is empty"),
         (b"merge_method: \xff\xfe", "is not UTF-8"),
         (GOOD.encode("utf-16"), "is not UTF-8"),
-        (b"#" * (LARGEST_FILE + 1), "is larger than 1 MiB"),
+        (b"#" * (MAX_FILE_NBYTES + 1), "is larger than 1 MiB"),
     ):
         path = tmp_path / "recipe.yaml"
         path.write_bytes(content)
@@ -286,12 +315,12 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             read(path, METHODS)
-    (tmp_path / "recipe.yaml").write_text("# " + "x" * (LARGEST_FILE - len(GOOD) - 3) + "\n" + GOOD)
+    (tmp_path / "recipe.yaml").write_text("# " + "x" * (MAX_FILE_NBYTES - len(GOOD) - 3) + "\n" + GOOD)
     read(tmp_path / "recipe.yaml", METHODS)
 
 
-def test_a_number_without_a_dot_is_a_number(tmp_path: Path) -> None:
-    """YAML 1.1 reads 1e-5 as text."""
+def test_exponent_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-5 as a string."""
     (tmp_path / "recipe.yaml").write_text(GOOD.replace("weight: 1", "weight: [1e-5, {0}]".replace("{0}", "2E3")))
     (model,) = read(tmp_path / "recipe.yaml", METHODS).models
     assert model.parameters["weight"] == [1e-5, 2000.0]
@@ -320,7 +349,7 @@ models:
 # --- from Python
 
 
-def test_a_dict_with_what_python_has(tmp_path: Path) -> None:
+def test_dict_with_python_and_numpy_types(tmp_path: Path) -> None:
     value: dict[str, Any] = {
         "base_model": tmp_path / "base",
         "adapters": ({"adapter": "a", "weight": numpy.float32(0.5)}, {"adapter": "b", "weight": numpy.int64(2)}),
@@ -333,10 +362,10 @@ def test_a_dict_with_what_python_has(tmp_path: Path) -> None:
     assert read(tmp_path / "recipe.yaml", METHODS) == recipe
 
 
-def test_a_dict_has_no_lines() -> None:
+def test_mistakes_in_a_dict_have_no_lines() -> None:
     with pytest.raises(RecipeError) as caught:
         read({1: 2, "merge_method": "ties"}, METHODS)
-    assert [(one.line, one.message) for one in caught.value.problems] == [
+    assert [(problem.line, problem.message) for problem in caught.value.problems] == [
         (0, "nothing to merge"),
         (0, "ties needs a base_model"),
         (0, "unknown key '1'"),
@@ -380,7 +409,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("dtype=bfloat61", "did you mean 'bfloat16'"),
         ("dtpye=bfloat16", "unknown key 'dtpye'"),
         ("a..b=1", "unknown key 'a'"),
-        ("random_seed=[1", "not YAML"),
+        ("random_seed=[1", "invalid YAML"),
         ("random_seed=!!python/none x", "is not allowed"),
         ("random_seed=", "must be a whole number of at least 0, not ''"),
     ],
@@ -409,7 +438,7 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         ("x" * 5000, ("x" * 5000, None), []),
     ],
 )
-def test_references(
+def test_model_references(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, model: tuple[str, str | None], adapters: list[Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -419,7 +448,7 @@ def test_references(
     assert [one.adapter for one in recipe.models[0].adapters] == [ModelRef(*one) for one in adapters]
 
 
-def test_mergekits_long_form_of_a_reference() -> None:
+def test_mergekit_long_form_of_a_reference() -> None:
     long = {"model": {"path": "org/a", "revision": "v1"}, "lora": {"path": "org/l", "revision": "v2"}}
     recipe = read({"merge_method": "linear", "models": [{"model": long, "parameters": {"weight": 1}}]}, METHODS)
     assert recipe.models[0].model == ModelRef("org/a", "v1")
@@ -429,7 +458,7 @@ def test_mergekits_long_form_of_a_reference() -> None:
 # --- speed
 
 
-def test_a_bad_recipe_needs_no_torch(tmp_path: Path) -> None:
+def test_recipe_errors_need_no_torch(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("merge_method: tis\nmodels: [a]\n")
     code = """
 import sys

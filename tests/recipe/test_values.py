@@ -1,4 +1,4 @@
-"""Gradients, filters and layers against hand values; the JSON Schema; recipes print and read back."""
+"""Gradients, filters and layers against hand-computed values; the JSON Schema; recipes survive a round trip."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def test_value_at(setting: Any, name: str, position: float, value: Any) -> None:
     assert value_at(setting, name, position) == value
 
 
-def test_flags_are_not_interpolated() -> None:
+def test_booleans_are_not_interpolated() -> None:
     flags = [True, False, True]
     assert [value_at(flags, MLP, at, kind="bool") for at in (0, 0.49, 0.5, 0.99, 1)] == [True, True, False, False, True]
 
 
-def test_scalars() -> None:
+def test_scalars_of_filters_and_numbers() -> None:
     assert list(scalars([{"filter": "a", "value": [1, 2]}, {"value": True}])) == [1, 2, True]
     assert list(scalars(0.5)) == [0.5]
     assert list(scalars(None)) == []
 
 
-def test_layers() -> None:
+def test_layer_positions_in_each_stack() -> None:
     assert layer_of(MLP) == ("model.layers", 3)
     assert layer_of("transformer.h.11.attn.weight") == ("transformer.h", 11)
     assert layer_of("model.layers.3.experts.7.w1.weight") == ("model.layers", 3)
@@ -126,18 +126,18 @@ MERGES = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startsw
 
 
 @pytest.mark.parametrize("path", MERGES, ids=lambda path: path.stem)
-def test_the_recipes_of_the_package(path: Path) -> None:
+def test_packaged_recipes_are_valid_and_survive_a_round_trip(path: Path) -> None:
     assert all(valid(document, json_schema()) for document in yaml.safe_load_all(path.read_text()))
-    recipe = read(path, METHODS, mixes=FILE_TYPES)
-    assert read(list(yaml.safe_load_all(recipe.to_yaml())), METHODS, mixes=FILE_TYPES) == recipe
+    recipe = read(path, METHODS, gguf_types=FILE_TYPES)
+    assert read(list(yaml.safe_load_all(recipe.to_yaml())), METHODS, gguf_types=FILE_TYPES) == recipe
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("train-*.yaml")), ids=lambda path: path.stem)
-def test_the_trainings_of_the_package(path: Path) -> None:
+def test_packaged_train_files_match_the_schema(path: Path) -> None:
     assert valid(yaml.safe_load(path.read_text()), keys.json_schema())
 
 
-def test_the_schema_refuses_what_reading_refuses() -> None:
+def test_schema_and_reader_refuse_the_same_recipes() -> None:
     good = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}]}
     bad: list[dict[str, Any]] = [
         {"modles": []},
@@ -152,7 +152,7 @@ def test_the_schema_refuses_what_reading_refuses() -> None:
     for change in bad:
         assert not valid({**good, **change}, json_schema()), change
         with pytest.raises(RecipeError):
-            read({**good, **change}, METHODS, mixes=FILE_TYPES)
+            read({**good, **change}, METHODS, gguf_types=FILE_TYPES)
 
 
 # --- any recipe
@@ -188,13 +188,13 @@ RECIPE = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(RECIPE)
-def test_a_recipe_that_loads_prints_and_loads_again(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+def test_any_recipe_survives_a_round_trip_through_yaml(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     try:
-        recipe = read(value, METHODS, mixes=FILE_TYPES)
+        recipe = read(value, METHODS, gguf_types=FILE_TYPES)
     except RecipeError as error:
-        assert re.search("is not path|must be text|density", str(error)), str(error)
+        assert re.search("is not a model reference|must be a string|density", str(error)), str(error)
         return
     assert valid(yaml.safe_load(recipe.to_yaml()), json_schema()) or "1e-5" in repr(value) or "'2'" in repr(value)
     path = tmp_path_factory.getbasetemp() / "again.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8", newline="")
-    assert read(path, METHODS, mixes=FILE_TYPES) == recipe
+    assert read(path, METHODS, gguf_types=FILE_TYPES) == recipe

@@ -1,4 +1,4 @@
-"""What a method sees of the engine: inputs cut into blocks."""
+"""Methods run on tensors in memory, block by block."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mergeforge.methods import METHODS, Block
 
 
 @dataclass(frozen=True)
-class Looking:
-    """The engine's `look` over whole tensors that are already in memory."""
+class InMemoryScan:
+    """A BlockScan over whole tensors that are already in memory, in blocks of `size` elements."""
 
     inputs: list[Tensor]
     size: int
@@ -28,32 +28,34 @@ class Looking:
         return sorted({starts[at * (len(starts) - 1) // max(sample - 1, 1)] for at in range(sample)})
 
     def block(self, start: int) -> tuple[list[Tensor], Block]:
-        """Copies, as the engine's are: a method may overwrite them."""
-        values = [one.flatten()[start : start + self.size].clone().view(-1, 1) for one in self.inputs]
+        """Copies, as a method may overwrite them."""
+        values = [whole.flatten()[start : start + self.size].clone().view(-1, 1) for whole in self.inputs]
         return values, Block(self.name, start, self.seed)
 
-    def __call__(self, see: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
+    def __call__(self, visit: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
         for start in self.starts(sample):
-            yield see(*self.block(start))
+            yield visit(*self.block(start))
 
 
 def combine(
     method: str, inputs: list[Any], *, size: int = 1 << 19, seed: int = 0, name: str = "w", **parameters: Any
 ) -> Tensor:
-    """A method on whole tensors, block by block; parameters that are not given take their defaults."""
-    tensors = [torch.as_tensor(one, dtype=torch.float32) if not isinstance(one, Tensor) else one for one in inputs]
-    known = METHODS[method]
+    """Merge whole tensors with a method, block by block; parameters not passed take their defaults."""
+    tensors = [
+        torch.as_tensor(values, dtype=torch.float32) if not isinstance(values, Tensor) else values for values in inputs
+    ]
+    entry = METHODS[method]
     values: dict[str, Any] = {}
-    for parameter in known.parameters.values():
+    for parameter in entry.parameters.values():
         value = parameters.get(parameter.name, parameters.get(parameter.name + "_", parameter.default))
         if parameter.per_input and not isinstance(value, list):
             value = [value] * len(tensors)
         values[parameter.name] = value
-    known.check_parameters(values)
-    looking = Looking(tensors, size, seed, name)
-    facts = known.learn(looking, tensors[0].numel(), values)
+    entry.check_parameters(values)
+    scan = InMemoryScan(tensors, size, seed, name)
+    stats = entry.collect_stats(scan, tensors[0].numel(), values)
     merged = []
-    for start in looking.starts():
-        blocks, block = looking.block(start)
-        merged.append(known(blocks, facts, block, values).flatten())
+    for start in scan.starts():
+        blocks, block = scan.block(start)
+        merged.append(entry(blocks, stats, block, values).flatten())
     return torch.cat(merged).view(tensors[0].shape) if merged else tensors[0].clone()
