@@ -1,11 +1,13 @@
-"""mergeforge: merges language models and adapters in the memory that it is given.
+"""mergeforge: merge language models and LoRA adapters without loading them.
 
     import mergeforge
-    plan = mergeforge.plan("recipe.yaml", memory="4GiB", device="cuda")
-    for tile in mergeforge.run(plan): ...
+
+    plan = mergeforge.plan("recipe.yaml", memory="4GiB")
+    print(plan)
+    result = mergeforge.run(plan)
     mergeforge.merge(base_model="...", adapters=["a", "b"], weights=[0.6, 0.4], method="linear", out="merged")
 
-Names are loaded on first use: importing the package imports no torch.
+Names are loaded on first use: importing the package does not import torch.
 """
 
 from __future__ import annotations
@@ -13,31 +15,28 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_NAMES = {
-    "plan": ("mergeforge.api", "plan"),
-    "run": ("mergeforge.execute.executor", "run"),
-    "merge": ("mergeforge.api", "merge"),
-    "verify": ("mergeforge.operations.verify", "verify"),
-    "QuickTrainer": ("mergeforge.train.quick_trainer", "QuickTrainer"),
-    "Plan": ("mergeforge.planner", "Plan"),
-    "Recipe": ("mergeforge.recipe", "Recipe"),
-    "MergeforgeError": ("mergeforge.errors", "MergeforgeError"),
-    "RecipeError": ("mergeforge.errors", "RecipeError"),
-    "SourceError": ("mergeforge.errors", "SourceError"),
-    "BudgetError": ("mergeforge.errors", "BudgetError"),
-    "OutputError": ("mergeforge.errors", "OutputError"),
-    "MissingExtraError": ("mergeforge.errors", "MissingExtraError"),
+_MODULE_OF = {
+    **dict.fromkeys(("plan", "run", "iter_run", "merge", "verify", "inspect", "diff"), "api"),
+    **dict.fromkeys(("convert_to_gguf", "extract_lora", "combine_adapters", "publish"), "api"),
+    "Plan": "planner",
+    "Recipe": "recipe",
+    "RunResult": "operations.merge",
+    "QuickTrainer": "train.quick_trainer",
+    **dict.fromkeys(("MergeforgeError", "RecipeError", "SourceError", "BudgetError", "OutputError"), "errors"),
+    "MissingExtraError": "errors",
 }
-__all__ = sorted(_NAMES)
+_SUBPACKAGES = ("train", "eval")
+__all__ = sorted([*_MODULE_OF, *_SUBPACKAGES])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
+    if name in _SUBPACKAGES:
+        return import_module(f"mergeforge.{name}")
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'mergeforge' has no attribute {name!r}")
-    module, attribute = _NAMES[name]
-    globals()[name] = getattr(import_module(module), attribute)
+    globals()[name] = getattr(import_module(f"mergeforge.{_MODULE_OF[name]}"), name)
     return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_NAMES]
+    return __all__

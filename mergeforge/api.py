@@ -1,99 +1,273 @@
-"""The Python interface: plan() and merge(), as the package's docstring shows them."""
+"""The Python interface: everything that the command line can do, as functions.
+
+Options are keyword arguments named as the command line's: `--memory 2GiB` is `memory="2GiB"`. Raises MergeforgeError's
+subclasses for everything that a user can get wrong, and TypeError for an argument that a function does not have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import RecipeError
-from mergeforge.execute import executor
+from mergeforge.hub.publish import Publication
+from mergeforge.hub.publish import publish as publish_folder
+from mergeforge.hub.split_gguf_repo import publications
+from mergeforge.lora import extract
 from mergeforge.methods import METHODS
-from mergeforge.planner import Plan, make_plan
-from mergeforge.recipe import Recipe
+from mergeforge.operations import convert_gguf as gguf_conversion
+from mergeforge.operations import diff as checkpoint_diff
+from mergeforge.operations import inspect as inspection
+from mergeforge.operations import merge as merging
+from mergeforge.operations import verify as verification
+from mergeforge.operations.diff import TensorDifference
+from mergeforge.operations.merge import RunResult
+from mergeforge.operations.verify import Verdict
+from mergeforge.planner import Options, Plan, RecipeLike, make_plan
+from mergeforge.planner.options import refuse_unknown
+from mergeforge.recipe import json_schema
 
-Source = str | Path | Mapping[str, Any] | Recipe
+Message = Callable[[str], None]
+_OPTIONS = [field.name for field in fields(Options)]
 
 
-def plan(
-    recipe: Source,
+def plan(recipe: RecipeLike, **options: Any) -> Plan:
+    """Plan a merge from a recipe file, a dict, a list of dicts (its documents) or a Recipe; reads headers only.
+
+    options: out, sets, memory, device, threads, stream_inputs, stream_to_hub, allow_pickle, allow_nonfinite (Options
+    explains them). Nothing is written; `print(plan)` shows what run() would do.
+    """
+    return make_plan(recipe, Options.of("mergeforge.plan", options))
+
+
+def run(
+    merge: Plan | RecipeLike,
+    *,
+    fresh: bool = False,
+    overwrite: bool = False,
+    on_message: Message = lambda _: None,
+    **options: Any,
+) -> RunResult:
+    """Do a merge, given its Plan or its recipe (with plan()'s options); resumes an interrupted run of the same merge.
+
+    fresh: discard an unfinished run. overwrite: replace a finished merge. on_message: called with a line per upload.
+    """
+    plan_ = _planned("mergeforge.run", merge, options)
+    return merging.run(plan_, fresh=fresh, overwrite=overwrite, on_message=on_message)
+
+
+def iter_run(
+    merge: Plan | RecipeLike,
+    *,
+    fresh: bool = False,
+    overwrite: bool = False,
+    on_message: Message = lambda _: None,
+    **options: Any,
+) -> Iterator[Tile]:
+    """The same as run(), tile by tile: yields each tile when it is written. The merge is done when it is exhausted."""
+    plan_ = _planned("mergeforge.iter_run", merge, options)
+    return merging.iter_run(plan_, fresh=fresh, overwrite=overwrite, on_message=on_message)
+
+
+def merge(
+    recipe: RecipeLike | None = None,
+    *,
+    base_model: str | Path | None = None,
+    models: Sequence[str | Path] = (),
+    adapters: Sequence[str | Path] = (),
+    weights: Sequence[float] = (),
+    method: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+    overwrite: bool = False,
+    **keywords: Any,
+) -> Path:
+    """Merge in one call, from a recipe or from its parts; returns the output folder.
+
+    weights: of `models`, then of `adapters`, in order (default: 1 each). method: the recipe's merge_method.
+    keywords: any other key of a recipe or of its `output` (dtype="bfloat16", gguf=["q4_k_m"], tokenizer_source="union",
+    shard_size="2GB", ...), and plan()'s options. With a recipe, its keys cannot be given a second time.
+    """
+    options = {name: value for name, value in keywords.items() if name in _OPTIONS}
+    settings = {name: value for name, value in keywords.items() if name not in _OPTIONS}
+    recipe_keys, output_keys = _recipe_keys()
+    refuse_unknown("mergeforge.merge", settings, [*_MERGE_ARGUMENTS, *_OPTIONS, *recipe_keys, *output_keys])
+    is_described = base_model or models or adapters or len(weights) or method or parameters or settings
+    if recipe is None:
+        recipe = _recipe(base_model, models, adapters, weights, method, parameters, settings, output_keys)
+    elif is_described:
+        raise RecipeError("give a recipe or its parts, not both")
+    plan_ = make_plan(recipe, Options.of("mergeforge.merge", options))
+    return merging.run(plan_, fresh=fresh, overwrite=overwrite).folder
+
+
+def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> Verdict:
+    """Check a finished merge against its receipt: sizes, headers and every tensor's checksum.
+
+    deep: also recompute a sample of tensors from the inputs; everything: recompute all. Raises SourceError if there is
+    no receipt; the Verdict lists all other problems.
+    """
+    return verification.verify(out, deep=deep or everything, everything=everything)
+
+
+def inspect(path: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """What a checkpoint, an adapter or a GGUF file holds: kind, config, and every tensor's dtype, shape and size.
+
+    Reads headers only. Raises SourceError for any other path.
+    """
+    return inspection.inspect(str(path), allow_pickle=allow_pickle)
+
+
+def diff(a: str | Path, b: str | Path, *, allow_pickle: bool = False) -> list[TensorDifference]:
+    """Compare two checkpoints tensor by tensor; one entry for each tensor of either, `same` where they are equal."""
+    return list(checkpoint_diff.differences(str(a), str(b), allow_pickle=allow_pickle))
+
+
+def convert_to_gguf(
+    model: str | Path,
+    types: str | Sequence[str] = ("q8_0",),
     *,
     out: str | Path | None = None,
-    sets: Sequence[str] = (),
+    fresh: bool = False,
+    overwrite: bool = False,
     memory: str | int | None = None,
     device: str = "auto",
     threads: int | None = None,
     allow_pickle: bool = False,
-    allow_nonfinite: bool = False,
-) -> Plan:
-    """Decide a merge from a recipe file, a dict or a Recipe; reads headers only.
+    **settings: Any,
+) -> list[Path]:
+    """Write a finished model (a folder or Hub repo) as GGUF; returns the files.
 
-    Raises MergeforgeError's children when something is wrong, before anything is written.
+    out: a folder (default: NAME-GGUF), or the file if there is one type. settings: imatrix, tensor_types,
+    output_tensor_type, token_embedding_type, pure, split_max_size, pre, as in a recipe's output.gguf.
     """
-    return make_plan(
-        recipe,
-        out=out,
-        sets=sets,
-        memory=memory,
-        device=device,
-        threads=threads,
-        allow_pickle=allow_pickle,
-        allow_nonfinite=allow_nonfinite,
-    )
+    refuse_unknown("mergeforge.convert_to_gguf", settings, list(gguf_conversion.SETTINGS))
+    options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
+    types = [types] if isinstance(types, str) else list(types)
+    target = None if out is None else str(out)
+    conversion = gguf_conversion.plan_conversion(str(model), types, target, settings, options, overwrite=overwrite)
+    deque(gguf_conversion.convert(conversion, fresh=fresh, overwrite=overwrite), maxlen=0)
+    return conversion.files
 
 
-def merge(
-    recipe: Source | None = None,
+def extract_lora(tuned: str | Path, *, base: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Write the difference of a fine-tuned model and its base as a PEFT LoRA adapter; returns the report.
+
+    options: rank, energy, svd, embeddings, save_rest, include, exclude, dtype, memory, device, threads, allow_pickle,
+    overwrite (plan_extraction explains them). The report, also in OUT/extraction.json, has every module's error.
+    """
+    return extract.extract_lora(str(tuned), str(base), out, **options)
+
+
+def combine_adapters(
+    base_model: str | Path,
+    adapters: Sequence[str | Path],
     *,
-    base_model: str | None = None,
-    models: Sequence[str] = (),
-    adapters: Sequence[str] = (),
+    out: str | Path,
     weights: Sequence[float] = (),
-    method: str | None = None,
-    parameters: Mapping[str, Any] | None = None,
-    out: str | Path | None = None,
-    fresh: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str = "float32",
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Merge in one call, from a recipe or from its parts; returns the output folder.
+    """Write the weighted sum of LoRA adapters of one base as one adapter; returns its folder.
 
-    `weights` belong to `models` and then `adapters`, in order (default: 1 each). `options` are
-    those of plan().
+    Exact unless truncated to `rank`, or to the `energy` share of the squared change (PEFT: add_weighted_adapter).
+    options: plan()'s memory, device, threads, allow_pickle.
     """
-    if recipe is None:
-        recipe = _recipe(base_model, models, adapters, weights, method, parameters)
-    elif base_model or models or adapters or weights or method or parameters:
-        raise RecipeError("give a recipe or its parts, not both")
-    return executor.merge(plan(recipe, out=out, **options), fresh=fresh, overwrite=overwrite)
+    refuse_unknown("mergeforge.combine_adapters", options, ["memory", "device", "threads", "allow_pickle", "fresh"])
+    adapter = {"rank": rank, "energy": energy, "dtype": dtype}
+    return merge(
+        base_model=base_model,
+        adapters=adapters,
+        weights=weights,
+        adapter={key: value for key, value in adapter.items() if value is not None},
+        safetensors=False,
+        out=out,
+        overwrite=overwrite,
+        **options,
+    )
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str = "main",
+    gguf: str = "beside",
+    dry_run: bool = False,
+    on_message: Message = lambda _: None,
+) -> tuple[Publication, ...]:
+    """Upload a finished folder to the Hub as one commit; uploads only the files that changed.
+
+    gguf: "beside" keeps GGUF files in the same repo, "apart" puts them into REPO_ID-GGUF. Returns what was uploaded,
+    removed and kept in each repo; with dry_run, what would be.
+    """
+    with publications(folder, repo_id, revision=revision, private=private, gguf=gguf) as planned:
+        for publication in planned:
+            for uploaded in () if dry_run else publish_folder(publication):
+                on_message(f"uploaded {uploaded}")
+        return planned
+
+
+_MERGE_ARGUMENTS = (
+    *("recipe", "base_model", "models", "adapters", "weights", "method", "parameters"),
+    *("fresh", "overwrite"),
+)
+
+
+def _planned(function: str, merge: Plan | RecipeLike, options: Mapping[str, Any]) -> Plan:
+    if not isinstance(merge, Plan):
+        return make_plan(merge, Options.of(function, options))
+    if options:
+        raise TypeError(f"{function}() takes options with a recipe; a Plan already has its own")
+    return merge
+
+
+def _recipe_keys() -> tuple[list[str], list[str]]:
+    """The keys of a recipe, and those of its `output`."""
+    properties = json_schema()["properties"]
+    return list(properties), list(properties["output"]["properties"])
 
 
 def _recipe(
-    base_model: str | None,
-    models: Sequence[str],
-    adapters: Sequence[str],
+    base_model: str | Path | None,
+    models: Sequence[str | Path],
+    adapters: Sequence[str | Path],
     weights: Sequence[float],
     method: str | None,
     parameters: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    output_keys: Sequence[str],
 ) -> dict[str, Any]:
-    each: list[float | None] = [float(weight) for weight in weights]
-    if each and len(each) != len(models) + len(adapters):
-        raise RecipeError(f"{len(each)} weights for {len(models)} models and {len(adapters)} adapters")
-    if not each:
+    """A recipe from the arguments of merge()."""
+    by_input: list[float | None] = [float(weight) for weight in weights]
+    if by_input and len(by_input) != len(models) + len(adapters):
+        raise RecipeError(f"{len(by_input)} weights for {len(models)} models and {len(adapters)} adapters")
+    if not by_input:
         takes_weight = method is None or method not in METHODS or "weight" in METHODS[method].parameters
-        each = [1.0 if takes_weight else None] * (len(models) + len(adapters))
-    parts: dict[str, Any] = {
+        by_input = [1.0 if takes_weight else None] * (len(models) + len(adapters))
+    recipe: dict[str, Any] = {
         "merge_method": method,
-        "base_model": base_model,
-        "models": [_weighted_model(model, weight) for model, weight in zip(models, each, strict=False)],
+        "base_model": base_model if base_model is None else str(base_model),
+        "models": [_weighted_model(model, weight) for model, weight in zip(models, by_input, strict=False)],
         "adapters": [
-            {"adapter": adapter} | ({} if weight is None else {"weight": weight})
-            for adapter, weight in zip(adapters, each[len(models) :], strict=True)
+            {"adapter": str(adapter)} | ({} if weight is None else {"weight": weight})
+            for adapter, weight in zip(adapters, by_input[len(models) :], strict=True)
         ],
         "parameters": dict(parameters or {}),
     }
-    return {key: value for key, value in parts.items() if value}
+    recipe |= {name: value for name, value in settings.items() if name not in output_keys or name == "name"}
+    if output := {name: value for name, value in settings.items() if name in output_keys and name != "name"}:
+        recipe["output"] = {**recipe.get("output", {}), **output}
+    return {key: value for key, value in recipe.items() if value not in (None, [], {})}
 
 
-def _weighted_model(model: str, weight: float | None) -> dict[str, Any]:
-    return {"model": model} | ({} if weight is None else {"parameters": {"weight": weight}})
+def _weighted_model(model: str | Path, weight: float | None) -> dict[str, Any]:
+    return {"model": str(model)} | ({} if weight is None else {"parameters": {"weight": weight}})

@@ -1,17 +1,18 @@
-"""Every error that a user can meet, drawn as a tree.
+"""Every error that a user can meet, as a tree with exit codes.
 
     MergeforgeError            1   anything else
     ├── RecipeError            2   the recipe, or how a command was used
     ├── SourceError            3   an input is missing, corrupt, mismatched or refused
     ├── BudgetError            4   memory or disk
-    ├── OutputError            5   another merge lives in the output folder, or another run holds it
+    ├── OutputError            5   the output folder holds another merge, or another run has locked it
     └── MissingExtraError      6   an optional dependency is not installed
 
-Each says what is wrong, with which tensor, file or recipe line, and `hint` says what to do.
+Each says what is wrong, with which tensor, file or recipe line, and its hint says what to do.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,14 +20,37 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 
+# Options whose value follows them in a hint; every other option is a flag.
+_VALUED = "out|memory|device|threads|set|type|pre|base|rank|energy|revision|data|seq-len"
+_OPTION = re.compile(rf"--(?:({_VALUED})(?: (?=[\w.{{])([\w.-]+))?|([a-z][a-z-]+))")
+
+
 class MergeforgeError(Exception):
-    """What went wrong (`str(error)`), what to do about it (`hint`), and the process's `exit_code`."""
+    """What went wrong (`str(error)`), what to do about it (`hint`), and the exit code of a command (`exit_code`).
+
+    command_hint: the hint as the command line says it. hint: the same for Python, where `--memory 2GiB` is the keyword
+    argument `memory="2GiB"`.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.command_hint = hint
+
+    @property
+    def hint(self) -> str:
+        return _OPTION.sub(_keyword_argument, self.command_hint)
+
+
+def _keyword_argument(option: re.Match[str]) -> str:
+    valued, value, flag = option.groups()
+    if flag:
+        return f"{flag.replace('-', '_')}=True"
+    name = {"set": "sets", "type": "types"}.get(valued, valued.replace("-", "_"))
+    if not value:
+        return f"{name}=..."
+    return f"{name}={value}" if value.isupper() or value.isdigit() else f'{name}="{value}"'
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +68,7 @@ class Problem:
 
 
 class RecipeError(MergeforgeError):
-    """All mistakes of a recipe at once: `problems`, in the order of the file."""
+    """All mistakes in a recipe at once: `problems`, in the order of the file."""
 
     exit_code = 2
 
@@ -60,56 +84,56 @@ class SourceError(MergeforgeError):
 
 
 class BudgetError(MergeforgeError):
-    """The merge does not fit in the memory or on the disk that it is given."""
+    """The merge does not fit into the memory given, or onto the disk."""
 
     exit_code = 4
 
 
 class OutputError(MergeforgeError):
-    """The output folder holds another merge, is held by another run, or is an input."""
+    """The output folder holds another merge, is locked by another run, or is an input."""
 
     exit_code = 5
 
 
 class MissingExtraError(MergeforgeError):
-    """An optional dependency is not installed; the hint is the pip line."""
+    """An optional dependency is not installed; the hint is the pip command."""
 
     exit_code = 6
 
 
 def out_of_memory(error: BaseException, what: str = "") -> BudgetError | None:
-    """A BudgetError for Python's and torch's ways to run out of memory (at `what`) or threads; None for any other."""
-    said = str(error).strip()
+    """A BudgetError if Python or torch ran out of memory or threads (while doing `what`); None for any other error."""
+    reason = str(error).strip()
     words = ("alloc", "out of memory", "can't start new thread")
-    if not isinstance(error, MemoryError) and not any(word in said for word in words):
+    if not isinstance(error, MemoryError) and not any(word in reason for word in words):
         return None
-    why = f" ({said.splitlines()[0][:120]})" if said else ""
+    detail = f" ({reason.splitlines()[0][:120]})" if reason else ""
     text = f"{what}: " if what else ""
-    return BudgetError(f"{text}the system has no more memory{why}", hint="give less with --memory, or fewer --threads")
+    return BudgetError(f"{text}out of memory{detail}", hint="use less memory (--memory) or fewer workers (--threads)")
 
 
-# What code trips over that meets a list, a text or a huge number where a file should hold something else.
-ODD = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, struct.error)
+# What code raises when a file holds a list, a string or a huge number where it expects something else.
+MALFORMED_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, struct.error)
 
 
 @contextmanager
-def refused_if_odd(what: object) -> Iterator[None]:
-    """What trips over the odd form of a file from somewhere, as a SourceError that names it."""
+def malformed_as_source_error(what: object) -> Iterator[None]:
+    """Turn errors from reading a malformed file into a SourceError that names the file."""
     try:
         yield
-    except ODD as error:
-        text = f"{what} is not of the form that is expected: {type(error).__name__}: {str(error)[:200]}"
-        raise SourceError(text, hint="download it again; if transformers reads it, report this") from error
+    except MALFORMED_ERRORS as error:
+        text = f"{what} is malformed: {type(error).__name__}: {str(error)[:200]}"
+        raise SourceError(text, hint="download it again; if transformers can read it, please report this") from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'weight'?`, or nothing when no known word is near."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else ""
+    """`did you mean 'weight'?`, or "" when no known word is close."""
+    closest = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{closest[0]}'?" if closest else ""
 
 
-def listing(names: Iterable[str], limit: int = 5) -> str:
-    """At most `limit` names for a message, and how many more there are."""
+def format_list(names: Iterable[str], limit: int = 5) -> str:
+    """At most `limit` names as text for a message, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,4 +1,4 @@
-"""The command line. The only place that prints or exits; each command imports what it needs."""
+"""The command line: one module per command. Only here is anything printed; each command imports what it needs."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from mergeforge.errors import MergeforgeError, out_of_memory
 
 # command -> (module, function, one line for the list), so that --help imports no command
 COMMANDS = {
-    "run": ("run", "run", "Do a merge; goes on by itself where an interrupted run stopped."),
-    "plan": ("run", "plan", "Show what run would do; reads headers only."),
+    "run": ("run", "run", "Merge models and adapters as a recipe says; resumes an interrupted run."),
+    "plan": ("plan", "plan", "Show what run would do; reads headers only."),
     "verify": ("verify", "verify", "Check a finished merge against its receipt."),
-    "gguf": ("gguf", "gguf", "Write a finished model as GGUF, quantised in one pass."),
-    "inspect": ("verify", "inspect", "Show what is in a checkpoint, an adapter or a GGUF."),
-    "diff": ("verify", "diff", "Compare two checkpoints tensor by tensor."),
+    "gguf": ("gguf", "gguf", "Write a finished model as GGUF, quantized in one pass."),
+    "inspect": ("inspect", "inspect", "Show what a checkpoint, an adapter or a GGUF file holds."),
+    "diff": ("diff", "diff", "Compare two checkpoints tensor by tensor."),
     "extract-lora": ("extract_lora", "extract_lora", "Write the difference of two models as a LoRA adapter."),
-    "publish": ("publish", "publish", "Publish a finished folder on the Hub: one commit, only what is missing."),
+    "publish": ("publish", "publish", "Upload a finished folder to the Hub, only the files that changed."),
     "train": ("train", "train", "Train a QLoRA, LoRA or DoRA adapter, or a whole model."),
-    "data": ("data", "data", "Look at training data, split it, build it."),
-    "eval": ("eval", "evaluate", "Measure how well a model predicts the answers of a data set."),
-    "compare": ("eval", "compare", "Set models side by side on the same rows, with intervals."),
+    "data": ("data", "data", "Preview, count, split and build training data."),
+    "eval": ("eval", "evaluate", "Measure how well a model predicts the answers in a data set."),
+    "compare": ("compare", "compare", "Compare models on the same rows, with confidence intervals."),
     "chat": ("chat", "chat", "Talk to a model, an adapter or a GGUF file."),
-    "demo": ("recipes", "demo", "Make a small model and adapters on the spot, merge and verify them."),
-    "init": ("recipes", "init", "Write a recipe to start from."),
-    "recipes": ("recipes", "recipes", "List, show or copy the recipes that come with the package."),
-    "list": ("recipes", "list_names", "List merge methods, adapter kinds, GGUF architectures or types."),
-    "schema": ("recipes", "schema", "Print the JSON Schema of a recipe, for editors."),
-    "doctor": ("doctor", "doctor", "What this machine can do: what to paste into a bug report."),
+    "demo": ("demo", "demo", "Make a small model and adapters, merge and verify them."),
+    "init": ("init", "init", "Write a recipe to start from."),
+    "recipes": ("recipes", "recipes", "List, show or copy the recipes that come with mergeforge."),
+    "list": ("list", "list_names", "List merge methods, adapter types, GGUF architectures or types."),
+    "schema": ("schema", "schema", "Print the JSON Schema of recipes, for editors."),
+    "doctor": ("doctor", "doctor", "Show versions, devices and disk speed, for bug reports."),
 }
 
 
 class _Commands(click.Group):
-    """A group whose commands are imported when they are used."""
+    """A group that imports a command when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -52,7 +52,7 @@ class _Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, about) for name, (_, _, about) in COMMANDS.items()])
+            formatter.write_dl([(name, summary) for name, (_, _, summary) in COMMANDS.items()])
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS:
@@ -65,18 +65,19 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mergeforge")
 def cli() -> None:
-    """Merge language models and adapters in the memory that you name.
+    """Merge language models and LoRA adapters without loading them, within a memory limit that you set.
 
     \b
-    mergeforge demo                      a first merge, in under a minute
-    mergeforge plan recipe.yaml          what would be done
-    mergeforge run recipe.yaml --memory 2GiB
-    mergeforge train train.yaml          an adapter of your own
+    Examples:
+      mergeforge demo                            a first merge, in less than a minute
+      mergeforge plan recipe.yaml                show what would be done
+      mergeforge run recipe.yaml --memory 2GiB   do it
+      mergeforge train train.yaml                train an adapter
     """
 
 
 def run_command(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit code (mergeforge/errors.py lists them)."""
+    """Run a command; returns its exit code (mergeforge/errors.py lists them)."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = cli.main(arguments, prog_name="mergeforge", standalone_mode=False)
@@ -89,35 +90,35 @@ def run_command(arguments: list[str] | None = None) -> int:
         error.show()
         return 2
     except MergeforgeError as error:
-        tell_error(error)
+        show_error(error)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout is quiet
         return 1
     except OSError as error:
-        tell_error(_refused(error))
+        show_error(_system_error(error))
         return 1
     except (MemoryError, RuntimeError) as error:
-        told = out_of_memory(error)
-        if told is None:
+        budget_error = out_of_memory(error)
+        if budget_error is None:
             raise
-        tell_error(told)
-        return told.exit_code
+        show_error(budget_error)
+        return budget_error.exit_code
 
 
-def _refused(error: OSError) -> MergeforgeError:
-    """What the system refused at a place that did not expect it, such as too many open files."""
-    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    return MergeforgeError(what, hint="run the same command again once that is mended")
+def _system_error(error: OSError) -> MergeforgeError:
+    """An error of the system where none was expected, such as too many open files."""
+    text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return MergeforgeError(text, hint="fix that, then run the same command again")
 
 
-def tell_error(error: MergeforgeError) -> None:
-    """What is wrong, and what to do, on stderr."""
+def show_error(error: MergeforgeError) -> None:
+    """Print what is wrong and what to do, on stderr."""
     click.secho("error: ", fg="red", bold=True, nl=False, err=True)
     click.echo(str(error), err=True)
-    if error.hint:
+    if error.command_hint:
         click.secho("hint:  ", fg="yellow", nl=False, err=True)
-        click.echo(error.hint, err=True)
+        click.echo(error.command_hint, err=True)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -125,5 +126,5 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupted() -> int:
-    click.echo("interrupted; what is finished stays, run the same command again to go on", err=True)
+    click.echo("Interrupted. Run the same command again to resume.", err=True)
     return 130

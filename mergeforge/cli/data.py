@@ -209,9 +209,9 @@ def _column(text: str) -> tuple[str, str]:
 
 def _train_yaml(path: str) -> dict[str, Any]:
     from mergeforge.recipe import yaml_reader
-    from mergeforge.recipe.overrides import file_text
+    from mergeforge.recipe.overrides import read_recipe_file
 
-    (value, _, problems), *_ = yaml_reader.parse(file_text(Path(path)), path)
+    (value, _, problems), *_ = yaml_reader.parse(read_recipe_file(Path(path)), path)
     if problems or not isinstance(value, dict) or "data" not in value:
         raise RecipeError(f"{path} names no data", problems=problems, hint="a train.yaml has a key 'data'")
     return value
@@ -220,11 +220,11 @@ def _train_yaml(path: str) -> dict[str, Any]:
 def _checked(record: Mapping[str, Any]) -> dict[str, Any]:
     from mergeforge.data import FIELDS
     from mergeforge.errors import Problem
-    from mergeforge.recipe.schema import Record
+    from mergeforge.recipe.schema import Object
 
     problems: list[Problem] = []
-    read: dict[str, Any] = Record(FIELDS).read(
-        record, (), lambda path, message, hint: problems.append(Problem(0, 0, message, hint))
+    read: dict[str, Any] = Object(FIELDS).read(
+        record, (), lambda path, message, hint="": problems.append(Problem(0, 0, message, hint))
     )
     if problems:
         raise RecipeError("the data cannot be read so:", problems=problems)

@@ -8,18 +8,20 @@ import click
 
 
 @click.command()
-@click.option("--folder", default=".", metavar="DIR", help="Whose disk is measured.", show_default=True)
+@click.option("--folder", default=".", metavar="DIR", help="Measure the disk of this folder.", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def doctor(folder: str, as_json: bool) -> None:
-    """Show versions, devices, memory, the disk's speed and the Hub login: what to paste into a bug report.
+    """Show versions, devices, memory, disk speed and the Hub login; paste this into bug reports.
 
     \b
-    mergeforge doctor
+    Examples:
+      mergeforge doctor
+      mergeforge doctor --folder /data --json
     """
-    from mergeforge.operations import doctor as examining
+    from mergeforge.operations.doctor import report
 
     if as_json:
-        click.echo(json.dumps(dict(examining.facts(folder))))
+        click.echo(json.dumps(dict(report(folder))))
         return
-    for what, how in examining.facts(folder):
-        click.echo(f"{what:12} {how}")
+    for name, value in report(folder):
+        click.echo(f"{name:12} {value}")

@@ -3,73 +3,76 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from mergeforge.cli import _options
+
+if TYPE_CHECKING:
+    from mergeforge.hub.publish import Publication
 
 
 @click.command()
 @click.argument("folder", metavar="DIR")
 @click.argument("repo", metavar="REPO_ID")
-@click.option("--private/--public", default=True, show_default=True, help="Who sees a repo that is made now.")
-@click.option("--revision", default="main", metavar="BRANCH", show_default=True, help="The branch to publish on.")
+@click.option("--private/--public", default=True, show_default=True, help="Visibility of a repo that is created.")
+@click.option("--revision", default="main", metavar="BRANCH", show_default=True, help="Branch to publish to.")
 @click.option(
     "--gguf",
     type=click.Choice(["beside", "apart"]),
     default="beside",
     show_default=True,
-    help="GGUF files in the same repo, or in REPO_ID-GGUF.",
+    help="Put GGUF files in the same repo, or in REPO_ID-GGUF.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be sent and removed.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-def publish(folder: str, repo: str, *, gguf: str, as_json: bool, **options: Any) -> None:
-    """Publish DIR (a merged model, a GGUF, an adapter) as the Hub repo REPO_ID.
+@click.option("--dry-run", is_flag=True, help="Show what would be uploaded and removed.")
+@_options.as_json
+@_options.quiet
+def publish(
+    folder: str, repo: str, *, private: bool, revision: str, gguf: str, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    """Publish DIR (a merged model, GGUF files or an adapter) as the Hub repo REPO_ID.
 
-    Only what is missing is sent, and one commit makes it visible; interrupted, the same command goes on.
-    The token is that of `hf auth login`, or HF_TOKEN.
+    Uploads only the files that changed and makes them visible with one commit. If it is interrupted, run the same
+    command again to resume. Uses the token of `hf auth login` or HF_TOKEN.
 
     \b
-    mergeforge publish merged owner/name --dry-run
-    mergeforge publish merged owner/name --public --gguf apart
+    Examples:
+      mergeforge publish merged owner/name --dry-run
+      mergeforge publish merged owner/name --public --gguf apart
     """
-    options["quiet"] = options["quiet"] or as_json
-    if gguf == "beside":
-        found = _publish(Path(folder), repo, **options)
-        if as_json:
-            click.echo(json.dumps(found))
-        return
-    from mergeforge.hub.split_gguf_repo import part
+    from mergeforge.hub.split_gguf_repo import publications
 
-    with tempfile.TemporaryDirectory() as work:
-        parts = part(Path(folder), Path(work), repo)
-        options["links_into"] = folder
-        both = [_publish(parts.model, repo, **options), _publish(parts.ggufs, parts.gguf_repo, **options)]
+    with publications(folder, repo, revision=revision, private=private, gguf=gguf) as planned:
+        results = [_publish(publication, dry_run=dry_run, quiet=quiet or as_json) for publication in planned]
     if as_json:
-        click.echo(json.dumps(both))
+        click.echo(json.dumps(results[0] if gguf == "beside" else results))
 
 
-def _publish(folder: Path, repo: str, *, dry_run: bool, quiet: bool, **options: Any) -> dict[str, Any]:
-    """Publish one folder; what was done, for --json."""
-    from mergeforge.core.sizes import show_size
-    from mergeforge.hub import publish as publishing
-
-    planned = publishing.plan_publication(folder, repo, **options)
+def _publish(publication: Publication, *, dry_run: bool, quiet: bool) -> dict[str, Any]:
+    """Publish one repo; returns what was done, for --json."""
+    from mergeforge.core.sizes import format_size
+    from mergeforge.hub import publish as hub_publish
 
     def say(text: str) -> None:
         if not quiet:
             click.echo(text, err=not dry_run)
 
-    for one in planned.send:
-        say(f"{'would send' if dry_run else 'to send'} {one.name} ({show_size(one.nbytes)})")
-    for name in planned.remove:
-        say(f"{'would remove' if dry_run else 'to remove'} {name}, which an earlier publish left")
-    say(f"{len(planned.kept)} files are in {repo} already, {show_size(planned.nbytes)} to send")
+    for upload in publication.uploads:
+        say(f"{'would upload' if dry_run else 'uploading'} {upload.name} ({format_size(upload.nbytes)})")
+    for name in publication.deletions:
+        say(f"{'would remove' if dry_run else 'removing'} {name}, left from an earlier publish")
+    unchanged = len(publication.unchanged)
+    say(f"{unchanged} files unchanged in {publication.repo}, {format_size(publication.nbytes)} to upload")
     address = None
-    for done in () if dry_run else publishing.publish(planned):
-        address = done
-        say(f"sent {done}" if done.count("://") == 0 else done)
-    facts = {"repo": repo, "sent": [one.name for one in planned.send], "removed": list(planned.remove)}
-    return facts | {"kept": list(planned.kept), "bytes": planned.nbytes, "commit": address}
+    for uploaded in () if dry_run else hub_publish.publish(publication):
+        address = uploaded
+        say(uploaded if "://" in uploaded else f"uploaded {uploaded}")
+    return {
+        "repo": publication.repo,
+        "sent": [upload.name for upload in publication.uploads],
+        "removed": list(publication.deletions),
+        "kept": list(publication.unchanged),
+        "bytes": publication.nbytes,
+        "commit": address,
+    }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergeforge.core.sizes import show_size
+from mergeforge.core.sizes import format_size
 from mergeforge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _show(plan: TrainPlan, price: float | None, *, whole: bool) -> None:
     _say(f"steps    {schedule.total} in {schedule.epochs:.3g} epochs: {packed}, {each}")
     rank = f"rank {way.lora.r} on {len(plan.facts.adapted(way.lora))} modules, " if plan.settings.trains_adapter else ""
     _say(f"learns   {rank}rate {choices.lr:g}, {way.optimizer}")
-    _say(f"memory   about {show_size(choices.estimate.total)}")
+    _say(f"memory   about {format_size(choices.estimate.total)}")
     for note in choices.notes:
         _say(f"  {note}")
     if whole:
@@ -141,7 +141,7 @@ def _whole(plan: TrainPlan, price: float | None, tokens: int) -> None:
     from mergeforge.train.time_estimate import seconds
 
     for name, size in plan.choices.estimate.parts.items():
-        _say(f"  {show_size(size):>9}  {name}")
+        _say(f"  {format_size(size):>9}  {name}")
     took = seconds(plan.facts, plan.choices, tokens)
     _say(f"time     about {_duration(took)} (an estimate, from this device's speed at matrix products)")
     if price is not None:
@@ -181,13 +181,13 @@ def _words(line: Mapping[str, Any]) -> str:
         return str(line["note"])
     if "eval_loss" in line:
         return f"validation loss {line['eval_loss']:.4f}"
-    return f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s, {show_size(line['memory'])}"
+    return f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s, {format_size(line['memory'])}"
 
 
 def _tell(trained: Trained, followed: Any) -> None:
     losses = [("loss", trained.loss), ("validation loss", trained.validation_loss)]
     numbers = ", ".join(f"{name} {loss:.4f}" for name, loss in losses if loss is not None)
-    peak = show_size(trained.peak_memory)
+    peak = format_size(trained.peak_memory)
     _say(f"trained {trained.steps} steps in {_duration(trained.seconds)}: {numbers}; peak memory {peak}")
     _say(f"wrote {trained.result} and {trained.folder.report}")
     if followed.merged:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mergeforge.core.sizes import show_size
+from mergeforge.core.sizes import format_size
 from mergeforge.gguf.quantize import backend
 from mergeforge.io.disk import WriteBehind, preallocate, write_at
 from mergeforge.native import bindings
-from mergeforge.tensors.budget import cores, free_memory
+from mergeforge.tensors.budget import cpu_count, free_memory
 
 PACKAGES = ("mergeforge", "torch", "safetensors", "numpy", "huggingface_hub", "gguf", "click", "rich", "pyyaml")
 EXTRAS = {
@@ -31,19 +31,19 @@ PIECE = 8 << 20  # bytes written at a time
 SECONDS = 5.0
 
 
-def facts(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tuple[str, str]]:
+def report(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tuple[str, str]]:
     """(what, how it is) line by line; the disk of `folder` is measured for at most `seconds`."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     for extra, names in EXTRAS.items():
         yield f"[{extra}]", ", ".join(f"{name} {_version(name)}" for name in names)
-    yield "processors", str(cores())
-    yield "memory", f"{show_size(free_memory())} available"
+    yield "processors", str(cpu_count())
+    yield "memory", f"{format_size(free_memory())} available"
     yield from _devices()
     yield (
         "merging",
         "kernels in C"
-        if bindings.available()
+        if bindings.is_available()
         else "torch: kernels.c is not compiled, or another one was; install mergeforge again where a C compiler is",
     )
     yield "quantising", backend("cpu")
@@ -63,7 +63,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
     for at in range(torch.cuda.device_count()):
         free, whole = torch.cuda.mem_get_info(at)
-        yield f"cuda:{at}", f"{torch.cuda.get_device_name(at)}, {show_size(free)} of {show_size(whole)} free"
+        yield f"cuda:{at}", f"{torch.cuda.get_device_name(at)}, {format_size(free)} of {format_size(whole)} free"
     if torch.backends.mps.is_available():
         yield "mps", "available"
     if not torch.cuda.is_available():
@@ -72,7 +72,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 def _disk(folder: Path, seconds: float) -> Iterator[tuple[str, str]]:
     free = shutil.disk_usage(folder).free
-    yield "disk", f"{show_size(free)} free, written at {_written(folder, min(free // 4, 4 << 30), seconds)}"
+    yield "disk", f"{format_size(free)} free, written at {_written(folder, min(free // 4, 4 << 30), seconds)}"
 
 
 def _written(folder: Path, most: int, seconds: float) -> str:
@@ -85,10 +85,10 @@ def _written(folder: Path, most: int, seconds: float) -> str:
         started = time.monotonic()
         while done + PIECE <= most and time.monotonic() - started < seconds:
             write_at(fd, piece, done, str(path))
-            behind.wrote(fd, done, PIECE)
+            behind.written(fd, done, PIECE)
             done += PIECE
         os.fsync(fd)
-        return f"{show_size(round(done / (time.monotonic() - started)))}/s"
+        return f"{format_size(round(done / (time.monotonic() - started)))}/s"
     finally:
         os.close(fd)
         path.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """The sizes of a Llama."""
 
     hidden: int
@@ -89,18 +89,18 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(64, 176, 4, 4, 2, 320),
-    "demo": Shape(256, 768, 8, 8, 4, 4096),
-    "1.1b": Shape(2048, 5632, 22, 32, 4, 32000),  # TinyLlama
-    "llama-1b": Shape(2048, 8192, 16, 32, 8, 128256, tied=True),  # Llama 3.2 1B
-    "3b": Shape(3200, 8640, 26, 32, 32, 32000),  # OpenLLaMA 3B
-    "7b": Shape(4096, 11008, 32, 32, 32, 32000),  # Llama 2
-    "13b": Shape(5120, 13824, 40, 40, 40, 32000),
-    "70b": Shape(8192, 28672, 80, 64, 8, 32000),
+    "tiny": ModelShape(64, 176, 4, 4, 2, 320),
+    "demo": ModelShape(256, 768, 8, 8, 4, 4096),
+    "1.1b": ModelShape(2048, 5632, 22, 32, 4, 32000),  # TinyLlama
+    "llama-1b": ModelShape(2048, 8192, 16, 32, 8, 128256, tied=True),  # Llama 3.2 1B
+    "3b": ModelShape(3200, 8640, 26, 32, 32, 32000),  # OpenLLaMA 3B
+    "7b": ModelShape(4096, 11008, 32, 32, 32, 32000),  # Llama 2
+    "13b": ModelShape(5120, 13824, 40, 40, 40, 32000),
+    "70b": ModelShape(8192, 28672, 80, 64, 8, 32000),
 }
 
 
-def shape_named(name: str) -> Shape:
+def model_shape(name: str) -> ModelShape:
     """A known shape. Raises RecipeError with the nearest name."""
     if name not in SHAPES:
         raise RecipeError(f"unknown shape '{name}'", hint=did_you_mean(name, SHAPES) or ", ".join(SHAPES))
@@ -109,7 +109,7 @@ def shape_named(name: str) -> Shape:
 
 def write_model(
     folder: Path,
-    shape: Shape,
+    shape: ModelShape,
     *,
     seed: int = 0,
     near: int | None = None,
@@ -137,7 +137,7 @@ def write_model(
 
 def write_adapter(
     folder: Path,
-    shape: Shape,
+    shape: ModelShape,
     base: str,
     *,
     rank: int = 16,

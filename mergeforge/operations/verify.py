@@ -12,17 +12,19 @@ from typing import Any
 
 import xxhash
 
-from mergeforge.core.checksums import file_sha256, strip_checksums, tensor_checksum
+from mergeforge.core.checksums import chunk_checksums, file_sha256, tensor_checksum
+from mergeforge.core.file_names import MODEL_CARD, RECEIPT, RECIPE
 from mergeforge.core.tensor_info import Tile, blocks
-from mergeforge.errors import MergeforgeError, SourceError, refused_if_odd
+from mergeforge.errors import MergeforgeError, SourceError, malformed_as_source_error
 from mergeforge.execute.compute import compute_tiles
-from mergeforge.execute.workspace import CARD, RECEIPT, RECIPE, read_receipt
-from mergeforge.gguf.llama_cpp import Closeness, compare_with_transformers
-from mergeforge.hub.publish import held_files, lfs_of
+from mergeforge.execute.workspace import read_receipt
+from mergeforge.gguf.llama_cpp import EngineComparison, compare_with_transformers
+from mergeforge.hub.publish import lfs_identity, repo_files
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import Header, read_header
 from mergeforge.planner import Plan, TensorPlan, make_plan
-from mergeforge.tensors.budget import Worker, cores, one_torch_thread
+from mergeforge.tensors.budget import cpu_count
+from mergeforge.tensors.worker import Worker, single_torch_thread
 from mergeforge.writers.encoder import chunk_ranges
 from mergeforge.writers.fp8 import SCALES
 from mergeforge.writers.safetensors import KEY
@@ -54,7 +56,7 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
     receipt = read_receipt(out)
     if receipt is None:
         raise SourceError(f"{out} has no receipt ({RECEIPT})", hint="is it a finished merge of mergeforge?")
-    with refused_if_odd(out / RECEIPT):
+    with malformed_as_source_error(out / RECEIPT):
         problems = _check_all(out, receipt)
     again = _recompute(out, receipt, problems, everything) if deep and not problems else 0
     return Verdict(len(receipt["files"]), len(receipt["tensors"]), again, tuple(problems))
@@ -71,7 +73,7 @@ def _check_all(out: Path, receipt: Mapping[str, Any]) -> list[str]:
     return problems + _check_encoded(out, receipt)
 
 
-def in_engine(out: str | Path) -> list[Closeness]:
+def compare_in_engine(out: str | Path) -> list[EngineComparison]:
     """Load every GGUF of a finished merge in llama.cpp and compare it with transformers on the merged folder.
 
     Raises SourceError when there is no such pair, MissingExtraError without engine or transformers.
@@ -98,7 +100,7 @@ def _check_files(out: Path, files: Mapping[str, Any]) -> list[str]:
         path = out / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif name == CARD:
+        elif name == MODEL_CARD:
             continue
         elif path.stat().st_size != facts["size"]:
             problems.append(f"{name} has {path.stat().st_size} bytes, not {facts['size']}")
@@ -113,14 +115,14 @@ def _check_sent(files: Mapping[str, Any]) -> list[str]:
     for repo, revision in dict.fromkeys(map(_sent_to, files.values())):
         ours = {name: facts for name, facts in files.items() if _sent_to(facts) == (repo, revision)}
         try:
-            _, held = held_files(repo, revision)
+            _, held = repo_files(repo, revision)
         except MergeforgeError as error:
             problems.append(f"{repo} cannot be asked: {error}")
             continue
         for name, facts in ours.items():
             if name not in held:
                 problems.append(f"{name} is neither here nor in {repo}")
-            elif lfs_of(held[name]) != (facts.get("lfs_sha256"), facts["size"]):
+            elif lfs_identity(held[name]) != (facts.get("lfs_sha256"), facts["size"]):
                 problems.append(f"{name} of {repo} is not the file that was sent")
     return problems
 
@@ -164,7 +166,7 @@ def _check_tensors(tensors: Mapping[str, Any], headers: Mapping[str, Header | No
             sums.append(xxhash.xxh3_128_hexdigest(buffer))
         return "" if tensor_checksum(sums) == facts["xxh3"] else f"{name} is damaged: its checksum differs"
 
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(cpu_count()) as pool:
         return problems + [problem for problem in pool.map(check, tensors) if problem]
 
 
@@ -193,7 +195,7 @@ def _check_encoded(out: Path, receipt: Mapping[str, Any]) -> list[str]:
         for key, facts in _encoded(tensor).items()
         if facts["file"] in opened
     ]
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(cpu_count()) as pool:
         return problems + [problem for problem in pool.map(check, tasks) if problem]
 
 
@@ -236,7 +238,7 @@ def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], every
     if not everything and len(chosen) > SAMPLE:
         chosen = random.Random(receipt["fingerprint"]).sample(chosen, SAMPLE)
     worker = Worker("cpu", max(piece.staging_nbytes for piece in plan.tensor_plans))
-    with torch.inference_mode(), one_torch_thread():
+    with torch.inference_mode(), single_torch_thread():
         for piece in chosen:
             if _computed(piece, worker) != _noted(receipt["tensors"][piece.info.name]):
                 problems.append(f"{piece.info.name} comes out differently from the inputs as they are now")
@@ -250,7 +252,7 @@ def _computed(piece: TensorPlan, worker: Worker) -> dict[str, str]:
     for tile, encoded, _ in compute_tiles(piece, piece.tiles, worker, allow_nonfinite=True):
         for outlet, raw in encoded:
             sizes = [outlet.chunk_nbytes(*strip) for strip in chunk_ranges(tile.start, tile.stop, outlet)]
-            sums.setdefault(outlet.key, []).extend(strip_checksums(raw, sizes))
+            sums.setdefault(outlet.key, []).extend(chunk_checksums(raw, sizes))
     return {key: tensor_checksum(some) for key, some in sums.items()}
 
 

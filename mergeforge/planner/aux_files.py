@@ -1,4 +1,4 @@
-"""The files beside the weights: config.json, tokenizer, chat template, licence."""
+"""The files beside the weights: config.json, tokenizer, chat template, license."""
 
 from __future__ import annotations
 
@@ -10,24 +10,11 @@ from typing import Any
 
 from mergeforge.checkpoints.names import EMBEDDINGS, is_head
 from mergeforge.core.tensor_info import DTYPES, TensorInfo
-from mergeforge.io.aux_files import SideFile
+from mergeforge.io.aux_files import AuxFile
 from mergeforge.planner.inputs import Inputs, IntermediateModel
 from mergeforge.recipe import OUT_DTYPES, Recipe
+from mergeforge.tokenizer.output_files import TOKENIZER_FILES, tokenizer_files_in
 
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tekken.json",
-)
 _OTHERS = (
     "generation_config.json",
     "LICENSE*",
@@ -41,7 +28,7 @@ _OTHERS = (
 def config_json(
     recipe: Recipe, base: Mapping[str, Any], tensors: Mapping[str, TensorInfo], tied: bool
 ) -> dict[str, Any] | None:
-    """The output's config: the base's, with dtype, vocab_size and tie_word_embeddings set right."""
+    """The output's config: the base's, with dtype, vocab_size and tie_word_embeddings corrected."""
     if not base:
         return None
     config: dict[str, Any] = dict(base)
@@ -55,19 +42,19 @@ def config_json(
         for name in ("dtype", "torch_dtype"):
             if name in config["text_config"]:
                 config["text_config"][name] = config[key]
-    parted = not tied and any(map(is_head, tensors))
+    untied = not tied and any(map(is_head, tensors))
     rows = _embedding_rows(tensors)
     for part in parts:
         if rows and "vocab_size" in part and part["vocab_size"] != rows:
             part["vocab_size"] = rows
         absent_here = part is config and "tie_word_embeddings" not in config
-        if parted and (part.get("tie_word_embeddings") or absent_here):
+        if untied and (part.get("tie_word_embeddings") or absent_here):
             part["tie_word_embeddings"] = False
     return config
 
 
 def config_dtype(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> str:
-    """What the config says: what the recipe asks for, else the dtype of most bytes."""
+    """The config's dtype: what the recipe asks for, else the dtype of most bytes."""
     asked = recipe.out_dtype or recipe.dtype
     if asked in OUT_DTYPES:
         return str(asked)
@@ -77,52 +64,50 @@ def config_dtype(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> str:
     return DTYPES[sizes.most_common(1)[0][0]][1] if sizes else "float32"
 
 
-def aux_files(inputs: Inputs) -> tuple[dict[str, SideFile], list[str]]:
-    """Files to write by name, and notes: the donor's, and an adapter's tokenizer where it changed."""
-    donor = inputs.reference_model.checkpoint
-    found, notes = (dict(donor.files), []) if isinstance(donor, IntermediateModel) else files_of(donor.folder)
-    opened = [*inputs.adapters, *(one for model in [inputs.reference_model] for one in model.adapters)]
+def aux_files(inputs: Inputs) -> tuple[dict[str, AuxFile], list[str]]:
+    """Files to write by name, and notes: the reference model's, and an adapter's tokenizer where it differs."""
+    reference = inputs.reference_model
+    if isinstance(reference.checkpoint, IntermediateModel):
+        files, notes = dict(reference.checkpoint.files), list[str]()
+    else:
+        files, notes = files_of(reference.checkpoint.folder)
     changed = {}
-    for one in opened:
-        own = {name: one.adapter.folder / name for name in _TOKENIZER if (one.adapter.folder / name).is_file()}
-        if any(_differs(path, found.get(name)) for name, path in own.items()):
-            changed[one.adapter.label] = own
+    for adapter in (opened.adapter for opened in (*inputs.adapters, *reference.adapters)):
+        own = {name: adapter.folder / name for name in TOKENIZER_FILES if (adapter.folder / name).is_file()}
+        if any(_differs(path, files.get(name)) for name, path in own.items()):
+            changed[adapter.label] = own
     if len(changed) == 1:
         label, own = next(iter(changed.items()))
         notes.append(f"tokenizer files come from {label}, which changed them")
-        found |= own
+        files |= own
     elif changed:
         notes.append(f"{len(changed)} adapters changed the tokenizer, each differently: the base's files are kept")
-    return found, notes
+    return files, notes
 
 
-def files_of(donor: Path) -> tuple[dict[str, SideFile], list[str]]:
-    """What lies beside a model's weights, and notes on what is left out."""
-    found: dict[str, SideFile] = {
-        path.name: path for pattern in (*_TOKENIZER, *_OTHERS) for path in sorted(donor.glob(pattern)) if path.is_file()
-    }
-    templates = donor / "additional_chat_templates"
-    if templates.is_dir():
-        found |= {f"additional_chat_templates/{path.name}": path for path in sorted(templates.glob("*.jinja"))}
-    notes = [f"{donor} holds custom code ({path.name}), which is not copied" for path in sorted(donor.glob("*.py"))[:1]]
-    return found, notes
+def files_of(folder: Path) -> tuple[dict[str, AuxFile], list[str]]:
+    """The files beside a model's weights, and notes on what is left out."""
+    others = {path.name: path for pattern in _OTHERS for path in sorted(folder.glob(pattern)) if path.is_file()}
+    files: dict[str, AuxFile] = {**tokenizer_files_in(folder), **others}
+    notes = [f"{folder} has custom code ({path.name}), which is not copied" for path in sorted(folder.glob("*.py"))[:1]]
+    return files, notes
 
 
-def _differs(path: Path, other: SideFile | None) -> bool:
-    """JSON files differ by content, others by bytes."""
+def _differs(path: Path, other: AuxFile | None) -> bool:
+    """Whether two files differ: JSON files by content, others by bytes."""
     if other is None:
         return True
-    one, two = path.read_bytes(), other.read_bytes()
-    if one == two or path.suffix != ".json":
-        return one != two
+    content, other_content = path.read_bytes(), other.read_bytes()
+    if content == other_content or path.suffix != ".json":
+        return content != other_content
     try:
-        return bool(json.loads(one) != json.loads(two))
+        return bool(json.loads(content) != json.loads(other_content))
     except (ValueError, RecursionError):
         return True
 
 
 def _embedding_rows(tensors: Mapping[str, TensorInfo]) -> int:
-    """Rows of the input embedding; 0 where none is recognised."""
+    """Rows of the input embedding; 0 where none is recognized."""
     rows = {
         info.rows
         for name, info in tensors.items()

@@ -1,4 +1,4 @@
-"""The GGUF files of a merge: keys, types and places of every tensor, decided from headers and config alone."""
+"""The GGUF files of a merge: key/values, types and targets of every tensor, decided from headers and config alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.checkpoints.checkpoint import ModelSource
 from mergeforge.checkpoints.names import is_head, tied_head
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.errors import SourceError, refused_if_odd
+from mergeforge.errors import SourceError, malformed_as_source_error
 from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget, build_spec
 from mergeforge.gguf.file_types import (
     FileType,
@@ -43,7 +43,7 @@ _LAST = ("general.quantization_version", "general.file_type")  # llama-quantize 
 
 @dataclass(frozen=True)
 class GGUFPlan:
-    """One GGUF output (one file, or its splits): its mix, files, and what every tensor is encoded in."""
+    """One GGUF output (one file, or its splits): its file type, files, and the type of every tensor."""
 
     file_type: FileType
     layout: Layout
@@ -59,7 +59,7 @@ class GGUFPlan:
 
     @property
     def nbytes_by_type(self) -> Mapping[str, int]:
-        """Type -> bytes of tensors in it."""
+        """Type -> bytes of the tensors in that type."""
         sizes: dict[str, int] = {}
         for tensor in self.tensors:
             sizes[tensor.quant_type.name] = sizes.get(tensor.quant_type.name, 0) + tensor.nbytes
@@ -68,9 +68,9 @@ class GGUFPlan:
 
 @dataclass(frozen=True)
 class GGUFInputs:
-    """What GGUF files are made of beside the weights: the output's config and tensors, and the files beside it.
+    """What GGUF files are made from, beside the weights.
 
-    `name`: what the model is called; `files`: name -> path; `plain`: the model is converted, not merged.
+    name: the model's name. config, tensors: those of the output. files: the files beside it (tokenizer, model card).
     """
 
     name: str
@@ -81,125 +81,125 @@ class GGUFInputs:
 
 
 def gguf_config(
-    config: Mapping[str, Any] | None, donor: ModelSource, ways: Mapping[str, LazyTensor]
+    config: Mapping[str, Any] | None, reference: ModelSource, tensors: Mapping[str, LazyTensor]
 ) -> Mapping[str, Any] | None:
-    """The output's config as GGUF spells it: tied where the stored head is the embedding, whatever the config says."""
-    tied = tied_head(donor)
-    if config is None or tied is None or not all(isinstance(ways.get(name), StoredTensor) for name in tied):
+    """The output's config as GGUF needs it: tied where head and embedding are equal, whatever the config says."""
+    tied = tied_head(reference)
+    if config is None or tied is None or not all(isinstance(tensors.get(name), StoredTensor) for name in tied):
         return config
-    head, embedding = (ways[name] for name in tied)
+    head, embedding = (tensors[name] for name in tied)
     assert isinstance(head, StoredTensor) and isinstance(embedding, StoredTensor)
     return {**config, "tie_word_embeddings": same_content(head, embedding)}
 
 
-def plan_ggufs(output: Output, given: GGUFInputs) -> tuple[list[GGUFPlan], dict[str, list[GGUFEncoder]], list[str]]:
-    """Every GGUF output, the outlets of every tensor by its name, and notes.
+def plan_ggufs(output: Output, inputs: GGUFInputs) -> tuple[list[GGUFPlan], dict[str, list[GGUFEncoder]], list[str]]:
+    """Every GGUF output, the encoders of every tensor by its name, and notes.
 
-    Raises SourceError where the model cannot be written as GGUF, RecipeError for types that are not known.
+    Raises SourceError where the model cannot be written as GGUF, RecipeError for unknown types.
     """
-    outlets: dict[str, list[GGUFEncoder]] = {name: [] for name in given.tensors}
+    encoders: dict[str, list[GGUFEncoder]] = {name: [] for name in inputs.tensors}
     if not output.gguf:
-        return [], outlets, []
-    if not given.config:
+        return [], encoders, []
+    if not inputs.config:
         raise SourceError("GGUF needs the model's config.json", hint="put it beside the weights")
-    spelling = build_spec(given.config, given.tensors)
-    if given.config.get("tie_word_embeddings") is False and (
-        heads := [one for one in spelling.dropped if is_head(one)]
+    spec = build_spec(inputs.config, inputs.tensors)
+    if inputs.config.get("tie_word_embeddings") is False and (
+        heads := [name for name in spec.dropped if is_head(name)]
     ):
-        text = f"{heads[0]} differs from the embedding, and a {spelling.arch} in GGUF has no output of its own"
-        raise SourceError(text, hint="write safetensors; or merge so that the two stay tied")
-    rows = _shapes(spelling)[EMBEDDING][0]
-    vocab = vocabulary(given.files, given.config, spelling.vocab, rows=rows, pre=output.gguf_pre)
+        text = f"{heads[0]} differs from the embedding, but {spec.arch} has no separate output tensor in GGUF"
+        raise SourceError(text, hint="write safetensors, or merge so that the two stay tied")
+    rows = _shapes(spec)[EMBEDDING][0]
+    vocab = vocabulary(inputs.files, inputs.config, spec.vocab, rows=rows, pre=output.gguf_pre)
     plans = []
     for entry in output.gguf:
-        with refused_if_odd("what config.json, generation_config.json or the tokenizer says of the model"):
-            plan, added = _plan(entry, output.gguf_from == "stored", spelling, vocab.keys, given)
+        with malformed_as_source_error("config.json, generation_config.json or the tokenizer"):
+            plan, plan_encoders = _plan(entry, output.gguf_from == "stored", spec, vocab.keys, inputs)
         plans.append(plan)
-        for name, some in added.items():
-            outlets[name] += some
-    notes = [*spelling.notes, *vocab.notes]
-    return plans, outlets, notes
+        for name, added in plan_encoders.items():
+            encoders[name] += added
+    notes = [*spec.notes, *vocab.notes]
+    return plans, encoders, notes
 
 
 def _plan(
-    entry: GGUFEntry, stored: bool, spelling: GGUFModelSpec, tokenizer: Keys, given: GGUFInputs
+    entry: GGUFEntry, stored: bool, spec: GGUFModelSpec, tokenizer: Keys, inputs: GGUFInputs
 ) -> tuple[GGUFPlan, dict[str, list[GGUFEncoder]]]:
-    mix = file_type_named(entry.type)
-    importance = read_imatrix(Path(entry.imatrix).expanduser()) if entry.imatrix else None
-    tensors = _tensors(entry, mix, spelling, importance)
-    keys = _keys(mix, spelling, tokenizer, given, importance)
-    layout = lay_out(f"{given.name}-{mix.label}", keys, tensors, entry.split_max_size)
-    kinds = {tensor.name: tensor.quant_type for tensor in tensors}
+    file_type = file_type_named(entry.type)
+    imatrix = read_imatrix(Path(entry.imatrix).expanduser()) if entry.imatrix else None
+    tensors = _tensors(entry, file_type, spec, imatrix)
+    keys = _keys(file_type, spec, tokenizer, inputs, imatrix)
+    layout = lay_out(f"{inputs.name}-{file_type.label}", keys, tensors, entry.split_max_size)
+    types = {tensor.name: tensor.quant_type for tensor in tensors}
     shared: dict[tuple[int, int], np.ndarray | None] = {}
-    outlets = {
+    encoders = {
         name: [
             GGUFEncoder(
                 sink=entry.type,
-                info=given.tensors[name],
-                target=place,
-                quant_type=kinds[place.tensor],
-                extent=layout.extents[place.tensor],
-                device=given.device,
-                stored=given.tensors[name].dtype if stored else "",
-                importance=_weights(importance, place, kinds[place.tensor]),
-                positions=_positions(place, given.tensors[name], shared),
+                info=inputs.tensors[name],
+                target=target,
+                quant_type=types[target.tensor],
+                extent=layout.extents[target.tensor],
+                device=inputs.device,
+                stored=inputs.tensors[name].dtype if stored else "",
+                importance=_weights(imatrix, target, types[target.tensor]),
+                positions=_positions(target, inputs.tensors[name], shared),
             )
-            for place in places
+            for target in targets
         ]
-        for name, places in spelling.targets.items()
+        for name, targets in spec.targets.items()
     }
-    return GGUFPlan(mix, layout, tuple(tensors), keys), outlets
+    return GGUFPlan(file_type, layout, tuple(tensors), keys), encoders
 
 
 def _positions(
-    place: TensorTarget, info: TensorInfo, shared: dict[tuple[int, int], np.ndarray | None]
+    target: TensorTarget, info: TensorInfo, shared: dict[tuple[int, int], np.ndarray | None]
 ) -> np.ndarray | None:
-    """positions_of the place, made once for all layers whose places share their rows."""
-    key = (id(place.rows), info.rows)
+    """positions_of the target, computed once for all layers whose targets share their rows."""
+    key = (id(target.rows), info.rows)
     if key not in shared:
-        shared[key] = positions_of(place, info)
+        shared[key] = positions_of(target, info)
     return shared[key]
 
 
-def _weights(importance: ImatrixFile | None, place: TensorTarget, kind: QuantType) -> Tensor | None:
-    """The imatrix's column weights, a row for each matrix of the GGUF tensor."""
+def _weights(imatrix: ImatrixFile | None, target: TensorTarget, quant_type: QuantType) -> Tensor | None:
+    """The imatrix's column weights, one row for each matrix of the GGUF tensor."""
     import torch
 
-    if importance is None or kind.block == 1:
+    if imatrix is None or quant_type.block == 1:
         return None
-    matrices = place.shape[0] if len(place.shape) == 3 else 1
-    found = importance.of(place.tensor, place.shape[-1], matrices)
-    return None if found is None else torch.from_numpy(found)
+    matrices = target.shape[0] if len(target.shape) == 3 else 1
+    weights = imatrix.of(target.tensor, target.shape[-1], matrices)
+    return None if weights is None else torch.from_numpy(weights)
 
 
-def _shapes(spelling: GGUFModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of the GGUF tensors in the converter's order: constants, then as the last part of each comes."""
-    shapes: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in spelling.constants.items()}
-    for name in sorted(spelling.targets):
-        for place in spelling.targets[name]:
-            shapes.pop(place.tensor, None)
-            shapes[place.tensor] = place.shape
+def _shapes(spec: GGUFModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of the GGUF tensors in the converter's order: constants first, then by the last HF tensor of each."""
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in spec.constants.items()}
+    for name in sorted(spec.targets):
+        for target in spec.targets[name]:
+            shapes.pop(target.tensor, None)
+            shapes[target.tensor] = target.shape
     return shapes
 
 
 def _tensors(
-    entry: GGUFEntry, mix: FileType, spelling: GGUFModelSpec, importance: ImatrixFile | None
+    entry: GGUFEntry, file_type: FileType, spec: GGUFModelSpec, imatrix: ImatrixFile | None
 ) -> list[GGUFTensor]:
-    shapes = _shapes(spelling)
-    chosen = select_tensor_types(
-        mix,
-        {name: shape for name, shape in shapes.items() if name not in spelling.constants},
-        _model_facts(spelling),
-        has_importance=importance is not None,
+    shapes = _shapes(spec)
+    selected = select_tensor_types(
+        file_type,
+        {name: shape for name, shape in shapes.items() if name not in spec.constants},
+        _model_facts(spec),
+        has_importance=imatrix is not None,
         wishes=TypeOverrides(entry.tensor_types, entry.output_type or "", entry.embedding_type or "", entry.pure),
-        f32={place.tensor for places in spelling.targets.values() for place in places if place.f32},
+        f32={target.tensor for targets in spec.targets.values() for target in targets if target.f32},
     )
-    kinds = dict.fromkeys(spelling.constants, QUANT_TYPES["F32"]) | chosen
-    contents = {name: value.astype("<f4").tobytes() for name, value in spelling.constants.items()}
-    order = file_order(list(shapes)) if mix.quantizer else list(shapes)
-    if mix.quantizer:
+    types = dict.fromkeys(spec.constants, QUANT_TYPES["F32"]) | selected
+    contents = {name: value.astype("<f4").tobytes() for name, value in spec.constants.items()}
+    order = file_order(list(shapes)) if file_type.quantizer else list(shapes)
+    if file_type.quantizer:
         shapes = {name: _without_ones(shape) for name, shape in shapes.items()}
-    return [GGUFTensor(name, shapes[name], kinds[name], contents.get(name, b"")) for name in order]
+    return [GGUFTensor(name, shapes[name], types[name], contents.get(name, b"")) for name in order]
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -209,16 +209,16 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _model_facts(spelling: GGUFModelSpec) -> FileTypeFacts:
+def _model_facts(spec: GGUFModelSpec) -> FileTypeFacts:
     def fact(key: str) -> int:
-        value = spelling.keys.get(f"{spelling.arch}.{key}")
+        value = spec.keys.get(f"{spec.arch}.{key}")
         if value is None:
             return 0
         return int(value.value[0] if value.kind == "array" else value.value)
 
     heads = fact("attention.head_count")
     return FileTypeFacts(
-        arch=spelling.arch,
+        arch=spec.arch,
         block_count=fact("block_count"),
         expert_count=fact("expert_count"),
         head_count=heads,
@@ -227,23 +227,23 @@ def _model_facts(spelling: GGUFModelSpec) -> FileTypeFacts:
 
 
 def _keys(
-    mix: FileType, spelling: GGUFModelSpec, tokenizer: Keys, given: GGUFInputs, importance: ImatrixFile | None
+    file_type: FileType, spec: GGUFModelSpec, tokenizer: Keys, inputs: GGUFInputs, imatrix: ImatrixFile | None
 ) -> Keys:
-    shapes = _shapes(spelling)
-    general = {"general.architecture": text(spelling.arch), "general.type": text("model")}
-    general |= metadata(given.files, given.config or {}, given.name, parameter_counts(shapes))
-    keys = general | dict(spelling.keys) | {"general.quantization_version": u32(QUANTIZATION_VERSION)} | dict(tokenizer)
-    if mix.quantizer or "general.file_type" in keys:
-        keys["general.file_type"] = u32(mix.file_type)
-    if mix.quantizer:
+    shapes = _shapes(spec)
+    general = {"general.architecture": text(spec.arch), "general.type": text("model")}
+    general |= metadata(inputs.files, inputs.config or {}, inputs.name, parameter_counts(shapes))
+    keys = general | dict(spec.keys) | {"general.quantization_version": u32(QUANTIZATION_VERSION)} | dict(tokenizer)
+    if file_type.quantizer or "general.file_type" in keys:
+        keys["general.file_type"] = u32(file_type.file_type)
+    if file_type.quantizer:
         keys = {key: value for key, value in keys.items() if key not in _LAST} | {key: keys[key] for key in _LAST}
-    return keys | (_imatrix_keys(importance) if importance else {})
+    return keys | (_imatrix_keys(imatrix) if imatrix else {})
 
 
-def _imatrix_keys(importance: ImatrixFile) -> dict[str, Value]:
-    """As llama-quantize notes an imatrix; the file by its name alone."""
-    keys = {"quantize.imatrix.file": text(importance.path.name)}
-    if importance.datasets:
-        keys["quantize.imatrix.dataset"] = text(importance.datasets[0])
-    keys["quantize.imatrix.entries_count"] = u32(len(importance.weights))
-    return keys | ({"quantize.imatrix.chunks_count": u32(importance.chunks)} if importance.chunks else {})
+def _imatrix_keys(imatrix: ImatrixFile) -> dict[str, Value]:
+    """The keys by which llama-quantize records an imatrix; of the path only the file name."""
+    keys = {"quantize.imatrix.file": text(imatrix.path.name)}
+    if imatrix.datasets:
+        keys["quantize.imatrix.dataset"] = text(imatrix.datasets[0])
+    keys["quantize.imatrix.entries_count"] = u32(len(imatrix.weights))
+    return keys | ({"quantize.imatrix.chunks_count": u32(imatrix.chunks)} if imatrix.chunks else {})

@@ -1,4 +1,4 @@
-"""Every input of a recipe, found and opened: headers only."""
+"""Inputs: every model and adapter that a recipe names, opened; headers only."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mergeforge.io.remote import RemoteSession
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
 from mergeforge.tensors.lazy import LazyTensor
 
-Tell = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class OpenAdapter:
+    """An adapter of the recipe, opened."""
+
     entry: AdapterEntry
     adapter: Adapter
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model of the recipe with the adapters that are folded into it first."""
+    """A model of the recipe, opened, with the adapters that are folded into it first."""
 
     entry: ModelEntry
     checkpoint: ModelSource
@@ -43,7 +43,7 @@ class OpenModel:
 
 @dataclass(frozen=True)
 class IntermediateModel:
-    """What an earlier document of the recipe makes: a model that lies nowhere."""
+    """The result of an earlier document of the recipe: a model that is not stored anywhere."""
 
     label: str
     inputs: Inputs
@@ -59,7 +59,7 @@ class IntermediateModel:
 
 @dataclass(frozen=True)
 class Inputs:
-    """base_model, every other model, and the adapters of a recipe, in its order."""
+    """The base model, every other model, and the adapters of a recipe, in its order."""
 
     base: OpenModel | None
     models: tuple[OpenModel, ...]
@@ -67,65 +67,64 @@ class Inputs:
 
     @property
     def reference_model(self) -> OpenModel:
-        """The model whose config, tokenizer and tensor names the output takes."""
+        """The model that the output takes its config, tokenizer and tensor names from."""
         return self.base or self.models[0]
 
     @property
     def all_models(self) -> tuple[OpenModel, ...]:
-        """The base model first."""
+        """The base model and the others."""
         return (*([self.base] if self.base else []), *self.models)
 
     @cached_property
     def stored_models(self) -> tuple[OpenModel, ...]:
-        """The models that lie in files, those behind earlier results too."""
-        return tuple(_stored(self))
+        """The models that are stored in files, those behind intermediate models included."""
+        return tuple(_stored_models(self))
 
     @cached_property
     def opened_adapters(self) -> tuple[OpenAdapter, ...]:
         """Every adapter, wherever it is folded in."""
-        results = [
-            model.checkpoint.inputs for model in self.all_models if isinstance(model.checkpoint, IntermediateModel)
-        ]
-        inner = [one for inputs in results for one in inputs.opened_adapters]
-        return (*inner, *(one for model in self.all_models for one in model.adapters), *self.adapters)
+        intermediates = (model.checkpoint for model in self.all_models)
+        earlier = [model.inputs for model in intermediates if isinstance(model, IntermediateModel)]
+        inner = [opened for inputs in earlier for opened in inputs.opened_adapters]
+        return (*inner, *(opened for model in self.all_models for opened in model.adapters), *self.adapters)
 
     @cached_property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Every table of tensors that is read, each once."""
-        found = [model.checkpoint for model in self.stored_models if isinstance(model.checkpoint, Checkpoint)]
+        """Every checkpoint that is read, each once; an adapter's files count as one."""
+        checkpoints = [model.checkpoint for model in self.stored_models if isinstance(model.checkpoint, Checkpoint)]
         for opened in self.opened_adapters:
-            found.extend(opened.adapter.files)
-        return tuple({id(table): table for table in found}.values())
+            checkpoints.extend(opened.adapter.checkpoints)
+        return tuple({id(checkpoint): checkpoint for checkpoint in checkpoints}.values())
 
     @property
     def streamed(self) -> bool:
-        """Whether any of it lies elsewhere and is read in pieces."""
-        return any(table.lies_elsewhere for table in self.checkpoints)
+        """Whether any checkpoint is remote and read in ranges."""
+        return any(checkpoint.is_remote for checkpoint in self.checkpoints)
 
     @property
     def notes(self) -> tuple[str, ...]:
         notes = [note for model in self.all_models for note in model.checkpoint.warnings]
-        notes += [note for one in self.opened_adapters for note in one.adapter.notes]
+        notes += [note for opened in self.opened_adapters for note in opened.adapter.notes]
         return tuple(dict.fromkeys(notes))
 
 
-def _stored(inputs: Inputs) -> Iterator[OpenModel]:
+def _stored_models(inputs: Inputs) -> Iterator[OpenModel]:
     for model in inputs.all_models:
         if isinstance(model.checkpoint, IntermediateModel):
-            yield from _stored(model.checkpoint.inputs)
+            yield from _stored_models(model.checkpoint.inputs)
         else:
             yield model
 
 
-ADAPTER_STEMS = ("adapter_model", "adapters", "pytorch_lora_weights")  # PEFT's, MLX's and diffusers' names
-Replicate = Callable[[OpenModel, Any], OpenModel]  # a model with its layers repeated, as an adapter says
+ADAPTER_STEMS = ("adapter_model", "adapters", "pytorch_lora_weights")  # file names of PEFT, MLX and diffusers
+Replicate = Callable[[OpenModel, Any], OpenModel]  # a model with its layers repeated, as an adapter's config says
 
 
 class Opener:
     """Finds and opens models and adapters, each once, however often recipes name them.
 
-    `results`: what earlier documents make, by their names. `replicate`: what layer_replication asks for.
-    `link`: how inputs that lie elsewhere are read; `stream`: so are all Hub repos.
+    intermediate_models: results of earlier documents, by their names. replicate: what an adapter's layer_replication
+    asks for. session: how remote inputs are read; stream: read every Hub repo that way, without downloading it.
     """
 
     def __init__(
@@ -133,72 +132,69 @@ class Opener:
         replicate: Replicate,
         *,
         allow_pickle: bool = False,
-        link: RemoteSession | None = None,
+        session: RemoteSession | None = None,
         stream: bool = False,
     ) -> None:
         self.replicate = replicate
         self.allow_pickle = allow_pickle
-        self.link = link
+        self.session = session
         self.stream = stream
         self.intermediate_models: dict[str, IntermediateModel] = {}
-        self._places: dict[tuple[ModelRef, tuple[str, ...]], download.Local] = {}
+        self._locations: dict[tuple[ModelRef, tuple[str, ...]], download.LocalInput] = {}
         self._opened: dict[tuple[Path, str | None], Checkpoint] = {}
-        self._plain: Checkpoint | None = None
+        self._gguf_companion: Checkpoint | None = None
 
     def open(self, recipe: Recipe) -> Inputs:
         """Everything that a recipe names. Raises SourceError."""
-        self._find_plain([*([recipe.base_model] if recipe.base_model else []), *recipe.entries])
+        self._find_gguf_companion([*([recipe.base_model] if recipe.base_model else []), *recipe.named_models])
         base = self._model(recipe.base_model, recipe.adapters) if recipe.base_model else None
-        models = [self._model(entry) for entry in recipe.entries]
+        models = [self._model(entry) for entry in recipe.named_models]
         adapters = tuple(self._adapter(entry, base.checkpoint) for entry in recipe.adapters) if base else ()
         return Inputs(base, tuple(models), adapters)
 
-    def _find_plain(self, entries: list[ModelEntry]) -> None:
-        """The first model that is not a GGUF gives names, shapes and config to those that are."""
+    def _find_gguf_companion(self, entries: list[ModelEntry]) -> None:
+        """Names, shapes and config of GGUF inputs come from the first model that is not a GGUF file."""
         if any(_is_gguf(entry.model) for entry in entries):
             stored = (entry for entry in entries if entry.model.path not in self.intermediate_models)
-            plain = next((entry for entry in stored if not _is_gguf(entry.model)), None)
-            if plain is None:
+            companion = next((entry for entry in stored if not _is_gguf(entry.model)), None)
+            if companion is None:
                 hint = "name the model's folder as base_model, or as one of the models"
                 raise SourceError("a GGUF file has neither config.json nor tokenizer files", hint=hint)
-            self._plain = self._checkpoint(plain.model)
+            self._gguf_companion = self._checkpoint(companion.model)
 
     def _model(self, entry: ModelEntry, later: Sequence[AdapterEntry] = ()) -> OpenModel:
-        """A model with its adapters; `later` ones are opened by the caller, and may repeat its layers too."""
+        """A model with its adapters. The caller opens `later` adapters, which may repeat its layers too."""
         model = OpenModel(entry, self._named(entry.model), ())
         if ranges := self._replication((*entry.adapters, *later)):
             model = self.replicate(model, ranges)
-        return replace(model, adapters=tuple(self._adapter(one, model.checkpoint) for one in entry.adapters))
+        return replace(model, adapters=tuple(self._adapter(adapter, model.checkpoint) for adapter in entry.adapters))
 
     def _replication(self, entries: Sequence[AdapterEntry]) -> Any:
-        """What adapters of one model say of repeated layers: all the same, or nothing. Raises SourceError."""
-        told = [self._config(entry).get("layer_replication") or None for entry in entries]
-        if any(one != told[0] for one in told):
-            odd = next(entry for entry, one in zip(entries, told, strict=True) if one != told[0])
-            text = f"{odd.adapter} and {entries[0].adapter} were trained on differently repeated layers"
-            raise SourceError(text, hint="merge each into its own model first")
-        return told[0] if told else None
+        """The layer_replication that all adapters of one model share. Raises SourceError where they differ."""
+        replications = [self._adapter_config(entry).get("layer_replication") or None for entry in entries]
+        for entry, replication in zip(entries, replications, strict=True):
+            if replication != replications[0]:
+                text = f"{entry.adapter} and {entries[0].adapter} were trained with different layer_replication"
+                raise SourceError(text, hint="merge each into its own model first")
+        return replications[0] if replications else None
 
-    def _config(self, entry: AdapterEntry) -> dict[str, Any]:
-        found = self._found(entry).path
-        path = (found.parent if found.is_file() else found) / "adapter_config.json"
-        return read_json(path) if path.is_file() else {}
+    def _adapter_config(self, entry: AdapterEntry) -> dict[str, Any]:
+        path = self._location(entry.adapter, ADAPTER_STEMS).path
+        config = (path.parent if path.is_file() else path) / "adapter_config.json"
+        return read_json(config) if config.is_file() else {}
 
-    def _found(self, entry: AdapterEntry) -> download.Local:
-        return self._place(entry.adapter, ADAPTER_STEMS)
-
-    def _place(self, reference: ModelRef, stems: tuple[str, ...]) -> download.Local:
-        """Where an input lies, found once: a branch that moves meanwhile does not matter."""
-        if (reference, stems) not in self._places:
-            self._places[reference, stems] = download.fetch(
+    def _location(self, reference: ModelRef, stems: tuple[str, ...]) -> download.LocalInput:
+        """Where an input is, looked up once: it does not matter if a branch moves meanwhile."""
+        if (reference, stems) not in self._locations:
+            self._locations[reference, stems] = download.fetch(
                 reference.path,
                 reference.revision,
                 stems,
                 allow_pickle=self.allow_pickle,
-                link=self.link,
+                session=self.session,
                 stream=self.stream,
             )
-        return self._places[reference, stems]
+        return self._locations[reference, stems]
 
     def _named(self, reference: ModelRef) -> ModelSource:
         if reference.path in self.intermediate_models and not reference.revision:
@@ -206,35 +202,35 @@ class Opener:
         return self._checkpoint(reference)
 
     def _adapter(self, entry: AdapterEntry, base: ModelSource) -> OpenAdapter:
-        where = self._found(entry)
+        location = self._location(entry.adapter, ADAPTER_STEMS)
         label = str(entry.adapter)
-        if where.path.suffix == ".gguf" and where.path.is_file():
-            return OpenAdapter(entry, open_gguf_adapter(where.path, label, base))
+        if location.path.suffix == ".gguf" and location.path.is_file():
+            return OpenAdapter(entry, open_gguf_adapter(location.path, label, base))
         adapter = open_adapter(
-            where.path,
+            location.path,
             label,
             base,
-            revision=where.revision,
+            revision=location.revision,
             allow_pickle=self.allow_pickle,
-            residual=entry.base_is_residual,
-            stacked=True,  # _model has repeated the layers that its layer_replication says
-            files=where.files,
+            base_is_residual=entry.base_is_residual,
+            base_is_stacked=True,  # _model has repeated the layers already
+            files=location.files,
         )
         return OpenAdapter(entry, adapter)
 
     def _checkpoint(self, reference: ModelRef) -> Checkpoint:
-        where = self._place(reference, ("model",))
-        key = (where.path.resolve(), where.revision)
+        location = self._location(reference, ("model",))
+        key = (location.path.resolve(), location.revision)
         if key not in self._opened:
-            self._opened[key] = self._open(where, str(reference))
+            self._opened[key] = self._open(location, str(reference))
         return self._opened[key]
 
-    def _open(self, where: download.Local, label: str) -> Checkpoint:
-        if where.path.suffix == ".gguf" and where.path.is_file():
-            assert self._plain is not None
-            return open_gguf(where.path, label, self._plain)
+    def _open(self, location: download.LocalInput, label: str) -> Checkpoint:
+        if location.path.suffix == ".gguf" and location.path.is_file():
+            assert self._gguf_companion is not None
+            return open_gguf(location.path, label, self._gguf_companion)
         return open_checkpoint(
-            where.path, label, revision=where.revision, allow_pickle=self.allow_pickle, files=where.files
+            location.path, label, revision=location.revision, allow_pickle=self.allow_pickle, files=location.files
         )
 
 

@@ -1,7 +1,7 @@
 """A model with layers repeated, as an adapter with layer_replication was trained on it.
 
-[[0, 2], [1, 3]] makes layers 0, 1, 1, 2; the adapter's layers are numbered as these are (peft/utils/integrations,
-LoraConfig.layer_replication). Every replica is written as a tensor of its own, since each gets its own change.
+[[0, 2], [1, 3]] gives layers 0, 1, 1, 2, and the adapter numbers its layers in this way (peft/utils/integrations,
+LoraConfig.layer_replication). Every replica is written as a tensor of its own, because each gets its own delta.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from mergeforge.recipe.parameter_values import layer_of
 from mergeforge.tensors.lazy import LazyTensor
 
 
-def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
-    """The model with the layers of each range [first, stop), one range behind the other. Raises SourceError."""
+def replicate_layers(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
+    """The model with the layers of each range [first, stop), one range after the other. Raises SourceError."""
     base = model.checkpoint
     prefix = layer_prefix(base.tensors, base.config)
     layers = _layers(ranges)
-    places: dict[int, list[int]] = {}
-    for place, layer in enumerate(layers):
-        places.setdefault(layer, []).append(place)
+    new_numbers: dict[int, list[int]] = {}
+    for number, layer in enumerate(layers):
+        new_numbers.setdefault(layer, []).append(number)
     tensors: dict[str, LazyTensor] = {}
-    for name, way in base.tensors.items():
-        found = layer_of(name)
-        if found is None or found[0] != prefix:
-            tensors[name] = way
+    for name, tensor in base.tensors.items():
+        layer_name = layer_of(name)
+        if layer_name is None or layer_name[0] != prefix:
+            tensors[name] = tensor
             continue
-        for place in places.get(found[1], ()):
-            new = with_layer(name, place)
-            tensors[new] = renamed_tensor(way, new)
-    held = {found[1] for name in base.tensors if (found := layer_of(name)) and found[0] == prefix}
-    if lacking := sorted(set(layers) - held):
-        raise SourceError(f"layer_replication repeats layer {lacking[0]}, which {model.label} has not")
+        for number in new_numbers.get(layer_name[1], ()):
+            new_name = with_layer(name, number)
+            tensors[new_name] = renamed_tensor(tensor, new_name)
+    existing = {found[1] for name in base.tensors if (found := layer_of(name)) and found[0] == prefix}
+    if missing := sorted(set(layers) - existing):
+        raise SourceError(f"layer_replication repeats layer {missing[0]}, which {model.label} does not have")
     source = SourceModel(model.label, ModelTensors(model.label, base.config, base.tensors, None), {})
     stack = LayerStack(prefix, tuple((source, layer) for layer in layers))
     files, notes = files_of(base.folder)
@@ -60,6 +60,6 @@ def replicated(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenModel:
 
 def _layers(ranges: Any) -> list[int]:
     try:
-        return lora_config.replicated(ranges)
+        return lora_config.replicated_layers(ranges)
     except ValueError as error:
         raise SourceError(str(error), hint="[[first layer, layer to stop before], ...]") from None

@@ -1,4 +1,4 @@
-"""Tables: every tensor of one model as a way, its own adapters folded in, head and embedding settled."""
+"""The tensors of one model as LazyTensors: its own adapters folded in, tied head and embedding resolved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergeforge.checkpoints.checkpoint import ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS, is_head, tied_head
 from mergeforge.checkpoints.quantized.fake_nf4 import FakeQuantizedTensor
 from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
-from mergeforge.errors import SourceError, listing
+from mergeforge.errors import SourceError, format_list
 from mergeforge.planner.inputs import OpenAdapter, OpenModel
 from mergeforge.recipe.parameter_values import layer_positions, value_at
 from mergeforge.tensors.alias import AliasTensor
@@ -23,10 +23,10 @@ from mergeforge.tensors.stored import StoredTensor
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """The ways of one model's tensors, and (head, embedding) while these are one tensor.
+    """One model's tensors by name.
 
-    `parted`: the same names, once an adapter has made them two tensors. `actions` and `notes`: what
-    its own adapters did, in words.
+    tied: the names of head and embedding while these are one tensor. untied: the same names once an adapter has made
+    them two tensors. summaries, notes: what the model's own adapters did, in words.
     """
 
     label: str
@@ -38,7 +38,7 @@ class ModelTensors:
     notes: tuple[str, ...] = ()
 
     def tensor(self, name: str) -> LazyTensor | None:
-        """A tensor's way; a tied head is its embedding under another name."""
+        """The tensor of that name; a tied head is its embedding under another name."""
         if name in self.tensors:
             return self.tensors[name]
         if self.tied and name == self.tied[0]:
@@ -46,177 +46,180 @@ class ModelTensors:
         return None
 
     def deltas(self, opened: OpenAdapter, name: str) -> tuple[WeightDelta, ...]:
-        """An adapter's edits of a tensor; what it does to an embedding for its tied head, too."""
+        """An adapter's deltas of a tensor; those of an embedding apply to its tied head too."""
         if self.untied and name == self.untied[0] and opened.adapter.keeps_tied:
             name = self.untied[1]
-        return opened.adapter.edits.get(name, ())
+        return opened.adapter.deltas.get(name, ())
 
 
 def model_tensors(model: OpenModel, later: Sequence[OpenAdapter] = (), numerics: str = "original") -> ModelTensors:
-    """A model's table with its own adapters folded in; `later` adapters only settle shapes and ties.
+    """A model's tensors with its own adapters folded in. `later` adapters only decide shapes and tying.
 
-    `numerics` "dequant_nf4": what adapters change is taken as NF4 would hold it, on which QLoRA trained them.
+    numerics: "dequant_nf4" (or "dequant_nf4_single") takes the tensors that adapters change as NF4 holds them, which is
+    what QLoRA trained on.
 
-    Raises SourceError when its adapters cannot be folded together.
+    Raises SourceError when the adapters cannot be folded together.
     """
     opened = (*model.adapters, *later)
     checkpoint = model.checkpoint
-    ways: dict[str, LazyTensor] = dict(checkpoint.tensors)
-    actions = _apply_saved_modules(ways, opened)
-    tied, notes = _resolve_tying(ways, checkpoint, opened)
+    tensors: dict[str, LazyTensor] = dict(checkpoint.tensors)
+    summaries = _apply_saved_modules(tensors, opened)
+    tied, notes = _resolve_tying(tensors, checkpoint, opened)
     if numerics != "original":
-        notes += _fake_quantize_adapted(ways, checkpoint, opened, double_quant=numerics == "dequant_nf4")
-    table = ModelTensors(
-        model.label, checkpoint.config, ways, tied, None if tied else tied_head(checkpoint), actions, notes
-    )
+        notes += _fake_quantize_adapted(tensors, checkpoint, opened, double_quant=numerics == "dequant_nf4")
+    untied = None if tied else tied_head(checkpoint)
+    result = ModelTensors(model.label, checkpoint.config, tensors, tied, untied, summaries, notes)
     if model.adapters:
-        _fold_own_adapters(table, ways, actions, model.adapters)
-    tie_head_to_embedding(ways, tied, checkpoint)
+        _fold_own_adapters(result, tensors, summaries, model.adapters)
+    tie_head_to_embedding(tensors, tied, checkpoint)
     if not later:
-        check_vocabulary(ways, checkpoint)
-    return table
+        check_vocabulary(tensors, checkpoint)
+    return result
 
 
 def fold_adapters(
-    name: str, base: LazyTensor, edits: Sequence[tuple[WeightDelta, ...]], weights: Sequence[float]
+    name: str, base: LazyTensor, deltas: Sequence[tuple[WeightDelta, ...]], weights: Sequence[float]
 ) -> tuple[LazyTensor, str]:
-    """base + sum(weight * edit), and what that is in words ("" where nothing changes).
+    """base + sum(weight * delta), and that in words ("" where nothing changes). `deltas`: of each adapter.
 
     Raises SourceError for a replacement with another number of rows: it has no delta.
     """
-    terms = [(weight, edit) for weight, some in zip(weights, edits, strict=True) for edit in some if weight]
+    terms = [(weight, delta) for weight, group in zip(weights, deltas, strict=True) for delta in group if weight]
     if not terms:
         return base, ""
     if len(terms) == 1 and terms[0][0] == 1 and isinstance(terms[0][1], ReplaceTensor):
         return renamed_tensor(terms[0][1].value, name), "replaced by the adapter's"
-    check_rows(name, base, edits)
+    check_rows(name, base, deltas)
     _check_replacements(name, terms)
-    kinds = dict.fromkeys(edit.label for _, edit in terms)
-    action = f"base + {len(terms)} x {'/'.join(kinds)}" if len(terms) > 1 else f"base + {terms[0][1].label}"
-    return AdaptedTensor(base, tuple(terms)), action
+    labels = dict.fromkeys(delta.label for _, delta in terms)
+    summary = f"base + {len(terms)} x {'/'.join(labels)}" if len(terms) > 1 else f"base + {terms[0][1].label}"
+    return AdaptedTensor(base, tuple(terms)), summary
 
 
 def _check_replacements(name: str, terms: Sequence[tuple[float, WeightDelta]]) -> None:
-    """Several replacements of one tensor can be averaged; added up they are nobody's."""
-    weights = [weight for weight, edit in terms if isinstance(edit, ReplaceTensor)]
+    """Several replacements of one tensor can be averaged, but their sum is meaningless."""
+    weights = [weight for weight, delta in terms if isinstance(delta, ReplaceTensor)]
     if len(weights) > 1 and abs(sum(weights) - 1) > 1e-6:
-        text = f"{len(weights)} adapters each bring their own {name}, and their weights sum to {sum(weights):g}"
+        text = f"{len(weights)} adapters each replace {name}, and their weights sum to {sum(weights):g}"
         raise SourceError(text, hint="give them weights that sum to 1, or merge one after the other")
 
 
-def check_rows(name: str, base: LazyTensor, edits: Sequence[tuple[WeightDelta, ...]]) -> None:
-    """A replacement with another number of rows has no delta: it cannot be weighted or combined."""
-    for edit in (edit for some in edits for edit in some):
-        if isinstance(edit, ReplaceTensor) and edit.value.info.shape != base.info.shape:
-            shapes = f"{list(edit.value.info.shape)}, the base has {list(base.info.shape)}"
+def check_rows(name: str, base: LazyTensor, deltas: Sequence[tuple[WeightDelta, ...]]) -> None:
+    """Raise SourceError for a replacement with another number of rows: it cannot be weighted or combined."""
+    for delta in (delta for group in deltas for delta in group):
+        if isinstance(delta, ReplaceTensor) and delta.value.info.shape != base.info.shape:
+            shapes = f"{list(delta.value.info.shape)}, the base has {list(base.info.shape)}"
             hint = "fold that adapter alone, with weight 1, and merge the others into the result"
-            raise SourceError(f"{edit.value.file.path} replaces {name} with shape {shapes}", hint=hint)
+            raise SourceError(f"{delta.value.file.path} replaces {name} with shape {shapes}", hint=hint)
 
 
-def renamed_tensor(way: LazyTensor, name: str) -> LazyTensor:
-    """The way's tensor under another name."""
-    if way.info.name == name:
-        return way
-    if isinstance(way, StoredTensor):
-        return replace(way, info=way.info.renamed(name))
-    return AliasTensor(way, way.info.renamed(name))
+def renamed_tensor(tensor: LazyTensor, name: str) -> LazyTensor:
+    """The tensor under another name."""
+    if tensor.info.name == name:
+        return tensor
+    if isinstance(tensor, StoredTensor):
+        return replace(tensor, info=tensor.info.renamed(name))
+    return AliasTensor(tensor, tensor.info.renamed(name))
 
 
-def tie_head_to_embedding(ways: dict[str, LazyTensor], tied: tuple[str, str] | None, checkpoint: ModelSource) -> None:
-    """A tied head that is stored all the same is written as what the embedding becomes."""
-    if tied and tied[0] in ways and ways[tied[1]] is not checkpoint.tensors[tied[1]]:
-        ways[tied[0]] = renamed_tensor(ways[tied[1]], tied[0])
+def tie_head_to_embedding(
+    tensors: dict[str, LazyTensor], tied: tuple[str, str] | None, checkpoint: ModelSource
+) -> None:
+    """A tied head that is stored all the same becomes what the embedding becomes."""
+    if tied and tied[0] in tensors and tensors[tied[1]] is not checkpoint.tensors[tied[1]]:
+        tensors[tied[0]] = renamed_tensor(tensors[tied[1]], tied[0])
 
 
-def check_vocabulary(ways: Mapping[str, LazyTensor], checkpoint: ModelSource) -> None:
-    """Raises SourceError when adapters leave a head and an embedding with different numbers of rows."""
-    heads = [name for name in ways if is_head(name)]
-    embeddings = [name for name in ways if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
+def check_vocabulary(tensors: Mapping[str, LazyTensor], checkpoint: ModelSource) -> None:
+    """Raise SourceError when adapters leave head and embedding with different numbers of rows."""
+    heads = [name for name in tensors if is_head(name)]
+    embeddings = [name for name in tensors if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
     if len(heads) != 1 or len(embeddings) != 1:
         return
-    head, embedding = ways[heads[0]].info, ways[embeddings[0]].info
+    head, embedding = tensors[heads[0]].info, tensors[embeddings[0]].info
     before = [checkpoint.tensors[info.name].info.rows for info in (head, embedding) if info.name in checkpoint.tensors]
     if head.rows != embedding.rows and not {head.rows, embedding.rows} <= set(before):
         text = f"{embedding.name} would have {embedding.rows} rows and {head.name} {head.rows}"
-        hint = "the adapter's file holds only one of the two that were resized (PEFT saves only a targeted one)"
-        raise SourceError(f"{text}: an adapter resized one of them alone", hint=hint)
+        hint = "the adapter's file holds only one of the two resized tensors (PEFT saves only a targeted one)"
+        raise SourceError(f"{text}: an adapter resized only one of them", hint=hint)
 
 
 def _fold_own_adapters(
-    table: ModelTensors, ways: dict[str, LazyTensor], actions: dict[str, str], adapters: Sequence[OpenAdapter]
+    model: ModelTensors, tensors: dict[str, LazyTensor], summaries: dict[str, str], adapters: Sequence[OpenAdapter]
 ) -> None:
-    positions = layer_positions(ways)
-    for name, way in list(ways.items()):
-        edits = [table.deltas(one, name) for one in adapters]
-        if any(edits):
-            ways[name], action = fold_adapters(
-                name, way, edits, [_weight(one, name, positions[name]) for one in adapters]
-            )
-            if action:
-                actions[name] = action
+    positions = layer_positions(tensors)
+    for name, tensor in list(tensors.items()):
+        deltas = [model.deltas(opened, name) for opened in adapters]
+        if any(deltas):
+            weights = [_weight(opened, name, positions[name]) for opened in adapters]
+            tensors[name], summary = fold_adapters(name, tensor, deltas, weights)
+            if summary:
+                summaries[name] = summary
 
 
-def _apply_saved_modules(ways: dict[str, LazyTensor], opened: Sequence[OpenAdapter]) -> dict[str, str]:
-    """Tensors that adapters bring whole: grown embeddings, heads that the base lacks."""
-    placed: dict[str, tuple[str, LazyTensor]] = {}
-    for one in opened:
-        for name, brought in {**one.adapter.resized, **one.adapter.added}.items():
-            label, other = placed.setdefault(name, (one.adapter.label, brought))
-            if other is not brought and not same_rows(other, brought):
+def _apply_saved_modules(tensors: dict[str, LazyTensor], opened: Sequence[OpenAdapter]) -> dict[str, str]:
+    """Put in the tensors that adapters save whole: resized embeddings, and heads that the base lacks."""
+    saved_by: dict[str, tuple[str, LazyTensor]] = {}
+    for adapter in (one.adapter for one in opened):
+        for name, saved in {**adapter.resized, **adapter.added}.items():
+            label, earlier = saved_by.setdefault(name, (adapter.label, saved))
+            if earlier is not saved and not same_rows(earlier, saved):
                 hint = "fold them one after the other"
-                raise SourceError(f"{label} and {one.adapter.label} both bring their own {name}", hint=hint)
-            ways[name] = renamed_tensor(brought, name)
-    return dict.fromkeys(placed, "the adapter's")
+                raise SourceError(f"{label} and {adapter.label} both replace {name}, each differently", hint=hint)
+            tensors[name] = renamed_tensor(saved, name)
+    return dict.fromkeys(saved_by, "the adapter's")
 
 
 def _resolve_tying(
-    ways: dict[str, LazyTensor], checkpoint: ModelSource, opened: Sequence[OpenAdapter]
+    tensors: dict[str, LazyTensor], checkpoint: ModelSource, opened: Sequence[OpenAdapter]
 ) -> tuple[tuple[str, str] | None, tuple[str, ...]]:
-    """(head, embedding) that stay one tensor, or None where an adapter changes one and not the other."""
+    """(head, embedding) that stay one tensor, or None where an adapter changes only one of them; and notes."""
     tied = tied_head(checkpoint)
     if tied is None:
         return None, ()
     head, embedding = tied
-    for one in opened:
-        touched = {*one.adapter.edits, *one.adapter.resized} & {head, embedding}
-        if touched and not one.adapter.keeps_tied:
-            if head not in one.adapter.resized:
-                ways[head] = renamed_tensor(ways[embedding], head)
-            note = f"{one.adapter.label} changes {listing(sorted(touched))}, which {checkpoint.label} ties: "
-            return None, (note + "both are written, tie_word_embeddings becomes false",)
+    for adapter in (one.adapter for one in opened):
+        changed = {*adapter.deltas, *adapter.resized} & {head, embedding}
+        if changed and not adapter.keeps_tied:
+            if head not in adapter.resized:
+                tensors[head] = renamed_tensor(tensors[embedding], head)
+            names = format_list(sorted(changed))
+            text = f"{adapter.label} changes {names}, but {checkpoint.label} ties head and embedding"
+            return None, (f"{text}: both are written, and tie_word_embeddings becomes false",)
     return tied, ()
 
 
 def _fake_quantize_adapted(
-    ways: dict[str, LazyTensor], checkpoint: ModelSource, adapters: Sequence[OpenAdapter], *, double_quant: bool
+    tensors: dict[str, LazyTensor], checkpoint: ModelSource, opened: Sequence[OpenAdapter], *, double_quant: bool
 ) -> tuple[str, ...]:
-    """Put what NF4 makes of them in the place of the weights that adapters change.
+    """Replace the weights that adapters change by their NF4 values; returns a note.
 
-    bitsandbytes quantises linear layers alone: no embeddings, heads, norms, biases or stacks of experts.
-    Raises SourceError for GPT-2's Conv1D, whose blocks run along the other side of the weight.
+    bitsandbytes quantizes linear layers only: no embeddings, heads, norms, biases or stacked experts.
+    Raises SourceError for GPT-2's Conv1D, whose quantization blocks run along the other dimension.
     """
-    if adapters and checkpoint.config.get("model_type") in CONV1D_MODELS:
-        hint = "base_numerics: original"
-        raise SourceError(f"{checkpoint.label} stores its weights transposed: NF4 cannot be told from that", hint=hint)
-    touched = {name for one in adapters for name, edits in one.adapter.edits.items() if any(map(_is_additive, edits))}
-    touched -= {name for one in adapters for name in one.adapter.parameters}
-    changed = [name for name in sorted(touched) if name in ways and _is_linear(name, ways[name])]
-    for name in changed:
-        ways[name] = FakeQuantizedTensor(ways[name], double_quant)
-    how = f"NF4 {'with' if double_quant else 'without'} double quantisation"
-    text = f"base_numerics: {len(changed)} tensors of {checkpoint.label} are taken as {how} holds them"
-    return (text,) if changed else ()
+    if opened and checkpoint.config.get("model_type") in CONV1D_MODELS:
+        text = f"{checkpoint.label} stores its weights transposed, so their NF4 values cannot be computed"
+        raise SourceError(text, hint="use base_numerics: original")
+    adapters = [one.adapter for one in opened]
+    names = {name for adapter in adapters for name, deltas in adapter.deltas.items() if any(map(_is_additive, deltas))}
+    names -= {name for adapter in adapters for name in adapter.parameters}
+    quantized = [name for name in sorted(names) if name in tensors and _is_linear(name, tensors[name])]
+    for name in quantized:
+        tensors[name] = FakeQuantizedTensor(tensors[name], double_quant)
+    scheme = f"NF4 {'with' if double_quant else 'without'} double quantization"
+    text = f"base_numerics: {len(quantized)} tensors of {checkpoint.label} are taken as {scheme} holds them"
+    return (text,) if quantized else ()
 
 
-def _is_additive(edit: WeightDelta) -> bool:
-    return not isinstance(edit, ReplaceTensor | ReplaceRows)
+def _is_additive(delta: WeightDelta) -> bool:
+    return not isinstance(delta, ReplaceTensor | ReplaceRows)
 
 
-def _is_linear(name: str, way: LazyTensor) -> bool:
-    if isinstance(way, QuantizedTensor):
+def _is_linear(name: str, tensor: LazyTensor) -> bool:
+    if isinstance(tensor, QuantizedTensor):
         return False  # it is already what was trained on
-    last = name.split(".")[-2:-1]
-    return len(way.info.shape) == 2 and way.info.is_float and not set(last) & {*HEADS, *EMBEDDINGS}
+    module = name.split(".")[-2:-1]
+    return len(tensor.info.shape) == 2 and tensor.info.is_float and not set(module) & {*HEADS, *EMBEDDINGS}
 
 
 def _weight(opened: OpenAdapter, name: str, position: float) -> float:

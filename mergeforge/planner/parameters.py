@@ -1,9 +1,9 @@
-"""What a method's parameters are worth at one tensor: the innermost scope that says something wins.
+"""The values of a method's parameters for one tensor: the innermost scope that sets a parameter wins.
 
-A rule's parameters come first, then an input's own, its slice's, its module's, the recipe's, and last
-the method's default. The order from the input outwards is mergekit's (mergekit/config.py,
-ConfigReader.parameter_sources), and so is that a filter of a per-input parameter is looked for in the
-tensor's name in that input, of any other in its name in the output (mergekit/parameter_resolver.py).
+A rule's parameters come first, then an input's own, its slice's, its module's, the recipe's, and last the method's
+default. The order from the input outwards is mergekit's (mergekit/config.py, ConfigReader.parameter_sources). As in
+mergekit, a filter of a per-input parameter is matched with the tensor's name in that input, any other filter with its
+name in the output (mergekit/parameter_resolver.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Parameters = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Input:
-    """One input of a method: what it is called, its own parameters, and the tensor's name in it."""
+class MethodInput:
+    """One input of a method: its label, its own parameters, and the tensor's name in it."""
 
     label: str
     parameters: Parameters
@@ -33,17 +33,17 @@ def parameters_for(
     method: Method,
     name: str,
     position: float,
-    inputs: Sequence[Input],
+    inputs: Sequence[MethodInput],
     scopes: Sequence[Parameters],
     *,
     own_first: bool = True,
 ) -> dict[str, Any]:
-    """The method's parameters for one tensor; those that are per input as lists, in the inputs' order.
+    """The method's parameters for one tensor; per-input parameters are lists, in the inputs' order.
 
-    `scopes`: a rule's parameters, then the others from the inside out. `own_first`: an input's own
-    parameters come before the rule's.
+    `scopes`: a rule's parameters, then the others, innermost first. `own_first`: an input's own parameters win over the
+    rule's.
 
-    Raises RecipeError for one that is needed and missing, or for values that make no sense together.
+    Raises RecipeError for a required parameter that is missing, or for values that make no sense together.
     """
     values: dict[str, Any] = {}
     rule, *others = scopes
@@ -55,12 +55,12 @@ def parameters_for(
             _value(
                 method,
                 parameter,
-                one.name,
+                source.name,
                 position,
-                (one.parameters, rule, *others) if own_first else (rule, one.parameters, *others),
-                f" for {one.label}",
+                (source.parameters, rule, *others) if own_first else (rule, source.parameters, *others),
+                f" for {source.label}",
             )
-            for one in inputs
+            for source in inputs
         ]
     try:
         method.check_parameters(values)
@@ -72,10 +72,10 @@ def parameters_for(
 def _value(
     method: Method, parameter: Parameter, name: str, position: float, scopes: Sequence[Parameters], owner: str
 ) -> Any:
-    found = (value_at(scope.get(parameter.name), name, position, kind=parameter.kind) for scope in scopes)
-    value = next((one for one in found if one is not None), None)
+    values = (value_at(scope.get(parameter.name), name, position, kind=parameter.kind) for scope in scopes)
+    value = next((value for value in values if value is not None), None)
     if value is None and parameter.required:
-        hint = f"add 'parameters: {{{parameter.name}: ...}}'; filters need one without a name for the rest"
+        hint = f"add 'parameters: {{{parameter.name}: ...}}'; with filters, add one without a filter for the rest"
         raise RecipeError(f"{method.name} needs '{parameter.name}'{owner} at {name}", hint=hint)
     value = parameter.default if value is None else value
     if value is None:

@@ -1,9 +1,9 @@
-"""The config of a model whose layers were stacked: how many there are, and what it says of each.
+"""The config of a model whose layers were stacked: how many there are, and what it says about each.
 
-Lists with an entry for each layer (layer_types, block_configs, ...) take each layer's entry from the
-model that gives it; lists of layer numbers are numbered anew. What a config says by a rule (every
-sixth layer attends to everything) is written out as layer_types where transformers reads these, and
-refused where the stacked layers break it: such a model would load and compute something else.
+Lists with an entry for each layer (layer_types, block_configs, ...) take each entry from the model that the layer comes
+from. Lists of layer numbers are renumbered. Where a config gives a rule (every sixth layer has full attention), it is
+written out as layer_types if transformers reads these, and refused if the stacked layers break the rule: such a model
+would load and compute something else.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _ENCODER = ("encoder_layers", "num_encoder_layers", "num_layers")
 _DECODER = ("num_decoder_layers", "decoder_layers")
 _TOWERS = {"vision_config": ("vision", "visual"), "audio_config": ("audio",)}
 _NOT_PER_LAYER = ("architectures", "_token_id", "_token_ids", "_tokens", "_section", "_size", "_sizes")
-_NUMBERS = ("layers", "_idxs", "_idx", "_indices")  # ends of keys whose lists hold numbers of layers
-_LEADING = ("first_k_dense_replace", "num_dense_layers")  # the first so many layers are dense
+_NUMBERS = ("layers", "_idxs", "_idx", "_indices")  # endings of keys whose lists hold layer numbers
+_LEADING = ("first_k_dense_replace", "num_dense_layers")  # the first N layers are dense
 _PERIODS = (
     "decoder_sparse_step",
     "interleave_moe_layer_step",
@@ -30,11 +30,16 @@ _PERIODS = (
     "expert_layer_period",
     "cross_attention_every_n_layers",
 )
-_SLIDING = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}  # every so many-th layer is global, by default
+_SLIDING = {
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3_text": 6,
+    "cohere2": 4,
+}  # by default, every Nth is global
 
 
 def stacked_config(config: Config, stacks: Sequence[LayerStack]) -> dict[str, Any]:
-    """The config for the layers that the output has. Raises RecipeError for one that no config can say."""
+    """The config for the output's layers. Raises RecipeError for layers that no config can describe."""
     result = dict(config)
     for stack in stacks:
         where = _part(config, stack.prefix)
@@ -44,7 +49,7 @@ def stacked_config(config: Config, stacks: Sequence[LayerStack]) -> dict[str, An
 
 
 def _part(config: Config, prefix: str) -> str:
-    """Which nested config speaks of a stack; "": the outer one."""
+    """The nested config that describes a stack; "" is the outer one."""
     for key, words in _TOWERS.items():
         if key in config and any(word in prefix for word in words):
             return key
@@ -57,10 +62,10 @@ def _inner(config: Config, where: str) -> Config:
 
 
 def _depth_keys(part: Config, prefix: str) -> list[str]:
-    """The keys that say how deep a stack is."""
+    """The keys that hold the number of layers of a stack."""
     named = _ENCODER if "encoder" in prefix else _DECODER if "decoder" in prefix else ()
-    found = [key for key in named if isinstance(part.get(key), int)]
-    return found[:1] or [key for key in (*DEPTHS, "depth") if isinstance(part.get(key), int)]
+    present = [key for key in named if isinstance(part.get(key), int)]
+    return present[:1] or [key for key in (*DEPTHS, "depth") if isinstance(part.get(key), int)]
 
 
 def _restacked(part: Config, stack: LayerStack, where: str) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def _restacked(part: Config, stack: LayerStack, where: str) -> dict[str, Any]:
             entries = [_entry(own, key, layer, value) for own, layer in layers]
             result[key] = "".join(entries) if isinstance(value, str) else entries
         elif _is_numbers(key, value, before):
-            result[key] = [at for at, (own, layer) in enumerate(layers) if layer in (own.get(key) or ())]
+            result[key] = [number for number, (own, layer) in enumerate(layers) if layer in (own.get(key) or ())]
         elif key in _LEADING and value:
             result[key] = _leading(key, layers)
         elif key in _PERIODS:
@@ -96,37 +101,41 @@ def _entry(own: Config, key: str, layer: int, otherwise: Any) -> Any:
 
 
 def _is_numbers(key: str, value: Any, depth: int) -> bool:
-    numbers = isinstance(value, list) and all(isinstance(one, int) and 0 <= one < depth for one in value)
+    numbers = isinstance(value, list) and all(isinstance(number, int) and 0 <= number < depth for number in value)
     return bool(numbers and value and key.endswith(_NUMBERS))
 
 
 def _leading(key: str, layers: Sequence[tuple[Config, int]]) -> int:
-    """How many layers come first that are of the leading kind."""
+    """The number of leading layers that are of the leading kind."""
     leads = [layer < int(own.get(key) or 0) for own, layer in layers]
     count = leads.index(False) if False in leads else len(leads)
     if any(leads[count:]):
-        text = f"layer {leads.index(True, count)} of the stack is one that its model has only at the start ({key})"
-        raise RecipeError(text, hint="config.json cannot say that; take such layers only at the start")
+        text = (
+            f"layer {leads.index(True, count)} of the stack is of a kind that its model has only at the start ({key})"
+        )
+        raise RecipeError(text, hint="config.json cannot describe that; put such layers only at the start")
     return count
 
 
 def _check_period(key: str, value: Any, layers: Sequence[tuple[Config, int]], part: Config) -> None:
-    """Raises RecipeError where the stacked layers do not follow the period that the config tells."""
-    told = {"no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers"}.get(key)
-    if not isinstance(value, int) or value < 2 or (told and part.get(told)):
+    """Raise RecipeError where the stacked layers do not follow the period in the config."""
+    written_out = {"no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers"}.get(key)
+    if not isinstance(value, int) or value < 2 or (written_out and part.get(written_out)):
         return
-    for at, (_, layer) in enumerate(layers):
-        if at % value != layer % value:
-            text = f"config.json says by '{key}: {value}' which layers differ; layer {layer} would become layer {at}"
-            raise RecipeError(text, hint=f"stack layers so that each keeps its place modulo {value}")
+    for number, (_, layer) in enumerate(layers):
+        if number % value != layer % value:
+            text = (
+                f"config.json says with '{key}: {value}' which layers differ; layer {layer} would become layer {number}"
+            )
+            raise RecipeError(text, hint=f"stack layers so that each keeps its number modulo {value}")
 
 
 def _with_attention_written_out(part: Config, layers: Sequence[tuple[Config, int]]) -> Config:
-    """layer_types where the config leaves them to a rule that the stacked layers break."""
+    """The config with layer_types, where it gives a rule instead that the stacked layers break."""
     period = part.get("sliding_window_pattern") or _SLIDING.get(str(part.get("model_type")))
     if part.get("layer_types") or not isinstance(period, int):
         return part
-    if all(at % period == layer % period for at, (_, layer) in enumerate(layers)):
+    if all(number % period == layer % period for number, (_, layer) in enumerate(layers)):
         return part
     kinds = ["sliding_attention" if (layer + 1) % period else "full_attention" for _, layer in layers]
     return {**part, "layer_types": kinds}

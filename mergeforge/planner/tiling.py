@@ -1,33 +1,34 @@
-"""Cutting tensors into tiles that provably fit into the memory given."""
+"""Tiles: every output tensor split into rows that provably fit into the memory given."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mergeforge.core.sizes import show_size
-from mergeforge.core.tensor_info import TensorInfo, Tile, split_into_tiles
+from mergeforge.core.sizes import format_size
+from mergeforge.core.tensor_info import TILE_NBYTES, TensorInfo, Tile, split_into_tiles
 from mergeforge.errors import BudgetError
 from mergeforge.planner.native_sum import is_native, native_staging_nbytes
-from mergeforge.tensors.budget import ALIGNMENT, Budget
+from mergeforge.tensors.budget import Budget
 from mergeforge.tensors.lazy import LazyTensor, any_needs_stats
 from mergeforge.tensors.stored import StoredTensor
+from mergeforge.tensors.worker import ALIGNMENT
 from mergeforge.writers.encoder import TensorEncoder, chunk_alignment
 from mergeforge.writers.safetensors import SafetensorsEncoder
 
-TILE_NBYTES = 16 << 20  # as fast as any larger tile, and two of them leave the cache bounded
-SUM_NBYTES = 4 << 20  # of a tile of which nothing else is staged
-SLACK = 64 * ALIGNMENT  # of a staging buffer, for the alignment of its pieces
+SUM_NBYTES = 4 << 20  # of a tile whose inputs are not staged
+SLACK = 64 * ALIGNMENT  # bytes of a staging buffer that aligning its allocations may take
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One output tensor, cut: `info` as written, `way` as computed, in `compute` ("F32" or "F64").
+    """The work on one output tensor.
 
-    `outlets`: what takes it. `copied`: bytes go through unchanged. `summed`: kernels add it up (summing.py).
-    `learns`: facts about the whole tensor come first, so its tiles belong to one worker, in order. `whole`: there is
-    room for all of its inputs at once, which are then read once for all tiles. `staging` and `live`: bytes that one
-    worker needs.
+    info: name, shape and dtype as written. tensor: how it is computed, in `compute` ("F32" or "F64"). encoders: what
+    writes it. is_copy: its bytes are copied unchanged. is_native: the C library merges it from file to file
+    (native_sum.py). needs_stats: statistics of the whole tensor come first, so one worker takes all its tiles, in
+    order. fits_in_memory: all rows of its inputs are staged at once, and read once for all tiles. staging_nbytes,
+    scratch_nbytes: the memory of one worker.
     """
 
     info: TensorInfo
@@ -44,109 +45,117 @@ class TensorPlan:
 
     @property
     def chunk_rows(self) -> Mapping[str, int]:
-        """Rows of a strip of each outlet, by its key."""
-        return {outlet.key: outlet.chunk_rows for outlet in self.encoders}
+        """Rows of a chunk for each encoder, by its key."""
+        return {encoder.key: encoder.chunk_rows for encoder in self.encoders}
 
 
 def plan_tiles(
-    ways: Mapping[str, LazyTensor],
+    tensors: Mapping[str, LazyTensor],
     infos: Mapping[str, TensorInfo],
-    outlets: Mapping[str, Sequence[TensorEncoder]],
+    encoders: Mapping[str, Sequence[TensorEncoder]],
     budget: Budget,
 ) -> tuple[list[TensorPlan], Budget]:
-    """Pieces for every tensor, and the budget with its number of workers decided.
+    """A TensorPlan for every tensor that has encoders, and the budget with its number of workers decided.
 
-    Raises BudgetError, with what it would take, when a tensor does not fit.
+    Raises BudgetError, with the memory that it would take, when a tensor does not fit.
     """
-    explicit = budget.threads
-    live = max((_live(ways[name], info, outlets[name], budget.device) for name, info in infos.items()), default=0)
-    for threads in [explicit] if explicit else range(budget.max_threads, 0, -1):
-        tried = replace(budget, threads=threads)
-        room = (
-            tried.per_worker - live
-        ) // tried.buffer_copies  # a worker keeps its largest staging buffer and its scratch blocks
-        pieces = [_piece(ways[name], info, tuple(outlets[name]), room, budget.device) for name, info in infos.items()]
-        if all(piece.staging_nbytes <= room for piece in pieces):
-            return _ordered(pieces, tried), tried
-    worst = max(pieces, key=lambda piece: piece.staging_nbytes)
-    needs = worst.staging_nbytes * budget.buffer_copies + live
-    hint = f"--memory {-(-needs >> 20)}MiB --threads 1, or more"
-    given = f"{show_size(tried.per_worker)} given"
-    raise BudgetError(f"{worst.info.name} needs {show_size(needs)} for one worker, {given}", hint=hint)
-
-
-def peak_memory(pieces: Iterable[TensorPlan], budget: Budget) -> int:
-    """Working memory of all workers at their largest pieces."""
-    pieces = list(pieces)
-    staging = max((piece.staging_nbytes for piece in pieces), default=0)
-    return budget.threads * (
-        staging * budget.buffer_copies + max((piece.scratch_nbytes for piece in pieces), default=0)
+    infos = {name: infos[name] for name in encoders}
+    scratch = max(
+        (_scratch_nbytes(tensors[name], info, encoders[name], budget.device) for name, info in infos.items()), default=0
     )
+    for threads in [budget.threads] if budget.threads else range(budget.max_threads, 0, -1):
+        candidate = replace(budget, threads=threads)
+        # a worker keeps its largest staging buffer and its scratch blocks
+        staging = (candidate.per_worker - scratch) // candidate.buffer_copies
+        plans = [
+            _plan_tensor(tensors[name], info, tuple(encoders[name]), staging, budget.device)
+            for name, info in infos.items()
+        ]
+        if all(plan.staging_nbytes <= staging for plan in plans):
+            return _in_running_order(plans), candidate
+    largest = max(plans, key=lambda plan: plan.staging_nbytes)
+    needed = largest.staging_nbytes * budget.buffer_copies + scratch
+    text = (
+        f"{largest.info.name} needs {format_size(needed)} in one worker, which has {format_size(candidate.per_worker)}"
+    )
+    raise BudgetError(text, hint=f"--memory {-(-needed >> 20)}MiB --threads 1, or more")
 
 
-def _piece(way: LazyTensor, info: TensorInfo, outlets: tuple[TensorEncoder, ...], room: int, device: str) -> TensorPlan:
-    if _is_copied(way, info, outlets):
-        return _copied(way, info, outlets, room)
-    if is_native(way, info, outlets, device):
-        return _summed(way, info, outlets, room)
-    need = way.memory_cost
-    written = sum(outlet.row_nbytes for outlet in outlets)
-    strip = chunk_alignment(info.block_rows, outlets, info.rows)
-    slack = SLACK + ALIGNMENT * len(outlets)
-    room -= need.fixed_nbytes + slack
-    learns = any_needs_stats(way)
-    beside = room - info.rows * need.row_nbytes  # all rows of the inputs
-    whole = learns and beside >= min(strip, info.rows) * written
-    row, free = (written, beside) if whole else (need.row_nbytes + written, room)
-    tiles = tuple(split_into_tiles(info, max(min(free, TILE_NBYTES) // max(row, 1), 1), strip))
-    highest = max((tile.rows for tile in tiles), default=0)
-    staging = (info.rows * need.row_nbytes if whole else 0) + highest * row + need.fixed_nbytes + slack
-    compute, live = _compute(way, info), _live(way, info, outlets, device)
-    return TensorPlan(info, way, outlets, compute, False, False, learns, whole, tiles, staging, live)
+def peak_memory(tensor_plans: Iterable[TensorPlan], budget: Budget) -> int:
+    """Working memory in bytes of all workers at their largest tensors."""
+    tensor_plans = list(tensor_plans)
+    staging = max((plan.staging_nbytes for plan in tensor_plans), default=0)
+    scratch = max((plan.scratch_nbytes for plan in tensor_plans), default=0)
+    return budget.threads * (staging * budget.buffer_copies + scratch)
 
 
-def _live(way: LazyTensor, info: TensorInfo, outlets: Sequence[TensorEncoder], device: str) -> int:
+def _plan_tensor(
+    tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], free: int, device: str
+) -> TensorPlan:
+    """`free`: bytes of staging memory that one worker has."""
+    if _is_copy(tensor, info, encoders):
+        return _plan_copy(tensor, info, encoders, free)
+    if is_native(tensor, info, encoders, device):
+        return _plan_native(tensor, info, encoders, free)
+    cost = tensor.memory_cost
+    output_row = sum(encoder.row_nbytes for encoder in encoders)
+    alignment = chunk_alignment(info.block_rows, encoders, info.rows)
+    slack = SLACK + ALIGNMENT * len(encoders)
+    free -= cost.fixed_nbytes + slack
+    needs_stats = any_needs_stats(tensor)
+    beside_inputs = free - info.rows * cost.row_nbytes
+    fits = needs_stats and beside_inputs >= min(alignment, info.rows) * output_row
+    row, tile_free = (output_row, beside_inputs) if fits else (cost.row_nbytes + output_row, free)
+    tiles = tuple(split_into_tiles(info, max(min(tile_free, TILE_NBYTES) // max(row, 1), 1), alignment))
+    tile_rows = max((tile.rows for tile in tiles), default=0)
+    staging = (info.rows * cost.row_nbytes if fits else 0) + tile_rows * row + cost.fixed_nbytes + slack
+    compute, scratch = _compute_dtype(tensor, info), _scratch_nbytes(tensor, info, encoders, device)
+    return TensorPlan(info, tensor, encoders, compute, False, False, needs_stats, fits, tiles, staging, scratch)
+
+
+def _scratch_nbytes(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[TensorEncoder], device: str) -> int:
     """Bytes of the blocks that exist at once while a tensor is computed, and of what encoding takes."""
-    if _is_copied(way, info, outlets) or is_native(way, info, outlets, device):
+    if _is_copy(tensor, info, encoders) or is_native(tensor, info, encoders, device):
         return 0
-    size = 8 if _compute(way, info) == "F64" else 4
+    size = 8 if _compute_dtype(tensor, info) == "F64" else 4
     block = info.block_rows * info.columns * size
-    gathered = sum(height for height in {one.chunk_rows for one in outlets} if height != info.block_rows)
-    encoding = max(outlet.scratch_nbytes for outlet in outlets)
-    return (
-        (way.memory_cost.scratch_blocks + 2) * block + gathered * info.columns * size + encoding
-    )  # and what checking it takes
+    assembled_rows = sum(height for height in {encoder.chunk_rows for encoder in encoders} if height != info.block_rows)
+    encoding = max(encoder.scratch_nbytes for encoder in encoders)
+    # two blocks more: one for the base that a change is measured against, one for checking the result
+    return (tensor.memory_cost.scratch_blocks + 2) * block + assembled_rows * info.columns * size + encoding
 
 
-def _compute(way: LazyTensor, info: TensorInfo) -> str:
-    return "F64" if "F64" in (info.dtype, *_stored_dtypes(way)) else "F32"
+def _compute_dtype(tensor: LazyTensor, info: TensorInfo) -> str:
+    return "F64" if "F64" in (info.dtype, *_stored_dtypes(tensor)) else "F32"
 
 
-def _is_copied(way: LazyTensor, info: TensorInfo, outlets: Sequence[TensorEncoder]) -> bool:
-    to_checkpoint = len(outlets) == 1 and isinstance(outlets[0], SafetensorsEncoder)
-    return to_checkpoint and isinstance(way, StoredTensor) and way.info.dtype == info.dtype
+def _stored_dtypes(tensor: LazyTensor) -> set[str]:
+    return {tensor.info.dtype}.union(*(_stored_dtypes(source) for source in tensor.inputs))
 
 
-def _copied(way: LazyTensor, info: TensorInfo, outlets: tuple[TensorEncoder, ...], room: int) -> TensorPlan:
-    rows = min(TILE_NBYTES, room - SLACK) // max(info.row_nbytes, 1)
+def _is_copy(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[TensorEncoder]) -> bool:
+    to_safetensors = len(encoders) == 1 and isinstance(encoders[0], SafetensorsEncoder)
+    return to_safetensors and isinstance(tensor, StoredTensor) and tensor.info.dtype == info.dtype
+
+
+def _plan_copy(tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], free: int) -> TensorPlan:
+    rows = min(TILE_NBYTES, free - SLACK) // max(info.row_nbytes, 1)
     tiles = tuple(split_into_tiles(info, max(rows, 1)))
-    highest = max((tile.rows for tile in tiles), default=0)
-    return TensorPlan(info, way, outlets, "F32", True, False, False, False, tiles, highest * info.row_nbytes + SLACK, 0)
+    staging = max((tile.rows for tile in tiles), default=0) * info.row_nbytes + SLACK
+    return TensorPlan(info, tensor, encoders, "F32", True, False, False, False, tiles, staging, 0)
 
 
-def _summed(way: LazyTensor, info: TensorInfo, outlets: tuple[TensorEncoder, ...], room: int) -> TensorPlan:
-    beside = SLACK + native_staging_nbytes(way, info)
-    tiles = tuple(split_into_tiles(info, max(min(SUM_NBYTES, room - beside) // max(info.row_nbytes, 1), 1)))
-    staging = max((tile.rows for tile in tiles), default=0) * info.row_nbytes + beside
-    return TensorPlan(info, way, outlets, "F32", False, True, any_needs_stats(way), False, tiles, staging, 0)
+def _plan_native(tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], free: int) -> TensorPlan:
+    fixed = SLACK + native_staging_nbytes(tensor, info)
+    rows = min(SUM_NBYTES, free - fixed) // max(info.row_nbytes, 1)
+    tiles = tuple(split_into_tiles(info, max(rows, 1)))
+    staging = max((tile.rows for tile in tiles), default=0) * info.row_nbytes + fixed
+    needs_stats = any_needs_stats(tensor)
+    return TensorPlan(info, tensor, encoders, "F32", False, True, needs_stats, False, tiles, staging, 0)
 
 
-def _stored_dtypes(way: LazyTensor) -> set[str]:
-    return {way.info.dtype}.union(*(_stored_dtypes(part) for part in way.inputs))
-
-
-def _ordered(pieces: list[TensorPlan], budget: Budget) -> list[TensorPlan]:
-    """In the order of the files, but tensors that keep one worker busy for long come first."""
-    long = {id(piece) for piece in pieces if piece.needs_stats and not piece.fits_in_memory}
-    longest = sorted((piece for piece in pieces if id(piece) in long), key=lambda piece: -piece.info.nbytes)
-    return longest + [piece for piece in pieces if id(piece) not in long]
+def _in_running_order(plans: list[TensorPlan]) -> list[TensorPlan]:
+    """In the order of the files, except that tensors that keep one worker busy for long come first."""
+    long = {id(plan) for plan in plans if plan.needs_stats and not plan.fits_in_memory}
+    longest_first = sorted((plan for plan in plans if id(plan) in long), key=lambda plan: -plan.info.nbytes)
+    return longest_first + [plan for plan in plans if id(plan) not in long]

@@ -1,4 +1,4 @@
-"""The output's tokenizer in a plan: the tensors that have a row for each token, and the files and ids that follow."""
+"""The output's tokenizer in a plan: the tensors that have a row for each token, and the files and ids that change."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from mergeforge.checkpoints.names import EMBEDDINGS, HEADS
-from mergeforge.errors import RecipeError, SourceError, listing, refused_if_odd
-from mergeforge.io.aux_files import AuxFiles, SideFile
+from mergeforge.errors import RecipeError, SourceError, format_list, malformed_as_source_error
+from mergeforge.io.aux_files import AuxFile, AuxFiles
 from mergeforge.planner.inputs import Inputs, IntermediateModel, OpenModel
 from mergeforge.planner.model_tensors import ModelTensors
 from mergeforge.recipe import Recipe, TokenEntry, TokenizerEntry
@@ -16,16 +16,16 @@ from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.remapped_vocab import remap_vocab
 from mergeforge.tokenizer import (
     ModelToken,
-    TokenizerOf,
+    ModelTokenizer,
     TokenizerPlan,
     TokenizerSettings,
     TokenSetting,
     Zero,
     chat_template,
-    files_in,
-    moved_ids,
     plan_tokenizer,
-    with_tokenizer,
+    remap_special_ids,
+    replace_tokenizer_files,
+    tokenizer_files_in,
 )
 from mergeforge.tokenizer.hf_vocabulary import read_object
 from mergeforge.tokenizer.output_files import json_file
@@ -33,71 +33,76 @@ from mergeforge.tokenizer.output_files import json_file
 GENERATION = "generation_config.json"
 
 
-def plan_tokens(recipe: Recipe, inputs: Inputs, tables: Mapping[str, ModelTensors]) -> TokenizerPlan | None:
-    """The output's tokenizer; None where the recipe leaves the donor's. Raises RecipeError or SourceError."""
+def plan_output_tokenizer(recipe: Recipe, inputs: Inputs, models: Mapping[str, ModelTensors]) -> TokenizerPlan | None:
+    """The output's tokenizer; None where the reference model's is kept. Raises RecipeError or SourceError."""
     if recipe.tokenizer is None:
         return None
     merged = _merged(recipe)
-    models = [
-        TokenizerOf(model.label, tokenizer_files(model), _rows(tables[model.label]), model.label in merged)
-        for model in _each(inputs)
+    tokenizers = [
+        ModelTokenizer(model.label, tokenizer_files(model), _rows(models[model.label]), model.label in merged)
+        for model in _models_in_order(inputs)
     ]
-    with refused_if_odd(f"the tokenizer of {listing(model.label for model in models)}"):
-        return plan_tokenizer(_settings(recipe.tokenizer), models, inputs.base.label if inputs.base else None)
+    with malformed_as_source_error(f"the tokenizer of {format_list(tokenizer.label for tokenizer in tokenizers)}"):
+        return plan_tokenizer(_settings(recipe.tokenizer), tokenizers, inputs.base.label if inputs.base else None)
 
 
-def template_of(recipe: Recipe, inputs: Inputs) -> str | None:
-    """The output's chat template, where the recipe asks for one. Raises RecipeError or SourceError."""
+def output_chat_template(recipe: Recipe, inputs: Inputs) -> str | None:
+    """The output's chat template; None where the recipe does not set one. Raises RecipeError or SourceError."""
     if not recipe.chat_template:
         return None
     merged = _merged(recipe)
-    models = [TokenizerOf(model.label, tokenizer_files(model), 0, model.label in merged) for model in _each(inputs)]
+    models = [
+        ModelTokenizer(model.label, tokenizer_files(model), 0, model.label in merged)
+        for model in _models_in_order(inputs)
+    ]
     return chat_template(recipe.chat_template, models)
 
 
-def follow(plan: TokenizerPlan, donor: OpenModel, files: AuxFiles) -> tuple[dict[str, SideFile], dict[str, Any]]:
-    """The side files, with the output's tokenizer and its ids in generation_config.json, and the config's ids."""
-    found = with_tokenizer(files, plan.files)
-    values = read_object(found, GENERATION)
-    if values and (moved := moved_ids(values, plan, donor.label)) != values:
-        found[GENERATION] = json_file(GENERATION, moved)
-    return found, moved_ids(donor.checkpoint.config, plan, donor.label)
+def with_output_tokenizer(
+    plan: TokenizerPlan, reference: OpenModel, files: AuxFiles
+) -> tuple[dict[str, AuxFile], dict[str, Any]]:
+    """The files beside the weights and the config, with the output's tokenizer and its token ids."""
+    new_files = replace_tokenizer_files(files, plan.files)
+    generation = read_object(new_files, GENERATION)
+    if generation and (remapped := remap_special_ids(generation, plan, reference.label)) != generation:
+        new_files[GENERATION] = json_file(GENERATION, remapped)
+    return new_files, remap_special_ids(reference.checkpoint.config, plan, reference.label)
 
 
-def map_tables(plan: TokenizerPlan, inputs: Inputs, tables: Mapping[str, ModelTensors]) -> dict[str, ModelTensors]:
-    """Every model's table with the rows of the output's tokenizer. Raises SourceError or RecipeError."""
-    names = list(dict.fromkeys(name for table in tables.values() for name in table.tensors if _has_tokens(name)))
-    every = {name: {label: _held(tables, label, name) for label in tables} for name in names}
-    changed = {
-        label: {name: remap_vocab(name, picks, every[name]) for name in names} for label, picks in plan.picks.items()
+def remap_models(plan: TokenizerPlan, inputs: Inputs, models: Mapping[str, ModelTensors]) -> dict[str, ModelTensors]:
+    """Every model's tensors with the rows of the output's tokenizer. Raises SourceError or RecipeError."""
+    names = list(dict.fromkeys(name for model in models.values() for name in model.tensors if _has_tokens(name)))
+    by_model = {name: {label: _token_tensor(models, label, name) for label in models} for name in names}
+    remapped = {
+        label: {name: remap_vocab(name, row_sources, by_model[name]) for name in names}
+        for label, row_sources in plan.row_sources.items()
     }
-    _check_adapters(inputs, tables, changed)
-    return {label: replace(table, tensors={**table.tensors, **changed[label]}) for label, table in tables.items()}
+    _check_adapters(inputs, models, remapped)
+    return {label: replace(model, tensors={**model.tensors, **remapped[label]}) for label, model in models.items()}
 
 
 def tokenizer_files(model: OpenModel) -> AuxFiles:
-    """The tokenizer files of a model: its own, or those of an adapter that is folded into it and brings some."""
-    found = (
-        model.checkpoint.files if isinstance(model.checkpoint, IntermediateModel) else files_in(model.checkpoint.folder)
-    )
-    for one in model.adapters:
-        found = {**found, **files_in(one.adapter.folder)}
-    return found
+    """The tokenizer files of a model: its own, or those of an adapter that is folded into it."""
+    checkpoint = model.checkpoint
+    own = checkpoint.files if isinstance(checkpoint, IntermediateModel) else tokenizer_files_in(checkpoint.folder)
+    files = dict(own)
+    for opened in model.adapters:
+        files |= tokenizer_files_in(opened.adapter.folder)
+    return files
 
 
-def _each(inputs: Inputs) -> list[OpenModel]:
+def _models_in_order(inputs: Inputs) -> list[OpenModel]:
     """Every model once, the base where the recipe first names it."""
-    every = [*inputs.models, *([inputs.base] if inputs.base else [])]
-    return list({model.label: model for model in reversed(every)}.values())[::-1]
+    models = [*inputs.models, *([inputs.base] if inputs.base else [])]
+    return list({model.label: model for model in reversed(models)}.values())[::-1]
 
 
 def _merged(recipe: Recipe) -> set[str]:
-    """The labels of models whose weights take part; the recipe may name others for their tokens alone."""
-    slices = [*recipe.slices, *(one for module in recipe.modules for one in module.slices)]
-    found = [entry for list_ in recipe.lists for entry in list_]
-    return {str(entry) for entry in [*found, recipe.base_model, *(one.base for one in slices)]} | {
-        str(rule.use) for rule in recipe.rules
-    }
+    """The labels of the models whose weights are merged; the recipe may name others for their tokens only."""
+    slices = [*recipe.slices, *(layers for module in recipe.modules for layers in module.slices)]
+    entries = [entry for models in recipe.model_lists for entry in models]
+    entries += [entry for entry in (recipe.base_model, *(layers.base for layers in slices)) if entry]
+    return {*map(str, entries), *(str(rule.use) for rule in recipe.rules if rule.use)}
 
 
 def _has_tokens(name: str) -> bool:
@@ -107,35 +112,36 @@ def _has_tokens(name: str) -> bool:
     return (leaf == "weight" and last in (*EMBEDDINGS, *HEADS)) or (leaf == "bias" and last in HEADS)
 
 
-def _rows(table: ModelTensors) -> int:
-    found = {way.info.rows for name, way in table.tensors.items() if _has_tokens(name)}
-    if len(found) != 1:
-        counts = f"several numbers of rows ({listing(map(str, sorted(found)))})" if found else "no embedding"
-        raise SourceError(f"{table.label} has {counts}, so its tokens have no rows that could be mapped")
-    return found.pop()
+def _rows(model: ModelTensors) -> int:
+    counts = {tensor.info.rows for name, tensor in model.tensors.items() if _has_tokens(name)}
+    if len(counts) != 1:
+        sizes = format_list(map(str, sorted(counts)))
+        text = f"embeddings of different sizes ({sizes} rows)" if counts else "no embedding"
+        raise SourceError(f"{model.label} has {text}, so its tokens cannot be mapped to rows")
+    return counts.pop()
 
 
-def _held(tables: Mapping[str, ModelTensors], label: str, name: str) -> LazyTensor:
-    way = tables[label].tensor(name)
-    if way is None:
-        raise SourceError(f"{label} lacks {name}, which other models have a row of for each token")
-    return way
+def _token_tensor(models: Mapping[str, ModelTensors], label: str, name: str) -> LazyTensor:
+    tensor = models[label].tensor(name)
+    if tensor is None:
+        raise SourceError(f"{label} lacks {name}, which has a row for each token in the other models")
+    return tensor
 
 
 def _check_adapters(
-    inputs: Inputs, tables: Mapping[str, ModelTensors], changed: Mapping[str, Mapping[str, LazyTensor]]
+    inputs: Inputs, models: Mapping[str, ModelTensors], remapped: Mapping[str, Mapping[str, LazyTensor]]
 ) -> None:
-    """An adapter that is merged for itself changes rows of the base as they were."""
+    """Raise RecipeError for a top-level adapter that changes tensors whose rows the output's tokenizer moves."""
     base = inputs.base.label if inputs.base else ""
-    for one in inputs.adapters:
-        names = [name for name, way in changed[base].items() if one.adapter.edits.get(name)]
-        if moved := [name for name in names if changed[base][name] is not tables[base].tensor(name)]:
-            text = f"{one.adapter.label} changes {listing(moved)}, whose rows the output's tokenizer moves"
-            raise RecipeError(text, hint="list it under the base model's adapters, or keep the base's tokenizer")
+    for adapter in (opened.adapter for opened in inputs.adapters):
+        names = [name for name in remapped[base] if adapter.deltas.get(name)]
+        if moved := [name for name in names if remapped[base][name] is not models[base].tensor(name)]:
+            text = f"{adapter.label} changes {format_list(moved)}, whose rows the output's tokenizer moves"
+            raise RecipeError(text, hint="list it under the base model's own adapters, or keep the base's tokenizer")
 
 
 def _settings(entry: TokenizerEntry) -> TokenizerSettings:
-    tokens = {token: _setting(one) for token, one in entry.tokens.items()}
+    tokens = {token: _setting(token_entry) for token, token_entry in entry.tokens.items()}
     return TokenizerSettings(str(entry.source), tokens, entry.pad_to_multiple_of)
 
 

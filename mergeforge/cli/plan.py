@@ -1,0 +1,45 @@
+"""mergeforge plan."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from mergeforge.cli._options import merge_options
+
+
+@click.command()
+@click.argument("recipe")
+@merge_options
+def plan(recipe: str, **options: Any) -> None:
+    """Show what `mergeforge run` would do; reads headers only, writes nothing.
+
+    Prints the inputs, what is done to every tensor, bytes to read and write, peak memory, disk space and notes.
+
+    \b
+    Examples:
+      mergeforge plan recipe.yaml
+      mergeforge plan recipe.yaml --memory 2GiB -v
+    """
+    show_plan(recipe, **options)
+
+
+def show_plan(recipe: str, *, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Plan a merge and print the plan. Raises BudgetError if the disk is too small."""
+    from mergeforge import api
+    from mergeforge.cli import _progress
+    from mergeforge.planner import check_disk, plan_as_json
+
+    planned = api.plan(recipe, **options)
+    if as_json:
+        click.echo(json.dumps(plan_as_json(planned), indent=1))
+    elif not quiet:
+        to = _progress.console(stderr=False)
+        _progress.show_plan(planned, to)
+        for tensor_plan in planned.tensor_plans if verbose else ():
+            info = tensor_plan.info
+            shape = "x".join(map(str, info.shape))
+            to.print(f"  {info.name}  {info.dtype} {shape}: {planned.summaries[info.name]}", markup=False)
+    check_disk(planned)

@@ -1,0 +1,133 @@
+"""A plan in words: as a page for people, and as JSON."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
+from mergeforge.core.sizes import format_size
+from mergeforge.gguf.quantize import backend
+from mergeforge.lora.combine import Combination
+from mergeforge.planner.compose import MergeGraph
+from mergeforge.planner.output_folder import existing_folder
+from mergeforge.planner.tiling import TensorPlan
+
+if TYPE_CHECKING:
+    from mergeforge.planner.plan import Plan
+
+
+def tensor_summaries(tensor_plans: Iterable[TensorPlan], graph: MergeGraph) -> dict[str, str]:
+    """What is done to each output tensor, in words, by its name."""
+    return {tensor_plan.info.name: _summary(tensor_plan, graph) for tensor_plan in tensor_plans}
+
+
+def _summary(tensor_plan: TensorPlan, graph: MergeGraph) -> str:
+    tensor, info = tensor_plan.tensor, tensor_plan.info
+    untouched = f"dequantized from {tensor.layout.label}" if isinstance(tensor, QuantizedTensor) else "cast"
+    summary = graph.summaries.get(info.name, "copied" if tensor_plan.is_copy else untouched)
+    return summary if tensor.info.dtype == info.dtype else f"{summary}, {tensor.info.dtype} to {info.dtype}"
+
+
+def plan_page(plan: Plan, *, notes: bool = True) -> str:
+    """Inputs, what is done to each group of tensors, bytes, memory, disk and notes, as lines of text."""
+    lines = [f"{plan.recipe.method_name} -> {plan.out}", *_inputs(plan), "", *_groups(plan), ""]
+    streamed = f", {format_size(plan.nbytes_streamed)} of it streamed" if plan.nbytes_streamed else ""
+    lines += [f"reads    {format_size(plan.nbytes_read)}{streamed}", *_written(plan)]
+    workers = f"{plan.budget.threads} worker{'s' if plan.budget.threads > 1 else ''} on {plan.budget.device}"
+    lines.append(f"memory   at most {format_size(plan.peak)} of {format_size(plan.budget.memory)}, {workers}")
+    free = shutil.disk_usage(existing_folder(plan.out)).free
+    lines.append(f"disk     {format_size(plan.disk)} needed, {format_size(free)} free")
+    return "\n".join(lines + ([f"note     {note}" for note in plan.notes] if notes else []))
+
+
+def plan_as_json(plan: Plan) -> dict[str, object]:
+    """The plan as values for JSON: `mergeforge plan --json`."""
+    return {
+        "merge_method": plan.recipe.method_name,
+        "out": str(plan.out),
+        "inputs": [
+            {"name": checkpoint.label, "revision": checkpoint.revision, "bytes": checkpoint.nbytes}
+            for checkpoint in plan.inputs.checkpoints
+        ],
+        "bytes_read": plan.nbytes_read,
+        "bytes_streamed": plan.nbytes_streamed,
+        "bytes_written": plan.nbytes_written,
+        "disk": plan.disk,
+        "files": {name: file.nbytes for name, file in plan.files.items()},
+        "gguf": [
+            {"type": gguf.file_type.label, "files": list(gguf.layout.files), "bits_per_weight": gguf.bits_per_weight}
+            for gguf in plan.ggufs
+        ],
+        "peak_memory": plan.peak,
+        "memory": plan.budget.memory,
+        "threads": plan.budget.threads,
+        "device": plan.budget.device,
+        "tensors": {tensor_plan.info.name: _tensor_as_json(plan, tensor_plan) for tensor_plan in plan.tensor_plans},
+        "notes": list(plan.notes),
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def _tensor_as_json(plan: Plan, tensor_plan: TensorPlan) -> Mapping[str, Any]:
+    return {
+        "action": plan.summaries[tensor_plan.info.name],
+        "dtype": tensor_plan.info.dtype,
+        "shape": list(tensor_plan.info.shape),
+        "tiles": len(tensor_plan.tiles),
+    }
+
+
+def _inputs(plan: Plan) -> list[str]:
+    rows = [("input", "tensors", "bytes")]
+    for checkpoint in plan.inputs.checkpoints:
+        name = f"{checkpoint.label} at {checkpoint.revision[:10]}" if checkpoint.revision else checkpoint.label
+        rows.append((name, str(len(checkpoint.tensors)), format_size(checkpoint.nbytes)))
+    return _aligned(rows)
+
+
+def _groups(plan: Plan) -> list[str]:
+    """Tensors to which the same is done, as one row."""
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for tensor_plan in plan.tensor_plans:
+        summary = plan.summaries[tensor_plan.info.name]
+        counts[summary] += 1
+        sizes[summary] += tensor_plan.info.nbytes
+    rows = [("tensors", "operation", "bytes")]
+    rows += [(str(count), summary, format_size(sizes[summary])) for summary, count in counts.most_common()]
+    return _aligned(rows)
+
+
+def _written(plan: Plan) -> Iterator[str]:
+    """What is written, a line for each format."""
+    count = len(plan.checkpoint.files)
+    if count:
+        yield f"writes   {format_size(plan.checkpoint.nbytes)} in {count} safetensors file{'s' if count > 1 else ''}"
+    if plan.streams and (publish := plan.recipe.output.publish):
+        yield f"uploads  each file to {publish.repo} when it is finished, and removes it here"
+    if plan.combination:
+        ranks = sum(module.rank for module in plan.combination.sums)
+        truncation = "every rank kept" if plan.combination.exact else f"truncated to {_truncation(plan.combination)}"
+        yield f"writes   one adapter: {len(plan.combination.sums)} modules, {ranks} ranks in all, {truncation}"
+    for gguf in plan.ggufs:
+        sizes = sorted(gguf.nbytes_by_type.items(), key=lambda item: -item[1])
+        types = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in sizes)
+        first = next(iter(gguf.layout.files))
+        size, bits = format_size(gguf.layout.nbytes), f"{gguf.bits_per_weight:.2f} bits per weight"
+        yield f"writes   {size} in {first}: {bits} ({types})"
+    if plan.ggufs:
+        yield f"         encoded by {backend(plan.budget.device)} from {plan.recipe.output.gguf_from} values"
+
+
+def _truncation(combination: Combination) -> str:
+    rank = [f"rank {combination.rank}"] if combination.rank else []
+    energy = [f"{combination.energy:.4g} of the energy"] if combination.energy else []
+    return " and ".join(rank + energy)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
