@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def strip_checksums(data: NDArray[np.uint8], sizes: Iterable[int]) -> tuple[str, ...]:
+def chunk_checksums(data: NDArray[np.uint8], sizes: Iterable[int]) -> tuple[str, ...]:
     """Hex digests of strips that follow one another in `data`; `sizes` in bytes."""
     view, at, found = data.data, 0, []
     for size in sizes:

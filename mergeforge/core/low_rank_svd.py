@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-Look = Callable[[], Iterator[tuple[int, "Tensor"]]]  # one pass over D: (first row, rows in float32), in order
+RowScan = Callable[[], Iterator[tuple[int, "Tensor"]]]  # one pass over D: (first row, rows in float32), in order
 OVERSAMPLING = 16  # random vectors beside the rank
 ITERATIONS = 3  # of D^T D: as good as 2.5 power iterations of the range finder
 PIECE = 1 << 19  # elements of a block of a matrix in memory
@@ -37,7 +37,7 @@ class Factors:
     left: Tensor
     right: Tensor
     squares: Tensor
-    square: float
+    squared_norm: float
 
     @property
     def rank(self) -> int:
@@ -46,12 +46,12 @@ class Factors:
     @property
     def energy(self) -> float:
         """The share of |D|^2 that the factors keep, by their singular values."""
-        return min(float(self.squares.sum()) / self.square, 1.0) if self.square else 1.0
+        return min(float(self.squares.sum()) / self.squared_norm, 1.0) if self.squared_norm else 1.0
 
     @property
     def tail(self) -> float:
         """|D - L R| / |D| by the singular values; below about 1e-7 it is rounding."""
-        return math.sqrt(max(1.0 - float(self.squares.sum()) / self.square, 0.0)) if self.square else 0.0
+        return math.sqrt(max(1.0 - float(self.squares.sum()) / self.squared_norm, 0.0)) if self.squared_norm else 0.0
 
 
 class SquareSum:
@@ -82,24 +82,24 @@ class SquareSum:
         return float(self._total) if self._total is not None else 0.0
 
 
-def is_exact_cheaper(shape: tuple[int, int], rank: int | None) -> bool:
+def is_gram_cheaper(shape: tuple[int, int], rank: int | None) -> bool:
     """Whether the Gram matrix costs no more than random vectors; by the shape and rank alone."""
     return rank is None or min(shape) <= max(4 * (rank + OVERSAMPLING), 256)
 
 
-def exact_nbytes(shape: tuple[int, int], rank: int | None) -> int:
+def svd_gram_nbytes(shape: tuple[int, int], rank: int | None) -> int:
     """The memory that `exact` takes beside a block: the Gram matrix, its eigenvectors and their work space."""
     small = min(shape)
     return 36 * small * small + 8 * min(rank or small, small) * sum(shape)
 
 
-def randomised_nbytes(shape: tuple[int, int], rank: int) -> int:
+def svd_randomized_nbytes(shape: tuple[int, int], rank: int) -> int:
     """The memory that `randomised` takes beside a block."""
     width = min(rank + OVERSAMPLING, *shape)
     return 40 * shape[1] * width + 4 * shape[0] * width + 8 * min(rank, width) * sum(shape)
 
 
-def exact(look: Look, shape: tuple[int, int], rank: int | None, energy: float | None = None) -> Factors:
+def svd_gram(look: RowScan, shape: tuple[int, int], rank: int | None, energy: float | None = None) -> Factors:
     """The best factors of at most `rank`, or of the smallest rank that keeps `energy` of |D|^2.
 
     Two looks. Its memory goes with the columns: a wide matrix is better held (`exact_held`).
@@ -111,18 +111,18 @@ def exact(look: Look, shape: tuple[int, int], rank: int | None, energy: float | 
     assert gram is not None
     squares, vectors = _eigen(gram)
     del gram
-    kept = kept_rank(squares, square.value, rank, energy)
+    kept = choose_rank(squares, square.value, rank, energy)
     split = squares[:kept] ** 0.25
     towards, right = vectors[:, :kept] / split, (vectors[:, :kept] * split).t()
     return _from_right(look, shape, towards, right, squares[:kept], square.value)
 
 
-def exact_held(matrix: Tensor, rank: int | None, energy: float | None = None) -> Factors:
+def svd_dense(matrix: Tensor, rank: int | None, energy: float | None = None) -> Factors:
     """`exact` of a matrix in memory, over its shorter side."""
     rows, columns = matrix.shape
     if rows >= columns:
-        return exact(lambda: _pieces(matrix), (rows, columns), rank, energy)
-    turned = exact(lambda: _pieces(matrix.t()), (columns, rows), rank, energy)
+        return svd_gram(lambda: _pieces(matrix), (rows, columns), rank, energy)
+    turned = svd_gram(lambda: _pieces(matrix.t()), (columns, rows), rank, energy)
     return replace(turned, left=turned.right.t().contiguous(), right=turned.left.t().contiguous())
 
 
@@ -132,8 +132,14 @@ def _pieces(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, matrix[start : start + height]
 
 
-def randomised(
-    look: Look, shape: tuple[int, int], rank: int, energy: float | None = None, *, seed: str = "", device: str = "cpu"
+def svd_randomized(
+    look: RowScan,
+    shape: tuple[int, int],
+    rank: int,
+    energy: float | None = None,
+    *,
+    seed: str = "",
+    device: str = "cpu",
 ) -> Factors:
     """Nearly the best factors of at most `rank`; ITERATIONS + 1 looks.
 
@@ -160,7 +166,7 @@ def randomised(
 
 
 def _within(
-    look: Look, shape: tuple[int, int], basis: Tensor, square: float, rank: int, energy: float | None
+    look: RowScan, shape: tuple[int, int], basis: Tensor, square: float, rank: int, energy: float | None
 ) -> Factors:
     """The best factors whose rows lie in the span of `basis` (columns, width): the SVD of D basis."""
     import torch
@@ -171,14 +177,14 @@ def _within(
         wide = _double(torch.mm(rows, basis, out=image[start : start + len(rows)]))
         gram.addmm_(wide.t(), wide)
     squares, vectors = _eigen(gram)
-    kept = kept_rank(squares, square, rank, energy)
+    kept = choose_rank(squares, square, rank, energy)
     split = squares[:kept] ** 0.25
     left = image @ _single(vectors[:, :kept] / split, basis)
     right = _single(vectors[:, :kept] * split, basis).t() @ basis.t()
     return Factors(left, right, squares[:kept], square)
 
 
-def residual(look: Look, left: Tensor, right: Tensor) -> float:
+def squared_residual(look: RowScan, left: Tensor, right: Tensor) -> float:
     """|D - L R|^2, measured block by block; one look."""
     import torch
 
@@ -190,7 +196,7 @@ def residual(look: Look, left: Tensor, right: Tensor) -> float:
     return square.value
 
 
-def cut_product(
+def truncate_product(
     lefts: Sequence[Tensor], rights: Sequence[Tensor], rank: int | None, energy: float | None = None
 ) -> Factors:
     """The best factors of sum(L_i R_i), in float64, by QR of both stacks and the SVD of their core."""
@@ -202,12 +208,12 @@ def cut_product(
     singular *= singular > CANCELLED * upper.norm() * lower.norm()
     squares = singular.square()
     square = float(squares.sum())
-    kept = kept_rank(squares, square, rank, energy)
+    kept = choose_rank(squares, square, rank, energy)
     split = singular[:kept].sqrt()
     return Factors(rows @ (u[:, :kept] * split), (columns @ (vh[:kept].t() * split)).t(), squares[:kept], square)
 
 
-def kept_rank(squares: Tensor, square: float, rank: int | None, energy: float | None) -> int:
+def choose_rank(squares: Tensor, square: float, rank: int | None, energy: float | None) -> int:
     """How many of the falling squares to keep: those above the noise, at most `rank`, enough for `energy`."""
     if not len(squares) or not square > 0:
         return 0
@@ -220,7 +226,7 @@ def kept_rank(squares: Tensor, square: float, rank: int | None, energy: float | 
 
 
 def _from_right(
-    look: Look, shape: tuple[int, int], towards: Tensor, right: Tensor, squares: Tensor, square: float
+    look: RowScan, shape: tuple[int, int], towards: Tensor, right: Tensor, squares: Tensor, square: float
 ) -> Factors:
     """L = D `towards`, for an R that is known."""
     import torch

@@ -27,7 +27,7 @@ def parse_size(value: Any) -> int:
     return size
 
 
-def show_size(nbytes: float) -> str:
+def format_size(nbytes: float) -> str:
     """1.5 GB, 320.0 MB, 12 B: decimal units, as disks and Hub pages count."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "KB")):
         if nbytes >= unit:

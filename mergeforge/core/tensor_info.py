@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_ELEMENTS = 1 << 19  # 2 MB of float32: small enough for the cache, large enough for a fast GEMM
+TILE_NBYTES = 16 << 20  # no larger tile is faster, and two of this size keep the page cache bounded
 
 # safetensors name -> (bits an element, torch name; "" where torch has none), in the order in which
 # safetensors writes them: by falling alignment (safetensors/src/tensor.rs, enum Dtype).
@@ -118,10 +119,10 @@ class Tile:
         return self.stop - self.start
 
 
-def split_into_tiles(info: TensorInfo, rows: int, strip_rows: int = 0) -> list[Tile]:
+def split_into_tiles(info: TensorInfo, rows: int, chunk_rows: int = 0) -> list[Tile]:
     """Tiles of at most `rows` rows (at least one strip; 0: one block), in order, that cover the tensor."""
-    strip_rows = strip_rows or info.block_rows
-    step = max(1, rows // strip_rows) * strip_rows
+    chunk_rows = chunk_rows or info.block_rows
+    step = max(1, rows // chunk_rows) * chunk_rows
     return [Tile(info.name, at, min(at + step, info.rows)) for at in range(0, info.rows, step)]
 
 

@@ -1,1 +1,1 @@
-"""execute."""
+"""Run a plan: executors, journal, workspace, receipt, model card and streaming upload."""

@@ -1,7 +1,7 @@
-"""What a merge did to a tensor's numbers: how far they moved, and how much of that rounding swallowed.
+"""ChangeStats: how far a merge moved a tensor's values, and how many of the changes were lost to rounding.
 
-Looked at in an eighth of every eighth block, so it costs a few hundredths of a pass and does not depend on how
-the tensor is cut. Only where the base lies in a file: its rows are there already.
+Measured on one eighth of every eighth block, so it costs a few hundredths of a pass and does not depend on the
+tiles. Only measured if the base is stored in a file: its rows are loaded already.
 """
 
 from __future__ import annotations
@@ -21,74 +21,78 @@ from mergeforge.tensors.stored import StoredTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-EVERY, SHARE = 8, 8
+BLOCK_STEP, ROW_STEP = 8, 8  # every BLOCK_STEP-th block, and of it the first 1 / ROW_STEP of the rows
 
 
 @dataclass(frozen=True)
 class ChangeStats:
-    """Sums over the elements looked at: of W squared, of the change squared, its largest; elements that should
-    change, and those of them that do not once they are rounded."""
+    """Sums over the sampled elements: base squared, change squared; the largest change; counts of changed elements.
+
+    `changed`: elements that differ from the base before rounding; `lost_to_rounding`: those of them that equal the
+    base after rounding.
+    """
 
     elements: int = 0
-    weight: float = 0.0
-    change: float = 0.0
-    largest: float = 0.0
-    meant: int = 0
+    base_square: float = 0.0
+    change_square: float = 0.0
+    max_change: float = 0.0
+    changed: int = 0
     lost_to_rounding: int = 0
 
     def __add__(self, other: ChangeStats) -> ChangeStats:
-        added = [mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)]
-        added[3] = max(self.largest, other.largest)
-        return ChangeStats(*added)
+        values = [left + right for left, right in zip(astuple(self), astuple(other), strict=True)]
+        values[3] = max(self.max_change, other.max_change)
+        return ChangeStats(*values)
 
     @classmethod
-    def of(cls, elements: int, found: Sequence[float]) -> ChangeStats:
-        """Of what a kernel found (Stack.weighted)."""
-        weight, change, largest, meant, swallowed = found
-        return cls(elements, weight, change, largest, int(meant), int(swallowed))
+    def from_kernel(cls, elements: int, changes: Sequence[float]) -> ChangeStats:
+        """From the five numbers that NativeInputs.weighted_sum measures."""
+        base_square, change_square, max_change, changed, lost = changes
+        return cls(elements, base_square, change_square, max_change, int(changed), int(lost))
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """For the receipt: |D| / |W|, the largest change, the share of changes that rounding swallowed."""
-        relative = math.sqrt(self.change / self.weight) if self.weight else None
+    def as_json(self) -> dict[str, Any]:
+        """For the receipt: |D| / |W|, the largest change, and the share of changes that were lost to rounding."""
+        relative = math.sqrt(self.change_square / self.base_square) if self.base_square else None
         return {
             "relative": relative,
-            "largest": self.largest,
-            "swallowed": self.lost_to_rounding / self.meant if self.meant else 0.0,
+            "largest": self.max_change,
+            "swallowed": self.lost_to_rounding / self.changed if self.changed else 0.0,
             "elements_looked_at": self.elements,
         }
 
 
-def base_of(way: LazyTensor) -> StoredTensor | None:
-    """The stored tensor that a way starts from, if its change can be told."""
-    base = way.base if isinstance(way, AdaptedTensor | MergedTensor) else None
+def base_of(tensor: LazyTensor) -> StoredTensor | None:
+    """The stored tensor that the change of a tensor is measured against, if there is one."""
+    base = tensor.base if isinstance(tensor, AdaptedTensor | MergedTensor) else None
     return base if isinstance(base, StoredTensor) else None
 
 
-def sampled_rows(piece: TensorPlan, start: int, stop: int) -> int:
-    """How many rows from `start` of a block [start, stop) are looked at."""
-    index = start // piece.info.block_rows
-    return max(1, (stop - start) // SHARE) if index % EVERY == 0 else 0
+def sampled_rows(plan: TensorPlan, start: int, stop: int) -> int:
+    """How many rows of the block [start, stop) are measured, counted from `start`."""
+    index = start // plan.info.block_rows
+    return max(1, (stop - start) // ROW_STEP) if index % BLOCK_STEP == 0 else 0
 
 
 def measure_change(info: TensorInfo, base: Tensor, value: Tensor) -> ChangeStats:
-    """Compare rows of the base with what they became, in the dtype that is written."""
+    """Compare float32 rows of the base with the merged rows; rounding is to the dtype that is written."""
     import torch
 
     dtype = torch_dtype(info.dtype)
     change = value - base
-    least, most = change.aminmax()
-    meant = int(change.count_nonzero())
+    lowest, highest = change.aminmax()
+    changed = int(change.count_nonzero())
+    differs_rounded = int((value.to(dtype) - base.to(dtype)).count_nonzero())  # equal values stay equal when rounded
     return ChangeStats(
         elements=value.numel(),
-        weight=float(torch.linalg.vector_norm(base, dtype=torch.float64)) ** 2,
-        change=float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2,
-        largest=max(float(most), -float(least)),
-        meant=meant,
-        lost_to_rounding=meant
-        - int((value.to(dtype) - base.to(dtype)).count_nonzero()),  # rounding makes no change of none
+        base_square=float(torch.linalg.vector_norm(base, dtype=torch.float64)) ** 2,
+        change_square=float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2,
+        max_change=max(float(highest), -float(lowest)),
+        changed=changed,
+        lost_to_rounding=changed - differs_rounded,
     )
 
 
-def total(parts: Iterable[ChangeStats]) -> ChangeStats:
+def total_change(parts: Iterable[ChangeStats]) -> ChangeStats:
+    """The sum of the statistics of several parts."""
     return sum(parts, ChangeStats())

@@ -1,6 +1,6 @@
-"""Compute: a tile's rows through its piece's way, as every outlet writes them.
+"""Compute the tiles of a tensor as every encoder writes them.
 
-What runs and what verifies a merge both compute here, so a checked tensor went the same way.
+Running a merge and verifying one both compute here, so a verified tensor took the same path.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mergeforge.core.tensor_info import TensorInfo, Tile, blocks, torch_dtype
 from mergeforge.errors import SourceError
-from mergeforge.execute.change_stats import ChangeStats, base_of, measure_change, sampled_rows, total
+from mergeforge.execute.change_stats import ChangeStats, base_of, measure_change, sampled_rows, total_change
 from mergeforge.planner import TensorPlan
 from mergeforge.planner.native_sum import NativeReduction
-from mergeforge.tensors.budget import Worker
 from mergeforge.tensors.lazy import Rows, Stats, StatsPass, collect_stats
 from mergeforge.tensors.merged import MergedTensor
+from mergeforge.tensors.worker import Worker
 from mergeforge.writers.encoder import TensorEncoder, chunk_ranges
 from mergeforge.writers.safetensors import KEY
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-CALM = 1e4  # a magnitude that every type holds, by far
-Encoded = list[tuple[TensorEncoder, "Bytes"]]  # a tile as every outlet writes it
+SAFE_MAGNITUDE = 1e4  # far below the largest number of every dtype
+Encoded = list[tuple[TensorEncoder, "Bytes"]]  # a tile as each encoder writes it
 
 
 class EncodedTile(NamedTuple):
-    """A computed tile: its bytes for every outlet, and what was measured of its change (None: nothing)."""
+    """A computed tile: its bytes for each encoder, and the statistics of its change (None: not measured)."""
 
     tile: Tile
     encoded: Encoded
@@ -41,187 +41,190 @@ class EncodedTile(NamedTuple):
 
 
 class _LoadedRows(NamedTuple):
-    """Rows that are read: what they become, and what they were in the base where that is measured."""
+    """Loaded rows: the result, and the base if the change is measured."""
 
     value: Rows
-    before: Rows | None
+    base: Rows | None
 
 
 def compute_tiles(
-    piece: TensorPlan, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfinite: bool = False
+    plan: TensorPlan, tiles: tuple[Tile, ...], worker: Worker, *, allow_nonfinite: bool = False
 ) -> Iterator[EncodedTile]:
-    """Compute tiles of one piece: yields each with its bytes as every outlet writes them.
+    """Compute tiles of one tensor, yielding each with its bytes as every encoder writes them.
 
-    A piece that learns gives all its tiles, in order.
+    For a tensor that needs statistics, pass all its tiles, in order. Raises SourceError for values that do not fit
+    the output dtype.
     """
-    if piece.is_native:
-        yield from _compute_native(piece, tiles, worker, allow_nonfinite)
+    if plan.is_native:
+        yield from _compute_native(plan, tiles, worker, allow_nonfinite)
         return
-    facts: Stats = {}
-    compute = torch_dtype(piece.compute)
-    assert compute is not None
-    everything = range(piece.info.rows)
-    if piece.needs_stats:
-        parts = [everything] if piece.fits_in_memory else [range(tile.start, tile.stop) for tile in piece.tiles]
+    stats: Stats = {}
+    compute_dtype = torch_dtype(plan.compute)
+    assert compute_dtype is not None
+    all_rows = range(plan.info.rows)
+    if plan.needs_stats:
+        parts = [all_rows] if plan.fits_in_memory else [range(tile.start, tile.stop) for tile in plan.tiles]
         worker.clear()
-        worker.rereads = not piece.fits_in_memory
-        collect_stats(piece.tensor, StatsPass(piece.info, parts, worker, facts, compute))
-        worker.rereads = False
-    if piece.fits_in_memory:
-        worker.reset_scratch()  # what it read to learn is still there
-        staged = _load(piece, everything, worker, facts, compute)
+        worker.will_reread = not plan.fits_in_memory
+        collect_stats(plan.tensor, StatsPass(plan.info, parts, worker, stats, compute_dtype))
+        worker.will_reread = False
+    if plan.fits_in_memory:
+        worker.reset_scratch()  # the bytes read for the statistics are still staged
+        loaded = _load(plan, all_rows, worker, stats, compute_dtype)
         mark = worker.mark()
     for tile in tiles:
-        if piece.fits_in_memory:
+        if plan.fits_in_memory:
             worker.release(mark)
         else:
             worker.clear()
-        if piece.is_copy:
-            yield EncodedTile(tile, _copy_tile(piece, tile, worker))
+        if plan.is_copy:
+            yield EncodedTile(tile, _copy_tile(plan, tile, worker))
             continue
-        if not piece.fits_in_memory:
-            staged = _load(piece, range(tile.start, tile.stop), worker, facts, compute)
-        yield _compute(piece, tile, worker, staged, allow_nonfinite)
+        if not plan.fits_in_memory:
+            loaded = _load(plan, range(tile.start, tile.stop), worker, stats, compute_dtype)
+        yield _compute(plan, tile, worker, loaded, allow_nonfinite)
 
 
-def _copy_tile(piece: TensorPlan, tile: Tile, worker: Worker) -> Encoded:
+def _copy_tile(plan: TensorPlan, tile: Tile, worker: Worker) -> Encoded:
     """The tile's bytes as they are stored; they never go to a device."""
-    stored = piece.tensor
-    raw = worker.allocate(tile.rows * piece.info.row_nbytes)
-    stored.file.read_into(raw.data, stored.offset + tile.start * piece.info.row_nbytes)  # type: ignore[attr-defined]
-    return [(piece.encoders[0], raw)]
+    stored = plan.tensor
+    raw = worker.allocate(tile.rows * plan.info.row_nbytes)
+    stored.file.read_into(raw.data, stored.offset + tile.start * plan.info.row_nbytes)  # type: ignore[attr-defined]
+    return [(plan.encoders[0], raw)]
 
 
 def _compute_native(
-    piece: TensorPlan, tiles: tuple[Tile, ...], worker: Worker, allow_nonfinite: bool
+    plan: TensorPlan, tiles: tuple[Tile, ...], worker: Worker, allow_nonfinite: bool
 ) -> Iterator[EncodedTile]:
-    """The tiles of a sum that kernels compute."""
+    """Compute tiles of a weighted sum in the C library."""
     import numpy as np
 
-    assert isinstance(piece.tensor, MergedTensor)
-    summing, measures = NativeReduction(piece.tensor, piece.info, worker), base_of(piece.tensor) is not None
+    assert isinstance(plan.tensor, MergedTensor)
+    reduction, measures = NativeReduction(plan.tensor, plan.info, worker), base_of(plan.tensor) is not None
     worker.clear()
-    terms = summing.collect_stats(piece.tiles)
+    terms = reduction.collect_stats(plan.tiles)
     for tile in tiles:
         worker.clear()
-        raw = worker.allocate(tile.rows * piece.info.row_nbytes)
-        looked_at = [
+        raw = worker.allocate(tile.rows * plan.info.row_nbytes)
+        sampled = [
             range(start, start + count)
-            for start, stop in blocks(tile, piece.info)
-            if measures and (count := sampled_rows(piece, start, stop))
+            for start, stop in blocks(tile, plan.info)
+            if measures and (count := sampled_rows(plan, start, stop))
         ]
         changes = np.zeros(5)
-        magnitude = summing.fill(terms, tile, raw, looked_at, changes)
-        (outlet,) = piece.encoders
-        if outlet.overflows(magnitude) and not allow_nonfinite:
-            raise _overflow_error(piece, tile, outlet, raw, magnitude)
-        elements = sum(map(len, looked_at)) * piece.info.columns
-        yield EncodedTile(tile, [(outlet, raw)], ChangeStats.of(elements, changes.tolist()) if measures else None)
+        magnitude = reduction.fill(terms, tile, raw, sampled, changes)
+        (encoder,) = plan.encoders
+        if encoder.overflows(magnitude) and not allow_nonfinite:
+            raise _overflow_error(plan, tile, encoder, raw, magnitude)
+        elements = sum(map(len, sampled)) * plan.info.columns
+        change = ChangeStats.from_kernel(elements, changes.tolist()) if measures else None
+        yield EncodedTile(tile, [(encoder, raw)], change)
 
 
-def _load(piece: TensorPlan, rows: range, worker: Worker, facts: Stats, compute: torch.dtype) -> _LoadedRows:
-    base = base_of(piece.tensor)
-    value = piece.tensor.load(rows, worker, facts, compute)
-    return _LoadedRows(value, base.load(rows, worker, facts, compute) if base else None)
+def _load(plan: TensorPlan, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> _LoadedRows:
+    base = base_of(plan.tensor)
+    value = plan.tensor.load(rows, worker, stats, dtype)
+    return _LoadedRows(value, base.load(rows, worker, stats, dtype) if base else None)
 
 
-def _compute(piece: TensorPlan, tile: Tile, worker: Worker, staged: _LoadedRows, allow_nonfinite: bool) -> EncodedTile:
+def _compute(plan: TensorPlan, tile: Tile, worker: Worker, loaded: _LoadedRows, allow_nonfinite: bool) -> EncodedTile:
     import torch
 
-    rows, before = staged
-    pens = [_ChunkBuffer(outlet, tile, worker) for outlet in piece.encoders]
-    gathers = [
-        _RowAssembler(height, piece.info, [pen for pen in pens if pen.outlet.chunk_rows == height])
-        for height in set(piece.chunk_rows.values())
+    rows, base = loaded
+    buffers = [_ChunkBuffer(encoder, tile, worker) for encoder in plan.encoders]
+    assemblers = [
+        _RowAssembler(height, plan.info, [buffer for buffer in buffers if buffer.encoder.chunk_rows == height])
+        for height in set(plan.chunk_rows.values())
     ]
-    measured: list[ChangeStats] = []
+    changes: list[ChangeStats] = []
     bounds: list[Tensor | float] = []
-    for start, stop in blocks(tile, piece.info):
+    for start, stop in blocks(tile, plan.info):
         value = rows(start, stop)
-        if before and (count := sampled_rows(piece, start, stop)):
-            measured.append(measure_change(piece.info, before(start, start + count), value[:count]))
+        if base and (count := sampled_rows(plan, start, stop)):
+            changes.append(measure_change(plan.info, base(start, start + count), value[:count]))
         bounds.append(_bound(value))
-        for gather in gathers:
-            gather.take(value, start)
+        for assembler in assemblers:
+            assembler.add(value, start)
     worker.wait()
-    magnitude = float(torch.tensor([float(one) for one in bounds], dtype=torch.float64).amax())  # NaN carries through
-    for pen in pens:
-        if pen.outlet.overflows(magnitude) and not (allow_nonfinite and pen.outlet.float_dtype):
-            raise _overflow_error(piece, tile, pen.outlet, pen.raw, magnitude)
-    return EncodedTile(tile, [(pen.outlet, pen.raw) for pen in pens], total(measured) if before else None)
+    magnitude = float(torch.tensor([float(bound) for bound in bounds], dtype=torch.float64).amax())  # propagates NaN
+    for buffer in buffers:
+        if buffer.encoder.overflows(magnitude) and not (allow_nonfinite and buffer.encoder.float_dtype):
+            raise _overflow_error(plan, tile, buffer.encoder, buffer.raw, magnitude)
+    encoded = [(buffer.encoder, buffer.raw) for buffer in buffers]
+    return EncodedTile(tile, encoded, total_change(changes) if base else None)
 
 
 def _bound(value: Tensor) -> Tensor | float:
-    """A number as large as any of the block, or NaN.
+    """An upper bound of the block's magnitudes, or NaN.
 
-    On a CPU the norm where it is small: that takes a third of the time of looking for the largest.
+    On a CPU it is the norm if that is small, which takes a third of the time of finding the largest magnitude.
     """
     import torch
 
     if value.device.type == "cpu":
         flat = value.reshape(-1)
         norm = math.sqrt(float(flat.dot(flat)))
-        if norm < CALM:
+        if norm < SAFE_MAGNITUDE:
             return norm
     return torch.stack(value.aminmax()).abs().amax()
 
 
 class _ChunkBuffer:
-    """Writes a tile's strips for one outlet into the staging buffer, one after the other."""
+    """Encodes the chunks of a tile for one encoder into the staging buffer, one after the other."""
 
-    def __init__(self, outlet: TensorEncoder, tile: Tile, worker: Worker) -> None:
-        self.outlet = outlet
+    def __init__(self, encoder: TensorEncoder, tile: Tile, worker: Worker) -> None:
+        self.encoder = encoder
         self.raw = worker.allocate(
-            sum(outlet.chunk_nbytes(*strip) for strip in chunk_ranges(tile.start, tile.stop, outlet))
+            sum(encoder.chunk_nbytes(*chunk) for chunk in chunk_ranges(tile.start, tile.stop, encoder))
         )
         self.used = 0
 
     def write(self, rows: Tensor, start: int) -> None:
         import torch
 
-        nbytes = self.outlet.chunk_nbytes(start, start + len(rows))
-        self.outlet.encode(rows, start, torch.from_numpy(self.raw[self.used : self.used + nbytes]))
+        nbytes = self.encoder.chunk_nbytes(start, start + len(rows))
+        self.encoder.encode(rows, start, torch.from_numpy(self.raw[self.used : self.used + nbytes]))
         self.used += nbytes
 
 
 class _RowAssembler:
-    """Hands strips of one height to the pens that take them: blocks as they are, or several put together."""
+    """Passes chunks of one height to the buffers that take them: blocks as they are, or several put together."""
 
-    def __init__(self, height: int, info: TensorInfo, pens: list[_ChunkBuffer]) -> None:
+    def __init__(self, height: int, info: TensorInfo, buffers: list[_ChunkBuffer]) -> None:
         self.height = height
         self.info = info
-        self.pens = pens
-        self.gathered: Tensor | None = None
+        self.buffers = buffers
+        self.assembled: Tensor | None = None
 
-    def take(self, value: Tensor, start: int) -> None:
-        """The next block of the tile."""
+    def add(self, value: Tensor, start: int) -> None:
+        """Take the next block of the tile."""
         if self.height == self.info.block_rows:
             self._write(value, start)
             return
         first = start - start % self.height
         last = min(first + self.height, self.info.rows)
-        if self.gathered is None:
-            self.gathered = value.new_empty(self.height, value.shape[1])
-        self.gathered[start - first : start - first + len(value)].copy_(value)
+        if self.assembled is None:
+            self.assembled = value.new_empty(self.height, value.shape[1])
+        self.assembled[start - first : start - first + len(value)].copy_(value)
         if start + len(value) == last:
-            self._write(self.gathered[: last - first], first)
+            self._write(self.assembled[: last - first], first)
 
     def _write(self, rows: Tensor, start: int) -> None:
-        for pen in self.pens:
-            pen.write(rows, start)
+        for buffer in self.buffers:
+            buffer.write(rows, start)
 
 
-def _overflow_error(piece: TensorPlan, tile: Tile, outlet: TensorEncoder, raw: Bytes, magnitude: float) -> SourceError:
-    """What does not fit the type that it would be written in; `raw`: the tile as the outlet writes it."""
+def _overflow_error(plan: TensorPlan, tile: Tile, encoder: TensorEncoder, raw: Bytes, magnitude: float) -> SourceError:
+    """An error about values that do not fit the encoder's type; `raw`: the encoded tile."""
     import torch
 
-    name, about = piece.info.name, outlet.label
-    if outlet.key != KEY or not (dtype := torch_dtype(outlet.float_dtype)):
-        text = f"{name} would hold {magnitude:.6g}, which {about} cannot"
-        return SourceError(text, hint="an input holds such values; if they are finite, gguf bf16 holds them")
-    bad = ~torch.from_numpy(raw).view(dtype).isfinite()
-    first = tile.start * piece.info.columns + int(bad.int().argmax())
-    text = f"{name} would hold {int(bad.sum())} infinite or NaN values ({about}, first at {first})"
+    name, label = plan.info.name, encoder.label
+    if encoder.key != KEY or not (dtype := torch_dtype(encoder.float_dtype)):
+        text = f"{name} would hold {magnitude:.6g}, which {label} cannot represent"
+        return SourceError(text, hint="an input holds such values; if they are finite, gguf type bf16 can hold them")
+    nonfinite = ~torch.from_numpy(raw).view(dtype).isfinite()
+    first = tile.start * plan.info.columns + int(nonfinite.int().argmax())
+    text = f"{name} would hold {int(nonfinite.sum())} infinite or NaN values ({label}, first at element {first})"
     hint = (
         "an input holds them, or the result does not fit the dtype (try dtype: bfloat16); --allow-nonfinite writes them"
     )

@@ -1,8 +1,8 @@
-"""Run: carries every tile of a plan from disk to disk.
+"""Run a plan: take every tile from disk to disk with a pool of worker threads.
 
-Each worker is one thread that takes tiles off a list: it reads the rows of all inputs, computes
-them block by block, and writes them at their place in the output. The main thread gathers what is
-finished, makes it durable every two seconds, and only then notes it in the journal.
+Each worker takes tiles off a list: it reads the rows of all inputs, computes them block by block, and writes them at
+their offset in the output. The main thread collects finished tiles, syncs the files every two seconds, and only then
+records the tiles in the journal.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge.core.checksums import strip_checksums
+from mergeforge.core.checksums import chunk_checksums
+from mergeforge.core.file_names import MODEL_CARD, RECEIPT, RECIPE
+from mergeforge.core.messages import OnMessage
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import MergeforgeError, SourceError, out_of_memory
 from mergeforge.execute.compute import compute_tiles
@@ -26,15 +28,15 @@ from mergeforge.execute.journal import FinishedTile
 from mergeforge.execute.model_card import model_card
 from mergeforge.execute.receipt import receipt
 from mergeforge.execute.streaming_upload import StreamingUpload, open_streaming_upload
-from mergeforge.execute.workspace import CARD, RECEIPT, RECIPE, Workspace
+from mergeforge.execute.workspace import Workspace
 from mergeforge.gguf.modelfile import modelfile
 from mergeforge.io.disk import DiskFile, InputFile, WriteBehind
 from mergeforge.io.file_layout import OutputFiles
 from mergeforge.lora import combine
 from mergeforge.planner import Batch, Plan, TensorPlan
-from mergeforge.tensors.budget import Worker, one_torch_thread, steady_malloc
+from mergeforge.tensors.worker import Worker, keep_freed_memory, single_torch_thread
 from mergeforge.writers.encoder import ByteRange, TensorEncoder, chunk_ranges, coalesce_ranges
-from mergeforge.writers.safetensors import index
+from mergeforge.writers.safetensors import INDEX, index
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,28 +47,26 @@ if TYPE_CHECKING:
 SYNC_SECONDS = 2.0
 
 
-def run(
-    plan: Plan, *, fresh: bool = False, overwrite: bool = False, tell: Callable[[str], None] = lambda _: None
+def run_tiles(
+    plan: Plan, *, fresh: bool = False, overwrite: bool = False, on_message: OnMessage = lambda _: None
 ) -> Iterator[Tile]:
-    """Do the merge, yielding each tile when it is written (or was, by an interrupted run).
+    """Run the merge, yielding each tile when it is written (or found written by an interrupted run).
 
-    `tell` hears of each file that is sent to the Hub, where the recipe streams them there.
-
-    Goes on by itself where an interrupted run of the same merge stopped. Raises OutputError when
-    OUT holds something else, BudgetError when the disk is full, SourceError when an input is bad;
-    what was finished by then stays for the next run.
+    Resumes an interrupted run of the same merge. `on_message` is called for each file that is uploaded to the Hub, if
+    the recipe streams them there. Raises OutputError if OUT holds something else, BudgetError if the disk is full and
+    SourceError if an input is bad; what is finished by then is kept for the next run.
     """
     started = time.monotonic()
     workspace = Workspace(plan, fresh=fresh, overwrite=overwrite)
     try:
-        shipment = open_streaming_upload(plan, workspace, tell) if plan.streams else None
-        if workspace.journal.commit is None or (shipment and shipment.lost):
-            yield from _run_batches(plan, workspace, shipment)
-            sides = _aux_files(plan) | _combined_adapter(plan, workspace)
-            sides[RECEIPT] = receipt(plan, workspace.journal, sides, time.monotonic() - started)
-            workspace.write_aux_files(sides)
-        if shipment:
-            shipment.publish()
+        upload = open_streaming_upload(plan, workspace, on_message) if plan.streams else None
+        if workspace.journal.commit is None or (upload and upload.missing_remotely):
+            yield from _run_batches(plan, workspace, upload)
+            aux_files = _aux_files(plan) | _combined_adapter(plan, workspace)
+            aux_files[RECEIPT] = receipt(plan, workspace.journal, aux_files, time.monotonic() - started)
+            workspace.write_aux_files(aux_files)
+        if upload:
+            upload.publish()
         workspace.commit()
     finally:
         workspace.close()
@@ -74,65 +74,68 @@ def run(
             file.close()
 
 
-def merge(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Path:
-    """Do the merge and return the output folder."""
-    deque(run(plan, fresh=fresh, overwrite=overwrite), maxlen=0)
+def run_plan(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Path:
+    """Run the merge and return the output folder."""
+    deque(run_tiles(plan, fresh=fresh, overwrite=overwrite), maxlen=0)
     return plan.out
 
 
 def _input_files(plan: Plan) -> list[InputFile]:
-    found = {id(file): file for table in plan.inputs.checkpoints for file in table.files}
-    return list(found.values())
+    files = {id(file): file for checkpoint in plan.inputs.checkpoints for file in checkpoint.files}
+    return list(files.values())
 
 
 def _aux_files(plan: Plan) -> dict[str, bytes | Path]:
-    sides: dict[str, bytes | Path] = {}
-    sides |= {name: file if isinstance(file, Path) else file.read_bytes() for name, file in plan.aux_files.items()}
+    """The files next to the weights: name -> content, or a file to copy."""
+    files: dict[str, bytes | Path] = {}
+    files |= {name: file if isinstance(file, Path) else file.read_bytes() for name, file in plan.aux_files.items()}
     if plan.config is not None:
-        sides["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
-    shards = index(plan.checkpoint, plan.tensors)
-    if shards is not None:
-        sides["model.safetensors.index.json"] = shards
-    sides[CARD] = model_card(plan).encode()
+        files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
+    shard_index = index(plan.checkpoint, plan.tensors)
+    if shard_index is not None:
+        files[INDEX] = shard_index
+    files[MODEL_CARD] = model_card(plan).encode()
     if plan.ggufs:
         first = plan.ggufs[0]
-        sides["Modelfile"] = modelfile(next(iter(first.layout.files)), first.keys).encode()
-    sides[RECIPE] = plan.recipe.to_yaml().encode()
-    return sides
+        files["Modelfile"] = modelfile(next(iter(first.layout.files)), first.keys).encode()
+    files[RECIPE] = plan.recipe.to_yaml().encode()
+    return files
 
 
 def _combined_adapter(plan: Plan, workspace: Workspace) -> dict[str, bytes | Path]:
-    """Join the adapters into one: in a folder beside the model, or alone."""
+    """Combine the adapters into one: in a folder next to the model, or alone."""
     if plan.combination is None:
         return {}
-    place = "adapter/" if plan.files else ""
-    folder = workspace.folder / place
+    prefix = "adapter/" if plan.files else ""
+    folder = workspace.folder / prefix
     folder.mkdir(exist_ok=True)
-    combine.write_joined(plan.combination, folder)
-    return {f"{place}{name}": folder / name for name in combine.FILES}
+    combine.write_combined(plan.combination, folder)
+    return {f"{prefix}{name}": folder / name for name in combine.FILES}
 
 
 @dataclass(frozen=True)
 class TileTask:
-    """Tiles that one worker carries without a break: one, or all of a piece that learns."""
+    """Tiles that one worker computes in one go: a single tile, or all tiles of a tensor that needs statistics."""
 
-    piece: TensorPlan
+    plan: TensorPlan
     tiles: tuple[Tile, ...]
 
 
-def _run_batches(plan: Plan, workspace: Workspace, shipment: StreamingUpload | None) -> Iterator[Tile]:
-    idle: list[Worker] = []  # from batch to batch: what threads free, malloc does not give to other threads
-    with one_torch_thread(plan.needs_torch):  # and whatever the caller had, afterwards
+def _run_batches(plan: Plan, workspace: Workspace, upload: StreamingUpload | None) -> Iterator[Tile]:
+    idle: list[Worker] = []  # reused from batch to batch: malloc gives memory freed by one thread to no other
+    with single_torch_thread(plan.needs_torch):  # restores the caller's setting afterwards
         for batch in plan.batches:
-            yield from _run_batch(plan, batch, workspace, frozenset(shipment.sent if shipment else ()), idle)
-            if shipment:
+            yield from _run_batch(plan, batch, workspace, frozenset(upload.uploaded if upload else ()), idle)
+            if upload:
                 for name in batch.finished:
-                    shipment.upload(name)
+                    upload.upload(name)
 
 
-def _run_batch(plan: Plan, batch: Batch, workspace: Workspace, sent: Set[str], idle: list[Worker]) -> Iterator[Tile]:
-    """Carry the tiles of a batch; files that were `sent` are not here, and not written again."""
-    files = OutputFiles(workspace.folder, {name: plan.files[name] for name in batch.files if name not in sent})
+def _run_batch(
+    plan: Plan, batch: Batch, workspace: Workspace, uploaded: Set[str], idle: list[Worker]
+) -> Iterator[Tile]:
+    """Run the tiles of a batch; files that are already uploaded are not on disk and not written again."""
+    files = OutputFiles(workspace.folder, {name: plan.files[name] for name in batch.files if name not in uploaded})
     try:
         files.open()
         yield from WorkerPool(plan, batch, workspace, files, idle).finished()
@@ -141,36 +144,37 @@ def _run_batch(plan: Plan, batch: Batch, workspace: Workspace, sent: Set[str], i
 
 
 class WorkerPool:
-    """The workers, their list of jobs, and what they have finished."""
+    """The workers, their list of tasks, and the tiles that they have finished."""
 
     def __init__(self, plan: Plan, batch: Batch, workspace: Workspace, files: OutputFiles, idle: list[Worker]) -> None:
         self.plan = plan
         self.idle = idle
         self.journal = workspace.journal
         self.files = files
-        self.jobs = deque(_tile_tasks(batch))
+        self.tasks = deque(_tile_tasks(batch))
         self.results: queue.Queue[FinishedTile | BaseException | None] = queue.Queue()
         self.stop = threading.Event()
-        self.waiting: list[FinishedTile] = []
-        self.strip_rows = {piece.info.name: piece.chunk_rows for piece in plan.tensor_plans}
+        self.unflushed: list[FinishedTile] = []
+        self.chunk_rows = {tensor_plan.info.name: tensor_plan.chunk_rows for tensor_plan in plan.tensor_plans}
         self.inputs = _input_files(plan)
         self.failed = False
 
     def finished(self) -> Iterator[Tile]:
-        """Run the workers; yield tiles as they finish, and make them durable now and then."""
-        steady_malloc()
-        threads = [threading.Thread(target=self._work, name=f"worker-{at}") for at in range(self.plan.budget.threads)]
+        """Run the workers; yield tiles as they finish, and flush them every SYNC_SECONDS."""
+        keep_freed_memory()
+        count = self.plan.budget.threads
+        threads = [threading.Thread(target=self._work, name=f"worker-{number}") for number in range(count)]
         try:
             for thread in threads:
                 thread.start()
-            yield from self._gather(len(threads))
+            yield from self._collect(len(threads))
         except BaseException:
             self.stop.set()
             for file in self.inputs:
                 if not isinstance(file, DiskFile):
-                    file.close()  # ends waits for the network
+                    file.close()  # interrupts waits for the network
             for thread in threads:
-                if thread.ident is not None:  # else the system let no more of them start
+                if thread.ident is not None:  # otherwise the system refused to start it
                     thread.join()
             self._save_finished()
             raise
@@ -180,11 +184,11 @@ class WorkerPool:
         self.files.sync()  # headers, and tiles that were found damaged and written again
         self._check_inputs()
 
-    def _gather(self, working: int) -> Iterator[Tile]:
-        settled = time.monotonic()
+    def _collect(self, working: int) -> Iterator[Tile]:
+        flushed = time.monotonic()
         while working:
             try:
-                result = self.results.get(timeout=SYNC_SECONDS if self.waiting else None)
+                result = self.results.get(timeout=SYNC_SECONDS if self.unflushed else None)
             except queue.Empty:
                 result = None
                 working += 1
@@ -193,42 +197,42 @@ class WorkerPool:
             elif isinstance(result, BaseException):
                 raise result
             else:
-                self.waiting.append(result)
+                self.unflushed.append(result)
                 yield result.tile
-            if time.monotonic() - settled > SYNC_SECONDS:
+            if time.monotonic() - flushed > SYNC_SECONDS:
                 self._flush_finished()
-                settled = time.monotonic()
+                flushed = time.monotonic()
 
     def _save_finished(self) -> None:
-        """After an error or interruption: keep what was finished, as far as the disk lets us."""
+        """After an error or interruption: keep what was finished, if the disk allows it."""
         if self.failed:
-            return  # bytes that could not be synced once are lost, whatever a second fsync says
+            return  # bytes that failed to sync once are lost, whatever a second fsync reports
         while not self.results.empty():
             result = self.results.get()
             if isinstance(result, FinishedTile):
-                self.waiting.append(result)
+                self.unflushed.append(result)
         with contextlib.suppress(MergeforgeError):
             self._flush_finished()
 
     def _flush_finished(self) -> None:
-        """Make finished tiles durable, then note them in the journal."""
-        fresh = [
-            one
-            for one in self.waiting
-            if self.journal.is_finished(one.tile, self.strip_rows[one.tile.name]) != one.checksums
+        """Make finished tiles durable, then record them in the journal."""
+        new = [
+            finished
+            for finished in self.unflushed
+            if self.journal.is_finished(finished.tile, self.chunk_rows[finished.tile.name]) != finished.checksums
         ]
-        if fresh:
+        if new:
             try:
                 self.files.sync()
                 self._check_inputs()
-                self.journal.record(fresh)
+                self.journal.record(new)
             except MergeforgeError:
                 self.failed = True
                 raise
-        self.waiting.clear()
+        self.unflushed.clear()
 
     def _check_inputs(self) -> None:
-        """What was computed from a file that has changed must not be kept. Raises SourceError."""
+        """Refuse to keep what was computed from a file that has changed. Raises SourceError."""
         for file in self.inputs:
             file.check_unchanged()
 
@@ -245,97 +249,97 @@ class WorkerPool:
     def _work_in_torch(self) -> None:
         import torch
 
-        torch.set_num_threads(1)  # parallelism belongs to the tiles
+        torch.set_num_threads(1)  # the parallelism comes from the tiles
         with torch.inference_mode():
             worker = self._worker()
             with torch.cuda.stream(worker.stream):
                 self._drain(worker)
 
     def _drain(self, worker: Worker) -> None:
-        """Do what jobs there are."""
-        while not self.stop.is_set() and self.jobs:
+        """Process tasks until there are none left."""
+        while not self.stop.is_set() and self.tasks:
             self._process(worker)
         self.idle.append(worker)
 
     def _worker(self) -> Worker:
-        """One that an earlier batch has done with, or a new one."""
+        """A worker from an earlier batch, or a new one."""
         try:
             worker = self.idle.pop()
         except IndexError:
-            return Worker(
-                self.plan.budget.device, max((piece.staging_nbytes for piece in self.plan.tensor_plans), default=0)
-            )
+            staging_nbytes = max((tensor_plan.staging_nbytes for tensor_plan in self.plan.tensor_plans), default=0)
+            return Worker(self.plan.budget.device, staging_nbytes)
         worker.write_behind = WriteBehind()  # the files that it wrote are closed
         return worker
 
     def _process(self, worker: Worker) -> None:
         try:
-            job = self.jobs.popleft()
+            task = self.tasks.popleft()
         except IndexError:
             return  # another worker took the last one
-        held = [self._verify_existing(tile, job.piece, worker) for tile in job.tiles]
-        if all(held):
-            for done in held:
-                self.results.put(done)
+        existing = [self._verify_existing(tile, task.plan, worker) for tile in task.tiles]
+        if all(existing):
+            for finished in existing:
+                self.results.put(finished)
             return
         try:
-            for tile, encoded, measured in compute_tiles(
-                job.piece, job.tiles, worker, allow_nonfinite=self.plan.allow_nonfinite
+            for tile, encoded, change in compute_tiles(
+                task.plan, task.tiles, worker, allow_nonfinite=self.plan.allow_nonfinite
             ):
-                sums = {one.key: self._write(one, tile, raw, worker) for one, raw in encoded}
-                self.results.put(FinishedTile(tile, sums, astuple(measured) if measured else ()))
+                checksums = {encoder.key: self._write(encoder, tile, raw, worker) for encoder, raw in encoded}
+                self.results.put(FinishedTile(tile, checksums, astuple(change) if change else ()))
                 if self.stop.is_set():
                     return
         except ArithmeticError as error:
-            raise SourceError(f"{job.piece.info.name}: {error}") from None
+            raise SourceError(f"{task.plan.info.name}: {error}") from None
         except (MemoryError, RuntimeError) as error:
-            if told := out_of_memory(error, job.piece.info.name):
-                raise told from error
+            if budget_error := out_of_memory(error, task.plan.info.name):
+                raise budget_error from error
             raise
 
-    def _write(self, outlet: TensorEncoder, tile: Tile, raw: Bytes, worker: Worker) -> tuple[str, ...]:
-        """Write an encoded tile where it belongs; the checksums of its strips."""
-        if outlet.file not in self.files.files:
-            return _checksums(outlet, tile, raw)
-        at = 0
-        for offset, nbytes in coalesce_ranges(_byte_ranges(outlet, tile)):
-            self.files.write(outlet.file, raw[at : at + nbytes], offset, worker.write_behind)
-            at += nbytes
-        return _checksums(outlet, tile, raw)
+    def _write(self, encoder: TensorEncoder, tile: Tile, raw: Bytes, worker: Worker) -> tuple[str, ...]:
+        """Write an encoded tile at its offsets; returns the checksums of its chunks."""
+        if encoder.file not in self.files.files:
+            return _checksums(encoder, tile, raw)
+        done = 0
+        for offset, nbytes in coalesce_ranges(_byte_ranges(encoder, tile)):
+            self.files.write(encoder.file, raw[done : done + nbytes], offset, worker.write_behind)
+            done += nbytes
+        return _checksums(encoder, tile, raw)
 
-    def _verify_existing(self, tile: Tile, piece: TensorPlan, worker: Worker) -> FinishedTile | None:
-        """A tile that an interrupted run wrote and that the disk still holds, or None."""
-        checksums = self.journal.is_finished(tile, piece.chunk_rows)
+    def _verify_existing(self, tile: Tile, tensor_plan: TensorPlan, worker: Worker) -> FinishedTile | None:
+        """A tile that an interrupted run wrote and that is intact on the disk, or None."""
+        checksums = self.journal.is_finished(tile, tensor_plan.chunk_rows)
         if checksums is None:
             return None
-        for outlet in (one for one in piece.encoders if one.file in self.files.files):
+        for encoder in (encoder for encoder in tensor_plan.encoders if encoder.file in self.files.files):
             worker.clear()
-            if _checksums(outlet, tile, self._read(outlet, tile, worker)) != checksums[outlet.key]:
+            if _checksums(encoder, tile, self._read(encoder, tile, worker)) != checksums[encoder.key]:
                 return None
         return FinishedTile(tile, checksums)
 
-    def _read(self, outlet: TensorEncoder, tile: Tile, worker: Worker) -> Bytes:
-        """A tile's bytes from the file, as they were encoded."""
-        runs = list(coalesce_ranges(_byte_ranges(outlet, tile)))
-        raw, at = worker.allocate(sum(nbytes for _, nbytes in runs)), 0
-        for offset, nbytes in runs:
-            self.files.read(outlet.file, raw[at : at + nbytes].data, offset)
-            at += nbytes
+    def _read(self, encoder: TensorEncoder, tile: Tile, worker: Worker) -> Bytes:
+        """A tile's bytes from the file, in the order in which they were encoded."""
+        ranges = list(coalesce_ranges(_byte_ranges(encoder, tile)))
+        raw, done = worker.allocate(sum(nbytes for _, nbytes in ranges)), 0
+        for offset, nbytes in ranges:
+            self.files.read(encoder.file, raw[done : done + nbytes].data, offset)
+            done += nbytes
         return raw
 
 
-def _byte_ranges(outlet: TensorEncoder, tile: Tile) -> Iterator[ByteRange]:
-    for strip in chunk_ranges(tile.start, tile.stop, outlet):
-        yield from outlet.byte_ranges(*strip)
+def _byte_ranges(encoder: TensorEncoder, tile: Tile) -> Iterator[ByteRange]:
+    for chunk in chunk_ranges(tile.start, tile.stop, encoder):
+        yield from encoder.byte_ranges(*chunk)
 
 
-def _checksums(outlet: TensorEncoder, tile: Tile, raw: Bytes) -> tuple[str, ...]:
-    return strip_checksums(raw, [outlet.chunk_nbytes(*strip) for strip in chunk_ranges(tile.start, tile.stop, outlet)])
+def _checksums(encoder: TensorEncoder, tile: Tile, raw: Bytes) -> tuple[str, ...]:
+    sizes = [encoder.chunk_nbytes(*chunk) for chunk in chunk_ranges(tile.start, tile.stop, encoder)]
+    return chunk_checksums(raw, sizes)
 
 
 def _tile_tasks(batch: Batch) -> Iterator[TileTask]:
-    for piece in batch.tensor_plans:
-        if piece.needs_stats:
-            yield TileTask(piece, piece.tiles)
+    for tensor_plan in batch.tensor_plans:
+        if tensor_plan.needs_stats:
+            yield TileTask(tensor_plan, tensor_plan.tiles)
         else:
-            yield from (TileTask(piece, (tile,)) for tile in piece.tiles)
+            yield from (TileTask(tensor_plan, (tile,)) for tile in tensor_plan.tiles)

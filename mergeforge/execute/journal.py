@@ -1,8 +1,8 @@
-"""Which tiles are safely on disk, and of which merge.
+"""Journal: which tiles are safely on disk, and of which merge.
 
-One line a record, each with its own CRC, so that a torn last line is seen and dropped. A tile is
-recorded only after its bytes were synced; the journal is synced after that. The checksums of all
-that was written of the tile stand with it: a resumed run checks them instead of believing the disk.
+One record per line, each with its own CRC, so that a torn last line is detected and dropped. A tile is recorded only
+after its bytes are synced; the journal is synced after that. The checksums of everything that was written of the tile
+are part of its record: a resumed run checks them instead of trusting the disk.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from types import MappingProxyType
 from mergeforge.core.tensor_info import Tile
 from mergeforge.io.disk import disk_error, sync_folder
 
-NAME = "journal.jsonl"
+JOURNAL_NAME = "journal.jsonl"
 
 
 @dataclass(frozen=True)
 class Commit:
-    """The last step of a merge: files that move to their names, and those of the merge that it replaces."""
+    """The last step of a merge: files to move to their final names, and files of the replaced merge to remove."""
 
     moves: tuple[str, ...]
     removes: tuple[str, ...]
 
 
-Checksums = Mapping[str, tuple[str, ...]]  # an outlet's key -> 32 hex digits for each strip
+Checksums = Mapping[str, tuple[str, ...]]  # an encoder's key -> 32 hex digits per chunk
 
 
 @dataclass(frozen=True)
 class FinishedTile:
-    """A finished tile: for each outlet, the checksums of its strips; and what was measured of its change."""
+    """A finished tile: the checksums of its chunks per encoder, and the statistics of its change (ChangeStats)."""
 
     tile: Tile
     checksums: Checksums
@@ -43,7 +43,7 @@ class FinishedTile:
 
 @dataclass(frozen=True)
 class UploadedFile:
-    """A finished file that was sent to a Hub repo, and is no longer here."""
+    """A finished file that was uploaded to a Hub repo and removed locally."""
 
     repo: str
     sha256: str
@@ -59,63 +59,64 @@ class Journal:
         fingerprint: str,
         done: dict[Tile, FinishedTile],
         commit: Commit | None,
-        sent: Mapping[str, UploadedFile] = MappingProxyType({}),
+        uploaded: Mapping[str, UploadedFile] = MappingProxyType({}),
     ) -> None:
         self.path = path
         self.fingerprint = fingerprint
         self.done = done
         self.commit = commit
-        self.sent = dict(sent)
+        self.uploaded = dict(uploaded)
         self._by_tensor: dict[str, list[FinishedTile]] = {}
-        for one in done.values():
-            self._by_tensor.setdefault(one.tile.name, []).append(one)
+        for finished in done.values():
+            self._by_tensor.setdefault(finished.tile.name, []).append(finished)
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise disk_error(error, str(path)) from error
 
-    def is_finished(self, tile: Tile, strip_rows: Mapping[str, int]) -> Checksums | None:
-        """The checksums of a tile's strips for each outlet; None unless all of them are finished.
+    def is_finished(self, tile: Tile, chunk_rows: Mapping[str, int]) -> Checksums | None:
+        """The checksums of a tile's chunks per encoder; None unless all chunks are finished.
 
-        A run that was given another memory cut the tensor otherwise; the strips are the same.
+        A run with another memory budget splits the tensor into other tiles, but the chunks are the same.
         """
-        found = {key: self._held(tile, key, rows) for key, rows in strip_rows.items()}
-        return {key: sums for key, sums in found.items() if sums} if all(found.values()) else None
+        checksums = {key: self._chunk_checksums(tile, key, rows) for key, rows in chunk_rows.items()}
+        return {key: sums for key, sums in checksums.items() if sums} if all(checksums.values()) else None
 
-    def _held(self, tile: Tile, key: str, strip_rows: int) -> tuple[str, ...] | None:
-        known = {
-            one.tile.start + at * strip_rows: checksum
-            for one in self._by_tensor.get(tile.name, ())
-            for at, checksum in enumerate(one.checksums.get(key, ()))
+    def _chunk_checksums(self, tile: Tile, key: str, chunk_rows: int) -> tuple[str, ...] | None:
+        by_start = {
+            finished.tile.start + index * chunk_rows: checksum
+            for finished in self._by_tensor.get(tile.name, ())
+            for index, checksum in enumerate(finished.checksums.get(key, ()))
         }
-        starts = range(tile.start, tile.stop, strip_rows)
-        return tuple(known[start] for start in starts) if all(start in known for start in starts) else None
+        starts = range(tile.start, tile.stop, chunk_rows)
+        return tuple(by_start[start] for start in starts) if all(start in by_start for start in starts) else None
 
-    def measured(self, name: str) -> list[tuple[float, ...]]:
-        """What was measured of a tensor, tile by tile: each block once, though it was cut otherwise before."""
-        found: dict[int, tuple[float, ...]] = {}
-        reached = 0
-        for one in sorted(self._by_tensor.get(name, ()), key=lambda one: (one.tile.start, -one.tile.stop)):
-            if one.tile.start >= reached and one.change:
-                found[one.tile.start] = one.change
-                reached = one.tile.stop
-        return list(found.values())
+    def change_stats(self, name: str) -> list[tuple[float, ...]]:
+        """The change statistics of a tensor's tiles. Each block counts once, even if earlier runs used other tiles."""
+        changes: dict[int, tuple[float, ...]] = {}
+        covered = 0
+        tiles = self._by_tensor.get(name, ())
+        for finished in sorted(tiles, key=lambda finished: (finished.tile.start, -finished.tile.stop)):
+            if finished.tile.start >= covered and finished.change:
+                changes[finished.tile.start] = finished.change
+                covered = finished.tile.stop
+        return list(changes.values())
 
-    def record(self, finished: Iterable[FinishedTile]) -> None:
+    def record(self, tiles: Iterable[FinishedTile]) -> None:
         """Append tiles whose bytes are synced, and sync the journal."""
-        finished = list(finished)
-        self._append([_record(one) for one in finished])
-        for one in finished:
-            self.done[one.tile] = one
-            self._by_tensor.setdefault(one.tile.name, []).append(one)
+        tiles = list(tiles)
+        self._append([_record(finished) for finished in tiles])
+        for finished in tiles:
+            self.done[finished.tile] = finished
+            self._by_tensor.setdefault(finished.tile.name, []).append(finished)
 
-    def record_sent(self, name: str, sent: UploadedFile) -> None:
-        """Record that a file has arrived, before it is removed here."""
-        self._append([{"sent": name, "repo": sent.repo, "sha256": sent.sha256, "size": sent.nbytes}])
-        self.sent[name] = sent
+    def record_upload(self, name: str, file: UploadedFile) -> None:
+        """Record that a file has arrived on the Hub, before it is removed locally."""
+        self._append([{"sent": name, "repo": file.repo, "sha256": file.sha256, "size": file.nbytes}])
+        self.uploaded[name] = file
 
     def start_commit(self, commit: Commit) -> None:
-        """Record that everything is written and synced, and what is going to be moved and removed."""
+        """Record that everything is written and synced, and what is about to be moved and removed."""
         self._append([{"commit": commit.moves, "removes": commit.removes}])
         self.commit = commit
 
@@ -133,8 +134,8 @@ class Journal:
 
 
 def start_journal(folder: Path, fingerprint: str, summary: str) -> Journal:
-    """A new journal, which names its merge in the first line."""
-    path = folder / NAME
+    """Create a new journal, which names its merge in the first line."""
+    path = folder / JOURNAL_NAME
     path.unlink(missing_ok=True)
     journal = Journal(path, fingerprint, {}, None)
     try:
@@ -147,30 +148,31 @@ def start_journal(folder: Path, fingerprint: str, summary: str) -> Journal:
 
 
 def read_journal(folder: Path) -> Journal | None:
-    """The journal of an interrupted run, cut back to its last whole line; None where there is none."""
-    path = folder / NAME
+    """Open the journal of an interrupted run, truncated to its last complete line; None if there is none."""
+    path = folder / JOURNAL_NAME
     if not path.is_file():
         return None
-    records, whole = _records(path.read_bytes())
+    records, nbytes = _records(path.read_bytes())
     if not records or "merge" not in records[0]:
         return None
-    os.truncate(path, whole)
-    done, commit, sent = {}, None, {}
+    os.truncate(path, nbytes)
+    done, commit, uploaded = {}, None, {}
     for record in records:
         if "tile" in record:
             tile = Tile(*record["tile"])
-            sums = {key: tuple(some) for key, some in record["sums"].items()}
-            done[tile] = FinishedTile(tile, sums, tuple(record.get("measured", ())))
+            checksums = {key: tuple(sums) for key, sums in record["sums"].items()}
+            done[tile] = FinishedTile(tile, checksums, tuple(record.get("measured", ())))
         elif "sent" in record:
-            sent[record["sent"]] = UploadedFile(record["repo"], record["sha256"], record["size"])
+            uploaded[record["sent"]] = UploadedFile(record["repo"], record["sha256"], record["size"])
         elif "commit" in record:
             commit = Commit(tuple(record["commit"]), tuple(record["removes"]))
-    return Journal(path, records[0]["merge"], done, commit, sent)
+    return Journal(path, records[0]["merge"], done, commit, uploaded)
 
 
-def _record(done: FinishedTile) -> dict[str, object]:
-    record: dict[str, object] = {"tile": [done.tile.name, done.tile.start, done.tile.stop], "sums": done.checksums}
-    return record | ({"measured": done.change} if done.change else {})
+def _record(finished: FinishedTile) -> dict[str, object]:
+    tile = finished.tile
+    record: dict[str, object] = {"tile": [tile.name, tile.start, tile.stop], "sums": finished.checksums}
+    return record | ({"measured": finished.change} if finished.change else {})
 
 
 def _line(record: dict[str, object]) -> bytes:
@@ -179,12 +181,12 @@ def _line(record: dict[str, object]) -> bytes:
 
 
 def _records(data: bytes) -> tuple[list[dict], int]:  # type: ignore[type-arg]  # any JSON
-    """The records up to the first damaged line, and how many bytes they take."""
-    records, whole = [], 0
+    """The records up to the first damaged line, and their size in bytes."""
+    records, nbytes = [], 0
     for line in data.splitlines(keepends=True):
         body = line[9:-1]
         if not line.endswith(b"\n") or line[:9] != f"{zlib.crc32(body):08x} ".encode():
             break
         records.append(json.loads(body))
-        whole += len(line)
-    return records, whole
+        nbytes += len(line)
+    return records, nbytes

@@ -9,19 +9,20 @@ from typing import Any
 import yaml
 
 from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource
-from mergeforge.core.sizes import show_size
+from mergeforge.core.file_names import MODEL_CARD
+from mergeforge.core.sizes import format_size
 from mergeforge.planner import Plan
 
-_LICENCE = ("license", "license_name", "license_link")
+LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def model_card(plan: Plan) -> str:
-    """Front matter for the Hub and a body that says how the model was made."""
+    """The front matter for the Hub, and a body that says how the model was made."""
     front = yaml.safe_dump(_front_matter(plan), sort_keys=False, allow_unicode=True)
     recipe = plan.recipe.to_yaml().strip()
     counts = Counter(plan.summaries.values())
-    rows = "\n".join(f"| {count} | {action} |" for action, count in counts.most_common())
-    sources = "\n".join(f"- {_described(table)}" for table in plan.inputs.checkpoints)
+    rows = "\n".join(f"| {count} | {summary} |" for summary, count in counts.most_common())
+    sources = "\n".join(f"- {_describe(checkpoint)}" for checkpoint in plan.inputs.checkpoints)
     return f"""---
 {front}---
 # {plan.out.absolute().name}
@@ -34,12 +35,12 @@ Merged with [mergeforge](https://pypi.org/project/mergeforge/) by the method `{p
 
 {_files(plan)}## What was done
 
-| tensors | way |
+| tensors | operation |
 |---|---|
 {rows}
 
-Arithmetic is float32, rounded once when a tensor is written. `mergeforge.json` holds every tensor's
-way and checksum; `mergeforge verify` checks them.
+The arithmetic is float32, rounded once when a tensor is written. `mergeforge.json` holds the operation and the
+checksum of every tensor; `mergeforge verify` checks them.
 
 {_notes(plan)}{_use(plan)}## Recipe
 
@@ -53,7 +54,7 @@ def _front_matter(plan: Plan) -> dict[str, Any]:
     inputs = plan.inputs
     models = inputs.stored_models
     named = list(dict.fromkeys(str(model.entry.model.path) for model in models))
-    adapters = [str(one.entry.adapter.path) for one in inputs.opened_adapters]
+    adapters = [str(adapter.entry.adapter.path) for adapter in inputs.opened_adapters]
     merged = len(named) > 1 or len(adapters) > 1
     repos = [name.removeprefix("hf://") for name in [*named, *adapters] if not Path(name).exists()]
     front: dict[str, Any] = {"base_model": [name for name in repos if "://" not in name]}
@@ -68,29 +69,29 @@ def _front_matter(plan: Plan) -> dict[str, Any]:
     if merged or not exported:
         tags.insert(0, "merge")
     front |= {"library_name": "gguf" if exported else "transformers", "tags": tags}
-    licences = [_licence(model.checkpoint) for model in models]
-    if licences and licences[0] and all(one == licences[0] for one in licences):
-        front |= licences[0]
+    licenses = [_license(model.checkpoint) for model in models]
+    if licenses and licenses[0] and all(license == licenses[0] for license in licenses):
+        front |= licenses[0]
     return front
 
 
 def _notes(plan: Plan) -> str:
-    """What the plan noted, inputs by their names alone."""
+    """The plan's notes; inputs with absolute paths are shown by name only."""
     if not plan.notes:
         return ""
     text = "\n".join(f"- {note}" for note in plan.notes)
-    for table in sorted(plan.inputs.checkpoints, key=lambda table: -len(table.label)):
-        if Path(table.label).is_absolute():
-            text = text.replace(table.label, Path(table.label).name)
+    for checkpoint in sorted(plan.inputs.checkpoints, key=lambda checkpoint: -len(checkpoint.label)):
+        if Path(checkpoint.label).is_absolute():
+            text = text.replace(checkpoint.label, Path(checkpoint.label).name)
     return f"## Notes\n\n{text}\n\n"
 
 
 def _files(plan: Plan) -> str:
-    """The GGUF files: type, size, bits a weight, and what they were quantised from."""
+    """The GGUF files: type, size, bits per weight, and what they were quantized from."""
     if not plan.ggufs:
         return ""
     rows = "\n".join(
-        f"| {', '.join(gguf.layout.files)} | {gguf.file_type.label} | {show_size(gguf.layout.nbytes)} "
+        f"| {', '.join(gguf.layout.files)} | {gguf.file_type.label} | {format_size(gguf.layout.nbytes)} "
         f"| {gguf.bits_per_weight:.2f} |"
         for gguf in plan.ggufs
     )
@@ -108,36 +109,37 @@ Encoded from {origin}.
 
 
 def _use(plan: Plan) -> str:
-    """How a language model is loaded and served, by its repo's name if it is known."""
+    """How to load and serve a language model, by the name of its repo if known."""
     architectures = (
         plan.inputs.stored_models[0].checkpoint.config.get("architectures") if plan.inputs.stored_models else None
     )
-    if not any(str(one).endswith("ForCausalLM") for one in architectures or ()):
+    if not any(str(name).endswith("ForCausalLM") for name in architectures or ()):
         return ""
     publish = plan.recipe.output.publish
     repo = publish.repo if publish else f"OWNER/{plan.out.absolute().name}"
-    parts = []
+    commands = []
     if plan.checkpoint.files:
         code = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         code += f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
         code += f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")'
-        parts += [f"```python\n{code}\n```", f"```sh\nvllm serve {repo}\n```"]
+        commands += [f"```python\n{code}\n```", f"```sh\nvllm serve {repo}\n```"]
     if plan.ggufs:
         label = plan.ggufs[0].file_type.label
-        parts.append(f"```sh\nllama-server -hf {repo}:{label}\nollama run hf.co/{repo}:{label}\n```")
-    return "## Use\n\n" + "\n\n".join(parts) + "\n\n"
+        commands.append(f"```sh\nllama-server -hf {repo}:{label}\nollama run hf.co/{repo}:{label}\n```")
+    return "## Use\n\n" + "\n\n".join(commands) + "\n\n"
 
 
-def _described(table: Checkpoint) -> str:
-    name = table.label if not Path(table.label).is_absolute() else Path(table.label).name
-    return f"{name} at {table.revision}" if table.revision else name
+def _describe(checkpoint: Checkpoint) -> str:
+    label = checkpoint.label
+    name = label if not Path(label).is_absolute() else Path(label).name
+    return f"{name} at {checkpoint.revision}" if checkpoint.revision else name
 
 
-def _licence(table: ModelSource) -> dict[str, Any]:
-    """The licence fields of the input's own card: copied, never invented."""
+def _license(model: ModelSource) -> dict[str, Any]:
+    """The license fields of the input's own model card: copied, never invented."""
     try:
-        text = (table.folder / "README.md").read_text(encoding="utf-8")
+        text = (model.folder / MODEL_CARD).read_text(encoding="utf-8")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
         return {}
-    return {key: front[key] for key in _LICENCE if key in front} if isinstance(front, dict) else {}
+    return {key: front[key] for key in LICENSE_KEYS if key in front} if isinstance(front, dict) else {}

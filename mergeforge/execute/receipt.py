@@ -1,4 +1,4 @@
-"""The receipt: what went in, what was done to every tensor, and the checksum of what came out."""
+"""The receipt (mergeforge.json): the inputs, what was done to every tensor, and the checksums of the output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mergeforge.adapters.expert_deltas import ExpertLoraDelta, RowRangeDelta
 from mergeforge.adapters.peft_delta import PeftDelta
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.core.checksums import file_sha256, tensor_checksum
-from mergeforge.execute.change_stats import ChangeStats, total
+from mergeforge.execute.change_stats import ChangeStats, total_change
 from mergeforge.execute.journal import Journal
 from mergeforge.planner import Plan, TensorPlan
 from mergeforge.writers.encoder import ByteRange, TensorEncoder, chunk_ranges, coalesce_ranges
@@ -28,33 +28,38 @@ from mergeforge.writers.safetensors import SafetensorsEncoder
 FORMAT = 1
 
 
-def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], seconds: float) -> bytes:
-    """mergeforge.json as bytes. The `run` part differs from run to run; the rest does not."""
-    tensors = {piece.info.name: _tensor(plan, piece, journal) for piece in plan.tensor_plans}
+def receipt(plan: Plan, journal: Journal, aux_files: Mapping[str, bytes | Path], seconds: float) -> bytes:
+    """The receipt as JSON bytes. Its `run` part differs from run to run; the rest does not.
+
+    `aux_files`: the files next to the weights, as contents or paths.
+    """
+    tensors = {tensor_plan.info.name: _tensor(plan, tensor_plan, journal) for tensor_plan in plan.tensor_plans}
     files: dict[str, Any] = {
         name: {
             "size": file.nbytes,
             "header_size": len(file.header),
             "header_sha256": hashlib.sha256(file.header).hexdigest(),
-            "known": [[at, len(data), hashlib.sha256(data).hexdigest()] for at, data in file.known.items()],
+            "known": [
+                [offset, len(data), hashlib.sha256(data).hexdigest()] for offset, data in file.known_bytes.items()
+            ],
         }
         for name, file in plan.files.items()
     }
     for gguf in plan.ggufs:
         for name in gguf.layout.files:
             files[name]["type"] = gguf.file_type.label
-    files |= {name: _side_file(content) for name, content in sides.items()}
+    files |= {name: _aux_file(content) for name, content in aux_files.items()}
     revision = plan.recipe.output.publish.revision if plan.recipe.output.publish else ""
-    for name, sent in journal.sent.items() if plan.streams else ():
-        files[name] |= {"sent_to": {"repo": sent.repo, "revision": revision}, "lfs_sha256": sent.sha256}
+    for name, uploaded in journal.uploaded.items() if plan.streams else ():
+        files[name] |= {"sent_to": {"repo": uploaded.repo, "revision": revision}, "lfs_sha256": uploaded.sha256}
     value = {
         "format": FORMAT,
         "mergeforge": version("mergeforge"),
         "fingerprint": plan.fingerprint,
         "recipe": plan.recipe.documents if plan.recipe.stages else plan.recipe.raw,
-        "inputs": [_input(table) for table in plan.inputs.checkpoints],
+        "inputs": [_input(checkpoint) for checkpoint in plan.inputs.checkpoints],
         "notes": list(plan.notes),
-        "checksum": "xxh3-128 of the xxh3-128 digests of the tensor's strips (mergeforge/core/checksums.py)",
+        "checksum": "xxh3-128 of the xxh3-128 digests of the tensor's chunks (mergeforge/core/checksums.py)",
         "tensors": dict(sorted(tensors.items())),
         "files": files,
         "run": _run(plan, seconds),
@@ -62,80 +67,87 @@ def receipt(plan: Plan, journal: Journal, sides: Mapping[str, bytes | Path], sec
     return (json.dumps(value, indent=1, default=str) + "\n").encode()
 
 
-def _tensor(plan: Plan, piece: TensorPlan, journal: Journal) -> dict[str, Any]:
-    """What was done to a tensor, and where each format holds it."""
-    held = [journal.is_finished(tile, piece.chunk_rows) or {} for tile in piece.tiles]
+def _tensor(plan: Plan, tensor_plan: TensorPlan, journal: Journal) -> dict[str, Any]:
+    """What was done to a tensor, and where it is stored in each format."""
+    checksums = [journal.is_finished(tile, tensor_plan.chunk_rows) or {} for tile in tensor_plan.tiles]
     facts: dict[str, Any] = {
-        "action": plan.summaries[piece.info.name],
-        "dtype": piece.info.dtype,
-        "shape": list(piece.info.shape),
+        "action": plan.summaries[tensor_plan.info.name],
+        "dtype": tensor_plan.info.dtype,
+        "shape": list(tensor_plan.info.shape),
     }
-    if isinstance(piece.tensor, AdaptedTensor):
-        facts["terms"] = [_term(weight, edit) for weight, edit in piece.tensor.terms]
-    if measured := journal.measured(piece.info.name):
-        facts["change"] = total(ChangeStats(*one) for one in measured).facts  # type: ignore[arg-type]  # numbers
-    for outlet in piece.encoders:
-        checksum = tensor_checksum(one for sums in held for one in sums.get(outlet.key, ()))
-        if isinstance(outlet, SafetensorsEncoder):
-            facts |= {"file": outlet.file, "xxh3": checksum}
+    if isinstance(tensor_plan.tensor, AdaptedTensor):
+        facts["terms"] = [_term(weight, delta) for weight, delta in tensor_plan.tensor.terms]
+    if changes := journal.change_stats(tensor_plan.info.name):
+        facts["change"] = total_change(ChangeStats(*change) for change in changes).as_json  # type: ignore[arg-type]  # numbers
+    for encoder in tensor_plan.encoders:
+        checksum = tensor_checksum(chunk for tile in checksums for chunk in tile.get(encoder.key, ()))
+        if isinstance(encoder, SafetensorsEncoder):
+            facts |= {"file": encoder.file, "xxh3": checksum}
         else:
-            encoded = {"file": outlet.file, "type": outlet.label, "strips": _strips(outlet, piece), "xxh3": checksum}
-            facts.setdefault("fp8" if isinstance(outlet, FP8Encoder) else "gguf", {})[outlet.key] = encoded
+            encoded = {
+                "file": encoder.file,
+                "type": encoder.label,
+                "strips": _chunks(encoder, tensor_plan),
+                "xxh3": checksum,
+            }
+            facts.setdefault("fp8" if isinstance(encoder, FP8Encoder) else "gguf", {})[encoder.key] = encoded
     return facts
 
 
-def _term(weight: float, edit: WeightDelta) -> dict[str, Any]:
-    """One adapter's part in a tensor: its kind, weight, and what decides its strength."""
-    facts: dict[str, Any] = {"kind": edit.label, "weight": weight}
-    low = edit.edit if isinstance(edit, RowRangeDelta) else edit
-    low = low.low if isinstance(low, DoraDelta) else low
-    if isinstance(low, LoraDelta | ExpertLoraDelta):
-        facts |= {"rank": low.rank, "scale": low.scale}
-    if isinstance(low, LoraDelta):
-        facts["adapter"] = Path(low.left.file.path).parent.name
-    if isinstance(low, PeftDelta):
-        facts |= low.formula.facts
-        facts["adapter"] = Path(next(iter(low.factors.values())).file.path).parent.name
+def _term(weight: float, delta: WeightDelta) -> dict[str, Any]:
+    """One adapter's contribution to a tensor: its kind, its weight, and the settings that scale it."""
+    facts: dict[str, Any] = {"kind": delta.label, "weight": weight}
+    inner = delta.delta if isinstance(delta, RowRangeDelta) else delta
+    inner = inner.lora if isinstance(inner, DoraDelta) else inner
+    if isinstance(inner, LoraDelta | ExpertLoraDelta):
+        facts |= {"rank": inner.rank, "scale": inner.scale}
+    if isinstance(inner, LoraDelta):
+        facts["adapter"] = Path(inner.left.file.path).parent.name
+    if isinstance(inner, PeftDelta):
+        facts |= inner.formula.details
+        facts["adapter"] = Path(next(iter(inner.factors.values())).file.path).parent.name
     return facts
 
 
-def _strips(outlet: TensorEncoder, piece: TensorPlan) -> list[list[list[int]]] | list[int]:
-    """Where the strips lie: [offset, bytes, bytes of a strip] if they follow one another, else each one's runs.
+def _chunks(encoder: TensorEncoder, tensor_plan: TensorPlan) -> list[list[list[int]]] | list[int]:
+    """Where the chunks are: [offset, bytes, bytes per chunk] if they are contiguous, otherwise the ranges of each.
 
-    A run is [offset, bytes, times, distance]: so many pieces, so far apart.
+    A range is [offset, bytes, count, stride]: `count` ranges of `bytes`, `stride` apart.
     """
-    runs = [outlet.byte_ranges(*strip) for strip in chunk_ranges(0, piece.info.rows, outlet)]
-    whole = list(coalesce_ranges(run for strip in runs for run in strip))
-    sizes = [sum(nbytes for _, nbytes in strip) for strip in runs]
-    even = set(sizes[:-1]) <= {sizes[0]} and 0 < sizes[-1] <= sizes[0] if sizes else False
-    if len(whole) == 1 and even and all(len(strip) == 1 for strip in runs):
+    ranges = [encoder.byte_ranges(*chunk) for chunk in chunk_ranges(0, tensor_plan.info.rows, encoder)]
+    whole = list(coalesce_ranges(byte_range for chunk in ranges for byte_range in chunk))
+    sizes = [sum(nbytes for _, nbytes in chunk) for chunk in ranges]
+    is_even = set(sizes[:-1]) <= {sizes[0]} and 0 < sizes[-1] <= sizes[0] if sizes else False
+    if len(whole) == 1 and is_even and all(len(chunk) == 1 for chunk in ranges):
         return [*whole[0], sizes[0]]
-    return [_evenly(strip) for strip in runs]
+    return [_strided(chunk) for chunk in ranges]
 
 
-def _evenly(runs: list[ByteRange]) -> list[list[int]]:
-    """Runs of one size and distance counted together."""
-    found: list[list[int]] = []
-    for offset, nbytes in runs:
-        last = found[-1] if found else None
+def _strided(ranges: list[ByteRange]) -> list[list[int]]:
+    """Ranges of equal size and distance, counted together."""
+    strided: list[list[int]] = []
+    for offset, nbytes in ranges:
+        last = strided[-1] if strided else None
         if last and last[1] == nbytes and (last[2] == 1 or offset == last[0] + last[2] * last[3]):
             last[3] = offset - last[0] if last[2] == 1 else last[3]
             last[2] += 1
         else:
-            found.append([offset, nbytes, 1, 0])
-    return found
+            strided.append([offset, nbytes, 1, 0])
+    return strided
 
 
-def _side_file(content: bytes | Path) -> dict[str, Any]:
+def _aux_file(content: bytes | Path) -> dict[str, Any]:
     if isinstance(content, bytes):
         return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return {"size": content.stat().st_size, "sha256": file_sha256(content)}
 
 
-def _input(table: Checkpoint) -> dict[str, Any]:
-    sizes = {Path(file.path).name: file.size for file in table.files}
-    files = {name: {"size": sizes.get(name, 0), "header_sha256": digest} for name, digest in table.file_hashes.items()}
-    return {"name": table.label, "revision": table.revision, "files": files}
+def _input(checkpoint: Checkpoint) -> dict[str, Any]:
+    sizes = {Path(file.path).name: file.size for file in checkpoint.files}
+    files = {
+        name: {"size": sizes.get(name, 0), "header_sha256": digest} for name, digest in checkpoint.file_hashes.items()
+    }
+    return {"name": checkpoint.label, "revision": checkpoint.revision, "files": files}
 
 
 def _run(plan: Plan, seconds: float) -> dict[str, Any]:
@@ -144,15 +156,15 @@ def _run(plan: Plan, seconds: float) -> dict[str, Any]:
         "device": plan.budget.device,
         "threads": plan.budget.threads,
         "memory": plan.budget.memory,
-        "peak_rss": _peak(),
+        "peak_rss": peak_rss(),
         "torch": version("torch"),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
 
 
-def _peak() -> int:
-    """This process's peak resident memory. (getrusage counts the memory of the process that started it, too.)"""
+def peak_rss() -> int:
+    """This process's peak resident memory. getrusage may report that of the process that started it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""Bytes depend on the recipe and the inputs alone: not on memory, threads, tiles or shards."""
+"""Output bytes depend only on the recipe and the inputs: not on memory, threads, tiles or shards."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mergeforge.core import tensor_info
 from mergeforge.core.tensor_info import DTYPES, TensorInfo, Tile, blocks, split_into_tiles, torch_dtype
 from mergeforge.methods import METHODS
 from mergeforge.native import bindings
-from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
+from mergeforge.operations.synthetic_models import ModelShape, write_adapter, write_model
 from mergeforge.planner import tiling
 from mergeforge.tensors import budget
 from mergeforge.writers.safetensors import lay_out, split
 
-SHAPE = Shape(hidden=64, intermediate=176, layers=1, heads=4, kv_heads=2, vocab=320)
+SHAPE = ModelShape(hidden=64, intermediate=176, layers=1, heads=4, kv_heads=2, vocab=320)
 BLOCK = 4096  # elements, so that these small tensors have up to five blocks
 PARAMETERS = {"density": 0.4, "t": 0.3, "rescale": True, "scale": 0.7, "lambda": 1.2}
 
@@ -44,22 +44,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folder: Path, method: str, kind: str) -> dict[str, Any]:
-    known = METHODS[method]
-    count = min(3, known.inputs[1])
+    definition = METHODS[method]
+    count = min(3, definition.inputs[1])
     value: dict[str, Any] = {"merge_method": method, "dtype": "float32", "random_seed": 5}
-    value["parameters"] = {name: PARAMETERS[name] for name in known.parameters if name in PARAMETERS}
-    if kind == "adapters" or known.needs_base:
+    value["parameters"] = {name: PARAMETERS[name] for name in definition.parameters if name in PARAMETERS}
+    if kind == "adapters" or definition.needs_base:
         value["base_model"] = str(folder / "m0")
     if kind == "adapters":
         value["adapters"] = [
-            {"adapter": str(folder / f"l{at}")} | ({"weight": 0.2 * at} if "weight" in known.parameters else {})
-            for at in range(1, count + 1)
+            {"adapter": str(folder / f"l{index}")}
+            | ({"weight": 0.2 * index} if "weight" in definition.parameters else {})
+            for index in range(1, count + 1)
         ]
     else:
-        own = {"weight"} & set(known.parameters)
-        names = range(1, count + 1 - known.base_is_input)
+        own = {"weight"} & set(definition.parameters)
+        names = range(1, count + 1 - definition.base_is_input)
         value["models"] = [
-            {"model": str(folder / f"m{at}"), "parameters": dict.fromkeys(own, 0.2 * at)} for at in names
+            {"model": str(folder / f"m{index}"), "parameters": dict.fromkeys(own, 0.2 * index)} for index in names
         ]
     return value
 
@@ -69,17 +70,17 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
     folder, counter = tmp_path_factory.mktemp("out"), itertools.count()
 
     @cache
-    def least(method: str, kind: str, in_c: bool) -> int:
-        """The memory that one worker needs when every tile is a single block (torch needs more than kernels do)."""
+    def min_memory(method: str, kind: str, in_c: bool) -> int:
+        """The memory that one worker needs when every tile is a single block (torch needs more than the C library)."""
         plan = mergeforge.plan(recipe(models, method, kind), out=folder / "planned", device="cpu", threads=1)
-        pieces = [tiling._piece(piece.way, piece.info, piece.outlets, 0, "cpu") for piece in plan.pieces]
-        assert any(len(piece.tiles) > 1 for piece in pieces)
-        return max(piece.staging_nbytes for piece in pieces) + max(piece.scratch_nbytes for piece in pieces)
+        plans = [tiling._plan_tensor(one.tensor, one.info, one.encoders, 0, "cpu") for one in plan.tensor_plans]
+        assert any(len(tensor_plan.tiles) > 1 for tensor_plan in plans)
+        return max(one.staging_nbytes for one in plans) + max(one.scratch_nbytes for one in plans)
 
     def run(
         method: str,
         kind: str,
-        more: int | None = None,
+        extra_memory: int | None = None,
         threads: int = 1,
         tile: int = 1 << 20,
         in_c: bool = True,
@@ -87,12 +88,12 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
         out = folder / str(next(counter))
         with pytest.MonkeyPatch.context() as patch:
             if not in_c:
-                patch.setattr(bindings, "available", lambda: False)
+                patch.setattr(bindings, "is_available", lambda: False)
             patch.setattr(tensor_info, "BLOCK_ELEMENTS", BLOCK)
             patch.setattr(tiling, "TILE_NBYTES", tile)
             patch.setattr(tiling, "SUM_NBYTES", tile)
             patch.setattr(budget, "MIN_MEMORY", 1)
-            memory = 1 << 30 if more is None else threads * (least(method, kind, in_c) + more)
+            memory = 1 << 30 if extra_memory is None else threads * (min_memory(method, kind, in_c) + extra_memory)
             plan = mergeforge.plan(recipe(models, method, kind), out=out, memory=memory, threads=threads, device="cpu")
             assert plan.peak <= memory
             mergeforge.merge(plan.recipe, out=out, memory=memory, threads=threads, device="cpu")
@@ -104,45 +105,49 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
 
 
 @pytest.fixture(scope="module")
-def whole(merge: Merge) -> Merge:
-    """The same merge in much memory, by one worker."""
+def unlimited(merge: Merge) -> Merge:
+    """The same merge with plenty of memory and one worker."""
     return cache(merge)
 
 
 @pytest.mark.parametrize("kind", ["models", "adapters"])
 @pytest.mark.parametrize("method", sorted(METHODS))
 @settings(max_examples=5, deadline=None, derandomize=True)
-@given(more=st.integers(0, 400_000), threads=st.integers(1, 4), tile=st.sampled_from([1, 20_000, 70_000, 1 << 20]))
-def test_memory_threads_and_tiles_do_not_show(
-    merge: Merge, whole: Merge, method: str, kind: str, more: int, threads: int, tile: int
+@given(
+    extra_memory=st.integers(0, 400_000), threads=st.integers(1, 4), tile=st.sampled_from([1, 20_000, 70_000, 1 << 20])
+)
+def test_bytes_do_not_depend_on_memory_threads_or_tiles(
+    merge: Merge, unlimited: Merge, method: str, kind: str, extra_memory: int, threads: int, tile: int
 ) -> None:
-    assert merge(method, kind, more, threads, tile) == whole(method, kind)
+    assert merge(method, kind, extra_memory, threads, tile) == unlimited(method, kind)
 
 
 @pytest.mark.parametrize("kind", ["models", "adapters"])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_one_block_at_a_time(merge: Merge, whole: Merge, method: str, kind: str) -> None:
-    assert merge(method, kind, 0, 2, 1) == whole(method, kind)
+def test_bytes_do_not_change_with_one_block_per_tile(merge: Merge, unlimited: Merge, method: str, kind: str) -> None:
+    assert merge(method, kind, 0, 2, 1) == unlimited(method, kind)
 
 
 @pytest.mark.needs_kernels
-@pytest.mark.parametrize("more", [None, 0])
+@pytest.mark.parametrize("extra_memory", [None, 0])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_kernels_do_not_show(merge: Merge, whole: Merge, method: str, more: int | None) -> None:
-    """torch alone against the kernels in C, with room for whole tensors and with room for one block."""
-    assert merge(method, "models", more, 2, 1, in_c=False) == whole(method, "models")
+def test_torch_and_the_c_library_write_the_same_bytes(
+    merge: Merge, unlimited: Merge, method: str, extra_memory: int | None
+) -> None:
+    """With memory for whole tensors, and with memory for one block."""
+    assert merge(method, "models", extra_memory, 2, 1, in_c=False) == unlimited(method, "models")
 
 
 @pytest.mark.parametrize("count", [60, 70, 150])
 def test_many_models_fit_their_staging_buffer(tmp_path: Path, count: int) -> None:
-    """Every piece of the buffer is aligned; small odd tensors lose most by it."""
+    """Every allocation in the buffer is aligned, which costs most for small tensors of odd size."""
     entries = []
-    for at in range(count):
-        folder = tmp_path / f"m{at}"
+    for number in range(count):
+        folder = tmp_path / f"m{number}"
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         safetensors.torch.save_file(
-            {"w": torch.full((33,), float(at)), "v": torch.ones(7, 3)}, folder / "model.safetensors"
+            {"w": torch.full((33,), float(number)), "v": torch.ones(7, 3)}, folder / "model.safetensors"
         )
         entries.append({"model": str(folder), "parameters": {"weight": 1.0}})
     out = mergeforge.merge({"merge_method": "linear", "models": entries}, out=tmp_path / "out", device="cpu", threads=1)
@@ -151,7 +156,7 @@ def test_many_models_fit_their_staging_buffer(tmp_path: Path, count: int) -> Non
     assert merged["v"].tolist() == [[1.0] * 3] * 7
 
 
-# cutting
+# splitting into tiles
 
 SHAPES = st.lists(st.integers(0, 40), max_size=4).map(tuple)
 
@@ -168,10 +173,10 @@ def test_tiles_and_blocks_cover_a_tensor(shape: tuple[int, ...], dtype: str, sha
     if math.prod(shape) > 1 << 30:
         info = TensorInfo("w", dtype, (min(shape[0], 1 << 12), shape[1]))
     tiles = split_into_tiles(info, max(1, int(share * info.rows)))
-    found = [range(*block) for tile in tiles for block in blocks(tile, info)]
-    assert found == [range(*block) for block in blocks(Tile("w", 0, info.rows), info)]
-    assert sum(map(len, found)) == info.rows
-    assert all(len(rows) == info.block_rows for rows in found[:-1])
+    covered = [range(*block) for tile in tiles for block in blocks(tile, info)]
+    assert covered == [range(*block) for block in blocks(Tile("w", 0, info.rows), info)]
+    assert sum(map(len, covered)) == info.rows
+    assert all(len(rows) == info.block_rows for rows in covered[:-1])
 
 
 # layout
@@ -188,16 +193,16 @@ INFOS = st.lists(
 
 
 def tensor(info: TensorInfo, seed: int) -> torch.Tensor:
-    known = TORCH[info.dtype]
-    assert known is not None
+    dtype = TORCH[info.dtype]
+    assert dtype is not None
     high = 2 if info.dtype == "BOOL" else 256
     raw = torch.randint(0, high, (info.nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return raw.view(known).view(info.shape)
+    return raw.view(dtype).view(info.shape)
 
 
 @settings(max_examples=150, deadline=None)
 @given(infos=INFOS)
-def test_a_file_is_as_safetensors_writes_it(infos: list[TensorInfo]) -> None:
+def test_writes_the_same_file_as_safetensors(infos: list[TensorInfo]) -> None:
     values = {info.name: tensor(info, seed) for seed, info in enumerate(infos)}
     layout = lay_out(infos, 1 << 30)
     (file,) = layout.files.values()
@@ -217,27 +222,27 @@ def test_every_byte_belongs_to_one_tensor(infos: list[TensorInfo], shard_size: i
     layout = lay_out(infos, shard_size)
     assert layout.extents.keys() == {info.name for info in infos}
     for name, file in layout.files.items():
-        at = len(file.header)
-        assert at % 8 == 0
-        held = [extent for extent in layout.extents.values() if extent.file == name]
-        for extent in sorted(held, key=lambda extent: (extent.offset, extent.nbytes)):
-            assert extent.offset == at
-            at += extent.nbytes
-        assert at == file.nbytes
+        offset = len(file.header)
+        assert offset % 8 == 0
+        extents = [extent for extent in layout.extents.values() if extent.file == name]
+        for extent in sorted(extents, key=lambda extent: (extent.offset, extent.nbytes)):
+            assert extent.offset == offset
+            offset += extent.nbytes
+        assert offset == file.nbytes
     assert layout.nbytes == sum(file.nbytes for file in layout.files.values())
 
 
 @settings(max_examples=150, deadline=None)
 @given(infos=INFOS.filter(bool), shard_size=st.integers(1, 600))
-def test_shards_are_those_of_huggingface(infos: list[TensorInfo], shard_size: int) -> None:
-    theirs = split_state_dict_into_shards_factory(
+def test_splits_into_the_same_shards_as_huggingface_hub(infos: list[TensorInfo], shard_size: int) -> None:
+    reference = split_state_dict_into_shards_factory(
         {info.name: info for info in infos},  # type: ignore[arg-type]
         get_storage_size=lambda info: info.nbytes,  # type: ignore[attr-defined]
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_size,
     )
     shards = [[info.name for info in shard] for shard in split(infos, shard_size)]
-    assert shards == list(theirs.filename_to_tensors.values())
+    assert shards == list(reference.filename_to_tensors.values())
     layout = lay_out(infos, shard_size)
-    assert list(layout.files) == list(theirs.filename_to_tensors)
-    assert {name: extent.file for name, extent in layout.extents.items()} == theirs.tensor_to_filename
+    assert list(layout.files) == list(reference.filename_to_tensors)
+    assert {name: extent.file for name, extent in layout.extents.items()} == reference.tensor_to_filename

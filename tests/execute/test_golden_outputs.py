@@ -26,7 +26,7 @@ def param(case: Case) -> object:
 
 
 @pytest.mark.parametrize("case", [param(case) for case in CASES])
-def test_bytes_are_those_recorded(case: Case, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_bytes_equal_the_recorded_ones(case: Case, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if case.needs == "numba" and not golden.has_numba():
         pytest.skip("numba is not installed")
     if case.needs == "peft":
@@ -37,23 +37,23 @@ def test_bytes_are_those_recorded(case: Case, inputs: Path, monkeypatch: pytest.
             f"torch_linalg: its last bits depend on torch and the processor; recorded with {there}, here {here}"
         )
     monkeypatch.chdir(inputs)
-    found, expected = golden.outputs_of(case), RECORDED[case.name]
-    assert found == expected, f"{case.name}: {', '.join(golden.differences(found, expected))}"
+    outputs, expected = golden.outputs_of(case), RECORDED[case.name]
+    assert outputs == expected, f"{case.name}: {', '.join(golden.differences(outputs, expected))}"
 
 
-def test_every_recorded_case_is_compared() -> None:
+def test_compares_every_recorded_case() -> None:
     assert RECORDED.keys() - {golden.ENVIRONMENT} == {case.name for case in CASES}
 
 
-def test_an_interrupted_run_and_little_memory_change_nothing() -> None:
+def test_interruptions_and_little_memory_do_not_change_bytes() -> None:
     assert RECORDED["resumed"] == RECORDED["shards"]
     assert RECORDED["little memory, fold"] == RECORDED["fold three"]
     for method in ("linear", "ties", "dare_ties", "slerp"):
         assert RECORDED[f"little memory, {method}"] == RECORDED[f"method {method}"]
 
 
-def test_torch_writes_what_kernels_write() -> None:
-    """Recorded where torch multiplies and adds in one rounding, as the kernels do."""
+def test_torch_and_the_c_library_write_the_same_bytes() -> None:
+    """Recorded on a machine where torch fuses multiply and add, as the C library does."""
     for suffix in (" in torch", " without numba"):
         pairs = [name for name in RECORDED if name.endswith(suffix)]
         assert pairs and all(RECORDED[name] == RECORDED[name.removesuffix(suffix)] for name in pairs)

@@ -1,4 +1,4 @@
-"""Peak resident memory of real processes against --memory."""
+"""Peak resident memory of real processes, compared with --memory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
+from mergeforge.operations.synthetic_models import ModelShape, write_adapter, write_model
 from mergeforge.planner.tiling import SUM_NBYTES
 from mergeforge.tensors.native_inputs import READ_NBYTES
 
-SHAPE = Shape(1024, 2816, 6, 8, 8, 32000)  # 127 M parameters; an embedding of 64 MB in bfloat16
+SHAPE = ModelShape(1024, 2816, 6, 8, 8, 32000)  # 127 M parameters; an embedding of 64 MB in bfloat16
 OWN = 30 << 20  # mergeforge's modules, headers, malloc
 MARGIN = 90 << 20  # headers, Python's and torch's own growth, malloc
 
 
-# A small process in between: the system counts a parent's memory as its child's.
+# A small process in between: the system counts the memory of a parent as that of its child.
 LAUNCHER = """
 import os, subprocess, sys
 process = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
@@ -30,8 +30,10 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 def peak(*command: str) -> int:
     """Peak resident memory in bytes of `python COMMAND`."""
-    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=True)
-    return int(done.stdout) * 1024
+    process = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=True
+    )
+    return int(process.stdout) * 1024
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.needs_kernels
-def test_sums_take_the_tiles_that_they_write(root: Path) -> None:
-    """And neither torch nor a place for the inputs."""
+def test_native_sums_need_memory_only_for_output_tiles(root: Path) -> None:
+    """They use neither torch nor staging space for the inputs."""
     models = [{"model": str(root / f"tuned-{seed}"), "parameters": {"weight": 0.5}} for seed in (1, 2)]
     recipe = {"merge_method": "linear", "models": models, "output": {"path": str(root / "sum")}}
     (root / "sum.yaml").write_text(yaml.safe_dump(recipe))
@@ -55,7 +57,7 @@ def test_sums_take_the_tiles_that_they_write(root: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["fold", "fp8", "ties", "dare_ties", "slerp"])
-def test_peak_stays_within_the_memory_given(root: Path, method: str) -> None:
+def test_peak_stays_within_the_memory_limit(root: Path, method: str) -> None:
     output = {"path": str(root / method), "fp8": method == "fp8"}
     recipe: dict[str, object] = {"base_model": str(root / "base"), "output": output}
     if method in ("fold", "fp8"):

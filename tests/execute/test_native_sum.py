@@ -1,4 +1,4 @@
-"""Weighted sums from disk to disk in C: without torch, and with the errors that it would give."""
+"""Weighted sums from disk to disk in C: without torch, but with the same errors."""
 
 from __future__ import annotations
 
@@ -45,79 +45,79 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"weight": 0.3, "density": 0.4},
     "breadcrumbs_ties": {"weight": 0.3, "density": 0.4},
 }
-ALONE = ("passthrough", "slerp", "nearswap")  # with one model beside the base, or with no other
+SINGLE_MODEL = ("passthrough", "slerp", "nearswap")  # one model, with or without a base
 
 
 def recipe(method: str) -> dict[str, Any]:
-    models = [{"model": "./tuned-a"}] if method in ALONE else [{"model": "./tuned-a"}, {"model": "./tuned-b"}]
-    based = method not in ("passthrough", "linear", "karcher", "nuslerp", "multislerp")
-    made = {"merge_method": method, "models": models, "parameters": PARAMETERS[method]}
-    return made | ({"base_model": "./base"} if based else {})
+    models = [{"model": "./tuned-a"}] if method in SINGLE_MODEL else [{"model": "./tuned-a"}, {"model": "./tuned-b"}]
+    has_base = method not in ("passthrough", "linear", "karcher", "nuslerp", "multislerp")
+    value = {"merge_method": method, "models": models, "parameters": PARAMETERS[method]}
+    return value | ({"base_model": "./base"} if has_base else {})
 
 
 @pytest.mark.parametrize("method", PARAMETERS)
-def test_torch_is_not_imported(method: str) -> None:
+def test_native_sums_do_not_import_torch(method: str) -> None:
     Path("recipe.yaml").write_text(json.dumps(recipe(method)))
     command = [sys.executable, "-c", WITHOUT_TORCH, "run", "recipe.yaml", "--out", "out"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     receipt = json.loads(Path("out/mergeforge.json").read_text())
     assert receipt["run"]["peak_rss"] < 100 << 20
 
 
-def test_what_kernels_do_not_sum_goes_through_torch() -> None:
+def test_plans_torch_for_what_the_c_library_cannot_sum() -> None:
     plan = mergeforge.plan(recipe("model_stock"), out="out", device="cpu")
     assert not plan.needs_torch
-    rows = recipe("model_stock") | {"parameters": {"filter_wise": True}}
-    assert mergeforge.plan(rows, out="out", device="cpu").needs_torch
-    both = recipe("linear") | {"output": {"gguf": ["f16"]}}
-    assert mergeforge.plan(both, out="out", device="cpu").needs_torch
+    filter_wise = recipe("model_stock") | {"parameters": {"filter_wise": True}}
+    assert mergeforge.plan(filter_wise, out="out", device="cpu").needs_torch
+    with_gguf = recipe("linear") | {"output": {"gguf": ["f16"]}}
+    assert mergeforge.plan(with_gguf, out="out", device="cpu").needs_torch
     assert mergeforge.plan(recipe("linear"), out="out", device="cpu", memory="16MiB").peak < 16 << 20
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])
-def test_a_file_that_is_cut_off_meanwhile(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names it; what is read when it is opened was there."""
-    whole = bindings.kernels().inner_products if method == "slerp" else bindings.kernels().weighted_sum
+def test_names_an_input_that_is_truncated_during_the_merge(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header was intact when the file was opened."""
+    kernel = bindings.kernels().inner_products if method == "slerp" else bindings.kernels().weighted_sum
 
     def cut(*arguments: Any) -> int:
         os.truncate("tuned-a/model.safetensors", 4096)
-        return int(whole(*arguments))
+        return int(kernel(*arguments))
 
-    monkeypatch.setattr(bindings.kernels(), whole.__name__, cut)
+    monkeypatch.setattr(bindings.kernels(), kernel.__name__, cut)
     with pytest.raises(SourceError, match=r"tuned-a/model.safetensors ends at byte \d+; it changed while"):
         mergeforge.merge(recipe(method), out="out", device="cpu", threads=1)
 
 
-def test_infinite_values(tmp_path: Path) -> None:
-    """Refused with their number and place; written as torch writes them where that is allowed."""
+def test_refuses_nonfinite_values_unless_allowed(tmp_path: Path) -> None:
+    """The error tells their number and position; with allow_nonfinite, they are written as torch writes them."""
     weights = load_file("tuned-a/model.safetensors")
     weights["lm_head.weight"][3, 5], weights["lm_head.weight"][7, 1] = torch.inf, torch.nan
     save_file(weights, "tuned-a/model.safetensors", {"format": "pt"})
     columns = weights["lm_head.weight"].shape[1]
-    with pytest.raises(SourceError, match=rf"lm_head.weight would hold 2 infinite or NaN .*first at {3 * columns + 5}"):
+    message = rf"lm_head.weight would hold 2 infinite or NaN .*first at element {3 * columns + 5}"
+    with pytest.raises(SourceError, match=message):
         mergeforge.merge(recipe("linear"), out="out", device="cpu")
     in_c = mergeforge.merge(recipe("linear"), out="in-c", device="cpu", allow_nonfinite=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bindings, "available", lambda: False)
+        patch.setattr(bindings, "is_available", lambda: False)
         in_torch = mergeforge.merge(recipe("linear"), out="in-torch", device="cpu", allow_nonfinite=True)
     assert (in_c / "model.safetensors").read_bytes() == (in_torch / "model.safetensors").read_bytes()
 
 
-def test_the_receipts_measures_are_torchs() -> None:
+def test_change_stats_in_the_receipt_equal_torchs() -> None:
     def changes(out: Path) -> Any:
         receipt = json.loads((out / "mergeforge.json").read_text())
-        return {name: facts["change"] for name, facts in receipt["tensors"].items() if "change" in facts}
+        return {name: entry["change"] for name, entry in receipt["tensors"].items() if "change" in entry}
 
     in_c = changes(mergeforge.merge(recipe("task_arithmetic"), out="in-c", device="cpu"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bindings, "available", lambda: False)
+        patch.setattr(bindings, "is_available", lambda: False)
         in_torch = changes(mergeforge.merge(recipe("task_arithmetic"), out="in-torch", device="cpu"))
-    assert in_c and {name: pytest.approx(facts, rel=1e-9) for name, facts in in_torch.items()} == in_c
+    assert in_c and {name: pytest.approx(change, rel=1e-9) for name, change in in_torch.items()} == in_c
 
 
-def test_no_driver_no_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without a GPU's driver nobody asks torch for one."""
+def test_does_not_ask_torch_for_a_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(budget, "DEVICES", tmp_path)
     assert budget._device("auto") == "cpu"
     assert not budget._may_have_gpu()

@@ -1,4 +1,4 @@
-"""What the receipt tells of every tensor: who changed it, how strongly, how far it moved, what rounding swallowed."""
+"""The receipt's entry of each tensor: which adapter changed it, how far it moved, what was lost to rounding."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def receipt(out: Path) -> dict[str, dict[str, object]]:
-    found: dict[str, dict[str, object]] = json.loads((out / "mergeforge.json").read_text())["tensors"]
-    return found
+    tensors: dict[str, dict[str, object]] = json.loads((out / "mergeforge.json").read_text())["tensors"]
+    return tensors
 
 
-def test_an_adapters_part(models: Path) -> None:
+def test_records_the_terms_of_an_adapter(models: Path) -> None:
     recipe = {"base_model": "base", "adapters": [{"adapter": "legal", "weight": 0.5}]}
     out = mergeforge.merge(recipe, out="merged")
     config = json.loads(Path("legal/adapter_config.json").read_text())
@@ -38,43 +38,45 @@ def test_an_adapters_part(models: Path) -> None:
     assert "terms" not in receipt(out)["model.norm.weight"]
 
 
-def test_how_far_it_moved_and_what_rounding_swallowed(models: Path) -> None:
-    """Small tensors are one block, of which the first eighth is looked at."""
+def test_records_the_change_and_what_was_lost_to_rounding(models: Path) -> None:
+    """Small tensors are one block, of which the first eighth is measured."""
     out = mergeforge.merge({"base_model": "base", "adapters": [{"adapter": "legal", "weight": 0.01}]}, out="merged")
     wide = mergeforge.merge(
         {"base_model": "base", "adapters": [{"adapter": "legal", "weight": 0.01}], "dtype": "float32"}, out="wide"
     )
-    before, after, exact = (load_file(one / "model.safetensors")[NAME][:8].float() for one in (Path("base"), out, wide))
-    facts = receipt(out)[NAME]["change"]
-    assert isinstance(facts, dict)
+    before, after, exact = (
+        load_file(folder / "model.safetensors")[NAME][:8].float() for folder in (Path("base"), out, wide)
+    )
+    recorded = receipt(out)[NAME]["change"]
+    assert isinstance(recorded, dict)
     change = exact - before
-    assert facts["elements_looked_at"] == change.numel()
-    assert facts["relative"] == pytest.approx(float(change.norm() / before.norm()), rel=1e-4)
-    assert facts["largest"] == pytest.approx(float(change.abs().max()), rel=1e-4)
-    swallowed = (change != 0) & (after == before)
-    assert 0.1 < facts["swallowed"] == pytest.approx(float(swallowed.sum() / (change != 0).sum()), abs=1e-3)
+    assert recorded["elements_looked_at"] == change.numel()
+    assert recorded["relative"] == pytest.approx(float(change.norm() / before.norm()), rel=1e-4)
+    assert recorded["largest"] == pytest.approx(float(change.abs().max()), rel=1e-4)
+    lost = (change != 0) & (after == before)
+    assert 0.1 < recorded["swallowed"] == pytest.approx(float(lost.sum() / (change != 0).sum()), abs=1e-3)
 
 
-def test_merges_of_models_tell_it_too(models: Path) -> None:
+def test_records_the_change_of_a_merge_of_models(models: Path) -> None:
     recipe = {"merge_method": "task_arithmetic", "base_model": "base", "models": ["tuned"], "parameters": {"weight": 1}}
     out = mergeforge.merge(recipe, out="merged")
-    before, after = (load_file(one / "model.safetensors")[NAME][:8].float() for one in (Path("base"), out))
-    facts = receipt(out)[NAME]["change"]
-    assert isinstance(facts, dict)
-    assert facts["relative"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
+    before, after = (load_file(folder / "model.safetensors")[NAME][:8].float() for folder in (Path("base"), out))
+    recorded = receipt(out)[NAME]["change"]
+    assert isinstance(recorded, dict)
+    assert recorded["relative"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
 
 
 @pytest.mark.parametrize("memory", ["32MiB", "1GiB"])
-def test_the_facts_do_not_depend_on_the_memory(models: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_change_stats_do_not_depend_on_the_memory(models: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mergeforge.core import tensor_info
 
     monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 256)
     recipe = {"base_model": "base", "adapters": ["legal"]}
-    one = receipt(mergeforge.merge(recipe, out="one", memory=memory))
-    other = receipt(mergeforge.merge(recipe, out="other", threads=1))
-    for name, facts in one.items():
-        change, same = facts.get("change"), other[name].get("change")
-        assert (change is None) == (same is None)
-        if isinstance(change, dict) and isinstance(same, dict):
-            assert change == pytest.approx(same)
+    limited = receipt(mergeforge.merge(recipe, out="one", memory=memory))
+    unlimited = receipt(mergeforge.merge(recipe, out="other", threads=1))
+    for name, entry in limited.items():
+        change, expected = entry.get("change"), unlimited[name].get("change")
+        assert (change is None) == (expected is None)
+        if isinstance(change, dict) and isinstance(expected, dict):
+            assert change == pytest.approx(expected)
             assert torch.tensor(change["elements_looked_at"]) > 0
