@@ -1,4 +1,4 @@
-"""A tensor with adapters folded in, and an adapter's delta on its own."""
+"""A tensor with adapters folded in, and an adapter's delta as a tensor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.adapters.deltas import LoraDelta, WeightDelta
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.tensors.budget import MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
+from mergeforge.tensors.budget import MemoryCost
+from mergeforge.tensors.lazy import LazyTensor, Rows, Stats, StatsPass
+from mergeforge.tensors.worker import Worker
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AdaptedTensor:
-    """W + sum(weight * delta): every low-rank edit in one float32 GEMM, one rounding at the end.
+    """W + sum(weight * delta): all LoRA deltas in one float32 GEMM, with one rounding at the end.
 
-    The sum is over deltas of the same W, so the order of the adapters does not matter.
+    All deltas are relative to the same W, so the order of the adapters does not matter.
     """
 
     base: LazyTensor
@@ -36,22 +37,22 @@ class AdaptedTensor:
 
     @property
     def needs_stats(self) -> bool:
-        return any(edit.needs_stats for _, edit in self.terms)
+        return any(delta.needs_stats for _, delta in self.terms)
 
     @property
     def memory_cost(self) -> MemoryCost:
-        return sum((edit.memory_cost for _, edit in self.terms), self.base.memory_cost) + MemoryCost(scratch_blocks=1)
+        return sum((delta.memory_cost for _, delta in self.terms), self.base.memory_cost) + MemoryCost(scratch_blocks=1)
 
     def collect_stats(self, scan: StatsPass) -> Any:
-        _learn_edits(scan, self.base, [edit for _, edit in self.terms])
+        _collect_delta_stats(scan, self.base, [delta for _, delta in self.terms])
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
-        whole = self.base.load(rows, worker, facts, dtype)
-        factors = _joined(self.terms, rows, worker, dtype)
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
+        whole = self.base.load(rows, worker, stats, dtype)
+        factors = _stack_lora_factors(self.terms, rows, worker, dtype)
         others = [
-            (weight, edit.needs_base, edit.load(rows, worker, facts, dtype))
-            for weight, edit in self.terms
-            if not isinstance(edit, LoraDelta)
+            (weight, delta.needs_base, delta.load(rows, worker, stats, dtype))
+            for weight, delta in self.terms
+            if not isinstance(delta, LoraDelta)
         ]
 
         def block(start: int, stop: int) -> Tensor:
@@ -69,10 +70,10 @@ class AdaptedTensor:
 
 @dataclass(frozen=True, eq=False)
 class AdapterDelta:
-    """What one adapter adds to a tensor, as a task vector of its own; no edits: zeros."""
+    """The task vector of one adapter: the sum of its deltas of a tensor; zeros if it has none."""
 
     base: LazyTensor
-    edits: tuple[WeightDelta, ...]
+    deltas: tuple[WeightDelta, ...]
 
     @property
     def info(self) -> TensorInfo:
@@ -84,20 +85,20 @@ class AdapterDelta:
 
     @property
     def needs_stats(self) -> bool:
-        return any(edit.needs_stats for edit in self.edits)
+        return any(delta.needs_stats for delta in self.deltas)
 
     @property
     def memory_cost(self) -> MemoryCost:
-        base = self.base.memory_cost if any(edit.needs_base for edit in self.edits) else MemoryCost()
-        return sum((edit.memory_cost for edit in self.edits), base) + MemoryCost(scratch_blocks=1)
+        base = self.base.memory_cost if any(delta.needs_base for delta in self.deltas) else MemoryCost()
+        return sum((delta.memory_cost for delta in self.deltas), base) + MemoryCost(scratch_blocks=1)
 
     def collect_stats(self, scan: StatsPass) -> Any:
-        _learn_edits(scan, self.base, self.edits)
+        _collect_delta_stats(scan, self.base, self.deltas)
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
-        needs_base = any(edit.needs_base for edit in self.edits)
-        whole = self.base.load(rows, worker, facts, dtype) if needs_base else None
-        deltas = [edit.load(rows, worker, facts, dtype) for edit in self.edits]
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
+        needs_base = any(delta.needs_base for delta in self.deltas)
+        whole = self.base.load(rows, worker, stats, dtype) if needs_base else None
+        deltas = [delta.load(rows, worker, stats, dtype) for delta in self.deltas]
         slot = worker.next_slot()
 
         def block(start: int, stop: int) -> Tensor:
@@ -110,19 +111,19 @@ class AdapterDelta:
         return block
 
 
-def _learn_edits(scan: StatsPass, base: LazyTensor, edits: Sequence[WeightDelta]) -> None:
-    for edit in edits:
-        if edit.needs_stats and id(edit) not in scan.facts:
-            scan.facts[id(edit)] = edit.collect_stats(scan, base)
+def _collect_delta_stats(scan: StatsPass, base: LazyTensor, deltas: Sequence[WeightDelta]) -> None:
+    for delta in deltas:
+        if delta.needs_stats and id(delta) not in scan.stats:
+            scan.stats[id(delta)] = delta.collect_stats(scan, base)
 
 
-def _joined(
+def _stack_lora_factors(
     terms: Sequence[tuple[float, WeightDelta]], rows: range, worker: Worker, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """All low-rank terms as one product: [w1 s1 L1, w2 s2 L2, ...] [R1; R2; ...]."""
+    """All LoRA terms as one product: [w1 s1 L1, w2 s2 L2, ...] [R1; R2; ...]."""
     import torch
 
-    pairs = [edit.factors(rows, worker, dtype, weight) for weight, edit in terms if isinstance(edit, LoraDelta)]
+    pairs = [delta.factors(rows, worker, dtype, weight) for weight, delta in terms if isinstance(delta, LoraDelta)]
     if not pairs:
         return None
     if len(pairs) == 1:

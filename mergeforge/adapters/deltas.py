@@ -1,30 +1,29 @@
-"""What an adapter does to one tensor: each edit yields its delta, block by block.
+"""The deltas that an adapter adds to one tensor, computed block by block.
 
-    LowRank        s * L R              LoRA on linear, Conv1D and embedding layers
-    Dora           m / |V| * V - W      with V = W + s * L R
-    Replaced       R - W                modules_to_save, trained biases
-    RowsReplaced   rows of the above    trainable tokens
-    Added          s * v                lora_bias
+    LoraDelta       s * L R              LoRA on linear, Conv1D and embedding layers
+    DoraDelta       m / |V| * V - W      with V = W + s * L R
+    ReplaceTensor   R - W                modules_to_save, trained biases
+    ReplaceRows     some rows of R - W   trainable tokens
+    AddTensor       s * v                lora_bias
 
-W is the tensor as it is stored; an edit's shape is always W's shape.
+W is the base's tensor as it is stored; a delta always has W's shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker, view_rows
-from mergeforge.tensors.lazy import Stats, StatsPass, LazyTensor
+from mergeforge.adapters.peft.kind import Delta
+from mergeforge.tensors.budget import MemoryCost
+from mergeforge.tensors.lazy import LazyTensor, Stats, StatsPass
 from mergeforge.tensors.stored import StoredTensor
+from mergeforge.tensors.worker import ALIGNMENT, Worker, view_rows
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
-
-Delta = Callable[[int, int, Any], "Tensor"]  # rows [start, stop) given W's rows (None unless it needs them)
 
 
 class WeightDelta(Protocol):
@@ -32,7 +31,7 @@ class WeightDelta(Protocol):
 
     @property
     def label(self) -> str:
-        """The kind of change, for the plan."""
+        """The name of this kind of delta, for the plan."""
 
     @property
     def needs_base(self) -> bool:
@@ -40,31 +39,31 @@ class WeightDelta(Protocol):
 
     @property
     def needs_stats(self) -> bool:
-        """Whether it must see all of W first."""
+        """Whether it must read all of W first."""
 
     @property
     def memory_cost(self) -> MemoryCost:
-        """Memory beside W."""
+        """Memory in addition to W's."""
 
     def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any: ...
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta: ...
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Delta: ...
 
 
 @dataclass(frozen=True, eq=False)
 class LoraDelta:
-    """s * L R with L (rows, r) and R (r, columns), each perhaps stored transposed.
+    """s * L R with L (rows, r) and R (r, columns); `transposed`: both are stored transposed.
 
-    W (out, in): L = lora_B, R = lora_A. GPT-2's Conv1D (in, out) and embeddings (vocabulary, dim)
-    take the transposes: L = A^T, R = B^T (peft/tuners/lora/layer.py, get_delta_weight). `order`: the
-    row of the stored L that each of W's rows takes, where llama.cpp has reordered them.
+    For W (out, in), L is lora_B and R is lora_A. For GPT-2's Conv1D (in, out) and embeddings (vocabulary, dim),
+    L = A^T and R = B^T (peft/tuners/lora/layer.py, get_delta_weight). `row_order`: the row of the stored L for
+    each row of W, where llama.cpp has reordered them.
     """
 
     left: StoredTensor
     right: StoredTensor
     transposed: bool
     scale: float
-    order: np.ndarray | None = None
+    row_order: np.ndarray | None = None
 
     label: str = "LoRA"
     needs_base: bool = False
@@ -78,16 +77,16 @@ class LoraDelta:
     def memory_cost(self) -> MemoryCost:
         size = self.left.info.bits // 8
         fixed = self.right.info.nbytes + 8 * self.right.info.numel + ALIGNMENT * (self.rank + 1)
-        fixed += self.left.info.nbytes if self.order is not None else 0
+        fixed += self.left.info.nbytes if self.row_order is not None else 0
         return MemoryCost(row_nbytes=self.rank * (size + 8), fixed_nbytes=fixed, scratch_blocks=1)
 
     def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
-    def plain_factors(self) -> tuple[Tensor, Tensor]:
-        """L and R, whole and in float64, without the scale; for comparisons while planning."""
-        left, right = self.left.whole(), self.right.whole()
-        left = left if self.order is None else left[self.order]
+    def read_factors(self) -> tuple[Tensor, Tensor]:
+        """L and R, whole and in float64, without the scale; for planning and for combining adapters."""
+        left, right = self.left.read_float64(), self.right.read_float64()
+        left = left if self.row_order is None else left[self.row_order]
         return (left.t(), right.t()) if self.transposed else (left, right)
 
     def factors(self, rows: range, worker: Worker, dtype: torch.dtype, weight: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -97,23 +96,23 @@ class LoraDelta:
         right = self.right.read_all(worker).to(dtype)
         if self.transposed:
             left, right = self._columns_of_left(rows, worker).t().to(dtype), right.t()
-        elif self.order is not None:
-            chosen = torch.from_numpy(self.order[rows.start : rows.stop]).to(worker.device)
+        elif self.row_order is not None:
+            chosen = torch.from_numpy(self.row_order[rows.start : rows.stop]).to(worker.device)
             left = self.left.read_all(worker).index_select(0, chosen).to(dtype)
         else:
             left = self.left.read(rows, worker, keep=True).to(dtype)
         return left * (weight * self.scale), right
 
     def _columns_of_left(self, rows: range, worker: Worker) -> Tensor:
-        """(r, rows) of L stored as (r, all rows): one short read for each of the r rows."""
+        """(r, rows) of an L stored as (r, all rows): one short read per rank."""
         import torch
 
         info, size = self.left.info, self.left.info.bits // 8
         starts = [self.left.offset + (row * info.columns + rows.start) * size for row in range(self.rank)]
-        pieces = [worker.read(self.left.file, start, len(rows) * size, keep=True) for start in starts]
-        return torch.cat([view_rows(piece, info.dtype, len(rows)) for piece in pieces])
+        buffers = [worker.read(self.left.file, start, len(rows) * size, keep=True) for start in starts]
+        return torch.cat([view_rows(buffer, info.dtype, len(rows)) for buffer in buffers])
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Delta:
         left, right = self.factors(rows, worker, dtype)
         return lambda start, stop, base: left[start - rows.start : stop - rows.start] @ right
 
@@ -122,48 +121,47 @@ class LoraDelta:
 class DoraDelta:
     """Weight-decomposed LoRA (https://arxiv.org/abs/2402.09353): V = W + s L R, W' = m / |V| * V.
 
-    |V| is taken over each output's weights: over a row of W, or over a column where W is stored
-    transposed (Conv1D) or is an embedding; columns need a look at the whole tensor first. `columns`:
-    whether it is over columns where that is not told by how L and R are stored (MLX, LyCORIS).
-    Defined by peft/tuners/lora/dora.py.
+    |V| is the norm of each output's weights: of a row of W, or of a column if W is stored transposed (Conv1D) or
+    is an embedding. Norms of columns take a first pass over the whole tensor. `norm_over_columns`: set where the
+    layout of L and R does not decide it (MLX, LyCORIS). Defined by peft/tuners/lora/dora.py.
     """
 
-    low: LoraDelta
+    lora: LoraDelta
     magnitude: StoredTensor
-    columns: bool | None = None
+    norm_over_columns: bool | None = None
 
     label: str = "DoRA"
     needs_base: bool = True
 
     @property
     def needs_stats(self) -> bool:
-        return self.low.transposed if self.columns is None else self.columns
+        return self.lora.transposed if self.norm_over_columns is None else self.norm_over_columns
 
     @property
     def memory_cost(self) -> MemoryCost:
-        return self.low.memory_cost + MemoryCost(
+        return self.lora.memory_cost + MemoryCost(
             fixed_nbytes=self.magnitude.info.nbytes + 16 * self.magnitude.info.numel, scratch_blocks=2
         )
 
     def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Tensor:
-        """The norms of V's columns, summed up in float64."""
+        """The norms of V's columns, accumulated in float64."""
         import torch
 
         squares = torch.zeros(base.info.columns, dtype=torch.float64, device=scan.worker.device)
 
         def stage(rows: range) -> tuple[Any, Tensor, Tensor, int]:
-            left, right = self.low.factors(rows, scan.worker, scan.dtype)
-            return base.load(rows, scan.worker, scan.facts, scan.dtype), left, right, rows.start
+            left, right = self.lora.factors(rows, scan.worker, scan.dtype)
+            return base.load(rows, scan.worker, scan.stats, scan.dtype), left, right, rows.start
 
         for (whole, left, right, first), start, stop in scan(stage):
             value = whole(start, stop).addmm_(left[start - first : stop - first], right)
             squares += value.square_().sum(0, dtype=torch.float64)
         return squares.sqrt().to(scan.dtype)
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
-        left, right = self.low.factors(rows, worker, dtype)
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Delta:
+        left, right = self.lora.factors(rows, worker, dtype)
         magnitude = self.magnitude.read_all(worker).to(dtype).flatten()
-        columns = facts.get(id(self))
+        columns = stats.get(id(self))
 
         def delta(start: int, stop: int, base: Tensor) -> Tensor:
             value = base.addmm(left[start - rows.start : stop - rows.start], right)
@@ -177,7 +175,7 @@ class DoraDelta:
 
 @dataclass(frozen=True, eq=False)
 class ReplaceTensor:
-    """Another tensor in W's place."""
+    """Replace W by another tensor."""
 
     value: StoredTensor
 
@@ -192,14 +190,14 @@ class ReplaceTensor:
     def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
-        value = self.value.load(rows, worker, facts, dtype)
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Delta:
+        value = self.value.load(rows, worker, stats, dtype)
         return lambda start, stop, base: value(start, stop).sub_(base)
 
 
 @dataclass(frozen=True, eq=False)
 class ReplaceRows:
-    """Some rows of W replaced: `indices` are the rows, `value` (rows, columns) their new content."""
+    """Replace some rows of W: rows `indices` become `value` (rows, columns)."""
 
     indices: tuple[int, ...]
     value: StoredTensor
@@ -215,7 +213,7 @@ class ReplaceRows:
     def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Delta:
         value = self.value.read_all(worker).to(dtype)
 
         def delta(start: int, stop: int, base: Tensor) -> Tensor:
@@ -230,7 +228,7 @@ class ReplaceRows:
 
 @dataclass(frozen=True, eq=False)
 class AddTensor:
-    """A scaled vector added to a bias."""
+    """Add a scaled tensor of W's shape, such as a bias."""
 
     value: StoredTensor
     scale: float
@@ -246,6 +244,6 @@ class AddTensor:
     def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
         return None
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Delta:
-        value = self.value.load(rows, worker, facts, dtype)
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Delta:
+        value = self.value.load(rows, worker, stats, dtype)
         return lambda start, stop, base: value(start, stop).mul_(self.scale)

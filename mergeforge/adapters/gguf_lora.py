@@ -1,7 +1,7 @@
-"""A llama.cpp LoRA adapter (a GGUF file), matched to the checkpoint that it is folded into.
+"""Match a llama.cpp LoRA adapter (a GGUF file) to the checkpoint that it is folded into.
 
-convert_lora_to_gguf.py defines the file: `NAME.lora_a` (r, in) and `NAME.lora_b` (out, r) under the
-GGUF name of the weight, whose rows stand in GGUF's order, and the scale adapter.lora.alpha / r.
+The format is that of convert_lora_to_gguf.py: `NAME.lora_a` (r, in) and `NAME.lora_b` (out, r) under the weight's
+GGUF name, with its rows in GGUF's order; the scale is adapter.lora.alpha / r.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mergeforge.adapters.deltas import LoraDelta
 from mergeforge.adapters.open import Adapter
 from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource
 from mergeforge.core.tensor_info import FLOATS, TensorInfo
-from mergeforge.errors import SourceError, listing
+from mergeforge.errors import SourceError, format_list
 from mergeforge.gguf.architectures import TensorTarget, build_spec
 from mergeforge.gguf.reader import GGUFHeader, GGUFTensorInfo, read_gguf
 from mergeforge.tensors.stored import StoredTensor
@@ -22,59 +22,64 @@ from mergeforge.tensors.stored import StoredTensor
 def open_gguf_adapter(path: Path, label: str, base: ModelSource) -> Adapter:
     """Read an adapter's header and match every pair of factors to the base.
 
-    Raises SourceError when it is no LoRA, or a tensor matches nothing.
+    Raises SourceError if it is not a LoRA adapter, or a tensor does not match the base.
     """
     header = read_gguf(path)
     if header.get("general.type") != "adapter" or header.get("adapter.type") != "lora":
-        raise SourceError(f"{path} is not a LoRA adapter", hint="a GGUF model goes under models")
+        raise SourceError(f"{path} is not a LoRA adapter", hint="list a GGUF model under models")
     if header.get("adapter.alora.invocation_tokens"):
-        raise SourceError(f"{path} applies only after certain tokens: it cannot be merged")
-    spelling = build_spec(base.config, {name: stored.info for name, stored in base.tensors.items()})
-    if header.get("general.architecture") != spelling.arch:
-        text = f"{path} belongs to a {header.get('general.architecture')}; {base.label} would be a {spelling.arch}"
+        raise SourceError(f"{path} is an activated LoRA: it applies only after certain tokens, so it cannot be merged")
+    spec = build_spec(base.config, {name: stored.info for name, stored in base.tensors.items()})
+    if header.get("general.architecture") != spec.arch:
+        arch = header.get("general.architecture")
+        text = f"{path} is for the architecture {arch}, but {base.label} is {spec.arch}"
         raise SourceError(text, hint="fold it into the model that it was trained on")
-    homes = _homes(spelling.targets)
+    targets = _lora_targets(spec.targets)
     names = sorted({name.removesuffix(".lora_a").removesuffix(".lora_b") for name in header.tensors})
-    if strangers := [name for name in names if name not in homes]:
-        raise SourceError(f"{path} changes {listing(strangers)}, which {base.label} has not, or holds fused")
-    edits: dict[str, tuple[LoraDelta]] = {}
+    if unmatched := [name for name in names if name not in targets]:
+        raise SourceError(f"{path} changes {format_list(unmatched)}, which {base.label} does not have, or stores fused")
+    deltas: dict[str, tuple[LoraDelta]] = {}
     stored: dict[str, StoredTensor] = {}
     for name in names:
-        tensor, place = homes[name]
-        edit = _pair(header, name, base.tensors[tensor].info, place, path)
-        edits[tensor] = (edit,)
-        stored |= {f"{name}.lora_a": edit.right, f"{name}.lora_b": edit.left}
-    table = Checkpoint(label, path, None, stored, {}, header.hashes)
-    return Adapter(label, path, None, edits, {}, {}, True, (table,), ())
+        tensor, row_target = targets[name]
+        delta = _lora_delta(header, name, base.tensors[tensor].info, row_target, path)
+        deltas[tensor] = (delta,)
+        stored |= {f"{name}.lora_a": delta.right, f"{name}.lora_b": delta.left}
+    checkpoint = Checkpoint(label, path, None, stored, {}, header.hashes)
+    return Adapter(label, path, None, deltas, {}, {}, True, (checkpoint,), ())
 
 
-def _homes(places: Mapping[str, tuple[TensorTarget, ...]]) -> dict[str, tuple[str, TensorTarget]]:
-    """GGUF name -> the tensor that alone becomes it, row by row."""
+def _lora_targets(targets: Mapping[str, tuple[TensorTarget, ...]]) -> dict[str, tuple[str, TensorTarget]]:
+    """GGUF name -> the checkpoint's tensor that is converted to it alone, row by row."""
     return {
-        some[0].tensor: (name, some[0])
-        for name, some in places.items()
-        if len(some) == 1 and not some[0].turn and not some[0].first and len(some[0].shape) == 2
+        tensor_targets[0].tensor: (name, tensor_targets[0])
+        for name, tensor_targets in targets.items()
+        if len(tensor_targets) == 1
+        and not tensor_targets[0].turn
+        and not tensor_targets[0].first
+        and len(tensor_targets[0].shape) == 2
     }
 
 
-def _pair(header: GGUFHeader, name: str, target: TensorInfo, place: TensorTarget, path: Path) -> LoraDelta:
+def _lora_delta(header: GGUFHeader, name: str, target: TensorInfo, row_target: TensorTarget, path: Path) -> LoraDelta:
     import numpy as np
 
     a, b = (header.tensors.get(f"{name}.lora_{which}") for which in "ab")
     if a is None or b is None:
-        raise SourceError(f"{path} lacks one of the factors of {name}")
+        raise SourceError(f"{path} has only one of the two factors of {name}")
     if a.shape[1:] != target.shape[1:] or b.shape != (target.rows, a.shape[0]):
-        text = f"{path}: {name} has factors {list(b.shape)} and {list(a.shape)}; {target.name} is {list(target.shape)}"
+        factors = f"{list(b.shape)} and {list(a.shape)}"
+        text = f"{path}: {name} has factors of shapes {factors}, but {target.name} is {list(target.shape)}"
         raise SourceError(text, hint="fold it into the model that it was trained on")
     order = None
-    if place.rows is not None:
+    if row_target.rows is not None:
         order = np.empty(target.rows, dtype=np.int64)
-        order[place.rows] = np.arange(target.rows)
+        order[row_target.rows] = np.arange(target.rows)
     scale = float(header.get("adapter.lora.alpha") or a.shape[0]) / a.shape[0]
     return LoraDelta(_factor(b, path), _factor(a, path), False, scale, order)
 
 
-def _factor(held: GGUFTensorInfo, path: Path) -> StoredTensor:
-    if held.kind not in FLOATS:
-        raise SourceError(f"{path}: {held.name} is {held.kind}", hint="convert the adapter to f16 or f32")
-    return StoredTensor(TensorInfo(held.name, held.kind, held.shape), held.file, held.offset)
+def _factor(tensor: GGUFTensorInfo, path: Path) -> StoredTensor:
+    if tensor.kind not in FLOATS:
+        raise SourceError(f"{path}: {tensor.name} is {tensor.kind}", hint="convert the adapter to f16 or f32")
+    return StoredTensor(TensorInfo(tensor.name, tensor.kind, tensor.shape), tensor.file, tensor.offset)

@@ -1,7 +1,7 @@
-"""The tensors of a PEFT adapter, matched one by one to the checkpoint that it is folded into.
+"""Match the tensors of a PEFT adapter, one by one, to the checkpoint that it is folded into.
 
-The file's keys are the truth: every one must find exactly one tensor of the base (or parts of some), with
-the right shape, or the adapter is refused. The config decides only what has no trace in the tensors (scales).
+The file's keys decide: each must match exactly one tensor of the base (or slices of some) and its shape, or the
+adapter is refused. The config only decides what the tensors do not show, such as the scales.
 """
 
 from __future__ import annotations
@@ -13,319 +13,340 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.adapters.deltas import AddTensor, LoraDelta, ReplaceRows, ReplaceTensor, WeightDelta
-from mergeforge.adapters.lora import Pair, check_rank, low_rank_edits, take_pair
-from mergeforge.adapters.match_experts import Pair as ExpertPair
-from mergeforge.adapters.match_experts import expert_edits, is_expert_module, split_module
+from mergeforge.adapters.lora import LoraFactors, check_rank, lora_deltas, take_factors
+from mergeforge.adapters.match_experts import ExpertFactors as ExpertPair
+from mergeforge.adapters.match_experts import expert_deltas, is_expert_module, split_module
 from mergeforge.adapters.peft.keys import UNUSED, Key, clean_path, parse_key
-from mergeforge.adapters.peft.kind import Kind, Module
-from mergeforge.adapters.peft.lora_config import LoraSettings, told_start
+from mergeforge.adapters.peft.kind import AdaptedModule, PeftMethod
+from mergeforge.adapters.peft.lora_config import LoraSettings, describe_init
 from mergeforge.adapters.peft_delta import PeftDelta
 from mergeforge.adapters.resized_embedding import ResizedEmbedding, same_rows
 from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
-from mergeforge.errors import SourceError, listing
+from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter ready to fold: edits by tensor name.
+    """An adapter that is ready to fold: deltas by tensor name.
 
-    `resized` holds tensors that take the base's place before anything else (an embedding saved with
-    a grown vocabulary), `added` tensors that the base lacks (a new head). `keeps_tied`: what it does
-    to the embedding is meant for the tied lm_head too. `parameters`: tensors that it changes as parameters of
-    modules that are not linear (fused experts, routers): bitsandbytes leaves these in 16 bit.
+    `resized`: tensors that replace the base's before the deltas apply (an embedding saved with a resized
+    vocabulary). `added`: tensors that the base does not have (a new head). `keeps_tied`: the change of the
+    embedding also applies to the tied lm_head. `parameters`: tensors that it changes as parameters of modules
+    that are not linear (fused experts, routers); bitsandbytes leaves these in 16 bits.
     """
 
     label: str
     folder: Path
     revision: str | None
-    edits: Mapping[str, tuple[WeightDelta, ...]]
+    deltas: Mapping[str, tuple[WeightDelta, ...]]
     resized: Mapping[str, LazyTensor]
     added: Mapping[str, StoredTensor]
     keeps_tied: bool
-    files: tuple[Checkpoint, ...]
+    checkpoints: tuple[Checkpoint, ...]
     notes: tuple[str, ...]
     parameters: frozenset[str] = frozenset()
 
 
 @dataclass
-class Matching:
-    """The work of opening one adapter: groups keys by module, then turns modules into edits."""
+class AdapterMatcher:
+    """Matches one adapter: groups its keys by module, then makes the deltas of each module."""
 
     label: str
     base: ModelSource
-    table: Checkpoint
+    checkpoint: Checkpoint
     settings: LoraSettings
-    kind: Kind | None
+    method: PeftMethod | None
     config: Mapping[str, Any]
-    edits: dict[str, list[WeightDelta]] = field(default_factory=dict)
+    deltas: dict[str, list[WeightDelta]] = field(default_factory=dict)
     resized: dict[str, LazyTensor] = field(default_factory=dict)
     added: dict[str, StoredTensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parameters: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.homes = TensorResolver(self.label, self.base, self.resized)
-        self.tied = self.homes.tied
+        self.resolver = TensorResolver(self.label, self.base, self.resized)
+        self.tied = self.resolver.tied
 
-    def adapter(self, folder: Path, revision: str | None) -> Adapter:
-        """Match everything. Raises SourceError for tensors that have no home, or another shape than theirs."""
-        modules = self._modules()
+    def match(self, folder: Path, revision: str | None) -> Adapter:
+        """Match all tensors. Raises SourceError if some match no tensor of the base, or have the wrong shape."""
+        modules = self._group_by_module()
         if not modules:
-            raise SourceError(f"{self.label} holds no tensors", hint="was it saved from an unwrapped model?")
+            raise SourceError(f"{self.label} contains no tensors", hint="was it saved from an unwrapped model?")
         for module, roles in modules.items():
-            with self.homes.gathering():
-                self._start(module, roles)
-        if self.kind:
-            self._formulas(self.kind, modules)
+            with self.resolver.collecting_errors():
+                self._take_base_weight(module, roles)
+        if self.method:
+            self._match_method(self.method, modules)
         if self.settings.target_parameters:
-            self._experts(modules)
+            self._match_experts(modules)
         for module, roles in modules.items():
-            with self.homes.gathering():
-                self._module(module, roles)
-        self.homes.check()
-        keeps_tied = self._settle_tied()
-        if self.kind is None and (told := told_start(self.config, self.settings)):
-            self.notes.append(f"{self.label}: {told}")
-        self._note_base()
+            with self.resolver.collecting_errors():
+                self._match_module(module, roles)
+        self.resolver.check()
+        keeps_tied = self._resolve_tying()
+        if self.method is None and (note := describe_init(self.config, self.settings)):
+            self.notes.append(f"{self.label}: {note}")
+        self._note_other_base()
         return Adapter(
             self.label,
             folder,
             revision,
-            {name: tuple(edits) for name, edits in self.edits.items()},
+            {name: tuple(deltas) for name, deltas in self.deltas.items()},
             self.resized,
             self.added,
             keeps_tied,
-            (self.table,),
-            (*self.table.warnings, *self.notes),
+            (self.checkpoint,),
+            (*self.checkpoint.warnings, *self.notes),
             frozenset(self.parameters),
         )
 
-    def _note_base(self) -> None:
-        """Say so where the adapter records another base, or another revision of it."""
+    def _note_other_base(self) -> None:
+        """Add a note if the adapter was trained on another base, or another revision of it."""
         trained_on, commit = self.config.get("base_model_name_or_path"), self.config.get("revision")
         if trained_on and Path(str(trained_on)).name != Path(self.base.label.split("@")[0]).name:
-            self.notes.append(f"{self.label} was trained on {trained_on}, and is folded into {self.base.label}")
-        ours = [getattr(self.base, "revision", None), self.base.label.partition("@")[2]]
-        if commit and any(ours) and not any(one and one.startswith(str(commit)) for one in ours):
-            theirs = f"revision {commit} of {trained_on or 'its base'}"
-            self.notes.append(f"{self.label} was trained on {theirs}, and is folded into {ours[0] or ours[1]}")
+            self.notes.append(f"{self.label} was trained on {trained_on}, but is folded into {self.base.label}")
+        base_revisions = [getattr(self.base, "revision", None), self.base.label.partition("@")[2]]
+        if (
+            commit
+            and any(base_revisions)
+            and not any(revision and revision.startswith(str(commit)) for revision in base_revisions)
+        ):
+            trained = f"revision {commit} of {trained_on or 'its base'}"
+            folded = base_revisions[0] or base_revisions[1]
+            self.notes.append(f"{self.label} was trained on {trained}, but is folded into {folded}")
 
-    def _modules(self) -> dict[str, dict[str, StoredTensor]]:
+    def _group_by_module(self) -> dict[str, dict[str, StoredTensor]]:
         modules: dict[str, dict[str, StoredTensor]] = {}
-        for name, stored in self.table.tensors.items():
-            key = self._key(name)
+        for name, stored in self.checkpoint.tensors.items():
+            key = self._parse_key(name)
             if key is None:
-                kind = self.kind.name if self.kind else "LoRA"
-                raise SourceError(f"{self.label}: the meaning of its tensor {name!r} is unknown", hint=f"is it {kind}?")
+                method = self.method.name if self.method else "LoRA"
+                raise SourceError(f"{self.label}: unknown tensor {name!r}", hint=f"is it a {method} adapter?")
             if stored.info.numel == 0:
-                hint = "DeepSpeed ZeRO-3 saved it without gathering: save it again with the weights gathered"
+                hint = "DeepSpeed ZeRO-3 saved it without gathering the weights; save it again with them gathered"
                 raise SourceError(f"{self.label}: {name!r} is empty (shape {list(stored.info.shape)})", hint=hint)
-            if not stored.info.is_float and not (self.kind and stored.info.dtype[0] in "UI"):
+            if not stored.info.is_float and not (self.method and stored.info.dtype[0] in "UI"):
                 raise SourceError(f"{self.label}: {name!r} has dtype {stored.info.dtype}, not a float")
             if key.role == UNUSED:
                 continue
             roles = modules.setdefault(key.module, {})
             if key.role in roles and not same_content(roles[key.role], stored):
-                raise SourceError(f"{self.label}: {name!r} says again what {roles[key.role].info.name!r} says")
+                first = roles[key.role].info.name
+                raise SourceError(f"{self.label}: {name!r} duplicates {first!r} with different values")
             roles[key.role] = stored
         return modules
 
-    def _key(self, name: str) -> Key | None:
-        own = self.kind.role_of(clean_path(name)) if self.kind else None
+    def _parse_key(self, name: str) -> Key | None:
+        own = self.method.parse_key(clean_path(name)) if self.method else None
         return Key(*own) if own else parse_key(name)
 
-    def _formulas(self, kind: Kind, modules: dict[str, dict[str, StoredTensor]]) -> None:
-        """Turn the kind's own tensors into edits of weights and biases."""
+    def _match_method(self, method: PeftMethod, modules: dict[str, dict[str, StoredTensor]]) -> None:
+        """Make deltas of weights and biases from the method's own tensors."""
         shared = modules.pop("", {})
-        own = {
-            module: {role: roles.pop(role) for role in list(roles) if role.startswith(kind.prefixes)}
+        factors_by_module = {
+            module: {role: roles.pop(role) for role in list(roles) if role.startswith(method.prefixes)}
             for module, roles in modules.items()
         }
-        own = {module: factors for module, factors in own.items() if factors}
+        factors_by_module = {module: factors for module, factors in factors_by_module.items() if factors}
         weights: dict[str, LazyTensor] = {}
-        for module, factors in own.items():
-            with self.homes.gathering():
-                weights[module] = self.homes.target(self.homes.name(f"{module}.weight", next(iter(factors.values()))))
+        for module, factors in factors_by_module.items():
+            with self.resolver.collecting_errors():
+                weights[module] = self.resolver.target(
+                    self.resolver.require(f"{module}.weight", next(iter(factors.values())))
+                )
         sizes = [(shape[0], math.prod(shape[1:])) for shape in (weight.info.shape for weight in weights.values())]
-        largest = (max((out for out, _ in sizes), default=0), max((inside for _, inside in sizes), default=0))
+        largest = (max((outputs for outputs, _ in sizes), default=0), max((inputs for _, inputs in sizes), default=0))
         for module, weight in weights.items():
-            with self.homes.gathering():
-                self._formula(kind, module, {**own[module], **shared}, weight, largest)
+            with self.resolver.collecting_errors():
+                self._add_formulas(method, module, {**factors_by_module[module], **shared}, weight, largest)
 
-    def _experts(self, modules: dict[str, dict[str, StoredTensor]]) -> None:
-        """Turn the factors of fused experts into edits of their stack, or of each expert."""
+    def _match_experts(self, modules: dict[str, dict[str, StoredTensor]]) -> None:
+        """Make deltas of the stack, or of each expert, from the factors of fused experts."""
         wrapped: dict[str, list[ExpertPair]] = {}
-        for module in [one for one in modules if is_expert_module(one, self.settings, self.base, self.homes.loaded)]:
+        for module in [
+            name for name in modules if is_expert_module(name, self.settings, self.base, self.resolver.loaded)
+        ]:
             own, depth = split_module(module)
             if {"A", "B"} <= modules[module].keys():
                 a, b = modules[module].pop("A"), modules[module].pop("B")
-                if name := self.homes.find(f"{own}.weight"):
+                if name := self.resolver.find(f"{own}.weight"):
                     self.parameters.add(name)
-                    self._low_rank(Pair(own, a, b))  # one matrix, such as a router's
+                    self._add_lora(LoraFactors(own, a, b))  # one matrix, such as a router's
                 else:
                     wrapped.setdefault(own, []).append(ExpertPair(a, b, depth))
         for own, pairs in wrapped.items():
             try:
-                edits = expert_edits(own, pairs, self.settings, self.base, self.homes.loaded)
+                deltas = expert_deltas(own, pairs, self.settings, self.base, self.resolver.loaded)
             except ValueError as error:
-                raise SourceError(f"{self.label}: {error}", hint="does it belong to this model?") from None
-            for name, edit in edits.items():
+                raise SourceError(f"{self.label}: {error}", hint="is it an adapter of this model?") from None
+            for name, delta in deltas.items():
                 self.parameters.add(name)
-                self._add(name, edit)
+                self._add_delta(name, delta)
         if wrapped:
-            layout = "the ranks of each expert together" if self.settings.by_expert else "as PEFT's"
-            self.notes.append(f"{self.label}: lora_B of its {len(wrapped)} expert modules is read {layout}")
+            layout = "Unsloth's layout (expert-major)" if self.settings.expert_major else "PEFT's layout"
+            self.notes.append(f"{self.label}: lora_B of its {len(wrapped)} expert modules is read in {layout}")
 
-    def _formula(
-        self, kind: Kind, module: str, factors: Mapping[str, StoredTensor], weight: LazyTensor, largest: tuple[int, int]
+    def _add_formulas(
+        self,
+        method: PeftMethod,
+        module: str,
+        factors: Mapping[str, StoredTensor],
+        weight: LazyTensor,
+        largest: tuple[int, int],
     ) -> None:
         shapes = {role: stored.info.shape for role, stored in factors.items()}
         transposed = self.base.config.get("model_type") in CONV1D_MODELS and len(weight.info.shape) == 2
         if transposed and module.rpartition(".")[2] not in (*HEADS, *EMBEDDINGS):
             raise SourceError(
-                f"{self.label}: {module} is stored transposed (Conv1D): {kind.name} is not supported there"
+                f"{self.label}: {module} is stored transposed (Conv1D), where {method.name} is not supported"
             )
         try:
-            formulas = kind.formulas(self.config, Module(module, shapes, tuple(weight.info.shape), largest))
+            formulas = method.formulas(self.config, AdaptedModule(module, shapes, tuple(weight.info.shape), largest))
         except ValueError as error:
             raise SourceError(f"{self.label}: {error}") from None
         except (KeyError, TypeError, ZeroDivisionError) as error:
-            text = f"{self.label}: {module}: adapter_config.json lacks a value, or has one that makes no sense"
+            text = f"{self.label}: {module}: adapter_config.json has a missing or invalid value"
             raise SourceError(f"{text} ({type(error).__name__}: {error})") from None
         for leaf, formula in formulas.items():
-            name = weight.info.name if leaf == "weight" else self.homes.find(f"{module}.{leaf}")
+            name = weight.info.name if leaf == "weight" else self.resolver.find(f"{module}.{leaf}")
             if not name and leaf == "bias" and "weight" in formulas:
-                continue  # a layer without a bias has none to change
+                continue  # a layer without a bias
             if not name:
-                self.homes.refuse_unknown(next(iter(factors.values())), f"{module}.{leaf}")
-            target = weight if leaf == "weight" else self.homes.target(name)
-            inner = target.info.shape[1] if len(target.info.shape) == 3 else 1  # a Conv1d's rows for each output
-            self._add(name, PeftDelta(formula, factors, target, inner))
+                self.resolver.refuse_unknown(next(iter(factors.values())), f"{module}.{leaf}")
+            target = weight if leaf == "weight" else self.resolver.target(name)
+            rows_per_output = target.info.shape[1] if len(target.info.shape) == 3 else 1
+            self._add_delta(name, PeftDelta(formula, factors, target, rows_per_output))
 
-    def _start(self, module: str, roles: dict[str, StoredTensor]) -> None:
-        """What training started from, where the adapter brings it: an embedding of another size."""
+    def _take_base_weight(self, module: str, roles: dict[str, StoredTensor]) -> None:
+        """Take the initial weight if the adapter has it: an embedding of another size."""
         original, _ = roles.pop("original_weight", None), roles.pop("original_bias", None)
         if (stored := roles.pop("base_weight", original)) is not None:
-            self._resize(module, self.homes.name(f"{module}.weight", stored), stored)
+            self._resize(module, self.resolver.require(f"{module}.weight", stored), stored)
 
     def _resize(self, module: str, name: str, stored: StoredTensor) -> None:
-        self.homes.check_size(module, stored, self.homes.target(name))
+        self.resolver.check_size(module, stored, self.resolver.target(name))
         self.resized[name] = stored
 
-    def _module(self, module: str, roles: dict[str, StoredTensor]) -> None:
-        if pair := take_pair(module, roles):
+    def _match_module(self, module: str, roles: dict[str, StoredTensor]) -> None:
+        if pair := take_factors(module, roles):
             check_rank(pair, self.settings, self.label)
-            self._low_rank(pair)
+            self._add_lora(pair)
         if (tokens := roles.pop("tokens", None)) is not None:
-            self._tokens(module, tokens)
+            self._match_tokens(module, tokens)
         for role, leaf in (("weight", "weight"), ("bias", "bias"), ("base_bias", "bias")):
             if (stored := roles.pop(role, None)) is not None:
-                self._replacement(module, leaf, stored)
+                self._match_saved(module, leaf, stored)
         for role, leaf in (("added", "weight"), ("added_bias", "bias")):
             if (stored := roles.pop(role, None)) is not None:
-                self._addition(module, leaf, stored)
+                self._add_difference(module, leaf, stored)
         if roles:
             _, stored = next(iter(roles.items()))
-            raise SourceError(f"{self.label}: {stored.info.name!r} has no partner (its module lacks the other factor)")
+            raise SourceError(f"{self.label}: {stored.info.name!r} has no matching factor in its module")
 
-    def _low_rank(self, pair: Pair) -> None:
-        edits, notes = low_rank_edits(pair, self.settings, self.homes)
+    def _add_lora(self, pair: LoraFactors) -> None:
+        deltas, notes = lora_deltas(pair, self.settings, self.resolver)
         self.notes += notes
         if len(alphas := dict.fromkeys(self.settings.alphas_of(pair.module))) > 1:
-            given = listing(f"{alpha:g}" for alpha in alphas)
-            self.notes.append(f"{self.label}: alpha_pattern gives {pair.module} the alphas {given}; the first is taken")
-        for name, edit in edits:
-            self._add(name, edit)
+            values = format_list(f"{alpha:g}" for alpha in alphas)
+            self.notes.append(f"{self.label}: alpha_pattern matches {pair.module} with {values}; the first is used")
+        for name, delta in deltas:
+            self._add_delta(name, delta)
 
-    def _addition(self, module: str, leaf: str, stored: StoredTensor) -> None:
-        """What is added to a tensor as it is (LyCORIS' full differences)."""
-        name = self.homes.name(f"{module}.{leaf}", stored)
-        target = self.homes.target(name)
+    def _add_difference(self, module: str, leaf: str, stored: StoredTensor) -> None:
+        """Add a full difference (LyCORIS' diff) to a tensor."""
+        name = self.resolver.require(f"{module}.{leaf}", stored)
+        target = self.resolver.target(name)
         if stored.info.numel != target.info.numel or stored.info.shape[:1] != target.info.shape[:1]:
-            self.homes.refuse_shape(module, stored.info.shape, target)
+            self.resolver.refuse_shape(module, stored.info.shape, target)
         flat = replace(stored.info, shape=target.info.shape)
-        self._add(name, AddTensor(replace(stored, info=flat), self.settings.scale(module, 1)))
+        self._add_delta(name, AddTensor(replace(stored, info=flat), self.settings.scale(module, 1)))
 
-    def _tokens(self, module: str, stored: StoredTensor) -> None:
-        name = self.homes.name(f"{module}.weight", stored)
-        target = self.homes.target(name)
+    def _match_tokens(self, module: str, stored: StoredTensor) -> None:
+        name = self.resolver.require(f"{module}.weight", stored)
+        target = self.resolver.target(name)
         indices = self.settings.token_indices
         if isinstance(indices, Mapping):
             indices = next((value for key, value in indices.items() if module.endswith(key)), None)
         if not isinstance(indices, list) or len(indices) != stored.info.rows:
             raise SourceError(
-                f"{self.label}: {module} has {stored.info.rows} trained tokens; its config does not name them"
+                f"{self.label}: {module} has {stored.info.rows} trained tokens, but its config does not list them"
             )
-        new = [index for index in indices if index >= target.info.rows]
-        grown = sorted(new) == list(range(target.info.rows, target.info.rows + len(new)))
-        if stored.info.columns != target.info.columns or not grown or min(indices) < 0:
-            self.homes.refuse_shape(module, stored.info.shape, target)
-        if new:
-            self.resized[name] = ResizedEmbedding(target, stored, tuple(indices.index(index) for index in sorted(new)))
-        if len(new) < len(indices):
-            self._add(name, ReplaceRows(tuple(indices), stored))
+        new_rows = [index for index in indices if index >= target.info.rows]
+        is_contiguous = sorted(new_rows) == list(range(target.info.rows, target.info.rows + len(new_rows)))
+        if stored.info.columns != target.info.columns or not is_contiguous or min(indices) < 0:
+            self.resolver.refuse_shape(module, stored.info.shape, target)
+        if new_rows:
+            self.resized[name] = ResizedEmbedding(
+                target, stored, tuple(indices.index(index) for index in sorted(new_rows))
+            )
+        if len(new_rows) < len(indices):
+            self._add_delta(name, ReplaceRows(tuple(indices), stored))
 
-    def _replacement(self, module: str, leaf: str, stored: StoredTensor) -> None:
+    def _match_saved(self, module: str, leaf: str, stored: StoredTensor) -> None:
         saved = self.settings.saves(module)
-        found = self.homes.find(f"{module}.{leaf}")
-        if not found:
+        name = self.resolver.find(f"{module}.{leaf}")
+        if not name:
             if not saved:
-                self.homes.refuse_unknown(stored, f"{module}.{leaf}")
+                self.resolver.refuse_unknown(stored, f"{module}.{leaf}")
             self.added[f"{module}.{leaf}"] = StoredTensor(
                 stored.info.renamed(f"{module}.{leaf}"), stored.file, stored.offset
             )
-            self.notes.append(f"{self.label} adds {module}.{leaf}, which the base lacks: check the config's head")
+            note = (
+                f"{self.label} adds {module}.{leaf}, which the base does not have; check the model class in the config"
+            )
+            self.notes.append(note)
         elif leaf == "weight" and not saved and module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS):
-            self._resize(module, found, stored)  # saved beside a grown vocabulary, not trained as a module
+            self._resize(module, name, stored)  # saved because the vocabulary was resized, not trained as a module
         else:
-            self.homes.check_size(module, stored, self.homes.target(found))
-            self._add(found, ReplaceTensor(stored))
+            self.resolver.check_size(module, stored, self.resolver.target(name))
+            self._add_delta(name, ReplaceTensor(stored))
 
-    def _add(self, name: str, edit: WeightDelta) -> None:
-        self.edits.setdefault(name, []).append(edit)
+    def _add_delta(self, name: str, delta: WeightDelta) -> None:
+        self.deltas.setdefault(name, []).append(delta)
 
-    def _settle_tied(self) -> bool:
-        """Whether head and embedding stay one tensor; drops the head's copy of the same change."""
+    def _resolve_tying(self) -> bool:
+        """Whether head and embedding stay one tensor; drops the head's copy of the embedding's delta."""
         if self.tied is None:
             return False
         head, embedding = self.tied
-        wholes = self._whole(head), self._whole(embedding)
-        if wholes[0] and wholes[1] and same_content(wholes[0], wholes[1]):
-            self.edits.pop(head, None)
+        replacements = self._whole_replacement(head), self._whole_replacement(embedding)
+        if replacements[0] and replacements[1] and same_content(replacements[0], replacements[1]):
+            self.deltas.pop(head, None)
             self.resized.pop(head, None)
             return True
-        both = {head, embedding} <= self.resized.keys()
-        if both and same_rows(self.resized[head], self.resized[embedding]):
+        both_resized = {head, embedding} <= self.resized.keys()
+        if both_resized and same_rows(self.resized[head], self.resized[embedding]):
             del self.resized[head]
-        edits, head_edits = self.edits.get(embedding, []), self.edits.get(head, [])
-        if head in self.resized or not (edits or head_edits):
+        deltas, head_deltas = self.deltas.get(embedding, []), self.deltas.get(head, [])
+        if head in self.resized or not (deltas or head_deltas):
             return head not in self.resized
-        if not head_edits:  # PEFT gives the trained tokens to a tied head too, and nothing else
-            return all(isinstance(edit, ReplaceRows) for edit in edits)
-        if len(edits) != 1 or len(head_edits) != 1 or not _same_change(edits[0], head_edits[0]):
+        if not head_deltas:  # PEFT applies trained tokens to a tied head too, and nothing else
+            return all(isinstance(delta, ReplaceRows) for delta in deltas)
+        if len(deltas) != 1 or len(head_deltas) != 1 or not _same_delta(deltas[0], head_deltas[0]):
             return False
-        del self.edits[head]
-        self.notes.append(f"{self.label}: its change of {head} is that of the tied {embedding}: made once, stays tied")
+        del self.deltas[head]
+        text = f"its change of {head} equals that of the tied {embedding}; applied once, they stay tied"
+        self.notes.append(f"{self.label}: {text}")
         return True
 
-    def _whole(self, name: str) -> StoredTensor | None:
-        """The tensor that the adapter brings in place of the base's, if it does nothing else to it."""
-        edits, resized = self.edits.get(name, []), self.resized.get(name)
-        replaced = [edit.value for edit in edits if isinstance(edit, ReplaceTensor)]
-        if edits:
-            return replaced[0] if len(edits) == len(replaced) == 1 else None
+    def _whole_replacement(self, name: str) -> StoredTensor | None:
+        """The tensor with which the adapter replaces the base's, if it does nothing else to it."""
+        deltas, resized = self.deltas.get(name, []), self.resized.get(name)
+        replaced = [delta.value for delta in deltas if isinstance(delta, ReplaceTensor)]
+        if deltas:
+            return replaced[0] if len(deltas) == len(replaced) == 1 else None
         return resized if isinstance(resized, StoredTensor) else None
 
 
-def _same_change(one: WeightDelta, other: WeightDelta) -> bool:
-    """Whether an embedding and its head are changed alike (ensure_weight_tying saves both)."""
-    if isinstance(one, ReplaceRows) and isinstance(other, ReplaceRows):
-        return one.indices == other.indices and same_content(one.value, other.value)
-    if isinstance(one, LoraDelta) and isinstance(other, LoraDelta):
-        factors = zip(one.plain_factors(), other.plain_factors(), strict=True)
-        return one.scale == other.scale and all(mine.equal(theirs) for mine, theirs in factors)
+def _same_delta(first: WeightDelta, second: WeightDelta) -> bool:
+    """Whether the deltas of an embedding and its head are equal (ensure_weight_tying saves both)."""
+    if isinstance(first, ReplaceRows) and isinstance(second, ReplaceRows):
+        return first.indices == second.indices and same_content(first.value, second.value)
+    if isinstance(first, LoraDelta) and isinstance(second, LoraDelta):
+        factors = zip(first.read_factors(), second.read_factors(), strict=True)
+        return first.scale == second.scale and all(left.equal(right) for left, right in factors)
     return False

@@ -1,4 +1,4 @@
-"""A tensor with more rows than the base's: an embedding or head whose new tokens an adapter brings."""
+"""An embedding or output head with more rows than the base's: an adapter adds rows for new tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
+from mergeforge.tensors.budget import MemoryCost
+from mergeforge.tensors.lazy import LazyTensor, Rows, Stats, StatsPass
 from mergeforge.tensors.stored import StoredTensor, same_content
+from mergeforge.tensors.worker import ALIGNMENT, Worker
 
 if TYPE_CHECKING:
     import torch
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ResizedEmbedding:
-    """The base's rows, then those of `trained` (rows, columns) that `order` names."""
+    """The base's rows, followed by those rows of `new_rows` (rows, columns) that `row_order` lists."""
 
     base: LazyTensor
-    trained: StoredTensor
-    order: tuple[int, ...]
+    new_rows: StoredTensor
+    row_order: tuple[int, ...]
 
     inputs: tuple[LazyTensor, ...] = ()
     needs_stats: bool = False
@@ -29,11 +30,11 @@ class ResizedEmbedding:
     @property
     def info(self) -> TensorInfo:
         base = self.base.info
-        return TensorInfo(base.name, base.dtype, (base.rows + len(self.order), *base.shape[1:]))
+        return TensorInfo(base.name, base.dtype, (base.rows + len(self.row_order), *base.shape[1:]))
 
     @property
     def memory_cost(self) -> MemoryCost:
-        trained = self.trained.info
+        trained = self.new_rows.info
         return self.base.memory_cost + MemoryCost(
             fixed_nbytes=trained.nbytes + 8 * trained.numel + ALIGNMENT, scratch_blocks=1
         )
@@ -41,29 +42,29 @@ class ResizedEmbedding:
     def collect_stats(self, scan: StatsPass) -> Any:
         return None
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
         old = self.base.info.rows
         inside = range(rows.start, min(rows.stop, old))
-        whole = self.base.load(inside, worker, facts, dtype) if inside else None
-        new = self.trained.read_all(worker).to(dtype)[list(self.order)]
+        whole = self.base.load(inside, worker, stats, dtype) if inside else None
+        new = self.new_rows.read_all(worker).to(dtype)[list(self.row_order)]
         slot = worker.next_slot()
 
         def block(start: int, stop: int) -> Tensor:
-            into = worker.scratch(slot, (stop - start, self.info.columns), dtype)
+            block_rows = worker.scratch(slot, (stop - start, self.info.columns), dtype)
             edge = min(max(old - start, 0), stop - start)
             if edge and whole is not None:
-                into[:edge] = whole(start, start + edge)
+                block_rows[:edge] = whole(start, start + edge)
             if start + edge < stop:
-                into[edge:] = new[start + edge - old : stop - old]
-            return into
+                block_rows[edge:] = new[start + edge - old : stop - old]
+            return block_rows
 
         return block
 
 
 def same_rows(one: LazyTensor, other: LazyTensor) -> bool:
-    """Whether two tensors that adapters bring, whole or with new rows, are the same."""
+    """Whether two tensors from adapters, whole or with new rows, have the same content."""
     if isinstance(one, StoredTensor) and isinstance(other, StoredTensor):
         return same_content(one, other)
     if not isinstance(one, ResizedEmbedding) or not isinstance(other, ResizedEmbedding):
         return False
-    return one.order == other.order and same_content(one.trained, other.trained)
+    return one.row_order == other.row_order and same_content(one.new_rows, other.new_rows)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mergeforge
-from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
+from mergeforge.operations.synthetic_models import ModelShape, write_adapter, write_model
 
-SHAPE = Shape(hidden=192, intermediate=320, layers=2, heads=4, kv_heads=2, vocab=320)
+SHAPE = ModelShape(hidden=192, intermediate=320, layers=2, heads=4, kv_heads=2, vocab=320)
 COUNT = 16
 ORDERS = [list(range(COUNT)), list(reversed(range(COUNT))), random.Random(0).sample(range(COUNT), COUNT)]
 

@@ -48,5 +48,5 @@ def test_rows_with_a_gap_are_refused(models: Path) -> None:
 
 def test_two_adapters_with_other_rows_are_refused(models: Path) -> None:
     one, two = write_tokens(models / "one", [5, 320, 321]), write_tokens(models / "two", [321, 320, 5])
-    with pytest.raises(SourceError, match=r"both bring their own"):
+    with pytest.raises(SourceError, match=r"both replace"):
         mergeforge.plan({"base_model": "base", "adapters": [str(one), str(two)]}, out="out")

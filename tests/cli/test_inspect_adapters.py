@@ -1,4 +1,4 @@
-"""mergeforge inspect says in plain words what an adapter is."""
+"""mergeforge inspect describes an adapter in words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeforge.adapters.peft.describe import explain
+from mergeforge.adapters.peft.describe import describe_adapter
 from mergeforge.cli import run_command
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
@@ -23,7 +23,7 @@ def pair(module: str, rank: int) -> list[TensorInfo]:
     ]
 
 
-def test_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_describes_an_adapter_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_model(tmp_path / "base", SHAPES["tiny"], seed=0)
     write_adapter(tmp_path / "legal", SHAPES["tiny"], str(tmp_path / "base"), rank=4, seed=1)
     assert run_command(["inspect", str(tmp_path / "legal")]) == 0
@@ -47,9 +47,9 @@ def test_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (LORA | {"init_lora_weights": "loftq"}, pair("0.q_proj", 8), "cannot be merged"),
         (LORA | {"base_model_name_or_path": "org/base", "revision": "abc"}, [], "trained on org/base at abc"),
         ({"peft_type": "XLORA"}, [], "XLORA: cannot be merged"),
-        ({"peft_type": "SPIRAL"}, [], "SPIRAL: not known here"),
+        ({"peft_type": "SPIRAL"}, [], "SPIRAL: not supported by this version"),
         ({"peft_type": "HIRA", "r": 4}, [], "HIRA: W + W * (B A)"),
     ],
 )
-def test_sentences(config: dict[str, object], tensors: list[TensorInfo], sentence: str) -> None:
-    assert any(sentence in one for one in explain(config, tensors)), explain(config, tensors)
+def test_descriptions(config: dict[str, object], tensors: list[TensorInfo], sentence: str) -> None:
+    assert any(sentence in one for one in describe_adapter(config, tensors)), describe_adapter(config, tensors)

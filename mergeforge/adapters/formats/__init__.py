@@ -1,7 +1,7 @@
-"""Adapters in other dialects than PEFT's, each turned into what matching.py reads: PEFT's names and LoRA's settings.
+"""Adapter formats other than PEFT's, each converted to what match.py reads: PEFT's names and LoRA's settings.
 
-mlx         a folder with adapter_config.json and adapters.safetensors (mlx-lm)
-diffusion   a single file: kohya's and LyCORIS' names with '_' for '.', diffusers' with a component in front
+mlx               a folder with adapter_config.json and adapters.safetensors (mlx-lm)
+kohya_diffusers   a single file with kohya's or LyCORIS' names ('_' for '.'), or diffusers' (component first)
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergeforge.adapters.peft.kind import Kind
+from mergeforge.adapters.peft.kind import PeftMethod
 from mergeforge.adapters.peft.lora_config import LoraSettings
 from mergeforge.tensors.stored import StoredTensor
 
 
 @dataclass(frozen=True)
-class Translated:
-    """An adapter's tensors under names that keys.py knows, the scale of every module, and notes for the plan.
+class ConvertedAdapter:
+    """An adapter's tensors under names that peft/keys.py knows, the scale of every module, and notes for the plan.
 
-    `kind`: what LyCORIS has beside LoRA, which reads `config`.
+    `method`: LyCORIS for its methods other than LoRA; it reads `config`.
     """
 
     tensors: Mapping[str, StoredTensor]
     scales: Mapping[str, float]
-    kind: Kind | None = None
+    method: PeftMethod | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

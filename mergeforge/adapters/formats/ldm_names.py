@@ -1,7 +1,8 @@
-"""The original names of a UNet's modules (Stable Diffusion 1, 2 and XL), which kohya's SDXL files speak of.
+"""The original names of a UNet's modules (Stable Diffusion 1, 2 and XL), which kohya's SDXL files use.
 
-Its blocks are numbered through: an input block is one layer of diffusers' down blocks, or a downsampler; an
-output block one layer of the up blocks, with the upsampler in the last (diffusers, convert_ldm_unet_checkpoint).
+The original numbers its blocks consecutively: an input block is one layer of diffusers' down blocks, or a
+downsampler; an output block is one layer of the up blocks, the last one of a level with the upsampler
+(diffusers, convert_ldm_unet_checkpoint).
 """
 
 from __future__ import annotations
@@ -30,29 +31,35 @@ _LAYER = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions
 _RESIZE = re.compile(r"(?:down_blocks\.(\d+)\.downsamplers|up_blocks\.(\d+)\.upsamplers)\.0\.conv")
 
 
-def ldm_names(modules: Collection[str], per_block: int) -> dict[str, str]:
-    """Original name -> diffusers' for those of a UNet's modules that have one. `per_block`: its layers_per_block."""
-    attentive = {found[1] for one in modules if (found := re.match(r"up_blocks\.(\d+)\.attentions\.", one))}
-    names = {module: _ldm_name(module, per_block + 1, attentive) for module in modules}
+def ldm_names(modules: Collection[str], layers_per_block: int) -> dict[str, str]:
+    """Original name -> diffusers' name, for the modules of a UNet with this layers_per_block."""
+    with_attention = {match[1] for module in modules if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", module))}
+    names = {module: _ldm_name(module, layers_per_block + 1, with_attention) for module in modules}
     return {name: module for module, name in names.items() if name}
 
 
-def _ldm_name(module: str, step: int, attentive: Collection[str]) -> str:
-    """`step`: the original's blocks for each of diffusers'; `attentive`: the up blocks with attentions."""
+def _ldm_name(module: str, blocks_per_level: int, with_attention: Collection[str]) -> str:
+    """The original name of one module; "" if it has none.
+
+    `blocks_per_level`: the original's blocks per block of diffusers; `with_attention`: up blocks with attentions.
+    """
     if module in _FIXED:
         return _FIXED[module]
-    if found := _RESIZE.fullmatch(module):
-        if found[1]:
-            return f"input_blocks.{(int(found[1]) + 1) * step}.0.op"
-        return f"output_blocks.{int(found[2]) * step + step - 1}.{2 if found[2] in attentive else 1}.conv"
-    found = _LAYER.fullmatch(module)
-    if found is None:
+    if match := _RESIZE.fullmatch(module):
+        if match[1]:
+            return f"input_blocks.{(int(match[1]) + 1) * blocks_per_level}.0.op"
+        last = (int(match[2]) + 1) * blocks_per_level - 1
+        return f"output_blocks.{last}.{2 if match[2] in with_attention else 1}.conv"
+    match = _LAYER.fullmatch(module)
+    if match is None:
         return ""
-    way, block, kind, layer, rest = found.groups()
-    place, inner = int(kind == "attentions"), _IN_RESNETS.get(rest, "") if kind == "resnets" else rest
+    direction, block, kind, layer, rest = match.groups()
+    slot, inner = int(kind == "attentions"), _IN_RESNETS.get(rest, "") if kind == "resnets" else rest
     if not inner:
         return ""
-    if way is None:
-        return f"middle_block.{2 * int(layer) + place}.{inner}"
-    at = int(block) * step + int(layer)
-    return f"input_blocks.{at + 1}.{place}.{inner}" if way == "down" else f"output_blocks.{at}.{place}.{inner}"
+    if direction is None:
+        return f"middle_block.{2 * int(layer) + slot}.{inner}"
+    index = int(block) * blocks_per_level + int(layer)
+    return (
+        f"input_blocks.{index + 1}.{slot}.{inner}" if direction == "down" else f"output_blocks.{index}.{slot}.{inner}"
+    )

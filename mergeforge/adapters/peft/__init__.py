@@ -1,1 +1,1 @@
-"""Adapter kinds: what the keys and the configuration of an adapter mean. One file a kind."""
+"""PEFT's key names, its adapter_config.json, and its adapter methods (one file per method in kinds/)."""

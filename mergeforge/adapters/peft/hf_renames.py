@@ -1,9 +1,9 @@
-"""From a checkpoint's tensor names to those of the model that transformers 5 makes of it.
+"""Map a checkpoint's tensor names to those of the model that transformers 5 loads from it.
 
-transformers 5 renames, fuses and splits tensors as it loads them; an adapter speaks of the result.
-hf_renames.json is its table (written by tools/tf5_names), by architecture class or model_type. The rules for
-applying it are transformers/core_model_loading.py's (WeightTransform.rename_source_key): all renamings
-in turn, then at most one converter.
+transformers 5 renames, fuses and splits tensors as it loads them; the keys of an adapter refer to the result.
+hf_renames.json is its conversion table (written by tools/tf5_names), by architecture class or model_type. The
+rules for applying it are those of transformers/core_model_loading.py (WeightTransform.rename_source_key): all
+renamings in turn, then at most one converter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 Shape = tuple[int, ...]
 
-_PARTS = {
+_SUBMODELS = {
     "text_config": ("model.language_model.", "language_model.", ""),
     "vision_config": ("model.vision_tower.", "vision_tower.", "model.vision_model."),
 }
@@ -31,22 +31,23 @@ _EXPERTS = (["MergeModulelist0"], ["MergeModulelist0", "Concatenate1"])
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where rows of a loaded tensor lie: a stored tensor, and of which expert they are (None: no stack).
+class LoadedSlice:
+    """Rows of a loaded tensor, and where the checkpoint stores them.
 
-    Rows [first, first + rows) of the loaded tensor (or of its expert) are rows [start, start + rows) of `name`.
+    Rows [loaded_start, loaded_start + rows) of the loaded tensor are rows [stored_start, stored_start + rows) of
+    the stored tensor `name`. In a stack of experts these are rows of `expert`; None: not a stack.
     """
 
     name: str
     rows: int
-    first: int = 0
-    start: int = 0
+    loaded_start: int = 0
+    stored_start: int = 0
     expert: int | None = None
 
 
 @dataclass(frozen=True)
 class _Transform:
-    """One row of the table. `scopes`: what a name must begin with; the rest is what the patterns speak of."""
+    """One entry of the table. `scopes`: prefixes, one of which a name must have; the patterns match the rest."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -54,22 +55,22 @@ class _Transform:
     scopes: tuple[str, ...] = ("",)
 
     def match(self, name: str) -> tuple[str, int] | None:
-        """The new name (with the first target) and which source matched."""
+        """Return the new name (with the first target) and the index of the source that matched."""
         scope = next((scope for scope in self.scopes if name.startswith(scope)), None)
-        found = _compiled(self.sources).search(name.removeprefix(scope)) if scope is not None else None
-        if scope is None or found is None:
+        hit = _compiled(self.sources).search(name.removeprefix(scope)) if scope is not None else None
+        if scope is None or hit is None:
             return None
-        group = next(key for key, value in found.groupdict().items() if value is not None)
-        new = self.targets[0]
-        if r"\1" in new:
-            new = new.replace(r"\1", found.group(_compiled(self.sources).groupindex[group] + 1))
-        return scope + name.removeprefix(scope).replace(found.group(0), new, 1), int(group[1:])
+        group = next(key for key, value in hit.groupdict().items() if value is not None)
+        target = self.targets[0]
+        if r"\1" in target:
+            target = target.replace(r"\1", hit.group(_compiled(self.sources).groupindex[group] + 1))
+        return scope + name.removeprefix(scope).replace(hit.group(0), target, 1), int(group[1:])
 
 
 @cache
 def _compiled(sources: tuple[str, ...]) -> re.Pattern[str]:
     branches = []
-    for at, source in sorted(enumerate(sources), key=lambda one: -len(one[1])):
+    for at, source in sorted(enumerate(sources), key=lambda item: -len(item[1])):
         pattern = source.replace("*.", r".*\.")
         pattern += r"(?!\w)" if re.search(r"[a-zA-Z0-9]$", pattern) else ""
         branches.append(f"(?P<g{at}>{pattern})")
@@ -84,35 +85,35 @@ def _table() -> dict[str, Any]:
 
 
 def transforms_of(config: Mapping[str, Any]) -> list[_Transform]:
-    """What transformers 5 does to the tensors of a model with this config: by its own rules, and those of its parts.
+    """The conversions that transformers 5 applies to a model with this config: its own, and those of its submodels.
 
-    A class comes before its model_type; the parts (the model under a head, text, vision) see their names
-    without the prefix that the whole gives them (get_model_conversion_mapping).
+    An entry for the class takes precedence over one for the model_type. The rules of submodels (the model under a
+    head, text, vision) apply to names without the submodel's prefix (get_model_conversion_mapping).
     """
     known = _table()["of"]
     named = str((config.get("architectures") or [""])[0])
     own = next((name for name in (named, config.get("model_type")) if name in known), None)
-    found: list[tuple[str, tuple[str, ...]]] = [(str(own), ("",))] if own else []
+    entries: list[tuple[str, tuple[str, ...]]] = [(str(own), ("",))] if own else []
     inner = re.sub(r"For[A-Z]\w*$", "Model", named)
     if inner != named and inner in known:
-        found.append((inner, ("model.", "")))
-    for key, scopes in _PARTS.items():
-        part = config.get(key)
-        kind = str(part.get("model_type")) if isinstance(part, Mapping) else ""
-        names = (kind, _VISION_CLASSES.get(kind, kind))
-        found += [(name, scopes) for name in names[:2] if name in known][:1]
+        entries.append((inner, ("model.", "")))
+    for key, scopes in _SUBMODELS.items():
+        submodel = config.get(key)
+        model_type = str(submodel.get("model_type")) if isinstance(submodel, Mapping) else ""
+        names = (model_type, _VISION_CLASSES.get(model_type, model_type))
+        entries += [(name, scopes) for name in names if name in known][:1]
     return [
         _Transform(tuple(sources), tuple(targets), tuple(operations), scopes)
-        for name, scopes in dict.fromkeys(found)
+        for name, scopes in dict.fromkeys(entries)
         for sources, targets, operations in _table()["sets"][known[name]]
     ]
 
 
 def loaded_name(config: Mapping[str, Any], name: str) -> tuple[str, int | None, int] | None:
-    """What one stored name becomes, its expert (None: no stack) and its place among what is concatenated; or None."""
+    """Return what a stored name becomes, its expert (None: not a stack) and its index in the concatenation; or None."""
     transforms = transforms_of(config)
-    new = _renamed(transforms, name)
-    converter = _converter(transforms, new)
+    new = _apply_renamings(transforms, name)
+    converter = _find_converter(transforms, new)
     if converter is None:
         return (new, None, 0) if new != name else None
     transform, target, source = converter
@@ -120,76 +121,76 @@ def loaded_name(config: Mapping[str, Any], name: str) -> tuple[str, int | None, 
     return (target, int(numbers[-1]) if numbers else None, source) if list(transform.operations) in _EXPERTS else None
 
 
-def loaded_tensors(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, tuple[Part, ...]]:
-    """Tensors of the loaded model that the checkpoint calls or holds otherwise: loaded name -> its parts.
+def loaded_tensors(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, tuple[LoadedSlice, ...]]:
+    """Tensors of the loaded model that the checkpoint names or stores differently: loaded name -> its slices.
 
-    `shapes`: the checkpoint's tensors. Conversions that are no renaming, stacking, splitting or joining of
-    rows (rope permutations, transpositions) are left out: nothing can be said of where their rows lie.
+    `shapes`: of the checkpoint's tensors. Only renaming, and stacking, splitting and concatenating of rows are
+    covered. Other conversions (rope permutations, transpositions) are left out, as their rows cannot be located.
     """
     transforms = transforms_of(config)
-    found: dict[str, list[Part]] = {}
+    loaded: dict[str, list[LoadedSlice]] = {}
     groups: dict[tuple[str, _Transform], list[tuple[int, str]]] = {}
     for name in shapes if transforms else ():
-        new = _renamed(transforms, name)
-        converter = _converter(transforms, new)
+        new = _apply_renamings(transforms, name)
+        converter = _find_converter(transforms, new)
         if converter is None:
             if new != name:
-                found[new] = [Part(name, shapes[name][0] if shapes[name] else 1)]
+                loaded[new] = [LoadedSlice(name, shapes[name][0] if shapes[name] else 1)]
         else:
             transform, target, source = converter
             groups.setdefault((target, transform), []).append((source, name))
     for (target, transform), members in groups.items():
-        found |= _converted(target, transform, members, shapes)
-    return {name: tuple(parts) for name, parts in found.items()}
+        loaded |= _converted_slices(target, transform, members, shapes)
+    return {name: tuple(slices) for name, slices in loaded.items()}
 
 
-def _renamed(transforms: Iterable[_Transform], name: str) -> str:
+def _apply_renamings(transforms: Iterable[_Transform], name: str) -> str:
     for transform in transforms:
         if not transform.operations and (match := transform.match(name)):
             name = match[0]
     return name
 
 
-def _converter(transforms: Iterable[_Transform], name: str) -> tuple[_Transform, str, int] | None:
+def _find_converter(transforms: Iterable[_Transform], name: str) -> tuple[_Transform, str, int] | None:
     for transform in transforms:
         if transform.operations and (match := transform.match(name)):
             return transform, *match
     return None
 
 
-def _converted(
+def _converted_slices(
     target: str, transform: _Transform, members: list[tuple[int, str]], shapes: Mapping[str, Shape]
-) -> dict[str, list[Part]]:
+) -> dict[str, list[LoadedSlice]]:
     operations = list(transform.operations)
     members = sorted(
-        members, key=lambda one: (one[0], [int(piece) if piece.isdecimal() else 0 for piece in one[1].split(".")])
+        members, key=lambda item: (item[0], [int(word) if word.isdecimal() else 0 for word in item[1].split(".")])
     )
     if operations in _EXPERTS:
-        return {target: _stacked(members, shapes)}
+        return {target: _expert_slices(members, shapes)}
     if operations == ["Concatenate0"]:
-        return {target: _joined(members, shapes)}
+        return {target: _concatenated_slices(members, shapes)}
     if operations == ["Chunk0"] and len(members) == 1:
         name = members[0][1]
         rows = shapes[name][0] // len(transform.targets)
-        names = [target.replace(transform.targets[0], other, 1) for other in transform.targets]
-        return {other: [Part(name, rows, start=at * rows)] for at, other in enumerate(names)}
+        names = [target.replace(transform.targets[0], new, 1) for new in transform.targets]
+        return {loaded: [LoadedSlice(name, rows, stored_start=at * rows)] for at, loaded in enumerate(names)}
     return {}
 
 
-def _stacked(members: list[tuple[int, str]], shapes: Mapping[str, Shape]) -> list[Part]:
-    """Experts one on the other; within an expert, one source's rows after the other's."""
-    parts: list[Part] = []
+def _expert_slices(members: list[tuple[int, str]], shapes: Mapping[str, Shape]) -> list[LoadedSlice]:
+    """The slices of stacked experts; within an expert, the rows of one source follow those of the other."""
+    slices: list[LoadedSlice] = []
     offset = 0
     for source in dict.fromkeys(source for source, _ in members):
         names = [name for at, name in members if at == source]
         rows = shapes[names[0]][0]
-        parts += [Part(name, rows, first=offset, expert=expert) for expert, name in enumerate(names)]
+        slices += [LoadedSlice(name, rows, loaded_start=offset, expert=expert) for expert, name in enumerate(names)]
         offset += rows
-    return parts
+    return slices
 
 
-def _joined(members: list[tuple[int, str]], shapes: Mapping[str, Shape]) -> list[Part]:
-    parts: list[Part] = []
+def _concatenated_slices(members: list[tuple[int, str]], shapes: Mapping[str, Shape]) -> list[LoadedSlice]:
+    slices: list[LoadedSlice] = []
     for _, name in members:
-        parts.append(Part(name, shapes[name][0], first=sum(part.rows for part in parts)))
-    return parts
+        slices.append(LoadedSlice(name, shapes[name][0], loaded_start=sum(piece.rows for piece in slices)))
+    return slices

@@ -1,7 +1,7 @@
-"""The dialects of adapter tensor names: which module a key belongs to, and in what role.
+"""The tensor names of adapters: which module a key belongs to, and its role there.
 
-PEFT writes `base_model.model.` + the module's path at training time + a suffix (adapter names are
-stripped when it saves; old FSDP and DeepSpeed dumps keep them and their wrappers' names).
+PEFT writes `base_model.model.` + the module's path during training + a suffix. It strips adapter names when it
+saves; old FSDP and DeepSpeed dumps keep them, and the names of their wrappers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 _ADAPTER_NAME = re.compile(
     r"(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector|diag|velora_embed)|modules_to_save|trainable_tokens_delta)\.default(?=\.|$)"
 )
-_ORIGINAL = ".original_module."  # beside a grown vocabulary PEFT also saves what modules_to_save started from
-UNUSED = "unused"  # the role of what only training needed
+KEY_PREFIX = "base_model.model."  # of every key that PEFT writes
+_ORIGINAL = ".original_module."  # with a resized vocabulary, PEFT also saves the initial values of modules_to_save
+UNUSED = "unused"  # the role of tensors that only training needs
 _SAMPLER = ".lora_monteclora_sampler."
-# suffix on disk -> role, longest first
+# Suffix in the file -> role. A suffix stands before its own suffixes ("lora_B.bias" before "bias").
 ROLES = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -28,8 +29,8 @@ ROLES = {
     "lora_magnitude_vector": "magnitude",
     "lora_diag": "diagonal",
     "lora_mid.weight": "middle",
-    "lora_a": "turned_A",
-    "lora_b": "turned_B",
+    "lora_a": "mlx_A",
+    "lora_b": "mlx_B",
     "lora_velora_embed": UNUSED,
     "diff": "added",
     "diff_b": "added_bias",
@@ -45,20 +46,20 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Key:
-    """A tensor of an adapter: the module it changes, and its role there."""
+    """A parsed key: the module that the tensor changes, and its role there."""
 
     module: str
     role: str
 
 
 def clean_path(name: str) -> str:
-    """A key without what training wrapped around it: the module's path and the tensor's name there."""
+    """Strip wrappers, adapter names and PEFT's prefix from a key: the module's path and the tensor's name remain."""
     path = _ADAPTER_NAME.sub(r"\1", _WRAPPERS.sub("", name)).removeprefix("module.")
-    return path.removeprefix("base_model.model.").removeprefix("base_model.").replace(".modules_to_save.", ".")
+    return path.removeprefix(KEY_PREFIX).removeprefix("base_model.").replace(".modules_to_save.", ".")
 
 
 def parse_key(name: str) -> Key | None:
-    """Module and role of a key, or None where the suffix is unknown."""
+    """Return a key's module and role, or None if the suffix is unknown."""
     path = clean_path(name)
     if _ORIGINAL in path:
         path = path.replace(_ORIGINAL, ".")
@@ -73,13 +74,13 @@ def parse_key(name: str) -> Key | None:
 
 
 def find_tensor(path: str, names: Collection[str]) -> list[str]:
-    """The checkpoint's tensors that `path` can mean: itself, or those that differ by a prefix.
+    """The checkpoint's tensors that `path` can mean: the exact name, or names that differ by a prefix.
 
-    A model class and its headless twin name the same tensor with and without a leading `model.` or
-    `transformer.`; one name must then end in the other, at a dot.
+    A model class with a head and the one without it name the same tensor with and without a leading `model.` or
+    `transformer.`: one name must then be a suffix of the other, starting after a dot.
     """
     if path in names:
         return [path]
-    if ends := [name for name in names if path.endswith("." + name)]:
-        return [max(ends, key=len)]
+    if suffixes := [name for name in names if path.endswith("." + name)]:
+        return [max(suffixes, key=len)]
     return [name for name in names if name.endswith("." + path)]

@@ -1,6 +1,6 @@
-"""LoRA's configuration: the scale of every module, and which configurations cannot be folded.
+"""LoRA's adapter_config.json: the scale of every module, and which configurations cannot be folded.
 
-peft/tuners/lora/config.py and peft/utils/other.py (get_pattern_key) define it.
+Defined by peft/tuners/lora/config.py and peft/utils/other.py (get_pattern_key).
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergeforge.adapters.peft.kind import matching
+from mergeforge.adapters.peft.kind import matching_values, unknown_field
 
-# Fields that change what the tensors mean, and why a fold would be wrong with them.
-_REFUSED = {
+# Fields with which a fold would be wrong, and why.
+_UNSUPPORTED_FIELDS = {
     "use_qalora": "QA-LoRA pools its input by groups, which is not supported",
-    "alora_invocation_tokens": "activated LoRA applies only after certain tokens: it cannot be merged",
-    "layer_replication": "it repeats layers of the base: stack these first (slices), then leave the field out",
-    "arrow_config": "it routes between adapters: it cannot be merged; load it with PEFT",
-    "megatron_config": "it was trained with Megatron's parallel layers, which is not supported; convert it to PEFT's",
+    "alora_invocation_tokens": "activated LoRA applies only after certain tokens, so it cannot be merged",
+    "layer_replication": "it repeats layers of the base; stack these layers first (slices), then remove the field",
+    "arrow_config": "it routes between adapters, so it cannot be merged; load it with PEFT",
+    "megatron_config": "Megatron's parallel layers are not supported; convert the adapter to PEFT's layers",
 }
-# Starts that take something out of the base; the adapter is relative to what is left.
-_RESIDUAL_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
-# Those of them that follow from the base alone (KaSA is a start, too, though it has a field of its own).
-_REPEATABLE = ("pissa", "olora")
-# Starts that leave the base as it is.
-_PLAIN_STARTS = ("", "true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-# Fields that say how it was trained and change nothing about the tensors.
-_IRRELEVANT = (
+# Values of init_lora_weights that subtract something from the base; the adapter is relative to what remains.
+_RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Those that can be computed again from the base alone. (KaSA is another one, but has its own field.)
+_RECOMPUTABLE_INITS = ("pissa", "olora")
+# Values that leave the base unchanged.
+_PLAIN_INITS = ("", "true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+# Fields about the training that do not change what the tensors mean.
+_IGNORED_FIELDS = (
     "alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config "
     "exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config "
     "lora_alpha lora_bias lora_dropout lora_ga_config megatron_core modules_to_save monteclora_config peft_type "
@@ -36,16 +36,18 @@ _IRRELEVANT = (
     "target_parameters task_type "
     "trainable_token_indices use_bdlora use_dora use_kasa kasa_config use_rslora velora_config"
 )
-KNOWN = set(_IRRELEVANT.split()) | set(_REFUSED)
+KNOWN_FIELDS = set(_IGNORED_FIELDS.split()) | set(_UNSUPPORTED_FIELDS)
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What a fold needs of adapter_config.json.
+    """The fields of adapter_config.json that a fold needs.
 
-    `start`: what training took out of the base first, and the fold has to: "pissa", "olora" or "kasa" (""
-    for nothing; "truncated" for a KaSA whose base is what that left). `blocks`: of BD-LoRA's block-diagonal
-    factors. `scales`: every module's own, where no config says alpha and rank (rank 0: as the tensors are).
+    `residual_init`: what the initialization subtracted from the base, and the fold has to subtract again:
+    "pissa", "olora", "kasa", "" for nothing, or "truncated" for KaSA on a base that is already the residual.
+    `bdlora_blocks`: the number of blocks of BD-LoRA's block-diagonal factors. `expert_major`: lora_B of fused
+    experts keeps the ranks of one expert together (Unsloth). `scales`: the scale of each module, for formats
+    without alpha and rank in a config (then `rank` is 0, and the tensors' rank is taken).
     """
 
     rank: int
@@ -60,59 +62,63 @@ class LoraSettings:
     ensure_weight_tying: bool
     target_parameters: tuple[str, ...] = ()
     peft_version: tuple[int, ...] = ()
-    by_expert: bool = False
-    start: str = ""
-    blocks: int = 1
+    expert_major: bool = False
+    residual_init: str = ""
+    bdlora_blocks: int = 1
     scales: Mapping[str, float] | None = None
 
     def ranks_of(self, module: str) -> list[int]:
-        """The ranks that it may have: those of every pattern that matches, else the default.
+        """The ranks the module may have: those of all patterns that match, else the default.
 
-        PEFT takes the first pattern, but sorts them when it saves; the tensors tell which it was.
+        PEFT uses the first pattern, but sorts the patterns when it saves; the tensors show which one it was.
         """
-        return [int(rank) for rank in matching(self.rank_pattern, module)] or [self.rank]
+        return [int(rank) for rank in matching_values(self.rank_pattern, module)] or [self.rank]
 
     def alphas_of(self, module: str) -> list[float]:
-        """The alphas that it may have; PEFT takes the first of the file."""
-        return [float(alpha) for alpha in matching(self.alpha_pattern, module)] or [self.alpha]
+        """The alphas the module may have; PEFT uses the first one in the file."""
+        return [float(alpha) for alpha in matching_values(self.alpha_pattern, module)] or [self.alpha]
 
     def scale(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
+        """alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA."""
         if self.scales is not None:
             return self.scales.get(module, 1.0)
         alpha = self.alphas_of(module)[0]
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def saves(self, module: str) -> bool:
-        """Whether modules_to_save names the module (PEFT compares the path's end)."""
+        """Whether modules_to_save names the module (PEFT compares the end of the path)."""
         return any(module.endswith(name) for name in self.modules_to_save)
 
 
-def read_settings(config: Mapping[str, Any], *, residual: bool = False, stacked: bool = False) -> LoraSettings:
-    """Settings of an adapter_config.json of peft_type LORA.
+def read_settings(
+    config: Mapping[str, Any], *, base_is_residual: bool = False, base_is_stacked: bool = False
+) -> LoraSettings:
+    """Read an adapter_config.json of peft_type LORA.
 
-    `residual`: the base that it is folded into is what its start left, so that nothing has to be taken out.
-    `stacked`: that base's layers are already those of layer_replication.
-    Raises ValueError, with the reason, for an adapter whose plain fold would be wrong.
+    `base_is_residual`: the base is already what the initialization left, so nothing has to be subtracted.
+    `base_is_stacked`: the base already has the layers of layer_replication.
+    Raises ValueError, with the reason, if the adapter cannot be folded correctly.
     """
-    for name, reason in _REFUSED.items():
-        if config.get(name) and not (stacked and name == "layer_replication"):
+    for name, reason in _UNSUPPORTED_FIELDS.items():
+        if config.get(name) and not (base_is_stacked and name == "layer_replication"):
             raise ValueError(f"its config sets {name}: {reason}")
-    if unknown := sorted(name for name in set(config) - KNOWN if config[name] not in (None, False, {}, [])):
-        raise ValueError(f"its config sets {unknown[0]} = {config[unknown[0]]!r}, whose meaning is unknown here")
+    if unknown := sorted(name for name in set(config) - KNOWN_FIELDS if config[name] not in (None, False, {}, [])):
+        raise ValueError(unknown_field(unknown[0], config[unknown[0]]))
     kasa = bool(config.get("kasa_config") or config.get("use_kasa"))
-    start = ("truncated" if kasa else "") if residual else "kasa" if kasa else _start(config)
-    if config.get("layer_replication") and start in (*_REPEATABLE, "kasa"):
-        reason = "repeated layers share a weight, from which PEFT takes the start of each in turn"
-        raise ValueError(f"its config has both layer_replication and the start {start}: {reason}")
+    init = ("truncated" if kasa else "") if base_is_residual else "kasa" if kasa else _residual_init(config)
+    if config.get("layer_replication") and init in (*_RECOMPUTABLE_INITS, "kasa"):
+        reason = (
+            "repeated layers share one weight, and PEFT subtracts the initialization of each of them from it in turn"
+        )
+        raise ValueError(f"its config sets both layer_replication and the {init} initialization: {reason}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise ValueError(f"its config needs a rank r of at least 1 and a number lora_alpha, not {rank!r} and {alpha!r}")
+        raise ValueError(f"its config needs a rank r >= 1 and a numeric lora_alpha, not {rank!r} and {alpha!r}")
     return LoraSettings(
         rank=rank,
         alpha=float(alpha),
-        rank_pattern=_patterns(config, "rank_pattern"),
-        alpha_pattern=_patterns(config, "alpha_pattern"),
+        rank_pattern=_numeric_patterns(config, "rank_pattern"),
+        alpha_pattern=_numeric_patterns(config, "alpha_pattern"),
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
@@ -121,69 +127,71 @@ def read_settings(config: Mapping[str, Any], *, residual: bool = False, stacked:
         ensure_weight_tying=bool(config.get("ensure_weight_tying")),
         target_parameters=tuple(config.get("target_parameters") or ()),
         peft_version=tuple(int(part) for part in re.findall(r"\d+", str(config.get("peft_version") or ""))[:2]),
-        by_expert=str(config.get("lora_B_layout") or "") == "expert_major",
-        start=start,
-        blocks=_blocks(config.get("use_bdlora")),
+        expert_major=str(config.get("lora_B_layout") or "") == "expert_major",
+        residual_init=init,
+        bdlora_blocks=_bdlora_blocks(config.get("use_bdlora")),
     )
 
 
-def _patterns(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Patterns and their numbers. Raises ValueError for anything else."""
-    found = config.get(name) or {}
-    list(matching(found, ""))
-    if bad := [value for value in found.values() if not isinstance(value, int | float) or isinstance(value, bool)]:
-        raise ValueError(f"its config's {name} gives {bad[0]!r}, which is no number")
-    return dict(found)
+def _numeric_patterns(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Read a mapping of patterns to numbers. Raises ValueError for anything else."""
+    patterns = config.get(name) or {}
+    list(matching_values(patterns, ""))
+    if bad := [value for value in patterns.values() if not isinstance(value, int | float) or isinstance(value, bool)]:
+        raise ValueError(f"its config's {name} has the value {bad[0]!r}, which is not a number")
+    return dict(patterns)
 
 
-def _start(config: Mapping[str, Any]) -> str:
-    """What has to be taken out of the original base first. Raises ValueError where that cannot be known."""
-    start = str(config.get("init_lora_weights") or "").lower()
-    if start not in _PLAIN_STARTS and not start.startswith(_RESIDUAL_STARTS):
-        raise ValueError(f"its config says init_lora_weights: {start}, whose meaning is unknown here")
-    if start in _REPEATABLE and not config.get("use_dora"):
-        return start
-    if start.startswith(_RESIDUAL_STARTS):
-        reason = f"its config says init_lora_weights: {start}, so it is relative to a changed base, not to the original"
-        advice = "fold it into the base that was saved with it and say base_is_residual: true, or convert it in PEFT"
+def _residual_init(config: Mapping[str, Any]) -> str:
+    """What has to be subtracted from the original base. Raises ValueError if it cannot be computed."""
+    init = str(config.get("init_lora_weights") or "").lower()
+    if init not in _PLAIN_INITS and not init.startswith(_RESIDUAL_INITS):
+        raise ValueError(f"its config sets init_lora_weights: {init}, and this version does not know that value")
+    if init in _RECOMPUTABLE_INITS and not config.get("use_dora"):
+        return init
+    if init.startswith(_RESIDUAL_INITS):
+        reason = f"its config sets init_lora_weights: {init}, so it is relative to a changed base, not to the original"
+        advice = "fold it into the base that was saved with it and set base_is_residual: true, or convert it with PEFT"
         raise ValueError(f"{reason}; {advice} (save_pretrained with path_initial_model_for_weight_conversion)")
     return ""
 
 
-def told_start(config: Mapping[str, Any], settings: LoraSettings) -> str:
-    """How a start that changes the base is dealt with, in words; "" where there is none."""
-    name = "KaSA" if settings.start in ("kasa", "truncated") else str(config.get("init_lora_weights") or "")
-    if settings.start in (*_REPEATABLE, "kasa"):
-        return f"what its start ({name}) took out of the original base is taken out first"
-    if settings.start == "truncated" or name.lower().startswith(_RESIDUAL_STARTS):
-        return f"the base is taken to be what its start ({name}) left"
+def describe_init(config: Mapping[str, Any], settings: LoraSettings) -> str:
+    """A note on how an initialization that changed the base is handled; "" if it did not change it."""
+    name = "KaSA" if settings.residual_init in ("kasa", "truncated") else str(config.get("init_lora_weights") or "")
+    if settings.residual_init in (*_RECOMPUTABLE_INITS, "kasa"):
+        return f"what its initialization ({name}) subtracted from the original base is subtracted again"
+    if settings.residual_init == "truncated" or name.lower().startswith(_RESIDUAL_INITS):
+        return f"the base is treated as the residual that its initialization ({name}) left"
     return ""
 
 
-def _blocks(given: Any) -> int:
-    """BD-LoRA's number of blocks; 1 for none."""
-    count = given.get("nblocks", 1) if isinstance(given, Mapping) else 1
-    if (given and not isinstance(given, Mapping)) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"its config says use_bdlora: {given!r}, which names no number of blocks")
+def _bdlora_blocks(config: Any) -> int:
+    """BD-LoRA's number of blocks; 1 if it is not used."""
+    count = config.get("nblocks", 1) if isinstance(config, Mapping) else 1
+    if (config and not isinstance(config, Mapping)) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"its config sets use_bdlora: {config!r}, which has no valid number of blocks (nblocks)")
     return count
 
 
-def replicated(ranges: Sequence[Sequence[int]]) -> list[int]:
-    """The base's layer that each layer of a layer_replication is: [[0, 2], [1, 3]] gives 0, 1, 1, 2.
+def replicated_layers(ranges: Sequence[Sequence[int]]) -> list[int]:
+    """The base's layer behind each layer of a layer_replication: [[0, 2], [1, 3]] gives 0, 1, 1, 2.
 
-    peft/tuners/tuners_utils.py, replicate_layers. Raises ValueError for what is no list of such pairs.
+    As replicate_layers of peft/tuners/tuners_utils.py. Raises ValueError for anything but a list of such pairs.
     """
-    pairs = [tuple(one) for one in ranges if isinstance(one, list | tuple)] if isinstance(ranges, list | tuple) else []
-    good = bool(pairs) and len(pairs) == len(ranges)
-    if not good or not all(len(one) == 2 and all(isinstance(end, int) for end in one) for one in pairs):
-        raise ValueError(f"layer_replication {ranges!r} is no list of [first layer, layer to stop before]")
+    pairs = (
+        [tuple(pair) for pair in ranges if isinstance(pair, list | tuple)] if isinstance(ranges, list | tuple) else []
+    )
+    are_lists = bool(pairs) and len(pairs) == len(ranges)
+    if not are_lists or not all(len(pair) == 2 and all(isinstance(end, int) for end in pair) for pair in pairs):
+        raise ValueError(f"layer_replication {ranges!r} is not a list of [first layer, end layer] pairs (end excluded)")
     if not all(0 <= start < end for start, end in pairs):
-        raise ValueError(f"layer_replication {ranges!r} holds a range without layers")
+        raise ValueError(f"layer_replication {ranges!r} contains an empty or negative range")
     return [layer for start, end in pairs for layer in range(start, end)]
 
 
 def plain_settings(config: Mapping[str, Any]) -> LoraSettings:
-    """What the tensors that any kind may bring (saved modules, trained tokens) need of a config."""
+    """Read what tensors of any method (saved modules, trained tokens) need from a config."""
     indices = config.get("trainable_token_indices", config.get("token_indices"))
     saved = tuple(config.get("modules_to_save") or ())
     return LoraSettings(0, 0.0, {}, {}, False, False, False, saved, indices, False)

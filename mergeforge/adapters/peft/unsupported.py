@@ -1,12 +1,15 @@
-"""Adapter kinds that cannot be merged into a weight, each with the reason and what to do instead."""
+"""PEFT methods that cannot be merged into a weight, each with the reason and what to do instead."""
 
 from __future__ import annotations
 
-_PROMPT = "it changes the input or the attention's keys and values, not the weights: load it with PEFT beside the model"
-_ROUTED = "a router decides at run time which of its parts apply: load it with PEFT beside the model"
-_FROM_BASE = "it replaces singular directions of the base, which takes decomposing every weight: merge it with PEFT"
+_PROMPT = "it changes the input or the attention's keys and values, not the weights; load it with PEFT at run time"
+_ROUTED = "a router decides at run time which of its parts apply; load it with PEFT at run time"
+_FROM_BASE = (
+    "it replaces singular directions of the base, so every weight would have to be decomposed; merge it with PEFT"
+)
+_NOT_YET = "this version does not support it; merge it with PEFT"
 
-REFUSED = {
+UNSUPPORTED = {
     "PROMPT_TUNING": _PROMPT,
     "MULTITASK_PROMPT_TUNING": _PROMPT,
     "P_TUNING": _PROMPT,
@@ -17,14 +20,14 @@ REFUSED = {
     "XLORA": _ROUTED,
     "POLY": _ROUTED,
     "LILY": _ROUTED,
-    "SHADOW": "it runs a second model beside the first: load it with PEFT",
+    "SHADOW": "it runs a second model beside the first; load it with PEFT at run time",
     "OSF": _FROM_BASE,
     "PSOFT": _FROM_BASE,
     "TINYLORA": _FROM_BASE,
     "FROD": _FROM_BASE,
-    "PEANUT": "its change is a network's answer to the weight itself, which no row alone tells: merge it with PEFT",
-    "DEFT": "its factors are of the original weight's whole product: merge it with PEFT",
-    "UNILORA": "it is not supported by this version: merge it with PEFT",
-    "ADAMSS": "it is not supported by this version: merge it with PEFT",
-    "WAVEFT": "it is not supported by this version: merge it with PEFT",
+    "PEANUT": "a network computes its change from the whole weight, not row by row; merge it with PEFT",
+    "DEFT": "its change depends on a product with the whole original weight; merge it with PEFT",
+    "UNILORA": _NOT_YET,
+    "ADAMSS": _NOT_YET,
+    "WAVEFT": _NOT_YET,
 }

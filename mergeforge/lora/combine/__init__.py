@@ -1,9 +1,8 @@
-"""Several LoRA adapters as one: the weighted sum of their deltas, kept as factors.
+"""Combine several LoRA adapters into one: the weighted sum of their deltas, as factors.
 
-Exactly, A holds all adapters' A one below the other and B their w s B side by side, so the ranks add
-up. With a rank or an energy, QR of both stacks and the SVD of the small core cut the sum to its best
-approximation of that rank (as PEFT's add_weighted_adapter with `svd`, without the dense delta). The
-scale of what is written is 1.
+The exact sum concatenates the A of all adapters by rows and their w s B by columns, so the ranks add up. With a
+rank or an energy, a QR decomposition of both and the SVD of the small core give the best approximation of that
+rank (as PEFT's add_weighted_adapter with `svd`, but without the dense delta). The written adapter has scale 1.
 """
 
 from __future__ import annotations
@@ -12,76 +11,86 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeforge.core.low_rank_svd import Factors, cut_product
+from mergeforge.adapters.peft.keys import KEY_PREFIX
+from mergeforge.core.file_names import MODEL_CARD
+from mergeforge.core.low_rank_svd import Factors, truncate_product
 from mergeforge.core.tensor_info import torch_dtype
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import write_durably
-from mergeforge.lora.combine.plan import Join, Sum, Terms, folded_terms, plan_join, weighted_terms
-from mergeforge.lora.combine.report import REPORT, Joined, adapter_card, adapter_config, report_json
+from mergeforge.lora.combine.plan import Combination, LoraSum, Terms, folded_terms, plan_combination, weighted_terms
+from mergeforge.lora.combine.report import REPORT, CombinedModule, adapter_card, adapter_config, report_json
 from mergeforge.recipe import OUT_DTYPES
-from mergeforge.tensors.budget import one_torch_thread
-from mergeforge.writers.peft_adapter import CARD, CONFIG, SPOOL, WEIGHTS, Spool, new_folder, write_adapter
+from mergeforge.tensors.worker import single_torch_thread
+from mergeforge.writers.peft_adapter import CONFIG, SPOOL, WEIGHTS, Spool, new_folder, write_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Join", "Joined", "Terms", "folded_terms", "join_adapters", "plan_join", "weighted_terms", "write_joined"]
+__all__ = [
+    "Combination",
+    "CombinedModule",
+    "Terms",
+    "combine_adapters",
+    "folded_terms",
+    "plan_combination",
+    "weighted_terms",
+    "write_combined",
+]
 
-FILES = (WEIGHTS, CONFIG, CARD, REPORT)
-PREFIX = "base_model.model."
+FILES = (WEIGHTS, CONFIG, MODEL_CARD, REPORT)
 
 
-def write_joined(plan: Join, folder: Path) -> list[Joined]:
-    """Write the adapter's files into a folder that exists; every module with its rank and error."""
+def write_combined(plan: Combination, folder: Path) -> list[CombinedModule]:
+    """Write the adapter's files into an existing folder; returns the rank and error of every module."""
     spool = Spool(folder)
     try:
-        with one_torch_thread():
-            done = [_joined(one, plan, spool) for one in plan.sums]
-        found = [one for one in done if one is not None]
-        if not found:
-            raise SourceError("the adapters cancel each other: there is no sum to write")
-        write_adapter(folder, spool.parts(), adapter_config(plan, found), adapter_card(plan, found))
-        write_durably(folder / REPORT, report_json(plan, found))
+        with single_torch_thread():
+            results = [_write_module(result, plan, spool) for result in plan.sums]
+        modules = [result for result in results if result is not None]
+        if not modules:
+            raise SourceError("the adapters cancel each other out, so there is nothing to write")
+        write_adapter(folder, spool.parts(), adapter_config(plan, modules), adapter_card(plan, modules))
+        write_durably(folder / REPORT, report_json(plan, modules))
     finally:
         spool.close()
         (folder / SPOOL).unlink(missing_ok=True)
-    return found
+    return modules
 
 
-def join_adapters(plan: Join, out: Path, *, overwrite: bool = False) -> list[Joined]:
-    """The same into a new folder OUT, which is there, and whole, at the end. Raises OutputError."""
+def combine_adapters(plan: Combination, out: Path, *, overwrite: bool = False) -> list[CombinedModule]:
+    """Write the adapter to a new folder OUT, which exists, complete, at the end. Raises OutputError."""
     with new_folder(out, FILES, overwrite=overwrite) as work:
-        return write_joined(plan, work)
+        return write_combined(plan, work)
 
 
-def _joined(one: Sum, plan: Join, spool: Spool) -> Joined | None:
-    """Write one module; None where the adapters cancel each other."""
+def _write_module(lora_sum: LoraSum, plan: Combination, spool: Spool) -> CombinedModule | None:
+    """Write one module; None if the adapters cancel each other out."""
     import torch
 
     dtype = torch_dtype(OUT_DTYPES[plan.dtype])
     with torch.inference_mode():
-        left, right, factors = _factors(one, plan)
+        left, right, factors = _factors(lora_sum, plan)
         if not bool(left.isfinite().all() and right.isfinite().all()):
-            raise SourceError(f"{one.module}: the adapters hold infinite or NaN values")
+            raise SourceError(f"{lora_sum.module}: the adapters have infinite or NaN values")
         if not right.shape[0]:
             return None
-        a, b = (left.t(), right.t()) if one.transposed else (right, left)
-        kind, leaf = ("lora_embedding_", "") if one.embedding else ("lora_", ".weight")
-        spool.add(f"{PREFIX}{one.module}.{kind}A{leaf}", a.to(dtype))
-        spool.add(f"{PREFIX}{one.module}.{kind}B{leaf}", b.to(dtype))
-    norm = math.sqrt(factors.square) if factors else None
-    return Joined(one.module, right.shape[0], one.rank, factors.tail if factors else 0.0, norm)
+        a, b = (left.t(), right.t()) if lora_sum.transposed else (right, left)
+        kind, leaf = ("lora_embedding_", "") if lora_sum.embedding else ("lora_", ".weight")
+        spool.add(f"{KEY_PREFIX}{lora_sum.module}.{kind}A{leaf}", a.to(dtype))
+        spool.add(f"{KEY_PREFIX}{lora_sum.module}.{kind}B{leaf}", b.to(dtype))
+    norm = math.sqrt(factors.squared_norm) if factors else None
+    return CombinedModule(lora_sum.module, right.shape[0], lora_sum.rank, factors.tail if factors else 0.0, norm)
 
 
-def _factors(one: Sum, plan: Join) -> tuple[Tensor, Tensor, Factors | None]:
-    """L (rows, r) and R (r, columns) of the sum; cut, or where the ranks exceed the matrix, compressed."""
+def _factors(lora_sum: LoraSum, plan: Combination) -> tuple[Tensor, Tensor, Factors | None]:
+    """L (rows, r) and R (r, columns) of the sum; truncated, or compressed if the ranks exceed the matrix's size."""
     import torch
 
-    pairs = [(weight * edit.scale, *edit.plain_factors()) for weight, edit in one.terms]
+    pairs = [(weight * delta.scale, *delta.read_factors()) for weight, delta in lora_sum.terms]
     lefts, rights = [scale * left for scale, left, _ in pairs], [right for _, _, right in pairs]
-    if plan.exact and one.rank <= min(one.shape):
+    if plan.exact and lora_sum.rank <= min(lora_sum.shape):
         return torch.cat(lefts, dim=1), torch.cat(rights), None
-    if not all(bool(part.isfinite().all()) for part in (*lefts, *rights)):
+    if not all(bool(factor.isfinite().all()) for factor in (*lefts, *rights)):
         return lefts[0] * math.nan, rights[0], None
-    factors = cut_product(lefts, rights, plan.rank, plan.energy)
+    factors = truncate_product(lefts, rights, plan.rank, plan.energy)
     return factors.left, factors.right, factors

@@ -1,4 +1,4 @@
-"""What is joined, decided from headers: the terms of every tensor's sum, and whether they are a sum at all."""
+"""Plan a combined adapter from headers: the terms of each tensor's sum, and whether they can be summed as factors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from mergeforge.adapters.open import Adapter
 from mergeforge.adapters.peft.keys import parse_key
 from mergeforge.checkpoints.checkpoint import ModelSource
 from mergeforge.checkpoints.names import tied_head
-from mergeforge.core.sizes import show_size
+from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, RecipeError, SourceError
 from mergeforge.recipe import OUT_DTYPES
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
 
-Terms = Mapping[str, Sequence[tuple[float, WeightDelta]]]  # tensor -> (weight, edit) of every adapter that changes it
+Terms = Mapping[str, Sequence[tuple[float, WeightDelta]]]  # tensor -> (weight, delta) of every adapter that changes it
 
 
 @dataclass(frozen=True)
-class Sum:
-    """What is joined for one tensor. `module`: its name in the adapters; `ranks` of the terms together."""
+class LoraSum:
+    """The sum for one tensor. `module`: its name in the adapters; `rank`: of all terms together."""
 
     tensor: str
     module: str
@@ -32,7 +32,7 @@ class Sum:
 
     @property
     def rank(self) -> int:
-        return sum(edit.rank for _, edit in self.terms)
+        return sum(delta.rank for _, delta in self.terms)
 
     @property
     def transposed(self) -> bool:
@@ -40,17 +40,17 @@ class Sum:
 
     @property
     def nbytes(self) -> int:
-        """The memory that cutting takes: both stacks, their Q and LAPACK's copies in float64, the core."""
+        """The memory for truncating: both concatenated factors, their Q, LAPACK's copies in float64, and the core."""
         return 8 * self.rank * (4 * sum(self.shape) + 6 * self.rank)
 
 
 @dataclass(frozen=True)
-class Join:
-    """A planned adapter: headers are read, the memory is proved."""
+class Combination:
+    """A planned combined adapter. The headers have been read and the memory is proved."""
 
     adapters: tuple[Adapter, ...]
     base: ModelSource
-    sums: tuple[Sum, ...]
+    sums: tuple[LoraSum, ...]
     rank: int | None
     energy: float | None
     dtype: str
@@ -61,31 +61,31 @@ class Join:
 
 
 def weighted_terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> Terms:
-    """One weight for all of an adapter."""
+    """The terms for one weight per adapter."""
     terms: dict[str, list[tuple[float, WeightDelta]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        for name, edits in adapter.edits.items():
-            terms.setdefault(name, []).extend((weight, edit) for edit in edits)
+        for name, deltas in adapter.deltas.items():
+            terms.setdefault(name, []).extend((weight, delta) for delta in deltas)
     return terms
 
 
-def folded_terms(ways: Mapping[str, LazyTensor], base: ModelSource, adapters: Sequence[Adapter]) -> Terms:
-    """The terms of a planned merge, as its method, weights and rules made them.
+def folded_terms(tensors: Mapping[str, LazyTensor], base: ModelSource, adapters: Sequence[Adapter]) -> Terms:
+    """The terms of a planned merge, with the weights that its method and parameters give.
 
-    Raises RecipeError where a tensor comes about in any way but the base's own plus adapters' changes.
+    Raises RecipeError if a tensor is anything but the base's tensor plus weighted adapter deltas.
     """
     terms = {}
-    for name, way in ways.items():
-        start = way.base if isinstance(way, AdaptedTensor) else way
-        if start is not base.tensors.get(name) and not any(name in one.resized for one in adapters):
-            hint = "merge_method linear or task_arithmetic over adapters alone, without models, keeps them factors"
+    for name, tensor in tensors.items():
+        base_tensor = tensor.base if isinstance(tensor, AdaptedTensor) else tensor
+        if base_tensor is not base.tensors.get(name) and not any(name in adapter.resized for adapter in adapters):
+            hint = "use merge_method linear or task_arithmetic with adapters only, without models"
             raise RecipeError(f"output.adapter: {name} is more than the base plus weighted adapters", hint=hint)
-        if isinstance(way, AdaptedTensor):
-            terms[name] = way.terms
+        if isinstance(tensor, AdaptedTensor):
+            terms[name] = tensor.terms
     return terms
 
 
-def plan_join(
+def plan_combination(
     adapters: Sequence[Adapter],
     terms: Terms,
     base: ModelSource,
@@ -94,58 +94,63 @@ def plan_join(
     energy: float | None = None,
     dtype: str = "float32",
     memory: int = 2 << 30,
-) -> Join:
-    """Decide the joined adapter from headers. Neither rank nor energy: the exact sum.
+) -> Combination:
+    """Plan the combined adapter; without rank and energy it is the exact sum.
 
-    Raises RecipeError for a rank, energy or dtype that makes no sense, SourceError for adapters that
-    are more than low-rank factors, BudgetError where a module does not fit `memory` (bytes).
+    Raises RecipeError for an invalid rank, energy or dtype, SourceError for adapters that are more than low-rank
+    factors, BudgetError if a module does not fit into `memory` (bytes).
     """
     if rank is not None and rank < 1:
-        raise RecipeError(f"the rank of an adapter is at least 1, not {rank}")
+        raise RecipeError(f"the rank of an adapter must be at least 1, not {rank}")
     if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"energy is a share of the squared change, above 0 and at most 1, not {energy:g}")
+        raise RecipeError(f"energy is a fraction of the squared change, above 0 and at most 1, not {energy:g}")
     if dtype not in OUT_DTYPES or dtype == "float64":
-        raise RecipeError(f"an adapter is float32, bfloat16 or float16, not {dtype}")
+        raise RecipeError(f"the dtype of an adapter must be float32, bfloat16 or float16, not {dtype}")
     for adapter in adapters:
-        _check_plain(adapter, base)
-    sums = tuple(one for name in sorted(terms) if (one := _sum(name, terms[name])) is not None)
+        _check_only_lora(adapter, base)
+    sums = tuple(lora_sum for name in sorted(terms) if (lora_sum := _lora_sum(name, terms[name])) is not None)
     if not sums:
-        raise SourceError("the adapters, as they are weighted, change nothing: there is no sum to write")
-    widest = max(sums, key=lambda one: one.nbytes)
+        raise SourceError("the adapters, with these weights, change nothing, so there is nothing to write")
+    widest = max(sums, key=lambda lora_sum: lora_sum.nbytes)
     if widest.nbytes > memory:
-        text = f"{widest.module}: joining ranks of {widest.rank} takes {show_size(widest.nbytes)}"
-        raise BudgetError(f"{text}, {show_size(memory)} given", hint=f"--memory {-(-widest.nbytes >> 20)}MiB")
-    return Join(tuple(adapters), base, sums, rank, energy, dtype)
+        text = f"{widest.module}: combining ranks of {widest.rank} in total takes {format_size(widest.nbytes)}"
+        hint = f"set --memory {-(-widest.nbytes >> 20)}MiB"
+        raise BudgetError(f"{text}, but the limit is {format_size(memory)}", hint=hint)
+    return Combination(tuple(adapters), base, sums, rank, energy, dtype)
 
 
-def _check_plain(adapter: Adapter, base: ModelSource) -> None:
-    """Raises SourceError where an adapter is more than low-rank factors."""
-    hint = "merge it into the model: leave output.adapter out"
-    for name, edits in adapter.edits.items():
-        if other := next((edit for edit in edits if not isinstance(edit, LoraDelta)), None):
-            text = f"{adapter.label}: its change of {name} ({other.label}) is no pair of low-rank factors"
-            raise SourceError(f"{text}, so it cannot be joined with others", hint=hint)
+def _check_only_lora(adapter: Adapter, base: ModelSource) -> None:
+    """Raises SourceError if an adapter is more than low-rank factors."""
+    hint = "merge it into the model instead: remove output.adapter"
+    for name, deltas in adapter.deltas.items():
+        if unsupported := next((delta for delta in deltas if not isinstance(delta, LoraDelta)), None):
+            text = f"{adapter.label}: its change of {name} ({unsupported.label}) is not a pair of low-rank factors"
+            raise SourceError(f"{text}, so it cannot be combined with others", hint=hint)
     tied = tied_head(base)
-    if tied and adapter.keeps_tied and tied[1] in adapter.edits:
-        text = f"{adapter.label} changes {tied[1]}, which is the output head too"
-        raise SourceError(f"{text}: as an adapter that would mean two things", hint=hint)
-    if whole := [*adapter.added, *(name for name in adapter.resized if not _is_bases(name, adapter, base))]:
-        raise SourceError(f"{adapter.label} brings a whole {whole[0]}, which has no place in a sum", hint=hint)
+    if tied and adapter.keeps_tied and tied[1] in adapter.deltas:
+        text = f"{adapter.label} changes {tied[1]}, which is also the output head"
+        raise SourceError(f"{text}, so factors of it would be ambiguous", hint=hint)
+    if replaced := [*adapter.added, *(name for name in adapter.resized if not _is_base_tensor(name, adapter, base))]:
+        raise SourceError(f"{adapter.label} replaces {replaced[0]} as a whole, which cannot be summed", hint=hint)
 
 
-def _is_bases(name: str, adapter: Adapter, base: ModelSource) -> bool:
-    """Whether a tensor that came with the adapter is the base's own, as PEFT saves it beside an embedding's factors."""
-    held, brought = base.tensors.get(name), adapter.resized[name]
-    return isinstance(held, StoredTensor) and isinstance(brought, StoredTensor) and same_content(brought, held)
+def _is_base_tensor(name: str, adapter: Adapter, base: ModelSource) -> bool:
+    """Whether a tensor of the adapter equals the base's, as PEFT saves it next to the factors of an embedding."""
+    base_tensor, replacement = base.tensors.get(name), adapter.resized[name]
+    return (
+        isinstance(base_tensor, StoredTensor)
+        and isinstance(replacement, StoredTensor)
+        and same_content(replacement, base_tensor)
+    )
 
 
-def _sum(name: str, terms: Sequence[tuple[float, WeightDelta]]) -> Sum | None:
-    kept = tuple((weight, edit) for weight, edit in terms if weight and isinstance(edit, LoraDelta))
-    if not kept:
+def _lora_sum(name: str, terms: Sequence[tuple[float, WeightDelta]]) -> LoraSum | None:
+    lora_terms = tuple((weight, delta) for weight, delta in terms if weight and isinstance(delta, LoraDelta))
+    if not lora_terms:
         return None
-    edit = kept[0][1]
-    left, right = edit.left.info.shape, edit.right.info.shape
-    shape = (left[1], right[0]) if edit.transposed else (left[0], right[1])
-    key = parse_key(edit.left.info.name)
+    delta = lora_terms[0][1]
+    left, right = delta.left.info.shape, delta.right.info.shape
+    shape = (left[1], right[0]) if delta.transposed else (left[0], right[1])
+    key = parse_key(delta.left.info.name)
     module = key.module if key else name.rpartition(".")[0]
-    return Sum(name, module, kept, shape, "lora_embedding_" in edit.left.info.name)
+    return LoraSum(name, module, lora_terms, shape, "lora_embedding_" in delta.left.info.name)

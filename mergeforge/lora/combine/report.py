@@ -1,4 +1,4 @@
-"""What lies beside a joined adapter's weights: its config, joining.json and the card."""
+"""The files next to a combined adapter's weights: its config, joining.json and the model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from mergeforge.checkpoints.checkpoint import read_json
 from mergeforge.checkpoints.names import tied_head
-from mergeforge.lora.combine.plan import Join
+from mergeforge.lora.combine.plan import Combination
 from mergeforge.writers.peft_adapter import CONFIG
 from mergeforge.writers.peft_config import lora_config, task_type
 
@@ -20,8 +20,8 @@ REPORT = "joining.json"
 
 
 @dataclass(frozen=True)
-class Joined:
-    """A module of the new adapter; `error`: |sum - BA| / |sum| of the cut, Frobenius."""
+class CombinedModule:
+    """A module of the new adapter; `error`: |sum - BA| / |sum| of the truncation (Frobenius norms)."""
 
     module: str
     rank: int
@@ -30,57 +30,65 @@ class Joined:
     norm: float | None = None
 
 
-def adapter_config(plan: Join, found: Sequence[Joined]) -> dict[str, Any]:
-    configs = [read_json(one.folder / CONFIG) for one in plan.adapters if (one.folder / CONFIG).is_file()]
+def adapter_config(plan: Combination, modules: Sequence[CombinedModule]) -> dict[str, Any]:
+    configs = [read_json(item.folder / CONFIG) for item in plan.adapters if (item.folder / CONFIG).is_file()]
     return lora_config(
-        {one.module: one.rank for one in found},
-        _tensors(plan),
-        _agreed(configs, "base_model_name_or_path") or plan.base.label.partition("@")[0],
-        task=_agreed(configs, "task_type") or task_type(plan.base.config),
-        revision=_agreed(configs, "revision"),
-        fan_in_fan_out=any(one.transposed and not one.embedding for one in plan.sums),
+        {item.module: item.rank for item in modules},
+        _tensor_names(plan),
+        _common_value(configs, "base_model_name_or_path") or plan.base.label.partition("@")[0],
+        task=_common_value(configs, "task_type") or task_type(plan.base.config),
+        revision=_common_value(configs, "revision"),
+        fan_in_fan_out=any(item.transposed and not item.embedding for item in plan.sums),
     )
 
 
-def _agreed(configs: Sequence[Mapping[str, Any]], name: str) -> str | None:
-    """What all the adapters' configs say, if they say the same."""
+def _common_value(configs: Sequence[Mapping[str, Any]], name: str) -> str | None:
+    """The value that all the adapters' configs have in common; None if they differ."""
     values = {config.get(name) for config in configs}
     value = values.pop() if len(values) == 1 else None
     return value if isinstance(value, str) else None
 
 
-def _tensors(plan: Join) -> list[str]:
-    """The model's tensors as the adapters would name them: perhaps with another prefix than the base's."""
-    named = {one.tensor: f"{one.module}.weight" for one in plan.sums}
-    tensor, name = next(iter(named.items()))
+def _tensor_names(plan: Combination) -> list[str]:
+    """The names of the model's tensors in the adapters, whose prefix may differ from the base's."""
+    adapter_names = {name.tensor: f"{name.module}.weight" for name in plan.sums}
+    tensor, name = next(iter(adapter_names.items()))
     longer = name.removesuffix(tensor) if name.endswith(tensor) else ""
     shorter = tensor.removesuffix(name) if tensor.endswith(name) else ""
     tied = tied_head(plan.base)
     names = [*plan.base.tensors, *([tied[0]] if tied else [])]
-    return [named.get(one) or longer + one.removeprefix(shorter) for one in names]
+    return [adapter_names.get(name) or longer + name.removeprefix(shorter) for name in names]
 
 
-def report_json(plan: Join, found: Sequence[Joined]) -> bytes:
-    total = sum((one.norm or 0.0) ** 2 for one in found)
-    lost = sum((one.error * (one.norm or 0.0)) ** 2 for one in found)
+def report_json(plan: Combination, modules: Sequence[CombinedModule]) -> bytes:
+    total = sum((module.norm or 0.0) ** 2 for module in modules)
+    lost = sum((module.error * (module.norm or 0.0)) ** 2 for module in modules)
     value = {
         "format": 1,
         "mergeforge": version("mergeforge"),
-        "adapters": [{"name": one.label, "revision": one.revision} for one in plan.adapters],
+        "adapters": [{"name": module.label, "revision": module.revision} for module in plan.adapters],
         "options": {"rank": plan.rank, "energy": plan.energy, "dtype": plan.dtype},
         "error": math.sqrt(lost / total) if total else 0.0,
         "modules": {
-            one.module: {"rank": one.rank, "summed_rank": one.summed_rank, "error": one.error, "norm": one.norm}
-            for one in found
+            module.module: {
+                "rank": module.rank,
+                "summed_rank": module.summed_rank,
+                "error": module.error,
+                "norm": module.norm,
+            }
+            for module in modules
         },
     }
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def adapter_card(plan: Join, found: Sequence[Joined]) -> str:
-    names = [Path(one.label).name if Path(one.label).is_absolute() else one.label for one in plan.adapters]
+def adapter_card(plan: Combination, modules: Sequence[CombinedModule]) -> str:
+    names = [Path(item.label).name if Path(item.label).is_absolute() else item.label for item in plan.adapters]
     adapters = "\n".join(f"- {name}" for name in names)
-    how = "exactly" if plan.exact else f"cut to rank {max(one.rank for one in found)}; `{REPORT}` has the errors"
+    if plan.exact:
+        how = "summed exactly"
+    else:
+        how = f"truncated to rank {max(module.rank for module in modules)} (errors in `{REPORT}`)"
     return f"""---
 library_name: peft
 tags:
@@ -90,7 +98,7 @@ tags:
 ---
 # A sum of adapters
 
-{len(found)} modules, summed {how}, with [mergeforge](https://pypi.org/project/mergeforge/) from
+{len(modules)} modules, {how}, made with [mergeforge](https://pypi.org/project/mergeforge/) from
 
 {adapters}
 """

@@ -1,4 +1,4 @@
-"""What an extraction is, decided from headers."""
+"""Plan an extraction from headers: the tensor pairs, the method and the memory of each."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from pathlib import Path
 
 from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
+from mergeforge.core.file_names import MODEL_CARD
 from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.hub import download
-from mergeforge.lora.extract.difference import Job, Wanted, plan_jobs
-from mergeforge.lora.extract.pairing import Choice, Pair, pair_up
+from mergeforge.lora.extract.difference import PairTask, RankTarget, plan_tasks
+from mergeforge.lora.extract.pairing import TensorFilter, TensorPair, pair_tensors
 from mergeforge.recipe import OUT_DTYPES, ModelRef
 from mergeforge.tensors.budget import Budget, make_budget
-from mergeforge.writers.peft_adapter import CARD, CONFIG, WEIGHTS, check_out
+from mergeforge.writers.peft_adapter import CONFIG, WEIGHTS, check_out
 
 REPORT = "extraction.json"
-FILES = (WEIGHTS, CONFIG, CARD, REPORT)
+FILES = (WEIGHTS, CONFIG, MODEL_CARD, REPORT)
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """A planned extraction: headers are read and the memory is proved."""
+    """A planned extraction. The headers have been read and the memory is proved."""
 
     base: Checkpoint
     tuned: Checkpoint
     base_ref: ModelRef
     out: Path
     overwrite: bool
-    jobs: tuple[Job, ...]
-    wanted: Wanted
-    choice: Choice
+    tasks: tuple[PairTask, ...]
+    target: RankTarget
+    filter: TensorFilter
     dtype: str
     budget: Budget
 
@@ -57,67 +58,72 @@ def plan_extraction(
 ) -> Extraction:
     """Pair the tensors of TUNED and BASE (folders, files or Hub repos) and prove the memory.
 
-    `rank`: the most that a module gets; `energy`: the share of |D|^2 that is enough. Raises
+    `rank`: the maximum rank of a module; `energy`: the fraction of |D|^2 that the factors have to keep. Raises
     RecipeError, SourceError, BudgetError or OutputError.
     """
-    wanted = _wanted(rank, energy, svd)
-    choice = _choice(embeddings, save_rest, include, exclude)
+    target = _rank_target(rank, energy, svd)
+    tensor_filter = _tensor_filter(embeddings, save_rest, include, exclude)
     if dtype not in OUT_DTYPES or dtype == "float64":
-        raise RecipeError(f"--dtype {dtype}: factors are float32, bfloat16 or float16")
+        raise RecipeError(f"--dtype must be float32, bfloat16 or float16, not {dtype}")
     budget = make_budget(memory, device, threads)
-    where = Path(out).expanduser().absolute()
-    check_out(where, FILES, overwrite=overwrite)
-    base_ref, opened = _opened(base, allow_pickle)
-    _, other = _opened(tuned, allow_pickle)
-    _check_place(where, (opened, other))
-    jobs, budget = plan_jobs(_largest_first(pair_up(opened, other, choice)), wanted, budget)
-    return Extraction(opened, other, base_ref, where, overwrite, tuple(jobs), wanted, choice, dtype, budget)
+    out_folder = Path(out).expanduser().absolute()
+    check_out(out_folder, FILES, overwrite=overwrite)
+    base_ref, base_model = _open(base, allow_pickle)
+    _, tuned_model = _open(tuned, allow_pickle)
+    _check_not_an_input(out_folder, (base_model, tuned_model))
+    tasks, budget = plan_tasks(_largest_first(pair_tensors(base_model, tuned_model, tensor_filter)), target, budget)
+    return Extraction(
+        base_model, tuned_model, base_ref, out_folder, overwrite, tuple(tasks), target, tensor_filter, dtype, budget
+    )
 
 
-def _wanted(rank: int | None, energy: float | None, svd: str) -> Wanted:
+def _rank_target(rank: int | None, energy: float | None, svd: str) -> RankTarget:
     if rank is None and energy is None:
-        raise RecipeError("neither a rank nor an energy is given", hint="--rank 64, or --energy 0.95, or both")
+        raise RecipeError("neither a rank nor an energy is given", hint="set --rank 64, or --energy 0.95, or both")
     if rank is not None and rank < 1:
         raise RecipeError(f"--rank must be at least 1, not {rank}")
     if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"--energy is a share of the squared difference, above 0 and at most 1, not {energy:g}")
-    if svd not in ("auto", "exact", "randomised"):
-        raise RecipeError(f"--svd {svd}: auto, exact or randomised")
-    if svd == "randomised" and rank is None:
-        raise RecipeError("--svd randomised needs a --rank", hint="or --svd exact, which sees every singular value")
-    return Wanted(rank, energy, svd)
+        raise RecipeError(f"--energy is a fraction of the squared difference, above 0 and at most 1, not {energy:g}")
+    svd = svd.replace("randomised", "randomized")  # the British spelling is an alias
+    if svd not in ("auto", "exact", "randomized"):
+        raise RecipeError(f"--svd must be auto, exact or randomized, not {svd}")
+    if svd == "randomized" and rank is None:
+        raise RecipeError("--svd randomized needs a --rank", hint="or use --svd exact, which has all singular values")
+    return RankTarget(rank, energy, svd)
 
 
-def _choice(embeddings: str, save_rest: bool, include: Sequence[str], exclude: Sequence[str]) -> Choice:
+def _tensor_filter(embeddings: str, save_rest: bool, include: Sequence[str], exclude: Sequence[str]) -> TensorFilter:
     if embeddings not in ("lora", "save", "skip"):
-        raise RecipeError(f"--embeddings {embeddings}: lora, save or skip")
-    return Choice(embeddings, save_rest, tuple(include), tuple(exclude))
+        raise RecipeError(f"--embeddings must be lora, save or skip, not {embeddings}")
+    return TensorFilter(embeddings, save_rest, tuple(include), tuple(exclude))
 
 
-def _opened(name: str, allow_pickle: bool) -> tuple[ModelRef, Checkpoint]:
-    path, at, revision = name.rpartition("@")
-    ref = ModelRef(path, revision) if at and not Path(name).exists() else ModelRef(name)
-    where = download.fetch(ref.path, ref.revision, ("model",), allow_pickle=allow_pickle)
-    folder = where.path
+def _open(name: str, allow_pickle: bool) -> tuple[ModelRef, Checkpoint]:
+    path, separator, revision = name.rpartition("@")
+    ref = ModelRef(path, revision) if separator and not Path(name).exists() else ModelRef(name)
+    fetched = download.fetch(ref.path, ref.revision, ("model",), allow_pickle=allow_pickle)
+    folder = fetched.path
     if folder.suffix == ".gguf":
-        raise SourceError(f"{name} is a GGUF file: quantised", hint="take the model that it was made from")
+        raise SourceError(f"{name} is a GGUF file", hint="use the 16-bit model that it was converted from")
     if folder.is_dir() and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise SourceError(f"{name} is an adapter, not a model", hint="merge it first: mergeforge run")
-    table = open_checkpoint(folder, name, revision=where.revision, allow_pickle=allow_pickle)
-    if packed := [one for one, way in table.tensors.items() if isinstance(way, QuantizedTensor)]:
-        text = f"{name} is quantised ({packed[0]}): its difference would be mostly rounding"
-        raise SourceError(text, hint="take the 16-bit model")
-    return ref, table
+        raise SourceError(f"{name} is an adapter, not a model", hint="merge it into its base first (mergeforge run)")
+    checkpoint = open_checkpoint(folder, name, revision=fetched.revision, allow_pickle=allow_pickle)
+    if quantized := [
+        tensor_name for tensor_name, tensor in checkpoint.tensors.items() if isinstance(tensor, QuantizedTensor)
+    ]:
+        text = f"{name} is quantized ({quantized[0]}), so the difference would be mostly rounding errors"
+        raise SourceError(text, hint="use the 16-bit model")
+    return ref, checkpoint
 
 
-def _check_place(out: Path, tables: Sequence[Checkpoint]) -> None:
-    """OUT may not be, or replace, what is read."""
-    for table in tables:
-        folders = {table.folder.resolve(), *(Path(file.path).resolve().parent for file in table.files)}
+def _check_not_an_input(out: Path, checkpoints: Sequence[Checkpoint]) -> None:
+    """Raises OutputError if OUT is, or contains, an input."""
+    for checkpoint in checkpoints:
+        folders = {checkpoint.folder.resolve(), *(Path(file.path).resolve().parent for file in checkpoint.files)}
         if any(folder == out.resolve() or out.resolve() in folder.parents for folder in folders):
-            raise OutputError(f"{out} is, or holds, the input {table.label}", hint="write into another folder")
+            raise OutputError(f"{out} is, or contains, the input {checkpoint.label}", hint="write to another folder")
 
 
-def _largest_first(pairs: Sequence[Pair]) -> list[Pair]:
-    """So that no worker starts on a large one when the others are done."""
+def _largest_first(pairs: Sequence[TensorPair]) -> list[TensorPair]:
+    """Sort so that no worker starts a large pair when the others have finished."""
     return sorted(pairs, key=lambda pair: (-pair.tuned.info.numel, pair.name))

@@ -121,10 +121,10 @@ def test_fused_and_apart_give_the_same(lab: Lab) -> None:
     config = json.loads((base / "config.json").read_text())
     stacked = {name: value for name, value in tensors.items() if ".experts." not in name}
     for name, parts in loaded_tensors(config, {name: tuple(value.shape) for name, value in tensors.items()}).items():
-        rows = max(part.first + part.rows for part in parts)
+        rows = max(part.loaded_start + part.rows for part in parts)
         stack = torch.zeros(4, rows, tensors[parts[0].name].shape[1])
         for part in parts:
-            stack[part.expert, part.first : part.first + part.rows] = tensors[part.name]
+            stack[part.expert, part.loaded_start : part.loaded_start + part.rows] = tensors[part.name]
         stacked[name] = stack
     fused = lab.out()
     fused.mkdir()

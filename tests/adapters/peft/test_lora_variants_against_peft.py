@@ -21,9 +21,9 @@ import mergeforge
 from mergeforge import SourceError
 from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.adapters.open import open_adapter
-from mergeforge.adapters.peft.lora_config import replicated
+from mergeforge.adapters.peft.lora_config import replicated_layers
 from mergeforge.checkpoints.checkpoint import open_checkpoint
-from mergeforge.tensors.budget import Worker
+from mergeforge.tensors.worker import Worker
 from mergeforge.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -167,13 +167,15 @@ def test_other_kinds_on_convolutions(lab: Lab, net: Path, case: str) -> None:
 def test_oft_on_patches_is_refused(lab: Lab, net: Path) -> None:
     """PEFT's own merge of it is not what its forward pass computes."""
     folder, _ = tuned(lab, net, peft.OFTConfig(oft_block_size=4, target_modules=["flat"]))
-    with pytest.raises(SourceError, match=r"flat is a convolution of \[12, 8, 3, 3\]: PEFT trains it on sums"):
+    with pytest.raises(
+        SourceError, match=r"flat is a convolution with weight \[12, 8, 3, 3\]: PEFT trains OFT on sums"
+    ):
         mergeforge.plan({"base_model": str(net), "adapters": [str(folder)]}, out=lab.out())
 
 
 def test_a_convolution_in_groups_is_refused(lab: Lab, net: Path) -> None:
     folder, _ = tuned(lab, net, peft.LoraConfig(r=4, target_modules=["grouped"]))
-    with pytest.raises(SourceError, match="grouped is a convolution in 2 groups, and its lora_A mixes their channels"):
+    with pytest.raises(SourceError, match="grouped is a convolution with 2 groups, and its lora_A mixes"):
         mergeforge.plan({"base_model": str(net), "adapters": [str(folder)]}, out=lab.out())
 
 
@@ -182,7 +184,7 @@ def test_attention_takes_its_output_change_twice(lab: Lab, net: Path) -> None:
     folder, model = tuned(lab, net, peft.LoraConfig(r=4, target_modules=["attention", "linear"]))
     check_net(lab, net, folder, model, ["attention", "linear"])
     plan = mergeforge.plan({"base_model": str(net), "adapters": [str(folder)]}, out=lab.out())
-    assert any("attention.out_proj takes its change twice" in note for note in plan.notes)
+    assert any("the delta of attention.out_proj is applied twice" in note for note in plan.notes)
 
 
 def test_attention_with_trained_biases(lab: Lab, net: Path) -> None:
@@ -242,7 +244,10 @@ def test_a_start_in_small_blocks(lab: Lab, start: str, monkeypatch: pytest.Monke
 def test_what_a_start_does_is_told(lab: Lab) -> None:
     adapter = lab.train(lab.base("llama"), init_lora_weights="pissa")
     plan = mergeforge.plan({"base_model": str(lab.base("llama")), "adapters": [str(adapter.folder)]}, out=lab.out())
-    assert any("what its start (pissa) took out of the original base is taken out first" in one for one in plan.notes)
+    assert any(
+        "what its initialization (pissa) subtracted from the original base is subtracted again" in one
+        for one in plan.notes
+    )
 
 
 def test_pissa_on_a_conv1d(lab: Lab) -> None:
@@ -300,10 +305,10 @@ def test_a_residual_base_takes_its_adapter_plainly(lab: Lab, start: str, tmp_pat
     if start == "pissa_niter_4":
         with pytest.raises(SourceError, match=r"pissa_niter_4, so it is relative.*base_is_residual: true"):
             open_adapter(adapter.folder, "adapter", opened)
-    found = open_adapter(adapter.folder, "adapter", opened, residual=True)
-    assert any("the base is taken to be what its start" in note for note in found.notes)
+    found = open_adapter(adapter.folder, "adapter", opened, base_is_residual=True)
+    assert any("the base is treated as the residual that its initialization" in note for note in found.notes)
     theirs = adapter.merged_by_peft()
-    for name, (edit,) in found.edits.items():
+    for name, (edit,) in found.deltas.items():
         ours = evaluated(AdaptedTensor(opened.tensors[name], ((1.0, edit),)))
         assert close(ours, theirs[name], 1e-6), name
 
@@ -337,7 +342,7 @@ def test_another_base_and_revision_are_noted(lab: Lab) -> None:
     folder = lab.edited(adapter, {"base_model_name_or_path": "someone/model", "revision": "0123abc"})
     base = open_checkpoint(lab.base("llama"), "someone/model@fedcba", revision="fedcba98")
     notes = open_adapter(folder, "adapter", base).notes
-    assert notes == ("adapter was trained on revision 0123abc of someone/model, and is folded into fedcba98",)
+    assert notes == ("adapter was trained on revision 0123abc of someone/model, but is folded into fedcba98",)
     same = open_checkpoint(lab.base("llama"), "someone/model@0123abc", revision="0123abcdef")
     assert open_adapter(folder, "adapter", same).notes == ()
 
@@ -347,7 +352,7 @@ def test_an_added_bias_without_a_bias_is_refused(lab: Lab) -> None:
     adapter = lab.train(base, target_modules=["q_proj"])
     bias = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"
     folder = lab.edited(adapter, tensors=lambda found: {**found, bias: torch.ones(32)})
-    with pytest.raises(SourceError, match=r"added to a bias, and model\.layers\.0\.self_attn\.q_proj of .* has none"):
+    with pytest.raises(SourceError, match=r"changes a bias, but model\.layers\.0\.self_attn\.q_proj of .* has none"):
         fold(lab, base, folder)
 
 
@@ -362,14 +367,14 @@ def test_replicated_layers(lab: Lab) -> None:
     stack = mergeforge.merge({"merge_method": "passthrough", "slices": slices}, out=lab.out())
     out = fold(lab, stack, lab.edited(adapter, {"layer_replication": None}))
     assert close(lab.logits(lab.load(out)), lab.logits(adapter.model), 1e-5)
-    opened = open_adapter(adapter.folder, "adapter", open_checkpoint(stack, "stack"), stacked=True)
-    assert len(opened.edits) == 3 * len(LINEAR)
-    assert replicated([[0, 2], [1, 2]]) == [0, 1, 1]
-    with pytest.raises(SourceError, match="layer_replication: it repeats layers of the base: stack these first"):
+    opened = open_adapter(adapter.folder, "adapter", open_checkpoint(stack, "stack"), base_is_stacked=True)
+    assert len(opened.deltas) == 3 * len(LINEAR)
+    assert replicated_layers([[0, 2], [1, 2]]) == [0, 1, 1]
+    with pytest.raises(SourceError, match="layer_replication: it repeats layers of the base; stack these layers first"):
         open_adapter(adapter.folder, "adapter", open_checkpoint(stack, "stack"))
     started = lab.edited(adapter, {"init_lora_weights": "pissa"})
-    with pytest.raises(SourceError, match="both layer_replication and the start pissa"):
-        open_adapter(started, "adapter", open_checkpoint(stack, "stack"), stacked=True)
+    with pytest.raises(SourceError, match="both layer_replication and the pissa initialization"):
+        open_adapter(started, "adapter", open_checkpoint(stack, "stack"), base_is_stacked=True)
 
 
 # through a recipe
@@ -390,7 +395,7 @@ def test_layers_that_were_repeated_in_training(lab: Lab, dora: bool) -> None:
 def test_layers_that_the_base_has_not(lab: Lab) -> None:
     base = lab.base("llama")
     adapter = lab.edited(lab.train(base), config={"layer_replication": [[0, 2], [1, 7]]})
-    with pytest.raises(SourceError, match=r"repeats layer 2, which .* has not"):
+    with pytest.raises(SourceError, match=r"repeats layer 2, which .* does not have"):
         mergeforge.plan({"base_model": str(base), "adapters": [str(adapter)]}, out=lab.out())
     odd = [str(adapter), str(lab.train(base).folder)]
     with pytest.raises(SourceError, match="differently repeated layers"):
@@ -414,7 +419,7 @@ def test_two_adapters_that_replace_one_tensor(lab: Lab) -> None:
     base = lab.base("llama")
     trained = [lab.train(base, modules_to_save=["lm_head"], seed=seed) for seed in (1, 2)]
     both = [str(one.folder) for one in trained]
-    with pytest.raises(SourceError, match=r"2 adapters each bring their own lm_head.weight"):
+    with pytest.raises(SourceError, match=r"2 adapters each replace lm_head.weight"):
         mergeforge.plan({"base_model": str(base), "adapters": both}, out=lab.out())
     weighted = [{"adapter": one, "weight": 0.5} for one in both]
     out = mergeforge.merge({"base_model": str(base), "adapters": weighted}, out=lab.out())

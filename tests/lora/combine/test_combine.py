@@ -17,7 +17,7 @@ from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.adapters.open import open_adapter
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.errors import BudgetError, OutputError, RecipeError, SourceError
-from mergeforge.lora.combine import Joined, folded_terms, join_adapters, plan_join, weighted_terms
+from mergeforge.lora.combine import CombinedModule, folded_terms, combine_adapters, plan_combination, weighted_terms
 
 WEIGHTS = (0.7, -0.4)
 Train = Callable[..., Path]
@@ -44,11 +44,13 @@ def train(tmp_path: Path) -> Train:
     return trained
 
 
-def joined(folders: Sequence[Path], out: Path, weights: Sequence[float] = WEIGHTS, **options: Any) -> list[Joined]:
+def joined(
+    folders: Sequence[Path], out: Path, weights: Sequence[float] = WEIGHTS, **options: Any
+) -> list[CombinedModule]:
     base = open_checkpoint(folders[0].parent / "base", "base")
     adapters = [open_adapter(folder, str(folder), base) for folder in folders]
-    plan = plan_join(adapters, weighted_terms(adapters, weights), base, **options)
-    return join_adapters(plan, out)
+    plan = plan_combination(adapters, weighted_terms(adapters, weights), base, **options)
+    return combine_adapters(plan, out)
 
 
 def deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -156,7 +158,7 @@ def test_terms_are_those_of_the_planned_merge(train: Train) -> None:
     base = open_checkpoint(folders[0].parent / "base", "base")
     one, other = (open_adapter(folder, folder.name, base) for folder in folders)
     name, untouched = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
-    way = AdaptedTensor(base.tensors[name], ((0.5, one.edits[name][0]), (2.0, other.edits[name][0])))
+    way = AdaptedTensor(base.tensors[name], ((0.5, one.deltas[name][0]), (2.0, other.deltas[name][0])))
     ways = {name: way, untouched: base.tensors[untouched]}
     assert folded_terms(ways, base, [one, other]) == {name: way.terms}
     with pytest.raises(RecipeError, match="more than the base plus weighted adapters"):
@@ -190,7 +192,7 @@ def test_what_is_more_than_factors_is_refused(train: Train, tmp_path: Path, name
 def test_a_tied_embedding_is_refused(train: Train, tmp_path: Path) -> None:
     config: dict[str, Any] = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
     folders = [train("one", "llama-tied"), train("other", "llama-tied", **config)]
-    with pytest.raises(SourceError, match="which is the output head too"):
+    with pytest.raises(SourceError, match="which is also the output head"):
         joined(folders, tmp_path / "out")
 
 
@@ -199,7 +201,7 @@ def test_bad_options_are_told(train: Train, tmp_path: Path) -> None:
     for options in ({"rank": 0}, {"energy": 0.0}, {"dtype": "int4"}):
         with pytest.raises(RecipeError):
             joined(folders, tmp_path / "out", **options)
-    with pytest.raises(BudgetError, match="joining ranks of 6"):
+    with pytest.raises(BudgetError, match="combining ranks of 6"):
         joined(folders, tmp_path / "out", memory=1000)
     with pytest.raises(OutputError, match="no part of such an adapter"):
         joined(folders, tmp_path / "base")
@@ -211,5 +213,5 @@ def test_nan_is_refused_with_its_module(train: Train, tmp_path: Path) -> None:
     name = next(name for name in held if "down_proj.lora_A" in name)
     save_file(held | {name: held[name] * torch.nan}, folders[0] / "adapter_model.safetensors")
     for options in ({}, {"rank": 2}):
-        with pytest.raises(SourceError, match=r"down_proj: the adapters hold infinite or NaN"):
+        with pytest.raises(SourceError, match=r"down_proj: the adapters have infinite or NaN"):
             joined(folders, tmp_path / "out", **options)

@@ -35,7 +35,7 @@ def theirs(pair: tuple[Path, Path]) -> Path:
     return out
 
 
-@pytest.mark.parametrize("svd", ["exact", "randomised"])
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
 def test_every_modules_error_is_mergekits(pair: tuple[Path, Path], theirs: Path, tmp_path: Path, svd: str) -> None:
     plan = plan_extraction(str(pair[1]), str(pair[0]), tmp_path / "out", rank=RANK, svd=svd, device="cpu")
     deque(extract(plan), maxlen=0)

@@ -1,22 +1,22 @@
-"""DeLoRA: normalised ranks with a bound on their strength (Bini et al., https://arxiv.org/abs/2503.18225)."""
+"""DeLoRA: normalized rank components with a bound on their strength (Bini et al., https://arxiv.org/abs/2503.18225)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mergeforge.adapters.peft.kind import Config, Delta, Formula, Module, adapter, low_rank
+from mergeforge.adapters.peft.kind import AdaptedModule, Config, Delta, Formula, adapter, low_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @adapter("DELORA", prefixes=("delora_",), fields="r delora_lambda module_dropout rank_pattern lambda_pattern bias")
-def delora(config: Config, module: Module) -> dict[str, Formula]:
+def delora(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     """W + B diag(lambda / r / (|A_i| |B_i|)) A * w_norm (peft/tuners/delora/layer.py, _compute_delta)."""
-    rank, _ = module.require("delora_A", None, module.inside)
-    module.require("delora_B", module.outside, rank)
-    module.require("delora_w_norm", module.inside)
+    rank, _ = module.require("delora_A", None, module.in_features)
+    module.require("delora_B", module.out_features, rank)
+    module.require("delora_w_norm", module.in_features)
 
     def prepare(factors: Mapping[str, Tensor]) -> Delta:
         a, b = factors["delora_A"], factors["delora_B"]
@@ -24,4 +24,4 @@ def delora(config: Config, module: Module) -> dict[str, Formula]:
         scale = factors["delora_lambda"] / rank / lengths
         return low_rank(b, a * scale.unsqueeze(1) * factors["delora_w_norm"])
 
-    return {"weight": Formula("DeLoRA", prepare, fixed=8 * rank * (module.inside + module.outside))}
+    return {"weight": Formula("DeLoRA", prepare, scratch_nbytes=8 * rank * (module.in_features + module.out_features))}

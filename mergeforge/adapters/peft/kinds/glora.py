@@ -1,25 +1,25 @@
-"""GLoRA: the weight times one matrix plus another, the bias likewise (https://arxiv.org/abs/2306.07967)."""
+"""GLoRA: a multiplicative and an additive matrix for the weight, and for the bias (https://arxiv.org/abs/2306.07967)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mergeforge.adapters.peft.kind import Config, Delta, Formula, Module, adapter
+from mergeforge.adapters.peft.kind import AdaptedModule, Config, Delta, Formula, adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @adapter("GLORA", prefixes=("glora_",), fields="r bias config_A_B config_C config_D_E init_weights")
-def glora(config: Config, module: Module) -> dict[str, Formula]:
+def glora(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     """W + W * A + B and b + b * D + E (peft/tuners/glora/layer.py, merge).
 
-    Each of the five is low-rank, one number for each output, one for all, or nothing.
+    Each of A, B, C, D and E is low-rank, one number per output, one number for all, or absent.
     """
     if "glora_C.X" in module.shapes or "glora_C.Xd" in module.shapes:
-        reason = "its bias takes part of the weight (config_C)"
-        raise ValueError(f"{module.path}: {reason}, which is not supported: merge it with PEFT")
+        reason = "its bias depends on the weight (config_C), which is not supported"
+        raise ValueError(f"{module.path}: {reason}; merge it with PEFT")
     for letter in "AB":
         _check(module, letter)
     formulas = {}
@@ -32,19 +32,21 @@ def glora(config: Config, module: Module) -> dict[str, Formula]:
     return formulas
 
 
-def _has(module: Module, letter: str) -> bool:
+def _has(module: AdaptedModule, letter: str) -> bool:
     return f"glora_{letter}.X" in module.shapes or f"glora_{letter}.Xd" in module.shapes
 
 
-def _check(module: Module, letter: str) -> None:
-    """Raises ValueError for a part of another shape than the weight's or bias' outputs."""
+def _check(module: AdaptedModule, letter: str) -> None:
+    """Raises ValueError if one of the five does not fit the weight or the bias."""
     if f"glora_{letter}.Xd" in module.shapes and letter in "AB":
-        rank = module.require(f"glora_{letter}.Xd", module.outside, None)[1]
-        module.require(f"glora_{letter}.Xu", rank, module.inside)
+        rank = module.require(f"glora_{letter}.Xd", module.out_features, None)[1]
+        module.require(f"glora_{letter}.Xu", rank, module.in_features)
     elif _has(module, letter):
         shape = module.require(f"glora_{letter}.X")
-        if shape not in ((1,), (module.outside,), (module.outside, 1)):
-            raise ValueError(f"{module.path}: glora_{letter} {list(shape)} does not fit {list(module.weight)}")
+        if shape not in ((1,), (module.out_features,), (module.out_features, 1)):
+            raise ValueError(
+                f"{module.path}: glora_{letter} {list(shape)} does not fit its weight {list(module.weight)}"
+            )
 
 
 def _formula(times: str, plus: str) -> Formula:
@@ -54,11 +56,11 @@ def _formula(times: str, plus: str) -> Formula:
 
         return delta
 
-    return Formula("GLoRA", prepare, needs_base=True, live=3)
+    return Formula("GLoRA", prepare, needs_base=True, scratch_blocks=3)
 
 
 def _part(factors: Mapping[str, Tensor], letter: str, start: int, stop: int) -> Tensor | float:
-    """Rows of one of the five: (rows, in) or (rows, 1), or a number."""
+    """Rows of one of the five, as (rows, in) or (rows, 1), or a number."""
     if f"glora_{letter}.Xd" in factors:
         rows: Tensor = factors[f"glora_{letter}.Xd"][start:stop] @ factors[f"glora_{letter}.Xu"]
         return rows

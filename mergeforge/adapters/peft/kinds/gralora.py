@@ -1,11 +1,11 @@
-"""GraLoRA: a LoRA for each block of the weight (Jung et al., https://arxiv.org/abs/2505.20355)."""
+"""GraLoRA: one LoRA per block of the weight (Jung et al., https://arxiv.org/abs/2505.20355)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mergeforge.adapters.peft.kind import Config, Delta, Formula, Module, adapter, low_rank
+from mergeforge.adapters.peft.kind import AdaptedModule, Config, Delta, Formula, adapter, low_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,41 +14,45 @@ _FIELDS = "r hybrid_r alpha gralora_dropout gralora_k fan_in_fan_out bias"
 
 
 @adapter("GRALORA", prefixes=("gralora_",), fields=_FIELDS)
-def gralora(config: Config, module: Module) -> dict[str, Formula]:
+def gralora(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     """W + alpha / (r + hybrid_r) * blocks; block (m, n) is (A_n[:, of m] B_m[of n, :])^T, plus a plain LoRA (hybrid).
 
-    Each of the k x k blocks takes r / k of the ranks (peft/tuners/gralora/layer.py, get_delta_weight).
+    Each of the k x k blocks uses r / k of the ranks (peft/tuners/gralora/layer.py, get_delta_weight).
     """
-    blocks, inside, rank = module.require("gralora_A", None, None, None)
+    blocks, block_inputs, rank = module.require("gralora_A", None, None, None)
     module.require("gralora_B", blocks, rank, None)
-    if blocks * inside != module.inside or rank % blocks or module.outside % blocks:
-        raise ValueError(f"{module.path}: gralora_A {[blocks, inside, rank]} does not fit {list(module.weight)}")
+    if blocks * block_inputs != module.in_features or rank % blocks or module.out_features % blocks:
+        raise ValueError(
+            f"{module.path}: gralora_A {[blocks, block_inputs, rank]} does not fit its weight {list(module.weight)}"
+        )
     hybrid = "gralora_A_general" in module.shapes
     scale = float(config["alpha"]) / (rank + int(config.get("hybrid_r") or 0))
-    height, part = module.outside // blocks, rank // blocks
+    block_rows, block_rank = module.out_features // blocks, rank // blocks
 
     def prepare(factors: Mapping[str, Tensor]) -> Delta:
         import torch
 
         a, b = factors["gralora_A"] * scale, factors["gralora_B"]
         general = low_rank(factors["gralora_B_general"], factors["gralora_A_general"] * scale) if hybrid else None
-        rights = [_right(a, at, part) for at in range(blocks)]
+        rights = [_column_factors(a, at, block_rank) for at in range(blocks)]
 
         def delta(start: int, stop: int, base: Tensor) -> Tensor:
-            pieces = []
-            for at in range(start // height, -(-stop // height)):
-                rows = slice(max(start, at * height) - at * height, min(stop, (at + 1) * height) - at * height)
-                left = b[at][:, rows].view(blocks, part, -1)  # of block n: (part, rows)
-                pieces.append(torch.einsum("npr,npc->rnc", left, rights[at]).flatten(1))
-            result = torch.cat(pieces)
+            row_blocks = []
+            for at in range(start // block_rows, -(-stop // block_rows)):
+                rows = slice(
+                    max(start, at * block_rows) - at * block_rows, min(stop, (at + 1) * block_rows) - at * block_rows
+                )
+                left = b[at][:, rows].view(blocks, block_rank, -1)  # of block n: (part, rows)
+                row_blocks.append(torch.einsum("npr,npc->rnc", left, rights[at]).flatten(1))
+            result = torch.cat(row_blocks)
             return result.add_(general(start, stop, base)) if general else result
 
         return delta
 
-    held = 8 * rank * module.inside * blocks
-    return {"weight": Formula("GraLoRA", prepare, fixed=held, live=3, facts={"scale": scale})}
+    nbytes = 8 * rank * module.in_features * blocks
+    return {"weight": Formula("GraLoRA", prepare, scratch_nbytes=nbytes, scratch_blocks=3, details={"scale": scale})}
 
 
-def _right(a: Tensor, at: int, part: int) -> Tensor:
-    """(blocks, part, in / blocks): what row block `at` takes of each column block's factor."""
-    return a[:, :, at * part : (at + 1) * part].transpose(1, 2).contiguous()
+def _column_factors(a: Tensor, row_block: int, block_rank: int) -> Tensor:
+    """(blocks, block_rank, in / blocks): the factors of the column blocks for one row block."""
+    return a[:, :, row_block * block_rank : (row_block + 1) * block_rank].transpose(1, 2).contiguous()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
-from mergeforge.adapters.peft.kind import Config, Delta, Formula, Module, adapter, by_pattern
+from mergeforge.adapters.peft.kind import AdaptedModule, Config, Delta, Formula, adapter, pattern_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,16 +15,16 @@ _FIELDS = "r alpha rank_pattern alpha_pattern rank_dropout module_dropout use_ef
 
 
 @adapter("LOHA", prefixes=("hada_",), fields=_FIELDS)
-def loha(config: Config, module: Module) -> dict[str, Formula]:
-    """W + alpha / r * (w1_a w1_b) * (w2_a w2_b); convolutions with a core: t x w_b x w_a (Tucker).
+def loha(config: Config, module: AdaptedModule) -> dict[str, Formula]:
+    """W + alpha / r * (w1_a w1_b) * (w2_a w2_b); for convolutions, with a core: t x w_b x w_a (Tucker).
 
     peft/tuners/loha/layer.py, make_weight and make_weight_cp.
     """
     rank = module.require("hada_w1_b")[0]
-    scale = by_pattern(config, "alpha_pattern", "alpha", module.path) / rank
+    scale = pattern_value(config, "alpha_pattern", "alpha", module.path) / rank
     cores = "hada_t1" in module.shapes
     for number in "12" if cores else "":
-        module.require(f"hada_w{number}_a", rank, module.outside)
+        module.require(f"hada_w{number}_a", rank, module.out_features)
         module.require(f"hada_w{number}_b", rank, module.weight[1])
         core = module.require(f"hada_t{number}")
         if core[:2] != (rank, rank) or prod(core[2:]) != prod(module.weight[2:]):
@@ -35,25 +35,25 @@ def loha(config: Config, module: Module) -> dict[str, Formula]:
         for number in "12":
             module.require(f"hada_w{number}_a", None, rank)
             module.require(f"hada_w{number}_b", rank, None)
-        if module.shapes["hada_w1_a"][0] * module.shapes["hada_w1_b"][1] != module.outside * module.inside:
-            module.require("hada_w1_a", module.outside, rank)
-            module.require("hada_w1_b", rank, module.inside)
+        if module.shapes["hada_w1_a"][0] * module.shapes["hada_w1_b"][1] != module.out_features * module.in_features:
+            module.require("hada_w1_a", module.out_features, rank)
+            module.require("hada_w1_b", rank, module.in_features)
 
     def prepare(factors: Mapping[str, Tensor]) -> Delta:
-        sides = [_sides(factors, number, cores) for number in "12"]
+        products = [_hadamard_factor(factors, number, cores) for number in "12"]
 
         def delta(start: int, stop: int, base: Tensor) -> Tensor:
-            (one, two), (three, four) = sides
-            return (one[start:stop] @ two).mul_(three[start:stop] @ four).mul_(scale)
+            (left_1, right_1), (left_2, right_2) = products
+            return (left_1[start:stop] @ right_1).mul_(left_2[start:stop] @ right_2).mul_(scale)
 
         return delta
 
-    held = sum(4 * module.shapes[f"hada_w{number}_b"][0] * module.inside for number in "12") if cores else 0
-    return {"weight": Formula("LoHa", prepare, fixed=held, live=3, facts={"scale": scale})}
+    nbytes = sum(4 * module.shapes[f"hada_w{number}_b"][0] * module.in_features for number in "12") if cores else 0
+    return {"weight": Formula("LoHa", prepare, scratch_nbytes=nbytes, scratch_blocks=3, details={"scale": scale})}
 
 
-def _sides(factors: Mapping[str, Tensor], number: str, cores: bool) -> tuple[Tensor, Tensor]:
-    """(out, r) and (r, in) of one of the two products."""
+def _hadamard_factor(factors: Mapping[str, Tensor], number: str, cores: bool) -> tuple[Tensor, Tensor]:
+    """The factors (out, r) and (r, in) of one of the two products."""
     a, b = factors[f"hada_w{number}_a"], factors[f"hada_w{number}_b"]
     if not cores:
         return a, b

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod, sqrt
 from typing import TYPE_CHECKING
 
-from mergeforge.adapters.peft.kind import Config, Delta, Formula, Module, adapter
+from mergeforge.adapters.peft.kind import AdaptedModule, Config, Delta, Formula, adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,19 +18,19 @@ _FIELDS = (
 
 
 @adapter("OFT", prefixes=("oft_",), fields=_FIELDS)
-def oft(config: Config, module: Module) -> dict[str, Formula]:
+def oft(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     """W_j R_j^T for each block j of columns; R_j is orthogonal, made from a skew-symmetric Q_j.
 
     oft_R holds Q's upper triangles (peft/tuners/oft/layer.py, OFTRotationModule).
     """
     if config.get("oft_block_size") is None or "oft_embedding_R" in module.shapes:
-        raise ValueError(f"{module.path}: OFT of embeddings, or from a PEFT older than 0.16, is not supported")
+        raise ValueError(f"{module.path}: OFT of embeddings, or saved by PEFT before 0.16, is not supported")
     if len(module.weight) > 2 and prod(module.weight[2:]) > 1:
-        reason = "PEFT trains it on sums of overlapping patches, which no kernel computes"
-        raise ValueError(f"{module.path} is a convolution of {list(module.weight)}: {reason}")
+        reason = "PEFT trains OFT on sums of overlapping patches, which no convolution kernel can represent"
+        raise ValueError(f"{module.path} is a convolution with weight {list(module.weight)}: {reason}")
     blocks, numbers = module.require("oft_R")
     size = round((1 + sqrt(1 + 8 * numbers)) / 2)
-    if size * (size - 1) // 2 != numbers or module.inside % size or blocks not in (1, module.inside // size):
+    if size * (size - 1) // 2 != numbers or module.in_features % size or blocks not in (1, module.in_features // size):
         raise ValueError(f"{module.path}: oft_R {[blocks, numbers]} does not fit its weight {list(module.weight)}")
 
     def prepare(factors: Mapping[str, Tensor]) -> Delta:
@@ -39,14 +39,16 @@ def oft(config: Config, module: Module) -> dict[str, Formula]:
             limit = float(config.get("eps", 6e-5)) / sqrt(blocks)
             norms = skew.norm(dim=(1, 2), keepdim=True)
             skew = skew * (limit / norms).clamp(max=1).nan_to_num(1.0)
-        turn = _neumann(skew, int(config.get("num_cayley_neumann_terms", 5))) if _by_series(config) else cayley(skew)
-        return rotated(turn.expand(module.inside // size, -1, -1))
+        rotation = (
+            _neumann(skew, int(config.get("num_cayley_neumann_terms", 5))) if _uses_neumann(config) else cayley(skew)
+        )
+        return rotation_delta(rotation.expand(module.in_features // size, -1, -1))
 
-    held = 4 * 4 * blocks * size * size
-    return {"weight": Formula("OFT", prepare, needs_base=True, fixed=held, live=3)}
+    nbytes = 4 * 4 * blocks * size * size
+    return {"weight": Formula("OFT", prepare, needs_base=True, scratch_nbytes=nbytes, scratch_blocks=3)}
 
 
-def rotated(turns: Tensor) -> Delta:
+def rotation_delta(turns: Tensor) -> Delta:
     """W' - W for blocks of columns times the transposes of `turns` (blocks, size, size)."""
     import torch
 
@@ -64,12 +66,12 @@ def cayley(skew: Tensor) -> Tensor:
     """(I - Q)(I + Q)^-1 of each skew-symmetric Q."""
     import torch
 
-    one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
-    solved: Tensor = torch.linalg.solve(one + skew, one - skew, left=False)
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
+    solved: Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
     return solved
 
 
-def _by_series(config: Config) -> bool:
+def _uses_neumann(config: Config) -> bool:
     return config.get("use_cayley_neumann") is not False
 
 
@@ -83,7 +85,7 @@ def _skew(numbers: Tensor, size: int) -> Tensor:
 
 
 def _neumann(skew: Tensor, terms: int) -> Tensor:
-    """I + 2Q + 2Q^2 + ... + Q^last: PEFT's series for the Cayley transform, whose last power is terms - 1, or 3."""
+    """I + 2Q + 2Q^2 + ... + Q^last: PEFT's series for the Cayley transform; the last power is max(3, terms - 1)."""
     import torch
 
     last = max(3, terms - 1) if terms > 2 else terms - 1

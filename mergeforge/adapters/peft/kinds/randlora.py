@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mergeforge.adapters.peft.kind import Config, Delta, Formula, Module, adapter, low_rank
+from mergeforge.adapters.peft.kind import AdaptedModule, Config, Delta, Formula, adapter, low_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,22 +14,22 @@ _FIELDS = "r randlora_alpha projection_prng_key save_projection sparse very_spar
 
 
 @adapter("RANDLORA", prefixes=("randlora_",), fields=_FIELDS)
-def randlora(config: Config, module: Module) -> dict[str, Formula]:
-    """W + alpha / r * B' A' with A' = A * lambda * gamma (r x bases rows), or its transpose where in > out.
+def randlora(config: Config, module: AdaptedModule) -> dict[str, Formula]:
+    """W + alpha / r * B' A' with A' = A * lambda * gamma (r x bases rows), or its transpose if in > out.
 
     A (r, 1, min) and B (max, bases, r) are shared by all modules (peft/tuners/randlora/layer.py, get_scaled_bases).
     """
     if "randlora_A" not in module.shapes:
-        raise ValueError("it does not hold its random bases: save it with save_projection=True")
+        raise ValueError("its file does not contain the random bases; save it with save_projection=True")
     rank, bases = module.require("randlora_lambda", None, None)
-    least, most = sorted((module.outside, module.inside))
-    module.require("randlora_gamma", bases, least)
+    smaller, larger = sorted((module.out_features, module.in_features))
+    module.require("randlora_gamma", bases, smaller)
     scale = float(config.get("randlora_alpha", 640)) / rank
 
     def prepare(factors: Mapping[str, Tensor]) -> Delta:
-        a, b = factors["randlora_A"][:, :, :least], factors["randlora_B"][:most, :bases].flatten(1)
-        mixed = (a * factors["randlora_lambda"][:, :, None] * factors["randlora_gamma"] * scale).flatten(0, 1)
-        return low_rank(b, mixed) if module.inside <= module.outside else low_rank(mixed.t(), b.t())
+        a, b = factors["randlora_A"][:, :, :smaller], factors["randlora_B"][:larger, :bases].flatten(1)
+        scaled = (a * factors["randlora_lambda"][:, :, None] * factors["randlora_gamma"] * scale).flatten(0, 1)
+        return low_rank(b, scaled) if module.in_features <= module.out_features else low_rank(scaled.t(), b.t())
 
-    held = 12 * rank * bases * (least + most)
-    return {"weight": Formula("RandLoRA", prepare, fixed=held, facts={"scale": scale})}
+    nbytes = 12 * rank * bases * (smaller + larger)
+    return {"weight": Formula("RandLoRA", prepare, scratch_nbytes=nbytes, details={"scale": scale})}

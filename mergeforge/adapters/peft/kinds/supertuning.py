@@ -1,11 +1,11 @@
-"""SuperTuning: the entries of largest or smallest magnitude, trained, with or without LoRA beside them."""
+"""SuperTuning: trained entries of the largest or smallest magnitude, with or without LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mergeforge.adapters.peft.kind import Config, Delta, Formula, Module, adapter
+from mergeforge.adapters.peft.kind import AdaptedModule, Config, Delta, Formula, adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,17 +14,17 @@ _FIELDS = "sparsity select_top r lora_alpha lora_dropout save_precomputed_indice
 
 
 @adapter("SUPERTUNING", prefixes=("supertuning_",), fields=_FIELDS)
-def supertuning(config: Config, module: Module) -> dict[str, Formula]:
+def supertuning(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     """W[flat index] + value for every stored index, + alpha / r * B A (peft/tuners/supertuning/layer.py)."""
     (count,) = module.require("supertuning_values", None)
     if "supertuning_indices" not in module.shapes:
-        reason = "was saved without its indices (save_precomputed_indices), which take sorting all of the weight"
-        raise ValueError(f"{module.path} {reason}: merge it with PEFT")
+        reason = "was saved without its indices (save_precomputed_indices), which would take sorting the whole weight"
+        raise ValueError(f"{module.path} {reason}; merge it with PEFT")
     module.require("supertuning_indices", count)
     scale = 0.0
     if "supertuning_lora_A" in module.shapes:
-        rank, _ = module.require("supertuning_lora_A", None, module.inside)
-        module.require("supertuning_lora_B", module.outside, rank)
+        rank, _ = module.require("supertuning_lora_A", None, module.in_features)
+        module.require("supertuning_lora_B", module.out_features, rank)
         alpha = config.get("lora_alpha")
         scale = (2 * rank if alpha is None else float(alpha)) / rank
 
@@ -33,9 +33,9 @@ def supertuning(config: Config, module: Module) -> dict[str, Formula]:
         values = factors["supertuning_values"][order]
 
         def delta(start: int, stop: int, base: Tensor) -> Tensor:
-            first, last = (int((places < edge * module.inside).sum()) for edge in (start, stop))
-            change = values.new_zeros(stop - start, module.inside)
-            change.view(-1).index_add_(0, places[first:last] - start * module.inside, values[first:last])
+            first, last = (int((places < edge * module.in_features).sum()) for edge in (start, stop))
+            change = values.new_zeros(stop - start, module.in_features)
+            change.view(-1).index_add_(0, places[first:last] - start * module.in_features, values[first:last])
             if scale:
                 left, right = factors["supertuning_lora_B"][start:stop], factors["supertuning_lora_A"]
                 change.addmm_(left, right, alpha=scale)
@@ -43,4 +43,4 @@ def supertuning(config: Config, module: Module) -> dict[str, Formula]:
 
         return delta
 
-    return {"weight": Formula("SuperTuning", prepare, fixed=48 * count)}
+    return {"weight": Formula("SuperTuning", prepare, scratch_nbytes=48 * count)}

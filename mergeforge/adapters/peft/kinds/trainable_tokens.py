@@ -1,11 +1,11 @@
-"""Trainable tokens: some rows of the embedding, trained as they are."""
+"""Trainable tokens: fully trained rows of the embedding."""
 
 from __future__ import annotations
 
-from mergeforge.adapters.peft.kind import Config, Formula, Module, adapter
+from mergeforge.adapters.peft.kind import AdaptedModule, Config, Formula, adapter
 
 
 @adapter("TRAINABLE_TOKENS", prefixes=("trainable_tokens_layers",), fields="token_indices")
-def trainable_tokens(config: Config, module: Module) -> dict[str, Formula]:
-    """The rows of token_indices take the place of the base's (read as LoRA's trainable tokens are)."""
+def trainable_tokens(config: Config, module: AdaptedModule) -> dict[str, Formula]:
+    """The rows of token_indices replace the base's (match.py handles them, as LoRA's trainable tokens)."""
     return {}
