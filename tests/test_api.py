@@ -1,22 +1,31 @@
-"""The Python interface."""
+"""The Python interface: it does what the command line does, in Python's words."""
 
 from __future__ import annotations
 
+import inspect
+import json
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import pytest
 
 import mergeforge
+from mergeforge.cli import COMMANDS, run_command
+
+ADAPTERS_AS_RECIPE = {
+    "base_model": "base",
+    "adapters": [{"adapter": f"adapters/{name}", "weight": 0.5} for name in "ab"],
+}
 
 
-def weights_of(folder: str) -> bytes:
+def weights_of(folder: str | Path) -> bytes:
     return Path(folder, "model.safetensors").read_bytes()
 
 
 def test_parts_and_recipe_give_the_same_bytes(models: Path) -> None:
-    recipe = {"base_model": "base", "adapters": [{"adapter": f"adapters/{name}", "weight": 0.5} for name in "ab"]}
-    mergeforge.merge(recipe, out="one")
+    mergeforge.merge(ADAPTERS_AS_RECIPE, out="one")
     mergeforge.merge(base_model="base", adapters=["adapters/a", "adapters/b"], weights=np.array([0.5, 0.5]), out="two")
     assert weights_of("one") == weights_of("two")
 
@@ -30,16 +39,125 @@ def test_parts_without_weights_work_for_every_kind_of_method(
     assert mergeforge.verify(out, deep=True).ok
 
 
-def test_weights_must_match_and_recipe_excludes_parts(models: Path) -> None:
+def test_weights_must_match_and_a_recipe_excludes_its_parts(models: Path) -> None:
     with pytest.raises(mergeforge.RecipeError, match="1 weights for 0 models and 2 adapters"):
         mergeforge.merge(base_model="base", adapters=["adapters/a", "adapters/b"], weights=[1], out="out")
     with pytest.raises(mergeforge.RecipeError, match="not both"):
         mergeforge.merge({"base_model": "base"}, method="linear", out="out")
+    with pytest.raises(mergeforge.RecipeError, match="not both"):
+        mergeforge.merge({"base_model": "base"}, dtype="float32", out="out")
 
 
-def test_a_plan_is_run_tile_by_tile(models: Path) -> None:
+def test_merge_takes_every_key_of_a_recipe_and_of_its_output(models: Path) -> None:
+    out = mergeforge.merge(
+        base_model=Path("base"), adapters=["adapters/a"], dtype="float32", gguf=["q8_0"], shard_size="100KB", out="out"
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "float32"
+    assert (out / "out-Q8_0.gguf").is_file() and len(list(out.glob("model-*.safetensors"))) > 1
+    recipe = {**ADAPTERS_AS_RECIPE, "adapters": ["adapters/a"], "dtype": "float32"}
+    mergeforge.merge(recipe | {"output": {"gguf": ["q8_0"], "shard_size": "100KB"}}, out="as-recipe")
+    for name in ("model-00001-of-00004.safetensors", "model.safetensors.index.json"):
+        if (out / name).is_file():
+            assert (out / name).read_bytes() == Path("as-recipe", name).read_bytes()
+
+
+def test_run_does_the_work_and_says_what_it_wrote(models: Path) -> None:
+    plan = mergeforge.plan(ADAPTERS_AS_RECIPE, out="planned", memory="64MiB")
+    result = mergeforge.run(plan)
+    assert result.folder == Path("planned") and result.files == (Path("planned/model.safetensors"),)
+    assert result.peak > 0 and result.warnings == plan.notes and result.seconds > 0
+    assert mergeforge.verify(result.folder, deep=True).ok
+    Path("recipe.yaml").write_text(json.dumps(ADAPTERS_AS_RECIPE))
+    from_file = mergeforge.run("recipe.yaml", out="from-file")
+    assert weights_of(from_file.folder) == weights_of("planned")
+
+
+def test_iter_run_yields_every_tile(models: Path) -> None:
     plan = mergeforge.plan({"base_model": "base", "adapters": ["adapters/a"]}, out="out", memory="64MiB")
-    assert {tile.name for tile in mergeforge.run(plan)} == {piece.info.name for piece in plan.pieces}
+    assert {tile.name for tile in mergeforge.iter_run(plan)} == {tensor.info.name for tensor in plan.tensor_plans}
+    assert Path("out/mergeforge.json").is_file()
+
+
+def test_a_plan_prints_as_a_page(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same lines as `mergeforge plan`, and few of them."""
+    plan = mergeforge.plan(ADAPTERS_AS_RECIPE, out="out")
+    Path("recipe.yaml").write_text(json.dumps(ADAPTERS_AS_RECIPE))
+    assert run_command(["plan", "recipe.yaml", "--out", "out"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    page = str(plan).splitlines()
+    assert [line for line in page if "free" not in line] == [line for line in printed if "free" not in line]
+    assert len(page) < 40 and len(repr(plan)) < 200
+
+
+def test_inspect_and_diff(models: Path) -> None:
+    assert mergeforge.inspect("base")["kind"] == "checkpoint"
+    assert mergeforge.inspect(Path("adapters/a"))["kind"] == "adapter"
+    assert all(difference.same for difference in mergeforge.diff("base", "base"))
+    assert any(not difference.same for difference in mergeforge.diff("base", "tuned-a"))
+
+
+def test_convert_to_gguf(models: Path) -> None:
+    files = mergeforge.convert_to_gguf("base", ["q8_0", "f16"], out="ggufs")
+    assert [file.name for file in files] == ["base-Q8_0.gguf", "base-F16.gguf"] and all(map(Path.is_file, files))
+    (single,) = mergeforge.convert_to_gguf("base", "q8_0", out="single.gguf")
+    assert single.read_bytes() == files[0].read_bytes()
+
+
+def test_extract_lora_reproduces_the_tuned_model(models: Path) -> None:
+    report = mergeforge.extract_lora("tuned-a", base="base", rank=4, out="extracted")
+    assert report["modules"] and Path("extracted/adapter_model.safetensors").is_file()
+
+
+def test_combine_adapters_is_the_adapter_of_the_merge(models: Path) -> None:
+    combined = mergeforge.combine_adapters("base", ["adapters/a", "adapters/b"], weights=[0.6, 0.4], out="combined")
+    assert (combined / "adapter_config.json").is_file() and not (combined / "model.safetensors").exists()
+    mergeforge.merge(base_model="base", adapters=[combined], dtype="float32", out="through-one")
+    mergeforge.merge(
+        base_model="base", adapters=["adapters/a", "adapters/b"], weights=[0.6, 0.4], dtype="float32", out="direct"
+    )
+    changes = [difference.relative for difference in mergeforge.diff("direct", "through-one")]
+    assert max(changes) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mergeforge.plan("r.yaml", memry="2GiB"), "plan() has no argument 'memry'; did you mean 'memory'?"),
+        (lambda: mergeforge.run("r.yaml", treads=2), "run() has no argument 'treads'; did you mean 'threads'?"),
+        (lambda: mergeforge.iter_run("r.yaml", dvice="cpu"), "iter_run() has no argument 'dvice'"),
+        (lambda: mergeforge.merge(base_model="base", adapter_s=[]), "merge() has no argument 'adapter_s'"),
+        (lambda: mergeforge.convert_to_gguf("base", imatrx="x"), "convert_to_gguf() has no argument 'imatrx'"),
+    ],
+)
+def test_an_unknown_argument_names_the_function_that_was_called(call: Any, message: str) -> None:
+    with pytest.raises(TypeError) as error:
+        call()
+    assert str(error.value).startswith(f"mergeforge.{message}")
+
+
+def test_hints_speak_python_in_python_and_options_on_the_command_line(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("recipe.yaml").write_text(json.dumps(ADAPTERS_AS_RECIPE))
+    with pytest.raises(mergeforge.RecipeError) as error:
+        mergeforge.plan("recipe.yaml")
+    assert "out=DIR" in error.value.hint and "--" not in error.value.hint
+    assert run_command(["plan", "recipe.yaml"]) == 2
+    assert "--out DIR" in capsys.readouterr().err
+
+
+def test_every_option_of_run_is_an_argument_of_run() -> None:
+    """Options of `mergeforge run` that have no argument in Python only say what to print."""
+    module, function, _ = COMMANDS["run"]
+    command = getattr(__import__(f"mergeforge.cli.{module}", fromlist=[function]), function)
+    assert isinstance(command, click.Command)
+    printing = {"as_json", "quiet", "verbose", "plan_only", "recipe"}
+    names = {parameter.name for parameter in command.params} - printing
+    from mergeforge.planner import Options
+
+    own = set(inspect.signature(mergeforge.run).parameters)
+    assert names <= own | set(Options.__dataclass_fields__)
 
 
 def test_torch_keeps_its_number_of_threads(models: Path) -> None:
@@ -54,3 +172,9 @@ def test_public_names_load_on_first_use() -> None:
     assert all(getattr(mergeforge, name) for name in mergeforge.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mergeforge.nothing
+
+
+def test_dir_lists_the_public_names_only() -> None:
+    expected = {"merge", "plan", "run", "iter_run", "verify", "inspect", "diff", "convert_to_gguf", "extract_lora"}
+    expected |= {"combine_adapters", "publish", "Recipe", "Plan", "train", "eval"}
+    assert expected <= set(dir(mergeforge)) == set(mergeforge.__all__)

@@ -1,4 +1,4 @@
-"""Doctor: what this machine and this installation can do, for a bug report. No token, no name of a user."""
+"""What this machine and this installation can do, for bug reports. Contains no token and no user name."""
 
 from __future__ import annotations
 
@@ -17,36 +17,32 @@ from mergeforge.native import bindings
 from mergeforge.tensors.budget import cpu_count, free_memory
 
 PACKAGES = ("mergeforge", "torch", "safetensors", "numpy", "huggingface_hub", "gguf", "click", "rich", "pyyaml")
-EXTRAS = {
-    "fast": ("numba",),
-    "engine": ("xllamacpp",),
-    "remote": ("fsspec",),
-    "train": ("transformers", "peft", "accelerate", "bitsandbytes"),
-    "data": ("pyarrow",),
-    "metrics": ("sacrebleu", "rouge-score"),
-    "track": ("tensorboard",),
-    "eval": ("lm-eval",),
+OPTIONAL = {
+    "fast quantizing": ("numba",),
+    "llama.cpp": ("xllamacpp",),
+    "remote inputs": ("fsspec",),
+    "training": ("transformers", "peft", "accelerate", "bitsandbytes"),
+    "parquet": ("pyarrow",),
+    "text metrics": ("sacrebleu", "rouge-score"),
+    "tracking": ("tensorboard",),
+    "lm-eval": ("lm-eval",),
 }
-PIECE = 8 << 20  # bytes written at a time
+WRITE_NBYTES = 8 << 20  # bytes written at a time
 SECONDS = 5.0
 
 
 def report(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tuple[str, str]]:
-    """(what, how it is) line by line; the disk of `folder` is measured for at most `seconds`."""
+    """(name, value) pairs; measures the disk of `folder` for at most `seconds`."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
-    for extra, names in EXTRAS.items():
-        yield f"[{extra}]", ", ".join(f"{name} {_version(name)}" for name in names)
-    yield "processors", str(cpu_count())
+    for purpose, names in OPTIONAL.items():
+        yield purpose, ", ".join(f"{name} {_version(name)}" for name in names)
+    yield "cores", str(cpu_count())
     yield "memory", f"{format_size(free_memory())} available"
     yield from _devices()
-    yield (
-        "merging",
-        "kernels in C"
-        if bindings.is_available()
-        else "torch: kernels.c is not compiled, or another one was; install mergeforge again where a C compiler is",
-    )
-    yield "quantising", backend("cpu")
+    missing = "torch only: the C library is missing or outdated; install a C compiler, then install mergeforge again"
+    yield "merging", "C library" if bindings.is_available() else missing
+    yield "quantizing", backend("cpu")
     yield from _disk(Path(folder), seconds)
     yield from _hub()
 
@@ -55,38 +51,38 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "is not installed"
+        return "not installed"
 
 
 def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
-    for at in range(torch.cuda.device_count()):
-        free, whole = torch.cuda.mem_get_info(at)
-        yield f"cuda:{at}", f"{torch.cuda.get_device_name(at)}, {format_size(free)} of {format_size(whole)} free"
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {format_size(free)} of {format_size(total)} free"
     if torch.backends.mps.is_available():
         yield "mps", "available"
     if not torch.cuda.is_available():
-        yield "cuda", f"torch {torch.__version__} finds none"
+        yield "cuda", f"torch {torch.__version__} finds no GPU"
 
 
 def _disk(folder: Path, seconds: float) -> Iterator[tuple[str, str]]:
     free = shutil.disk_usage(folder).free
-    yield "disk", f"{format_size(free)} free, written at {_written(folder, min(free // 4, 4 << 30), seconds)}"
+    yield "disk", f"{format_size(free)} free, written at {_write_speed(folder, min(free // 4, 4 << 30), seconds)}"
 
 
-def _written(folder: Path, most: int, seconds: float) -> str:
-    """How fast a file is written and synced here, as a merge writes."""
+def _write_speed(folder: Path, max_nbytes: int, seconds: float) -> str:
+    """The speed at which a file is written and synced here, as a merge writes it."""
     path, done = folder / f".mergeforge-doctor-{os.getpid()}", 0
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        preallocate(fd, most, str(path))
-        behind, piece = WriteBehind(), memoryview(os.urandom(1 << 20) * (PIECE >> 20))
+        preallocate(fd, max_nbytes, str(path))
+        behind, piece = WriteBehind(), memoryview(os.urandom(1 << 20) * (WRITE_NBYTES >> 20))
         started = time.monotonic()
-        while done + PIECE <= most and time.monotonic() - started < seconds:
+        while done + WRITE_NBYTES <= max_nbytes and time.monotonic() - started < seconds:
             write_at(fd, piece, done, str(path))
-            behind.written(fd, done, PIECE)
-            done += PIECE
+            behind.written(fd, done, WRITE_NBYTES)
+            done += WRITE_NBYTES
         os.fsync(fd)
         return f"{format_size(round(done / (time.monotonic() - started)))}/s"
     finally:
@@ -98,4 +94,4 @@ def _hub() -> Iterator[tuple[str, str]]:
     from huggingface_hub import constants, get_token
 
     offline = ", offline" if constants.HF_HUB_OFFLINE else ""
-    yield "hub", f"{constants.ENDPOINT}{offline}, {'a token is there' if get_token() else 'no token'}"
+    yield "hub", f"{constants.ENDPOINT}{offline}, {'logged in' if get_token() else 'no token'}"

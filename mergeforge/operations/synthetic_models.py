@@ -1,8 +1,7 @@
-"""Random models and adapters of real shapes: for the demo, the tests and the benchmarks.
+"""Random models and adapters with real shapes: for the demo, the tests and the benchmarks.
 
-Weights are slices of one pool of random numbers, so gigabytes are written at the disk's speed, shard
-by shard, in little memory. `near` gives a model that differs from another by a small random change,
-as a fine-tune does.
+Weights are slices of one pool of random numbers, so gigabytes are written at the speed of the disk, shard by shard, in
+little memory. `near` makes a model that differs from another by a small random change, as a fine-tune does.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from mergeforge.writers.safetensors import INDEX, index, lay_out
 if TYPE_CHECKING:
     from torch import Tensor
 
-POOL = (1 << 22) + 4099  # elements; no power of two, so that no two rows of a matrix are the same
+POOL = (1 << 22) + 4099  # elements; not a power of two, so that no two rows of a matrix are equal
 STD = 0.02
-CHANGE = 5e-4  # what a short fine-tune moves a weight by
+CHANGE = 5e-4  # standard deviation by which a short fine-tune changes a weight
 PAIRS = ("th", "he", "in", "er", "an", "re", "nd", "on", "en", "at", "ou", "ed", "ha", "to", "or", "it", "is", "hi")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Llama."""
+    """The sizes of a Llama model."""
 
     hidden: int
     intermediate: int
@@ -46,7 +45,7 @@ class ModelShape:
         return [TensorInfo(name, dtype, shape) for name, shape in self._shapes()]
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
-        """(out, in) of a layer's linear modules by path."""
+        """(out_features, in_features) of a layer's linear modules by name."""
         kv = self.hidden // self.heads * self.kv_heads
         attention = {"q_proj": self.hidden, "k_proj": kv, "v_proj": kv, "o_proj": self.hidden}
         at = f"model.layers.{layer}"
@@ -101,7 +100,7 @@ SHAPES = {
 
 
 def model_shape(name: str) -> ModelShape:
-    """A known shape. Raises RecipeError with the nearest name."""
+    """The shape of a known model. Raises RecipeError with the closest name."""
     if name not in SHAPES:
         raise RecipeError(f"unknown shape '{name}'", hint=did_you_mean(name, SHAPES) or ", ".join(SHAPES))
     return SHAPES[name]
@@ -117,7 +116,7 @@ def write_model(
     shard_size: int = 5 * 10**9,
     std: float = STD,
 ) -> Path:
-    """A checkpoint with config and a byte-level tokenizer; with `near`, a fine-tune of that seed's model."""
+    """Write a checkpoint with config and byte-level tokenizer; with `near`, a fine-tune of that seed's model."""
     import torch
 
     pool = _pool(seed if near is None else near, std)
@@ -146,7 +145,7 @@ def write_adapter(
     seed: int = 1,
     dtype: str = "F32",
 ) -> Path:
-    """A PEFT LoRA adapter of the model, with both factors random."""
+    """Write a PEFT LoRA adapter of the model, with both factors random."""
     known = torch_dtype(dtype)
     assert known is not None
     tensors = []
@@ -186,15 +185,15 @@ def _write(folder: Path, layout: Layout, tensors: list[TensorInfo], pool: Tensor
 
     files, behind = OutputFiles(folder, layout.files), WriteBehind()
     files.open()
-    twice = torch.cat([pool, pool])
-    for at, info in enumerate(tensors):
+    doubled = torch.cat([pool, pool])
+    for number, info in enumerate(tensors):
         extent = layout.extents[info.name]
         if ones is not None and len(info.shape) == 1:
             files.write(extent.file, ones.view(torch.uint8).numpy(), extent.offset, behind)
             continue
-        start = at * 7919 * 64 % POOL
+        start = number * 7919 * 64 % POOL
         for done in range(0, info.numel, POOL):
-            part = twice[start : start + min(POOL, info.numel - done)]
+            part = doubled[start : start + min(POOL, info.numel - done)]
             files.write(extent.file, part.view(torch.uint8).numpy(), extent.offset + done * info.bits // 8, behind)
     files.sync()
     files.close()
@@ -208,7 +207,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE: 256 bytes, three special tokens, and the commonest pairs of English letters."""
+    """Write a byte-level BPE tokenizer: 256 bytes, three special tokens, and the most common pairs of English letters."""
     vocabulary = {character: at for at, character in enumerate(_byte_characters())}
     specials = {"<s>": 256, "</s>": 257, "<pad>": 258}
     vocabulary |= {pair: 259 + at for at, pair in enumerate(PAIRS)}
@@ -256,7 +255,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each byte."""
+    """GPT-2's printable character for each byte."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = iter(range(256, 512))
     return [chr(byte if byte in plain else next(spare)) for byte in range(256)]

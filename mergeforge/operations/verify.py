@@ -1,4 +1,4 @@
-"""Does a folder hold what its receipt says?"""
+"""Check a finished merge against its receipt."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from mergeforge.writers.encoder import chunk_ranges
 from mergeforge.writers.fp8 import SCALES
 from mergeforge.writers.safetensors import KEY
 
-SAMPLE = 24  # tensors that a deep check computes again
+SAMPLE = 24  # tensors that a deep check recomputes
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was checked, and everything that is wrong."""
+    """The number of files and tensors checked, of tensors recomputed, and all problems."""
 
     files: int
     tensors: int
@@ -48,26 +48,26 @@ class Verdict:
 
 
 def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> Verdict:
-    """Check sizes, headers and every tensor's checksum; `deep` computes a sample from the inputs again.
+    """Check sizes, headers and every tensor's checksum. `deep`: recompute a sample from the inputs; `everything`: all.
 
-    Raises SourceError when there is no receipt; all other findings are in the verdict.
+    Raises SourceError when there is no receipt; all other problems are in the verdict.
     """
     out = Path(out)
     receipt = read_receipt(out)
     if receipt is None:
-        raise SourceError(f"{out} has no receipt ({RECEIPT})", hint="is it a finished merge of mergeforge?")
+        raise SourceError(f"{out} has no receipt ({RECEIPT})", hint="only finished merges of mergeforge have one")
     with malformed_as_source_error(out / RECEIPT):
         problems = _check_all(out, receipt)
-    again = _recompute(out, receipt, problems, everything) if deep and not problems else 0
-    return Verdict(len(receipt["files"]), len(receipt["tensors"]), again, tuple(problems))
+    recomputed = _recompute(out, receipt, problems, everything) if deep and not problems else 0
+    return Verdict(len(receipt["files"]), len(receipt["tensors"]), recomputed, tuple(problems))
 
 
 def _check_all(out: Path, receipt: Mapping[str, Any]) -> list[str]:
-    """Everything that is not as the receipt says."""
+    """Everything that differs from the receipt."""
     files = receipt["files"]
-    away = {name: facts for name, facts in files.items() if _sent_to(facts)[0] and not (out / name).exists()}
-    problems = _check_files(out, {name: facts for name, facts in files.items() if name not in away})
-    problems += _check_sent(away)
+    uploaded = {name: facts for name, facts in files.items() if _sent_to(facts)[0] and not (out / name).exists()}
+    problems = _check_files(out, {name: facts for name, facts in files.items() if name not in uploaded})
+    problems += _check_uploaded(uploaded)
     headers = {name: _header(out / name, problems) for name in _weight_files(receipt)}
     problems += _check_tensors(receipt["tensors"], headers)
     return problems + _check_encoded(out, receipt)
@@ -76,25 +76,25 @@ def _check_all(out: Path, receipt: Mapping[str, Any]) -> list[str]:
 def compare_in_engine(out: str | Path) -> list[EngineComparison]:
     """Load every GGUF of a finished merge in llama.cpp and compare it with transformers on the merged folder.
 
-    Raises SourceError when there is no such pair, MissingExtraError without engine or transformers.
+    Raises SourceError when there is no such pair, MissingExtraError without llama.cpp or transformers.
     """
     out = Path(out)
     receipt = read_receipt(out)
     files = [name for name in (receipt or {}).get("files", {}) if name.endswith(".gguf")]
     if receipt is None or not files or not (out / "config.json").is_file():
         hint = "merge with output: {safetensors: true, gguf: [...]}"
-        raise SourceError(f"{out} does not hold both a model for transformers and a GGUF", hint=hint)
+        raise SourceError(f"{out} does not contain both a model for transformers and a GGUF", hint=hint)
     first = [name for name in files if "-of-" not in name or "-00001-of-" in name]
     return compare_with_transformers(out, {name: receipt["files"][name]["type"] for name in first})
 
 
 def _weight_files(receipt: Mapping[str, Any]) -> list[str]:
-    """The checkpoint's files; a joined adapter's is hashed whole, like what lies beside."""
+    """The checkpoint's files. A combined adapter's file is not one: like the other files, it is hashed whole."""
     return [name for name, facts in receipt["files"].items() if name.endswith(".safetensors") and "sha256" not in facts]
 
 
 def _check_files(out: Path, files: Mapping[str, Any]) -> list[str]:
-    """What is missing or was changed; a card may be: its owner writes in it, and so does `eval --card`."""
+    """Files that are missing or changed. The model card may change: its owner edits it, and so does `eval --card`."""
     problems = []
     for name, facts in files.items():
         path = out / name
@@ -105,32 +105,32 @@ def _check_files(out: Path, files: Mapping[str, Any]) -> list[str]:
         elif path.stat().st_size != facts["size"]:
             problems.append(f"{name} has {path.stat().st_size} bytes, not {facts['size']}")
         elif "sha256" in facts and file_sha256(path) != facts["sha256"]:
-            problems.append(f"{name} was changed")
+            problems.append(f"{name} has changed")
     return problems
 
 
-def _check_sent(files: Mapping[str, Any]) -> list[str]:
-    """Compare files that were sent to the Hub, and are not here, with what a repo's newest commit holds."""
+def _check_uploaded(files: Mapping[str, Any]) -> list[str]:
+    """Compare files that were uploaded to the Hub and removed here with the newest commit of the repo."""
     problems = []
     for repo, revision in dict.fromkeys(map(_sent_to, files.values())):
-        ours = {name: facts for name, facts in files.items() if _sent_to(facts) == (repo, revision)}
+        expected = {name: facts for name, facts in files.items() if _sent_to(facts) == (repo, revision)}
         try:
             _, held = repo_files(repo, revision)
         except MergeforgeError as error:
-            problems.append(f"{repo} cannot be asked: {error}")
+            problems.append(f"{repo} cannot be checked: {error}")
             continue
-        for name, facts in ours.items():
+        for name, facts in expected.items():
             if name not in held:
-                problems.append(f"{name} is neither here nor in {repo}")
+                problems.append(f"{name} is neither in the folder nor in {repo}")
             elif lfs_identity(held[name]) != (facts.get("lfs_sha256"), facts["size"]):
-                problems.append(f"{name} of {repo} is not the file that was sent")
+                problems.append(f"{name} of {repo} is not the file that was uploaded")
     return problems
 
 
 def _sent_to(facts: Mapping[str, Any]) -> tuple[str, str]:
-    """The repo and branch that a file was sent to; "" for none."""
-    told = facts.get("sent_to")
-    return (str(told.get("repo", "")), str(told.get("revision", ""))) if isinstance(told, Mapping) else ("", "")
+    """The repo and branch that a file was uploaded to; "" for none."""
+    target = facts.get("sent_to")
+    return (str(target.get("repo", "")), str(target.get("revision", ""))) if isinstance(target, Mapping) else ("", "")
 
 
 def _header(path: Path, problems: list[str]) -> Header | None:
@@ -143,17 +143,17 @@ def _header(path: Path, problems: list[str]) -> Header | None:
 
 
 def _check_tensors(tensors: Mapping[str, Any], headers: Mapping[str, Header | None]) -> list[str]:
-    """Compare every tensor's place, dtype, shape and checksum; one thread a core reads."""
+    """Compare every tensor's file, dtype, shape and checksum; one thread per core reads."""
     held = {name: header for file, header in headers.items() if header for name in header.tensors}
     packed = {packed for name, facts in tensors.items() if "fp8" in facts for packed in (name, f"{name}{SCALES}")}
     held = {name: header for name, header in held.items() if name not in packed}
     tensors = {name: facts for name, facts in tensors.items() if "file" in facts}
-    problems = [f"{name} stands in a file and not in the receipt" for name in sorted(set(held) - set(tensors))]
+    problems = [f"{name} is in a file but not in the receipt" for name in sorted(set(held) - set(tensors))]
 
     def check(name: str) -> str:
         facts, header = tensors[name], headers.get(tensors[name]["file"])
         if header is None:
-            return ""  # its file is a problem of its own
+            return ""  # its file is already reported
         if name not in header.tensors:
             return f"{name} is not in {facts['file']}"
         info, offset = header.tensors[name]
@@ -171,7 +171,7 @@ def _check_tensors(tensors: Mapping[str, Any], headers: Mapping[str, Header | No
 
 
 def _check_encoded(out: Path, receipt: Mapping[str, Any]) -> list[str]:
-    """Compare encoded files' headers (GGUF, FP8) and every tensor's bytes with the receipt; one thread a core reads."""
+    """Compare headers of encoded files (GGUF, FP8) and every tensor's bytes with the receipt, one thread per core."""
     used = {one["file"] for tensor in receipt["tensors"].values() for one in _encoded(tensor).values()}
     files = {name: facts for name, facts in receipt["files"].items() if name.endswith(".gguf") or name in used}
     opened = {name: DiskFile(out / name) for name, facts in files.items() if _has_size(out / name, facts["size"])}
@@ -200,7 +200,7 @@ def _check_encoded(out: Path, receipt: Mapping[str, Any]) -> list[str]:
 
 
 def _encoded(tensor: Mapping[str, Any]) -> dict[str, Any]:
-    """What the receipt says of a tensor's encoded forms."""
+    """The receipt's entries for a tensor's encoded forms."""
     return {**tensor.get("gguf", {}), **tensor.get("fp8", {})}
 
 
@@ -230,7 +230,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], everything: bool) -> int:
-    """Compute some tensors again from the inputs and compare their checksums."""
+    """Recompute tensors from the inputs and compare their checksums; returns how many."""
     import torch
 
     plan = make_plan(out / RECIPE, out=out.parent / f"{out.name}.verify", threads=1, device="cpu", allow_nonfinite=True)
@@ -241,13 +241,13 @@ def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], every
     with torch.inference_mode(), single_torch_thread():
         for piece in chosen:
             if _computed(piece, worker) != _noted(receipt["tensors"][piece.info.name]):
-                problems.append(f"{piece.info.name} comes out differently from the inputs as they are now")
+                problems.append(f"{piece.info.name} comes out differently when recomputed from the inputs")
     _note_changed_inputs(plan, receipt, problems)
     return len(chosen)
 
 
 def _computed(piece: TensorPlan, worker: Worker) -> dict[str, str]:
-    """The checksum of a tensor for each of its outlets, computed from the inputs."""
+    """The checksum of a tensor for each of its encoders, computed from the inputs."""
     sums: dict[str, list[str]] = {}
     for tile, encoded, _ in compute_tiles(piece, piece.tiles, worker, allow_nonfinite=True):
         for outlet, raw in encoded:
@@ -257,7 +257,7 @@ def _computed(piece: TensorPlan, worker: Worker) -> dict[str, str]:
 
 
 def _noted(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The checksums that the receipt holds of a tensor."""
+    """The checksums in the receipt for a tensor."""
     noted = {key: encoded["xxh3"] for key, encoded in _encoded(facts).items()}
     return noted | ({KEY: facts["xxh3"]} if "xxh3" in facts else {})
 
@@ -269,4 +269,4 @@ def _note_changed_inputs(plan: Plan, receipt: Mapping[str, Any], problems: list[
     for source in receipt["inputs"]:
         for name, facts in source["files"].items():
             if now.get((source["name"], name)) not in (None, facts["header_sha256"]):
-                problems.append(f"{name} of {source['name']} is not the file that was merged")
+                problems.append(f"{name} of {source['name']} is no longer the file that was merged")

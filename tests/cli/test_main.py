@@ -1,4 +1,4 @@
-"""The process of a command: its exit code, and what has to happen at its end although torch is not taken apart."""
+"""The process of a command: its exit code, and what must happen at exit although torch is not torn down."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ command.main()
 """
 
 
-def test_threads_exit_functions_and_temporary_folders_are_seen_to() -> None:
+def test_exit_waits_for_threads_and_runs_exit_functions_and_finalizers() -> None:
     done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=100)
     folder, *said = done.stdout.splitlines()
     assert done.returncode == 3, done.stderr
@@ -37,14 +37,14 @@ def test_threads_exit_functions_and_temporary_folders_are_seen_to() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_nobody_took_is_an_error(models: Path) -> None:
+def test_output_that_cannot_be_written_is_an_error(models: Path) -> None:
     command = [sys.executable, "-m", "mergeforge", "eval", "base", "--data", "sample:chat", "--limit", "2", "--json"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
     assert done.returncode == 1 and "Traceback" not in done.stderr
 
 
-def test_a_reader_that_goes_away_is_no_traceback(models: Path) -> None:
+def test_a_closed_pipe_is_no_traceback(models: Path) -> None:
     command = [sys.executable, "-m", "mergeforge", "eval", "base", "--data", "sample:chat", "--limit", "2"]
     read, write = os.pipe()
     os.close(read)

@@ -1,4 +1,4 @@
-"""GGUF out of a merge: one pass, any cut, resumed, verified, split; and GGUF files as inputs."""
+"""GGUF from a merge: in one pass, with any tiling, resumed, verified, split; and GGUF files as inputs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mergeforge.core import tensor_info
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 from mergeforge.execute import executor
 from mergeforge.operations import convert_gguf
-from mergeforge.planner import tiling
+from mergeforge.planner import Options, tiling
 
-KINDS = ["f32", "bf16", "q8_0", "q4_k_m"]
+TYPES = ["f32", "bf16", "q8_0", "q4_k_m"]
 
 
 def recipe(**output: Any) -> dict[str, Any]:
     adapters = [{"adapter": "adapters/a", "weight": 0.5}, "adapters/b"]
-    return {"base_model": "base", "adapters": adapters, "output": {"gguf": KINDS, "name": "m", **output}}
+    return {"base_model": "base", "adapters": adapters, "output": {"gguf": TYPES, "name": "m", **output}}
 
 
 def merged(out: str, value: dict[str, Any] | None = None, **options: Any) -> Path:
@@ -38,7 +38,7 @@ def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.glob("*.gguf"))}
 
 
-def dequantised(file: Read, name: str) -> np.ndarray:
+def dequantized(file: Read, name: str) -> np.ndarray:
     import gguf
 
     kind, shape, data = file.tensors[name]
@@ -48,25 +48,25 @@ def dequantised(file: Read, name: str) -> np.ndarray:
 
 
 def test_gguf_holds_the_merged_float32_values(models: Path) -> None:
-    """Not those that the bfloat16 checkpoint holds, which are rounded."""
+    """Not the rounded ones of the bfloat16 checkpoint."""
     wanted = load_file(merged("wide", recipe(gguf=["f32"]) | {"dtype": "float32"}) / "model.safetensors")
     out = merged("out")
     up = "model.layers.1.mlp.up_proj.weight"
-    found = dequantised(read(out / "m-F32.gguf"), "blk.1.ffn_up.weight")
+    found = dequantized(read(out / "m-F32.gguf"), "blk.1.ffn_up.weight")
     assert np.array_equal(found, wanted[up].numpy())
     assert load_file(out / "model.safetensors")[up].dtype == torch.bfloat16
-    stored = dequantised(read(merged("stored", recipe(gguf_from="stored")) / "m-F32.gguf"), "blk.1.ffn_up.weight")
+    stored = dequantized(read(merged("stored", recipe(gguf_from="stored")) / "m-F32.gguf"), "blk.1.ffn_up.weight")
     assert np.array_equal(stored, load_file(out / "model.safetensors")[up].float().numpy())
 
 
-def test_rotary_rows_stand_as_llama_cpp_wants_them(models: Path) -> None:
+def test_rotary_rows_are_in_llama_cpps_order(models: Path) -> None:
     out = merged("out", recipe(gguf_from="stored"))
     query = load_file(out / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].float().numpy()
     expected = query.reshape(4, 2, 8, 64).swapaxes(1, 2).reshape(64, 64)
-    assert np.array_equal(dequantised(read(out / "m-F32.gguf"), "blk.0.attn_q.weight"), expected)
+    assert np.array_equal(dequantized(read(out / "m-F32.gguf"), "blk.0.attn_q.weight"), expected)
 
 
-def test_without_safetensors_nothing_else_is_written(models: Path) -> None:
+def test_without_safetensors_only_gguf_and_its_companions_are_written(models: Path) -> None:
     out = merged("out", recipe(safetensors=False))
     names = {path.name for path in out.iterdir()}
     assert names == {*files(out), "Modelfile", "README.md", "mergeforge.json", "mergeforge.yml"}
@@ -76,10 +76,10 @@ def test_without_safetensors_nothing_else_is_written(models: Path) -> None:
 
 
 @pytest.mark.parametrize(("memory", "threads", "tile"), [("16MiB", 1, 1), ("256MiB", 4, 5000), ("17MiB", 2, 20_000)])
-def test_any_cut_gives_the_same_bytes(
+def test_any_tiling_gives_the_same_bytes(
     models: Path, monkeypatch: pytest.MonkeyPatch, memory: str, threads: int, tile: int
 ) -> None:
-    """Blocks of 10 rows: no multiple of a head, so rotary rows go to the file one by one."""
+    """Blocks of 10 rows are no multiple of a head, so rotary rows are written one by one."""
     monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 640)
     expected = files(merged("whole"))
     monkeypatch.setattr(tiling, "TILE_NBYTES", tile)
@@ -89,7 +89,7 @@ def test_any_cut_gives_the_same_bytes(
 def test_a_merge_to_gguf_is_resumed(models: Path) -> None:
     expected = files(merged("whole"))
     plan = mergeforge.plan(recipe(), out="out", device="cpu", memory="32MiB", threads=1)
-    tiles = executor.run(plan)
+    tiles = executor.run_tiles(plan)
     for _ in range(12):
         next(tiles)
     tiles.close()
@@ -97,8 +97,9 @@ def test_a_merge_to_gguf_is_resumed(models: Path) -> None:
     assert 12 <= journal.count('"tile"') < 20
     damaged = Path("out/.mergeforge/m-Q8_0.gguf")
     first = json.loads(journal.splitlines()[1].partition(" ")[2])["tile"][0]
-    piece = next(piece for piece in plan.pieces if piece.info.name == first)
-    offset = next(outlet for outlet in piece.outlets if "q8_0" in outlet.key).runs(0, 1)[0][0]
+    tensor_plan = next(planned for planned in plan.tensor_plans if planned.info.name == first)
+    encoder = next(encoder for encoder in tensor_plan.encoders if "q8_0" in encoder.key)
+    offset = encoder.byte_ranges(0, 1)[0][0]
     data = bytearray(damaged.read_bytes())
     data[offset] ^= 1
     damaged.write_bytes(data)
@@ -106,7 +107,7 @@ def test_a_merge_to_gguf_is_resumed(models: Path) -> None:
     assert not Path("out/.mergeforge").exists()
 
 
-def test_verify_sees_every_kind_of_damage(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_every_kind_of_damage(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = merged("out")
     assert run_command(["verify", "out", "--deep", "--all"]) == 0
     for name, offset in (("m-Q4_K_M.gguf", -200), ("m-F32.gguf", 40)):
@@ -122,12 +123,14 @@ def test_verify_sees_every_kind_of_damage(models: Path, capsys: pytest.CaptureFi
     assert "m-Q8_0.gguf is missing" in capsys.readouterr().err
 
 
-def test_verify_sees_damage_in_what_comes_from_the_config(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_damage_in_tensors_computed_from_the_config(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = json.loads(Path("base/config.json").read_text())
     config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config["rope_scaling"]["original_max_position_embeddings"] = 64
     Path("base/config.json").write_text(json.dumps(config))
-    (path,) = exported("base", "out", "q8_0")
+    (path,) = converted("base", "out", "q8_0")
     assert run_command(["verify", "out"]) == 0
     data = bytearray(path.read_bytes())
     at = data.index(read(path).tensors["rope_freqs.weight"][2])
@@ -138,20 +141,18 @@ def test_verify_sees_damage_in_what_comes_from_the_config(models: Path, capsys: 
 
 
 @pytest.mark.parametrize("rows", [24, 600])
-def test_verify_knows_where_halves_of_fused_experts_lie(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    """Blocks of 24 rows lie within a half, those of 600 hold halves of several experts: strips of many sizes."""
+def test_verify_checks_the_halves_of_fused_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Blocks of 24 rows lie within a half, blocks of 600 span halves of several experts: chunks of many sizes."""
     from support.gguf_models import TINY, folders
 
     ((folder, _),) = folders([tiny for tiny in TINY if tiny.name == "granitemoe"], tmp_path).values()
     monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", rows * 256)
-    exported(str(folder), str(tmp_path / "out"), "f16", "q4_k_m")
+    converted(str(folder), str(tmp_path / "out"), "f16", "q4_k_m")
     assert run_command(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_splits_hold_what_one_file_holds(models: Path) -> None:
-    """Split as gguf-py splits: first all keys, split.* in each; gguf's own reader reads every part."""
+def test_split_files_hold_the_tensors_of_the_single_file(models: Path) -> None:
+    """As gguf-py splits: all keys in the first file, split.* in each; gguf-py's reader reads every part."""
     whole = read(merged("whole", recipe(gguf=["q8_0"])) / "m-Q8_0.gguf")
     out = merged("out", recipe(gguf=[{"type": "q8_0", "split_max_size": "100KB"}]))
     parts = [read(out / name) for name in sorted(files(out))]
@@ -164,9 +165,9 @@ def test_splits_hold_what_one_file_holds(models: Path) -> None:
     assert run_command(["verify", "out"]) == 0
 
 
-def test_types_can_be_asked_for(models: Path) -> None:
-    wishes = {"type": "q4_0", "tensor_types": {"ffn_down": "f16"}, "token_embedding_type": "q8_0"}
-    kinds = {name: one[0] for name, one in read(merged("out", recipe(gguf=[wishes])) / "m-Q4_0.gguf").tensors.items()}
+def test_types_of_single_tensors_can_be_set(models: Path) -> None:
+    entry = {"type": "q4_0", "tensor_types": {"ffn_down": "f16"}, "token_embedding_type": "q8_0"}
+    kinds = {name: one[0] for name, one in read(merged("out", recipe(gguf=[entry])) / "m-Q4_0.gguf").tensors.items()}
     assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["token_embd.weight"] == "Q8_0"
     assert kinds["blk.0.attn_q.weight"] == "Q4_0"
 
@@ -174,20 +175,21 @@ def test_types_can_be_asked_for(models: Path) -> None:
 # mergeforge gguf
 
 
-def exported(model: str, out: str, *kinds: str, **settings: Any) -> list[Path]:
-    planned = convert_gguf.plan_export(model, kinds, out, settings, device="cpu", memory="32MiB")
-    deque(convert_gguf.export(planned), maxlen=0)
-    return planned.files
+def converted(model: str, out: str, *types: str, **settings: Any) -> list[Path]:
+    options = Options(device="cpu", memory="32MiB")
+    conversion = convert_gguf.plan_conversion(model, types, out, settings, options)
+    deque(convert_gguf.convert(conversion), maxlen=0)
+    return conversion.files
 
 
 def test_a_finished_model_becomes_the_same_gguf(models: Path) -> None:
     out = merged("m", recipe(gguf_from="stored"))
-    for kind, path in zip(KINDS, exported("m", "again", *KINDS), strict=True):
+    for kind, path in zip(TYPES, converted("m", "again", *TYPES), strict=True):
         assert read(path).tensors == read(out / path.name).tensors, kind
 
 
-def test_one_file_by_its_name(models: Path) -> None:
-    (path,) = exported("base", "x.gguf", "q8_0")
+def test_out_can_be_a_single_file(models: Path) -> None:
+    (path,) = converted("base", "x.gguf", "q8_0")
     assert path == Path("x.gguf").absolute() and not Path(".x.gguf.mergeforge").exists()
     assert read(path).keys["general.name"][1] == "Base"
     assert run_command(["gguf", "base", "--type", "q8_0", "--out", "x.gguf"]) == 5
@@ -218,14 +220,14 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], arguments: l
     assert not list(models.glob("*-GGUF"))
 
 
-def test_what_a_model_must_have(models: Path) -> None:
+def test_incomplete_models_are_refused(models: Path) -> None:
     def change(name: str, **values: Any) -> None:
         path = models / "base" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
     def refusal() -> str:
         with pytest.raises(MergeforgeError) as caught:
-            convert_gguf.plan_export("base", ["q8_0"], "out", {}, device="cpu")
+            convert_gguf.plan_conversion("base", ["q8_0"], "out", {}, Options(device="cpu"))
         assert isinstance(caught.value, SourceError) and caught.value.hint
         return str(caught.value)
 
@@ -246,9 +248,9 @@ def test_what_a_model_must_have(models: Path) -> None:
 # GGUF as an input
 
 
-def test_a_gguf_file_is_a_model(models: Path) -> None:
-    """F32 and Q8_0 files of a tuned model, averaged with the base, against the same done with gguf's dequantiser."""
-    exported("tuned-a", "files", "f32", "q8_0", "q4_k_m")
+def test_a_gguf_file_works_as_a_model(models: Path) -> None:
+    """F32, Q8_0 and Q4_K_M files of a tuned model averaged with the base, against gguf-py's dequantized values."""
+    converted("tuned-a", "files", "f32", "q8_0", "q4_k_m")
     base = load_file("base/model.safetensors")
     for kind in ("F32", "Q8_0", "Q4_K_M"):
         models_ = [{"model": "base", "parameters": {"weight": 0.5}}]
@@ -261,7 +263,7 @@ def test_a_gguf_file_is_a_model(models: Path) -> None:
             ("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight", 0),
             ("model.norm.weight", "output_norm.weight", 0),
         ):
-            tuned = dequantised(file, gguf_name)
+            tuned = dequantized(file, gguf_name)
             if heads:
                 tuned = tuned.reshape(heads, -1, 2, tuned.shape[1]).swapaxes(1, 2).reshape(tuned.shape)
             expected = (base[name].float() + torch.from_numpy(tuned.copy())) / 2
@@ -269,8 +271,8 @@ def test_a_gguf_file_is_a_model(models: Path) -> None:
 
 
 def test_gguf_files_are_compared(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the folder they were made from: F32 is the same, Q8_0 is near; with one another."""
-    exported("tuned-a", "files", "f32", "q8_0")
+    """With the folder they were converted from (F32 is equal, Q8_0 is close), and with each other."""
+    converted("tuned-a", "files", "f32", "q8_0")
     f32, q8_0 = "files/tuned-a-F32.gguf", "files/tuned-a-Q8_0.gguf"
     assert run_command(["diff", "tuned-a", f32]) == 0
     assert run_command(["diff", f32, f32]) == 0
@@ -282,20 +284,20 @@ def test_gguf_files_are_compared(models: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_inspect_shows_a_gguf_file(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (path,) = exported("base", "x.gguf", "q8_0")
+    (path,) = converted("base", "x.gguf", "q8_0")
     assert run_command(["inspect", str(path), "-v"]) == 0
     shown = capsys.readouterr().out
     assert "general.architecture: llama" in shown and "blk.0.attn_q.weight  Q8_0 [64, 64]" in shown
 
 
 def test_a_gguf_file_alone_has_no_config(models: Path) -> None:
-    exported("tuned-a", "x.gguf", "q8_0")
+    converted("tuned-a", "x.gguf", "q8_0")
     with pytest.raises(SourceError, match=r"neither config.json"):
         mergeforge.plan({"merge_method": "passthrough", "models": ["x.gguf"]}, out="out")
 
 
 def test_damaged_gguf_files_are_refused(models: Path) -> None:
-    exported("tuned-a", "x.gguf", "q8_0")
+    converted("tuned-a", "x.gguf", "q8_0")
     whole = Path("x.gguf").read_bytes()
     value = {"merge_method": "linear", "models": ["base", "x.gguf"], "parameters": {"weight": 1}}
     for cut in (0, 3, 20, 200, 4000, len(whole) - 100_000):
@@ -317,7 +319,7 @@ def test_damaged_gguf_files_are_refused(models: Path) -> None:
             mergeforge.plan(value, out="out")
 
 
-def test_a_gguf_lora_is_an_adapter(models: Path) -> None:
+def test_a_gguf_lora_works_as_an_adapter(models: Path) -> None:
     """The adapter as llama.cpp's convert_lora_to_gguf.py lays it out, against the PEFT one."""
     import gguf
 
@@ -345,8 +347,8 @@ def test_a_gguf_lora_is_an_adapter(models: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_an_imatrix_weighs_columns(models: Path) -> None:
-    """Against encoding the whole tensor with the file's weights."""
+def test_an_imatrix_weights_columns(models: Path) -> None:
+    """Against quantizing the whole tensor with the weights of the imatrix."""
     import gguf
 
     from mergeforge.gguf.quantize import QUANT_TYPES, encode
@@ -363,7 +365,7 @@ def test_an_imatrix_weighs_columns(models: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    (path,) = exported("base", "x.gguf", "q4_0", imatrix="i.gguf")
+    (path,) = converted("base", "x.gguf", "q4_0", imatrix="i.gguf")
     file = read(path)
     up = load_file("base/model.safetensors")["model.layers.0.mlp.up_proj.weight"].float()
     expected = encode(QUANT_TYPES["Q4_0"], up, torch.from_numpy(weights[0])).numpy().tobytes()

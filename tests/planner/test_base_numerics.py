@@ -50,7 +50,7 @@ def test_the_change_is_added_to_what_nf4_holds(models: Path, where: str) -> None
     torch.testing.assert_close(merged[NAME], nf4(base[NAME]).float() + change, rtol=1e-5, atol=1e-6)
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert torch.equal(merged[name], plain[name])
-    assert "taken as NF4 without double quantisation" in (out / "mergeforge.json").read_text()
+    assert "taken as NF4 without double quantization" in (out / "mergeforge.json").read_text()
 
 
 def test_what_no_adapter_changes_stays(models: Path) -> None:

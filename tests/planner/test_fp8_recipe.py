@@ -13,11 +13,11 @@ import mergeforge
 from mergeforge.cli import run_command
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
-from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
+from mergeforge.operations.synthetic_models import ModelShape, write_adapter, write_model
 from mergeforge.planner.fp8 import quantization_config
 from mergeforge.quant_codecs import fp8
 
-SHAPE = Shape(hidden=192, intermediate=320, layers=2, heads=4, kv_heads=2, vocab=320)
+SHAPE = ModelShape(hidden=192, intermediate=320, layers=2, heads=4, kv_heads=2, vocab=320)
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 

@@ -1,4 +1,4 @@
-"""Which models' tensors go into each output tensor: slices, modules, rules, documents. Model n is n everywhere."""
+"""Which models are merged into each output tensor: slices, modules, rules, documents. Model n holds n everywhere."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def models(tmp_path: Path) -> Path:
 
 def merged(models: Path, recipe: Any, **options: Any) -> Made:
     """The result's tensors; models are named 1, 2, 3."""
-    out = mergeforge.merge(placed(recipe, models), out=models / "out", overwrite=True, device="cpu", **options)
+    out = mergeforge.merge(with_paths(recipe, models), out=models / "out", overwrite=True, device="cpu", **options)
     return load_file(out / "model.safetensors")
 
 
-def placed(value: Any, models: Path) -> Any:
+def with_paths(value: Any, models: Path) -> Any:
     if isinstance(value, list):
-        return [placed(item, models) for item in value]
+        return [with_paths(item, models) for item in value]
     if isinstance(value, dict):
-        return {key: placed(item, models) for key, item in value.items()}
+        return {key: with_paths(item, models) for key, item in value.items()}
     return str(models / str(value)) if isinstance(value, str) and value in "123" else value
 
 
@@ -63,7 +63,7 @@ def layer(at: int, part: str = "mlp.up_proj") -> str:
     return f"model.layers.{at}.{part}.weight"
 
 
-def piece(name: str, first: int, stop: int) -> dict[str, Any]:
+def sliced(name: str, first: int, stop: int) -> dict[str, Any]:
     return {"model": name, "layer_range": [first, stop]}
 
 
@@ -75,58 +75,58 @@ def config(models: Path) -> dict[str, Any]:
 # slices
 
 
-def test_layers_are_stacked_and_numbered_anew(models: Path) -> None:
-    slices = [{"sources": [piece("1", 0, 3)]}, {"sources": [piece("2", 1, 4)]}]
+def test_layers_are_stacked_and_renumbered(models: Path) -> None:
+    slices = [{"sources": [sliced("1", 0, 3)]}, {"sources": [sliced("2", 1, 4)]}]
     made = merged(models, {"merge_method": "passthrough", "slices": slices})
     assert [value(made, layer(at)) for at in range(6)] == [1.0, 1.01, 1.02, 2.01, 2.02, 2.03]
     assert layer(6) not in made and config(models)["num_hidden_layers"] == 6
 
 
-def test_before_the_layers_from_the_first_slice_behind_them_from_the_last(models: Path) -> None:
-    slices = [{"sources": [piece("1", 0, 1)]}, {"sources": [piece("2", 0, 1)]}]
+def test_embedding_comes_from_the_first_slice_and_head_from_the_last(models: Path) -> None:
+    slices = [{"sources": [sliced("1", 0, 1)]}, {"sources": [sliced("2", 0, 1)]}]
     made = merged(models, {"merge_method": "passthrough", "slices": slices})
-    found = [value(made, name) for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")]
-    assert found == [1, 2, 2]
+    values = [value(made, name) for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")]
+    assert values == [1, 2, 2]
 
 
-def test_copied_layers_are_copied_not_computed(models: Path) -> None:
-    """A stack of untouched layers costs no arithmetic: its bytes go through as they are."""
+def test_unmerged_layers_are_copied_not_computed(models: Path) -> None:
+    """Stacking whole layers takes no arithmetic: their bytes are copied."""
     recipe = {
         "merge_method": "passthrough",
-        "slices": [{"sources": [piece("1", 2, 4)]}, {"sources": [piece("1", 2, 4)]}],
+        "slices": [{"sources": [sliced("1", 2, 4)]}, {"sources": [sliced("1", 2, 4)]}],
     }
-    plan = mergeforge.plan(placed(recipe, models), out=models / "out")
-    assert all(one.copied for one in plan.pieces)
+    plan = mergeforge.plan(with_paths(recipe, models), out=models / "out")
+    assert all(tensor_plan.is_copy for tensor_plan in plan.tensor_plans)
 
 
 @pytest.mark.parametrize(
     "slices, problem, hint",
     [
-        ([[piece("1", 2, 5)]], "layer_range [2, 5] of .*1 goes beyond its 4 layers", "the last layer is 3"),
-        ([[piece("1", 0, 2)], [piece("2", 9, 10)]], "layer_range [9, 10] of .*2 goes beyond its 4 layers", ""),
+        ([[sliced("1", 2, 5)]], "layer_range [2, 5] of .*1 goes beyond its 4 layers", "the last layer is 3"),
+        ([[sliced("1", 0, 2)], [sliced("2", 9, 10)]], "layer_range [9, 10] of .*2 goes beyond its 4 layers", ""),
     ],
 )
-def test_layers_that_are_not_there(models: Path, slices: list[Any], problem: str, hint: str) -> None:
+def test_a_layer_range_beyond_the_model_is_refused(models: Path, slices: list[Any], problem: str, hint: str) -> None:
     recipe = {"merge_method": "passthrough", "slices": [{"sources": one} for one in slices]}
     with pytest.raises(RecipeError, match=problem.replace("[", r"\[").replace("]", r"\]")) as caught:
-        mergeforge.plan(placed(recipe, models), out=models / "out")
+        mergeforge.plan(with_paths(recipe, models), out=models / "out")
     assert hint in caught.value.hint and not (models / "out").exists()
 
 
 def test_lists_with_an_entry_for_each_layer_follow_their_layers(tmp_path: Path) -> None:
     kinds = ["sliding_attention", "full_attention"] * 2
     write(tmp_path / "1", 1, layer_types=kinds, mlp_only_layers=[0, 3], eos_token_id=[1, 2, 3, 4])
-    slices = [{"sources": [piece("1", 1, 3)]}, {"sources": [piece("1", 1, 4)]}]
+    slices = [{"sources": [sliced("1", 1, 3)]}, {"sources": [sliced("1", 1, 4)]}]
     merged(tmp_path, {"merge_method": "passthrough", "slices": slices})
     assert config(tmp_path)["layer_types"] == [kinds[at] for at in (1, 2, 1, 2, 3)]
     assert config(tmp_path)["mlp_only_layers"] == [4]
     assert config(tmp_path)["eos_token_id"] == [1, 2, 3, 4]
 
 
-def test_sliding_layers_that_a_rule_told_are_written_out(tmp_path: Path) -> None:
-    """Gemma 2 attends locally in every other layer: after [0, 1, 1, 2] nobody could tell by counting."""
+def test_sliding_layers_given_by_a_rule_are_written_out(tmp_path: Path) -> None:
+    """Every other layer of Gemma 2 has sliding attention, which no longer holds after [0, 1, 1, 2]."""
     write(tmp_path / "1", 1, model_type="gemma2")
-    slices = [{"sources": [piece("1", 0, 2)]}, {"sources": [piece("1", 1, 3)]}]
+    slices = [{"sources": [sliced("1", 0, 2)]}, {"sources": [sliced("1", 1, 3)]}]
     merged(tmp_path, {"merge_method": "passthrough", "slices": slices})
     short = {"sliding_attention": "s", "full_attention": "f"}
     assert "".join(short[one] for one in config(tmp_path)["layer_types"]) == "sffs"
@@ -138,7 +138,7 @@ def test_sliding_layers_that_a_rule_told_are_written_out(tmp_path: Path) -> None
         (
             {"first_k_dense_replace": 1},
             [[0, 2], [0, 2]],
-            "layer 2 of the stack is one that its model has only at the start",
+            "layer 2 of the stack is of a kind that",
         ),
         (
             {"decoder_sparse_step": 2},
@@ -147,14 +147,14 @@ def test_sliding_layers_that_a_rule_told_are_written_out(tmp_path: Path) -> None
         ),
     ],
 )
-def test_stacks_that_no_config_can_say(tmp_path: Path, more: Any, slices: Any, problem: str) -> None:
+def test_stacks_that_no_config_can_describe_are_refused(tmp_path: Path, more: Any, slices: Any, problem: str) -> None:
     write(tmp_path / "1", 1, **more)
-    recipe = {"merge_method": "passthrough", "slices": [{"sources": [piece("1", *one)]} for one in slices]}
+    recipe = {"merge_method": "passthrough", "slices": [{"sources": [sliced("1", *one)]} for one in slices]}
     with pytest.raises(RecipeError, match=problem):
-        mergeforge.plan(placed(recipe, tmp_path), out=tmp_path / "out")
+        mergeforge.plan(with_paths(recipe, tmp_path), out=tmp_path / "out")
 
 
-def test_the_stack_that_slices_speak_of() -> None:
+def test_slices_refer_to_the_language_models_layers() -> None:
     def names(*stacks: tuple[str, int]) -> list[str]:
         return [f"{prefix}.{at}.w" for prefix, depth in stacks for at in range(depth)]
 
@@ -168,7 +168,7 @@ def test_the_stack_that_slices_speak_of() -> None:
         layer_prefix(["conv.weight"], {})
 
 
-def test_another_number_in_a_name() -> None:
+def test_with_layer_changes_the_layer_number_only() -> None:
     assert with_layer("model.layers.3.mlp.experts.7.w1", 12) == "model.layers.12.mlp.experts.7.w1"
     assert with_layer("0.weight", 5) == "5.weight"
 
@@ -200,35 +200,35 @@ def test_rules_choose_method_parameters_and_models(models: Path) -> None:
     assert value(made, layer(2)) == 2.77
     assert value(made, layer(2, "self_attn.q_proj")) == round(1.02 + 2 * (1 * 1 + 3 * 2), 4)
     assert value(made, layer(3)) == 3.03
-    found = [value(made, name) for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")]
-    assert found == [3, 1, 1]
+    values = [value(made, name) for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")]
+    assert values == [3, 1, 1]
 
 
-def test_everything_else_is_the_base(models: Path) -> None:
+def test_a_last_rule_can_take_everything_else_from_the_base(models: Path) -> None:
     rules = [{"match": "mlp", "merge_method": "linear", "parameters": {"weight": 1}}, {"use": "base"}]
     made = merged(models, {"base_model": "1", "models": ["2", "3"], "rules": rules})
     assert value(made, layer(2)) == 2.52 and value(made, layer(2, "self_attn.q_proj")) == 1.02
     plan = mergeforge.plan(models / "out" / "mergeforge.yml", out=models / "again")
-    assert sum(piece.copied for piece in plan.pieces) == 7
+    assert sum(tensor_plan.is_copy for tensor_plan in plan.tensor_plans) == 7
 
 
-def test_no_rule_and_no_method(models: Path) -> None:
+def test_a_tensor_without_rule_or_method_is_an_error(models: Path) -> None:
     rules = [{"match": "mlp", "merge_method": "linear", "parameters": {"weight": 1}}]
-    with pytest.raises(RecipeError, match=r"no rule says how .* is merged") as caught:
-        mergeforge.plan(placed({"models": ["2", "3"], "rules": rules}, models), out=models / "out")
+    with pytest.raises(RecipeError, match=r"no rule says how to merge .*") as caught:
+        mergeforge.plan(with_paths({"models": ["2", "3"], "rules": rules}, models), out=models / "out")
     assert "end the rules with one that has no match" in caught.value.hint
 
 
 def test_rules_in_slices_use_that_slices_layers(models: Path) -> None:
-    slices = [{"sources": [piece("1", 2, 4), piece("2", 0, 2)]}]
+    slices = [{"sources": [sliced("1", 2, 4), sliced("2", 0, 2)]}]
     recipe = {"merge_method": "linear", "parameters": {"weight": 1}, "slices": slices}
     made = merged(models, recipe | {"rules": [{"match": "layers.1.mlp", "use": "2"}]})
     assert value(made, layer(1)) == 2.01 and value(made, layer(0)) == round((1.02 + 2.0) / 2, 4)
-    with pytest.raises(RecipeError, match="does not say which layer"):
+    with pytest.raises(RecipeError, match="does not say which of its layers"):
         merged(models, recipe | {"rules": [{"match": "layers.1.mlp", "use": "3"}]})
 
 
-def test_a_tensor_that_one_model_lacks(models: Path) -> None:
+def test_a_tensor_missing_in_one_model_needs_a_rule(models: Path) -> None:
     write(models / "more", 5, more={"model.extra": torch.ones(3), "model.bias": torch.ones(2)})
     recipe = {"merge_method": "linear", "parameters": {"weight": 1}, "models": ["1", str(models / "more")]}
     with pytest.raises(SourceError, match=r"1 lacks model.*, which .*more has"):
@@ -238,7 +238,7 @@ def test_a_tensor_that_one_model_lacks(models: Path) -> None:
     assert value(made, "model.extra") == 1 and "model.bias" not in made and value(made, layer(0)) == 3
 
 
-def test_numbers_that_are_not_floats(models: Path) -> None:
+def test_integers_are_copied_if_equal_and_refused_if_not(models: Path) -> None:
     """Counters and ids that differ cannot be averaged; those that agree are copied."""
     for name, count in (("x", 7), ("y", 8), ("z", 7)):
         write(models / name, 1, more={"norm.num_batches_tracked": torch.tensor([count])})
@@ -255,7 +255,7 @@ def test_numbers_that_are_not_floats(models: Path) -> None:
 # modules
 
 
-def test_modules_merge_each_on_its_own(tmp_path: Path) -> None:
+def test_each_module_is_merged_separately(tmp_path: Path) -> None:
     def model(name: str, start: float) -> str:
         (tmp_path / name).mkdir()
         parts = ("encoder.block.0.w", "encoder.block.1.w", "decoder.block.0.w", "shared.weight", "lm_head.weight")
@@ -268,9 +268,9 @@ def test_modules_merge_each_on_its_own(tmp_path: Path) -> None:
     modules: dict[str, Any] = {
         "encoder": {
             "slices": [
-                {"sources": [piece(two, 1, 2)]},
-                {"sources": [piece(one, 0, 1)]},
-                {"sources": [piece(one, 0, 1)]},
+                {"sources": [sliced(two, 1, 2)]},
+                {"sources": [sliced(one, 0, 1)]},
+                {"sources": [sliced(one, 0, 1)]},
             ]
         },
         "decoder": {"models": [two]},
@@ -301,7 +301,7 @@ def test_the_last_of_named_documents_is_the_result(models: Path) -> None:
     assert value(merged(models, [first, second]), layer(0)) == 1.5
 
 
-def test_documents_in_a_circle(models: Path) -> None:
+def test_documents_that_use_each_other_are_refused(models: Path) -> None:
     one = {"name": "x", "merge_method": "passthrough", "models": ["y"]}
     two = {"name": "y", "merge_method": "passthrough", "models": ["x"]}
     three = {"merge_method": "passthrough", "models": ["x"]}
@@ -321,7 +321,7 @@ def test_a_result_keeps_its_dtype_but_is_never_rounded(models: Path) -> None:
     assert value(third, layer(1)) == 1.51
 
 
-def test_documents_print_and_read_again(models: Path) -> None:
+def test_the_written_recipe_plans_the_same_merge(models: Path) -> None:
     first = {"name": "half", "merge_method": "linear", "models": ["1", "2"], "parameters": {"weight": 1}}
     second = {"merge_method": "passthrough", "models": ["half"]}
     merged(models, [first, second])
@@ -332,7 +332,7 @@ def test_documents_print_and_read_again(models: Path) -> None:
 
 
 def test_the_memory_of_nested_merges_is_planned(models: Path) -> None:
-    """Ties of ties: the plan counts the inner merge's blocks, too."""
+    """The plan of a ties merge of ties merges counts the inner merge's blocks too."""
     inner = {"name": "in", "merge_method": "ties", "base_model": "1", "models": ["2", "3"]}
     inner |= {"parameters": {"weight": 1, "density": 0.5}}
     outer = {
@@ -342,45 +342,46 @@ def test_the_memory_of_nested_merges_is_planned(models: Path) -> None:
         "parameters": {"weight": 1, "density": 0.5},
     }
     plans = [
-        mergeforge.plan(placed(one, models), out=models / "o", threads=1)
+        mergeforge.plan(with_paths(one, models), out=models / "o", threads=1)
         for one in (inner | {"name": None}, [inner, outer])
     ]
     assert plans[1].peak > plans[0].peak
     assert float(merged(models, [inner, outer])[layer(0)][0, 0]) > 1
 
 
-def test_the_card_tells_every_model(models: Path) -> None:
+def test_the_model_card_lists_every_model(models: Path) -> None:
     first = {"name": "half", "merge_method": "linear", "models": ["1", "2"], "parameters": {"weight": 1}}
     merged(models, [first, {"merge_method": "linear", "parameters": {"weight": 1}, "models": ["half", "3"]}])
     card = (models / "out" / "README.md").read_text()
     assert re.search(r"- 1\n- 2\n- 3\n", card) and "name: half" in card
 
 
-def test_the_card_tells_the_notes(models: Path) -> None:
+def test_the_model_card_lists_the_notes(models: Path) -> None:
     merged(models, {"merge_method": "linear", "parameters": {"weight": 1, "int8_mask": True}, "models": ["1", "2"]})
     card = (models / "out" / "README.md").read_text()
     assert "## Notes\n\n- int8_mask has no effect" in card and str(models) not in card.partition("## Recipe")[0]
 
 
-def test_int8_mask_is_taken_and_said_to_do_nothing(models: Path) -> None:
+def test_int8_mask_is_accepted_with_a_note(models: Path) -> None:
     recipe = {"merge_method": "linear", "parameters": {"weight": 1, "int8_mask": True}, "models": ["1", "2"]}
     assert any(
-        "int8_mask has no effect" in note for note in mergeforge.plan(placed(recipe, models), out=models / "o").notes
+        "int8_mask has no effect" in note
+        for note in mergeforge.plan(with_paths(recipe, models), out=models / "o").notes
     )
 
 
 @pytest.mark.parametrize("method", ["slerp", "ties"])
 def test_a_base_outside_the_slice_gives_the_same_layers(models: Path, method: str) -> None:
-    slices = [{"sources": [piece("2", 1, 3)]}]
+    slices = [{"sources": [sliced("2", 1, 3)]}]
     parameters = {"t": 0.0} if method == "slerp" else {"weight": 0.0}
     made = merged(models, {"merge_method": method, "base_model": "1", "slices": slices, "parameters": parameters})
     assert [value(made, layer(at)) for at in (0, 1)] == [1.01, 1.02]
 
 
-def test_errors_are_ours(models: Path) -> None:
-    """No recipe over these models ends in a bug's exit code."""
+def test_impossible_slices_are_a_recipe_error(models: Path) -> None:
+    """Exit code 2, not that of a bug."""
     wrong = {"merge_method": "slerp", "base_model": "1", "parameters": {"t": 0.5}}
-    slices = [{"sources": [piece("2", 1, 3), piece("3", 0, 2)]}]
+    slices = [{"sources": [sliced("2", 1, 3), sliced("3", 0, 2)]}]
     with pytest.raises(MergeforgeError) as caught:
         merged(models, wrong | {"slices": slices})
     assert caught.value.exit_code == 2
