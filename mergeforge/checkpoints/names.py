@@ -1,20 +1,20 @@
-"""What names and configs tell of a model's tensors: embeddings, heads, whether these are one, transposed weights."""
+"""What tensor names and configs say about a model: embeddings, heads, tied heads, transposed weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mergeforge.checkpoints.checkpoint import ModelSource, says_tied
+from mergeforge.checkpoints.model import ModelSource, config_ties_embeddings
 
-HEADS = ("lm_head", "embed_out", "output_layer")  # output embeddings that may be tied to the input's
+HEADS = ("lm_head", "embed_out", "output_layer")  # output embeddings that may be tied to the input embedding
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # weights stored (in, out)
-GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of architectures with a head
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # weights are stored as (in, out)
+GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # suffixes of architectures with a head
 
 
 def tied_head(base: ModelSource) -> tuple[str, str] | None:
-    """(head, embedding) names of a checkpoint whose output embedding is its input embedding."""
-    if not (says_tied(base.config) or _lacks_head(base)):
+    """The names (head, embedding) of a model whose output embedding is its input embedding, or None."""
+    if not (config_ties_embeddings(base.config) or _omits_head(base)):
         return None
     for name in base.tensors:
         module, _, leaf = name.rpartition(".")
@@ -22,16 +22,16 @@ def tied_head(base: ModelSource) -> tuple[str, str] | None:
         if leaf == "weight" and last in EMBEDDINGS:
             head = "embed_out" if last == "embed_in" else "lm_head"
             outer = prefix.rpartition("language_model")[0] if "language_model" in prefix and prefix != "model" else ""
-            names = [held for held in base.tensors if is_head(held)]
-            return (names[0] if names else f"{outer.removesuffix('model.')}{head}.weight"), name
+            heads = [tensor_name for tensor_name in base.tensors if is_head(tensor_name)]
+            return (heads[0] if heads else f"{outer.removesuffix('model.')}{head}.weight"), name
     return None
 
 
-def _lacks_head(base: ModelSource) -> bool:
-    """Whether the config leaves the flag out (GPT-2, Gemma) and the head has no tensor of its own."""
+def _omits_head(base: ModelSource) -> bool:
+    """Whether the config has no tie_word_embeddings (GPT-2, Gemma) and no head is stored."""
     inner = base.config.get("text_config")
-    parts = [base.config, *([inner] if isinstance(inner, Mapping) else [])]
-    if any(part.get("tie_word_embeddings") is not None for part in parts) or any(map(is_head, base.tensors)):
+    configs = [base.config, *([inner] if isinstance(inner, Mapping) else [])]
+    if any(config.get("tie_word_embeddings") is not None for config in configs) or any(map(is_head, base.tensors)):
         return False
     return any(str(name).endswith(GENERATIVE) for name in base.config.get("architectures") or ())
 

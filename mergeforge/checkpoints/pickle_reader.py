@@ -1,8 +1,8 @@
-"""Tensors of a torch.save file, read at their offsets.
+"""Read the tensors of a torch.save file at their offsets.
 
-torch's weights_only loader (which runs no code from the file) maps the file without reading it and
-tells names, dtypes and shapes; where each storage's bytes lie follows from the file being a zip of
-uncompressed records. Then rows are read as from a safetensors file.
+torch's weights_only loader (which runs no code from the file) maps the file without reading it and gives names, dtypes
+and shapes. The file is a zip of uncompressed records, so the offsets of the storages' bytes are known, and rows are
+read as from a safetensors file.
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ from mergeforge.tensors.stored import StoredTensor
 
 
 def read_pickled(path: Path) -> tuple[dict[str, StoredTensor], str]:
-    """Every tensor of the file, and the sha256 of its zip directory.
+    """Return every tensor of the file, and the sha256 of its zip directory.
 
-    Raises SourceError when the file holds anything but contiguous tensors by name.
+    Raises SourceError if the file holds anything but contiguous tensors by name.
     """
     import torch
 
     if not zipfile.is_zipfile(path):
-        text = f"{path} is no zip file: not a pickle of torch, or one in its old format"
-        raise SourceError(text, hint="save it again with a torch of 1.6 or later")
+        text = f"{path} is not a zip file: not a torch pickle, or one in the old format"
+        raise SourceError(text, hint="save it again with torch 1.6 or later")
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever the unpickler raises, the file is refused
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise SourceError(f"{path} is refused by torch's weights_only loader: {first}") from None
+    except Exception as error:  # the unpickler may raise anything; the file is refused
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise SourceError(f"{path} is refused by torch's weights_only loader: {reason}") from None
     tensors = _tensors(value, path)
     records = _records(path)
     offsets = _offsets(value, records, path)
     digest = hashlib.sha256(repr(sorted(records.items())).encode()).hexdigest()
     file = DiskFile(path)
-    found = {}
+    stored = {}
     for name, tensor in tensors.items():
         start = offsets[tensor.untyped_storage().data_ptr()] if tensor.numel() else 0
         info = TensorInfo(name, dtype_name(tensor.dtype), tuple(tensor.shape))
-        found[name] = StoredTensor(info, file, start + tensor.storage_offset() * tensor.element_size())
-    return found, digest
+        stored[name] = StoredTensor(info, file, start + tensor.storage_offset() * tensor.element_size())
+    return stored, digest
 
 
 def _offsets(value: Any, records: dict[str, tuple[int, int]], path: Path) -> dict[int, int]:
-    """Each storage's address in memory -> the offset of its bytes in the file.
+    """Map each storage's address in memory to the offset of its bytes in the file.
 
-    The file is mapped as one piece, so the two differ by one number: the one that brings every
-    storage of the file onto a record, with no record left over.
+    The file is mapped contiguously, so all addresses differ from the offsets by the same number: the one that maps
+    every storage to a record, with no record left over.
     """
-    storages = {one.data_ptr(): one.nbytes() for one in _storages(value) if one.nbytes()}
-    held = sorted((offset, nbytes) for offset, nbytes in records.values() if nbytes)
-    shift = min(storages, default=0) - held[0][0] if held else 0
-    if sorted((address - shift, nbytes) for address, nbytes in storages.items()) != held:
-        raise SourceError(f"{path}: cannot tell where its tensors lie", hint="convert it to safetensors")
+    storages = {storage.data_ptr(): storage.nbytes() for storage in _storages(value) if storage.nbytes()}
+    expected = sorted((offset, nbytes) for offset, nbytes in records.values() if nbytes)
+    shift = min(storages, default=0) - expected[0][0] if expected else 0
+    if sorted((address - shift, nbytes) for address, nbytes in storages.items()) != expected:
+        raise SourceError(f"{path}: the offsets of its tensors cannot be determined", hint="convert it to safetensors")
     return {address: address - shift for address in storages}
 
 
 def _storages(value: Any) -> Iterator[Any]:
-    """The storage of every tensor in what was loaded, wherever it stands."""
+    """The storage of every tensor in the loaded value, at any depth."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -84,7 +84,7 @@ def _tensors(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(
         isinstance(name, str) and isinstance(item, torch.Tensor) for name, item in value.items()
     ):
-        raise SourceError(f"{path} holds something other than tensors by name")
+        raise SourceError(f"{path} does not hold a mapping of names to tensors")
     known = {f"torch.{name}" for _, name in DTYPES.values()}
     for name, tensor in value.items():
         if tensor.layout is not torch.strided or str(tensor.dtype) not in known:
@@ -95,7 +95,7 @@ def _tensors(value: Any, path: Path) -> dict[str, Any]:
 
 
 def _records(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and size of each storage's bytes in the zip file."""
+    """The offset and size of each storage's bytes in the zip file."""
     records = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
         for entry in archive.infolist():

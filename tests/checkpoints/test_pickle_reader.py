@@ -1,4 +1,4 @@
-"""PyTorch's pickles: refused unless asked for, never run, and read right."""
+"""torch pickles: refused unless allowed, never run, and read correctly."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def saved(path: Path, value: Any, **options: Any) -> Path:
 
 
 def assert_reads(path: Path, expected: dict[str, torch.Tensor]) -> None:
-    found, _ = read_pickled(path)
-    assert found.keys() == expected.keys()
+    tensors, _ = read_pickled(path)
+    assert tensors.keys() == expected.keys()
     data = path.read_bytes()
     for name, tensor in expected.items():
-        stored = found[name]
+        stored = tensors[name]
         assert stored.info.shape == tuple(tensor.shape)
         raw = data[stored.offset : stored.offset + stored.info.nbytes]
         assert raw == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), name
 
 
-def test_refused_unless_asked_for(tmp_path: Path) -> None:
+def test_refuses_pickles_unless_allowed(tmp_path: Path) -> None:
     saved(tmp_path / "pytorch_model.bin", {"a": torch.ones(3)})
     with pytest.raises(SourceError, match="is a pickle") as caught:
         open_checkpoint(tmp_path, "x")
-    assert "--allow-pickle" in caught.value.hint
+    assert "allow_pickle=True" in caught.value.hint
     assert open_checkpoint(tmp_path, "x", allow_pickle=True).tensors.keys() == {"a"}
 
 
 @pytest.mark.parametrize("where", ["value", "beside", "key"])
 @pytest.mark.parametrize("old", [False, True])
-def test_code_is_never_run(tmp_path: Path, where: str, old: bool) -> None:
+def test_never_runs_code(tmp_path: Path, where: str, old: bool) -> None:
     evil = Evil(f"touch {tmp_path}/PWNED")
     value: dict[Any, Any] = {"a": torch.ones(3)}
     value |= {"value": {"b": evil}, "beside": {"a": [evil]}, "key": {("x",): evil}}[where]
@@ -65,15 +65,15 @@ def test_code_is_never_run(tmp_path: Path, where: str, old: bool) -> None:
     assert not (tmp_path / "PWNED").exists()
 
 
-def test_a_plain_pickle_is_never_run(tmp_path: Path) -> None:
+def test_never_loads_a_plain_pickle(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(pickle.dumps({"a": Evil(f"touch {tmp_path}/PWNED")}))
-    with pytest.raises(SourceError, match="no zip file"):
+    with pytest.raises(SourceError, match="is not a zip file"):
         open_checkpoint(tmp_path, "x", allow_pickle=True)
     assert not (tmp_path / "PWNED").exists()
 
 
-def test_several_storages_views_and_dtypes(tmp_path: Path) -> None:
+def test_reads_storages_views_and_dtypes(tmp_path: Path) -> None:
     shared = torch.randn(4, 6)
     expected = {
         "first": torch.randn(3, 5),
@@ -94,20 +94,20 @@ def test_several_storages_views_and_dtypes(tmp_path: Path) -> None:
     assert_reads(saved(tmp_path / "x.bin", expected), expected)
 
 
-def test_parameters_and_a_state_dict_inside(tmp_path: Path) -> None:
+def test_reads_parameters_and_a_state_dict(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.randn(3, 3))
     path = saved(tmp_path / "x.bin", {"state_dict": {"w": weight}, "step": 3})
     assert_reads(path, {"w": weight.detach()})
 
 
-def test_storages_that_are_not_asked_for_do_not_confuse(tmp_path: Path) -> None:
-    """An optimizer's tensor of the same size lies before the weight: the offsets are still the weight's."""
+def test_unused_storages_do_not_shift_offsets(tmp_path: Path) -> None:
+    """An optimizer tensor of the same size precedes the weight."""
     weight = torch.randn(8)
     value = {"optimizer": {"m": [torch.randn(8), (torch.randn(8),)]}, "state_dict": {"w": weight}, "v": torch.randn(8)}
     assert_reads(saved(tmp_path / "x.bin", value), {"w": weight})
 
 
-def test_nothing_in_it(tmp_path: Path) -> None:
+def test_reads_empty_files_and_tensors(tmp_path: Path) -> None:
     assert read_pickled(saved(tmp_path / "x.bin", {}))[0] == {}
     assert_reads(saved(tmp_path / "y.bin", {"e": torch.empty(0)}), {"e": torch.empty(0)})
 
@@ -116,26 +116,26 @@ def test_nothing_in_it(tmp_path: Path) -> None:
     ("value", "message"),
     [
         ({"a": torch.ones(3, 4).T}, "'a' is not contiguous"),
-        ({"a": 1}, "something other than tensors"),
-        ([torch.ones(2)], "something other than tensors"),
-        ({1: torch.ones(2)}, "something other than tensors"),
+        ({"a": 1}, "does not hold a mapping of names to tensors"),
+        ([torch.ones(2)], "does not hold a mapping of names to tensors"),
+        ({1: torch.ones(2)}, "does not hold a mapping of names to tensors"),
         ({"a": torch.eye(3).to_sparse()}, "'a' is torch.float32 .torch.sparse_coo"),
         ({"a": torch.zeros(2, dtype=torch.complex128)}, "'a' is torch.complex128"),
     ],
 )
-def test_what_safetensors_cannot_hold(tmp_path: Path, value: Any, message: str) -> None:
+def test_refuses_what_safetensors_cannot_hold(tmp_path: Path, value: Any, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         read_pickled(saved(tmp_path / "x.bin", value))
 
 
-def test_the_old_format_is_refused(tmp_path: Path) -> None:
+def test_refuses_the_old_format(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.bin", {"a": torch.ones(3)}, _use_new_zipfile_serialization=False)
     with pytest.raises(SourceError, match="old format") as caught:
         read_pickled(path)
     assert "save it again" in caught.value.hint
 
 
-def test_compressed_or_damaged_files(tmp_path: Path) -> None:
+def test_refuses_compressed_or_damaged_files(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.bin", {"a": torch.ones(300)})
     packed = tmp_path / "packed.bin"
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
@@ -153,7 +153,7 @@ def test_compressed_or_damaged_files(tmp_path: Path) -> None:
             read_pickled(tmp_path / "broken.bin")
 
 
-def test_a_pipe(tmp_path: Path) -> None:
+def test_refuses_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pytorch_model.bin")
     with pytest.raises(SourceError, match="not a regular file"):
         open_checkpoint(tmp_path, "x", allow_pickle=True)
@@ -169,13 +169,13 @@ def test_a_merge_from_pickles_equals_one_from_safetensors(models: Path, tmp_path
         parts = {"pytorch_model-1.bin": list(tensors)[:half], "pytorch_model-2.bin": list(tensors)[half:]}
         weight_map = {}
         for file, names in parts.items():
-            saved(folder / file, {one: tensors[one] for one in names})
+            saved(folder / file, {key: tensors[key] for key in names})
             weight_map |= dict.fromkeys(names, file)
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
     def merged(root: Path, out: str, **options: Any) -> bytes:
-        each = [{"model": str(root / name), "parameters": {"weight": 0.5}} for name in ("base", "tuned-a")]
-        executor.merge(make_plan({"merge_method": "linear", "models": each}, out=tmp_path / out, **options))
+        models = [{"model": str(root / name), "parameters": {"weight": 0.5}} for name in ("base", "tuned-a")]
+        executor.run_plan(make_plan({"merge_method": "linear", "models": models}, out=tmp_path / out, **options))
         return (tmp_path / out / "model.safetensors").read_bytes()
 
     assert merged(tmp_path, "one", allow_pickle=True) == merged(models, "two")

@@ -1,4 +1,4 @@
-"""Every format, written by hand: a weight as its stored tensors, and what they stand for as one dense formula."""
+"""Every quantization format by hand: the stored tensors of a weight, and their values by one dense formula."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from mergeforge.quant_codecs.nf4 import NF4
 from mergeforge.quant_codecs.packed_4bit import E2M1
 
 Tensor = torch.Tensor
-Stored = dict[str, Tensor]  # by what follows the module's name
+Stored = dict[str, Tensor]  # by the name after the module
 Settings = dict[str, Any]
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the outputs that a word's four-bit pieces hold, from the lowest
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the outputs of a word's 4-bit fields, from the lowest
 
 
 def nearest(values: Tensor, levels: Any) -> Tensor:
-    """Indices of the nearest levels."""
+    """The indices of the nearest levels."""
     return (values.float().unsqueeze(-1) - torch.tensor(levels)).abs().argmin(-1)
 
 
 def into_words(codes: Tensor, bits: int) -> Tensor:
-    """(rows, n) codes, 32 / bits in an int32 word, the first lowest."""
-    pieces = codes.long().view(len(codes), -1, 32 // bits) << (torch.arange(32 // bits) * bits)
-    words = pieces.sum(-1)
+    """Pack (rows, n) codes, 32 / bits per int32 word, the first in the lowest bits."""
+    fields = codes.long().view(len(codes), -1, 32 // bits) << (torch.arange(32 // bits) * bits)
+    words = fields.sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
 def into_bytes(codes: Tensor, *, high_first: bool) -> Tensor:
-    """Pairs of 4-bit codes as bytes."""
-    one, two = codes[..., ::2], codes[..., 1::2]
-    return (one * 16 + two if high_first else one + two * 16).to(torch.uint8)
+    """Pack pairs of 4-bit codes as bytes."""
+    first, second = codes[..., ::2], codes[..., 1::2]
+    return (first * 16 + second if high_first else first + second * 16).to(torch.uint8)
 
 
 def nf4(weight: Tensor) -> tuple[Stored, Tensor, Settings]:
     flat = weight.float().view(-1, 64)
-    largest = flat.abs().amax(1)
-    codes = nearest(flat / largest[:, None], NF4)
+    absmax = flat.abs().amax(1)
+    codes = nearest(flat / absmax[:, None], NF4)
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
     stored = {
         "weight": into_bytes(codes.flatten(), high_first=True)[:, None],
-        "weight.absmax": largest,
+        "weight.absmax": absmax,
         "weight.quant_map": torch.tensor(NF4),
         "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }
-    dense = (torch.tensor(NF4)[codes] * largest[:, None]).view(weight.shape)
+    dense = (torch.tensor(NF4)[codes] * absmax[:, None]).view(weight.shape)
     return stored, dense, {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
@@ -57,18 +57,18 @@ def int8(weight: Tensor) -> tuple[Stored, Tensor, Settings]:
     return stored, codes * maxima[:, None] * (1 / 127), {"load_in_8bit": True}
 
 
-def fp8_block(weight: Tensor, high: int = 16, wide: int = 16) -> tuple[Stored, Tensor, Settings]:
+def fp8_block(weight: Tensor, height: int = 16, width: int = 16) -> tuple[Stored, Tensor, Settings]:
     rows, columns = weight.shape
-    scales = torch.empty(-(-rows // high), -(-columns // wide))
-    each = torch.empty(rows, columns)
+    scales = torch.empty(-(-rows // height), -(-columns // width))
+    scale_of = torch.empty(rows, columns)
     for down in range(len(scales)):
         for right in range(scales.shape[1]):
-            block = slice(down * high, (down + 1) * high), slice(right * wide, (right + 1) * wide)
+            block = slice(down * height, (down + 1) * height), slice(right * width, (right + 1) * width)
             scales[down, right] = weight[block].float().abs().amax() / 448
-            each[block] = scales[down, right]
-    codes = (weight.float() / each).to(torch.float8_e4m3fn)
-    settings = {"quant_method": "fp8", "weight_block_size": [high, wide], "modules_to_not_convert": ["lm_head"]}
-    return {"weight": codes, "weight_scale_inv": scales}, codes.float() * each, settings
+            scale_of[block] = scales[down, right]
+    codes = (weight.float() / scale_of).to(torch.float8_e4m3fn)
+    settings = {"quant_method": "fp8", "weight_block_size": [height, width], "modules_to_not_convert": ["lm_head"]}
+    return {"weight": codes, "weight_scale_inv": scales}, codes.float() * scale_of, settings
 
 
 def fp8_channel(weight: Tensor) -> tuple[Stored, Tensor, Settings]:
@@ -85,42 +85,42 @@ def fp8_tensor(weight: Tensor) -> tuple[Stored, Tensor, Settings]:
 
 
 def gptq(
-    weight: Tensor, bits: int = 4, group: int = 16, *, ordered: bool = False, newer: bool = False
+    weight: Tensor, bits: int = 4, group: int = 16, *, ordered: bool = False, v2: bool = False
 ) -> tuple[Stored, Tensor, Settings]:
-    """`ordered`: groups are no neighbours (desc_act). Works on the transposed weight, as GPTQ stores it."""
-    turned = weight.float().t()  # (in, out)
-    index = torch.arange(len(turned)) // group
+    """GPTQ, which stores the weight transposed; `ordered`: the inputs of a group are not adjacent (desc_act)."""
+    transposed = weight.float().t()  # (in, out)
+    index = torch.arange(len(transposed)) // group
     if ordered:
         index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
     low, top = (
-        torch.stack([getattr(turned[index == one], name)(0) for one in range(int(index.max()) + 1)])
+        torch.stack([getattr(transposed[index == number], name)(0) for number in range(int(index.max()) + 1)])
         for name in ("amin", "amax")
     )
     scales = ((top - low) / (2**bits - 1)).half()
     zeros = (-low / scales.float()).round().clamp(1, 2**bits - 1)
-    codes = (turned / scales.float()[index] + zeros[index]).round().clamp(0, 2**bits - 1)
+    codes = (transposed / scales.float()[index] + zeros[index]).round().clamp(0, 2**bits - 1)
     stored = {
         "qweight": into_words(codes.t(), bits).t(),
-        "qzeros": into_words(zeros - (0 if newer else 1), bits),
+        "qzeros": into_words(zeros - (0 if v2 else 1), bits),
         "scales": scales,
         "g_idx": index.int(),
     }
     settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": ordered}
-    settings |= {"checkpoint_format": "gptq_v2"} if newer else {}
+    settings |= {"checkpoint_format": "gptq_v2"} if v2 else {}
     return stored, ((codes - zeros[index]) * scales.float()[index]).t(), settings
 
 
 def awq(weight: Tensor, group: int = 16) -> tuple[Stored, Tensor, Settings]:
-    turned = weight.float().t()
-    grouped = turned.view(-1, group, turned.shape[1])
+    transposed = weight.float().t()
+    grouped = transposed.view(-1, group, transposed.shape[1])
     low, top = grouped.amin(1), grouped.amax(1)
     scales = ((top - low) / 15).half()
     zeros = (-low / scales.float()).round().clamp(0, 15)
-    each, base = scales.float().repeat_interleave(group, 0), zeros.repeat_interleave(group, 0)
-    codes = (turned / each + base).round().clamp(0, 15)
-    places = (torch.arange(turned.shape[1] // 8)[:, None] * 8 + torch.tensor(AWQ_ORDER)).flatten()
-    stored = {"qweight": into_words(codes[:, places], 4), "qzeros": into_words(zeros[:, places], 4), "scales": scales}
-    return stored, ((codes - base) * each).t(), {"quant_method": "awq", "bits": 4, "version": "gemm"}
+    scale_of, zero_of = scales.float().repeat_interleave(group, 0), zeros.repeat_interleave(group, 0)
+    codes = (transposed / scale_of + zero_of).round().clamp(0, 15)
+    order = (torch.arange(transposed.shape[1] // 8)[:, None] * 8 + torch.tensor(AWQ_ORDER)).flatten()
+    stored = {"qweight": into_words(codes[:, order], 4), "qzeros": into_words(zeros[:, order], 4), "scales": scales}
+    return stored, ((codes - zero_of) * scale_of).t(), {"quant_method": "awq", "bits": 4, "version": "gemm"}
 
 
 def packed(weight: Tensor, group: int = 16) -> tuple[Stored, Tensor, Settings]:
@@ -141,17 +141,17 @@ def packed(weight: Tensor, group: int = 16) -> tuple[Stored, Tensor, Settings]:
 def nvfp4(weight: Tensor) -> tuple[Stored, Tensor, Settings]:
     """ModelOpt's NVFP4."""
     grouped = weight.float().view(len(weight), -1, 16)
-    whole = grouped.abs().amax() / (6 * 448)
-    scales = (grouped.abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
-    each = (scales.float() * whole)[..., None]
-    codes = nearest(grouped / each, E2M1)
+    global_scale = grouped.abs().amax() / (6 * 448)
+    scales = (grouped.abs().amax(-1) / 6 / global_scale).to(torch.float8_e4m3fn)
+    scale_of = (scales.float() * global_scale)[..., None]
+    codes = nearest(grouped / scale_of, E2M1)
     stored = {
         "weight": into_bytes(codes.flatten(1), high_first=False),
         "weight_scale": scales,
-        "weight_scale_2": whole,
+        "weight_scale_2": global_scale,
         "input_scale": torch.ones(()),
     }
-    dense = (torch.tensor(E2M1)[codes] * each).view(weight.shape)
+    dense = (torch.tensor(E2M1)[codes] * scale_of).view(weight.shape)
     return stored, dense, {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
 
@@ -163,7 +163,7 @@ FORMATS: dict[str, Callable[[Tensor], tuple[Stored, Tensor, Settings]]] = {
     "fp8 tensor": fp8_tensor,
     "gptq": gptq,
     "gptq ordered": lambda weight: gptq(weight, ordered=True),
-    "gptq v2": lambda weight: gptq(weight, newer=True),
+    "gptq v2": lambda weight: gptq(weight, v2=True),
     "gptq 8 bits": lambda weight: gptq(weight, bits=8),
     "gptq 2 bits": lambda weight: gptq(weight, bits=2),
     "awq": awq,

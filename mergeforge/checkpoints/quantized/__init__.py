@@ -1,11 +1,11 @@
-"""Quantised checkpoints as sources: stored groups of tensors become one 16-bit tensor each.
+"""Quantized checkpoints: groups of stored tensors that are read as one 16-bit tensor each.
 
-A quantised weight lies in several tensors (packed codes, scales, zero points, a description).
-`recognise` finds which belong together, by their names and shapes more than by what the config
-claims, and puts in their place a way that reads and dequantises the rows that a tile needs. The config
-loses its quantization_config. What is not quantised stays as it is; what is not understood is refused.
+A quantized weight is stored as several tensors (packed codes, scales, zero points, a description).
+`detect_quantization` finds which of them belong together, by their names and shapes more than by what the config says,
+and replaces them by a tensor that reads and dequantizes the rows that a tile needs. The quantization_config is removed
+from the config. Unquantized tensors stay as they are; unknown formats are refused.
 """
 
-from mergeforge.checkpoints.quantized.detect import recognise
+from mergeforge.checkpoints.quantized.detect import detect_quantization
 
-__all__ = ["recognise"]
+__all__ = ["detect_quantization"]

@@ -1,4 +1,4 @@
-"""bitsandbytes' tensors: 4-bit ones describe themselves in a quant_state, 8-bit ones have row maxima (SCB)."""
+"""Detect bitsandbytes tensors: 4-bit ones have a quant_state, 8-bit ones row maxima (SCB)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.checkpoints.quantized.detection_state import Held, description, dtype_named, numbers, shape_check
-from mergeforge.checkpoints.quantized.flat_4bit import FourBit, Nested
-from mergeforge.checkpoints.quantized.rowwise import ByRow
+from mergeforge.checkpoints.quantized.detection_state import (
+    QuantGroupFinder,
+    check_shape,
+    float_dtype_name,
+    read_json_tensor,
+    read_small_tensor,
+)
+from mergeforge.checkpoints.quantized.flat_4bit import DoubleQuant, Flat4BitLayout
+from mergeforge.checkpoints.quantized.rowwise import RowwiseLayout
 from mergeforge.quant_codecs import int8, nf4
 
 if TYPE_CHECKING:
@@ -19,59 +25,73 @@ FOUR_BIT = {"nf4": "bitsandbytes NF4", "fp4": "bitsandbytes FP4"}
 EIGHT_BIT = "bitsandbytes int8"
 
 
-def four_bit(held: Held) -> None:
+def detect_bnb_4bit(finder: QuantGroupFinder) -> None:
     """Find weights with a quant_state: X, X.absmax, X.quant_map and, nested, X.nested_absmax and its map."""
-    for name in list(held.tensors):
-        weight, found, kind = name.partition(STATE)
-        if found:
-            _four_bit(held, weight, kind, name)
+    for name in list(finder.tensors):
+        weight, separator, quant_type = name.partition(STATE)
+        if separator:
+            _add_4bit(finder, weight, quant_type, name)
 
 
-def _four_bit(held: Held, weight: str, kind: str, state_name: str) -> None:
-    state = description(held.tensors[state_name])
+def _add_4bit(finder: QuantGroupFinder, weight: str, quant_type: str, state_name: str) -> None:
+    state = read_json_tensor(finder.tensors[state_name])
     shape, block = _shape(state), state.get("blocksize")
-    dtype = dtype_named(state.get("dtype"))
-    if kind not in FOUR_BIT or state.get("quant_type") != kind or not shape or not dtype or not isinstance(block, int):
-        raise held.refuse(weight, f"has a quant_state that is not understood: {state}")
-    codes = held.wants(weight, "its quant_state")
-    levels, largest = (held.wants(f"{weight}.{leaf}", "its quant_state") for leaf in ("quant_map", "absmax"))
+    dtype = float_dtype_name(state.get("dtype"))
+    if (
+        quant_type not in FOUR_BIT
+        or state.get("quant_type") != quant_type
+        or not shape
+        or not dtype
+        or not isinstance(block, int)
+    ):
+        raise finder.error(weight, f"has an unsupported quant_state: {state}")
+    codes = finder.require(weight, "its quant_state")
+    levels, absmax = (finder.require(f"{weight}.{leaf}", "its quant_state") for leaf in ("quant_map", "absmax"))
     count = math.prod(shape)
-    if block < 2 or codes.info.nbytes != -(-count // 2) or largest.info.numel != -(-count // block):
-        raise held.refuse(weight, f"does not hold the {count} values of its quant_state")
-    shape_check(held, levels, (16,))
-    nested = _nested(held, weight, state, largest.info.numel) if "nested_offset" in state else None
-    if nested is None and not largest.info.is_float:
-        raise held.refuse(largest.info.name, f"is {largest.info.dtype}, but its quant_state is not nested")
-    held.put(weight, FourBit(FOUR_BIT[kind], codes, levels, largest, block, nested), shape, dtype, (state_name,))
+    if block < 2 or codes.info.nbytes != -(-count // 2) or absmax.info.numel != -(-count // block):
+        raise finder.error(weight, f"does not hold the {count} values of its quant_state")
+    check_shape(finder, levels, (16,))
+    double_quant = _double_quant(finder, weight, state, absmax.info.numel) if "nested_offset" in state else None
+    if double_quant is None and not absmax.info.is_float:
+        raise finder.error(absmax.info.name, f"is {absmax.info.dtype}, but its quant_state is not nested")
+    finder.add_group(
+        weight,
+        Flat4BitLayout(FOUR_BIT[quant_type], codes, levels, absmax, block, double_quant),
+        shape,
+        dtype,
+        (state_name,),
+    )
 
 
-def _nested(held: Held, weight: str, state: Mapping[str, Any], count: int) -> Nested:
-    levels, largest = (held.wants(f"{weight}.nested_{leaf}", "its quant_state") for leaf in ("quant_map", "absmax"))
-    if state.get("nested_blocksize") != nf4.NESTED or held.tensors[f"{weight}.absmax"].info.dtype != "U8":
-        raise held.refuse(weight, "has nested statistics of an unknown kind")
-    shape_check(held, levels, (256,))
-    shape_check(held, largest, (-(-count // nf4.NESTED),))
-    return Nested(levels, largest, float(state["nested_offset"]))
+def _double_quant(finder: QuantGroupFinder, weight: str, state: Mapping[str, Any], count: int) -> DoubleQuant:
+    levels, absmax = (finder.require(f"{weight}.nested_{leaf}", "its quant_state") for leaf in ("quant_map", "absmax"))
+    if state.get("nested_blocksize") != nf4.NESTED or finder.tensors[f"{weight}.absmax"].info.dtype != "U8":
+        raise finder.error(weight, "has nested statistics of an unsupported kind")
+    check_shape(finder, levels, (256,))
+    check_shape(finder, absmax, (-(-count // nf4.NESTED),))
+    return DoubleQuant(levels, absmax, float(state["nested_offset"]))
 
 
 def _shape(state: Mapping[str, Any]) -> tuple[int, ...]:
     shape = state.get("shape")
-    sound = isinstance(shape, list) and all(isinstance(size, int) and size > 0 for size in shape)
-    return tuple(shape) if sound and isinstance(shape, list) else ()
+    is_valid = isinstance(shape, list) and all(isinstance(size, int) and size > 0 for size in shape)
+    return tuple(shape) if is_valid and isinstance(shape, list) else ()
 
 
-def eight_bit(held: Held) -> None:
-    """Find X.SCB (out,) float beside X.weight (out, in) I8, and perhaps X.weight_format (0: rows)."""
-    for module, maxima in list(held.ending(".SCB")):
-        weight = held.wants(f"{module}.weight", maxima.info.name)
+def detect_bnb_int8(finder: QuantGroupFinder) -> None:
+    """Find X.SCB (out,) float next to X.weight (out, in) I8, and perhaps X.weight_format (0: rows)."""
+    for module, maxima in list(finder.with_suffix(".SCB")):
+        weight = finder.require(f"{module}.weight", maxima.info.name)
         if weight.info.dtype != "I8" or len(weight.info.shape) != 2 or maxima.info.numel != weight.info.rows:
-            raise held.refuse(weight.info.name, f"and {maxima.info.name} do not fit together")
-        layout = held.tensors.get(f"{module}.weight_format")
-        if layout is not None and any(numbers(layout)):
-            raise held.refuse(weight.info.name, "is stored in a GPU's tile order, not in rows")
-        packing = ByRow(EIGHT_BIT, (weight, maxima), (), _int8, temporaries=2)
-        held.put(f"{module}.weight", packing, weight.info.shape, held.dtype or "F16", (f"{module}.weight_format",))
+            raise finder.error(weight.info.name, f"and {maxima.info.name} do not match")
+        layout = finder.tensors.get(f"{module}.weight_format")
+        if layout is not None and any(read_small_tensor(layout)):
+            raise finder.error(weight.info.name, "is stored in a GPU's tile order, not in rows")
+        quant_layout = RowwiseLayout(EIGHT_BIT, (weight, maxima), (), _int8, temporaries=2)
+        finder.add_group(
+            f"{module}.weight", quant_layout, weight.info.shape, finder.dtype or "F16", (f"{module}.weight_format",)
+        )
 
 
-def _int8(each: Sequence[Tensor], whole: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    return int8.from_row_maxima(each[0], each[1])
+def _int8(rowwise: Sequence[Tensor], shared: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    return int8.from_row_maxima(rowwise[0], rowwise[1])

@@ -1,4 +1,4 @@
-"""Which stored tensors are one quantised weight, and what is left over."""
+"""Find the stored tensors that make up quantized weights, and refuse what is left over."""
 
 from __future__ import annotations
 
@@ -6,25 +6,32 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from mergeforge.checkpoints.names import CONV1D_MODELS
 from mergeforge.checkpoints.quantized import bitsandbytes, fp8_mxfp4, packed_int
-from mergeforge.checkpoints.quantized.detection_state import SIXTEEN_BIT, Held, dtype_of, settings_of, without_settings
-from mergeforge.errors import SourceError, listing
+from mergeforge.checkpoints.quantized.detection_state import (
+    USE_16_BIT,
+    QuantGroupFinder,
+    config_dtype,
+    quant_config_of,
+    without_quant_config,
+)
+from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
-KNOWN = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq", "compressed-tensors", "modelopt")
-LAYOUTS = ("marlin", "marlin-24", "sparse-bitmask", "sparse-24-bitmask", "mxfp6-pack-quantized")  # not understood
-FORMATS = (
-    bitsandbytes.four_bit,
-    bitsandbytes.eight_bit,
-    fp8_mxfp4.experts,
-    packed_int.words_of_inputs,
-    packed_int.packed,
-    packed_int.modelopt,
-    packed_int.eight_bit,
-    fp8_mxfp4.eight_bit,
+QUANT_METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq", "compressed-tensors", "modelopt")
+UNSUPPORTED_LAYOUTS = ("marlin", "marlin-24", "sparse-bitmask", "sparse-24-bitmask", "mxfp6-pack-quantized")
+DETECTORS = (
+    bitsandbytes.detect_bnb_4bit,
+    bitsandbytes.detect_bnb_int8,
+    fp8_mxfp4.detect_mxfp4_experts,
+    packed_int.detect_gptq_awq,
+    packed_int.detect_packed,
+    packed_int.detect_modelopt_nvfp4,
+    packed_int.detect_ct_int8,
+    fp8_mxfp4.detect_fp8,
 )
-# What only an engine with quantised activations or caches needs; a 16-bit model has no place for it.
+# Scales that only an engine with quantized activations or caches needs; a 16-bit model cannot hold them.
 ACTIVATIONS = (
     *("input_scale", "input_global_scale", "input_zero_point", "activation_scale", "input_scale_ub"),
     *("output_scale", "k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point"),
@@ -35,64 +42,65 @@ PACKED = (
 )
 
 
-def recognise(
+def detect_quantization(
     label: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
 ) -> tuple[Mapping[str, LazyTensor], Mapping[str, Any], tuple[str, ...]]:
-    """A checkpoint's tensors with quantised groups as one way each, its config without their settings, and notes.
+    """Return the tensors with each quantized group as one tensor, the config without quantization_config, and notes.
 
-    Raises SourceError where something is quantised in a way that is not understood.
+    Raises SourceError for an unsupported quantization.
     """
-    settings = settings_of(config)
-    method = str(settings.get("quant_method") or _method_by_keys(settings)).lower()
-    if settings and method not in KNOWN:
-        hint = f"understood: {', '.join(KNOWN)}; else {SIXTEEN_BIT}"
-        raise SourceError(f"{label} is quantised with {method!r}, which cannot be read", hint=hint)
-    layouts = {str(settings.get(key, "")).lower() for key in ("format", "checkpoint_format")}
-    if bad := sorted(layouts & set(LAYOUTS)):
-        raise SourceError(f"{label} is quantised in the layout {bad[0]!r}, which cannot be read", hint=SIXTEEN_BIT)
-    held = Held(label, tensors, settings, dtype_of(config))
-    for find in FORMATS:
-        find(held)
-    if not settings and not held.found:
-        return tensors, config, ()
-    dropped = [name for name in tensors if name.rpartition(".")[2] in ACTIVATIONS and name not in held.used]
-    _check(held, config, dropped)
-    return _with_found(held, dropped), without_settings(config), _notes(held, dropped)
-
-
-def _method_by_keys(settings: Mapping[str, Any]) -> str:
-    """The method of old configs that do not name it."""
-    return "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(settings) else "unknown"
-
-
-def _with_found(held: Held, dropped: list[str]) -> dict[str, LazyTensor]:
-    """Every tensor in the order of the files; a group stands where its codes stood."""
-    found: dict[str, LazyTensor] = {}
-    for name, stored in held.tensors.items():
-        way = held.found.get(name)
-        if way is not None:
-            found[way.info.name] = way
-        elif name not in held.used and name not in dropped:
-            found[name] = stored
-    return found
-
-
-def _check(held: Held, config: Mapping[str, Any], dropped: list[str]) -> None:
-    """Raises SourceError for what is packed but belongs to no group, and for weights that stand transposed."""
-    from mergeforge.checkpoints.names import CONV1D_MODELS  # which imports what opens checkpoints
-
-    spoken = held.used.union(dropped)
-    left = [name for name in held.tensors if name not in spoken and _is_packed(name, held.tensors[name])]
-    if left:
+    quant_config = quant_config_of(config)
+    method = str(quant_config.get("quant_method") or _method_by_keys(quant_config)).lower()
+    if quant_config and method not in QUANT_METHODS:
+        hint = f"supported: {', '.join(QUANT_METHODS)}; otherwise {USE_16_BIT}"
+        raise SourceError(f"{label} is quantized with {method!r}, which is not supported", hint=hint)
+    layouts = {str(quant_config.get(key, "")).lower() for key in ("format", "checkpoint_format")}
+    if unsupported := sorted(layouts & set(UNSUPPORTED_LAYOUTS)):
         raise SourceError(
-            f"{held.label}: {listing(left)} belong to no quantised weight that is understood", hint=SIXTEEN_BIT
+            f"{label} is quantized in the layout {unsupported[0]!r}, which is not supported", hint=USE_16_BIT
         )
-    twice = [way.info.name for at, way in held.found.items() if way.info.name in held.tensors and way.info.name != at]
-    if twice:
-        raise SourceError(f"{held.label} holds {listing(twice)} twice, plain and quantised", hint=SIXTEEN_BIT)
-    if held.found and config.get("model_type") in CONV1D_MODELS:
-        text = f"{held.label}: a {config['model_type']} is quantised transposed, which cannot be read"
-        raise SourceError(text, hint=SIXTEEN_BIT)
+    finder = QuantGroupFinder(label, tensors, quant_config, config_dtype(config))
+    for detect in DETECTORS:
+        detect(finder)
+    if not quant_config and not finder.groups:
+        return tensors, config, ()
+    dropped = [name for name in tensors if name.rpartition(".")[2] in ACTIVATIONS and name not in finder.used]
+    _check(finder, config, dropped)
+    return _with_groups(finder, dropped), without_quant_config(config), _notes(finder, dropped)
+
+
+def _method_by_keys(quant_config: Mapping[str, Any]) -> str:
+    """The quantization method of old configs that do not name it."""
+    return "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(quant_config) else "unknown"
+
+
+def _with_groups(finder: QuantGroupFinder, dropped: list[str]) -> dict[str, LazyTensor]:
+    """Every tensor in the order of the files; a group takes the position of its codes."""
+    tensors: dict[str, LazyTensor] = {}
+    for name, stored in finder.tensors.items():
+        quantized = finder.groups.get(name)
+        if quantized is not None:
+            tensors[quantized.info.name] = quantized
+        elif name not in finder.used and name not in dropped:
+            tensors[name] = stored
+    return tensors
+
+
+def _check(finder: QuantGroupFinder, config: Mapping[str, Any], dropped: list[str]) -> None:
+    """Raise SourceError for packed tensors that belong to no group, and for weights that are stored transposed."""
+    known = finder.used.union(dropped)
+    leftover = [name for name in finder.tensors if name not in known and _is_packed(name, finder.tensors[name])]
+    if leftover:
+        raise SourceError(
+            f"{finder.label}: {format_list(leftover)} belong to no supported quantized weight", hint=USE_16_BIT
+        )
+    names = {name: tensor.info.name for name, tensor in finder.groups.items()}
+    duplicates = [name for first, name in names.items() if name in finder.tensors and name != first]
+    if duplicates:
+        raise SourceError(f"{finder.label} holds {format_list(duplicates)} twice, plain and quantized", hint=USE_16_BIT)
+    if finder.groups and config.get("model_type") in CONV1D_MODELS:
+        text = f"{finder.label}: quantized {config['model_type']} weights are stored transposed, which is not supported"
+        raise SourceError(text, hint=USE_16_BIT)
 
 
 def _is_packed(name: str, stored: StoredTensor) -> bool:
@@ -100,11 +108,13 @@ def _is_packed(name: str, stored: StoredTensor) -> bool:
     return leaf in PACKED or stored.info.dtype.startswith("F8_") or (leaf == "weight" and not stored.info.is_float)
 
 
-def _notes(held: Held, dropped: list[str]) -> tuple[str, ...]:
-    counts = Counter(way.packing.about for way in held.found.values())
-    notes = [f"{held.label}: dequantised {count} tensors of {about}" for about, count in counts.items()]
+def _notes(finder: QuantGroupFinder, dropped: list[str]) -> tuple[str, ...]:
+    counts = Counter(tensor.layout.label for tensor in finder.groups.values())
+    notes = [f"{finder.label}: dequantized {count} tensors of {label}" for label, count in counts.items()]
     if not counts:
-        notes.append(f"{held.label}: its config says that it is quantised, but no tensor is; that is left out")
+        notes.append(
+            f"{finder.label}: its config has a quantization_config, but no tensor is quantized; the setting is dropped"
+        )
     if dropped:
-        notes.append(f"{held.label}: {len(dropped)} scales of activations are left out")
+        notes.append(f"{finder.label}: {len(dropped)} scales of activations are dropped")
     return tuple(notes)

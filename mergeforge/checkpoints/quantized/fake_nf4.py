@@ -1,7 +1,7 @@
-"""A 16-bit tensor as QLoRA's training saw it: quantised to NF4 and back, in memory, never written as NF4.
+"""FakeQuantizedTensor: a 16-bit tensor as QLoRA training saw it, quantized to NF4 and back in memory.
 
-An adapter that was trained on an NF4 base corrects that base's rounding too. Merged into the original
-weights it corrects what is not there; merged into these it gives exactly the model that was trained.
+An adapter trained on an NF4 base also corrects the rounding of that base. Merged into the original weights it corrects
+errors that are not there; merged into these it gives exactly the model that was trained.
 """
 
 from __future__ import annotations
@@ -11,42 +11,46 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.quant_codecs import nf4
-from mergeforge.tensors.budget import MemoryCost, Worker
-from mergeforge.tensors.lazy import Rows, Stats, StatsPass, LazyTensor
+from mergeforge.tensors.budget import MemoryCost
+from mergeforge.tensors.lazy import LazyTensor, Rows, Stats, StatsPass
+from mergeforge.tensors.worker import Worker
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-LIVE = 3  # blocks besides the input: codes, levels, and a magnitude for each where blocks do not fit
+SCRATCH_BLOCKS = 3  # besides the input: codes, levels, and one absmax per value where NF4 blocks do not align
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What is learnt of a whole tensor: its magnitudes, where a block may begin inside one; their codes, if nested."""
+class NF4Stats:
+    """Statistics of a whole tensor.
 
-    largest: Tensor | None
+    `absmax`: of every NF4 block, if computed blocks may start inside one; `nested`: its double quantization.
+    """
+
+    absmax: Tensor | None
     nested: tuple[Tensor, Tensor, Tensor] | None
 
 
 @dataclass(frozen=True, eq=False)
 class FakeQuantizedTensor:
-    """`way`'s values after bitsandbytes' NF4, blocks of 64 over the flat tensor; its info is the way's.
+    """The tensor's values after bitsandbytes' NF4, with blocks of 64 over the flat tensor.
 
-    `double_quant`: the magnitudes are quantised too (bnb_4bit_use_double_quant), less their mean over
-    the whole tensor, which is why it learns. The values are rounded to the way's dtype, as bitsandbytes does.
+    `double_quant`: the absmax values are quantized too (bnb_4bit_use_double_quant), minus their mean over the whole
+    tensor, which needs statistics. The result is rounded to the tensor's dtype, as bitsandbytes does.
     """
 
-    way: LazyTensor
+    tensor: LazyTensor
     double_quant: bool
 
     @property
     def info(self) -> TensorInfo:
-        return self.way.info
+        return self.tensor.info
 
     @property
     def inputs(self) -> tuple[LazyTensor, ...]:
-        return (self.way,)
+        return (self.tensor,)
 
     @property
     def needs_stats(self) -> bool:
@@ -54,59 +58,62 @@ class FakeQuantizedTensor:
 
     @property
     def _aligned(self) -> bool:
-        """Whether every computed block begins with one of NF4's."""
+        """Whether every computed block starts with an NF4 block."""
         info = self.info
         return info.block_rows == info.rows or info.block_rows * info.columns % nf4.BLOCK == 0
 
     @property
     def memory_cost(self) -> MemoryCost:
         count = -(-self.info.numel // nf4.BLOCK) if self.needs_stats else 0
-        held = 4 * count * (1 if self._aligned else 2) + count + 4 * -(-count // nf4.NESTED)
-        return self.way.memory_cost + MemoryCost(
-            fixed_nbytes=held + count + 16 * min(count, nf4.PIECE), scratch_blocks=LIVE
+        stats_nbytes = 4 * count * (1 if self._aligned else 2) + count + 4 * -(-count // nf4.NESTED)
+        return self.tensor.memory_cost + MemoryCost(
+            fixed_nbytes=stats_nbytes + count + 16 * min(count, nf4.PIECE), scratch_blocks=SCRATCH_BLOCKS
         )
 
-    def collect_stats(self, scan: StatsPass) -> Statistics:
+    def collect_stats(self, scan: StatsPass) -> NF4Stats:
         import torch
 
-        largest = torch.zeros(-(-self.info.numel // nf4.BLOCK), device=scan.worker.device)
-        for rows, start, stop in scan(lambda tile: self.way.load(tile, scan.worker, scan.facts, scan.dtype)):
-            _add_magnitudes(largest, rows(start, stop).flatten().float(), start * self.info.columns)
-        kept = None if self._aligned else largest.clone() if self.double_quant else largest
-        return Statistics(kept, nf4.quantised_magnitudes(largest) if self.double_quant else None)
+        absmax = torch.zeros(-(-self.info.numel // nf4.BLOCK), device=scan.worker.device)
+        for rows, start, stop in scan(lambda tile: self.tensor.load(tile, scan.worker, scan.stats, scan.dtype)):
+            _update_absmax(absmax, rows(start, stop).flatten().float(), start * self.info.columns)
+        own_absmax = None if self._aligned else absmax.clone() if self.double_quant else absmax
+        return NF4Stats(own_absmax, nf4.quantised_magnitudes(absmax) if self.double_quant else None)
 
-    def load(self, rows: range, worker: Worker, facts: Stats, dtype: torch.dtype) -> Rows:
+    def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
         import torch
 
-        plain = self.way.load(rows, worker, facts, dtype)
-        learnt: Any = facts.get(id(self), Statistics(None, None))
-        rounded = torch_dtype(self.info.dtype)
+        rows_of = self.tensor.load(rows, worker, stats, dtype)
+        own_stats: Any = stats.get(id(self), NF4Stats(None, None))
+        result_dtype = torch_dtype(self.info.dtype)
         levels = nf4.dynamic_map(torch.device(worker.device)) if self.double_quant else None
 
         def block(start: int, stop: int) -> Tensor:
-            value = plain(start, stop)
+            value = rows_of(start, stop)
             flat, first = value.flatten().float(), start * self.info.columns
-            here = slice(first // nf4.BLOCK, -(-(first + len(flat)) // nf4.BLOCK))
-            largest = nf4.magnitudes(flat) if learnt.largest is None else learnt.largest[here]
-            scales = largest
-            if learnt.nested is not None and levels is not None:
-                codes, tops, offset = learnt.nested
-                scales = nf4.nested_scales(codes[here], levels, tops[here.start // nf4.NESTED :], offset, here.start)
-            found = nf4.nearest_levels(flat, largest, first, self.info.numel)
-            return value.copy_(nf4.scaled(found, scales, first, nf4.BLOCK).to(rounded).view(value.shape))
+            nf4_blocks = slice(first // nf4.BLOCK, -(-(first + len(flat)) // nf4.BLOCK))
+            absmax = nf4.magnitudes(flat) if own_stats.absmax is None else own_stats.absmax[nf4_blocks]
+            scales = absmax
+            if own_stats.nested is not None and levels is not None:
+                codes, nested_absmax, offset = own_stats.nested
+                begin = nf4_blocks.start
+                scales = nf4.nested_scales(
+                    codes[nf4_blocks], levels, nested_absmax[begin // nf4.NESTED :], offset, begin
+                )
+            nearest = nf4.nearest_levels(flat, absmax, first, self.info.numel)
+            return value.copy_(nf4.scaled(nearest, scales, first, nf4.BLOCK).to(result_dtype).view(value.shape))
 
         return block
 
 
-def _add_magnitudes(largest: Tensor, values: Tensor, first: int) -> None:
-    """Take flat values, the first of which has the flat index `first`, into their blocks' largest magnitudes."""
+def _update_absmax(absmax: Tensor, values: Tensor, first: int) -> None:
+    """Update the absmax of NF4 blocks with flat values, the first of which has the flat index `first`."""
     import torch
 
     begin = first // nf4.BLOCK
-    if first % nf4.BLOCK == 0:  # blocks that go on behind these values get their rest later
-        found = nf4.magnitudes(values)
-        here = largest[begin : begin + len(found)]
-        torch.maximum(here, found, out=here)
+    if first % nf4.BLOCK == 0:  # a block that continues after these values gets the rest later
+        magnitudes = nf4.magnitudes(values)
+        own = absmax[begin : begin + len(magnitudes)]
+        torch.maximum(own, magnitudes, out=own)
         return
-    places = torch.arange(first, first + len(values), device=values.device) // nf4.BLOCK - begin
-    largest[begin:].scatter_reduce_(0, places, values.abs_(), "amax")
+    index = torch.arange(first, first + len(values), device=values.device) // nf4.BLOCK - begin
+    absmax[begin:].scatter_reduce_(0, index, values.abs_(), "amax")

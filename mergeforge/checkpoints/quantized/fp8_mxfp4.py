@@ -1,4 +1,4 @@
-"""FP8 weights with their scales, and gpt-oss's MXFP4 experts."""
+"""Detect FP8 weights with scales, and the MXFP4 experts of gpt-oss."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.checkpoints.quantized.detection_state import Held, shape_check
-from mergeforge.checkpoints.quantized.rowwise import ByRow
-from mergeforge.checkpoints.quantized.transposed import Experts
+from mergeforge.checkpoints.quantized.detection_state import QuantGroupFinder, check_shape
+from mergeforge.checkpoints.quantized.rowwise import RowwiseLayout
+from mergeforge.checkpoints.quantized.transposed import MXFP4ExpertsLayout
 from mergeforge.quant_codecs import fp8, mxfp4
 from mergeforge.tensors.stored import StoredTensor
 
@@ -16,83 +16,88 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-POWERS = ("U8", "F8_E8M0")  # scales that are exponents
+E8M0_DTYPES = ("U8", "F8_E8M0")  # scales that are powers of two
 SCALES = ("_scale_inv", "_scale")
 
 
-def experts(held: Held) -> None:
-    """Find X_blocks (experts, out, groups, 16) and X_scales: X is (experts, in, out), as transformers has it."""
-    for name, codes in list(held.ending("_blocks")):
+def detect_mxfp4_experts(finder: QuantGroupFinder) -> None:
+    """Find X_blocks (experts, out, groups, 16) and X_scales: X is (experts, in, out), as in transformers."""
+    for name, codes in list(finder.with_suffix("_blocks")):
         if codes.info.dtype != "U8" or len(codes.info.shape) != 4 or codes.info.shape[3] != mxfp4.GROUP // 2:
             continue
-        exponents = held.wants(f"{name}_scales", codes.info.name)
+        exponents = finder.require(f"{name}_scales", codes.info.name)
         count, outputs, groups, _ = codes.info.shape
-        shape_check(held, exponents, (count, outputs, groups))
-        if exponents.info.dtype not in POWERS:
-            raise held.refuse(exponents.info.name, f"is {exponents.info.dtype}, not exponents of one byte")
+        check_shape(finder, exponents, (count, outputs, groups))
+        if exponents.info.dtype not in E8M0_DTYPES:
+            raise finder.error(exponents.info.name, f"is {exponents.info.dtype}, not exponents of one byte")
         shape = (count, groups * mxfp4.GROUP, outputs)
-        held.put(name, Experts("MXFP4", codes, exponents), shape, held.dtype or "BF16")
+        finder.add_group(name, MXFP4ExpertsLayout("MXFP4", codes, exponents), shape, finder.dtype or "BF16")
 
 
-def eight_bit(held: Held) -> None:
-    """Find weights in FP8 with X_scale_inv or X_scale beside them, in whatever file that lies."""
-    for name, weight in list(held.tensors.items()):
-        if weight.info.dtype not in FP8 or name in held.used or len(weight.info.shape) not in (2, 3):
+def detect_fp8(finder: QuantGroupFinder) -> None:
+    """Find weights in FP8 with X_scale_inv or X_scale, in whatever file that is."""
+    for name, weight in list(finder.tensors.items()):
+        if weight.info.dtype not in FP8 or name in finder.used or len(weight.info.shape) not in (2, 3):
             continue
-        scales = next((held.tensors[name + end] for end in SCALES if name + end in held.tensors), None)
+        scales = next((finder.tensors[name + suffix] for suffix in SCALES if name + suffix in finder.tensors), None)
         if scales is None:
-            if held.settings:
-                raise held.refuse(name, f"is {weight.info.dtype} and has no scale ({name}_scale_inv or _scale)")
+            if finder.quant_config:
+                raise finder.error(name, f"is {weight.info.dtype} and has no scale ({name}_scale_inv or _scale)")
             continue
-        held.put(name, _packing(held, weight, scales), weight.info.shape, held.dtype or "BF16")
+        finder.add_group(name, _layout(finder, weight, scales), weight.info.shape, finder.dtype or "BF16")
 
 
-def _packing(held: Held, weight: StoredTensor, scales: StoredTensor) -> ByRow:
+def _layout(finder: QuantGroupFinder, weight: StoredTensor, scales: StoredTensor) -> RowwiseLayout:
     rows, columns = weight.info.shape[-2:]
-    high, wide = _block(held, weight, scales)
-    exponents = scales.info.dtype in POWERS
-    if high == 1:
-        return ByRow("FP8", (weight, as_bytes(scales)), (), partial(_by_row, wide, exponents), temporaries=2)
-    values = partial(_by_block, rows, high, wide, -(-columns // wide), exponents)
-    return ByRow("FP8", (weight,), (as_bytes(scales),), values, temporaries=2)
+    block_rows, block_columns = _block(finder, weight, scales)
+    exponents = scales.info.dtype in E8M0_DTYPES
+    if block_rows == 1:
+        return RowwiseLayout(
+            "FP8", (weight, as_bytes(scales)), (), partial(_by_row, block_columns, exponents), temporaries=2
+        )
+    dequantize = partial(_by_block, rows, block_rows, block_columns, -(-columns // block_columns), exponents)
+    return RowwiseLayout("FP8", (weight,), (as_bytes(scales),), dequantize, temporaries=2)
 
 
 def as_bytes(scales: StoredTensor) -> StoredTensor:
-    """E8M0 scales as plain bytes: older versions of torch have no such dtype."""
+    """E8M0 scales as plain bytes, because older versions of torch do not have the dtype."""
     return StoredTensor(scales.info.with_dtype("U8"), scales.file, scales.offset) if scales.info.bits == 8 else scales
 
 
-def _block(held: Held, weight: StoredTensor, scales: StoredTensor) -> tuple[int, int]:
-    """Rows and columns that share a scale. Raises SourceError where the scales' shape fits none."""
+def _block(finder: QuantGroupFinder, weight: StoredTensor, scales: StoredTensor) -> tuple[int, int]:
+    """The rows and columns of the block that shares a scale. Raises SourceError if the scales' shape fits none."""
     rows, columns = weight.info.shape[-2:]
     shape = scales.info.shape
-    if scales.info.dtype not in (*POWERS, "F32", "BF16", "F16"):
-        raise held.refuse(scales.info.name, f"has the dtype {scales.info.dtype}")
+    if scales.info.dtype not in (*E8M0_DTYPES, "F32", "BF16", "F16"):
+        raise finder.error(scales.info.name, f"has the unsupported dtype {scales.info.dtype}")
     if scales.info.numel == 1:
         return max(weight.info.rows, 2), columns
     if shape in (weight.info.shape[:-1], (*weight.info.shape[:-1], 1)):
         return 1, columns
     if len(shape) == len(weight.info.shape) and shape[:-2] == weight.info.shape[:-2]:
-        for high, wide in _sizes(held.settings, rows, columns, shape):
-            if (-(-rows // high), -(-columns // wide)) == shape[-2:]:
-                return high, wide
-    raise held.refuse(
+        for height, width in _block_sizes(finder.quant_config, rows, columns, shape):
+            if (-(-rows // height), -(-columns // width)) == shape[-2:]:
+                return height, width
+    raise finder.error(
         scales.info.name, f"has the shape {list(shape)}, which fits no block of {list(weight.info.shape)}"
     )
 
 
-def _sizes(settings: Mapping[str, Any], rows: int, columns: int, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Sizes of blocks to try: what the config says, what divides evenly, and the usual one."""
-    for told in (settings.get("weight_block_size"), *_structures(settings)):
-        if isinstance(told, list) and len(told) == 2 and all(isinstance(size, int) and size > 0 for size in told):
-            yield told[0], told[1]
+def _block_sizes(
+    quant_config: Mapping[str, Any], rows: int, columns: int, shape: tuple[int, ...]
+) -> Iterator[tuple[int, int]]:
+    """Block sizes to try: those in the config, the one that divides evenly, and the usual one."""
+    for sizes in (quant_config.get("weight_block_size"), *_structures(quant_config)):
+        if isinstance(sizes, list) and len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes):
+            yield sizes[0], sizes[1]
     if shape[-2] and shape[-1] and not rows % shape[-2] and not columns % shape[-1]:
         yield rows // shape[-2], columns // shape[-1]
     yield 128, 128
 
 
-def _structures(settings: Mapping[str, Any]) -> Iterator[Any]:
-    groups = settings.get("config_groups")
+def _structures(quant_config: Mapping[str, Any]) -> Iterator[Any]:
+    """The block_structure of each config group of compressed-tensors."""
+    groups = quant_config.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping):
@@ -100,29 +105,29 @@ def _structures(settings: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _by_row(
-    wide: int, exponents: bool, each: Sequence[Tensor], whole: Sequence[Tensor], start: int, stop: int
+    block_columns: int, exponents: bool, rowwise: Sequence[Tensor], shared: Sequence[Tensor], start: int, stop: int
 ) -> Tensor:
-    """Rows that have scales of their own."""
-    return fp8.dequantise(each[0], fp8.powers(each[1]) if exponents else each[1].float(), wide)
+    """Dequantize rows that have scales of their own."""
+    return fp8.dequantise(rowwise[0], fp8.powers(rowwise[1]) if exponents else rowwise[1].float(), block_columns)
 
 
 def _by_block(
     rows: int,
-    high: int,
-    wide: int,
-    across: int,
+    block_rows: int,
+    block_columns: int,
+    blocks_per_row: int,
     exponents: bool,
-    each: Sequence[Tensor],
-    whole: Sequence[Tensor],
+    rowwise: Sequence[Tensor],
+    shared: Sequence[Tensor],
     start: int,
     stop: int,
 ) -> Tensor:
-    """Rows of one matrix, or of a stack of matrices of `rows` rows each, `high` of which share their scales."""
+    """Dequantize rows of a matrix, or of a stack of matrices of `rows` rows each; `block_rows` rows share scales."""
     import torch
 
-    scales = fp8.powers(whole[0]) if exponents else whole[0].float()
+    scales = fp8.powers(shared[0]) if exponents else shared[0].float()
     if scales.numel() == 1:
-        return fp8.dequantise(each[0], scales.view(1, 1), wide)
-    wanted = torch.arange(start, stop, device=scales.device)
-    wanted = wanted // rows * -(-rows // high) + wanted % rows // high
-    return fp8.dequantise(each[0], scales.view(-1, across)[wanted], wide)
+        return fp8.dequantise(rowwise[0], scales.view(1, 1), block_columns)
+    row = torch.arange(start, stop, device=scales.device)
+    scale_row = row // rows * -(-rows // block_rows) + row % rows // block_rows
+    return fp8.dequantise(rowwise[0], scales.view(-1, blocks_per_row)[scale_row], block_columns)

@@ -1,45 +1,47 @@
-"""Formats that stand transposed: a row of the tensor is a column of what is stored.
+"""Formats that are stored transposed: a row of the tensor is a column of the stored one.
 
-GPTQ and AWQ hold (in, out) where a checkpoint has (out, in); gpt-oss's MXFP4 experts hold (out, in) where
-it has (in, out). A tile needs some columns of every stored row. The stored rows are read in order, a
-megabyte at a time, and only those columns are kept; the page cache keeps the rest for the next tile.
+GPTQ and AWQ store (in, out) where a checkpoint has (out, in); gpt-oss's MXFP4 experts are stored as (out, in) where it
+has (in, out). A tile needs some columns of every stored row. The stored rows are read in order, a megabyte at a time,
+and only those columns are kept; the page cache keeps the rest for the next tile.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergeforge.checkpoints.quantized.tensor import PIECE, Pieces, live
+from mergeforge.checkpoints.quantized.tensor import CHUNK_ELEMENTS, DequantizedChunks, scratch_blocks
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.quant_codecs import mxfp4, packed_int32
-from mergeforge.tensors.budget import ALIGNMENT, MemoryCost, Worker, view_rows
+from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.stored import StoredTensor
+from mergeforge.tensors.worker import ALIGNMENT, Worker, view_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STRIP = 1 << 20  # bytes that are read at a time
-TEMPORARIES = 4  # of a piece: codes, zero points or scales for each of them, values
+READ_NBYTES = 1 << 20  # bytes that are read at a time
+TEMPORARIES = 4  # of a chunk: codes, zero points or scales per code, values
 
 
 @dataclass(frozen=True, eq=False)
-class Words:
-    """GPTQ's and AWQ's tensors; `bits` of a weight. The tensor is (out, in).
+class PackedInt32Layout:
+    """GPTQ's and AWQ's tensors with `bits` per weight. The tensor is (out, in).
 
-    codes (in * bits / 32, out) for GPTQ, (in, out / 8) for AWQ; zeros (groups, out * bits / 32); scales
-    (groups, out). `groups`: the group of each input; None: equally many inputs follow one another.
-    `zeros_less`: the stored zero points are one too small.
+    codes: (in * bits / 32, out) for GPTQ, (in, out / 8) for AWQ; zeros: (groups, out * bits / 32); scales: (groups,
+    out). `groups`: the group of each input (None: groups of equal size, in order). `zeros_minus_one`: the stored zero
+    points are one too small.
     """
 
-    about: str
+    label: str
     codes: StoredTensor
     zeros: StoredTensor
     scales: StoredTensor
     groups: StoredTensor | None
     bits: int
-    zeros_less: bool
+    zeros_minus_one: bool
     awq: bool
 
     @property
@@ -47,52 +49,60 @@ class Words:
         return (self.codes, self.zeros, self.scales, *([self.groups] if self.groups else []))
 
     @property
-    def per_word(self) -> int:
+    def values_per_word(self) -> int:
         return 32 // self.bits
 
     def memory_cost(self, info: TensorInfo) -> MemoryCost:
         inputs, groups = self.codes.info.rows, self.scales.info.rows
-        words_row = inputs * 4 // self.per_word if self.awq else inputs * 4
-        row = words_row + -(-groups * 4 // self.per_word) + groups * self.scales.info.bits // 8
-        edges = 2 * 4 * ((inputs if self.awq else 0) + groups)
-        small = self.groups.info.nbytes if self.groups else 0
-        wide = info.block_rows + 2 * self.per_word  # a block's edges may lie inside words
-        many = live(TEMPORARIES, max(PIECE, self.per_word * wide) * wide // info.block_rows, info)
-        scaling = live(4, groups * wide, info)
+        codes_nbytes = inputs * 4 // self.values_per_word if self.awq else inputs * 4
+        row_nbytes = codes_nbytes + -(-groups * 4 // self.values_per_word) + groups * self.scales.info.bits // 8
+        edge_nbytes = 2 * 4 * ((inputs if self.awq else 0) + groups)
+        groups_nbytes = self.groups.info.nbytes if self.groups else 0
+        width = info.block_rows + 2 * self.values_per_word  # the edges of a block may be inside words
+        unpacking = scratch_blocks(
+            TEMPORARIES, max(CHUNK_ELEMENTS, self.values_per_word * width) * width // info.block_rows, info
+        )
+        scaling = scratch_blocks(4, groups * width, info)
         return MemoryCost(
-            row_nbytes=row,
-            fixed_nbytes=edges + small + _strips(self.codes, self.zeros, self.scales) + 8 * ALIGNMENT,
-            scratch_blocks=many + scaling,
+            row_nbytes=row_nbytes,
+            fixed_nbytes=edge_nbytes
+            + groups_nbytes
+            + _read_buffer_nbytes(self.codes, self.zeros, self.scales)
+            + 8 * ALIGNMENT,
+            scratch_blocks=unpacking + scaling,
         )
 
-    def load(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
-        coarse = range(rows.start // self.per_word, -(-rows.stop // self.per_word))
-        codes = columns(self.codes, coarse if self.awq else rows, worker, last=rows.stop == info.rows)
-        zeros = columns(self.zeros, coarse, worker)
-        scales = columns(self.scales, rows, worker)
+    def load(self, info: TensorInfo, rows: range, worker: Worker) -> DequantizedChunks:
+        words = range(rows.start // self.values_per_word, -(-rows.stop // self.values_per_word))
+        codes = load_columns(self.codes, words if self.awq else rows, worker, last=rows.stop == info.rows)
+        zeros = load_columns(self.zeros, words, worker)
+        scales = load_columns(self.scales, rows, worker)
         groups = self._groups(info, worker)
-        places = packed_int32.AWQ_PLACES if self.awq else ()
+        order = packed_int32.AWQ_PLACES if self.awq else ()
 
-        def pieces(start: int, stop: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-            some = slice(start // self.per_word - coarse.start, -(-stop // self.per_word) - coarse.start)
-            fine = slice(start % self.per_word, start % self.per_word + stop - start)
-            mine = slice(start - rows.start, stop - rows.start)
-            zero = packed_int32.split(zeros[:, some], self.bits, places)[:, fine]
-            if self.zeros_less:
+        def chunks(start: int, stop: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+            block_words = slice(
+                start // self.values_per_word - words.start, -(-stop // self.values_per_word) - words.start
+            )
+            in_words = slice(start % self.values_per_word, start % self.values_per_word + stop - start)
+            block_rows = slice(start - rows.start, stop - rows.start)
+            zero = packed_int32.split(zeros[:, block_words], self.bits, order)[:, in_words]
+            if self.zeros_minus_one:
                 zero = packed_int32.one_more(zero, self.bits)
-            scale = scales[:, mine].float()
-            step = max(PIECE // (stop - start) // self.per_word, 1) * self.per_word
-            for at in range(0, info.columns, step):
+            scale = scales[:, block_rows].float()
+            step = max(CHUNK_ELEMENTS // (stop - start) // self.values_per_word, 1) * self.values_per_word
+            for column in range(0, info.columns, step):
                 if self.awq:
-                    code = packed_int32.split(codes[at : at + step, some], self.bits, places)[:, fine]
+                    code = packed_int32.split(codes[column : column + step, block_words], self.bits, order)[:, in_words]
                 else:
                     code = packed_int32.split_down(
-                        codes[at // self.per_word : (at + step) // self.per_word, mine], self.bits
+                        codes[column // self.values_per_word : (column + step) // self.values_per_word, block_rows],
+                        self.bits,
                     )
-                inputs = slice(at, at + len(code))
+                inputs = slice(column, column + len(code))
                 yield (slice(None), inputs), packed_int32.from_steps(code, zero, scale, groups[inputs]).t()
 
-        return pieces
+        return chunks
 
     def _groups(self, info: TensorInfo, worker: Worker) -> Tensor:
         import torch
@@ -104,13 +114,13 @@ class Words:
 
 
 @dataclass(frozen=True, eq=False)
-class Experts:
-    """gpt-oss's experts: codes (experts, out, groups, 16), exponents (experts, out, groups), both bytes.
+class MXFP4ExpertsLayout:
+    """gpt-oss's experts: codes (experts, out, groups, 16) and exponents (experts, out, groups), both bytes.
 
-    The tensor is (experts, in, out): its rows are inputs, 32 of which are a group.
+    The tensor is (experts, in, out): its rows are inputs, and 32 of them are a group.
     """
 
-    about: str
+    label: str
     codes: StoredTensor
     exponents: StoredTensor
 
@@ -120,93 +130,102 @@ class Experts:
 
     def memory_cost(self, info: TensorInfo) -> MemoryCost:
         experts, _, outputs = info.shape
-        group = outputs * (mxfp4.GROUP // 2 + 1)
-        fixed = 2 * group + 3 * ALIGNMENT * (experts + 2) + _strips(_by_output(self.codes), _by_output(self.exponents))
-        piece = max(PIECE, outputs * mxfp4.GROUP)
-        return MemoryCost(row_nbytes=-(-group // mxfp4.GROUP), fixed_nbytes=fixed, scratch_blocks=live(2, piece, info))
+        group_nbytes = outputs * (mxfp4.GROUP // 2 + 1)
+        fixed_nbytes = (
+            2 * group_nbytes
+            + 3 * ALIGNMENT * (experts + 2)
+            + _read_buffer_nbytes(_by_output(self.codes), _by_output(self.exponents))
+        )
+        chunk = max(CHUNK_ELEMENTS, outputs * mxfp4.GROUP)
+        return MemoryCost(
+            row_nbytes=-(-group_nbytes // mxfp4.GROUP),
+            fixed_nbytes=fixed_nbytes,
+            scratch_blocks=scratch_blocks(2, chunk, info),
+        )
 
-    def load(self, info: TensorInfo, rows: range, worker: Worker) -> Pieces:
+    def load(self, info: TensorInfo, rows: range, worker: Worker) -> DequantizedChunks:
         _, inputs, outputs = info.shape
         codes, exponents = _by_output(self.codes), _by_output(self.exponents)
-        staged = {}
+        loaded = {}
         for expert in range(rows.start // inputs, -(-rows.stop // inputs)):
-            some = _groups_of(rows, expert, inputs)
-            lines = range(expert * outputs, (expert + 1) * outputs)
-            packed = columns(
-                codes, range(some.start * 16, some.stop * 16), worker, lines, last=some.stop * 32 >= inputs
+            groups = _groups_of(rows, expert, inputs)
+            stored_rows = range(expert * outputs, (expert + 1) * outputs)
+            packed = load_columns(
+                codes, range(groups.start * 16, groups.stop * 16), worker, stored_rows, last=groups.stop * 32 >= inputs
             )
-            powers = columns(exponents, some, worker, lines)
-            staged[expert] = (some.start, packed, powers)
+            powers = load_columns(exponents, groups, worker, stored_rows)
+            loaded[expert] = (groups.start, packed, powers)
 
-        step = max(PIECE // (outputs * mxfp4.GROUP), 1)
+        step = max(CHUNK_ELEMENTS // (outputs * mxfp4.GROUP), 1)
 
-        def pieces(start: int, stop: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        def chunks(start: int, stop: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
             for expert in range(start // inputs, -(-stop // inputs)):
-                first, packed, powers = staged[expert]
-                some = _groups_of(range(start, stop), expert, inputs)
-                for group in range(some.start, some.stop, step):
-                    here = range(group - first, min(group + step, some.stop) - first)
+                first, packed, powers = loaded[expert]
+                groups = _groups_of(range(start, stop), expert, inputs)
+                for group in range(groups.start, groups.stop, step):
+                    part = range(group - first, min(group + step, groups.stop) - first)
                     values = mxfp4.dequantise(
-                        packed[:, here.start * 16 : here.stop * 16], powers[:, here.start : here.stop]
+                        packed[:, part.start * 16 : part.stop * 16], powers[:, part.start : part.stop]
                     )
-                    begin = expert * inputs + group * mxfp4.GROUP  # the row that the values begin with
+                    begin = expert * inputs + group * mxfp4.GROUP  # the row that the values start with
                     low, high = max(begin, start), min(begin + values.shape[1], stop)
                     yield (slice(low - start, high - start), slice(None)), values[:, low - begin : high - begin].t()
 
-        return pieces
+        return chunks
 
 
-def columns(
-    stored: StoredTensor, wanted: range, worker: Worker, lines: range | None = None, *, last: bool = False
+def load_columns(
+    stored: StoredTensor, columns: range, worker: Worker, rows: range | None = None, *, last: bool = False
 ) -> Tensor:
-    """Columns `wanted` of the stored rows `lines` (all), staged: (rows, columns) in the stored dtype.
+    """Load columns of the stored `rows` (default: all) as (rows, columns) in the stored dtype.
 
-    `last`: nobody needs the other columns after this.
+    `last`: no later tile needs the other columns.
     """
-    lines = lines or range(stored.info.rows)
+    rows = rows or range(stored.info.rows)
     size = stored.info.bits // 8
-    nbytes = len(lines) * len(wanted) * size
+    nbytes = len(rows) * len(columns) * size
 
     def make() -> Tensor:
-        piece, there = worker.allocate_tensor(nbytes)
-        _gather(stored, wanted, lines, piece, worker, keep=not last)
-        return there if there is piece else there.copy_(piece, non_blocking=True)
+        host, on_device = worker.allocate_tensor(nbytes)
+        _read_columns(stored, columns, rows, host, worker, keep=not last)
+        return on_device if on_device is host else on_device.copy_(host, non_blocking=True)
 
-    raw = worker.cached((stored.file.path, stored.offset, wanted, lines), make)
-    return view_rows(raw, stored.info.dtype, len(wanted))
+    raw = worker.cached((stored.file.path, stored.offset, columns, rows), make)
+    return view_rows(raw, stored.info.dtype, len(columns))
 
 
-def _gather(stored: StoredTensor, wanted: range, lines: range, into: Tensor, worker: Worker, *, keep: bool) -> None:
-    size, row = stored.info.bits // 8, stored.info.row_nbytes
-    if len(wanted) == stored.info.columns:
-        stored.file.read_into(into.numpy().data, stored.offset + lines.start * row, keep=keep)
+def _read_columns(
+    stored: StoredTensor, columns: range, rows: range, out: Tensor, worker: Worker, *, keep: bool
+) -> None:
+    size, row_nbytes = stored.info.bits // 8, stored.info.row_nbytes
+    if len(columns) == stored.info.columns:
+        stored.file.read_into(out.numpy().data, stored.offset + rows.start * row_nbytes, keep=keep)
         return
-    strip = worker.cached(("strip", max(row, STRIP)), lambda: worker.allocate(max(row, STRIP)))
-    kept = into.numpy().reshape(len(lines), -1)
-    step = max(len(strip) // row, 1)
-    for at in range(0, len(lines), step):
-        count = min(step, len(lines) - at)
-        part = strip[: count * row]
-        stored.file.read_into(part.data, stored.offset + (lines.start + at) * row, keep=keep)
-        kept[at : at + count] = part.reshape(count, row)[:, wanted.start * size : wanted.stop * size]
+    buffer_nbytes = max(row_nbytes, READ_NBYTES)
+    buffer = worker.cached(("read buffer", buffer_nbytes), lambda: worker.allocate(buffer_nbytes))
+    selected = out.numpy().reshape(len(rows), -1)
+    step = max(len(buffer) // row_nbytes, 1)
+    for first in range(0, len(rows), step):
+        count = min(step, len(rows) - first)
+        part = buffer[: count * row_nbytes]
+        stored.file.read_into(part.data, stored.offset + (rows.start + first) * row_nbytes, keep=keep)
+        selected[first : first + count] = part.reshape(count, row_nbytes)[:, columns.start * size : columns.stop * size]
 
 
-def _strips(*every: StoredTensor) -> int:
-    """Bytes of the strips that gathering columns takes."""
-    return STRIP + sum(one.info.row_nbytes for one in every if one.info.row_nbytes > STRIP)
+def _read_buffer_nbytes(*tensors: StoredTensor) -> int:
+    """The size of the buffers that reading columns of the tensors takes."""
+    return READ_NBYTES + sum(stored.info.row_nbytes for stored in tensors if stored.info.row_nbytes > READ_NBYTES)
 
 
 def _by_output(stored: StoredTensor) -> StoredTensor:
-    """Codes or exponents as a matrix of bytes with a row for each output of each expert."""
+    """View codes or exponents as a matrix of bytes with one row per output of each expert."""
     experts, outputs, *rest = stored.info.shape
-    width = 1
-    for one in rest:
-        width *= one
+    width = math.prod(rest)
     return StoredTensor(TensorInfo(stored.info.name, "U8", (experts * outputs, width)), stored.file, stored.offset)
 
 
 def _groups_of(rows: range, expert: int, inputs: int) -> range:
-    """The groups that hold an expert's inputs among the rows."""
+    """The groups that hold the inputs of an expert within the rows."""
     begin = max(rows.start - expert * inputs, 0)
     end = min(rows.stop - expert * inputs, inputs)
     return range(begin // mxfp4.GROUP, -(-end // mxfp4.GROUP))

@@ -1,4 +1,4 @@
-"""Merges of a quantised tiny Llama, against the same merges of its dequantised version."""
+"""Merges of a quantized tiny Llama, compared with the same merges of its dequantized version."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from support.checkpoint_values import Tensors, write
 from support.quantized_cases import FORMATS, into_bytes
 
 import mergeforge
-from mergeforge.core import tensor_info as table
-
-Quantise = Callable[[torch.Tensor], Any]
+from mergeforge.core import tensor_info
 
 
 @pytest.fixture
 def pair(models: Path) -> Callable[[str], tuple[str, str]]:
-    """Makes folders of the base model in a format and, by that format's formula, in bf16."""
+    """Write the base model in a format and, by the formula of that format, in bf16; returns both folders."""
 
     def make(kind: str) -> tuple[str, str]:
         packed: Tensors = {}
@@ -33,7 +31,7 @@ def pair(models: Path) -> Callable[[str], tuple[str, str]]:
                 packed[name] = dense[name] = value
                 continue
             stored, plain, settings = FORMATS[kind](value)
-            packed |= {f"{name.removesuffix('weight')}{leaf}": one for leaf, one in stored.items()}
+            packed |= {f"{name.removesuffix('weight')}{leaf}": part for leaf, part in stored.items()}
             dense[name] = plain.bfloat16()
         config = json.loads(Path("base/config.json").read_text())
         for folder in ("packed", "dense"):
@@ -46,46 +44,46 @@ def pair(models: Path) -> Callable[[str], tuple[str, str]]:
 
 
 def merged(base: str, out: str, **options: Any) -> tuple[bytes, dict[str, Any]]:
-    given = {"adapters": ["adapters/loan", "adapters/fraud"]} | options
-    folder = mergeforge.merge(base_model=base, out=out, **given)
+    recipe = {"adapters": ["adapters/loan", "adapters/fraud"]} | options
+    folder = mergeforge.merge(base_model=base, out=out, **recipe)
     return (folder / "model.safetensors").read_bytes(), json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_adapters_on_a_quantised_base(kind: str, pair: Callable[[str], tuple[str, str]]) -> None:
-    """The same bytes and config as on the dequantised base: nothing of the format is left."""
+def test_adapters_on_a_quantized_base(kind: str, pair: Callable[[str], tuple[str, str]]) -> None:
+    """The same bytes and config as on the dequantized base: no trace of the format is left."""
     packed, dense = pair(kind)
     assert merged(packed, "one") == merged(dense, "two")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8 block", "gptq ordered", "awq", "packed"])
-def test_any_cut_gives_the_same_bytes(
+def test_bytes_do_not_depend_on_memory_or_threads(
     kind: str, pair: Callable[[str], tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of a few rows in little memory, and by two threads."""
+    """Blocks of a few rows with little memory, and with two threads."""
     packed, dense = pair(kind)
-    monkeypatch.setattr(table, "BLOCK_ELEMENTS", 3000)
-    whole, _ = merged(dense, "one")
-    assert merged(packed, "two", memory="16MiB", threads=1)[0] == whole
-    assert merged(packed, "three", threads=2)[0] == whole
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 3000)
+    expected, _ = merged(dense, "one")
+    assert merged(packed, "two", memory="16MiB", threads=1)[0] == expected
+    assert merged(packed, "three", threads=2)[0] == expected
 
 
-def test_task_vectors_from_a_quantised_base(pair: Callable[[str], tuple[str, str]]) -> None:
-    """TIES looks at whole tensors, so a staged base is computed more than once."""
+def test_task_vectors_from_a_quantized_base(pair: Callable[[str], tuple[str, str]]) -> None:
+    """TIES collects statistics of whole tensors, so a staged base is computed more than once."""
     packed, dense = pair("gptq")
     recipe = {"models": ["tuned-a", "tuned-b"], "adapters": [], "method": "ties", "parameters": {"density": 0.5}}
     assert merged(packed, "one", **recipe) == merged(dense, "two", **recipe)
 
 
-def test_the_plan_says_what_it_dequantises(pair: Callable[[str], tuple[str, str]]) -> None:
+def test_the_plan_notes_what_it_dequantizes(pair: Callable[[str], tuple[str, str]]) -> None:
     packed, _ = pair("nf4")
     plan = mergeforge.plan({"base_model": packed, "adapters": ["adapters/loan"]}, out="out")
-    assert f"{packed}: dequantised 28 tensors of bitsandbytes NF4" in plan.notes
-    assert plan.nbytes_read < sum(one.nbytes for one in plan.tensors)
+    assert f"{packed}: dequantized 28 tensors of bitsandbytes NF4" in plan.notes
+    assert plan.nbytes_read < sum(info.nbytes for info in plan.tensors)
 
 
 def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
-    """The tensors have the names and shapes of a 16-bit gpt-oss, and transformers loads what is written."""
+    """The tensors have the names and shapes of a 16-bit gpt-oss, and transformers loads the output."""
     import transformers
 
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 3}
@@ -106,9 +104,11 @@ def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
     recipe = {"merge_method": "linear", "models": [{"model": str(tmp_path / "packed"), "parameters": {"weight": 1}}]}
     out = mergeforge.merge(recipe, out=tmp_path / "out")
     written = load_file(out / "model.safetensors")
-    assert {name: one.shape for name, one in written.items()} == {name: one.shape for name, one in plain.items()}
-    loaded, told = transformers.GptOssForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert {name: tensor.shape for name, tensor in written.items()} == {
+        name: tensor.shape for name, tensor in plain.items()
+    }
+    loaded, info = transformers.GptOssForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(
         loaded.state_dict()["model.layers.0.mlp.experts.down_proj"], written["model.layers.0.mlp.experts.down_proj"]
     )

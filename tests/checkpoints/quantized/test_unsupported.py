@@ -1,4 +1,4 @@
-"""What is not understood is refused before a weight is read, and what is not quantised stays as it is."""
+"""Unsupported quantization is refused before a weight is read; unquantized tensors stay as they are."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ def refused(folder: Path, tensors: Tensors, config: dict[str, Any], match: str) 
 
 
 @pytest.mark.parametrize("method", ["hqq", "aqlm", "quanto", "torchao", "bitnet"])
-def test_other_methods(method: str, tmp_path: Path) -> None:
+def test_refuses_unsupported_methods(method: str, tmp_path: Path) -> None:
     config = {"text_config": {"quantization_config": {"quant_method": method}}}
-    error = refused(tmp_path, {"m.weight": WEIGHT}, config, f"quantised with '{method}'")
+    error = refused(tmp_path, {"m.weight": WEIGHT}, config, f"quantized with '{method}'")
     assert "16-bit" in error.hint
 
 
 @pytest.mark.parametrize(
-    ("kind", "lost"),
+    ("kind", "missing"),
     [("nf4", "m.weight.absmax"), ("gptq", "m.qzeros"), ("awq", "m.scales"), ("packed", "m.weight_scale")],
 )
-def test_a_part_that_is_missing(kind: str, lost: str, tmp_path: Path) -> None:
+def test_names_a_missing_tensor_of_a_group(kind: str, missing: str, tmp_path: Path) -> None:
     tensors, config = stored(kind)
-    del tensors[lost]
-    refused(tmp_path, tensors, config, f"lacks {lost}")
+    del tensors[missing]
+    refused(tmp_path, tensors, config, f"lacks {missing}")
 
 
-def test_fp8_without_a_scale(tmp_path: Path) -> None:
+def test_refuses_fp8_without_a_scale(tmp_path: Path) -> None:
     tensors, config = stored("fp8 channel")
     del tensors["m.weight_scale"]
     refused(tmp_path, tensors, config, "has no scale")
 
 
-def test_scales_of_another_shape(tmp_path: Path) -> None:
+def test_refuses_scales_of_the_wrong_shape(tmp_path: Path) -> None:
     tensors, config = stored("fp8 block")
     tensors["m.weight_scale_inv"] = torch.ones(3, 7)
     refused(tmp_path, tensors, config, "fits no block")
 
 
-def test_layouts_for_one_gpu_kernel(tmp_path: Path) -> None:
+def test_refuses_layouts_for_a_single_gpu_kernel(tmp_path: Path) -> None:
     refused(tmp_path / "a", *stored("gptq", checkpoint_format="marlin"), "layout 'marlin'")
     refused(tmp_path / "b", *stored("awq", version="gemv"), "layout 'gemv'")
 
 
-def test_three_bits(tmp_path: Path) -> None:
+def test_refuses_three_bits(tmp_path: Path) -> None:
     tensors = {
         "m.qweight": torch.zeros(6, 32, dtype=torch.int32),
         "m.qzeros": torch.zeros(4, 3, dtype=torch.int32),
@@ -72,57 +72,57 @@ def test_three_bits(tmp_path: Path) -> None:
     refused(tmp_path, tensors, {"quantization_config": {"quant_method": "gptq", "bits": 3}}, "3 bits")
 
 
-def test_what_is_left_over(tmp_path: Path) -> None:
+def test_names_leftover_packed_tensors(tmp_path: Path) -> None:
     tensors, config = stored("gptq")
     tensors["n.weight_packed.absmax"] = torch.ones(4)
-    refused(tmp_path, tensors, config, "n.weight_packed.absmax belong to no quantised weight")
+    refused(tmp_path, tensors, config, "n.weight_packed.absmax belong to no supported quantized weight")
 
 
-def test_int8_in_a_gpu_s_tile_order(tmp_path: Path) -> None:
+def test_refuses_int8_in_a_gpu_tile_order(tmp_path: Path) -> None:
     tensors, config = stored("int8")
     tensors["m.weight_format"] = torch.ones((), dtype=torch.uint8)
     refused(tmp_path, tensors, config, "tile order")
 
 
-def test_transposed_weights_of_gpt2(tmp_path: Path) -> None:
+def test_refuses_transposed_weights_of_gpt2(tmp_path: Path) -> None:
     tensors, config = stored("nf4")
-    refused(tmp_path, tensors, config | {"model_type": "gpt2"}, "gpt2 is quantised transposed")
+    refused(tmp_path, tensors, config | {"model_type": "gpt2"}, "quantized gpt2 weights are stored transposed")
 
 
-def test_a_broken_description(tmp_path: Path) -> None:
+def test_refuses_a_broken_quant_state(tmp_path: Path) -> None:
     tensors, config = stored("nf4")
     tensors["m.weight.quant_state.bitsandbytes__nf4"] = torch.tensor([1, 2, 3], dtype=torch.uint8)
     refused(tmp_path, tensors, config, "is not a JSON object")
 
 
-def test_what_is_not_quantised_is_not_touched(tmp_path: Path) -> None:
-    """Modules that were not converted stay stored tensors, in their dtypes and places."""
+def test_unquantized_tensors_stay_as_they_are(tmp_path: Path) -> None:
+    """Modules that were not converted stay stored tensors with their dtypes."""
     tensors, config = stored("nf4")
     tensors = {"a.weight": WEIGHT, **tensors, "z.weight": WEIGHT.half()}
-    found = opened(tmp_path, tensors, config)
-    assert isinstance(found.tensors["a.weight"], StoredTensor)
-    assert found.tensors["z.weight"].info.dtype == "F16"
+    checkpoint = opened(tmp_path, tensors, config)
+    assert isinstance(checkpoint.tensors["a.weight"], StoredTensor)
+    assert checkpoint.tensors["z.weight"].info.dtype == "F16"
 
 
-def test_settings_that_outlived_the_quantisation(tmp_path: Path) -> None:
-    """A merged model whose config still says load_in_4bit: the settings go, with a note."""
+def test_drops_a_quantization_config_without_quantized_tensors(tmp_path: Path) -> None:
+    """A merged model whose config still has load_in_4bit: the settings are dropped, with a note."""
     config = {"quantization_config": {"load_in_4bit": True}, "hidden_size": 64}
-    found = opened(tmp_path, {"m.weight": WEIGHT}, config)
-    assert found.config == {"hidden_size": 64}
-    assert "no tensor is" in found.warnings[0]
+    checkpoint = opened(tmp_path, {"m.weight": WEIGHT}, config)
+    assert checkpoint.config == {"hidden_size": 64}
+    assert "no tensor is" in checkpoint.warnings[0]
 
 
-def test_scales_of_activations_are_left_out(tmp_path: Path) -> None:
-    found = opened(tmp_path, *stored("fp8 tensor"))
-    assert list(found.tensors) == ["m.weight"]
-    assert any("1 scales of activations" in note for note in found.warnings)
+def test_drops_scales_of_activations(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path, *stored("fp8 tensor"))
+    assert list(checkpoint.tensors) == ["m.weight"]
+    assert any("1 scales of activations" in note for note in checkpoint.warnings)
 
 
-def test_a_plain_checkpoint_stays_the_same(tmp_path: Path) -> None:
+def test_an_unquantized_checkpoint_stays_the_same(tmp_path: Path) -> None:
     config = {"hidden_size": 64, "torch_dtype": "bfloat16"}
-    found = opened(tmp_path, {"m.weight": WEIGHT, "m.counter": torch.ones(3, dtype=torch.int64)}, config)
-    assert found.config == config
-    assert not found.warnings
+    checkpoint = opened(tmp_path, {"m.weight": WEIGHT, "m.counter": torch.ones(3, dtype=torch.int64)}, config)
+    assert checkpoint.config == config
+    assert not checkpoint.warnings
 
 
 CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
@@ -140,16 +140,16 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", FORMATS)
-def test_damaged_groups(kind: str, change: str, tmp_path: Path) -> None:
-    """Whichever of a group's tensors is damaged: a SourceError, or a group that can be computed all the same."""
-    whole, config = stored(kind)
-    for name in whole:
-        damaged = {**whole, name: CHANGES[change](whole[name])}
-        tensors = {one: value for one, value in damaged.items() if value is not None}
+def test_damaged_groups_raise_source_errors_or_can_be_read(kind: str, change: str, tmp_path: Path) -> None:
+    """Damage each tensor of a group: opening raises SourceError, or the group can still be computed."""
+    intact, config = stored(kind)
+    for name in intact:
+        damaged = {**intact, name: CHANGES[change](intact[name])}
+        tensors = {key: value for key, value in damaged.items() if value is not None}
         try:
-            found = opened(tmp_path, tensors, config).tensors
+            checkpoint = opened(tmp_path, tensors, config)
         except SourceError:
             continue
-        for way in found.values():
-            if not isinstance(way, StoredTensor):
-                values(way, rows=1)
+        for tensor in checkpoint.tensors.values():
+            if not isinstance(tensor, StoredTensor):
+                values(tensor, rows=1)
