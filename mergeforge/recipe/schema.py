@@ -21,7 +21,7 @@ from mergeforge.recipe.yaml_reader import Path
 class ReportProblem(Protocol):
     """Takes one mistake: the path of the value, what is wrong, and what to do about it."""
 
-    def __call__(self, path: Path, message: str, hint: str = "") -> None: ...
+    def __call__(self, path: Path, message: str, hint: str = "", /) -> None: ...
 
 
 class Schema(Protocol):

@@ -1,4 +1,4 @@
-"""Chat templates: the models' own, a few known formats by name, or Jinja as the recipe gives it."""
+"""Chat templates: the models' own, a few known formats by name, or Jinja from the recipe."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergeforge.errors import RecipeError, SourceError, did_you_mean
-from mergeforge.io.aux_files import AuxFiles, InMemoryFile, SideFile
-from mergeforge.tokenizer.hf_vocabulary import read_object
+from mergeforge.io.aux_files import AuxFile, AuxFiles, InMemoryFile
+from mergeforge.tokenizer.hf_files import read_object
 from mergeforge.tokenizer.output_files import json_file
-from mergeforge.tokenizer.settings import TokenizerOf
+from mergeforge.tokenizer.settings import ModelTokenizer
 
-# In the form of Hugging Face: `messages`, `add_generation_prompt`, and blocks that take their line's end with them.
+# In Hugging Face's form: `messages`, `add_generation_prompt`, and blocks that strip their line break.
 # Sources: ChatML, github.com/openai/openai-python/blob/v0.28.1/chatml.md; Alpaca, github.com/tatsu-lab/stanford_alpaca
 # (with "user_context" for its Input); Llama 3's and Mistral's model cards; EXAONE's model card.
 NAMED = {
@@ -67,35 +67,35 @@ NAMED = {
 }
 
 
-def chat_template(wanted: str, models: Sequence[TokenizerOf]) -> str | None:
-    """The output's chat template: `auto` (the most frequent of the models', None without any), a name, or Jinja.
+def chat_template(template: str, models: Sequence[ModelTokenizer]) -> str | None:
+    """The output's chat template. `template`: auto (the most frequent of the models', else None), a name, or Jinja.
 
-    Raises RecipeError for a name that is not known, SourceError for tokenizer files that cannot be read.
+    Raises RecipeError for an unknown name, SourceError for unreadable tokenizer files.
     """
-    if wanted == "auto":
-        found = Counter(text.strip() for model in models if model.merged and (text := _own(model.files)))
-        return found.most_common(1)[0][0] if found else None  # of equally frequent ones, the first
-    if wanted in NAMED:
-        return NAMED[wanted]
-    if "{" not in wanted:
-        hint = did_you_mean(wanted, NAMED) or f"auto, {', '.join(NAMED)}, or a template in Jinja"
-        raise RecipeError(f"no chat template is called {wanted!r}", hint=hint)
-    return wanted
+    if template == "auto":
+        counts = Counter(text.strip() for model in models if model.merged and (text := _own(model.files)))
+        return counts.most_common(1)[0][0] if counts else None  # on a tie, the first
+    if template in NAMED:
+        return NAMED[template]
+    if "{" not in template:
+        hint = did_you_mean(template, NAMED) or f"use auto, {', '.join(NAMED)}, or a Jinja template"
+        raise RecipeError(f"unknown chat template {template!r}", hint=hint)
+    return template
 
 
-def with_chat_template(files: AuxFiles, template: str) -> dict[str, SideFile]:
-    """Side files with this chat template alone, in chat_template.jinja. Raises SourceError."""
+def with_chat_template(files: AuxFiles, template: str) -> dict[str, AuxFile]:
+    """Return auxiliary files with only this chat template, in chat_template.jinja. Raises SourceError."""
     stale = ("chat_template.json", "additional_chat_templates/")
-    found = {name: content for name, content in files.items() if not name.startswith(stale)}
-    found["chat_template.jinja"] = InMemoryFile("chat_template.jinja", template.encode())
+    kept = {name: content for name, content in files.items() if not name.startswith(stale)}
+    kept["chat_template.jinja"] = InMemoryFile("chat_template.jinja", template.encode())
     config = read_object(files, "tokenizer_config.json") or {}
     if config.pop("chat_template", None) is not None:
-        found["tokenizer_config.json"] = json_file("tokenizer_config.json", config)
-    return found
+        kept["tokenizer_config.json"] = json_file("tokenizer_config.json", config)
+    return kept
 
 
 def _own(files: AuxFiles) -> str:
-    """A model's default chat template; "" where it has none."""
+    """A model's default chat template; "" if it has none."""
     if "chat_template.jinja" in files:
         try:
             return files["chat_template.jinja"].read_text(encoding="utf-8")
@@ -106,11 +106,11 @@ def _own(files: AuxFiles) -> str:
 
 
 def _default(config: Mapping[str, Any] | None) -> str:
-    """`chat_template` of a JSON file: text, or a list of named ones with a default."""
-    found = (config or {}).get("chat_template")
-    if isinstance(found, list):
-        named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
-        found = named[0].get("template") if named else None
-    if isinstance(found, dict):
-        found = found.get("default")
-    return found if isinstance(found, str) else ""
+    """`chat_template` of a JSON file: a string, or a list of named templates with a default."""
+    template = (config or {}).get("chat_template")
+    if isinstance(template, list):
+        defaults = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = defaults[0].get("template") if defaults else None
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else ""

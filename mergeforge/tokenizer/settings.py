@@ -1,4 +1,4 @@
-"""What a recipe says of the tokenizer, and what is decided from it."""
+"""The tokenizer settings of a recipe, and the plan made from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mergeforge.io.aux_files import AuxFiles, SideFile
+from mergeforge.io.aux_files import AuxFile, AuxFiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,9 +31,9 @@ class ModelToken:
 
 @dataclass(frozen=True)
 class TokenSetting:
-    """An entry of `tokenizer.tokens`: which row a token takes in models that lack it; with `force`, in all.
+    """An entry of `tokenizer.tokens`: the row of a token in models that lack it; with `force`, in all models.
 
-    `source`: a model's label (its row of the same token), a ModelToken, Zero, or None: as for any other token.
+    `source`: a model's label (its row of the same token), a ModelToken, Zero, or None: the default for any token.
     """
 
     source: str | ModelToken | Zero | None
@@ -42,7 +42,7 @@ class TokenSetting:
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """`source`: union, base or a model's label. `tokens`: settings of single tokens, added where they are new."""
+    """`source`: union, base or a model's label. `tokens`: settings of single tokens; new tokens are added."""
 
     source: str = "union"
     tokens: Mapping[str, TokenSetting] = field(default_factory=dict)
@@ -50,11 +50,11 @@ class TokenizerSettings:
 
 
 @dataclass(frozen=True)
-class TokenizerOf:
+class ModelTokenizer:
     """A model: its label, the files beside its weights by name, the rows of its embedding.
 
-    `merged`: its weights are merged; else the recipe names it for its tokenizer or for single rows
-    alone, and no token takes its row unasked.
+    `merged`: its weights are merged. Otherwise the recipe names it only for its tokenizer or for single rows,
+    and other tokens never take its rows.
     """
 
     label: str
@@ -64,12 +64,12 @@ class TokenizerOf:
 
 
 @dataclass(frozen=True, eq=False)
-class RowPicks:
-    """Which rows a model's embedding (or head) for the output's tokenizer is made of.
+class RowSources:
+    """The rows that make up a model's embedding (or head) for the output's tokenizer.
 
-    `sources`: a model's label -> the rows of its tensor that the output's rows take, -1 where none.
-    An output row with several is their mean, one without any is zeros. The last `padding` rows are
-    each the mean of all rows before them. `own`: the model's row of each output token, whether it is taken or not.
+    `sources`: a model's label -> the row of its tensor for each output row, -1 where none.
+    An output row with several sources is their mean; one without any is zero. Each of the last `padding` rows is
+    the mean of all rows before them. `own`: the model's row of each output token, whether it is used or not.
     """
 
     sources: Mapping[str, Rows]
@@ -80,16 +80,17 @@ class RowPicks:
 
 @dataclass(frozen=True)
 class TokenizerPlan:
-    """`files`: every tokenizer file of the output by name; the donor's own where nothing changes.
+    """The output's tokenizer.
 
-    `donor`: the model whose tokenizer it is, or was before tokens were added. `size`: rows of the
-    output's embedding; `picks`: a model's label -> the rows of its embedding;
-    `special_ids`: `eos_token_id` and the like where they are not the first model's; `notes`: what a user should know.
+    `source_model`: the model whose tokenizer it is, or was before tokens were added. `files`: every tokenizer file of
+    the output by name; unchanged files are the source model's own. `size`: rows of the output's embedding.
+    `row_sources`: a model's label -> the rows of its embedding. `special_ids`: `eos_token_id` and the like where they
+    differ from the first model's. `notes`: messages for the user.
     """
 
-    donor: str
-    files: Mapping[str, SideFile]
+    source_model: str
+    files: Mapping[str, AuxFile]
     size: int
-    picks: Mapping[str, RowPicks]
+    row_sources: Mapping[str, RowSources]
     special_ids: Mapping[str, int]
     notes: tuple[str, ...]

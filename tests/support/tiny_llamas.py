@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.core.tensor_info import TensorInfo, blocks, split_into_tiles
 from mergeforge.io.aux_files import AuxFiles
-from mergeforge.operations.synthetic_models import Shape, write_model
-from mergeforge.tensors.budget import Worker
+from mergeforge.operations.synthetic_models import ModelShape, write_model
+from mergeforge.tensors.worker import Worker
 from mergeforge.tensors.lazy import Stats, StatsPass, LazyTensor, collect_stats
 from mergeforge.tensors.remapped_vocab import remap_vocab
-from mergeforge.tokenizer import TokenizerOf, TokenizerPlan, TokenizerSettings, plan_tokenizer
+from mergeforge.tokenizer import ModelTokenizer, TokenizerPlan, TokenizerSettings, plan_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEXTS = {
@@ -72,8 +72,10 @@ def _byte_level(language: str, size: int) -> str:
 def tokenizer_json(language: str, added: Sequence[str | Mapping[str, Any]], size: int, kind: str) -> dict[str, Any]:
     """A trained tokenizer with added tokens, special ones where only their text is given."""
     value: dict[str, Any] = json.loads(trained(language, size, kind))
-    entries = [PLAIN | ({"content": one} if isinstance(one, str) else dict(one)) for one in added]
-    value["added_tokens"] = [{"id": len(value["model"]["vocab"]) + at, **one} for at, one in enumerate(entries)]
+    entries = [PLAIN | ({"content": token} if isinstance(token, str) else dict(token)) for token in added]
+    value["added_tokens"] = [
+        {"id": len(value["model"]["vocab"]) + index, **entry} for index, entry in enumerate(entries)
+    ]
     return value
 
 
@@ -92,7 +94,7 @@ def write(
     """A model whose embedding has a row for each token, or `rows`; `names` go into tokenizer_config.json."""
     tokenizer = tokenizer_json(language, added, size, kind)
     count = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
-    write_model(folder, Shape(16, 32, 1, 2, 2, rows or count), seed=seed, dtype="F32")
+    write_model(folder, ModelShape(16, 32, 1, 2, 2, rows or count), seed=seed, dtype="F32")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"} | names
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
@@ -107,7 +109,7 @@ def write(
 
 
 def write_three(root: Path) -> list[Path]:
-    """Three models, the tokens of which overlap in part; b and c add tokens that a has not."""
+    """Three models whose tokens partly overlap; b and c add tokens that a lacks."""
     chat = [{"content": "<|im_end|>", "normalized": False}, {"content": "<think>", "special": False, "lstrip": True}]
     return [
         write(root / "a", "english", seed=1),
@@ -151,11 +153,11 @@ def files_of(folder: Path) -> AuxFiles:
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
 
-def model(folder: Path, rows: int | None = None) -> TokenizerOf:
+def model(folder: Path, rows: int | None = None) -> ModelTokenizer:
     """A written model; its label is its folder's name."""
     if rows is None:
         rows = open_checkpoint(folder, folder.name).tensors[EMBEDDING].info.rows
-    return TokenizerOf(folder.name, files_of(folder), rows)
+    return ModelTokenizer(folder.name, files_of(folder), rows)
 
 
 def planned(folders: Sequence[Path], base: str | None = None, **settings: Any) -> TokenizerPlan:
@@ -205,7 +207,7 @@ def computed(way: LazyTensor, rows: int = 1 << 20, staging: int = 0) -> torch.Te
 def maps(folders: Sequence[Path], plan: TokenizerPlan, name: str = EMBEDDING) -> dict[str, torch.Tensor]:
     """Every model's embedding, with the rows of the output's tokenizer."""
     every = ways(folders, name)
-    return {label: computed(remap_vocab(name, picks, every)) for label, picks in plan.picks.items()}
+    return {label: computed(remap_vocab(name, picks, every)) for label, picks in plan.row_sources.items()}
 
 
 def info(rows: int, columns: int, dtype: str = "F32") -> TensorInfo:

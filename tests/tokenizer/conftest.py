@@ -10,5 +10,5 @@ from support.tiny_llamas import write_three
 
 @pytest.fixture(scope="session")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three models, the tokens of which overlap in part; b and c add tokens that a has not."""
+    """Three models whose tokens partly overlap; b and c add tokens that a lacks."""
     return write_three(tmp_path_factory.mktemp("three"))

@@ -21,7 +21,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_tokens_and_rows(root: Path, name: str) -> None:
+def test_tokens_and_rows_match_the_golden_files(root: Path, name: str) -> None:
     plan, recorded = ours(root, CASES[name]), GOLDEN[name]
     vocabulary = loaded(written(plan, root / name)).get_vocab()
     assert (len(vocabulary), plan.size) == (recorded["tokens"], recorded["rows"])

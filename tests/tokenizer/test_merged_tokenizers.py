@@ -28,7 +28,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_merges_are_those_of_mergekit(root: Path, name: str, tmp_path: Path) -> None:
+def test_merges_match_mergekit(root: Path, name: str, tmp_path: Path) -> None:
     out = mergeforge.merge(recipe(root, CASES[name]), out=tmp_path / "out", device="cpu", threads=1)
     merged, vocabulary = load_file(out / "model.safetensors"), loaded(out).get_vocab()
     assert len(vocabulary) == GOLDEN[name]["tokens"]
@@ -41,7 +41,7 @@ def test_merges_are_those_of_mergekit(root: Path, name: str, tmp_path: Path) -> 
     ("tokenizer", "method"),
     [({"source": "union"}, "ties"), ({"source": "base", "pad_to_multiple_of": 64}, "dare_ties")],
 )
-def test_memory_threads_and_tiles_do_not_show(
+def test_result_does_not_depend_on_memory_threads_or_tiles(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: dict[str, Any], method: str
 ) -> None:
     monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 256)
@@ -56,7 +56,7 @@ def test_memory_threads_and_tiles_do_not_show(
     assert len(seen) == 1
 
 
-def test_ids_and_the_chat_template_follow(root: Path, tmp_path: Path) -> None:
+def test_config_ids_and_chat_template_follow_the_tokenizer(root: Path, tmp_path: Path) -> None:
     """a's tokenizer has <s> and </s> behind its words, b's the other way round."""
     ids = {"bos_token_id": 290, "eos_token_id": [291, 5], "pad_token_id": None}
     one = write(tmp_path / "one", "english", seed=1, config=ids, chat_template="{{ messages[0].content }}")
@@ -78,7 +78,7 @@ def test_ids_and_the_chat_template_follow(root: Path, tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
-def test_a_tokenizer_over_an_earlier_result(root: Path, tmp_path: Path) -> None:
+def test_tokenizer_of_a_merge_that_uses_an_earlier_result(root: Path, tmp_path: Path) -> None:
     """first: a and c with a union; the result in b's tokens is the mean of first's and b's rows."""
 
     def linear(*names: str, **more: Any) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_a_tokenizer_over_an_earlier_result(root: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(merged[EMBEDDING][number], (row + own[EMBEDDING][number]) / 2)
 
 
-def test_gguf_lists_the_new_tokens(root: Path, tmp_path: Path) -> None:
+def test_gguf_contains_the_new_tokens(root: Path, tmp_path: Path) -> None:
     import gguf
 
     value = recipe(root, CASES["padded"]) | {"output": {"gguf": ["f32"], "safetensors": False}}
@@ -111,7 +111,7 @@ def test_gguf_lists_the_new_tokens(root: Path, tmp_path: Path) -> None:
     assert len(reader.fields["tokenizer.ggml.tokens"].data) == GOLDEN["padded"]["rows"]
 
 
-def test_without_a_tokenizer_of_its_own_the_shapes_must_be_equal(root: Path, tmp_path: Path) -> None:
+def test_without_a_tokenizer_setting_shapes_must_be_equal(root: Path, tmp_path: Path) -> None:
     value = recipe(root, CASES["union"])
     del value["tokenizer"]
     with pytest.raises(SourceError, match=r"lm_head.weight is \[302, 16\], not \[292, 16\]") as caught:
@@ -119,7 +119,7 @@ def test_without_a_tokenizer_of_its_own_the_shapes_must_be_equal(root: Path, tmp
     assert "tokenizer_source" in caught.value.hint
 
 
-def test_a_merged_adapter_must_not_change_rows_that_move(root: Path, tmp_path: Path) -> None:
+def test_adapter_must_not_change_rows_that_move(root: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     rows = len(load_file(root / "a" / "model.safetensors")[EMBEDDING])

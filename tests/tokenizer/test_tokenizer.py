@@ -1,4 +1,4 @@
-"""The output's tokens, ids, files and rows by hand, and what is refused."""
+"""The output's tokens, ids, files and rows against hand-computed ones, and refused settings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 from mergeforge.io.aux_files import InMemoryFile
 from mergeforge.tokenizer import (
     ModelToken,
-    TokenizerOf,
+    ModelTokenizer,
     TokenizerPlan,
     TokenizerSettings,
     TokenSetting,
     Zero,
     chat_template,
-    moved_ids,
     plan_tokenizer,
+    remap_special_ids,
     with_chat_template,
 )
 
@@ -31,17 +31,17 @@ def made(name: str, value: Any) -> InMemoryFile:
     return InMemoryFile(name, (value if isinstance(value, str) else json.dumps(value)).encode())
 
 
-def words(label: str, vocab: str, added: str = "", rows: int = 0, **config: Any) -> TokenizerOf:
+def words(label: str, vocab: str, added: str = "", rows: int = 0, **config: Any) -> ModelTokenizer:
     """A model whose tokenizer knows these words, in this order; `added` ones are special."""
     ids = {word: number for number, word in enumerate(vocab.split())}
     entries = [{"id": len(ids) + at, "content": word, "special": True} for at, word in enumerate(added.split())]
     tokenizer = {"added_tokens": entries, "model": {"type": "WordLevel", "vocab": ids, "unk_token": "a"}}
     files = {"tokenizer.json": made("tokenizer.json", tokenizer)}
     files |= {"tokenizer_config.json": made("tokenizer_config.json", config)}
-    return TokenizerOf(label, files, rows or len(ids) + len(entries))
+    return ModelTokenizer(label, files, rows or len(ids) + len(entries))
 
 
-def plan(*models: TokenizerOf, base: str | None = None, **settings: Any) -> TokenizerPlan:
+def plan(*models: ModelTokenizer, base: str | None = None, **settings: Any) -> TokenizerPlan:
     return plan_tokenizer(TokenizerSettings(**settings), models, base)
 
 
@@ -52,20 +52,20 @@ def tokens(plan: TokenizerPlan) -> dict[str, int]:
 
 
 def rows(plan: TokenizerPlan, label: str) -> dict[str, list[int]]:
-    return {other: one.tolist() for other, one in plan.picks[label].sources.items()}
+    return {other: one.tolist() for other, one in plan.row_sources[label].sources.items()}
 
 
 A, B, C = words("a", "x y z"), words("b", "z w v", "<b>"), words("c", "q w x", "<c> <b>")
 
 
-def test_a_union_is_in_the_recipes_order_and_that_of_the_ids() -> None:
+def test_union_follows_the_recipe_order_then_the_ids() -> None:
     assert list(tokens(plan(A, B, C))) == ["x", "y", "z", "w", "v", "<b>", "q", "<c>"]
     assert list(tokens(plan(A, C, B))) == ["x", "y", "z", "q", "w", "<c>", "<b>", "v"]
     assert list(tokens(plan(A, B, C, base="c"))) == ["q", "w", "x", "<c>", "<b>", "y", "z", "v"]
     assert list(tokens(plan(A, B, C)).values()) == list(range(8))
 
 
-def test_who_lacks_a_token_takes_the_bases_row_or_the_only_one_or_the_mean() -> None:
+def test_missing_rows_come_from_the_base_or_the_only_model_or_the_mean() -> None:
     """x y z w v <b> q <c>: w and <b> are b's and c's, v is b's alone, x a's and c's."""
     found = plan(A, B, C)
     assert rows(found, "a") == {
@@ -83,23 +83,25 @@ def test_who_lacks_a_token_takes_the_bases_row_or_the_only_one_or_the_mean() -> 
     }
 
 
-def test_the_plan_says_what_comes_from_where() -> None:
+def test_notes_tell_where_rows_come_from() -> None:
     notes = plan(A, B, C, tokens={"new": TokenSetting(Zero())}).notes
     assert "tokenizer: 3 tokens of a" in notes
-    assert "tokenizer: 3 more of b" in notes
-    assert "tokenizer: 2 more of c" in notes
-    assert "tokenizer: 1 more of the recipe's" in notes
-    assert "embedding rows of a: 3 its own, 1 of b, 2 of c, 2 means of several models, 1 zeros" in notes
+    assert "tokenizer: 3 more tokens from b" in notes
+    assert "tokenizer: 2 more tokens from c" in notes
+    assert "tokenizer: 1 more token from the recipe" in notes
+    assert (
+        "embedding rows of a: 3 of its own, 1 from b, 2 from c, 2 averaged over several models, 1 set to zero" in notes
+    )
 
 
-def test_equal_tokenizers_change_nothing() -> None:
+def test_equal_tokenizers_keep_every_file_and_row() -> None:
     one, other = words("one", "x y z", rows=8), words("other", "x y z", rows=8)
     found = plan(one, other)
     assert found.files["tokenizer.json"] is one.files["tokenizer.json"]
     assert (found.size, rows(found, "one"), rows(found, "other")) == (8, {"one": [*range(8)]}, {"other": [*range(8)]})
 
 
-def test_a_padded_vocabulary_stays_padded_and_new_tokens_use_its_rows() -> None:
+def test_padded_vocabulary_stays_padded_and_new_tokens_use_its_rows() -> None:
     """Rows 4 to 7 of the base have no token; the other model has tokens there, or no rows."""
     found = plan(words("base", "a b c", "<s>", rows=8), words("other", "a b c d", "<s>", rows=7), base="base")
     assert tokens(found) == {"a": 0, "b": 1, "c": 2, "<s>": 3, "d": 4}
@@ -108,9 +110,9 @@ def test_a_padded_vocabulary_stays_padded_and_new_tokens_use_its_rows() -> None:
     assert rows(found, "other") == {"base": [-1] * 7 + [7], "other": [0, 1, 2, 4, 3, 5, 6, -1]}
 
 
-def test_padding_to_a_multiple_takes_the_place_of_the_bases() -> None:
+def test_pad_to_multiple_of_replaces_the_padding_of_the_base() -> None:
     found = plan(words("base", "a b c", rows=8), base="base", source="base", pad_to_multiple_of=4)
-    assert (found.size, found.picks["base"].padding) == (4, 1)
+    assert (found.size, found.row_sources["base"].padding) == (4, 1)
     assert rows(found, "base") == {"base": [0, 1, 2, -1]}
 
 
@@ -131,25 +133,25 @@ def test_settings_of_single_tokens() -> None:
     assert rows(found, "b")["b"] == [-1, 3, 0, 1, 2, 3, -1, -1, -1]
 
 
-def test_a_base_gets_new_tokens() -> None:
+def test_new_tokens_are_added_to_a_base() -> None:
     found = plan(A, B, base="a", source="base", tokens={"<b>": TokenSetting("b"), "new": TokenSetting(None)})
     assert tokens(found) == {"x": 0, "y": 1, "z": 2, "<b>": 3, "new": 4}
     assert rows(found, "a") == {"a": [0, 1, 2, -1, -1], "b": [-1, -1, -1, 3, -1]}
-    assert "no model has a row for 'new': zeros" in found.notes
+    assert "no model has an embedding row for 'new': set to zero" in found.notes
 
 
-def test_a_model_named_for_its_tokenizer_alone_gives_rows_only_where_asked() -> None:
+def test_tokenizer_only_model_gives_rows_only_where_the_recipe_says() -> None:
     """o has x and z, too: a keeps its own, b takes a's x, not the mean; o's own word is nobody's."""
     value = json.loads(words("o", "z o x", "<o>").files["tokenizer.json"].read_text())
-    other = TokenizerOf("o", {"tokenizer.json": made("", value)}, 4, merged=False)
-    assert plan(A, B, other).picks["a"].size == plan(A, B).picks["a"].size == 6
+    other = ModelTokenizer("o", {"tokenizer.json": made("", value)}, 4, merged=False)
+    assert plan(A, B, other).row_sources["a"].size == plan(A, B).row_sources["a"].size == 6
     found = plan(A, B, other, source="o", tokens={"<o>": TokenSetting("o")})
     assert tokens(found) == {"z": 0, "o": 1, "x": 2, "<o>": 3}
     assert rows(found, "b") == {"a": [-1, -1, 0, -1], "b": [0, -1, -1, -1], "o": [-1, -1, -1, 3]}
-    assert "no model has a row for 'o': zeros" in found.notes
+    assert "no model has an embedding row for 'o': set to zero" in found.notes
 
 
-def test_an_added_token_is_matched_as_the_first_model_says() -> None:
+def test_added_token_has_the_flags_of_the_first_model() -> None:
     """`w` is a word of b, and an added token of d: so it is one in the output, too."""
     d = words("d", "q", "w")
     value = json.loads(plan(A, B, d).files["tokenizer.json"].read_text())
@@ -157,43 +159,43 @@ def test_an_added_token_is_matched_as_the_first_model_says() -> None:
     assert flags == {"w": True, "v": False, "<b>": True, "q": False}
 
 
-def test_tokens_without_a_row_are_missing_there() -> None:
+def test_tokens_without_a_row_count_as_missing() -> None:
     """b's embedding has no row for <b>: it is left out of b, and taken from c; unless b names it."""
     lost = words("b", "z w v", "<b>", rows=3)
     assert "<b>" not in tokens(plan(lost, A))
-    assert "b has no row for '<b>': left out of the tokenizer" in plan(lost, A).notes
+    assert "b has no embedding row for '<b>': left out of the tokenizer" in plan(lost, A).notes
     assert rows(plan(C, lost), "b")["c"][tokens(plan(C, lost))["<b>"]] == 4
     named = plan(words("b", "z w v", "<b>", rows=3, pad_token="<b>"), A)
     assert tokens(named)["<b>"] == 3
     assert named.size == 6
 
 
-def test_tokens_that_only_tokenizer_config_names_are_added() -> None:
+def test_tokens_named_only_in_tokenizer_config_are_added() -> None:
     one = words("one", "x y", pad_token={"content": "<pad>"}, rows=3, additional_special_tokens=["<more>"])
     found = plan(one, A)
     assert tokens(found) == {"x": 0, "y": 1, "<pad>": 2, "<more>": 3, "z": 4}
     assert rows(found, "one")["one"] == [0, 1, 2, -1, -1]
 
 
-def test_special_ids_follow_the_tokenizer_that_is_taken() -> None:
+def test_special_ids_follow_the_source_tokenizer() -> None:
     one = words("one", "x y", "<s> </s>", bos_token="<s>", eos_token="</s>")
     other = words("other", "y z x w", "<end> <s>", bos_token="<s>", eos_token="<end>")
     found = plan(one, other, base="one", source="other")
     assert found.special_ids == {"bos_token_id": 5, "eos_token_id": 4}
     config = {"vocab_size": 4, "bos_token_id": 2, "eos_token_id": [3, 1], "pad_token_id": 3, "sep_token_id": None}
     moved = {"vocab_size": 4, "bos_token_id": 5, "eos_token_id": [4, 0], "sep_token_id": None}
-    assert moved_ids(config, found, "one") == moved
-    assert moved_ids({"text_config": config}, found, "one") == {"text_config": moved}
+    assert remap_special_ids(config, found, "one") == moved
+    assert remap_special_ids({"text_config": config}, found, "one") == {"text_config": moved}
     forced = plan(one, other, base="one", tokens={"</s>": TokenSetting(Zero(), force=True)})
-    assert moved_ids(config, forced, "one") == config
+    assert remap_special_ids(config, forced, "one") == config
     assert forced.special_ids == {}
 
 
-def test_files_that_list_added_tokens_are_written_and_others_kept() -> None:
+def test_files_that_list_added_tokens_are_rewritten_and_others_copied() -> None:
     one = words("one", "x y", "<s>", added_tokens_decoder={"2": {"content": "<s>", "special": True}}, bos_token="<s>")
     more = {name: made(name, {}) for name in ("added_tokens.json", "special_tokens_map.json", "config.json")}
     more |= {name: made(name, "?") for name in ("tokenizer.model", "merges.txt", "README.md", "tekken.json")}
-    found = plan(TokenizerOf("one", {**one.files, **more}, 3), A)
+    found = plan(ModelTokenizer("one", {**one.files, **more}, 3), A)
     kept = {"special_tokens_map.json", "tokenizer.model", "merges.txt"}
     changed = {"tokenizer.json", "tokenizer_config.json", "added_tokens.json"}
     assert found.files.keys() == kept | changed
@@ -202,19 +204,19 @@ def test_files_that_list_added_tokens_are_written_and_others_kept() -> None:
     assert [one["content"] for one in config["added_tokens_decoder"].values()] == ["<s>", "z"]
     assert config["bos_token"] == "<s>"
     assert json.loads(found.files["added_tokens.json"].read_text()) == {"<s>": 2, "z": 3}
-    assert "tekken.json is left out: it lacks the new tokens" in found.notes
+    assert "tekken.json is left out, because it lacks the new tokens" in found.notes
 
 
-def test_vocab_json_is_read_where_nothing_is_added_to_it() -> None:
+def test_vocab_json_suffices_if_no_token_is_added() -> None:
     files = {"vocab.json": made("vocab.json", {"x": 0, "w": 1}), "added_tokens.json": made("", {"<e>": 3, "<s>": 2})}
-    old = TokenizerOf("old", files, 4)
+    old = ModelTokenizer("old", files, 4)
     assert tokens(plan(A, old)) == {"x": 0, "y": 1, "z": 2, "w": 3, "<s>": 4, "<e>": 5}
     assert plan(A, old, source="old").files == files
-    with pytest.raises(SourceError, match=r"^old has no tokenizer.json, which tokens could be added to \('y', 'z'\)"):
+    with pytest.raises(SourceError, match=r"^old has no tokenizer.json to add tokens to \('y', 'z'\)"):
         plan(old, A)
 
 
-def test_a_union_is_loaded_and_reads_every_models_special_tokens(three: list[Path], tmp_path: Path) -> None:
+def test_union_loads_in_transformers_with_every_special_token(three: list[Path], tmp_path: Path) -> None:
     found = planned(three)
     tokenizer = loaded(written(found, tmp_path))
     assert tokenizer.get_vocab() == tokens(found)
@@ -224,7 +226,7 @@ def test_a_union_is_loaded_and_reads_every_models_special_tokens(three: list[Pat
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_rows_go_with_their_tokens(three: list[Path]) -> None:
+def test_rows_move_with_their_tokens(three: list[Path]) -> None:
     """Every token that a model has keeps its embedding in that model."""
     found = planned(three)
     before, after = tokens(found), maps(three, found)
@@ -236,21 +238,21 @@ def test_rows_go_with_their_tokens(three: list[Path]) -> None:
 
 # refused
 
-BROKEN: dict[str, tuple[type[MergeforgeError], str, Mapping[str, Any], list[TokenizerOf]]] = {
-    "source": (RecipeError, "tokenizer source 'd' is none of the merge's models", {"source": "d"}, [A, B]),
+BROKEN: dict[str, tuple[type[MergeforgeError], str, Mapping[str, Any], list[ModelTokenizer]]] = {
+    "source": (RecipeError, "tokenizer source 'd' is not a model of this merge", {"source": "d"}, [A, B]),
     "padding": (RecipeError, "pad_to_multiple_of must be at least 1, not 0", {"pad_to_multiple_of": 0}, [A]),
-    "empty": (RecipeError, "a token cannot be empty", {"tokens": {"": TokenSetting(Zero())}}, [A]),
+    "empty": (RecipeError, "a token cannot be an empty string", {"tokens": {"": TokenSetting(Zero())}}, [A]),
     "model": (
         RecipeError,
-        "'x' takes its row from 'd', no model of the merge",
+        "'x' takes its row from 'd', which is not a model of this merge",
         {"tokens": {"x": TokenSetting("d")}},
         [A],
     ),
     "token": (RecipeError, "tokenizer.tokens: a has no token 'w'", {"tokens": {"w": TokenSetting("a")}}, [A, B]),
-    "forced": (RecipeError, "'x' is forced, but has no source", {"tokens": {"x": TokenSetting(None, True)}}, [A]),
+    "forced": (RecipeError, "'x' has 'force' but no source", {"tokens": {"x": TokenSetting(None, True)}}, [A]),
     "other token": (
         RecipeError,
-        "'x' takes its row from 'k', which a has not",
+        "'x' takes its row from 'k', but a has no such token",
         {"tokens": {"x": TokenSetting(ModelToken("a", token="k"))}},
         [A],
     ),
@@ -266,43 +268,43 @@ BROKEN: dict[str, tuple[type[MergeforgeError], str, Mapping[str, Any], list[Toke
         {},
         [A, words("d", "x y z", rows=2)],
     ),
-    "missing": (SourceError, "^d has no tokenizer.json$", {}, [A, TokenizerOf("d", {}, 3)]),
+    "missing": (SourceError, "^d has no tokenizer.json$", {}, [A, ModelTokenizer("d", {}, 3)]),
     "sentencepiece": (
         SourceError,
         "^d has no tokenizer.json, only tokenizer.model$",
         {},
-        [A, TokenizerOf("d", {"tokenizer.model": made("tokenizer.model", "?")}, 3)],
+        [A, ModelTokenizer("d", {"tokenizer.model": made("tokenizer.model", "?")}, 3)],
     ),
     "no JSON": (
         SourceError,
         "^tokenizer.json cannot be read as JSON",
         {},
-        [TokenizerOf("d", {"tokenizer.json": made("tokenizer.json", "version https")}, 3)],
+        [ModelTokenizer("d", {"tokenizer.json": made("tokenizer.json", "version https")}, 3)],
     ),
     "no tokens": (
         SourceError,
-        "^tokenizer.json holds no tokens",
+        "^tokenizer.json contains no tokens",
         {},
-        [TokenizerOf("d", {"tokenizer.json": made("tokenizer.json", {"model": {}})}, 3)],
+        [ModelTokenizer("d", {"tokenizer.json": made("tokenizer.json", {"model": {}})}, 3)],
     ),
     "bad ids": (
         SourceError,
         "^tokenizer.json: its vocabulary cannot be read",
         {},
-        [TokenizerOf("d", {"tokenizer.json": made("tokenizer.json", {"model": {"vocab": {"x": None}}})}, 3)],
+        [ModelTokenizer("d", {"tokenizer.json": made("tokenizer.json", {"model": {"vocab": {"x": None}}})}, 3)],
     ),
     "negative ids": (
         SourceError,
         "^tokenizer.json has tokens with negative ids",
         {},
-        [TokenizerOf("d", {"tokenizer.json": made("tokenizer.json", {"model": {"vocab": {"x": -1}}})}, 3)],
+        [ModelTokenizer("d", {"tokenizer.json": made("tokenizer.json", {"model": {"vocab": {"x": -1}}})}, 3)],
     ),
     "holes": (
         SourceError,
-        r"^d: tokens of one id, 'b' and '<s>' \(2\)",
+        r"^d: several tokens share one id: 'b' and '<s>' \(2\)",
         {},
         [
-            TokenizerOf(
+            ModelTokenizer(
                 "d",
                 {
                     "tokenizer.json": made(
@@ -317,47 +319,52 @@ BROKEN: dict[str, tuple[type[MergeforgeError], str, Mapping[str, Any], list[Toke
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_mistakes_are_named(name: str) -> None:
+def test_mistakes_are_refused_with_a_message(name: str) -> None:
     kind, message, settings, models = BROKEN[name]
     with pytest.raises(kind, match=message):
         plan_tokenizer(TokenizerSettings(**settings), models, None)
 
 
-def test_an_unknown_base_is_named() -> None:
-    with pytest.raises(RecipeError, match="base_model 'z' is none of the merge's models"):
+def test_unknown_base_is_refused() -> None:
+    with pytest.raises(RecipeError, match="base_model 'z' is not a model of this merge"):
         plan(A, B, base="z")
 
 
-def test_a_large_union_takes_arrays_not_dicts() -> None:
+def test_large_union_uses_int32_arrays() -> None:
     """100,000 tokens in each of two models, half of them shared: every row has one place."""
     one = words("one", " ".join(f"t{at}" for at in range(100_000)))
     two = words("two", " ".join(f"t{at}" for at in range(149_999, 49_999, -1)))
     found = plan(one, two)
     assert found.size == 150_000
-    assert {rows.dtype for pick in found.picks.values() for rows in pick.sources.values()} == {np.dtype("int32")}
-    assert sum((rows >= 0).sum() for rows in found.picks["one"].sources.values()) == 150_000
+    assert {rows.dtype for pick in found.row_sources.values() for rows in pick.sources.values()} == {np.dtype("int32")}
+    assert sum((rows >= 0).sum() for rows in found.row_sources["one"].sources.values()) == 150_000
 
 
 # chat templates
 
 
-def talker(label: str, template: Any = None, jinja: str | None = None) -> TokenizerOf:
+def chat_model(label: str, template: Any = None, jinja: str | None = None) -> ModelTokenizer:
     files = {"tokenizer_config.json": made("tokenizer_config.json", {"chat_template": template} if template else {})}
-    return TokenizerOf(label, files | ({"chat_template.jinja": made("", jinja)} if jinja else {}), 3)
+    return ModelTokenizer(label, files | ({"chat_template.jinja": made("", jinja)} if jinja else {}), 3)
 
 
-def test_auto_is_the_most_frequent_template_and_of_these_the_first() -> None:
+def test_auto_takes_the_most_frequent_template_and_the_first_on_a_tie() -> None:
     named = [{"name": "tool_use", "template": "{{ no }}"}, {"name": "default", "template": "{{ b }}"}]
-    a, b, c, none = talker("a", "{{ a }}"), talker("b", named), talker("c", jinja="{{ b }}\n"), talker("none")
+    a, b, c, none = (
+        chat_model("a", "{{ a }}"),
+        chat_model("b", named),
+        chat_model("c", jinja="{{ b }}\n"),
+        chat_model("none"),
+    )
     assert chat_template("auto", [a, b, c, none]) == "{{ b }}"
     assert chat_template("auto", [none, b, a]) == "{{ b }}"
     assert chat_template("auto", [none]) is None
 
 
-def test_templates_by_name_and_in_jinja() -> None:
+def test_templates_by_name_or_as_jinja() -> None:
     assert "<|im_start|>" in (chat_template("chatml", []) or "")
     assert chat_template("{{ messages }}", []) == "{{ messages }}"
-    with pytest.raises(RecipeError, match="no chat template is called 'chatlm'") as caught:
+    with pytest.raises(RecipeError, match="unknown chat template 'chatlm'") as caught:
         chat_template("chatlm", [])
     assert caught.value.hint == "did you mean 'chatml'?"
 
@@ -393,7 +400,7 @@ def test_named_templates_render_in_their_format(name: str, tmp_path: Path) -> No
     assert tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True) == RENDERED[name]
 
 
-def test_an_own_template_takes_every_others_place() -> None:
+def test_recipe_template_replaces_all_others() -> None:
     names = ("chat_template.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer.json")
     files = with_chat_template({name: made(name, {}) for name in names}, "{{ mine }}")
     assert files.keys() == {"chat_template.jinja", "tokenizer.json"}

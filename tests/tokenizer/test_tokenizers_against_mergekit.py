@@ -156,7 +156,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rows_and_texts_are_equal(root: Path, name: str) -> None:
+def test_rows_and_texts_match_mergekit(root: Path, name: str) -> None:
     errors = json.loads((root / "errors.json").read_text())
     assert name not in errors, errors[name]
     plan = ours(root, CASES[name])

@@ -78,8 +78,8 @@ def test_the_same_recipe_again(models: Path) -> None:
     "change, problem",
     [
         ({"output": {"adapter": {"rank": 0}}}, "at least 1, not 0"),
-        ({"output": {"adapter": {"energy": 2}}}, "'energy' must lie in"),
-        ({"adapters": None, **MODELS}, "no adapters to join"),
+        ({"output": {"adapter": {"energy": 2}}}, "'energy' must be in"),
+        ({"adapters": None, **MODELS}, "no adapters to combine"),
         ({"merge_method": "ties", "parameters": {"density": 0.5}}, "more than the base plus weighted adapters"),
         ({"merge_method": "slerp", "parameters": {"t": 0.5}}, "slerp has no parameter 'weight'"),
     ],

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergeforge.errors import RecipeError, did_you_mean, refused_if_odd
+from mergeforge.errors import RecipeError, did_you_mean, malformed_as_source_error
 from mergeforge.gguf.key_values import Keys
 from mergeforge.gguf.vocab.families import KINDS
 from mergeforge.gguf.vocab.tokenizer_files import TokenizerFiles
@@ -51,6 +51,6 @@ def vocabulary(
     """
     if kind not in KINDS:
         raise RecipeError(f"no kind of vocabulary is called {kind!r}", hint=did_you_mean(kind, KINDS))
-    with refused_if_odd(files.get("tokenizer.json", "the tokenizer")):
+    with malformed_as_source_error(files.get("tokenizer.json", "the tokenizer")):
         keys, notes = KINDS[kind](TokenizerFiles(files, config, rows, pre))
     return Vocabulary(keys, tuple(dict.fromkeys(note for note in notes if note)), rows)

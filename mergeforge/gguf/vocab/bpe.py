@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.vocab.added_tokens import Added
 from mergeforge.gguf.vocab.token_decoder import decoded
 from mergeforge.gguf.vocab.tokens import CONTROL, NORMAL, SPACE, USER_DEFINED, Tokens, check_rows, looks_special
+from mergeforge.tokenizer.hf_files import AddedToken
 
 
-def bpe_tokens(tokenizer: Mapping[str, Any], added: Mapping[int, Added], rows: int) -> Tokens:
+def bpe_tokens(tokenizer: Mapping[str, Any], added: Mapping[int, AddedToken], rows: int) -> Tokens:
     """The tokens of a BPE or WordPiece vocabulary; raises SourceError when the embedding is too small for it."""
     names = {number: text for text, number in tokenizer["model"]["vocab"].items()}
     stored = {number: one.text for number, one in added.items() if one.stored}
@@ -30,7 +30,7 @@ def bpe_tokens(tokenizer: Mapping[str, Any], added: Mapping[int, Added], rows: i
     return tokens
 
 
-def _spelled(one: Added, decoder: Mapping[str, Any] | None) -> tuple[str, int]:
+def _spelled(one: AddedToken, decoder: Mapping[str, Any] | None) -> tuple[str, int]:
     text = one.text if one.normalized else decoded(one.text, decoder)
     if "\ufffd" in text:  # a single byte of a letter; llama.cpp's converter loses it
         text = one.text

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergeforge.gguf.key_values import Keys, Value, array, text
-from mergeforge.gguf.vocab.hf_files import Files, object_of, text_of
+from mergeforge.io.aux_files import AuxFiles
+from mergeforge.tokenizer.hf_files import read_object, read_text
 
 _NAMED = re.compile(r"additional_chat_templates/([^/]+)\.jinja")
 
 
-def template_keys(files: Files, tokenizer_config: Mapping[str, Any] | None) -> Keys:
+def template_keys(files: AuxFiles, tokenizer_config: Mapping[str, Any] | None) -> Keys:
     """tokenizer.chat_template and, for named templates, tokenizer.chat_template.NAME and the list of names.
 
     tokenizer_config.json's `chat_template` comes before chat_template.jinja, as in llama.cpp's converter.
@@ -25,14 +26,14 @@ def template_keys(files: Files, tokenizer_config: Mapping[str, Any] | None) -> K
     return _named(found) if isinstance(found, list) else {}
 
 
-def _beside(files: Files) -> Any:
-    default = text_of(files, "chat_template.jinja")
+def _beside(files: AuxFiles) -> Any:
+    default = read_text(files, "chat_template.jinja")
     if default is None:
-        return (object_of(files, "chat_template.json") or {}).get("chat_template")
+        return (read_object(files, "chat_template.json") or {}).get("chat_template")
     named = [(found[1], name) for name in sorted(files) if (found := _NAMED.fullmatch(name))]
     if not named:
         return default
-    extra = [{"name": short, "template": text_of(files, name)} for short, name in named]
+    extra = [{"name": short, "template": read_text(files, name)} for short, name in named]
     return [{"name": "default", "template": default}, *extra]
 
 

@@ -8,7 +8,6 @@ from mergeforge.errors import SourceError
 from mergeforge.gguf.key_values import Keys, Value, array, flag, text, u32
 from mergeforge.gguf.vocab.bpe import bpe_tokens, merges_of
 from mergeforge.gguf.vocab.chat_templates import template_keys
-from mergeforge.gguf.vocab.hf_files import content_of
 from mergeforge.gguf.vocab.pre_tokenizer import Wanted, asked_for, pre_tokenizer, unapplied
 from mergeforge.gguf.vocab.special_tokens import Special, special_tokens
 from mergeforge.gguf.vocab.spm import adds_space, is_rebuildable, phi3_tokens, piece_tokens, rebuilt_tokens
@@ -21,6 +20,7 @@ from mergeforge.gguf.vocab.wordpiece import (
     wordpiece_tokens,
     xlm_roberta_tokens,
 )
+from mergeforge.tokenizer.hf_files import token_text
 
 Made = tuple[dict[str, Value], list[str]]  # keys in order, notes
 SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
@@ -118,7 +118,7 @@ def unigram(given: TokenizerFiles) -> Made:
     if "sentencepiece.bpe.model" in given.files:
         tokens, normalizing = xlm_roberta_tokens(given.files["sentencepiece.bpe.model"], given.rows)
     else:
-        unknown = content_of(given.tokenizer_config.get("unk_token"))
+        unknown = token_text(given.tokenizer_config.get("unk_token")) or None
         tokens = unigram_tokens(given.tokenizer, given.added, given.named, unknown, given.rows)
         normalizing = unigram_keys(given.tokenizer, given.tokenizer_config)
     special = special_of(given, limit=given.rows)

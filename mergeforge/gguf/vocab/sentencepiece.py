@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mergeforge.errors import SourceError
 from mergeforge.gguf.vocab.tokens import NORMAL, USER_DEFINED
-from mergeforge.io.aux_files import SideFile
+from mergeforge.io.aux_files import AuxFile
 
 UNIGRAM, BPE = 1, 2
 
@@ -38,7 +38,7 @@ class PieceModel:
     remove_extra_whitespaces: bool
 
 
-def piece_model(path: SideFile) -> PieceModel:
+def piece_model(path: AuxFile) -> PieceModel:
     """Read a sentencepiece model. Raises SourceError."""
     try:
         return _model(path.read_bytes())

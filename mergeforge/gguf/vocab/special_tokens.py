@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergeforge.gguf.key_values import Keys, Value, flag, u32
-from mergeforge.gguf.vocab.hf_files import content_of
+from mergeforge.tokenizer.hf_files import token_text
 
 KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _ID_KEYS = {  # GGUF has none for cls
@@ -105,8 +105,7 @@ def _read_names(special: Special, names: _Names, added: Sequence[Mapping[str, An
         on = names.config.get(f"add_{kind}_token")
         if isinstance(on, bool):
             special.adds.setdefault(kind, on)
-        text = content_of(names.config.get(f"{kind}_token"))
-        if text is not None:
+        if text := token_text(names.config.get(f"{kind}_token")):
             special.take(kind, ids.get(text), limit, "tokenizer_config.json")
 
 
@@ -216,9 +215,9 @@ def _fill_gaps(
     vocab = tokenizer.get("model", {}).get("vocab")
     ids = {token.get("content"): token.get("id") for token in tokenizer.get("added_tokens") or ()}
     for kind in ("bos", "eos"):
-        text = content_of(names.roles.get(kind))
+        text = token_text(names.roles.get(kind))
         wanted = kind == "eos" or special.adds.get("bos")
-        if kind in special.ids or text is None or not wanted:
+        if kind in special.ids or not text or not wanted:
             continue
         number = ids.get(text, vocab.get(text) if isinstance(vocab, dict) else None)
         special.take(kind, number, limit, "tokenizer.json")

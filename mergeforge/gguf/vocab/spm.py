@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Set
 from typing import Any
 
-from mergeforge.gguf.vocab.added_tokens import Added
 from mergeforge.gguf.vocab.sentencepiece import UNIGRAM, PieceModel
 from mergeforge.gguf.vocab.tokens import (
     ADDED_SCORE,
@@ -25,6 +24,7 @@ from mergeforge.gguf.vocab.tokens import (
     check_rows,
     looks_special,
 )
+from mergeforge.tokenizer.hf_files import AddedToken
 
 
 def piece_tokens(
@@ -68,7 +68,7 @@ def is_rebuildable(tokenizer: Mapping[str, Any]) -> bool:
     return bool(model.get("type", "BPE") == "BPE" and model.get("byte_fallback") and model.get("merges"))
 
 
-def rebuilt_tokens(tokenizer: Mapping[str, Any], added: Mapping[int, Added], rows: int) -> Tokens:
+def rebuilt_tokens(tokenizer: Mapping[str, Any], added: Mapping[int, AddedToken], rows: int) -> Tokens:
     """The tokens that tokenizer.model would give, from a tokenizer.json made of it."""
     model = tokenizer["model"]
     names = {number: text for text, number in model["vocab"].items()}
@@ -158,7 +158,7 @@ def phi3_tokens(tokens: Tokens, tokenizer_config: Mapping[str, Any], tokenizer: 
 _SHOWN = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
 
 
-def gemma4_tokens(tokenizer: Mapping[str, Any], added: Mapping[int, Added], named: Set[str], rows: int) -> Tokens:
+def gemma4_tokens(tokenizer: Mapping[str, Any], added: Mapping[int, AddedToken], named: Set[str], rows: int) -> Tokens:
     """Gemma 4's tokens. The engine merges them by the merges, so the scores mean nothing."""
     names = {number: text for text, number in tokenizer["model"]["vocab"].items()}
     stored = {number: one.text for number, one in added.items() if one.stored}

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.vocab.added_tokens import Added, added_tokens, named_tokens
 from mergeforge.gguf.vocab.bpe import merges_of_text
-from mergeforge.gguf.vocab.hf_files import Files, object_of, text_of
 from mergeforge.gguf.vocab.sentencepiece import PieceModel, piece_model
+from mergeforge.io.aux_files import AuxFiles
+from mergeforge.tokenizer.hf_files import AddedToken, added_tokens, named_tokens, read_object, read_text
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
@@ -20,22 +20,22 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 class TokenizerFiles:
     """What a model's tokenizer files say, its config.json, and the rows of its token embedding."""
 
-    files: Files
+    files: AuxFiles
     config: Mapping[str, Any]
     rows: int
     pre: str | None = None
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
-        return object_of(self.files, "tokenizer_config.json") or {}
+        return read_object(self.files, "tokenizer_config.json") or {}
 
     @cached_property
     def special_map(self) -> dict[str, Any]:
-        return object_of(self.files, "special_tokens_map.json") or {}
+        return read_object(self.files, "special_tokens_map.json") or {}
 
     @cached_property
     def added_json(self) -> dict[str, Any]:
-        return object_of(self.files, "added_tokens.json") or {}
+        return read_object(self.files, "added_tokens.json") or {}
 
     @cached_property
     def hparams(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class TokenizerFiles:
     @cached_property
     def tokenizer_json(self) -> dict[str, Any] | None:
         """tokenizer.json, when there is one."""
-        found = object_of(self.files, "tokenizer.json")
+        found = read_object(self.files, "tokenizer.json")
         if found is not None and not (isinstance(found.get("model"), dict) and found["model"].get("vocab")):
             raise SourceError(f"{self.files['tokenizer.json']} has no model.vocab", hint="save the tokenizer again")
         return found
@@ -69,11 +69,11 @@ class TokenizerFiles:
                 hint="copy the base model's tokenizer files beside config.json",
             )
         if not found["model"].get("merges") and "merges.txt" in self.files:
-            found["model"]["merges"] = merges_of_text(text_of(self.files, "merges.txt") or "")
+            found["model"]["merges"] = merges_of_text(read_text(self.files, "merges.txt") or "")
         return found
 
     def _of_vocab_and_merges(self) -> dict[str, Any] | None:
-        vocab = object_of(self.files, "vocab.json")
+        vocab = read_object(self.files, "vocab.json")
         if vocab is None or "merges.txt" not in self.files:
             return None
         listed = self.tokenizer_config.get("added_tokens_decoder") or {}
@@ -92,12 +92,18 @@ class TokenizerFiles:
         return str(name).removesuffix("Fast") == "GPT2Tokenizer"
 
     @cached_property
-    def added(self) -> dict[int, Added]:
-        return added_tokens(self.tokenizer, self.tokenizer_config, self.special_map)
+    def added(self) -> dict[int, AddedToken]:
+        """Added tokens by id."""
+        vocab = (self.tokenizer.get("model") or {}).get("vocab") or {}
+        ids = vocab if isinstance(vocab, Mapping) else {entry[0]: index for index, entry in enumerate(vocab)}
+        stored = self.tokenizer.get("added_tokens") or ()
+        tokens = added_tokens(ids, stored, self.tokenizer_config, self.special_map)
+        return {token.number: token for token in tokens.values()}
 
     @cached_property
     def named(self) -> set[str]:
-        return named_tokens(self.tokenizer_config, self.special_map)
+        """The texts of the tokens that the configuration names."""
+        return named_tokens(self.tokenizer_config, self.special_map).texts
 
     def tokenizer_name(self) -> str:
         """Which file an error should name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from mergeforge.errors import SourceError, listing
+from mergeforge.errors import SourceError, format_list
 from mergeforge.gguf.key_values import Keys, array
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -51,7 +51,7 @@ def check_rows(ids: Iterable[int], rows: int, names: dict[int, str], file: str) 
     """Raises SourceError when the vocabulary has ids that the embedding has no row for."""
     outside = sorted(number for number in ids if number >= rows)
     if outside:
-        shown = listing([f"{names[number]!r} ({number})" for number in outside])
+        shown = format_list([f"{names[number]!r} ({number})" for number in outside])
         raise SourceError(
             f"{file} has token ids up to {outside[-1]}, the token embedding has only {rows} rows: {shown}",
             hint="take the tokenizer that belongs to these weights, remove these tokens from it, or give the merge "
@@ -66,7 +66,7 @@ def check_distinct(tokens: Tokens) -> None:
     seen: dict[str, int] = {}
     twice = [f"{text!r} ({seen[text]} and {i})" for i, text in enumerate(tokens.texts) if seen.setdefault(text, i) != i]
     raise SourceError(
-        f"the vocabulary has {len(twice)} texts with two ids: {listing(twice)}; llama.cpp cannot load that",
+        f"the vocabulary has {len(twice)} texts with two ids: {format_list(twice)}; llama.cpp cannot load that",
         hint="rename one of each in tokenizer.json",
     )
 

@@ -8,16 +8,16 @@ from typing import Any
 
 from mergeforge.errors import SourceError
 from mergeforge.gguf.key_values import Keys, array, flag
-from mergeforge.gguf.vocab.added_tokens import Added
 from mergeforge.gguf.vocab.bpe import bpe_tokens
 from mergeforge.gguf.vocab.sentencepiece import piece_model
 from mergeforge.gguf.vocab.tokens import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Tokens, check_rows
-from mergeforge.io.aux_files import SideFile
+from mergeforge.io.aux_files import AuxFile
+from mergeforge.tokenizer.hf_files import AddedToken
 
 _PRE = {False: "bert-bge", True: "bert-bge-large"}  # the engine does the same under both
 
 
-def wordpiece_tokens(tokenizer: Mapping[str, Any], added: Mapping[int, Added], rows: int) -> Tokens:
+def wordpiece_tokens(tokenizer: Mapping[str, Any], added: Mapping[int, AddedToken], rows: int) -> Tokens:
     """WordPiece as llama.cpp wants it: a word's first piece starts with a space, the others lose their `##`."""
     tokens = bpe_tokens(tokenizer, added, rows)
     for number, (text, kind) in enumerate(zip(tokens.texts, tokens.types, strict=True)):
@@ -32,7 +32,7 @@ def wordpiece_pre(tokenizer: Mapping[str, Any]) -> str:
 
 
 def unigram_tokens(
-    tokenizer: Mapping[str, Any], added: Mapping[int, Added], named: Set[str], unk_token: str | None, rows: int
+    tokenizer: Mapping[str, Any], added: Mapping[int, AddedToken], named: Set[str], unk_token: str | None, rows: int
 ) -> Tokens:
     """A unigram vocabulary: pieces with their log probabilities."""
     model = tokenizer["model"]
@@ -70,7 +70,7 @@ def _charsmap(tokenizer: Mapping[str, Any]) -> bytes:
     return b""
 
 
-def xlm_roberta_tokens(path: SideFile, rows: int) -> tuple[Tokens, Keys]:
+def xlm_roberta_tokens(path: AuxFile, rows: int) -> tuple[Tokens, Keys]:
     """sentencepiece.bpe.model, whose ids XLM-RoBERTa shifts: its own special tokens come first."""
     model = piece_model(path)
     first = (("<s>", CONTROL), ("<pad>", CONTROL), ("</s>", CONTROL), ("<unk>", UNKNOWN))
