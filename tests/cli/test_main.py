@@ -38,14 +38,14 @@ def test_exit_waits_for_threads_and_runs_exit_functions_and_finalizers() -> None
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_output_that_cannot_be_written_is_an_error(models: Path) -> None:
-    command = [sys.executable, "-m", "mergeforge", "eval", "base", "--data", "sample:chat", "--limit", "2", "--json"]
+    command = [sys.executable, "-m", "mergeforge", "diff", "base", "tuned-a", "--json"]  # it imports torch
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
     assert done.returncode == 1 and "Traceback" not in done.stderr
 
 
 def test_a_closed_pipe_is_no_traceback(models: Path) -> None:
-    command = [sys.executable, "-m", "mergeforge", "eval", "base", "--data", "sample:chat", "--limit", "2"]
+    command = [sys.executable, "-m", "mergeforge", "diff", "base", "tuned-a"]
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as pipe:

@@ -34,28 +34,28 @@ from typing import Any
 
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
-from mergeforge.recipe.schema import ListOf, MapOf, Record, Text
+from mergeforge.recipe.schema import ListOf, MapOf, Object, String
 
 THINK, OUTPUT = "<think>\n{}\n</think>\n\n", "{}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACEHOLDER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_WORDS = ListOf(Text(), lone=True)
-_SUBCATEGORY = Record({"description": Text(), "tags": _WORDS, "content_types": _WORDS})
-_CATEGORY = Record(
+_WORDS = ListOf(String(), allow_scalar=True)
+_SUBCATEGORY = Object({"description": String(), "tags": _WORDS, "content_types": _WORDS})
+_CATEGORY = Object(
     {
-        "description": Text("what the category is about"),
+        "description": String("what the category is about"),
         "tags": _WORDS,
         "content_types": _WORDS,
         "subcategories": MapOf(_SUBCATEGORY),
     },
     required=("subcategories",),
 )
-STRUCTURE = Record(
+STRUCTURE = Object(
     {
-        "topics": Text("the folder of the topic files"),
-        "placeholders": MapOf(Text(), "what ${NAME} stands for"),
-        "system": Text("the system message of every row"),
-        "spelling": Record({"think": Text(), "output": Text()}),
+        "topics": String("the folder of the topic files"),
+        "placeholders": MapOf(String(), "what ${NAME} stands for"),
+        "system": String("the system message of every row"),
+        "spelling": Object({"think": String(), "output": String()}),
         "categories": MapOf(_CATEGORY),
     },
     required=("categories",),
@@ -95,8 +95,8 @@ def read_structure(path: Path) -> Structure:
     """Read a structure file. Raises RecipeError with every mistake in it."""
     value, places, problems = _parsed(path)
 
-    def report(at: yaml_reader.Path, message: str, hint: str = "") -> None:
-        place = at
+    def report(path: yaml_reader.Path, message: str, hint: str = "") -> None:
+        place = path
         while place and place not in places:
             place = place[:-1]
         problems.append(Problem(*places.get(place, (0, 0)), message, hint))
@@ -119,7 +119,7 @@ def read_structure(path: Path) -> Structure:
     )
 
 
-def _parsed(path: Path) -> yaml_reader.Parsed:
+def _parsed(path: Path) -> yaml_reader.ParsedDocument:
     try:
         written = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
