@@ -16,9 +16,9 @@ from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.core.tensor_info import TensorInfo, blocks, split_into_tiles
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.operations.synthetic_models import ModelShape, write_model
-from mergeforge.tensors.worker import Worker
-from mergeforge.tensors.lazy import Stats, StatsPass, LazyTensor, collect_stats
+from mergeforge.tensors.lazy import LazyTensor, Stats, StatsPass, collect_stats
 from mergeforge.tensors.remapped_vocab import remap_vocab
+from mergeforge.tensors.worker import Worker
 from mergeforge.tokenizer import ModelTokenizer, TokenizerPlan, TokenizerSettings, plan_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
