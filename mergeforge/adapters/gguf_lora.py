@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mergeforge.adapters.deltas import LoraDelta
 from mergeforge.adapters.open import Adapter
-from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource
+from mergeforge.checkpoints.checkpoint import Checkpoint
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.core.tensor_info import FLOATS, TensorInfo
 from mergeforge.errors import SourceError, format_list
 from mergeforge.gguf.architectures import TensorTarget, build_spec

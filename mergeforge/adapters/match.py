@@ -22,7 +22,8 @@ from mergeforge.adapters.peft.lora_config import LoraSettings, describe_init
 from mergeforge.adapters.peft_delta import PeftDelta
 from mergeforge.adapters.resized_embedding import ResizedEmbedding, same_rows
 from mergeforge.adapters.resolve import TensorResolver
-from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource
+from mergeforge.checkpoints.checkpoint import Checkpoint
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor

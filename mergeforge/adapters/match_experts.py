@@ -14,7 +14,7 @@ from itertools import permutations
 from mergeforge.adapters.expert_deltas import ExpertLoraDelta
 from mergeforge.adapters.peft.hf_renames import LoadedSlice
 from mergeforge.adapters.peft.lora_config import LoraSettings
-from mergeforge.checkpoints.checkpoint import ModelSource
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.tensors.stored import StoredTensor
 
 _PARAMETER_ORDER = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")  # as modules define them

@@ -14,7 +14,8 @@ from mergeforge.adapters.match import Adapter, AdapterMatcher
 from mergeforge.adapters.peft.kind import PEFT_METHODS, PeftMethod
 from mergeforge.adapters.peft.lora_config import LoraSettings, plain_settings, read_settings
 from mergeforge.adapters.peft.unsupported import UNSUPPORTED
-from mergeforge.checkpoints.checkpoint import NO_FILES, Checkpoint, ModelSource, open_checkpoint, read_json
+from mergeforge.checkpoints.checkpoint import NO_FILES, Checkpoint, open_checkpoint, read_json
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.errors import MALFORMED_ERRORS, SourceError, malformed_as_source_error
 from mergeforge.io.disk import InputFile
 from mergeforge.io.safetensors_header import parse_header

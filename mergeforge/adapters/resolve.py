@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from mergeforge.adapters.peft.hf_renames import LoadedSlice, loaded_name, loaded_tensors
 from mergeforge.adapters.peft.keys import find_tensor
-from mergeforge.checkpoints.checkpoint import ModelSource
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, is_head, tied_head
 from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor

@@ -1,4 +1,4 @@
-"""Adapters that bring rows for new tokens: the vocabulary grows by just these."""
+"""Adapters with rows for new tokens: the vocabulary grows by these rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_tokens(folder: Path, indices: list[int]) -> Path:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_new_rows_follow_the_old_ones(threads: int, models: Path) -> None:
+def test_new_token_rows_follow_the_base_rows(threads: int, models: Path) -> None:
     adapter = write_tokens(models / "tokens", [321, 5, 320])
     out = mergeforge.merge(
         {"base_model": "base", "adapters": [str(adapter)]}, out="out", memory="32MiB", threads=threads
@@ -40,13 +40,13 @@ def test_new_rows_follow_the_old_ones(threads: int, models: Path) -> None:
     assert json.loads((out / "config.json").read_text())["vocab_size"] == 322
 
 
-def test_rows_with_a_gap_are_refused(models: Path) -> None:
+def test_new_tokens_with_a_gap_are_refused(models: Path) -> None:
     adapter = write_tokens(models / "tokens", [5, 320, 322])
     with pytest.raises(SourceError, match="embed_tokens is made for shape"):
         mergeforge.plan({"base_model": "base", "adapters": [str(adapter)]}, out="out")
 
 
-def test_two_adapters_with_other_rows_are_refused(models: Path) -> None:
-    one, two = write_tokens(models / "one", [5, 320, 321]), write_tokens(models / "two", [321, 320, 5])
+def test_two_adapters_with_different_new_rows_are_refused(models: Path) -> None:
+    folder, two = write_tokens(models / "one", [5, 320, 321]), write_tokens(models / "two", [321, 320, 5])
     with pytest.raises(SourceError, match=r"both replace"):
-        mergeforge.plan({"base_model": "base", "adapters": [str(one), str(two)]}, out="out")
+        mergeforge.plan({"base_model": "base", "adapters": [str(folder), str(two)]}, out="out")

@@ -1,4 +1,4 @@
-"""Tiny models of transformers and copies whose weights moved by low-rank, full-rank or other changes."""
+"""Tiny transformers models, and copies with low-rank, full-rank or other changes of the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LINEAR = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers and PEFT without their warnings and progress bars."""
+    """Silence the warnings and progress bars of transformers and PEFT."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -61,8 +61,8 @@ def make_model(kind: str) -> Any:
 
 
 def save_pair(folder: Path, kind: str, rank: int, also: tuple[str, ...] = (), only: str = "") -> tuple[Path, Path]:
-    """(base, tuned): every linear weight (whose name holds `only`) moved by a product of that rank, and whatever
-    name holds one of `also` by random numbers."""
+    """Save (base, tuned). A product of that rank is added to every linear weight whose name contains `only`, and
+    random numbers to every tensor whose name contains one of `also`."""
     model, generator = make_model(kind), torch.Generator().manual_seed(rank)
     with quiet():
         model.save_pretrained(folder / "base")
@@ -71,8 +71,8 @@ def save_pair(folder: Path, kind: str, rank: int, also: tuple[str, ...] = (), on
                 weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.02)
             elif only in name and weight.ndim > 1 and any(part in name for part in LINEAR):
                 for matrix in weight.data if weight.ndim == 3 else [weight.data]:  # experts are stacked
-                    left = torch.randn(matrix.shape[0], rank, generator=generator)
-                    matrix.addmm_(left, torch.randn(rank, matrix.shape[1], generator=generator), alpha=0.01)
+                    remaining = torch.randn(matrix.shape[0], rank, generator=generator)
+                    matrix.addmm_(remaining, torch.randn(rank, matrix.shape[1], generator=generator), alpha=0.01)
         model.save_pretrained(folder / "tuned")
     return folder / "base", folder / "tuned"
 
@@ -89,7 +89,7 @@ def load(folder: Path) -> Any:
 
 
 def load_adapted(base: Path, adapter: Path) -> Any:
-    """The adapter on its base, as PEFT loads it; every one of its tensors must find its place."""
+    """Load the adapter on its base with PEFT, and check that PEFT loaded all of its tensors."""
     import peft
 
     with quiet():
@@ -110,6 +110,6 @@ def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 
 def logits(model: Any) -> torch.Tensor:
-    """What a model makes of every token."""
+    """The logits of a model for every token of its vocabulary."""
     with torch.no_grad(), quiet():
         return model(torch.arange(VOCABULARY).view(3, -1)).logits

@@ -1,4 +1,4 @@
-"""Tiny models made with transformers, and adapters "trained" (made random) and saved with PEFT."""
+"""Tiny models made with transformers, and adapters with random weights, saved with PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers and PEFT without their warnings and progress bars."""
+    """Silence the warnings and progress bars of transformers and PEFT."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -33,7 +33,7 @@ def quiet() -> Iterator[None]:
 
 
 def logits(model: Any) -> torch.Tensor:
-    """What a model makes of every token that it knows."""
+    """The logits of a model for every token of its vocabulary."""
     tokens = torch.arange(model.get_input_embeddings().weight.shape[0]).view(3, -1)
     with torch.no_grad(), quiet():
         return model.eval()(tokens).logits
@@ -56,7 +56,7 @@ class Trained:
 
 
 class Lab:
-    """Makes base models (each kind once) and adapters for them, all in one folder."""
+    """Makes base models (each kind once) and adapters for them, in one folder."""
 
     quiet = staticmethod(quiet)
     logits = staticmethod(logits)
@@ -66,7 +66,7 @@ class Lab:
         self.count = 0
 
     def base(self, kind: str, dtype: str = "float32") -> Path:
-        """The folder of a tiny llama, llama-tied, qwen2 or gpt2, with no weight at zero."""
+        """The folder of a tiny llama, llama-tied, qwen2 or gpt2 model without zero weights."""
         folder = self.folder / f"{kind}-{dtype}"
         if not folder.exists():
             with quiet():
@@ -77,7 +77,7 @@ class Lab:
         return folder
 
     def train(self, base: Path, *, grow: int = 0, seed: int = 0, **config: Any) -> Trained:
-        """An adapter with random weights everywhere that training would reach."""
+        """A LoRA adapter with random values in all trainable tensors."""
         import peft
         import transformers
 
@@ -88,13 +88,13 @@ class Lab:
                 model.resize_token_embeddings(VOCABULARY + grow, mean_resizing=False)
             settings = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | config)
             model = peft.get_peft_model(model, settings)
-            _shake((one for one in model.parameters() if one.requires_grad), seed)
+            _shake((parameter for parameter in model.parameters() if parameter.requires_grad), seed)
             folder = self._next("adapter")
             model.save_pretrained(folder)
         return Trained(folder, model.eval())
 
     def tune(self, base: Path, name: str, config: dict[str, Any], seed: int = 0) -> Trained:
-        """Like train, for any of PEFT's configurations."""
+        """Like train, for any PEFT configuration class."""
         import peft
         import transformers
 
@@ -103,7 +103,7 @@ class Lab:
             model = transformers.AutoModelForCausalLM.from_pretrained(base)
             settings = getattr(peft, name)(**config)
             model = peft.get_peft_model(model, settings)
-            _shake((one for one in model.parameters() if one.requires_grad), seed)
+            _shake((parameter for parameter in model.parameters() if parameter.requires_grad), seed)
             folder = self._next("adapter")
             model.save_pretrained(folder)
         return Trained(folder, model.eval())
@@ -126,7 +126,7 @@ class Lab:
         return self._next("merged")
 
     def load(self, folder: Path) -> Any:
-        """The model as transformers loads it; it must miss and leave over nothing."""
+        """Load a model with transformers; no key may be missing, unexpected or mismatched."""
         import transformers
 
         with quiet():
@@ -153,10 +153,10 @@ def _model(kind: str) -> Any:
 
 
 def _shake(parameters: Iterator[torch.nn.Parameter], seed: int) -> None:
-    """Add noise: nothing stays zero (lora_B, biases) and magnitudes leave the norms behind."""
+    """Add noise, so that nothing is zero (lora_B, biases) and DoRA magnitudes differ from the norms."""
     generator = torch.Generator().manual_seed(seed)
-    for one in parameters:
-        one.data.add_(torch.randn(one.shape, generator=generator).to(one.dtype), alpha=0.1)
+    for parameter in parameters:
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=0.1)
 
 
 @pytest.fixture(scope="session")

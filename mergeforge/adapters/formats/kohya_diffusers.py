@@ -19,7 +19,7 @@ from mergeforge.adapters.formats.ldm_names import ldm_names
 from mergeforge.adapters.peft.kinds.lycoris import LYCORIS
 from mergeforge.adapters.peft.lora_config import LoraSettings, read_settings
 from mergeforge.adapters.resolve import TensorResolver
-from mergeforge.checkpoints.checkpoint import ModelSource
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.stored import StoredTensor
 

@@ -9,7 +9,7 @@ from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.adapters.deltas import LoraDelta, WeightDelta
 from mergeforge.adapters.open import Adapter
 from mergeforge.adapters.peft.keys import parse_key
-from mergeforge.checkpoints.checkpoint import ModelSource
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import tied_head
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, RecipeError, SourceError

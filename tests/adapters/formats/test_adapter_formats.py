@@ -1,4 +1,4 @@
-"""Adapters in other dialects: what they do to small models, by the formulas and as PEFT's equal adapter does it."""
+"""Adapters in other formats than PEFT's: their deltas, compared with formulas and with PEFT's format."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ def written(base: Path, tensors: Tensors, metadata: dict[str, str] | None = None
     return path
 
 
-def same(found: Tensors, wanted: Tensors) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+def same(actual: Tensors, expected: Tensors) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 # kohya and LyCORIS
 
 
 def test_kohya_linear_and_convolutions(unet: Path) -> None:
-    """alpha / r * up down; without alpha the scale is 1; a kernel of 1 may be stored either way."""
+    """alpha / r * up down; the scale is 1 without alpha; 1x1 kernels may be stored as matrices and vice versa."""
     down, up = random(2, 8), random(8, 2)
     tensors = {
         f"lora_unet_{FLAT}_attn1_to_q.lora_down.weight": down,
@@ -82,30 +82,30 @@ def test_kohya_linear_and_convolutions(unet: Path) -> None:
         "lora_unet_square.lora_down.weight": random(2, 6, 1, 1),
         "lora_unet_square.lora_up.weight": random(6, 2, 1, 1),
     }
-    wanted = {
+    expected = {
         f"{BLOCK}.attn1.to_q.weight": 3 * up @ down,
         f"{BLOCK}.proj_in.weight": (random(8, 2) @ random(2, 6)).view(8, 6, 1, 1),
         "square.weight": random(6, 2, 1, 1).view(6, 2) @ random(2, 6, 1, 1).view(2, 6),
     }
-    flat = [tensors[f"lora_unet_conv_in.lora_{one}.weight"] for one in ("up", "down")]
-    wanted["conv_in.weight"] = (flat[0].view(6, 3) @ flat[1].view(3, 36)).view(6, 4, 3, 3)
-    same(changes(unet, written(unet, tensors)), wanted)
+    flat = [tensors[f"lora_unet_conv_in.lora_{side}.weight"] for side in ("up", "down")]
+    expected["conv_in.weight"] = (flat[0].view(6, 3) @ flat[1].view(3, 36)).view(6, 4, 3, 3)
+    same(changes(unet, written(unet, tensors)), expected)
 
 
 @pytest.mark.parametrize(("module", "kernel"), [("conv_in", (3, 3)), ("wide", (5,))])
-def test_a_core_between_up_and_down(unet: Path, module: str, kernel: tuple[int, ...]) -> None:
+def test_kohya_with_lora_mid(unet: Path, module: str, kernel: tuple[int, ...]) -> None:
     """lora_mid: up (out, r), mid (r, r, *kernel), down (r, in)."""
-    one = (1,) * len(kernel)
-    down, middle, up = random(3, 4, *one), random(3, 3, *kernel), random(6, 3, *one)
+    ones = (1,) * len(kernel)
+    down, middle, up = random(3, 4, *ones), random(3, 3, *kernel), random(6, 3, *ones)
     names = {"lora_down.weight": down, "lora_mid.weight": middle, "lora_up.weight": up, "alpha": torch.tensor(1.5)}
-    found = changes(unet, written(unet, {f"lora_unet_{module}.{name}": value for name, value in names.items()}))
+    actual = changes(unet, written(unet, {f"lora_unet_{module}.{name}": value for name, value in names.items()}))
     spread = torch.einsum("op,pq...,qc->oc...", up.flatten(1), middle, down.flatten(1))
-    same(found, {f"{module}.weight": 0.5 * spread})
+    same(actual, {f"{module}.weight": 0.5 * spread})
 
 
 @pytest.mark.parametrize("module", ["conv_in", "square", "wide"])
 @pytest.mark.parametrize("inputs", [False, True])
-def test_dora_scale(unet: Path, module: str, inputs: bool) -> None:
+def test_kohya_dora_scale(unet: Path, module: str, inputs: bool) -> None:
     """W' = m / |V| * V, the norm over each output's weights; over each input's for matrices."""
     shape = SHAPES[f"{module}.weight"]
     rest = (1,) * (len(shape) - 2)
@@ -127,9 +127,9 @@ def test_dora_scale(unet: Path, module: str, inputs: bool) -> None:
     same(changes(unet, adapter), {f"{module}.weight": names["dora_scale"] / norm * (weight + low) - weight})
 
 
-def product(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
-    """kron of a matrix and a kernel."""
-    return torch.kron(one.view(*one.shape, *(1,) * (two.dim() - 2)), two.contiguous())
+def product(matrix: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """The Kronecker product of a matrix and a convolution kernel."""
+    return torch.kron(matrix.view(*matrix.shape, *(1,) * (kernel.dim() - 2)), kernel.contiguous())
 
 
 CORE = "pq...,po,qc->oc..."
@@ -192,35 +192,35 @@ LYCORIS: dict[str, tuple[str, Tensors, Callable[[Tensors], torch.Tensor]]] = {
 @pytest.mark.parametrize("case", LYCORIS)
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_lycoris(unet: Path, case: str, decomposed: bool) -> None:
-    """alpha / r (here 4 / 2) times the product, by hand; with dora_scale the sum is decomposed."""
-    module, given, formula = LYCORIS[case]
-    wanted = formula(given)
+    """alpha / r (here 4 / 2) times the product, computed with torch; dora_scale applies DoRA to the sum."""
+    module, limited, formula = LYCORIS[case]
+    expected = formula(limited)
     weight = load_file(unet / "diffusion_pytorch_model.safetensors")[f"{module}.weight"]
     scale = random(len(weight), *(1,) * (weight.dim() - 1)).abs()
     if decomposed:
-        value = weight + wanted
-        wanted = scale / value.flatten(1).norm(dim=1).view(scale.shape) * value - weight
+        value = weight + expected
+        expected = scale / value.flatten(1).norm(dim=1).view(scale.shape) * value - weight
     more = {"alpha": torch.tensor(4.0)} | ({"dora_scale": scale} if decomposed else {})
-    names = {f"lycoris_{module}.{name}": value for name, value in {**given, **more}.items()}
-    same(changes(unet, written(unet, names)), {f"{module}.weight": wanted})
+    names = {f"lycoris_{module}.{name}": value for name, value in {**limited, **more}.items()}
+    same(changes(unet, written(unet, names)), {f"{module}.weight": expected})
 
 
-def test_whole_differences(unet: Path) -> None:
-    """diff and diff_b of a layer, w_norm of a norm."""
+def test_full_differences(unet: Path) -> None:
+    """diff and diff_b of a linear layer, w_norm of a norm."""
     tensors = {
         f"lora_unet_{FLAT}_attn1_to_out_0.diff": random(8, 8),
         f"lora_unet_{FLAT}_attn1_to_out_0.diff_b": random(8),
         f"lora_unet_{FLAT}_norm.w_norm": random(8),
     }
-    wanted = {
+    expected = {
         f"{BLOCK}.attn1.to_out.0.weight": random(8, 8),
         f"{BLOCK}.attn1.to_out.0.bias": random(8),
         f"{BLOCK}.norm.weight": random(8),
     }
-    same(changes(unet, written(unet, tensors)), wanted)
+    same(changes(unet, written(unet, tensors)), expected)
 
 
-def test_a_component_for_another_model_is_left_out_with_a_note(unet: Path) -> None:
+def test_component_of_another_model_is_skipped_with_a_note(unet: Path) -> None:
     tensors = {
         f"{module}.lora_{side}.weight": random(*shape)
         for module in ("lora_unet_square", "lora_te_text_model_encoder_layers_0_mlp_fc1")
@@ -244,7 +244,7 @@ def test_a_component_for_another_model_is_left_out_with_a_note(unet: Path) -> No
         (("lora_unet_square.lora_down.weight",), "has no matching factor"),
     ],
 )
-def test_files_that_are_not_understood(unet: Path, names: tuple[str, ...], message: str) -> None:
+def test_unknown_names_are_refused(unet: Path, names: tuple[str, ...], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         changes(unet, written(unet, {name: random(6, 6) for name in names}))
 
@@ -265,10 +265,10 @@ def test_files_that_are_not_understood(unet: Path, names: tuple[str, ...], messa
         ("diffusion_model.input_blocks.0.0", "conv_in"),
     ],
 )  # fmt: skip
-def test_the_original_names_of_a_unet(unet: Path, name: str, module: str) -> None:
-    """kohya's SDXL files speak of the UNet as it was before diffusers named its modules."""
+def test_original_names_of_a_unet(unet: Path, name: str, module: str) -> None:
+    """kohya's SDXL files use the module names of the original UNet, not of diffusers."""
     more = ["up_blocks.0.attentions.2.proj_out", "up_blocks.1.resnets.0.conv1", module]
-    save_file({f"{one}.weight": torch.zeros(8, 8) for one in more}, unet / "diffusion_pytorch_model.safetensors")
+    save_file({f"{path}.weight": torch.zeros(8, 8) for path in more}, unet / "diffusion_pytorch_model.safetensors")
     adapter = written(unet, {f"{name}.lora_down.weight": random(2, 8), f"{name}.lora_up.weight": random(8, 2)})
     same(changes(unet, adapter), {f"{module}.weight": random(8, 2) @ random(2, 8)})
 
@@ -291,9 +291,9 @@ def factors(prefix: str, roles: tuple[str, str] = ("lora_A.weight", "lora_B.weig
         (f"{BLOCK}.attn1.to_q", ("lora_A.weight", "lora_B.weight"), "attn1.to_q"),
     ],
 )
-def test_names_of_diffusers(unet: Path, name: str, roles: tuple[str, str], target: str) -> None:
-    wanted = {f"{BLOCK}.{target}.weight": random(8, 2) @ random(2, 8)}
-    same(changes(unet, written(unet, factors(name, roles))), wanted)
+def test_diffusers_names(unet: Path, name: str, roles: tuple[str, str], target: str) -> None:
+    expected = {f"{BLOCK}.{target}.weight": random(8, 2) @ random(2, 8)}
+    same(changes(unet, written(unet, factors(name, roles))), expected)
 
 
 def test_diffusers_metadata_gives_the_scale(unet: Path) -> None:
@@ -303,32 +303,32 @@ def test_diffusers_metadata_gives_the_scale(unet: Path) -> None:
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
     tensors = factors(f"unet.{BLOCK}.attn1.to_q") | factors(f"unet.{BLOCK}.attn1.to_out.0")
     tensors |= factors("text_encoder.text_model.encoder.layers.0.self_attn.q_proj")
-    found = changes(unet, written(unet, tensors, metadata))
+    actual = changes(unet, written(unet, tensors, metadata))
     low = random(8, 2) @ random(2, 8)
-    wanted = {f"{BLOCK}.attn1.to_q.weight": 6 / 2**0.5 * low, f"{BLOCK}.attn1.to_out.0.weight": 8 / 2**0.5 * low}
-    same(found, wanted)
+    expected = {f"{BLOCK}.attn1.to_q.weight": 6 / 2**0.5 * low, f"{BLOCK}.attn1.to_out.0.weight": 8 / 2**0.5 * low}
+    same(actual, expected)
 
 
-def test_metadata_of_a_model_of_its_own(unet: Path) -> None:
-    """save_lora_adapter writes neither the names nor the configuration under a component's name."""
+def test_diffusers_metadata_without_a_component(unet: Path) -> None:
+    """save_lora_adapter writes names and configuration without a component."""
     config = {"r": 2, "lora_alpha": 8, "rank_pattern": {}, "lora_bias": False, "peft_type": "LORA"}
     metadata = {"lora_adapter_metadata": json.dumps(config)}
-    found = changes(unet, written(unet, factors(f"{BLOCK}.attn1.to_q"), metadata))
-    same(found, {f"{BLOCK}.attn1.to_q.weight": 4 * random(8, 2) @ random(2, 8)})
+    actual = changes(unet, written(unet, factors(f"{BLOCK}.attn1.to_q"), metadata))
+    same(actual, {f"{BLOCK}.attn1.to_q.weight": 4 * random(8, 2) @ random(2, 8)})
 
 
-def test_ranks_that_differ_need_alphas(unet: Path) -> None:
-    """diffusers takes the first module's rank for every alpha, others each module's own."""
+def test_different_ranks_need_alphas(unet: Path) -> None:
+    """diffusers uses the first module's rank for every alpha; other programs use each module's rank."""
     tensors = factors(f"unet.{BLOCK}.attn1.to_q") | factors(f"unet.{BLOCK}.attn1.to_out.0", rank=3)
     with pytest.raises(SourceError, match="have ranks 2, 3, but the file has no scales"):
         changes(unet, written(unet, tensors))
-    alphas = {f"unet.{BLOCK}.attn1.{one}.alpha": torch.tensor(6.0) for one in ("to_q", "to_out.0")}
+    alphas = {f"unet.{BLOCK}.attn1.{projection}.alpha": torch.tensor(6.0) for projection in ("to_q", "to_out.0")}
     low = {f"{BLOCK}.attn1.to_q.weight": 3 * random(8, 2) @ random(2, 8)}
     low[f"{BLOCK}.attn1.to_out.0.weight"] = 2 * random(8, 3) @ random(3, 8)
     same(changes(unet, written(unet, tensors | alphas)), low)
 
 
-def test_a_start_in_the_metadata_is_refused(unet: Path) -> None:
+def test_residual_init_in_the_metadata_is_refused(unet: Path) -> None:
     config = {"unet.r": 2, "unet.lora_alpha": 8, "unet.init_lora_weights": "pissa"}
     metadata = {"lora_adapter_metadata": json.dumps(config)}
     with pytest.raises(SourceError, match="init_lora_weights: pissa, which is not supported there"):
@@ -370,16 +370,16 @@ def test_mlx_lora_and_dora(llama: Path, dora: bool) -> None:
     tensors = {f"{K}.lora_a": random(8, 2), f"{K}.lora_b": random(2, 4)}
     tensors |= {f"{Q}.lora_a": random(8, 2), f"{Q}.lora_b": random(2, 8)}
     tensors |= {f"{E}.lora_a": random(12, 2), f"{E}.lora_b": random(2, 8)}
-    wanted = {f"{name}.weight": 5 * (tensors[f"{name}.lora_a"] @ tensors[f"{name}.lora_b"]) for name in (K, Q, E)}
-    wanted |= {f"{name}.weight": wanted[f"{name}.weight"].t() for name in (K, Q)}
+    expected = {f"{name}.weight": 5 * (tensors[f"{name}.lora_a"] @ tensors[f"{name}.lora_b"]) for name in (K, Q, E)}
+    expected |= {f"{name}.weight": expected[f"{name}.weight"].t() for name in (K, Q)}
     if dora:
         before = load_file(llama / "model.safetensors")
         for name in (K, Q, E):
-            value = before[f"{name}.weight"] + wanted[f"{name}.weight"]
+            value = before[f"{name}.weight"] + expected[f"{name}.weight"]
             tensors[f"{name}.m"] = random(len(value)).abs()
             length = tensors[f"{name}.m"] / value.norm(dim=1)
-            wanted[f"{name}.weight"] = length.unsqueeze(1) * value - before[f"{name}.weight"]
-    same(changes(llama, mlx(llama, tensors, fine_tune_type="dora" if dora else "lora")), wanted)
+            expected[f"{name}.weight"] = length.unsqueeze(1) * value - before[f"{name}.weight"]
+    same(changes(llama, mlx(llama, tensors, fine_tune_type="dora" if dora else "lora")), expected)
 
 
 def test_mlx_of_early_2024_scales_by_alpha(llama: Path) -> None:
@@ -389,7 +389,7 @@ def test_mlx_of_early_2024_scales_by_alpha(llama: Path) -> None:
 
 
 def test_mlx_equals_peft(llama: Path) -> None:
-    """The same adapter in both dialects, and PEFT's named by its file."""
+    """The same adapter in both formats; PEFT's is given as a file."""
     a, b = random(8, 2), random(2, 4)
     folder = llama.parent / "peft"
     folder.mkdir()
@@ -412,14 +412,14 @@ def test_mlx_equals_peft(llama: Path) -> None:
     [("qwen3_moe", "mlp.experts.{}.up_proj"), ("mixtral", "block_sparse_moe.experts.{}.w3")],
 )
 def test_mlx_experts(llama: Path, kind: str, name: str, flat: bool) -> None:
-    """W_e + scale * b_e a_e of each expert, which mlx-lm stacks and the checkpoint holds apart."""
+    """W_e + scale * b_e a_e of each expert; mlx-lm stacks the experts, the checkpoint stores them separately."""
     weights = {f"model.layers.0.{name.format(at)}.weight": torch.randn(6, 8) for at in range(3)}
     save_file(weights, llama / "model.safetensors")
     (llama / "config.json").write_text(json.dumps({"model_type": kind}))
     a, b = random(3, 2, 8), random(3, 6, 2)
     module = f"model.layers.0.{name.partition('.')[0]}.switch_mlp.up_proj"
     folder = mlx(llama, {f"{module}.lora_a": a.flatten(0, 1) if flat else a, f"{module}.lora_b": b})
-    same(changes(llama, folder), {one: 5 * b[at] @ a[at] for at, one in enumerate(weights)})
+    same(changes(llama, folder), {weight_name: 5 * b[at] @ a[at] for at, weight_name in enumerate(weights)})
 
 
 def test_mlx_full(llama: Path) -> None:
@@ -439,12 +439,12 @@ def test_mlx_full(llama: Path) -> None:
         ({f"{K}.lora_a": random(8, 2)}, {}, "has no matching factor"),
     ],
 )
-def test_mlx_adapters_that_cannot_be_folded(llama: Path, tensors: Tensors, config: Any, message: str) -> None:
+def test_unsupported_mlx_adapters_are_refused(llama: Path, tensors: Tensors, config: Any, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         changes(llama, mlx(llama, tensors, **config))
 
 
-def test_a_folder_without_a_configuration(llama: Path) -> None:
+def test_folder_without_adapter_config_is_refused(llama: Path) -> None:
     folder = llama.parent / "bare"
     folder.mkdir()
     save_file({"a": random(2, 2)}, folder / "adapter_model.safetensors")

@@ -1,7 +1,7 @@
-"""mergeforge's fold of PEFT adapters against PEFT itself, and where PEFT errs, against the unmerged model.
+"""Folds of PEFT adapters, compared with PEFT's own merge, and where that is wrong, with the unmerged model.
 
-Float32 results are compared with merge_and_unload, bfloat16 ones with float64 sums over the
-adapter's files, tied embeddings with the logits of the unmerged PeftModel.
+Float32 results are compared with merge_and_unload, bfloat16 results with float64 sums over the adapter's files, tied
+embeddings with the logits of the unmerged PeftModel.
 """
 
 from __future__ import annotations
@@ -92,17 +92,19 @@ TIED: dict[str, tuple[bool, dict[str, Any]]] = {  # stays tied, how it was train
 }
 
 
-def close(one: torch.Tensor, other: torch.Tensor, within: float = 1e-6) -> bool:
-    """Equal but for `within` of the largest value."""
-    return one.shape == other.shape and bool((one - other).abs().max() <= within * other.abs().max())
+def close(actual: torch.Tensor, expected: torch.Tensor, within: float = 1e-6) -> bool:
+    """Whether the largest difference is at most `within` times the largest value."""
+    return actual.shape == expected.shape and bool((actual - expected).abs().max() <= within * expected.abs().max())
 
 
-def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert [name for name in found if not close(found[name], wanted[name])] == []
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert [name for name in actual if not close(actual[name], expected[name])] == []
 
 
 def fold(lab: Lab, base: Path, *adapters: Path, **options: Any) -> Path:
-    return mergeforge.merge(base_model=str(base), adapters=[str(one) for one in adapters], out=lab.out(), **options)
+    return mergeforge.merge(
+        base_model=str(base), adapters=[str(adapter) for adapter in adapters], out=lab.out(), **options
+    )
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -114,9 +116,9 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def delta(adapter: Path, module: str) -> torch.Tensor:
-    """s * B A of one linear module in float64, from the adapter's files alone."""
-    found, settings = load_file(adapter / "adapter_model.safetensors"), config_of(adapter)
-    a, b = (found[f"base_model.model.{module}.lora_{one}.weight"].double() for one in "AB")
+    """s * B A of one linear module in float64, computed from the adapter's files."""
+    factors, settings = load_file(adapter / "adapter_model.safetensors"), config_of(adapter)
+    a, b = (factors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
     return settings["lora_alpha"] / settings["r"] * b @ a
 
 
@@ -128,7 +130,7 @@ def config_of(adapter: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", FOLDS)
-def test_a_fold_equals_peft_merge_and_unload(lab: Lab, case: str) -> None:
+def test_fold_equals_peft_merge_and_unload(lab: Lab, case: str) -> None:
     kind, settings = FOLDS[case]
     base = lab.base(kind)
     adapter = lab.train(base, **settings)
@@ -139,7 +141,7 @@ def test_a_fold_equals_peft_merge_and_unload(lab: Lab, case: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_fold_of_changed_tensors_only_changes_these(lab: Lab, kind: str) -> None:
+def test_fold_changes_only_the_adapted_tensors(lab: Lab, kind: str) -> None:
     base = lab.base(kind)
     adapter = lab.train(
         base, target_modules=["q_proj"] if kind == "llama" else ["c_attn"], fan_in_fan_out=kind == "gpt2"
@@ -157,13 +159,13 @@ def three(lab: Lab) -> list[Trained]:
     return [lab.train(base, r=rank, lora_alpha=5, seed=rank, target_modules=LINEAR) for rank in (2, 4, 7)]
 
 
-def test_three_adapters_with_weights_equal_peft_merging_them_one_by_one(lab: Lab, three: list[Trained]) -> None:
+def test_three_weighted_adapters_equal_merging_them_one_by_one_in_peft(lab: Lab, three: list[Trained]) -> None:
     weights = (0.7, -0.2, 1.5)
-    out = fold(lab, lab.base("llama"), *(one.folder for one in three), weights=weights)
+    out = fold(lab, lab.base("llama"), *(adapter.folder for adapter in three), weights=weights)
     with lab.quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(lab.base("llama"))
-        for one, weight in zip(three, weights, strict=True):
-            model = peft.PeftModel.from_pretrained(model, one.folder)
+        for adapter, weight in zip(three, weights, strict=True):
+            model = peft.PeftModel.from_pretrained(model, adapter.folder)
             for name, value in model.named_parameters():
                 if "lora_B" in name:
                     value.data.mul_(weight)
@@ -175,36 +177,36 @@ def test_two_dora_adapters_add_their_deltas(lab: Lab) -> None:
     base = lab.base("llama")
     pair = [lab.train(base, use_dora=True, seed=seed, r=2 + seed) for seed in (1, 2)]
     start = tensors(base)
-    each = [one.merged_by_peft() for one in pair]
-    wanted = {name: start[name] + 0.5 * (each[0][name] - start[name]) - (each[1][name] - start[name]) for name in start}
-    assert_same(tensors(fold(lab, base, *(one.folder for one in pair), weights=(0.5, -1.0))), wanted)
+    deltas = [{name: value - start[name] for name, value in adapter.merged_by_peft().items()} for adapter in pair]
+    expected = {name: start[name] + 0.5 * deltas[0][name] - deltas[1][name] for name in start}
+    assert_same(tensors(fold(lab, base, *(adapter.folder for adapter in pair), weights=(0.5, -1.0))), expected)
 
 
 def test_two_adapters_that_both_target_the_embedding(lab: Lab) -> None:
-    """Each file holds the base's embedding once more; PEFT's merges of each, added up."""
+    """Each file also contains the base's embedding; the expected result adds the deltas of PEFT's two merges."""
     base = lab.base("llama")
     pair = [lab.train(base, seed=seed, target_modules=["embed_tokens"]) for seed in (1, 2)]
-    start, each = tensors(base), [one.merged_by_peft() for one in pair]
-    wanted = {name: each[0][name] + each[1][name] - start[name] for name in start}
-    assert_same(tensors(fold(lab, base, *(one.folder for one in pair))), wanted)
+    start, merged = tensors(base), [adapter.merged_by_peft() for adapter in pair]
+    expected = {name: merged[0][name] + merged[1][name] - start[name] for name in start}
+    assert_same(tensors(fold(lab, base, *(adapter.folder for adapter in pair))), expected)
 
 
-def test_alpha_patterns_that_overlap_take_the_files_first_and_say_so(lab: Lab) -> None:
-    """PEFT sorts the patterns when it saves, so what it loads again is the reference."""
+def test_overlapping_alpha_patterns_use_the_first_in_the_file_with_a_note(lab: Lab) -> None:
+    """PEFT sorts the patterns when it saves, so the model that it loads again is the reference."""
     base = lab.base("llama")
     adapter = lab.train(base, alpha_pattern={"v_proj": 16, "layers.*": 2})
     with lab.quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(base)
-        wanted = peft.PeftModel.from_pretrained(model, adapter.folder).merge_and_unload().state_dict()
+        expected = peft.PeftModel.from_pretrained(model, adapter.folder).merge_and_unload().state_dict()
     plan = mergeforge.plan({"base_model": str(base), "adapters": [str(adapter.folder)]}, out=lab.out())
     assert any(
         "alpha_pattern matches model.layers.0.self_attn.v_proj with 2, 16; the first is used" in note
         for note in plan.notes
     )
-    assert_same(tensors(fold(lab, base, adapter.folder)), wanted)
+    assert_same(tensors(fold(lab, base, adapter.folder)), expected)
 
 
-def test_an_adapter_inside_a_model_of_the_recipe_equals_one_on_the_base(lab: Lab, three: list[Trained]) -> None:
+def test_adapter_of_a_recipe_model_equals_one_on_the_base(lab: Lab, three: list[Trained]) -> None:
     base = str(lab.base("llama"))
     model = {"model": base, "adapters": [{"adapter": str(three[0].folder)}]}
     out = mergeforge.merge({"merge_method": "passthrough", "models": [model]}, out=lab.out())
@@ -216,35 +218,37 @@ def test_an_adapter_inside_a_model_of_the_recipe_equals_one_on_the_base(lab: Lab
 
 def exact_fold(before: torch.Tensor, module: str, adapters: list[Path], weights: tuple[float, ...]) -> torch.Tensor:
     """W + sum(w * s * B A) in float64."""
-    return before.double() + sum(w * delta(one, module) for w, one in zip(weights, adapters, strict=True))
+    return before.double() + sum(w * delta(adapter, module) for w, adapter in zip(weights, adapters, strict=True))
 
 
 @pytest.mark.parametrize("alpha", [8, 0.05], ids=["deltas like the weights", "deltas of a hundredth"])
-def test_a_bfloat16_fold_equals_the_float64_sum_rounded_once(lab: Lab, alpha: float) -> None:
-    """float32 may fall on the other side where the sum lies in the middle of two bfloat16 numbers, never elsewhere."""
+def test_bfloat16_fold_equals_the_float64_sum_rounded_once(lab: Lab, alpha: float) -> None:
+    """The float32 sum may round differently only where the exact sum is halfway between two bfloat16 numbers."""
     base, weights = lab.base("llama", "bfloat16"), (0.6, 0.3, -0.4)
     adapters = [lab.train(base, r=r, seed=r, lora_alpha=alpha, target_modules=LINEAR).folder for r in (2, 3, 8)]
     before, after = tensors(base), tensors(fold(lab, base, *adapters, weights=weights))
     differ = 0
     for module in linear_names(base):
-        exact, found = exact_fold(before[f"{module}.weight"], module, adapters, weights), after[f"{module}.weight"]
+        exact, folded = exact_fold(before[f"{module}.weight"], module, adapters, weights), after[f"{module}.weight"]
         half_ulp = 2.0 ** (torch.frexp(exact).exponent - 9)
-        assert ((found.double() - exact).abs() <= half_ulp + 1e-7 * exact.abs().max()).all()
-        differ += int((found != exact.bfloat16()).sum())
-    assert differ <= (2e-4 if alpha == 8 else 2e-6) * sum(before[f"{one}.weight"].numel() for one in linear_names(base))
+        assert ((folded.double() - exact).abs() <= half_ulp + 1e-7 * exact.abs().max()).all()
+        differ += int((folded != exact.bfloat16()).sum())
+    assert differ <= (2e-4 if alpha == 8 else 2e-6) * sum(
+        before[f"{name}.weight"].numel() for name in linear_names(base)
+    )
     assert after["model.norm.weight"].equal(before["model.norm.weight"])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_16_bit_dora_fold_equals_the_float64_formula_rounded_once(lab: Lab, dtype: str) -> None:
+def test_16_bit_dora_fold_equals_the_float64_formula_rounded_once(lab: Lab, dtype: str) -> None:
     base = lab.base("llama", dtype)
     adapter = lab.train(base, use_dora=True, target_modules=["q_proj"])
     name = "model.layers.0.self_attn.q_proj"
     value = tensors(base)[f"{name}.weight"].double() + delta(adapter.folder, name)
     magnitude = adapter.tensors[f"base_model.model.{name}.lora_magnitude_vector"].double()
-    wanted = (magnitude / value.norm(dim=1)).unsqueeze(1) * value
-    found = tensors(fold(lab, base, adapter.folder))[f"{name}.weight"]
-    assert found.equal(wanted.to(found.dtype))
+    expected = (magnitude / value.norm(dim=1)).unsqueeze(1) * value
+    folded = tensors(fold(lab, base, adapter.folder))[f"{name}.weight"]
+    assert folded.equal(expected.to(folded.dtype))
 
 
 # tied embeddings: PEFT's own merge is wrong there, so the unmerged model is the reference
@@ -252,7 +256,7 @@ def test_a_16_bit_dora_fold_equals_the_float64_formula_rounded_once(lab: Lab, dt
 
 @pytest.mark.parametrize("case", TIED)
 @pytest.mark.parametrize("stored", [False, True], ids=["no lm_head", "lm_head stored"])
-def test_logits_over_a_tied_base_are_those_of_the_unmerged_model(lab: Lab, case: str, stored: bool) -> None:
+def test_logits_on_a_tied_base_equal_the_unmerged_model(lab: Lab, case: str, stored: bool) -> None:
     stays_tied, settings = TIED[case]
     base = lab.base("llama-tied")
     adapter = lab.train(base, **settings)
@@ -266,28 +270,30 @@ def test_logits_over_a_tied_base_are_those_of_the_unmerged_model(lab: Lab, case:
 
 
 def with_stored_head(lab: Lab, base: Path) -> Path:
-    """The same tied model with the embedding's copy under lm_head.weight, as .bin files had it."""
+    """The same tied model with a copy of the embedding as lm_head.weight, as .bin files have it."""
     folder = lab.folder / f"{base.name}-stored"
     if not folder.exists():
         shutil.copytree(base, folder)
-        found = tensors(base)
-        save_file(found | {"lm_head.weight": found["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+        weights = tensors(base)
+        save_file(
+            weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors"
+        )
     return folder
 
 
-def test_a_tied_base_parted_by_one_adapter_still_takes_the_other_on_both(lab: Lab) -> None:
-    """Trained tokens apply to a tied head too, also when a second adapter parts it from the embedding."""
+def test_trained_tokens_apply_to_both_when_another_adapter_unties_the_head(lab: Lab) -> None:
+    """Trained tokens apply to a tied head too, even when a second adapter unties it from the embedding."""
     base = lab.base("llama-tied")
     tokens = lab.train(base, trainable_token_indices=[1, 5])
     head = lab.train(base, target_modules=["lm_head"], seed=3)
-    found = tensors(fold(lab, base, tokens.folder, head.folder))
+    folded = tensors(fold(lab, base, tokens.folder, head.folder))
     embedding = fold(lab, base, tokens.folder)
-    assert close(found["model.embed_tokens.weight"], tensors(embedding)["model.embed_tokens.weight"])
-    wanted = tensors(embedding)["model.embed_tokens.weight"] + delta(head.folder, "lm_head")
-    assert close(found["lm_head.weight"], wanted)
+    assert close(folded["model.embed_tokens.weight"], tensors(embedding)["model.embed_tokens.weight"])
+    expected = tensors(embedding)["model.embed_tokens.weight"] + delta(head.folder, "lm_head")
+    assert close(folded["lm_head.weight"], expected)
 
 
-def test_an_adapter_of_a_tied_head_beside_models(lab: Lab) -> None:
+def test_adapter_of_a_tied_head_merged_with_models(lab: Lab) -> None:
     """linear of two copies of the base and base + adapter: a third of the adapter's change of the head."""
     base = lab.base("llama-tied")
     head = lab.train(base, target_modules=["lm_head"])
@@ -305,22 +311,22 @@ def test_an_adapter_of_a_tied_head_beside_models(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(("targets", "stays_tied"), [(["c_attn"], True), (["wte"], False), (["lm_head"], False)])
-def test_a_gpt2_whose_config_does_not_say_that_it_is_tied(lab: Lab, targets: list[str], stays_tied: bool) -> None:
+def test_gpt2_without_tie_word_embeddings_in_its_config(lab: Lab, targets: list[str], stays_tied: bool) -> None:
     base = lab.folder / "gpt2-without-flag"
     if not base.exists():
         shutil.copytree(lab.base("gpt2"), base)
-        left = {key: value for key, value in config(base).items() if key != "tie_word_embeddings"}
-        (base / "config.json").write_text(json.dumps(left))
+        remaining = {key: value for key, value in config(base).items() if key != "tie_word_embeddings"}
+        (base / "config.json").write_text(json.dumps(remaining))
     adapter = lab.train(base, target_modules=targets, fan_in_fan_out=targets == ["c_attn"])
     out = fold(lab, base, adapter.folder)
     assert config(out).get("tie_word_embeddings", True) is stays_tied
     assert close(lab.logits(lab.load(out)), lab.logits(adapter.model), 1e-5)
 
 
-# the dialects of older files
+# the key formats of older files
 
 
-DIALECTS = {
+KEY_FORMATS = {
     ".default": lambda key: re.sub(r"(lora_[AB]|lora_magnitude_vector)(?=\.weight|$)", r"\1.default", key),
     "_orig_mod.": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
     "_orig_mod. around all": lambda key: "_orig_mod." + key,
@@ -334,9 +340,11 @@ DIALECTS = {
 }
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_an_older_dialect_of_keys_gives_the_same_tensors(lab: Lab, dora: Trained, dialect: str) -> None:
-    renamed = lab.edited(dora, tensors=lambda found: {DIALECTS[dialect](key): value for key, value in found.items()})
+@pytest.mark.parametrize("key_format", KEY_FORMATS)
+def test_older_key_formats_give_the_same_tensors(lab: Lab, dora: Trained, key_format: str) -> None:
+    renamed = lab.edited(
+        dora, tensors=lambda saved: {KEY_FORMATS[key_format](key): value for key, value in saved.items()}
+    )
     assert renamed != dora.tensors
     assert_same(tensors(fold(lab, lab.base("llama"), renamed)), dora.merged_by_peft())
 
@@ -346,21 +354,21 @@ def dora(lab: Lab) -> Trained:
     return lab.train(lab.base("llama"), use_dora=True, modules_to_save=["model.norm"])
 
 
-def test_a_gpt2_without_its_prefix_gives_the_same_tensors(lab: Lab) -> None:
-    """The Hub's gpt2 was saved from the headless model: h.0.attn..., not transformer.h.0.attn..."""
+def test_gpt2_saved_without_its_prefix_gives_the_same_tensors(lab: Lab) -> None:
+    """The Hub's gpt2 was saved from the model without a head: h.0.attn..., not transformer.h.0.attn..."""
     base, bare = lab.base("gpt2"), lab.folder / "gpt2-bare"
     shutil.copytree(base, bare)
     short = {name.removeprefix("transformer."): value for name, value in tensors(base).items()}
     save_file(short, bare / "model.safetensors")
     adapter = lab.train(base, **CONV1D | {"target_modules": ["c_attn", "c_proj", "wte"], "modules_to_save": ["ln_f"]})
     out = fold(lab, bare, adapter.folder)
-    wanted = adapter.merged_by_peft()
-    found = {f"transformer.{name}": value for name, value in tensors(out).items() if name != "lm_head.weight"}
-    assert_same(found, wanted)
+    expected = adapter.merged_by_peft()
+    folded = {f"transformer.{name}": value for name, value in tensors(out).items() if name != "lm_head.weight"}
+    assert_same(folded, expected)
     assert close(lab.logits(lab.load(out)), lab.logits(adapter.model), 1e-5)
 
 
-def test_a_bin_adapter_is_refused_until_pickles_are_allowed(lab: Lab, dora: Trained) -> None:
+def test_bin_adapter_needs_allow_pickle(lab: Lab, dora: Trained) -> None:
     folder = lab.edited(dora)
     (folder / "adapter_model.safetensors").unlink()
     torch.save(dora.tensors, folder / "adapter_model.bin")
@@ -398,7 +406,7 @@ def plain(lab: Lab) -> Trained:
     ],
     ids=str,
 )
-def test_a_config_that_cannot_be_folded_is_refused(lab: Lab, plain: Trained, changes: Any, message: str) -> None:
+def test_unsupported_configs_are_refused(lab: Lab, plain: Trained, changes: Any, message: str) -> None:
     edited = lab.edited(plain, config=changes)
     with pytest.raises(SourceError, match=f"{edited.name}: .*{message}"):
         fold(lab, lab.base("llama"), edited)
@@ -411,46 +419,46 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     ("change", "message", "hint"),
     [
         (
-            lambda found: {key.replace("layers.1.self_attn", "layers.1.attention"): found[key] for key in found},
+            lambda saved: {key.replace("layers.1.self_attn", "layers.1.attention"): saved[key] for key in saved},
             r"'base_model\.model\.model\.layers\.1\.attention\..*' matches no tensor",
             r"nearest: .*model\.layers\.1\.self_attn\.[qv]_proj\.weight",
         ),
         (
-            lambda found: {key.replace("layers.1", "layers.7"): found[key] for key in found},
+            lambda saved: {key.replace("layers.1", "layers.7"): saved[key] for key in saved},
             r"layers\.7\..* matches no tensor",
             "nearest: ",
         ),
         (
-            lambda found: {key: found[key] for key in found if key != f"{Q0}B.weight"},
+            lambda saved: {key: saved[key] for key in saved if key != f"{Q0}B.weight"},
             r"layers\.0\.self_attn\.q_proj\.lora_A\.weight' has no matching factor",
             "",
         ),
-        (lambda found: found | {f"{Q0}A.weight": torch.zeros(0)}, r"q_proj\.lora_A\.weight' is empty", "ZeRO-3"),
+        (lambda saved: saved | {f"{Q0}A.weight": torch.zeros(0)}, r"q_proj\.lora_A\.weight' is empty", "ZeRO-3"),
         (
-            lambda found: found | {f"{Q0}A.weight": torch.ones(4, 64), f"{Q0}B.weight": torch.ones(64, 4)},
+            lambda saved: saved | {f"{Q0}A.weight": torch.ones(4, 64), f"{Q0}B.weight": torch.ones(64, 4)},
             r"q_proj is made for shape \[64, 64\], but .*q_proj\.weight of .* is \[32, 32\]",
             "trained on another model",
         ),
-        (lambda found: found | {f"{Q0}A.weight": torch.ones(4, 32, 1)}, "factors of shapes", ""),
-        (lambda found: found | {f"{Q0}A.weight": torch.ones(3, 32)}, "A has rank 3, B has rank 4", ""),
-        (lambda found: found | {f"{Q0}A.weight": found[f"{Q0}A.weight"].int()}, "dtype I32, not a float", ""),
-        (lambda found: found | {f"{Q0}E": torch.ones(4, 1)}, r"unknown tensor .*lora_E'", ""),
+        (lambda saved: saved | {f"{Q0}A.weight": torch.ones(4, 32, 1)}, "factors of shapes", ""),
+        (lambda saved: saved | {f"{Q0}A.weight": torch.ones(3, 32)}, "A has rank 3, B has rank 4", ""),
+        (lambda saved: saved | {f"{Q0}A.weight": saved[f"{Q0}A.weight"].int()}, "dtype I32, not a float", ""),
+        (lambda saved: saved | {f"{Q0}E": torch.ones(4, 1)}, r"unknown tensor .*lora_E'", ""),
         (
-            lambda found: found | {f"{Q0}A.default.weight": torch.ones(4, 32)},
+            lambda saved: saved | {f"{Q0}A.default.weight": torch.ones(4, 32)},
             r"q_proj\.lora_A.* duplicates ",
             "",
         ),
         (
-            lambda found: found | {"base_model.model.model.norm.weight": torch.ones(31)},
+            lambda saved: saved | {"base_model.model.model.norm.weight": torch.ones(31)},
             r"norm is made for shape \[31\], but .*\[32\]",
             "",
         ),
         (
-            lambda found: found | {"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(48, 64)},
+            lambda saved: saved | {"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(48, 64)},
             r"embed_tokens is made for shape \[48, 64\], but .*\[48, 32\]",
             "",
         ),
-        (lambda found: {}, "contains no tensors", ""),
+        (lambda saved: {}, "contains no tensors", ""),
     ],
     ids=[
         "unknown module",
@@ -468,20 +476,20 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
         "nothing",
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(lab: Lab, plain: Trained, change: Any, message: str, hint: str) -> None:
+def test_mismatched_tensors_are_refused(lab: Lab, plain: Trained, change: Any, message: str, hint: str) -> None:
     edited = lab.edited(plain, tensors=change)
     with pytest.raises(SourceError, match=f"{edited.name}.*{message}") as caught:
         fold(lab, lab.base("llama"), edited)
     assert re.search(hint, caught.value.hint)
 
 
-def test_an_adapter_of_another_model_is_refused(lab: Lab, plain: Trained) -> None:
+def test_adapter_of_another_model_is_refused(lab: Lab, plain: Trained) -> None:
     with pytest.raises(SourceError, match=r"lora_A\.weight' matches no tensor of .*gpt2"):
         fold(lab, lab.base("gpt2"), plain.folder)
 
 
-def test_an_adapter_that_grew_only_the_embedding_is_refused(lab: Lab) -> None:
-    """PEFT saves a resized lm_head only when it is targeted like the embedding: its new rows are lost."""
+def test_adapter_that_resized_only_the_embedding_is_refused(lab: Lab) -> None:
+    """PEFT saves a resized lm_head only if it is a target like the embedding; otherwise its new rows are lost."""
     base = lab.base("llama")
     adapter = lab.train(base, grow=3, target_modules=["embed_tokens", "q_proj"])
     assert "base_model.model.lm_head.base_layer.weight" not in adapter.tensors
@@ -489,15 +497,15 @@ def test_an_adapter_that_grew_only_the_embedding_is_refused(lab: Lab) -> None:
         fold(lab, base, adapter.folder)
 
 
-def test_a_grown_vocabulary_cannot_be_weighted_away(lab: Lab) -> None:
-    """Two adapters that grew the vocabulary differently do not fit together."""
+def test_two_different_resized_vocabularies_are_refused(lab: Lab) -> None:
+    """Adapters that replace the same tensor differently cannot be summed."""
     base = lab.base("llama")
     pair = [lab.train(base, grow=3, seed=seed).folder for seed in (1, 2)]
     with pytest.raises(SourceError, match=r"both replace .*weight"):
         fold(lab, base, *pair)
 
 
-def test_a_missing_adapter_folder_is_refused(lab: Lab, tmp_path: Path) -> None:
+def test_missing_adapter_folder_is_refused(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"adapter_config\.json does not exist"):
         fold(lab, lab.base("llama"), tmp_path)
 
@@ -509,57 +517,57 @@ def linear_names(base: Path) -> list[str]:
     return [name.removesuffix(".weight") for name in tensors(base) if name.split(".")[-2] in LINEAR]
 
 
-def test_linear_is_the_base_plus_the_normalised_mean_of_the_deltas(lab: Lab, three: list[Trained]) -> None:
+def test_linear_is_the_base_plus_the_normalized_mean_of_the_deltas(lab: Lab, three: list[Trained]) -> None:
     base, weights = lab.base("llama"), (1.0, 2.0, 5.0)
-    folders = [one.folder for one in three]
+    folders = [adapter.folder for adapter in three]
     before, after = tensors(base), tensors(fold(lab, base, *folders, weights=weights, method="linear"))
     for name in linear_names(base):
-        mean = sum(weight * delta(one, name) for weight, one in zip(weights, folders, strict=True)) / 8
+        mean = sum(weight * delta(adapter, name) for weight, adapter in zip(weights, folders, strict=True)) / 8
         assert close(after[f"{name}.weight"], before[f"{name}.weight"] + mean)
     assert after["model.embed_tokens.weight"].equal(before["model.embed_tokens.weight"])
 
 
 def test_slerp_is_the_base_plus_the_arc_between_two_deltas(lab: Lab, three: list[Trained]) -> None:
     base, t = lab.base("llama"), 0.3
-    folders = [one.folder for one in three[:2]]
+    folders = [adapter.folder for adapter in three[:2]]
     before = tensors(base)
     after = tensors(fold(lab, base, *folders, method="slerp", parameters={"t": t}))
     for name in linear_names(base):
-        one, two = (delta(folder, name) for folder in folders)
-        angle = torch.acos((one * two).sum() / one.norm() / two.norm())
-        arc = (torch.sin((1 - t) * angle) * one + torch.sin(t * angle) * two) / torch.sin(angle)
+        adapter, delta_1 = (delta(folder, name) for folder in folders)
+        angle = torch.acos((adapter * delta_1).sum() / adapter.norm() / delta_1.norm())
+        arc = (torch.sin((1 - t) * angle) * adapter + torch.sin(t * angle) * delta_1) / torch.sin(angle)
         assert close(after[f"{name}.weight"], before[f"{name}.weight"] + arc)
 
 
 def ties(deltas: list[np.ndarray], weights: list[float], density: float) -> np.ndarray:
-    """Trim, elect, merge as published (https://arxiv.org/abs/2306.01708), dense, first of equals kept."""
+    """TIES as published (https://arxiv.org/abs/2306.01708), dense; of equal magnitudes the first is kept."""
     kept = []
-    for one, weight in zip(deltas, weights, strict=True):
-        flat = one.ravel()
+    for delta, weight in zip(deltas, weights, strict=True):
+        flat = delta.ravel()
         chosen = np.argsort(-abs(flat), kind="stable")[: max(1, int(density * flat.size))]
         trimmed = np.zeros_like(flat)
         trimmed[chosen] = flat[chosen] * weight
-        kept.append(trimmed.reshape(one.shape))
+        kept.append(trimmed.reshape(delta.shape))
     sign = np.where(sum(kept) >= 0, 1.0, -1.0)
-    agree = [np.where(one * sign > 0, one, 0) for one in kept]
-    weight = sum((one != 0) * weight for one, weight in zip(agree, weights, strict=True))
+    agree = [np.where(delta * sign > 0, delta, 0) for delta in kept]
+    weight = sum((delta != 0) * weight for delta, weight in zip(agree, weights, strict=True))
     return sum(agree) / np.where(weight == 0, 1, weight)
 
 
 def test_ties_of_three_adapters_equals_the_dense_algorithm(lab: Lab, three: list[Trained]) -> None:
     base, weights = lab.base("llama"), [1.0, 0.5, 2.0]
-    folders = [one.folder for one in three]
+    folders = [adapter.folder for adapter in three]
     options = {"weights": weights, "method": "ties", "parameters": {"density": 0.5}}
     before, after = tensors(base), tensors(fold(lab, base, *folders, **options))
     for name in linear_names(base):
-        wanted = ties([delta(one, name).numpy() for one in folders], weights, 0.5)
-        assert close(after[f"{name}.weight"], before[f"{name}.weight"] + torch.from_numpy(wanted))
+        expected = ties([delta(adapter, name).numpy() for adapter in folders], weights, 0.5)
+        assert close(after[f"{name}.weight"], before[f"{name}.weight"] + torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("density", [0.5, 0.3, 0.001])
-def test_ties_keeps_exactly_k_and_the_first_of_equals(lab: Lab, plain: Trained, density: float) -> None:
-    """A delta of nothing but +-2: the first k elements remain."""
-    ones = lab.edited(plain, tensors=lambda found: {key: torch.ones_like(found[key]).mul_(0.5) for key in found})
+def test_ties_keeps_exactly_k_elements_and_the_first_of_equals(lab: Lab, plain: Trained, density: float) -> None:
+    """All elements of the delta are 2: the first k remain."""
+    ones = lab.edited(plain, tensors=lambda saved: {key: torch.ones_like(saved[key]).mul_(0.5) for key in saved})
     base = lab.base("llama")
     after = tensors(fold(lab, base, ones, method="ties", parameters={"density": density}))
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -570,8 +578,8 @@ def test_ties_keeps_exactly_k_and_the_first_of_equals(lab: Lab, plain: Trained, 
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "task_arithmetic"])
-def test_one_adapter_through_any_method_is_its_fold(lab: Lab, method: str) -> None:
-    """Biases, saved modules, tokens and DoRA are deltas like any other."""
+def test_one_adapter_gives_its_fold_with_every_method(lab: Lab, method: str) -> None:
+    """Also for biases, saved modules, tokens and DoRA."""
     base = lab.base("qwen2")
     settings = {"use_dora": True, "bias": "all", "modules_to_save": ["lm_head"], "trainable_token_indices": [1, 5]}
     adapter = lab.train(base, **settings)
@@ -590,7 +598,7 @@ def tokenizer(lab: Lab, folder: Path, words: int) -> None:
         transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w0").save_pretrained(folder)
 
 
-def test_a_grown_vocabulary_brings_the_adapters_tokenizer_and_its_size(lab: Lab) -> None:
+def test_resized_vocabulary_uses_the_adapters_tokenizer_and_size(lab: Lab) -> None:
     base = lab.folder / "llama-with-tokenizer"
     shutil.copytree(lab.base("llama"), base)
     tokenizer(lab, base, 48)
@@ -603,7 +611,7 @@ def test_a_grown_vocabulary_brings_the_adapters_tokenizer_and_its_size(lab: Lab)
     assert close(lab.logits(lab.load(out)), lab.logits(adapter.model), 1e-5)
 
 
-def test_an_unchanged_tokenizer_comes_from_the_base(lab: Lab) -> None:
+def test_unchanged_tokenizer_is_copied_from_the_base(lab: Lab) -> None:
     base = lab.folder / "llama-with-same-tokenizer"
     shutil.copytree(lab.base("llama"), base)
     tokenizer(lab, base, 48)
@@ -615,25 +623,27 @@ def test_an_unchanged_tokenizer_comes_from_the_base(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(("stored", "asked"), [("bfloat16", None), ("float32", None), ("float32", "bfloat16")])
-def test_the_config_says_the_dtype_that_transformers_then_loads(lab: Lab, stored: str, asked: str | None) -> None:
+def test_config_has_the_dtype_that_transformers_loads(lab: Lab, stored: str, asked: str | None) -> None:
     base = lab.base("llama", stored)
     adapter = lab.train(base)
     recipe = {"base_model": str(base), "adapters": [str(adapter.folder)]} | ({"dtype": asked} if asked else {})
     out = mergeforge.merge(recipe, out=lab.out())
-    wanted = getattr(torch, asked or stored)
-    assert {value.dtype for value in tensors(out).values()} == {wanted}
-    assert lab.load(out).dtype == wanted
+    expected = getattr(torch, asked or stored)
+    assert {value.dtype for value in tensors(out).values()} == {expected}
+    assert lab.load(out).dtype == expected
     assert close(
-        lab.logits(lab.load(out)).float(), lab.logits(adapter.model).float(), 1e-5 if wanted == torch.float32 else 0.05
+        lab.logits(lab.load(out)).float(),
+        lab.logits(adapter.model).float(),
+        1e-5 if expected == torch.float32 else 0.05,
     )
 
 
-def test_what_transformers_generates_is_what_the_unmerged_model_generates(lab: Lab, dora: Trained) -> None:
+def test_generated_tokens_equal_the_unmerged_models(lab: Lab, dora: Trained) -> None:
     out = fold(lab, lab.base("llama"), dora.folder)
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
     with lab.quiet():
-        found, wanted = (
+        generated, expected = (
             model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False)
             for model in (lab.load(out), dora.model)
         )
-    assert found.equal(wanted)
+    assert generated.equal(expected)

@@ -1,4 +1,4 @@
-"""Adapters of experts, on models whose checkpoints keep their old names: the unmerged model's logits decide."""
+"""Adapters of experts on checkpoints with the old tensor names, compared with the unmerged model's logits."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def write(lab: Lab, kind: str) -> Path:
-    """A tiny model with experts, with no weight at zero, as transformers saves it."""
+    """A tiny model with experts and no zero weights, saved by transformers."""
     import transformers
 
     folder = lab.folder / kind
     if folder.exists():
         return folder
-    made: dict[str, Any] = {
+    factories: dict[str, Any] = {
         "mixtral": lambda: transformers.MixtralForCausalLM(
             transformers.MixtralConfig(**SIZES, **HEADS, intermediate_size=40, num_local_experts=4)
         ),
@@ -60,7 +60,7 @@ def write(lab: Lab, kind: str) -> Path:
     }
     with lab.quiet():
         torch.manual_seed(1)
-        model = made[kind]()
+        model = factories[kind]()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -73,9 +73,9 @@ def check(lab: Lab, base: Path, adapter: Trained, folder: Path | None = None) ->
     names = set(load_file(base / "model.safetensors"))
     assert set(load_file(out / "model.safetensors")) == names
     with lab.quiet():
-        before, wanted, ours = (lab.logits(one) for one in (lab.load(base), adapter.model, lab.load(out)))
-    assert float((wanted - before).abs().max()) > 1e-2
-    assert float((ours - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+        before, expected, ours = (lab.logits(model) for model in (lab.load(base), adapter.model, lab.load(out)))
+    assert float((expected - before).abs().max()) > 1e-2
+    assert float((ours - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "square", "gpt_oss", "olmoe"])
@@ -86,23 +86,23 @@ def test_target_parameters(lab: Lab, kind: str, targets: list[str]) -> None:
     check(lab, base, adapter)
 
 
-def test_experts_of_llama_4(lab: Lab) -> None:
+def test_target_parameters_of_llama_4(lab: Lab) -> None:
     base = write(lab, "llama4")
     targets = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
     check(lab, base, lab.train(base, r=2, target_modules=["q_proj"], target_parameters=targets))
 
 
-def test_a_router_is_one_matrix(lab: Lab) -> None:
+def test_target_parameters_of_a_router(lab: Lab) -> None:
     base = write(lab, "mixtral")
     check(lab, base, lab.train(base, r=2, target_modules=["q_proj"], target_parameters=["mlp.gate.weight"]))
 
 
-def test_unsloths_layout_is_read_by_its_marker(lab: Lab) -> None:
-    """The same change with the ranks of an expert together in lora_B, and a config that says so."""
+def test_unsloth_layout_of_lora_b_is_read(lab: Lab) -> None:
+    """The same delta with the ranks of each expert next to each other in lora_B, as the config says."""
     base = write(lab, "mixtral")
     adapter = lab.train(base, r=2, target_modules=["q_proj"], target_parameters=BOTH)
 
-    def turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def expert_major(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
             name: value.view(len(value), 2, 4).transpose(1, 2).reshape(value.shape).contiguous()
             if "experts" in name and "lora_B" in name
@@ -110,11 +110,11 @@ def test_unsloths_layout_is_read_by_its_marker(lab: Lab) -> None:
             for name, value in tensors.items()
         }
 
-    check(lab, base, adapter, lab.edited(adapter, {"lora_B_layout": "expert_major"}, turned))
+    check(lab, base, adapter, lab.edited(adapter, {"lora_B_layout": "expert_major"}, expert_major))
 
 
-def test_fused_and_apart_give_the_same(lab: Lab) -> None:
-    """A checkpoint that holds Qwen's experts stacked, as mergekit 0.1.5 writes them, takes the same adapter."""
+def test_fused_and_separate_experts_give_the_same_weights(lab: Lab) -> None:
+    """A checkpoint with Qwen's experts stacked, as mergekit 0.1.5 writes them, takes the same adapter."""
     base = write(lab, "qwen3_moe")
     adapter = lab.train(base, r=2, target_modules=["q_proj"], target_parameters=BOTH)
     tensors = load_file(base / "model.safetensors")
@@ -142,7 +142,7 @@ def test_fused_and_apart_give_the_same(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_adapter_of_single_experts(lab: Lab, fused: bool, tmp_path: Path) -> None:
+def test_adapter_of_single_experts(lab: Lab, fused: bool, tmp_path: Path) -> None:
     """Adapters of transformers 4 name each expert's layers: W + s B A of that expert alone."""
     base = write(lab, "qwen3_moe")
     tensors = load_file(base / "model.safetensors")
@@ -174,15 +174,15 @@ def test_an_adapter_of_single_experts(lab: Lab, fused: bool, tmp_path: Path) -> 
         assert changed == {"model.layers.0.mlp.experts.2.up_proj.weight"}
 
 
-def test_factors_that_fit_no_parameter(lab: Lab) -> None:
+def test_factors_that_fit_no_parameter_are_refused(lab: Lab) -> None:
     base = write(lab, "mixtral")
     adapter = lab.train(write(lab, "qwen3_moe"), r=2, target_modules=["q_proj"], target_parameters=BOTH)
     with pytest.raises(SourceError, match="fit none of its parameters"):
         mergeforge.plan({"base_model": str(base), "adapters": [str(adapter.folder)]}, out=lab.out())
 
 
-def test_vision_models_by_their_old_names(lab: Lab) -> None:
-    """Gemma 3's checkpoints say language_model.model.*; a model that transformers 5 loads, model.language_model.*."""
+def test_vision_model_with_old_tensor_names(lab: Lab) -> None:
+    """Gemma 3's checkpoints have language_model.model.*, the model that transformers 5 loads model.language_model.*."""
     import transformers
 
     text = {**SIZES, **HEADS, "intermediate_size": 40, "sliding_window": 8}

@@ -1,7 +1,7 @@
-"""LoRA's variants and convolutions: merged by mergeforge, by PEFT, and the unmerged model's output.
+"""LoRA variants and LoRA on convolutions: mergeforge's merge, PEFT's merge, and the unmerged model's output.
 
-Convolutions lie in a small module of torch's, saved as a bare model.safetensors. Adapters are PEFT's own,
-made random wherever training would reach.
+The convolutions are in a small torch module, saved as a single model.safetensors. The adapters are made by PEFT, with
+random values in all trainable tensors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.adapters.open import open_adapter
 from mergeforge.adapters.peft.lora_config import replicated_layers
 from mergeforge.checkpoints.checkpoint import open_checkpoint
-from mergeforge.tensors.worker import Worker
 from mergeforge.tensors.lazy import LazyTensor
+from mergeforge.tensors.worker import Worker
 
 if TYPE_CHECKING:
     from support.peft_lab import Lab, Trained
@@ -35,7 +35,7 @@ BLOCKS = peft.tuners.lora.config.BdLoraConfig
 
 
 class Net(nn.Module):
-    """Convolutions of one, two and three dimensions, in groups too, and attention as torch has it."""
+    """1D, 2D, 3D and grouped convolutions, and torch's MultiheadAttention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,11 +65,11 @@ def net(lab: Lab) -> Path:
     return folder
 
 
-def shaken(model: Any) -> Any:
+def with_noise(model: Any) -> Any:
     with torch.no_grad():
-        for one in model.parameters():
-            if one.requires_grad:
-                one.add_(torch.randn(one.shape), alpha=0.1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape), alpha=0.1)
     return model.eval()
 
 
@@ -79,7 +79,7 @@ def tuned(lab: Lab, base: Path, config: Any) -> tuple[Path, Any]:
     model.load_state_dict(load_file(base / "model.safetensors"))
     folder = lab.out()
     with lab.quiet():
-        model = shaken(peft.get_peft_model(model, config))
+        model = with_noise(peft.get_peft_model(model, config))
         model.save_pretrained(folder)
     return folder, model
 
@@ -94,7 +94,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, within: float) -> bool:
 
 
 def check_net(lab: Lab, base: Path, folder: Path, model: Any, targets: list[str]) -> dict[str, torch.Tensor]:
-    """The fold is PEFT's merge, changes the targets alone, and computes what the unmerged model computes."""
+    """The fold equals PEFT's merge, changes only the targets, and its output equals the unmerged model's."""
     ours = load_file(
         mergeforge.merge(base_model=str(base), adapters=[str(folder)], out=lab.out()) / "model.safetensors"
     )
@@ -126,8 +126,8 @@ def test_lora_on_convolutions(lab: Lab, net: Path, case: str) -> None:
     check_net(lab, net, *tuned(lab, net, peft.LoraConfig(**settings)), settings["target_modules"])
 
 
-def test_any_cut_of_convolutions_gives_the_same(lab: Lab, net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few rows, which part a Conv1d's output channels, and whole tensors."""
+def test_convolutions_do_not_depend_on_the_blocks(lab: Lab, net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few rows, which split a Conv1d's output channels, give the same as whole tensors."""
     from mergeforge.core import tensor_info
 
     config = peft.LoraConfig(r=4, use_dora=True, target_modules=CONVOLUTIONS)
@@ -159,13 +159,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", KINDS)
-def test_other_kinds_on_convolutions(lab: Lab, net: Path, case: str) -> None:
+def test_other_methods_on_convolutions(lab: Lab, net: Path, case: str) -> None:
     name, settings = KINDS[case]
     check_net(lab, net, *tuned(lab, net, getattr(peft, name)(**settings)), settings["target_modules"])
 
 
-def test_oft_on_patches_is_refused(lab: Lab, net: Path) -> None:
-    """PEFT's own merge of it is not what its forward pass computes."""
+def test_oft_on_convolutions_is_refused(lab: Lab, net: Path) -> None:
+    """PEFT's merge differs from its forward pass there."""
     folder, _ = tuned(lab, net, peft.OFTConfig(oft_block_size=4, target_modules=["flat"]))
     with pytest.raises(
         SourceError, match=r"flat is a convolution with weight \[12, 8, 3, 3\]: PEFT trains OFT on sums"
@@ -173,14 +173,14 @@ def test_oft_on_patches_is_refused(lab: Lab, net: Path) -> None:
         mergeforge.plan({"base_model": str(net), "adapters": [str(folder)]}, out=lab.out())
 
 
-def test_a_convolution_in_groups_is_refused(lab: Lab, net: Path) -> None:
+def test_grouped_convolution_is_refused(lab: Lab, net: Path) -> None:
     folder, _ = tuned(lab, net, peft.LoraConfig(r=4, target_modules=["grouped"]))
     with pytest.raises(SourceError, match="grouped is a convolution with 2 groups, and its lora_A mixes"):
         mergeforge.plan({"base_model": str(net), "adapters": [str(folder)]}, out=lab.out())
 
 
-def test_attention_takes_its_output_change_twice(lab: Lab, net: Path) -> None:
-    """PEFT trains nn.MultiheadAttention so, merges it so, and the plan says so."""
+def test_attention_out_proj_delta_is_applied_twice(lab: Lab, net: Path) -> None:
+    """As PEFT does in training and in its merge; the plan has a note."""
     folder, model = tuned(lab, net, peft.LoraConfig(r=4, target_modules=["attention", "linear"]))
     check_net(lab, net, folder, model, ["attention", "linear"])
     plan = mergeforge.plan({"base_model": str(net), "adapters": [str(folder)]}, out=lab.out())
@@ -214,11 +214,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def fold(lab: Lab, base: Path, *adapters: Path) -> Path:
-    return mergeforge.merge(base_model=str(base), adapters=[str(one) for one in adapters], out=lab.out())
+    return mergeforge.merge(base_model=str(base), adapters=[str(adapter) for adapter in adapters], out=lab.out())
 
 
 @pytest.mark.parametrize("case", VARIANTS)
-def test_a_variant_on_the_original_base(lab: Lab, case: str) -> None:
+def test_variants_on_the_original_base(lab: Lab, case: str) -> None:
     base = lab.base("llama")
     adapter = lab.train(base, target_modules=LINEAR, **VARIANTS[case])
     out = fold(lab, base, adapter.folder)
@@ -229,8 +229,8 @@ def test_a_variant_on_the_original_base(lab: Lab, case: str) -> None:
 
 
 @pytest.mark.parametrize("start", ["pissa", "kasa", "olora"])
-def test_a_start_in_small_blocks(lab: Lab, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is learnt from blocks of 3 rows is what is learnt from the whole tensor."""
+def test_residual_init_does_not_depend_on_the_blocks(lab: Lab, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 3 rows give the same as the whole tensor."""
     from mergeforge.core import tensor_info
 
     base = lab.base("llama")
@@ -241,12 +241,12 @@ def test_a_start_in_small_blocks(lab: Lab, start: str, monkeypatch: pytest.Monke
     assert [name for name, value in ours.items() if not close(value, theirs[name], 1e-5)] == []
 
 
-def test_what_a_start_does_is_told(lab: Lab) -> None:
+def test_residual_init_is_noted_in_the_plan(lab: Lab) -> None:
     adapter = lab.train(lab.base("llama"), init_lora_weights="pissa")
     plan = mergeforge.plan({"base_model": str(lab.base("llama")), "adapters": [str(adapter.folder)]}, out=lab.out())
     assert any(
-        "what its initialization (pissa) subtracted from the original base is subtracted again" in one
-        for one in plan.notes
+        "what its initialization (pissa) subtracted from the original base is subtracted again" in note
+        for note in plan.notes
     )
 
 
@@ -262,7 +262,7 @@ def test_pissa_on_a_conv1d(lab: Lab) -> None:
 
 
 def converted(lab: Lab, base: Path, start: str) -> tuple[Trained, Path]:
-    """An adapter with a start that PEFT turned into a plain one of twice the rank."""
+    """An adapter with this initialization, converted by PEFT to a plain one of twice the rank."""
     import transformers
 
     first = lab.out()
@@ -274,14 +274,14 @@ def converted(lab: Lab, base: Path, start: str) -> tuple[Trained, Path]:
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(first)
         model.peft_config["default"].init_lora_weights = start
-        shaken(model)
+        with_noise(model)
         folder = lab.out()
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(first))
     return model, folder
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_converted_adapter_folds_into_the_original(lab: Lab, start: str) -> None:
+def test_converted_adapter_folds_into_the_original_base(lab: Lab, start: str) -> None:
     base = lab.base("llama")
     model, folder = converted(lab, base, start)
     out = fold(lab, base, folder)
@@ -289,47 +289,47 @@ def test_a_converted_adapter_folds_into_the_original(lab: Lab, start: str) -> No
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "kasa"])
-def test_a_residual_base_takes_its_adapter_plainly(lab: Lab, start: str, tmp_path: Path) -> None:
-    """The base that PEFT leaves, saved; the change is then s B A of it (with KaSA's diagonal)."""
+def test_adapter_folds_into_its_saved_residual_base(lab: Lab, start: str, tmp_path: Path) -> None:
+    """On the residual base that PEFT leaves, the delta is s B A (with KaSA's diagonal)."""
     base = lab.base("llama")
     settings = VARIANTS.get(start, {"init_lora_weights": start})
     adapter = lab.train(base, target_modules=LINEAR, **settings)
-    left = {
+    remaining = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): value.contiguous()
         for name, value in adapter.model.state_dict().items()
         if "lora_" not in name
     }
     (tmp_path / "config.json").write_text((base / "config.json").read_text())
-    save_file(left, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(remaining, tmp_path / "model.safetensors", {"format": "pt"})
     opened = open_checkpoint(tmp_path, "base")
     if start == "pissa_niter_4":
         with pytest.raises(SourceError, match=r"pissa_niter_4, so it is relative.*base_is_residual: true"):
             open_adapter(adapter.folder, "adapter", opened)
-    found = open_adapter(adapter.folder, "adapter", opened, base_is_residual=True)
-    assert any("the base is treated as the residual that its initialization" in note for note in found.notes)
+    opened_adapter = open_adapter(adapter.folder, "adapter", opened, base_is_residual=True)
+    assert any("the base is treated as the residual that its initialization" in note for note in opened_adapter.notes)
     theirs = adapter.merged_by_peft()
-    for name, (edit,) in found.deltas.items():
-        ours = evaluated(AdaptedTensor(opened.tensors[name], ((1.0, edit),)))
+    for name, (delta,) in opened_adapter.deltas.items():
+        ours = evaluated(AdaptedTensor(opened.tensors[name], ((1.0, delta),)))
         assert close(ours, theirs[name], 1e-6), name
 
 
-def evaluated(way: LazyTensor) -> torch.Tensor:
-    """A whole tensor, as a merge computes it."""
+def evaluated(lazy_tensor: LazyTensor) -> torch.Tensor:
+    """Compute a whole tensor as a merge does."""
     worker = Worker("cpu", 1 << 20)
-    rows = range(way.info.rows)
-    return way.load(rows, worker, {}, torch.float32)(0, len(rows))
+    rows = range(lazy_tensor.info.rows)
+    return lazy_tensor.load(rows, worker, {}, torch.float32)(0, len(rows))
 
 
-def test_several_misfits_are_all_named(lab: Lab) -> None:
-    """Five of a wrong base's tensors, and how many more there are."""
+def test_error_lists_several_mismatches(lab: Lab) -> None:
+    """The error names five mismatched tensors and the number of the others."""
     base = lab.base("llama")
     adapter = lab.train(base)
 
-    def halved(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        short = {name for name in found if name.endswith("q_proj.lora_B.weight")}
-        return {name: value[:16].contiguous() if name in short else value for name, value in found.items()}
+    def halve(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        short = {name for name in saved if name.endswith("q_proj.lora_B.weight")}
+        return {name: value[:16].contiguous() if name in short else value for name, value in saved.items()}
 
-    folder = lab.edited(adapter, tensors=halved)
+    folder = lab.edited(adapter, tensors=halve)
     with pytest.raises(SourceError, match=r"0\.self_attn\.q_proj is made.*; .*1\.self_attn\.q_proj is made") as caught:
         fold(lab, base, folder)
     assert caught.value.exit_code == 3
@@ -337,7 +337,7 @@ def test_several_misfits_are_all_named(lab: Lab) -> None:
         fold(lab, base, lab.train(lab.base("gpt2"), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True).folder)
 
 
-def test_another_base_and_revision_are_noted(lab: Lab) -> None:
+def test_other_base_and_revision_are_noted(lab: Lab) -> None:
     adapter = lab.train(lab.base("llama"))
     folder = lab.edited(adapter, {"base_model_name_or_path": "someone/model", "revision": "0123abc"})
     base = open_checkpoint(lab.base("llama"), "someone/model@fedcba", revision="fedcba98")
@@ -347,17 +347,17 @@ def test_another_base_and_revision_are_noted(lab: Lab) -> None:
     assert open_adapter(folder, "adapter", same).notes == ()
 
 
-def test_an_added_bias_without_a_bias_is_refused(lab: Lab) -> None:
+def test_lora_bias_on_a_layer_without_bias_is_refused(lab: Lab) -> None:
     base = lab.base("llama")
     adapter = lab.train(base, target_modules=["q_proj"])
     bias = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"
-    folder = lab.edited(adapter, tensors=lambda found: {**found, bias: torch.ones(32)})
+    folder = lab.edited(adapter, tensors=lambda saved: {**saved, bias: torch.ones(32)})
     with pytest.raises(SourceError, match=r"changes a bias, but model\.layers\.0\.self_attn\.q_proj of .* has none"):
         fold(lab, base, folder)
 
 
-def test_replicated_layers(lab: Lab) -> None:
-    """Layers 0, 1, 1 stacked by slices take the adapter of a model that PEFT has replicated so.
+def test_adapter_of_replicated_layers_on_a_stacked_base(lab: Lab) -> None:
+    """Layers 0, 1, 1 stacked with slices take an adapter that PEFT trained on the same replicated layers.
 
     PEFT's own merge writes into the shared weights; the unmerged model's logits are the reference.
     """
@@ -381,28 +381,28 @@ def test_replicated_layers(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_layers_that_were_repeated_in_training(lab: Lab, dora: bool) -> None:
-    """Each replica is a layer of its own in the result, with its own change; config.json says how many there are."""
+def test_recipe_repeats_the_layers_of_layer_replication(lab: Lab, dora: bool) -> None:
+    """Each replica becomes a separate layer with its own delta, and config.json has the new number of layers."""
     base = lab.base("llama")
     adapter = lab.train(base, layer_replication=[[0, 2], [1, 2], [0, 1]], use_dora=dora)
     out = mergeforge.merge(base_model=str(base), adapters=[str(adapter.folder)], out=lab.out())
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 4
     with lab.quiet():
-        wanted, ours = lab.logits(adapter.model), lab.logits(lab.load(out))
-    assert float((ours - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+        expected, ours = lab.logits(adapter.model), lab.logits(lab.load(out))
+    assert float((ours - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-def test_layers_that_the_base_has_not(lab: Lab) -> None:
+def test_layer_replication_that_does_not_fit_the_base_is_refused(lab: Lab) -> None:
     base = lab.base("llama")
     adapter = lab.edited(lab.train(base), config={"layer_replication": [[0, 2], [1, 7]]})
     with pytest.raises(SourceError, match=r"repeats layer 2, which .* does not have"):
         mergeforge.plan({"base_model": str(base), "adapters": [str(adapter)]}, out=lab.out())
     odd = [str(adapter), str(lab.train(base).folder)]
-    with pytest.raises(SourceError, match="differently repeated layers"):
+    with pytest.raises(SourceError, match="were trained with different layer_replication"):
         mergeforge.plan({"base_model": str(base), "adapters": odd}, out=lab.out())
 
 
-def test_a_recipe_says_that_the_base_is_residual(lab: Lab) -> None:
+def test_base_is_residual_in_a_recipe(lab: Lab) -> None:
     base = lab.base("llama")
     plain = lab.train(base)
     marked = str(lab.edited(plain, config={"init_lora_weights": "pissa_niter_4"}))
@@ -414,15 +414,15 @@ def test_a_recipe_says_that_the_base_is_residual(lab: Lab) -> None:
     assert (out / "model.safetensors").read_bytes() == (same / "model.safetensors").read_bytes()
 
 
-def test_two_adapters_that_replace_one_tensor(lab: Lab) -> None:
-    """Their mean is what the weights say; their sum would be neither."""
+def test_two_adapters_that_replace_one_tensor_need_weights_that_sum_to_1(lab: Lab) -> None:
+    """With weights of 0.5 the result is their mean; a plain sum is refused."""
     base = lab.base("llama")
     trained = [lab.train(base, modules_to_save=["lm_head"], seed=seed) for seed in (1, 2)]
-    both = [str(one.folder) for one in trained]
+    both = [str(adapter.folder) for adapter in trained]
     with pytest.raises(SourceError, match=r"2 adapters each replace lm_head.weight"):
         mergeforge.plan({"base_model": str(base), "adapters": both}, out=lab.out())
-    weighted = [{"adapter": one, "weight": 0.5} for one in both]
+    weighted = [{"adapter": adapter, "weight": 0.5} for adapter in both]
     out = mergeforge.merge({"base_model": str(base), "adapters": weighted}, out=lab.out())
-    heads = [one.tensors["base_model.model.lm_head.weight"] for one in trained]
+    heads = [adapter.tensors["base_model.model.lm_head.weight"] for adapter in trained]
     merged = load_file(out / "model.safetensors")["lm_head.weight"]
     torch.testing.assert_close(merged, (heads[0] + heads[1]) / 2, rtol=1e-5, atol=1e-6)

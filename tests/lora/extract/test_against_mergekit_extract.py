@@ -36,28 +36,30 @@ def theirs(pair: tuple[Path, Path]) -> Path:
 
 
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
-def test_every_modules_error_is_mergekits(pair: tuple[Path, Path], theirs: Path, tmp_path: Path, svd: str) -> None:
+def test_error_of_every_module_equals_mergekits(
+    pair: tuple[Path, Path], theirs: Path, tmp_path: Path, svd: str
+) -> None:
     plan = plan_extraction(str(pair[1]), str(pair[0]), tmp_path / "out", rank=RANK, svd=svd, device="cpu")
     deque(extract(plan), maxlen=0)
-    base, tuned, held = tensors(pair[0]), tensors(pair[1]), tensors(theirs, "adapter_model.safetensors")
+    base, tuned, stored = tensors(pair[0]), tensors(pair[1]), tensors(theirs, "adapter_model.safetensors")
     modules = read_report(plan)["modules"]
     assert {f"base_model.model.{module}.lora_A.weight" for module in modules} == {
-        name for name in held if "lora_A" in name
+        name for name in stored if "lora_A" in name
     }
-    for module, one in modules.items():
+    for module, entry in modules.items():
         change = tuned[f"{module}.weight"] - base[f"{module}.weight"]
-        a, b = (held[f"base_model.model.{module}.lora_{which}.weight"] for which in "AB")
-        assert one["error"] == pytest.approx(
+        a, b = (stored[f"base_model.model.{module}.lora_{which}.weight"] for which in "AB")
+        assert entry["error"] == pytest.approx(
             float((change - b @ a).norm() / change.norm()), rel=1e-5 if svd == "exact" else 0.01
         )
         ours = tensors(tmp_path / "out", "adapter_model.safetensors")[f"base_model.model.{module}.lora_A.weight"]
         assert torch.allclose(ours.norm(dim=1), a.norm(dim=1), rtol=1e-3 if svd == "exact" else 0.2)  # sqrt(S) alike
 
 
-def test_embeddings_are_saved_as_mergekit_does(pair: tuple[Path, Path], theirs: Path, tmp_path: Path) -> None:
+def test_embeddings_are_saved_as_by_mergekit(pair: tuple[Path, Path], theirs: Path, tmp_path: Path) -> None:
     plan = plan_extraction(str(pair[1]), str(pair[0]), tmp_path / "out", rank=RANK, device="cpu")
     deque(extract(plan), maxlen=0)
     name = "base_model.model.model.embed_tokens.weight"
-    ours, held = (tensors(one, "adapter_model.safetensors") for one in (tmp_path / "out", theirs))
-    assert torch.equal(ours[name], held[name])
+    ours, stored = (tensors(folder, "adapter_model.safetensors") for folder in (tmp_path / "out", theirs))
+    assert torch.equal(ours[name], stored[name])
     assert "embed_tokens" in json.loads((theirs / "adapter_config.json").read_text())["modules_to_save"]

@@ -1,4 +1,4 @@
-"""Peak resident memory of extract-lora in a process of its own, against --memory; and the same bytes from more."""
+"""Peak resident memory of an extract-lora process, compared with --memory; more memory gives the same bytes."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("options", [["--rank", "32"], ["--rank", "32", "--dtype", "bfloat16", "--threads", "1"]])
-def test_peak_stays_within_the_memory_given(root: Path, tmp_path: Path, options: list[str]) -> None:
+def test_peak_stays_within_the_memory_limit(root: Path, tmp_path: Path, options: list[str]) -> None:
     alone = peak("-c", "import torch, rich, click, yaml, huggingface_hub")
     command = ["-m", "mergeforge", "extract-lora", str(root / "tuned"), "--base", str(root / "base"), "--device", "cpu"]
-    given = peak(*command, "--memory", "64MiB", "--out", str(tmp_path / "little"), *options)
-    assert given - alone < (64 << 20) + MARGIN
+    limited = peak(*command, "--memory", "64MiB", "--out", str(tmp_path / "little"), *options)
+    assert limited - alone < (64 << 20) + MARGIN
     peak(*command, "--memory", "1GiB", "--out", str(tmp_path / "much"), *options)
     little, much = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("little", "much"))
     assert little == much

@@ -1,6 +1,6 @@
-"""Every other kind of adapter: merged by mergeforge, by PEFT, and the unmerged model's logits.
+"""Every PEFT method other than LoRA: mergeforge's merge, PEFT's merge, and the unmerged model's logits.
 
-Adapters are PEFT's own, made random wherever training would reach, on a tiny Llama or Qwen2 (biases).
+The adapters are made by PEFT on a tiny Llama or Qwen2 (biases), with random values in all trainable tensors.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ BIASES = {
 
 
 def check(lab: Lab, kind: str, name: str, config: dict[str, Any], **options: Any) -> float:
-    """The largest relative distance to PEFT's merge; the logits must be those of the unmerged model."""
+    """Compare with PEFT's merge and the unmerged model's logits; returns the largest relative error."""
     base = lab.base(kind)
     adapter = lab.tune(base, name, {"target_modules": ALL} | config)
     out = mergeforge.merge(base_model=str(base), adapters=[str(adapter.folder)], out=lab.out(), **options)
@@ -102,18 +102,18 @@ def check(lab: Lab, kind: str, name: str, config: dict[str, Any], **options: Any
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_and_logits(lab: Lab, case: str) -> None:
+def test_weights_equal_pefts_merge_and_logits_the_unmerged_models(lab: Lab, case: str) -> None:
     check(lab, "llama", *CASES[case])
 
 
 @pytest.mark.parametrize("case", BIASES)
-def test_biases(lab: Lab, case: str) -> None:
+def test_methods_on_biases(lab: Lab, case: str) -> None:
     check(lab, "qwen2", *BIASES[case])
 
 
 @pytest.mark.parametrize("case", ["loha", "road 1", "oft", "gralora hybrid", "miss bat", "c3a", "lokr", "fourierft"])
-def test_any_cut_gives_the_same_bytes(lab: Lab, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 3 rows instead of whole tensors: the numbers stay."""
+def test_result_does_not_depend_on_the_blocks(lab: Lab, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 3 rows give the same result as whole tensors."""
     from mergeforge.core import tensor_info
 
     name, config = CASES[case]
@@ -121,27 +121,27 @@ def test_any_cut_gives_the_same_bytes(lab: Lab, case: str, monkeypatch: pytest.M
     check(lab, "llama", name, config, threads=1)
 
 
-def test_every_kind_has_a_test() -> None:
+def test_every_method_is_tested() -> None:
     tested = {name.replace("Config", "").upper() for name, _ in (*CASES.values(), *BIASES.values())}
     assert {name.replace("_", "") for name in PEFT_METHODS} - {"BONE"} <= tested
 
 
 @pytest.mark.parametrize("kind", UNSUPPORTED)
-def test_what_cannot_be_merged_says_why(lab: Lab, kind: str) -> None:
+def test_unsupported_methods_are_refused(lab: Lab, kind: str) -> None:
     base = lab.base("llama")
     adapter = lab.edited(lab.train(base), config={"peft_type": kind})
     with pytest.raises(SourceError, match=f"{kind} adapters cannot be merged: "):
         mergeforge.plan({"base_model": str(base), "adapters": [str(adapter)]}, out=lab.out())
 
 
-def test_a_field_that_is_not_understood(lab: Lab) -> None:
+def test_unknown_config_field_is_refused(lab: Lab) -> None:
     base = lab.base("llama")
     adapter = lab.edited(lab.tune(base, "LoHaConfig", {"target_modules": ALL, "r": 4}), config={"new_field": 3})
     with pytest.raises(SourceError, match="sets new_field = 3, and this version does not know that field"):
         mergeforge.plan({"base_model": str(base), "adapters": [str(adapter)]}, out=lab.out())
 
 
-def test_factors_of_another_model(lab: Lab, tmp_path: Path) -> None:
+def test_factors_of_another_model_are_refused(lab: Lab, tmp_path: Path) -> None:
     base = lab.base("llama")
     adapter = lab.tune(base, "HiraConfig", {"target_modules": ALL, "r": 4})
 
