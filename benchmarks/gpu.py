@@ -167,7 +167,7 @@ def _recipe(root: Path, shape: str, name: str) -> dict[str, Any]:
 def _seconds(recipe: dict[str, Any], out: Path, threads: int, device: str) -> float:
     plan = mergeforge.plan(recipe, out=out, memory=MEMORY, device=device, threads=threads)
     started = time.perf_counter()
-    for _ in mergeforge.run(plan, overwrite=True):
+    for _ in mergeforge.iter_run(plan, overwrite=True):
         pass
     return time.perf_counter() - started
 

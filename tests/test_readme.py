@@ -17,10 +17,10 @@ import yaml
 from support.fake_hub import FakeHub
 
 import mergeforge
-from mergeforge.adapters.peft.kind import KINDS
-from mergeforge.adapters.peft.unsupported import REFUSED
+from mergeforge.adapters.peft.kind import PEFT_METHODS
+from mergeforge.adapters.peft.unsupported import UNSUPPORTED
 from mergeforge.cli import run_command
-from mergeforge.cli.recipes import shipped
+from mergeforge.cli.recipes import shipped_recipes
 from mergeforge.gguf.file_types import FILE_TYPES
 from mergeforge.methods import METHODS
 from mergeforge.train.settings import read
@@ -144,7 +144,6 @@ def test_training_from_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Path("runs/tiny-chat/adapter").is_dir() and Path("runs/steps/adapter").is_dir()
 
 
-@pytest.mark.skipif(not hasattr(mergeforge, "iter_run"), reason="mergeforge.run does not do the work yet")
 def test_python_of_the_readme_runs(after_set_up: Path) -> None:
     """In the folder of the README's first page: its recipe.yaml, and what `demo` wrote."""
     assert run_command(next(arguments for arguments, _ in commands(README) if arguments[0] == "init")) == 0
@@ -156,7 +155,6 @@ def test_python_of_the_readme_runs(after_set_up: Path) -> None:
     assert Path("averaged/mergeforge.json").is_file() and Path("averaged/averaged-Q4_K_M.gguf").is_file()
 
 
-@pytest.mark.skipif(not hasattr(mergeforge, "iter_run"), reason="mergeforge.run does not do the work yet")
 def test_every_python_name_of_the_readme_exists() -> None:
     names = set(re.findall(r"\bmergeforge\.([A-Za-z_]+)", README)) - {"json", "yml"}
     assert len(names) >= 14
@@ -169,7 +167,7 @@ def test_every_method_is_documented() -> None:
 
 
 def test_every_adapter_kind_is_documented() -> None:
-    assert [name for name in [*KINDS, *REFUSED] if f"`{name}`" not in HOW_TO] == []
+    assert [name for name in [*PEFT_METHODS, *UNSUPPORTED] if f"`{name}`" not in HOW_TO] == []
 
 
 def test_every_gguf_type_is_documented() -> None:
@@ -177,7 +175,7 @@ def test_every_gguf_type_is_documented() -> None:
 
 
 def test_every_shipped_recipe_is_named_in_the_readme() -> None:
-    merges = [name for name in shipped() if not name.startswith("train-")]
+    merges = [name for name in shipped_recipes() if not name.startswith("train-")]
     assert [name for name in merges if not re.search(rf"`{name}`|recipes show {name}`", README)] == []
 
 
@@ -196,16 +194,16 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_shipped_trainings_are_read() -> None:
-    trainings = [path for name, path in shipped().items() if name.startswith("train-")]
+    trainings = [path for name, path in shipped_recipes().items() if name.startswith("train-")]
     assert len(trainings) == 6
     for path in trainings:
         assert path.read_text().startswith("# Training: ")
         read(path)
 
 
-@pytest.mark.parametrize("name", [name for name in shipped() if not name.startswith("train-")])
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if not name.startswith("train-")])
 def test_shipped_recipes_run(name: str, models: Path) -> None:
-    recipe = shipped()[name]
+    recipe = shipped_recipes()[name]
     assert recipe.read_text().startswith("# ")
     assert run_command(["plan", str(recipe)]) == 0
     assert run_command(["run", str(recipe), "-q", "--out", "out"]) == 0
@@ -214,5 +212,5 @@ def test_shipped_recipes_run(name: str, models: Path) -> None:
 
 def test_init_and_recipes_copy(models: Path) -> None:
     assert run_command(["recipes", "cp", "ties"]) == 0
-    assert Path("ties.yaml").read_text() == shipped()["ties"].read_text()
+    assert Path("ties.yaml").read_text() == shipped_recipes()["ties"].read_text()
     assert run_command(["init", "--template", "slerp", "ties.yaml"]) == 5  # never over a file

@@ -109,16 +109,16 @@ def run_mergeforge(*arguments: str) -> int:
 
 def write_tiny(folder: Path, shape: Sequence[int], dtype: str = "BF16") -> None:
     """A Llama with config and tokenizer. `shape`: hidden, intermediate, layers, heads, key-value heads, vocabulary."""
-    from mergeforge.operations.synthetic_models import Shape, write_model
+    from mergeforge.operations.synthetic_models import ModelShape, write_model
 
-    write_model(folder, Shape(*shape), dtype=dtype)
+    write_model(folder, ModelShape(*shape), dtype=dtype)
 
 
 def has_kernels() -> bool:
     """Whether the kernels in C are compiled and up to date."""
     from mergeforge.native import bindings
 
-    return bindings.available()
+    return bindings.is_available()
 
 
 def has_numba() -> bool:
@@ -132,7 +132,7 @@ def without_kernels() -> Any:
     """A context in which torch does what the kernels in C do."""
     from mergeforge.native import bindings
 
-    return patch.object(bindings, "available", lambda: False)
+    return patch.object(bindings, "is_available", lambda: False)
 
 
 def without_numba() -> Any:
@@ -147,7 +147,7 @@ def interrupt_after(tiles: int, recipe: Path, out: Path) -> None:
     import mergeforge
 
     plan = mergeforge.plan(recipe, out=out, device="cpu", threads=1, memory="32MiB")
-    running = mergeforge.run(plan)
+    running = mergeforge.iter_run(plan)
     for _ in range(tiles):
         next(running)
     running.close()
