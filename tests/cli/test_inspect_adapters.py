@@ -42,7 +42,11 @@ def test_inspect_describes_an_adapter_folder(tmp_path: Path, capsys: pytest.Capt
         (LORA, pair("0.q_proj", 8) + pair("1.v_proj", 2), "LoRA of ranks 2 to 8, scale"),
         (LORA, pair("0.q_proj", 8) + pair("1.q_proj", 8), "changes 2 modules in 2 layers: q_proj (2)"),
         (LORA | {"use_dora": True}, pair("0.q_proj", 8), "DoRA of rank 8"),
-        (LORA, [*pair("0.q_proj", 8), TensorInfo("base_model.model.lm_head.weight", "F32", (9, 4))], "whole: lm_head"),
+        (
+            LORA,
+            [*pair("0.q_proj", 8), TensorInfo("base_model.model.lm_head.weight", "F32", (9, 4))],
+            "replaces whole modules (1): lm_head",
+        ),
         (LORA | {"target_parameters": ["mlp.experts.down_proj"]}, pair("0.mlp.experts", 8), "parameters of experts"),
         (LORA | {"init_lora_weights": "loftq"}, pair("0.q_proj", 8), "cannot be merged"),
         (LORA | {"base_model_name_or_path": "org/base", "revision": "abc"}, [], "trained on org/base at abc"),

@@ -78,7 +78,7 @@ def _where(modules: Mapping[str, Mapping[str, TensorInfo]]) -> str:
 def _extras(config: Mapping[str, Any], modules: Mapping[str, Mapping[str, TensorInfo]]) -> Iterator[str]:
     saved = [module for module, roles in modules.items() if roles and set(roles) <= {"weight", "bias"}]
     if saved:
-        yield f"replaces {len(saved)} whole modules: {format_list(saved)}"
+        yield f"replaces whole modules ({len(saved)}): {format_list(saved)}"
     if tokens := [roles["tokens"].rows for roles in modules.values() if "tokens" in roles]:
         yield f"trained the embedding rows of {max(tokens)} tokens"
     if config.get("target_parameters"):
