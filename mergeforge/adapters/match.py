@@ -14,8 +14,7 @@ from typing import Any
 
 from mergeforge.adapters.deltas import AddTensor, LoraDelta, ReplaceRows, ReplaceTensor, WeightDelta
 from mergeforge.adapters.lora import LoraFactors, check_rank, lora_deltas, take_factors
-from mergeforge.adapters.match_experts import ExpertFactors as ExpertPair
-from mergeforge.adapters.match_experts import expert_deltas, is_expert_module, split_module
+from mergeforge.adapters.match_experts import ExpertFactors, expert_deltas, is_expert_module, split_module
 from mergeforge.adapters.peft.keys import UNUSED, Key, clean_path, parse_key
 from mergeforge.adapters.peft.kind import AdaptedModule, PeftMethod
 from mergeforge.adapters.peft.lora_config import LoraSettings, describe_init
@@ -167,7 +166,7 @@ class AdapterMatcher:
 
     def _match_experts(self, modules: dict[str, dict[str, StoredTensor]]) -> None:
         """Make deltas of the stack, or of each expert, from the factors of fused experts."""
-        wrapped: dict[str, list[ExpertPair]] = {}
+        wrapped: dict[str, list[ExpertFactors]] = {}
         for module in [
             name for name in modules if is_expert_module(name, self.settings, self.base, self.resolver.loaded)
         ]:
@@ -178,7 +177,7 @@ class AdapterMatcher:
                     self.parameters.add(name)
                     self._add_lora(LoraFactors(own, a, b))  # one matrix, such as a router's
                 else:
-                    wrapped.setdefault(own, []).append(ExpertPair(a, b, depth))
+                    wrapped.setdefault(own, []).append(ExpertFactors(a, b, depth))
         for own, pairs in wrapped.items():
             try:
                 deltas = expert_deltas(own, pairs, self.settings, self.base, self.resolver.loaded)

@@ -61,10 +61,10 @@ class ResizedEmbedding:
         return block
 
 
-def same_rows(one: LazyTensor, other: LazyTensor) -> bool:
+def same_rows(first: LazyTensor, second: LazyTensor) -> bool:
     """Whether two tensors from adapters, whole or with new rows, have the same content."""
-    if isinstance(one, StoredTensor) and isinstance(other, StoredTensor):
-        return same_content(one, other)
-    if not isinstance(one, ResizedEmbedding) or not isinstance(other, ResizedEmbedding):
+    if isinstance(first, StoredTensor) and isinstance(second, StoredTensor):
+        return same_content(first, second)
+    if not isinstance(first, ResizedEmbedding) or not isinstance(second, ResizedEmbedding):
         return False
-    return one.row_order == other.row_order and same_content(one.new_rows, other.new_rows)
+    return first.row_order == second.row_order and same_content(first.new_rows, second.new_rows)

@@ -20,7 +20,7 @@ UNSUPPORTED = {
     "XLORA": _ROUTED,
     "POLY": _ROUTED,
     "LILY": _ROUTED,
-    "SHADOW": "it runs a second model beside the first; load it with PEFT at run time",
+    "SHADOW": "it runs a second model in parallel; load it with PEFT at run time",
     "OSF": _FROM_BASE,
     "PSOFT": _FROM_BASE,
     "TINYLORA": _FROM_BASE,

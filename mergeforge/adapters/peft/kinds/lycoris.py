@@ -42,7 +42,7 @@ LYCORIS = PeftMethod(
 def dora_of(formula: Formula, module: AdaptedModule) -> Formula:
     """m / |V| * V - W with V = W plus the formula's delta, and a norm per output."""
     if prod(module.shapes[DORA_SCALE]) != module.out_features or module.shapes[DORA_SCALE][0] != module.out_features:
-        shapes = f"{list(module.shapes[DORA_SCALE])} beside {list(module.weight)}"
+        shapes = f"{list(module.shapes[DORA_SCALE])} for weight {list(module.weight)}"
         raise ValueError(f"{module.path}: a dora_scale per input ({shapes}) is not supported")
 
     def prepare(factors: Mapping[str, Tensor]) -> Delta:
