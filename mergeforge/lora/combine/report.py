@@ -12,6 +12,7 @@ from typing import Any
 
 from mergeforge.checkpoints.checkpoint import read_json
 from mergeforge.checkpoints.names import tied_head
+from mergeforge.hub.model_card import MERGEFORGE, write_card
 from mergeforge.lora.combine.plan import Combination
 from mergeforge.writers.peft_adapter import CONFIG
 from mergeforge.writers.peft_config import lora_config, task_type
@@ -89,16 +90,6 @@ def adapter_card(plan: Combination, modules: Sequence[CombinedModule]) -> str:
         how = "summed exactly"
     else:
         how = f"truncated to rank {max(module.rank for module in modules)} (errors in `{REPORT}`)"
-    return f"""---
-library_name: peft
-tags:
-- mergeforge
-- lora
-- merge
----
-# A sum of adapters
-
-{len(modules)} modules, {how}, made with [mergeforge](https://pypi.org/project/mergeforge/) from
-
-{adapters}
-"""
+    front = {"library_name": "peft", "tags": ["mergeforge", "lora", "merge"]}
+    body = f"{len(modules)} modules, {how}, made with {MERGEFORGE} from\n\n{adapters}\n"
+    return write_card(front, "A sum of adapters", body)

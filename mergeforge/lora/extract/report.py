@@ -11,9 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mergeforge.checkpoints.checkpoint import Checkpoint
+from mergeforge.hub.model_card import MERGEFORGE, write_card
 from mergeforge.lora.extract.pairing import TensorPair
 from mergeforge.lora.extract.plan import Extraction
 
@@ -178,17 +177,15 @@ def adapter_card(report: ExtractionReport) -> str:
     lacks = "\n".join(["", "## Changes that it does not contain", "", *lines, ""]) if lines else ""
     ranks = sorted({result.rank for result in report.factored})
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
-# {plan.out.name}
-
-The difference of {_display_name(plan.tuned)} and {_display_name(plan.base)} as a LoRA adapter, extracted with
-[mergeforge](https://pypi.org/project/mergeforge/): {len(report.factored)} modules of rank {rank},
+    tuned, base = _display_name(plan.tuned), _display_name(plan.base)
+    body = f"""The difference of {tuned} and {base} as a LoRA adapter, extracted with
+{MERGEFORGE}: {len(report.factored)} modules of rank {rank},
 {len(report.saved)} tensors saved whole.
 
-Folded into {_display_name(plan.base)}, it has an error of {100 * report.error:.3g} % of the change
+Folded into {base}, it has an error of {100 * report.error:.3g} % of the change
 (|D - BA| / |D| over all modules, Frobenius norm). `extraction.json` lists the error of each module.
 {lacks}"""
+    return write_card(front, plan.out.name, body)
 
 
 def _module_entry(result: PairResult) -> dict[str, Any]:
