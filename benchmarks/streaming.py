@@ -32,18 +32,18 @@ MB = 1e6
 TRANSFER = """
 import sys, threading
 from concurrent.futures import ThreadPoolExecutor
-from mergeforge.remote import Link
-from mergeforge.remote.repo import open_repo_files
+from mergeforge.io.remote import RemoteSession
+from mergeforge.io.remote.hub_repo import open_repo_files
 from huggingface_hub import HfApi
-link, step = Link(0), 8 << 20
+session, step = RemoteSession(0), 8 << 20
 for repo in sys.argv[1:]:
     info = HfApi().model_info(repo)
     names = [one.rfilename for one in info.siblings if one.rfilename.endswith(".safetensors")]
-    for file in open_repo_files(repo, info.sha, names, link).values():
+    for file in open_repo_files(repo, info.sha, names, session).values():
         buffers = threading.local()
         def fetch(at):
             buffer = buffers.__dict__.setdefault("held", memoryview(bytearray(step)))
-            file.ranges.fetch(buffer[: min(step, file.size - at)], at, link.stopped)
+            file.ranges.fetch(buffer[: min(step, file.size - at)], at, session.stopped)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(fetch, range(0, file.size, step)))
 """

@@ -1,1 +1,1 @@
-"""core."""
+"""Basic types: tensor shapes and tiles, dtypes, checksums, sizes, registries."""

@@ -1,8 +1,8 @@
-"""Checksums of what is written: of each strip (in safetensors a block), and of a tensor from those of its strips.
+"""Checksums of written bytes: one per chunk (in safetensors a block), and one per tensor from those of its chunks.
 
-XXH3-128 over each strip's bytes; a tensor's is XXH3-128 over its strips' digests in order, so tiles
-can be written in any order and a part can be checked alone. It guards against damage, not against
-forgery (40 GB/s here; SHA-256 takes 1.5 GB/s and would slow every merge).
+A chunk's checksum is XXH3-128 over its bytes; a tensor's is XXH3-128 over the digests of its chunks in order, so tiles
+can be written in any order and a part can be checked alone. It detects damage, not forgery (40 GB/s; SHA-256 at
+1.5 GB/s would slow down every merge).
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 def chunk_checksums(data: NDArray[np.uint8], sizes: Iterable[int]) -> tuple[str, ...]:
-    """Hex digests of strips that follow one another in `data`; `sizes` in bytes."""
-    view, at, found = data.data, 0, []
+    """Hex digests of consecutive chunks in `data`; `sizes` in bytes."""
+    view, start, digests = data.data, 0, []
     for size in sizes:
-        found.append(xxhash.xxh3_128_hexdigest(view[at : at + size]))
-        at += size
-    return tuple(found)
+        digests.append(xxhash.xxh3_128_hexdigest(view[start : start + size]))
+        start += size
+    return tuple(digests)
 
 
 def tensor_checksum(checksums: Iterable[str]) -> str:
-    """Hex digest of a whole tensor from those of its strips, in order."""
-    return xxhash.xxh3_128_hexdigest(b"".join(bytes.fromhex(one) for one in checksums))
+    """Hex digest of a whole tensor from those of its chunks, in order."""
+    return xxhash.xxh3_128_hexdigest(b"".join(bytes.fromhex(checksum) for checksum in checksums))
 
 
 def git_sha1(data: bytes) -> str:
-    """The name that git, and so the Hub, gives a small file's content."""
+    """The SHA-1 by which git, and so the Hub, identifies the content of a small file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 

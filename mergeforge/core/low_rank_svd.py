@@ -1,11 +1,10 @@
 """Low-rank factors of a matrix: D ~ L R, with L (rows, r) and R (r, columns), sqrt(S) on both sides.
 
-A matrix is seen only as *looks*: a look yields its blocks of rows in order, so it needs not fit into
-memory. Two ways lead to the factors. The exact one takes the eigenvectors of the smaller Gram matrix
-in float64. The randomised one (Halko, Martinsson and Tropp 2011, https://arxiv.org/abs/0909.4061)
-finds the row space from random vectors by subspace iteration on D^T D: each iteration is one look,
-(columns + rows) x (r + OVERSAMPLING) numbers are all that it holds. A sum of low-rank products is
-cut by QR and the SVD of the small core; the dense matrix never exists.
+A matrix is only accessed in passes: a RowScan yields its blocks of rows in order, so it need not fit into memory.
+svd_gram takes the eigenvectors of the smaller Gram matrix in float64. svd_randomized (Halko, Martinsson and Tropp 2011,
+https://arxiv.org/abs/0909.4061) finds the row space from random vectors by subspace iteration on D^T D: each iteration
+is one pass, and it holds only (columns + rows) x (r + OVERSAMPLING) numbers. truncate_product truncates a sum of
+low-rank products by QR and the SVD of the small core; the dense matrix never exists.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-RowScan = Callable[[], Iterator[tuple[int, "Tensor"]]]  # one pass over D: (first row, rows in float32), in order
-OVERSAMPLING = 16  # random vectors beside the rank
+RowScan = Callable[[], Iterator[tuple[int, "Tensor"]]]  # one pass over D: yields (first row, rows in float32) in order
+OVERSAMPLING = 16  # random vectors beyond the rank
 ITERATIONS = 3  # of D^T D: as good as 2.5 power iterations of the range finder
-PIECE = 1 << 19  # elements of a block of a matrix in memory
-CANCELLED = 1e-13  # what is left of a sum in float64 when its terms cancel, relative to them
-NOISE = 1e-6  # singular values below this share of the largest are rounding errors of float32 weights
+BLOCK_ELEMENTS = 1 << 19  # elements of a block of a matrix in memory
+CANCELLED = 1e-13  # relative size of a float64 sum whose terms cancel
+NOISE = 1e-6  # singular values below this fraction of the largest are rounding errors of float32 weights
 
 
 @dataclass(frozen=True)
 class Factors:
-    """L (rows, r), R (r, columns) and the squares of the singular values kept (float64, falling).
+    """L (rows, r), R (r, columns) and the squares of their singular values (float64, falling).
 
-    `square`: |D|^2, Frobenius. r is 0 where D is zero.
+    `squared_norm`: |D|^2 (Frobenius). r is 0 if D is zero.
     """
 
     left: Tensor
@@ -45,7 +44,7 @@ class Factors:
 
     @property
     def energy(self) -> float:
-        """The share of |D|^2 that the factors keep, by their singular values."""
+        """The fraction of |D|^2 that the factors keep, by their singular values."""
         return min(float(self.squares.sum()) / self.squared_norm, 1.0) if self.squared_norm else 1.0
 
     @property
@@ -55,9 +54,9 @@ class Factors:
 
 
 class SquareSum:
-    """The sum of the squares of blocks, in float64. Asking for its value waits for the device.
+    """The sum of the squares of blocks, in float64. Reading `value` waits for the device.
 
-    What it holds is taken once: many small tensors between large ones split glibc's heap.
+    Its buffer is allocated once, because many small tensors between large ones fragment glibc's heap.
     """
 
     def __init__(self) -> None:
@@ -65,17 +64,17 @@ class SquareSum:
         self._wide: Tensor | None = None
 
     def add(self, rows: Tensor) -> Tensor:
-        """Count the block; gives it back in float64, until the next call."""
+        """Add a block; returns it in float64, valid until the next call."""
         import torch
 
         if self._wide is None or self._wide.numel() < rows.numel():
-            device = "cpu" if rows.device.type == "mps" else rows.device  # which has no float64
+            device = "cpu" if rows.device.type == "mps" else rows.device  # MPS has no float64
             self._wide = torch.empty(rows.numel(), dtype=torch.float64, device=device)
         if self._total is None:
             self._total = self._wide.new_zeros(())
-        wide = self._wide[: rows.numel()].view(rows.shape).copy_(rows)
-        self._total += wide.flatten() @ wide.flatten()
-        return wide
+        doubles = self._wide[: rows.numel()].view(rows.shape).copy_(rows)
+        self._total += doubles.flatten() @ doubles.flatten()
+        return doubles
 
     @property
     def value(self) -> float:
@@ -83,57 +82,57 @@ class SquareSum:
 
 
 def is_gram_cheaper(shape: tuple[int, int], rank: int | None) -> bool:
-    """Whether the Gram matrix costs no more than random vectors; by the shape and rank alone."""
+    """Whether svd_gram costs no more than svd_randomized; depends on the shape and rank alone."""
     return rank is None or min(shape) <= max(4 * (rank + OVERSAMPLING), 256)
 
 
 def svd_gram_nbytes(shape: tuple[int, int], rank: int | None) -> int:
-    """The memory that `exact` takes beside a block: the Gram matrix, its eigenvectors and their work space."""
+    """The memory of svd_gram besides a block: the Gram matrix, its eigenvectors and their workspace."""
     small = min(shape)
     return 36 * small * small + 8 * min(rank or small, small) * sum(shape)
 
 
 def svd_randomized_nbytes(shape: tuple[int, int], rank: int) -> int:
-    """The memory that `randomised` takes beside a block."""
+    """The memory of svd_randomized besides a block."""
     width = min(rank + OVERSAMPLING, *shape)
     return 40 * shape[1] * width + 4 * shape[0] * width + 8 * min(rank, width) * sum(shape)
 
 
-def svd_gram(look: RowScan, shape: tuple[int, int], rank: int | None, energy: float | None = None) -> Factors:
+def svd_gram(scan: RowScan, shape: tuple[int, int], rank: int | None, energy: float | None = None) -> Factors:
     """The best factors of at most `rank`, or of the smallest rank that keeps `energy` of |D|^2.
 
-    Two looks. Its memory goes with the columns: a wide matrix is better held (`exact_held`).
+    Two passes. Its memory grows with the columns; use svd_dense for a wide matrix in memory.
     """
     gram, square = None, SquareSum()
-    for _, rows in look():
-        wide = square.add(rows)
-        gram = wide.t() @ wide if gram is None else gram.addmm_(wide.t(), wide)
+    for _, rows in scan():
+        doubles = square.add(rows)
+        gram = doubles.t() @ doubles if gram is None else gram.addmm_(doubles.t(), doubles)
     assert gram is not None
     squares, vectors = _eigen(gram)
     del gram
-    kept = choose_rank(squares, square.value, rank, energy)
-    split = squares[:kept] ** 0.25
-    towards, right = vectors[:, :kept] / split, (vectors[:, :kept] * split).t()
-    return _from_right(look, shape, towards, right, squares[:kept], square.value)
+    rank_kept = choose_rank(squares, square.value, rank, energy)
+    root = squares[:rank_kept] ** 0.25
+    projection, right = vectors[:, :rank_kept] / root, (vectors[:, :rank_kept] * root).t()
+    return _from_right(scan, shape, projection, right, squares[:rank_kept], square.value)
 
 
 def svd_dense(matrix: Tensor, rank: int | None, energy: float | None = None) -> Factors:
-    """`exact` of a matrix in memory, over its shorter side."""
+    """svd_gram of a matrix in memory, over its shorter side."""
     rows, columns = matrix.shape
     if rows >= columns:
-        return svd_gram(lambda: _pieces(matrix), (rows, columns), rank, energy)
-    turned = svd_gram(lambda: _pieces(matrix.t()), (columns, rows), rank, energy)
-    return replace(turned, left=turned.right.t().contiguous(), right=turned.left.t().contiguous())
+        return svd_gram(lambda: _row_blocks(matrix), (rows, columns), rank, energy)
+    transposed = svd_gram(lambda: _row_blocks(matrix.t()), (columns, rows), rank, energy)
+    return replace(transposed, left=transposed.right.t().contiguous(), right=transposed.left.t().contiguous())
 
 
-def _pieces(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
-    height = max(16, PIECE // max(matrix.shape[1], 1))
+def _row_blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    height = max(16, BLOCK_ELEMENTS // max(matrix.shape[1], 1))
     for start in range(0, matrix.shape[0], height):
         yield start, matrix[start : start + height]
 
 
 def svd_randomized(
-    look: RowScan,
+    scan: RowScan,
     shape: tuple[int, int],
     rank: int,
     energy: float | None = None,
@@ -141,9 +140,9 @@ def svd_randomized(
     seed: str = "",
     device: str = "cpu",
 ) -> Factors:
-    """Nearly the best factors of at most `rank`; ITERATIONS + 1 looks.
+    """Nearly the best factors of at most `rank`; ITERATIONS + 1 passes.
 
-    The same `seed` gives the same factors. Where `energy` asks for more than `rank` gives, it is `rank`.
+    The same `seed` gives the same factors. If `energy` needs more than `rank`, the result has `rank`.
     """
     import torch
 
@@ -151,48 +150,48 @@ def svd_randomized(
     basis = _random((shape[1], width), seed).to(device)
     square = SquareSum()
     product, image = torch.empty_like(basis), _double(basis)
-    wide = torch.empty_like(image)
+    doubles = torch.empty_like(image)
     for _ in range(ITERATIONS):
         square = SquareSum()
         image.zero_()
-        for _, rows in look():
-            image += wide.copy_(torch.mm(rows.t(), rows @ basis, out=product))
+        for _, rows in scan():
+            image += doubles.copy_(torch.mm(rows.t(), rows @ basis, out=product))
             square.add(rows)
         if not square.value or not math.isfinite(square.value):
             return Factors(basis.new_zeros(shape[0], 0), basis.new_zeros(0, shape[1]), image[0, :0], square.value)
         basis = _single(torch.linalg.qr(image).Q, basis)
-    del image, wide, product
-    return _within(look, shape, basis, square.value, rank, energy)
+    del image, doubles, product
+    return _within(scan, shape, basis, square.value, rank, energy)
 
 
 def _within(
-    look: RowScan, shape: tuple[int, int], basis: Tensor, square: float, rank: int, energy: float | None
+    scan: RowScan, shape: tuple[int, int], basis: Tensor, square: float, rank: int, energy: float | None
 ) -> Factors:
     """The best factors whose rows lie in the span of `basis` (columns, width): the SVD of D basis."""
     import torch
 
     image = basis.new_empty(shape[0], basis.shape[1])
     gram = _double(basis).new_zeros(basis.shape[1], basis.shape[1])
-    for start, rows in look():
-        wide = _double(torch.mm(rows, basis, out=image[start : start + len(rows)]))
-        gram.addmm_(wide.t(), wide)
+    for start, rows in scan():
+        doubles = _double(torch.mm(rows, basis, out=image[start : start + len(rows)]))
+        gram.addmm_(doubles.t(), doubles)
     squares, vectors = _eigen(gram)
-    kept = choose_rank(squares, square, rank, energy)
-    split = squares[:kept] ** 0.25
-    left = image @ _single(vectors[:, :kept] / split, basis)
-    right = _single(vectors[:, :kept] * split, basis).t() @ basis.t()
-    return Factors(left, right, squares[:kept], square)
+    rank_kept = choose_rank(squares, square, rank, energy)
+    root = squares[:rank_kept] ** 0.25
+    left = image @ _single(vectors[:, :rank_kept] / root, basis)
+    right = _single(vectors[:, :rank_kept] * root, basis).t() @ basis.t()
+    return Factors(left, right, squares[:rank_kept], square)
 
 
-def squared_residual(look: RowScan, left: Tensor, right: Tensor) -> float:
-    """|D - L R|^2, measured block by block; one look."""
+def squared_residual(scan: RowScan, left: Tensor, right: Tensor) -> float:
+    """|D - L R|^2, measured block by block in one pass."""
     import torch
 
     square, product = SquareSum(), None
-    for start, rows in look():
+    for start, rows in scan():
         product = torch.empty_like(rows) if product is None else product
-        into = product[: len(rows)]
-        square.add(torch.addmm(rows, left[start : start + len(rows)], right, alpha=-1, out=into))
+        out = product[: len(rows)]
+        square.add(torch.addmm(rows, left[start : start + len(rows)], right, alpha=-1, out=out))
     return square.value
 
 
@@ -208,40 +207,42 @@ def truncate_product(
     singular *= singular > CANCELLED * upper.norm() * lower.norm()
     squares = singular.square()
     square = float(squares.sum())
-    kept = choose_rank(squares, square, rank, energy)
-    split = singular[:kept].sqrt()
-    return Factors(rows @ (u[:, :kept] * split), (columns @ (vh[:kept].t() * split)).t(), squares[:kept], square)
+    rank_kept = choose_rank(squares, square, rank, energy)
+    root = singular[:rank_kept].sqrt()
+    return Factors(
+        rows @ (u[:, :rank_kept] * root), (columns @ (vh[:rank_kept].t() * root)).t(), squares[:rank_kept], square
+    )
 
 
 def choose_rank(squares: Tensor, square: float, rank: int | None, energy: float | None) -> int:
-    """How many of the falling squares to keep: those above the noise, at most `rank`, enough for `energy`."""
+    """How many of the falling squares to keep: those above the noise, at most `rank`, just enough for `energy`."""
     if not len(squares) or not square > 0:
         return 0
-    most = int((squares > squares[0] * NOISE**2).sum())
-    most = min(most, rank) if rank is not None else most
+    largest = int((squares > squares[0] * NOISE**2).sum())
+    largest = min(largest, rank) if rank is not None else largest
     if energy is None:
-        return most
+        return largest
     enough = int((squares.cumsum(0) < energy * square * (1 - 1e-12)).sum()) + 1
-    return min(most, enough)
+    return min(largest, enough)
 
 
 def _from_right(
-    look: RowScan, shape: tuple[int, int], towards: Tensor, right: Tensor, squares: Tensor, square: float
+    scan: RowScan, shape: tuple[int, int], projection: Tensor, right: Tensor, squares: Tensor, square: float
 ) -> Factors:
-    """L = D `towards`, for an R that is known."""
+    """Compute L = D `projection`, for a known R."""
     import torch
 
     left = None
-    for start, rows in look():
+    for start, rows in scan():
         if left is None:
-            left, towards = rows.new_empty(shape[0], right.shape[0]), _single(towards, rows)
-        torch.mm(rows, towards, out=left[start : start + len(rows)])
+            left, projection = rows.new_empty(shape[0], right.shape[0]), _single(projection, rows)
+        torch.mm(rows, projection, out=left[start : start + len(rows)])
     assert left is not None
     return Factors(left, _single(right, left), squares, square)
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (falling, none below zero) and eigenvectors as columns; NaN where `gram` is not finite."""
+    """Eigenvalues (falling, clamped at zero) and eigenvectors as columns; both empty if `gram` is not finite."""
     import torch
 
     if not bool(gram.diagonal().sum().isfinite()):
@@ -251,12 +252,12 @@ def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _double(rows: Tensor) -> Tensor:
-    """In float64: on the CPU where the device has none."""
+    """Convert to float64, on the CPU if the device has no float64."""
     return (rows.cpu() if rows.device.type == "mps" else rows).double()
 
 
 def _single(value: Tensor, like: Tensor) -> Tensor:
-    """Back in the dtype and on the device of `like`."""
+    """Convert back to the dtype and device of `like`."""
     return value.to(device=like.device, dtype=like.dtype).contiguous()
 
 

@@ -1,8 +1,8 @@
-"""Parameters of an extension, read off its signature: kind, scope, default and allowed interval.
+"""Parameter: a recipe parameter of an extension, read from its signature.
 
-A merge method is a function whose keyword-only arguments are its recipe parameters. `weight:
-list[float]` is one number for each input, `t: float` one for the whole tensor; an argument without
-a default must stand in the recipe. A trailing underscore keeps Python keywords apart (`lambda_`).
+A merge method is a function whose keyword-only arguments are its recipe parameters. `weight: list[float]` is one number
+per input, `t: float` one per tensor; an argument without a default is required in the recipe. A trailing underscore
+avoids Python keywords (`lambda_`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Interval:
-    """Allowed values, e.g. (0, 1]; `open_low` leaves the lower end out."""
+    """Allowed values, e.g. (0, 1]; `open_low` excludes the lower end."""
 
     low: float
     high: float
@@ -30,7 +30,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One recipe parameter: `kind` is "float" or "bool", `per_input` one value for each input."""
+    """One recipe parameter: `kind` is "float" or "bool", `per_input` means one value per input."""
 
     name: str
     kind: str
@@ -41,13 +41,13 @@ class Parameter:
 
 
 def parameters_of(function: Callable[..., Any], within: Mapping[str, Interval]) -> dict[str, Parameter]:
-    """The parameters that a function's keyword-only arguments declare, in their order."""
-    found = {}
+    """The parameters that the keyword-only arguments of a function declare, in order."""
+    parameters = {}
     for argument in inspect.signature(function).parameters.values():
         if argument.kind is not argument.KEYWORD_ONLY:
             continue
         name, annotation = argument.name.rstrip("_"), str(argument.annotation)
-        found[name] = Parameter(
+        parameters[name] = Parameter(
             name=name,
             kind="bool" if "bool" in annotation else "float",
             per_input=annotation.startswith("list["),
@@ -55,4 +55,4 @@ def parameters_of(function: Callable[..., Any], within: Mapping[str, Interval]) 
             default=None if argument.default is argument.empty else argument.default,
             within=within.get(name),
         )
-    return found
+    return parameters

@@ -1,8 +1,8 @@
-"""Name -> function, for the kinds of extension (merge methods, adapter kinds, ...).
+"""Registry: name -> extension (merge methods, adapter kinds, ...).
 
-A file's presence in the package is its registration: the first lookup imports every module of the
-package, and each registers itself with a decorator. These modules import torch inside functions
-only, so that `mergeforge list` and recipe errors answer at once.
+A file in the package is registered by being there: the first lookup imports every module of the package, and each
+registers itself with a decorator. These modules import torch only inside functions, so that `mergeforge list` and
+recipe errors are fast.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """The entries of one kind, found in one package.
+    """The extensions of one kind, found in one package.
 
-    Raises RecipeError, with the nearest name, when a name is unknown.
+    Raises RecipeError for an unknown name, with the most similar known one.
     """
 
     def __init__(self, kind: str, package: str) -> None:
@@ -31,7 +31,7 @@ class Registry(Generic[T]):
 
     def add(self, name: str, entry: T) -> T:
         if name in self._entries:
-            raise ValueError(f"two entries of the kind {self.kind} are called {name!r}")
+            raise ValueError(f"duplicate {self.kind} {name!r}")
         self._entries[name] = entry
         return entry
 

@@ -1,4 +1,4 @@
-"""Bytes as people write them: 5GB, 800MB, 2GiB."""
+"""Parse and format sizes such as 5GB, 800MB and 2GiB."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
 
 
 def parse_size(value: Any) -> int:
-    """Bytes from 5000000000, "5GB", "800MB" or "2GiB"; raises ValueError."""
+    """Parse 5000000000, "5GB", "800MB" or "2GiB" to bytes. Raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value), re.IGNORECASE)
     if isinstance(value, bool) or not match:
         raise ValueError(f"{value!r} is not a size; write 5GB, 800MB or 2GiB")
@@ -28,7 +28,7 @@ def parse_size(value: Any) -> int:
 
 
 def format_size(nbytes: float) -> str:
-    """1.5 GB, 320.0 MB, 12 B: decimal units, as disks and Hub pages count."""
+    """Format as 1.5 GB, 320.0 MB or 12 B, in decimal units as on the Hub."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "KB")):
         if nbytes >= unit:
             return f"{nbytes / unit:.1f} {name}"

@@ -1,10 +1,9 @@
-"""TensorInfo, Tile and the dtype table: a tensor before it is read, and the pieces it is cut into.
+"""TensorInfo, Tile and the dtype table.
 
-Every tensor is seen as a matrix of rows. It is cut at *blocks*: about half a million elements, a
-number of rows that follows from the shape alone. A block is what one computation sees, what a
-random mask is seeded by and what a checksum covers, so output bytes cannot depend on how much
-memory or how many threads a run has. A *tile* is a run of whole blocks: the unit of reading,
-writing and resume, and the only thing whose size follows the budget.
+Every tensor is seen as a matrix of rows. It is divided into *blocks* of about half a million elements, a number of rows
+that follows from the shape alone. One computation sees one block, and a checksum covers one, so output bytes cannot
+depend on the memory or the threads of a run. A *tile* is a run of whole blocks: the unit of reading, writing and
+resuming, and the only thing whose size follows the budget.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 1 << 19  # 2 MB of float32: small enough for the cache, large enough for a fast GEMM
 TILE_NBYTES = 16 << 20  # no larger tile is faster, and two of this size keep the page cache bounded
 
-# safetensors name -> (bits an element, torch name; "" where torch has none), in the order in which
-# safetensors writes them: by falling alignment (safetensors/src/tensor.rs, enum Dtype).
+# safetensors name -> (bits per element, torch name; "" if torch has none), in the order in which safetensors
+# writes them: by falling alignment (safetensors/src/tensor.rs, enum Dtype).
 DTYPES: dict[str, tuple[int, str]] = {
     "U64": (64, "uint64"),
     "I64": (64, "int64"),
@@ -53,10 +52,10 @@ FLOATS = frozenset({"F64", "F32", "BF16", "F16"})  # dtypes that merging can com
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Name, safetensors dtype name and shape of a tensor, seen as a matrix of rows.
+    """Name, safetensors dtype and shape of a tensor, seen as a matrix of rows.
 
-    1-D tensors are columns of single elements; 3-D ones are stacks of matrices (experts); any other
-    has its first dimension as rows (a convolution's row is one output channel).
+    A 1-D tensor has one element per row; a 3-D tensor is a stack of matrices (experts); any other tensor has its first
+    dimension as rows (a row of a convolution is one output channel).
     """
 
     name: str
@@ -70,7 +69,7 @@ class TensorInfo:
     @cached_property
     def columns(self) -> int:
         columns = 1 if len(self.shape) < 2 else self.shape[2] if len(self.shape) == 3 else math.prod(self.shape[1:])
-        return columns if columns * self.bits % 8 == 0 else self.numel  # sub-byte rows cannot be cut
+        return columns if columns * self.bits % 8 == 0 else self.numel  # rows that are not whole bytes cannot be split
 
     @cached_property
     def rows(self) -> int:
@@ -94,7 +93,7 @@ class TensorInfo:
 
     @cached_property
     def block_rows(self) -> int:
-        """Rows of one block; a function of the shape alone."""
+        """Rows per block; a function of the shape alone."""
         rows = BLOCK_ELEMENTS // max(self.columns, 1)
         rows = round(rows / 16) * 16 if rows >= 16 else rows
         return max(1, min(rows, self.rows))
@@ -108,7 +107,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows [start, stop) of one tensor: whole blocks, but for the tensor's end."""
+    """Rows [start, stop) of one tensor: whole blocks, except at the end of the tensor."""
 
     name: str
     start: int
@@ -120,27 +119,30 @@ class Tile:
 
 
 def split_into_tiles(info: TensorInfo, rows: int, chunk_rows: int = 0) -> list[Tile]:
-    """Tiles of at most `rows` rows (at least one strip; 0: one block), in order, that cover the tensor."""
+    """Tiles of at most `rows` rows that cover the tensor, in order.
+
+    A tile is a multiple of `chunk_rows` (0: of a block), and at least one of it.
+    """
     chunk_rows = chunk_rows or info.block_rows
     step = max(1, rows // chunk_rows) * chunk_rows
-    return [Tile(info.name, at, min(at + step, info.rows)) for at in range(0, info.rows, step)]
+    return [Tile(info.name, start, min(start + step, info.rows)) for start in range(0, info.rows, step)]
 
 
 def blocks(tile: Tile, info: TensorInfo) -> Iterator[tuple[int, int]]:
-    """Row ranges of the tile's blocks."""
+    """Row ranges of the blocks of a tile."""
     for start in range(tile.start, tile.stop, info.block_rows):
         yield start, min(start + info.block_rows, tile.stop)
 
 
 def sample_blocks(info: TensorInfo, count: int) -> list[tuple[int, int]]:
-    """Row ranges of about `count` evenly spaced blocks, the first and the last among them."""
+    """Row ranges of about `count` evenly spaced blocks, including the first and the last."""
     starts = range(0, info.rows, info.block_rows)
-    chosen = sorted({starts[at * (len(starts) - 1) // max(count - 1, 1)] for at in range(count)})
+    chosen = sorted({starts[index * (len(starts) - 1) // max(count - 1, 1)] for index in range(count)})
     return [(start, min(start + info.block_rows, info.rows)) for start in chosen]
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
-    """The torch dtype of a safetensors dtype name, or None where this torch has none."""
+    """The torch dtype of a safetensors dtype name, or None if this version of torch has none."""
     import torch
 
     dtype = getattr(torch, DTYPES[name][1], None) if DTYPES[name][1] else None

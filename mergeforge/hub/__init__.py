@@ -1,1 +1,1 @@
-"""hub."""
+"""Download models from the Hugging Face Hub and publish folders to it."""

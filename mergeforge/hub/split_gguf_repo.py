@@ -1,51 +1,57 @@
-"""A finished folder as two, for two repos: the model without its GGUF files, and these alone.
+"""Split a finished folder for two repos: the model without its GGUF files, and the GGUF files alone.
 
-Weights are linked, not copied. Each part has a receipt of its own files, so that `verify` holds for both.
+Weights are linked, not copied. Each folder gets a receipt of its own files, so that `verify` works for both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mergeforge.core.sizes import show_size
-from mergeforge.errors import ODD, SourceError
+from mergeforge.core.file_names import MODEL_CARD, RECEIPT
+from mergeforge.core.sizes import format_size
+from mergeforge.errors import MALFORMED_ERRORS, SourceError
+from mergeforge.hub.publish import Publication, plan_publication
 
-RECEIPT, CARD, MODELFILE, CONFIG = "mergeforge.json", "README.md", "Modelfile", "config.json"
-KEPT = ("license", "license_name", "license_link", "language")  # of the model's card in that of its GGUF files
+MODELFILE, CONFIG = "Modelfile", "config.json"
+COPIED_KEYS = ("license", "license_name", "license_link", "language")  # from the model card to that of the GGUF files
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The two folders, and the repo of the second."""
+class SplitFolders:
+    """The two folders, and the repo for the GGUF files."""
 
     model: Path
     ggufs: Path
     gguf_repo: str
 
 
-def part(folder: Path, into: Path, repo: str) -> Parts:
-    """Lay out both parts inside `into`. Raises SourceError where there is nothing to part."""
+def split_gguf_repo(folder: Path, into: Path, repo: str) -> SplitFolders:
+    """Create both folders inside `into`. Raises SourceError if the folder cannot be split."""
     try:
         receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
         names = list(receipt["files"])
-    except (OSError, *ODD) as error:
-        raise SourceError(f"{folder} has no receipt to part it by ({error})", hint="publish it whole") from None
-    apart = {name for name in names if name.endswith(".gguf") or name.startswith(MODELFILE)}
-    if not any(name.endswith(".gguf") for name in apart) or not any(name.endswith(".safetensors") for name in names):
-        raise SourceError(f"{folder} does not hold both safetensors and GGUF files", hint="publish it whole")
-    parts = Parts(into / "model", into / "ggufs", f"{repo}-GGUF")
-    _lay_out(folder, parts.model, [name for name in names if name not in apart], _without(receipt, apart))
-    card = _card(folder, sorted(apart), repo, parts.gguf_repo).encode()
-    _lay_out(folder, parts.ggufs, [*sorted(apart), CONFIG], _alone(receipt, apart, card))
-    (parts.ggufs / CARD).write_bytes(card)
-    return parts
+    except (OSError, *MALFORMED_ERRORS) as error:
+        raise SourceError(f"{folder} has no receipt to split it by ({error})", hint="publish it as one repo") from None
+    gguf_names = {name for name in names if name.endswith(".gguf") or name.startswith(MODELFILE)}
+    if not any(name.endswith(".gguf") for name in gguf_names) or not any(
+        name.endswith(".safetensors") for name in names
+    ):
+        raise SourceError(f"{folder} does not hold both safetensors and GGUF files", hint="publish it as one repo")
+    folders = SplitFolders(into / "model", into / "ggufs", f"{repo}-GGUF")
+    _lay_out(folder, folders.model, [name for name in names if name not in gguf_names], _without(receipt, gguf_names))
+    card = _card(folder, sorted(gguf_names), repo, folders.gguf_repo).encode()
+    _lay_out(folder, folders.ggufs, [*sorted(gguf_names), CONFIG], _only(receipt, gguf_names, card))
+    (folders.ggufs / MODEL_CARD).write_bytes(card)
+    return folders
 
 
 def _lay_out(folder: Path, into: Path, names: list[str], receipt: Mapping[str, Any]) -> None:
@@ -55,19 +61,22 @@ def _lay_out(folder: Path, into: Path, names: list[str], receipt: Mapping[str, A
     (into / RECEIPT).write_text(json.dumps(receipt, indent=1), encoding="utf-8")
 
 
-def _without(receipt: Mapping[str, Any], apart: set[str]) -> dict[str, Any]:
-    """The receipt of everything but these files."""
-    files = {name: facts for name, facts in receipt["files"].items() if name not in apart}
-    tensors = {name: {key: one for key, one in facts.items() if key != "gguf"} for name, facts in _tensors(receipt)}
+def _without(receipt: Mapping[str, Any], gguf_names: set[str]) -> dict[str, Any]:
+    """The receipt of all files except the GGUF files."""
+    files = {name: entry for name, entry in receipt["files"].items() if name not in gguf_names}
+    tensors = {name: {key: value for key, value in entry.items() if key != "gguf"} for name, entry in _tensors(receipt)}
     return {**receipt, "files": files, "tensors": tensors}
 
 
-def _alone(receipt: Mapping[str, Any], apart: set[str], card: bytes) -> dict[str, Any]:
-    """The receipt of these files alone, and their card."""
-    files = {name: facts for name, facts in receipt["files"].items() if name in apart or name == CONFIG}
-    files[CARD] = {"size": len(card), "sha256": hashlib.sha256(card).hexdigest()}
-    gone = ("file", "xxh3")
-    tensors = {name: {key: one for key, one in facts.items() if key not in gone} for name, facts in _tensors(receipt)}
+def _only(receipt: Mapping[str, Any], gguf_names: set[str], card: bytes) -> dict[str, Any]:
+    """The receipt of the GGUF files and their model card."""
+    files = {name: entry for name, entry in receipt["files"].items() if name in gguf_names or name == CONFIG}
+    files[MODEL_CARD] = {"size": len(card), "sha256": hashlib.sha256(card).hexdigest()}
+    safetensors_keys = ("file", "xxh3")
+    tensors = {
+        name: {key: value for key, value in entry.items() if key not in safetensors_keys}
+        for name, entry in _tensors(receipt)
+    }
     return {**receipt, "files": files, "tensors": tensors}
 
 
@@ -77,9 +86,11 @@ def _tensors(receipt: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _card(folder: Path, names: list[str], model: str, repo: str) -> str:
     front: dict[str, Any] = {"base_model": [model], "base_model_relation": "quantized", "library_name": "gguf"}
-    front |= {"tags": ["mergeforge", "gguf"]} | {key: one for key, one in _front(folder).items() if key in KEPT}
+    front |= {"tags": ["mergeforge", "gguf"]} | {
+        key: value for key, value in _front(folder).items() if key in COPIED_KEYS
+    }
     ggufs = [name for name in names if name.endswith(".gguf")]
-    rows = "\n".join(f"| {name} | {show_size((folder / name).stat().st_size)} |" for name in ggufs)
+    rows = "\n".join(f"| {name} | {format_size((folder / name).stat().st_size)} |" for name in ggufs)
     label = ggufs[0].removesuffix(".gguf").rpartition("-")[2]
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return f"""---
@@ -100,10 +111,26 @@ ollama run hf.co/{repo}:{label}
 
 
 def _front(folder: Path) -> dict[str, Any]:
-    """The front matter of the folder's card; empty where it has none."""
+    """The front matter of the folder's model card; empty if there is none."""
     try:
-        text = (folder / CARD).read_text(encoding="utf-8")
+        text = (folder / MODEL_CARD).read_text(encoding="utf-8")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
         return {}
     return front if isinstance(front, dict) else {}
+
+
+@contextmanager
+def publications(
+    folder: str | Path, repo: str, *, revision: str = "main", private: bool = True, gguf: str = "beside"
+) -> Iterator[tuple[Publication, ...]]:
+    """What publishing a folder would do: in one repo, or with gguf="apart" in two. Raises as plan_publication does."""
+    if gguf == "beside":
+        yield (plan_publication(folder, repo, revision=revision, private=private),)
+        return
+    with tempfile.TemporaryDirectory() as work:
+        split = split_gguf_repo(Path(folder), Path(work), repo)
+        yield tuple(
+            plan_publication(part, name, revision=revision, private=private, links_into=folder)
+            for part, name in ((split.model, repo), (split.ggufs, split.gguf_repo))
+        )

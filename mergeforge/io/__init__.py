@@ -1,1 +1,1 @@
-"""io."""
+"""Disk access, file layouts, safetensors headers, and remote inputs."""

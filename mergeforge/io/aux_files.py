@@ -1,4 +1,4 @@
-"""The small files beside a model's weights: those that lie in a folder, and those that a merge makes."""
+"""The small files next to a model's weights: existing ones in a folder, and ones that a merge creates."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class SideFile(Protocol):
-    """What a path and a made file have in common."""
+class AuxFile(Protocol):
+    """The common interface of a path and an InMemoryFile."""
 
     def read_bytes(self) -> bytes: ...
 
@@ -17,7 +17,7 @@ class SideFile(Protocol):
 
 @dataclass(frozen=True)
 class InMemoryFile:
-    """A file that does not lie anywhere yet; prints as its name."""
+    """A file that is not written yet; str() gives its name."""
 
     name: str
     content: bytes
@@ -32,4 +32,4 @@ class InMemoryFile:
         return self.content.decode(encoding or "utf-8")
 
 
-AuxFiles = Mapping[str, SideFile]  # by their names in the model's folder
+AuxFiles = Mapping[str, AuxFile]  # by their names in the folder of the model

@@ -1,9 +1,8 @@
-"""Reading and writing at known offsets without filling the page cache.
+"""Read and write at known offsets without filling the page cache.
 
-On a virtual machine the first touch of a page costs 20-60 times a later one, so streaming gigabytes
-through fresh page-cache pages is what makes `cp` slow. Here read pages are dropped behind the
-reader, and written ones are sent to the disk at once and dropped a few tiles later. On systems
-without these calls everything still works, as plain reads and writes.
+On a virtual machine the first touch of a page costs 20-60 times a later one, so streaming gigabytes through new
+page-cache pages is what makes `cp` slow. Here, pages are dropped after they are read; written pages are sent to the
+disk immediately and dropped a few tiles later. On systems without these calls, plain reads and writes are used.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from typing import Any, Protocol
 
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError, SourceError
 
-WINDOW = 8  # written pieces that may be on their way to the disk at once, for each thread
-PROBES = 64  # places of a file that tell whether it is in the page cache
-FOLIO = 2 << 20  # the page cache holds files in pieces of up to this size; dropping part of one splits it, slowly
+WINDOW = 8  # written ranges per thread that may be in write-back at once
+PROBES = 64  # bytes of a file that are probed to see whether it is in the page cache
+FOLIO = 2 << 20  # the largest unit of the page cache; dropping part of one splits it, which is slow
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # SYNC_FILE_RANGE_*, linux/fs.h
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_WAY: tuple[int, ...] = (errno.EACCES, errno.EPERM, errno.EROFS)  # not allowed, or no such place
-_NO_WAY += (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+_NOT_WRITABLE: tuple[int, ...] = (errno.EACCES, errno.EPERM, errno.EROFS)  # not permitted, or no such path
+_NOT_WRITABLE += (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def _libc(name: str) -> Callable[..., int] | None:
@@ -40,39 +39,41 @@ _fallocate = _libc("fallocate")
 
 
 def read_into(fd: int, buffer: memoryview, offset: int, path: str, *, keep: bool = False) -> None:
-    """Fill `buffer` from `offset`, then let the page cache forget those pages (unless `keep`).
+    """Fill `buffer` from `offset`, then drop the range from the page cache (unless `keep`).
 
-    Raises SourceError when the file ends before that.
+    Raises SourceError if the file is too short.
     """
     done = 0
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], offset + done)
         if count == 0:
-            raise SourceError(f"{path} ends at byte {offset + done}; it changed while it was read", hint="run again")
+            raise SourceError(
+                f"{path} ends at byte {offset + done}; it changed while it was read", hint="run the same command again"
+            )
         done += count
     if not keep:
-        forget(fd, offset, len(buffer))
+        drop_cached(fd, offset, len(buffer))
 
 
 def is_cached(fd: int, nbytes: int) -> bool:
-    """Whether the page cache holds a file already, as far as a look at a byte in each of PROBES places tells."""
+    """Whether the page cache holds a file, judging by PROBES of its bytes."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     try:
-        return all(os.preadv(fd, [bytearray(1)], nbytes * at // PROBES, os.RWF_NOWAIT) for at in range(PROBES))
-    except OSError:  # it would have to be read from the disk, or the filesystem does not tell
+        return all(os.preadv(fd, [bytearray(1)], nbytes * index // PROBES, os.RWF_NOWAIT) for index in range(PROBES))
+    except OSError:  # it would have to be read from the disk, or the file system cannot tell
         return False
 
 
-def forget(fd: int, offset: int, nbytes: int) -> None:
-    """Let the page cache drop a range; its last incomplete piece goes with the range that follows."""
+def drop_cached(fd: int, offset: int, nbytes: int) -> None:
+    """Drop a range from the page cache, except its last incomplete folio, which goes with the next range."""
     first, last = offset & -FOLIO, offset + nbytes & -FOLIO
     if last > first and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, first, last - first, os.POSIX_FADV_DONTNEED)
 
 
 def write_at(fd: int, buffer: memoryview, offset: int, path: str) -> None:
-    """Write all of `buffer` at `offset`. Raises BudgetError when the disk is full."""
+    """Write all of `buffer` at `offset`. Raises BudgetError if the disk is full."""
     done = 0
     while done < len(buffer):
         try:
@@ -82,7 +83,7 @@ def write_at(fd: int, buffer: memoryview, offset: int, path: str) -> None:
 
 
 def preallocate(fd: int, nbytes: int, path: str) -> None:
-    """Reserve the file's blocks, so that a full disk is found now and not in the middle."""
+    """Reserve the file's blocks, so that a full disk is detected now and not halfway through."""
     try:
         if _fallocate is not None:
             if _fallocate(fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(nbytes)) == 0:
@@ -90,25 +91,25 @@ def preallocate(fd: int, nbytes: int, path: str) -> None:
             code = ctypes.get_errno()
             if code in _DISK_FULL:
                 raise OSError(code, os.strerror(code))
-        os.ftruncate(fd, nbytes)  # filesystems that cannot reserve
+        os.ftruncate(fd, nbytes)  # the file system cannot reserve blocks
     except OSError as error:
         raise disk_error(error, path) from error
 
 
 def disk_error(error: OSError, path: str) -> MergeforgeError:
-    """What could not be written, and why: a BudgetError for a full disk or quota."""
+    """The error for a path that cannot be written: a BudgetError for a full disk or quota."""
     if error.errno in _DISK_FULL:
-        what = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "files may not be that large"}
-        message = f"{what.get(error.errno or 0, 'no space left on the disk')}: {path}"
-        return BudgetError(message, hint="make room and run the same command again; it goes on where it stopped")
-    if error.errno in _NO_WAY:
+        reasons = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "files may not be that large"}
+        message = f"{reasons.get(error.errno or 0, 'no space left on the disk')}: {path}"
+        return BudgetError(message, hint="make room, then run the same command again to resume")
+    if error.errno in _NOT_WRITABLE:
         return OutputError(f"{path} cannot be written: {error.strerror}", hint="write elsewhere with --out DIR")
-    hint = "the disk or its filesystem failed; run the same command again once it works, it goes on where it stopped"
+    hint = "the disk or its file system failed; run the same command again to resume once it works"
     return MergeforgeError(f"{path} cannot be written: {error.strerror}", hint=hint)
 
 
-def is_same(fd: int, path: str | os.PathLike[str]) -> bool:
-    """Whether an open file still has this name."""
+def is_same_file(fd: int, path: str | os.PathLike[str]) -> bool:
+    """Whether an open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
@@ -117,7 +118,7 @@ def is_same(fd: int, path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def on_disk(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What the system refuses inside, as an error of ours that names the file, or `path`."""
+    """Turn an OSError inside the block into one of our errors, which names the file, or `path`."""
     try:
         yield
     except OSError as error:
@@ -125,33 +126,33 @@ def on_disk(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class WriteBehind:
-    """Sends what was written to the disk early, a few pieces behind; one for each thread.
+    """Starts write-back early, a few ranges behind the writer; one per thread.
 
-    `wrote` starts the write-back of a piece and, WINDOW pieces later, waits for it and drops its
-    pages, so that dirty memory stays bounded and the final fsync finds little to do. This speeds
-    things up; what makes data durable is the fsync.
+    `written` starts the write-back of a range and, WINDOW ranges later, waits for it and drops its pages, so that dirty
+    memory stays bounded and the final fsync has little to do. This only affects speed; the fsync makes data durable.
     """
 
     def __init__(self) -> None:
-        self._pieces: deque[tuple[int, int, int]] = deque()
+        self._ranges: deque[tuple[int, int, int]] = deque()
 
-    def wrote(self, fd: int, offset: int, nbytes: int) -> None:
+    def written(self, fd: int, offset: int, nbytes: int) -> None:
+        """Start the write-back of a range that was just written."""
         if _sync_file_range is None:
             return
-        _call(_sync_file_range, fd, offset, nbytes, _WRITE)
-        self._pieces.append((fd, offset, nbytes))
-        if len(self._pieces) > WINDOW:
-            fd, offset, nbytes = self._pieces.popleft()
-            _call(_sync_file_range, fd, offset, nbytes, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
-            forget(fd, offset, nbytes)
+        _call_libc(_sync_file_range, fd, offset, nbytes, _WRITE)
+        self._ranges.append((fd, offset, nbytes))
+        if len(self._ranges) > WINDOW:
+            fd, offset, nbytes = self._ranges.popleft()
+            _call_libc(_sync_file_range, fd, offset, nbytes, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+            drop_cached(fd, offset, nbytes)
 
 
-def _call(function: Callable[..., int], fd: int, offset: int, nbytes: int, flags: int) -> None:
+def _call_libc(function: Callable[..., int], fd: int, offset: int, nbytes: int, flags: int) -> None:
     function(fd, ctypes.c_longlong(offset), ctypes.c_longlong(nbytes), ctypes.c_uint(flags))
 
 
 def sync_file(fd: int, path: str) -> None:
-    """Make everything written to the file durable. An error is final: the kernel drops what it could not write."""
+    """Make everything written to the file durable. An error is final: the kernel drops the pages it could not write."""
     try:
         os.fsync(fd)
     except OSError as error:
@@ -159,7 +160,7 @@ def sync_file(fd: int, path: str) -> None:
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
-    """Make the folder's entries (renames, new files) durable, where the filesystem can."""
+    """Make the entries of a folder (renames, new files) durable, if the file system supports it."""
     try:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -172,50 +173,50 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
 
 
 def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a small file so that it is whole or absent: a sibling, fsync, rename, fsync of the folder."""
+    """Write a small file so that it is complete or absent: temporary file, fsync, rename, fsync of the folder."""
     path = os.fspath(path)
-    beside = f"{path}.part"
+    temporary = f"{path}.part"
     try:
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            write_at(fd, memoryview(data), 0, beside)
-            sync_file(fd, beside)
+            write_at(fd, memoryview(data), 0, temporary)
+            sync_file(fd, temporary)
         finally:
             os.close(fd)
-        os.replace(beside, path)
+        os.replace(temporary, path)
         sync_folder(os.path.dirname(path) or ".")
     except OSError as error:
         raise disk_error(error, path) from error
 
 
 class InputFile(Protocol):
-    """A file that tiles are read from, by all threads: on a disk, or somewhere else (remote/)."""
+    """A file that all threads read tiles from: on a disk, or remote (remote/)."""
 
     @property
     def path(self) -> str:
-        """Its name for messages; a path where it lies on a disk."""
+        """Its name in messages; the path of a local file."""
 
     @property
     def identity(self) -> tuple[Any, int, Any]:
-        """Where it is, its size, and what changes when its content does."""
+        """Where it is, its size, and a value that changes with its content."""
 
     @property
     def size(self) -> int: ...
 
     def read_into(self, buffer: memoryview, offset: int, *, keep: bool = False) -> None:
-        """Fill `buffer` from `offset`; `keep` at hand what will soon be read again."""
+        """Fill `buffer` from `offset`; `keep`: cache the range, which will soon be read again."""
 
     def check_unchanged(self) -> None:
-        """Raise SourceError when it is no longer what it was when its header was read."""
+        """Raise SourceError if the file has changed since its header was read."""
 
     def close(self) -> None: ...
 
 
 class DiskFile:
-    """An input on a disk: opened at the first read, shared by all threads.
+    """An input file on a disk, opened at the first read and shared by all threads.
 
-    Remembers what the file was when its header was read; `check_unchanged` raises SourceError when
-    it has been touched since. What the page cache held before stays there; what is read into it goes.
+    Remembers the state of the file when its header was read; `check_unchanged` raises SourceError if it was modified
+    since. A file that was in the page cache stays there; otherwise what is read is dropped from it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -230,16 +231,16 @@ class DiskFile:
         return self.identity[1]
 
     def read_into(self, buffer: memoryview, offset: int, *, keep: bool = False) -> None:
-        """Fill `buffer` from `offset`; `keep` what will soon be read again in the page cache."""
+        """Fill `buffer` from `offset`; `keep`: leave the range in the page cache."""
         try:
             read_into(self.descriptor(), buffer, offset, self.path, keep=keep or self._was_cached)
         except OSError as error:
             raise SourceError(f"{self.path} cannot be read: {error.strerror}") from error
 
-    def was_read(self, offset: int, nbytes: int) -> None:
-        """Whoever reads by the descriptor() has done with a range: the page cache may forget it."""
+    def release(self, offset: int, nbytes: int) -> None:
+        """Drop a range from the page cache after it was read through descriptor()."""
         if not self._was_cached:
-            forget(self.descriptor(), offset, nbytes)
+            drop_cached(self.descriptor(), offset, nbytes)
 
     def check_unchanged(self) -> None:
         try:
@@ -247,7 +248,7 @@ class DiskFile:
         except OSError:
             now = None
         if now != self.identity:
-            raise SourceError(f"{self.path} changed while it was read", hint="run again once nobody writes to it")
+            raise SourceError(f"{self.path} changed while it was read", hint="run again when nothing writes to it")
 
     def close(self) -> None:
         with self._lock:
@@ -256,7 +257,7 @@ class DiskFile:
                 self._fd = None
 
     def descriptor(self) -> int:
-        """The open file."""
+        """The file descriptor; opens the file if needed."""
         with self._lock:
             if self._fd is None:
                 self._fd = os.open(self.path, os.O_RDONLY)

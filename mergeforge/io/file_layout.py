@@ -1,7 +1,7 @@
-"""Where every output byte goes: files, their headers and sizes, and each tensor's extent.
+"""Layout: the output files, their headers and sizes, and the extent of each tensor.
 
-Decided from headers alone before anything is written; OutputFiles then fills the files at their
-offsets, in any order, by any number of threads.
+The layout is computed from headers alone before anything is written; OutputFiles then fills the files at their
+offsets, in any order, from any number of threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Extent:
-    """A tensor's place: file name, first byte, bytes."""
+    """The position of a tensor: file name, first byte, number of bytes."""
 
     file: str
     offset: int
@@ -31,16 +31,16 @@ class Extent:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to write: its first bytes, its whole size, and what else is known of it (offset -> bytes)."""
+    """A file to write: its header, its total size, and other bytes known in advance (offset -> bytes)."""
 
     header: bytes
     nbytes: int
-    known: Mapping[int, bytes] = field(default_factory=dict)
+    known_bytes: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All files by name, and every tensor's extent in the order of the files."""
+    """All files by name, and the extent of every tensor in the order of the files."""
 
     files: Mapping[str, OutputFile]
     extents: Mapping[str, Extent]
@@ -53,8 +53,8 @@ class Layout:
 class OutputFiles:
     """Files in a folder, open for writing at known offsets.
 
-    New files get their whole size and header at once; files of an interrupted run are taken over
-    when their size is right. Raises BudgetError when the disk is full.
+    New files get their full size and their header at once; files of an interrupted run are reused unless they are too
+    large. Raises BudgetError if the disk is full.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, OutputFile]) -> None:
@@ -73,16 +73,16 @@ class OutputFiles:
                 raise disk_error(error, str(path)) from error
             self._fds[name] = fd
             if os.fstat(fd).st_size > file.nbytes:
-                os.ftruncate(fd, 0)  # not what an earlier run of this merge left
+                os.ftruncate(fd, 0)  # not written by an earlier run of this merge
             preallocate(fd, file.nbytes, str(path))
-            for offset, content in {0: file.header, **file.known}.items():
+            for offset, content in {0: file.header, **file.known_bytes}.items():
                 write_at(fd, memoryview(content), offset, str(path))
 
     def write(self, name: str, data: NDArray[np.uint8], offset: int, behind: WriteBehind) -> None:
-        """Write bytes at `offset` of the file."""
+        """Write bytes at `offset` of a file."""
         fd = self._fds[name]
         write_at(fd, data.data, offset, str(self.folder / name))
-        behind.wrote(fd, offset, len(data))
+        behind.written(fd, offset, len(data))
 
     def read(self, name: str, buffer: memoryview, offset: int) -> None:
         read_into(self._fds[name], buffer, offset, str(self.folder / name))

@@ -1,7 +1,7 @@
-"""The header of one safetensors file, read strictly.
+"""Read the header of a safetensors file strictly.
 
-The rules are those of safetensors/src/tensor.rs, and stricter where its parser lets things pass:
-duplicate keys and leading spaces are refused, numbers must be plain whole numbers.
+The rules are those of safetensors/src/tensor.rs, and stricter where its parser is lenient: duplicate keys and leading
+spaces are refused, and numbers must be plain integers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from mergeforge.core.tensor_info import DTYPES, TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import DiskFile, InputFile
 
-LARGEST_HEADER = 100_000_000
-LARGEST_NUMBER = 1 << 48
-LARGEST_PRODUCT = 1 << 58  # of dimensions, one after another: what any reader's 64 bits hold in bits
+MAX_HEADER_NBYTES = 100_000_000
+MAX_NUMBER = 1 << 48
+MAX_SHAPE_PRODUCT = 1 << 58  # of leading dimensions: the size in bits fits in 64 bits for every reader
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file holds: each tensor with its absolute offset, the metadata, and the header's hash."""
+    """The contents of a file: each tensor with its absolute offset, the metadata, and the sha256 of the header."""
 
     file: InputFile
     tensors: dict[str, tuple[TensorInfo, int]]
@@ -36,27 +36,27 @@ class Header:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and check a header; no tensor is read.
+    """Read and check the header of a local file; no tensor is read.
 
-    Raises SourceError that names the file, the tensor and the broken rule.
+    Raises SourceError, which names the file, the tensor and the violated rule.
     """
     path = os.fspath(path)
     require_regular(path)
     file = DiskFile(path)
     try:
-        return header_of(file)
+        return parse_header(file)
     finally:
-        file.close()  # opened again at the first read
+        file.close()  # reopened at the first read
 
 
-def header_of(file: InputFile) -> Header:
-    """As read_header, of a file that need not lie on a disk."""
+def parse_header(file: InputFile) -> Header:
+    """Read and check the header of any input file."""
     path = file.path
     length = int.from_bytes(_read(file, 0, 8), "little")
-    if length > LARGEST_HEADER or 8 + length > file.size:
-        truncated = length <= LARGEST_HEADER
-        hint = "download it again" if truncated else "is it a safetensors file at all?"
-        raise SourceError(f"{path}: its header claims {length} bytes, the file has {file.size}", hint=hint)
+    if length > MAX_HEADER_NBYTES or 8 + length > file.size:
+        truncated = length <= MAX_HEADER_NBYTES
+        hint = "download it again" if truncated else "is it a safetensors file?"
+        raise SourceError(f"{path}: the header claims {length} bytes, but the file has {file.size}", hint=hint)
     raw = _read(file, 8, length)
     entries = _json(raw, path)
     metadata = _metadata(entries.pop("__metadata__", {}), path)
@@ -66,7 +66,7 @@ def header_of(file: InputFile) -> Header:
 
 
 def require_regular(path: str) -> None:
-    """Refuse what is no file (a folder, a pipe, a device) before it is opened. Raises SourceError."""
+    """Refuse a folder, pipe or device before it is opened. Raises SourceError."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -79,7 +79,7 @@ def require_regular(path: str) -> None:
 
 def _read(file: InputFile, offset: int, length: int) -> bytes:
     if offset + length > file.size:
-        raise SourceError(f"{file.path} is cut off within its header", hint="download it again")
+        raise SourceError(f"{file.path} ends within its header", hint="download it again")
     data = bytearray(length)
     file.read_into(memoryview(data), offset, keep=True)
     return bytes(data)
@@ -89,22 +89,22 @@ def _json(raw: bytes, path: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise SourceError(f"{path}: the header holds {twice!r} twice")
+            duplicate = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise SourceError(f"{path}: duplicate key {duplicate!r} in the header")
         return result
 
     if not raw.startswith(b"{"):
-        raise SourceError(f"{path}: its header is not a JSON object", hint="is it a safetensors file at all?")
+        raise SourceError(f"{path}: the header is not a JSON object", hint="is it a safetensors file?")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant)
         if b"\\u" in raw:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text: raises ValueError
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair raises ValueError
     except (ValueError, RecursionError) as error:
         raise SourceError(
-            f"{path}: its header is not JSON ({type(error).__name__})", hint="download it again"
+            f"{path}: the header is not JSON ({type(error).__name__})", hint="download it again"
         ) from None
     if not isinstance(value, dict):
-        raise SourceError(f"{path}: its header is not a JSON object")
+        raise SourceError(f"{path}: the header is not a JSON object")
     return value
 
 
@@ -114,7 +114,7 @@ def _no_constant(name: str) -> Any:
 
 def _metadata(value: Any, path: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise SourceError(f"{path}: __metadata__ must map text to text")
+        raise SourceError(f"{path}: __metadata__ must map strings to strings")
     return value
 
 
@@ -127,28 +127,30 @@ def _entry(name: str, entry: Any, data_start: int, path: str) -> tuple[TensorInf
         raise SourceError(f"{path}: {name!r} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(_is_count(number) for number in [*shape, begin, end]):
         raise SourceError(f"{path}: {name!r} has a shape or offsets that are not whole numbers")
-    if any(product >= LARGEST_PRODUCT for product in accumulate(shape, mul)):
+    if any(product >= MAX_SHAPE_PRODUCT for product in accumulate(shape, mul)):
         raise SourceError(f"{path}: {name!r} has the impossible shape {shape}")
     info = TensorInfo(name, dtype, tuple(shape))
     if info.numel * info.bits != 8 * (end - begin):
-        claimed = f"{dtype} {list(shape)} takes {info.nbytes} bytes, its offsets span {end - begin}"
+        claimed = f"{dtype} {list(shape)} takes {info.nbytes} bytes, but its offsets span {end - begin}"
         raise SourceError(f"{path}: {name!r}: {claimed}")
     return info, data_start + begin
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_NUMBER
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_NUMBER
 
 
 def _check_extents(tensors: dict[str, tuple[TensorInfo, int]], start: int, size: int, path: str) -> None:
-    """The tensors must fill the file from the header to its end, with no gap and no overlap."""
-    at = start
+    """Check that the tensors fill the file from the header to the end, with no gap or overlap. Raises SourceError."""
+    end = start
     for info, offset in sorted(tensors.values(), key=lambda entry: (entry[1], entry[0].nbytes)):
-        if offset != at:
-            what = "overlaps the one before it" if offset < at else "leaves a gap before it"
-            raise SourceError(f"{path}: {info.name!r} at byte {offset} {what}")
-        at += info.nbytes
-    if at > size:
-        raise SourceError(f"{path} should have {at} bytes and has {size}", hint="it is truncated: download it again")
-    if at < size:
-        raise SourceError(f"{path} should have {at} bytes and has {size}", hint="bytes follow its last tensor")
+        if offset != end:
+            problem = "overlaps the tensor before it" if offset < end else "leaves a gap before it"
+            raise SourceError(f"{path}: {info.name!r} at byte {offset} {problem}")
+        end += info.nbytes
+    if end > size:
+        raise SourceError(f"{path} should have {end} bytes but has {size}", hint="it is truncated; download it again")
+    if end < size:
+        raise SourceError(
+            f"{path} should have {end} bytes but has {size}", hint="there are bytes after its last tensor"
+        )

@@ -1,4 +1,4 @@
-"""Models from a Hub that stands on the loopback: what is downloaded, what is kept, and what goes wrong.
+"""Download models from a fake Hub: what is downloaded, what is cached, and what goes wrong.
 
 huggingface_hub reads its environment when it is imported, so each test runs in a process of its own.
 """
@@ -17,20 +17,20 @@ import pytest
 from support.fake_hub import FakeHub
 
 from mergeforge.errors import SourceError
-from mergeforge.hub.download import fetch, wanted_files
+from mergeforge.hub.download import fetch, needed_files
 
 FETCH = """
 import json, sys
 from mergeforge.errors import MergeforgeError
-from mergeforge.hub import fetch
+from mergeforge.hub.download import fetch
 path, revision, stem, pickled = json.loads(sys.argv[1])
 try:
-    found = fetch(path, revision, (stem,), allow_pickle=pickled)
+    local = fetch(path, revision, (stem,), allow_pickle=pickled)
 except MergeforgeError as error:
     result = {"error": str(error), "hint": error.hint, "code": error.exit_code}
 else:
-    files = {str(one.relative_to(found.path)): one.stat().st_size for one in found.path.rglob("*") if one.is_file()}
-    result = {"files": files, "revision": found.revision, "path": str(found.path)}
+    files = {str(file.relative_to(local.path)): file.stat().st_size for file in local.path.rglob("*") if file.is_file()}
+    result = {"files": files, "revision": local.revision, "path": str(local.path)}
 print(json.dumps(result))
 """
 
@@ -42,7 +42,7 @@ def hub() -> Iterator[FakeHub]:
 
 
 class Machine:
-    """A machine with its own cache, which sees the Hub (or not)."""
+    """A machine with its own cache, online or offline."""
 
     def __init__(self, hub: FakeHub, home: Path) -> None:
         self.hub = hub
@@ -63,7 +63,7 @@ class Machine:
 
     @property
     def downloaded(self) -> set[str]:
-        """The files that the last run got from the Hub."""
+        """The files that the last run downloaded from the Hub."""
         return {one["path"].rpartition("/")[2] for one in self.hub.log if "/resolve/" in one["path"]}
 
 
@@ -90,7 +90,7 @@ WANTED = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.model
 WANTED |= {"LICENSE"}
 
 
-def test_only_what_a_merge_reads_is_downloaded_once(hub: FakeHub, machine: Machine) -> None:
+def test_downloads_only_what_a_merge_reads_and_only_once(hub: FakeHub, machine: Machine) -> None:
     sha = hub.add_repo("org/base", REPO)
     found = machine.fetch("org/base")
     assert found["files"].keys() == WANTED
@@ -101,7 +101,7 @@ def test_only_what_a_merge_reads_is_downloaded_once(hub: FakeHub, machine: Machi
     assert machine.downloaded == set()
 
 
-def test_offline_goes_on_with_what_is_there(hub: FakeHub, machine: Machine) -> None:
+def test_uses_the_cache_offline(hub: FakeHub, machine: Machine) -> None:
     hub.add_repo("org/base", REPO)
     found = machine.fetch("org/base")
     assert machine.fetch("org/base", HF_HUB_OFFLINE="1") == found
@@ -113,7 +113,7 @@ def test_offline_goes_on_with_what_is_there(hub: FakeHub, machine: Machine) -> N
     assert "there is no local org/other" in missing["error"]
 
 
-def test_a_revision(hub: FakeHub, machine: Machine) -> None:
+def test_downloads_a_revision(hub: FakeHub, machine: Machine) -> None:
     first = hub.add_repo("org/base", REPO)
     second = hub.push("org/base", {"config.json": b'{"model_type": "other"}'})
     assert machine.fetch("org/base")["revision"] == second
@@ -124,8 +124,8 @@ def test_a_revision(hub: FakeHub, machine: Machine) -> None:
     assert "no-such" in str(machine.fetch("org/base", "no-such"))
 
 
-def test_a_branch_is_resolved_once(hub: FakeHub, machine: Machine) -> None:
-    """It moves between the listing and the files: the files are those of the listing's commit."""
+def test_resolves_a_branch_once(hub: FakeHub, machine: Machine) -> None:
+    """The branch moves after the listing: the files are those of the commit of the listing."""
     first = hub.add_repo("org/base", REPO)
     asked = []
     respond = hub.take_fault
@@ -144,7 +144,7 @@ def test_a_branch_is_resolved_once(hub: FakeHub, machine: Machine) -> None:
     assert found["files"]["model.safetensors"] == 3000
 
 
-def test_shards_and_pickles(hub: FakeHub, machine: Machine) -> None:
+def test_downloads_shards_and_allowed_pickles(hub: FakeHub, machine: Machine) -> None:
     shards = {f"model-{at:05d}-of-00002.safetensors": b"s" * 100 for at in (1, 2)}
     index = {"model.safetensors.index.json": b"{}"}
     hub.add_repo("org/sharded", {**shards, **index, "consolidated.safetensors": b"c" * 100})
@@ -160,7 +160,7 @@ def test_shards_and_pickles(hub: FakeHub, machine: Machine) -> None:
     assert "model.safetensors" not in found
 
 
-def test_what_is_not_there(hub: FakeHub, machine: Machine, tmp_path: Path) -> None:
+def test_reports_missing_repos_and_files(hub: FakeHub, machine: Machine, tmp_path: Path) -> None:
     hub.add_repo("org/empty", {"README.md": b"x"})
     hub.add_repo("org/closed", REPO, private=True)
     for path, message in (
@@ -184,7 +184,7 @@ def test_what_is_not_there(hub: FakeHub, machine: Machine, tmp_path: Path) -> No
         fetch(str(tmp_path), "v1", ("model",))
 
 
-def test_a_broken_connection_is_reported_and_then_gone_on_from(hub: FakeHub, machine: Machine) -> None:
+def test_reports_a_broken_connection_and_resumes(hub: FakeHub, machine: Machine) -> None:
     hub.add_repo("org/base", REPO)
     hub.fault(path=r"/api/models/", kind="drop", times=20)
     assert machine.fetch("org/base")["code"] == 3
@@ -196,7 +196,7 @@ def test_a_broken_connection_is_reported_and_then_gone_on_from(hub: FakeHub, mac
     assert machine.fetch("org/base")["files"]["model.safetensors"] == 3000
 
 
-def test_a_merge_from_the_hub(hub: FakeHub, machine: Machine, models: Path, tmp_path: Path) -> None:
+def test_merges_from_the_hub(hub: FakeHub, machine: Machine, models: Path, tmp_path: Path) -> None:
     for name, folder in (("org/base", "base"), ("org/tuned", "tuned-a"), ("me/loan", "adapters/loan")):
         hub.add_repo(name, {path.name: path.read_bytes() for path in (models / folder).iterdir()})
     sha = hub.repos[("model", "org/tuned")].refs["main"]
@@ -213,13 +213,13 @@ mergeforge.merge({"merge_method": "linear", "models": parts}, out=sys.argv[1])
     merged, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "local"))
     assert merged == expected
     receipt = json.loads((tmp_path / "out" / "mergeforge.json").read_text())
-    assert sha in [one["revision"] for one in receipt["inputs"]]
-    assert all(one["revision"] for one in receipt["inputs"])
+    assert sha in [entry["revision"] for entry in receipt["inputs"]]
+    assert all(entry["revision"] for entry in receipt["inputs"])
     assert "hf_faketoken" not in "".join(path.read_text(errors="replace") for path in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("names", "stems", "pickled", "wanted"),
+    ("names", "stems", "pickled", "needed"),
     [
         (["model.safetensors", "pytorch_model.bin"], ("model",), True, ["model.safetensors"]),
         (
@@ -232,13 +232,13 @@ mergeforge.merge({"merge_method": "linear", "models": parts}, out=sys.argv[1])
         (["adapter_model.bin"], ("adapter_model",), True, ["adapter_model.bin"]),
     ],
 )
-def test_wanted_files(names: list[str], stems: tuple[str, ...], pickled: bool, wanted: list[str]) -> None:
-    assert wanted_files(names, stems, pickled) == wanted
+def test_needed_files(names: list[str], stems: tuple[str, ...], pickled: bool, needed: list[str]) -> None:
+    assert needed_files(names, stems, pickled) == needed
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_byte_that_flips_on_its_way(hub: FakeHub, machine: Machine, times: int) -> None:
-    """Found by its sha256 and fetched again; twice in a row it is an error, and nothing damaged stays in the cache."""
+def test_detects_a_flipped_byte(hub: FakeHub, machine: Machine, times: int) -> None:
+    """It is found by the sha256 and downloaded again; twice is an error, and nothing damaged stays in the cache."""
     hub.add_repo("org/base", REPO)
     hub.fault(path=hashlib.sha256(REPO["model.safetensors"]).hexdigest(), method="GET", kind="corrupt", times=times)
     found = machine.fetch("org/base")

@@ -1,4 +1,4 @@
-"""mergeforge publish against a Hub on the loopback: what is sent, what is left alone, and faults at every step."""
+"""mergeforge publish to a fake Hub: what is uploaded, what stays as it is, and faults at every step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from support.fake_hub import FakeHub
 
 import mergeforge
 from mergeforge.cli import run_command
+from mergeforge.execute import executor
 from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
+from mergeforge.planner import make_plan
 
 REPO = "fake/merged"
 
@@ -37,7 +39,7 @@ def hub() -> Iterator[FakeHub]:
 
 
 class Publisher:
-    """mergeforge publish in a process that sees the Hub."""
+    """Runs mergeforge commands in a process that uses the fake Hub."""
 
     def __init__(self, hub: FakeHub, home: Path) -> None:
         self.hub = hub
@@ -52,13 +54,13 @@ class Publisher:
     def json(self, folder: Path, *options: str) -> dict[str, Any]:
         done = self("publish", str(folder), REPO, "--json", *options)
         assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        report: dict[str, Any] = json.loads(done.stdout)
+        return report
 
     @property
     def put(self) -> int:
-        """Large files that the last run sent."""
-        return sum(one["method"] == "PUT" for one in self.hub.log)
+        """The number of large files that the last run uploaded."""
+        return sum(request["method"] == "PUT" for request in self.hub.log)
 
 
 @pytest.fixture
@@ -70,17 +72,17 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_everything_is_there_and_private(hub: FakeHub, publish: Publisher, merged: Path) -> None:
+def test_publishes_everything_to_a_private_repo(hub: FakeHub, publish: Publisher, merged: Path) -> None:
     done = publish("publish", str(merged), REPO)
     assert done.returncode == 0, done.stderr
-    held = [name for name in hub.listing(REPO) if name != ".gitattributes"]
-    assert held == names(merged)
-    assert all(hub.read(REPO, name) == (merged / name).read_bytes() for name in held)
+    published = [name for name in hub.listing(REPO) if name != ".gitattributes"]
+    assert published == names(merged)
+    assert all(hub.read(REPO, name) == (merged / name).read_bytes() for name in published)
     assert hub.repos[("model", REPO)].private
-    assert len(hub.repos[("model", REPO)].commits) <= 2, "one commit, after the empty one that makes a repo"
+    assert len(hub.repos[("model", REPO)].commits) <= 2, "one commit, after the empty one that creates the repo"
 
 
-def test_a_second_time_nothing_is_sent(hub: FakeHub, publish: Publisher, merged: Path) -> None:
+def test_a_second_publish_uploads_nothing(hub: FakeHub, publish: Publisher, merged: Path) -> None:
     publish.json(merged)
     commits = len(hub.repos[("model", REPO)].commits)
     again = publish.json(merged)
@@ -88,25 +90,25 @@ def test_a_second_time_nothing_is_sent(hub: FakeHub, publish: Publisher, merged:
     assert publish.put == 0 and len(hub.repos[("model", REPO)].commits) == commits
 
 
-def test_a_dry_run_sends_nothing(hub: FakeHub, publish: Publisher, merged: Path) -> None:
-    found = publish.json(merged, "--dry-run")
-    assert set(found["sent"]) == set(names(merged)) and ("model", REPO) not in hub.repos
-    told = publish("publish", str(merged), REPO, "--dry-run").stdout
-    assert "would send model-00001-of-0000" in told
+def test_a_dry_run_uploads_nothing(hub: FakeHub, publish: Publisher, merged: Path) -> None:
+    report = publish.json(merged, "--dry-run")
+    assert set(report["sent"]) == set(names(merged)) and ("model", REPO) not in hub.repos
+    output = publish("publish", str(merged), REPO, "--dry-run").stdout
+    assert "would upload model-00001-of-0000" in output
 
 
-def test_what_an_earlier_publish_left_is_removed(
+def test_deletes_leftovers_of_an_earlier_publish(
     hub: FakeHub, publish: Publisher, merged: Path, tmp_path: Path
 ) -> None:
-    """Shards of another layout would be read in place of the new ones; a file of somebody else stays."""
+    """Shards of another layout would be read instead of the new ones; an unrelated file stays."""
     publish.json(merged)
     hub.push(REPO, {"notes.md": b"mine"})
     base = json.loads((merged / "mergeforge.json").read_text())["inputs"][0]["name"]
-    one = mergeforge.merge({"merge_method": "passthrough", "models": [base]}, out=tmp_path / "one")
-    found = publish.json(one)
-    assert "model.safetensors.index.json" in found["removed"] and len(found["removed"]) >= 3
-    held = [name for name in hub.listing(REPO) if name not in (".gitattributes", "notes.md")]
-    assert held == names(one) and "notes.md" in hub.listing(REPO)
+    unsharded = mergeforge.merge({"merge_method": "passthrough", "models": [base]}, out=tmp_path / "one")
+    report = publish.json(unsharded)
+    assert "model.safetensors.index.json" in report["removed"] and len(report["removed"]) >= 3
+    published = [name for name in hub.listing(REPO) if name not in (".gitattributes", "notes.md")]
+    assert published == names(unsharded) and "notes.md" in hub.listing(REPO)
 
 
 FAULTS: list[dict[str, Any]] = [
@@ -119,8 +121,8 @@ FAULTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault['path'].strip('/')} {fault['kind']}")
-def test_a_fault_at_every_step(hub: FakeHub, publish: Publisher, merged: Path, fault: dict[str, Any]) -> None:
-    """The repo shows nothing of a publish that broke off; the next one sends what is missing, and all is there."""
+def test_survives_a_fault_at_every_step(hub: FakeHub, publish: Publisher, merged: Path, fault: dict[str, Any]) -> None:
+    """Nothing of an interrupted publish is visible; the next one uploads what is missing."""
     hub.fault(**fault)
     broken = publish("publish", str(merged), REPO)
     assert broken.returncode != 0 and "Traceback" not in broken.stderr, broken.stderr
@@ -131,8 +133,8 @@ def test_a_fault_at_every_step(hub: FakeHub, publish: Publisher, merged: Path, f
     assert [name for name in hub.listing(REPO) if name != ".gitattributes"] == names(merged)
 
 
-def test_sent_files_are_not_sent_again(hub: FakeHub, publish: Publisher, merged: Path) -> None:
-    """A publish that broke off at its commit has left the weights on the Hub."""
+def test_does_not_upload_files_twice(hub: FakeHub, publish: Publisher, merged: Path) -> None:
+    """A publish that failed at its commit has left the weights on the Hub."""
     hub.fault(path="/commit/", method="POST", kind="status", code=500, times=9)
     assert publish("publish", str(merged), REPO).returncode != 0
     assert publish.put > 0
@@ -141,39 +143,39 @@ def test_sent_files_are_not_sent_again(hub: FakeHub, publish: Publisher, merged:
     assert publish.put == 0
 
 
-def test_somebody_elses_commit_meanwhile(hub: FakeHub, publish: Publisher, merged: Path) -> None:
-    """Between the look at the repo and the commit it changes: nothing is overwritten unseen."""
+def test_detects_a_concurrent_commit(hub: FakeHub, publish: Publisher, merged: Path) -> None:
+    """The repo changes between the comparison and the commit: nothing is overwritten."""
     hub.add_repo(REPO, {"README.md": b"old"})
-    taken = hub.take_fault
+    original = hub.take_fault
 
     def move(method: str, path: str, kinds: tuple[str, ...]) -> Any:
         if "/commit/" in path and method == "POST" and "status" in kinds:
             hub.push(REPO, {"README.md": b"theirs"})
-        return taken(method, path, kinds)
+        return original(method, path, kinds)
 
     hub.take_fault = move
     done = publish("publish", str(merged), REPO)
     assert done.returncode == 5 and "changed by somebody else" in done.stderr
     assert hub.read(REPO, "README.md") == b"theirs"
-    hub.take_fault = taken
+    hub.take_fault = original
     assert publish("publish", str(merged), REPO).returncode == 0
 
 
-def test_no_token_and_a_wrong_one(hub: FakeHub, publish: Publisher, merged: Path) -> None:
-    none = publish("publish", str(merged), REPO, HF_TOKEN="")
-    assert none.returncode == 1 and "there is no Hub token" in none.stderr
+def test_reports_a_missing_and_a_wrong_token(hub: FakeHub, publish: Publisher, merged: Path) -> None:
+    missing = publish("publish", str(merged), REPO, HF_TOKEN="")
+    assert missing.returncode == 1 and "there is no Hub token" in missing.stderr
     wrong = publish("publish", str(merged), REPO, HF_TOKEN="hf_wrong")
     assert wrong.returncode == 1 and "hf_wrong" not in wrong.stderr + wrong.stdout
     assert publish("publish", str(merged), "no-owner").returncode == 2
 
 
-def test_what_is_not_finished_is_not_published(publish: Publisher, tmp_path: Path) -> None:
+def test_refuses_an_unfinished_folder(publish: Publisher, tmp_path: Path) -> None:
     (tmp_path / "half" / ".mergeforge").mkdir(parents=True)
     assert "is not finished" in publish("publish", str(tmp_path / "half"), REPO).stderr
     assert publish("publish", str(tmp_path / "nothing"), REPO).returncode == 3
 
 
-def test_a_recipe_publishes_and_the_token_is_asked_for_first(
+def test_a_recipe_publishes_and_checks_the_token_first(
     hub: FakeHub, publish: Publisher, merged: Path, tmp_path: Path
 ) -> None:
     base = json.loads((merged / "mergeforge.json").read_text())["inputs"][0]["name"]
@@ -188,29 +190,29 @@ def test_a_recipe_publishes_and_the_token_is_asked_for_first(
     assert [name for name in hub.listing(REPO) if name != ".gitattributes"] == names(out)
 
 
-def test_no_token_anywhere(hub: FakeHub, publish: Publisher, merged: Path) -> None:
+def test_the_token_appears_nowhere(hub: FakeHub, publish: Publisher, merged: Path) -> None:
     done = publish("publish", str(merged), REPO)
     texts = [done.stdout, done.stderr, *(hub.read(REPO, name).decode(errors="replace") for name in hub.listing(REPO))]
     assert hub.token and not any(hub.token in text for text in texts)
 
 
-def test_doctor_tells_no_token(publish: Publisher) -> None:
+def test_doctor_does_not_show_the_token(publish: Publisher) -> None:
     done = publish("doctor", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["hub"].endswith("a token is there")
+    assert json.loads(done.stdout)["hub"].endswith("logged in")
     assert publish.hub.token not in done.stdout
 
 
-def test_the_card_says_how_to_use_it(merged: Path, tmp_path: Path) -> None:
+def test_the_model_card_shows_how_to_use_the_model(merged: Path, tmp_path: Path) -> None:
     output = {"publish": "me/joined", "gguf": ["q8_0"]}
     recipe = {"base_model": str(merged.parent / "base"), "adapters": [str(merged.parent / "legal")], "output": output}
-    card = (mergeforge.merge(recipe, out=tmp_path / "out") / "README.md").read_text()
+    card = (executor.run_plan(make_plan(recipe, out=tmp_path / "out")) / "README.md").read_text()
     for line in ('from_pretrained("me/joined"', "vllm serve me/joined", "ollama run hf.co/me/joined:Q8_0"):
         assert line in card
 
 
-def test_ggufs_in_a_repo_of_their_own(hub: FakeHub, publish: Publisher, merged: Path, tmp_path: Path) -> None:
-    """Both repos hold what their receipts say; published whole before, the model's repo loses the GGUF."""
+def test_publishes_gguf_files_to_their_own_repo(hub: FakeHub, publish: Publisher, merged: Path, tmp_path: Path) -> None:
+    """Both repos match their receipts; the GGUF of an earlier publish is deleted from the model's repo."""
     recipe = {"base_model": str(merged.parent / "base"), "adapters": [str(merged.parent / "legal")]}
     out = mergeforge.merge(recipe | {"output": {"gguf": ["q8_0"]}}, out=tmp_path / "out")
     assert publish("publish", str(out), REPO).returncode == 0
@@ -227,9 +229,9 @@ def test_ggufs_in_a_repo_of_their_own(hub: FakeHub, publish: Publisher, merged: 
             (folder / name).write_bytes(hub.read(repo, name))
         assert run_command(["verify", str(folder)]) == 0
     again = publish("publish", str(out), REPO, "--gguf", "apart").stderr
-    assert again.count("0 B to send") == 2
+    assert again.count("0 B to upload") == 2
 
 
-def test_what_cannot_be_parted_is_told(publish: Publisher, merged: Path) -> None:
+def test_refuses_to_split_a_folder_without_gguf_files(publish: Publisher, merged: Path) -> None:
     done = publish("publish", str(merged), REPO, "--gguf", "apart")
     assert done.returncode == 3 and "does not hold both safetensors and GGUF files" in done.stderr

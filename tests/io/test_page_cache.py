@@ -1,4 +1,4 @@
-"""The page cache: what it held before a file is read stays there, what reading brings in goes."""
+"""The page cache: a file that was cached before it is read stays cached; otherwise it is dropped again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SIZE = 8 << 20
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file that lies on the disk and in the page cache."""
+    """A file that is on the disk and in the page cache."""
     path = tmp_path / "weights"
     with open(path, "wb") as file:
         file.write(bytes(SIZE))
         file.flush()
         os.fsync(file.fileno())
     if not cached(path):
-        pytest.skip("this system does not tell what its page cache holds")
+        pytest.skip("this system does not report the state of its page cache")
     return path
 
 
@@ -36,12 +36,12 @@ def read(path: Path) -> None:
     file.close()
 
 
-def test_what_was_cached_stays(path: Path) -> None:
+def test_keeps_a_file_that_was_cached(path: Path) -> None:
     read(path)
     assert cached(path)
 
 
-def test_what_reading_brings_in_goes(path: Path) -> None:
+def test_drops_a_file_that_was_not_cached(path: Path) -> None:
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     assert not cached(path)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what is refused, what is odd and fine, and what a fuzzer makes of one."""
+"""Headers of safetensors files: what is refused, what is unusual but valid, and fuzzed headers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mergeforge.checkpoints.checkpoint import open_checkpoint
 from mergeforge.core.tensor_info import DTYPES
 from mergeforge.errors import SourceError
 from mergeforge.execute import executor
-from mergeforge.io.safetensors_header import LARGEST_HEADER, read_header
+from mergeforge.io.safetensors_header import MAX_HEADER_NBYTES, read_header
 from mergeforge.planner import make_plan
 
 F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 
 
 def file_of(path: Path, header: dict[str, Any] | bytes, data: bytes = bytes(16), length: int | None = None) -> Path:
-    """A file with any header at all."""
+    """Write a file with the given header."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
     return path
@@ -37,7 +37,7 @@ def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "F3
 
 
 def opens(path: Path) -> bool:
-    """Whether safetensors' own parser takes the file."""
+    """Whether safetensors' own parser accepts the file."""
     try:
         with safe_open(path, "numpy") as file:
             file.keys()
@@ -58,14 +58,14 @@ def refused(path: Path, *words: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01", bytes(7)])
-def test_shorter_than_its_length(tmp_path: Path, content: bytes) -> None:
+def test_refuses_a_truncated_header(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    refused(path, "cut off")
+    refused(path, "ends within its header")
 
 
-@pytest.mark.parametrize("length", [0, 200, LARGEST_HEADER + 1, (1 << 63), (1 << 64) - 1])
-def test_impossible_header_lengths(tmp_path: Path, length: int) -> None:
+@pytest.mark.parametrize("length", [0, 200, MAX_HEADER_NBYTES + 1, (1 << 63), (1 << 64) - 1])
+def test_refuses_impossible_header_lengths(tmp_path: Path, length: int) -> None:
     path = file_of(tmp_path / "x.safetensors", {"a": F32}, length=length)
     refused(path)
     assert not opens(path)
@@ -109,8 +109,11 @@ BROKEN: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "entry that is null": ({"a": None}, "'a'"),
     "entry that is text": ({"a": "F32"}, "'a'"),
     "entry that is a list": ({"a": [1, 2, 3]}, "'a'"),
-    "name twice": (b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), "'a' twice"),
-    "key of an entry twice": (b'{"a":{"dtype":"U8","dtype":"F32","shape":[4],"data_offsets":[0,16]}}', "'dtype' twice"),
+    "name twice": (b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), "duplicate key 'a'"),
+    "key of an entry twice": (
+        b'{"a":{"dtype":"U8","dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+        "duplicate key 'dtype'",
+    ),
     "not UTF-8": (b'{"\xff":%b}' % json.dumps(F32).encode(), "not JSON"),
     "half of a surrogate pair": (b'{"\\ud800":%b}' % json.dumps(F32).encode(), "not JSON"),
     "surrogate in an extra field": (
@@ -129,13 +132,13 @@ BROKEN: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "byte order mark": (b"\xef\xbb\xbf" + json.dumps({"a": F32}).encode(), "not a JSON object"),
     "metadata that is no object": ({"__metadata__": ["pt"], "a": F32}, "__metadata__"),
     "metadata with a number": ({"__metadata__": {"format": 1}, "a": F32}, "__metadata__"),
-    "metadata twice": (b'{"__metadata__":{},"__metadata__":{},"a":%b}' % json.dumps(F32).encode(), "twice"),
+    "metadata twice": (b'{"__metadata__":{},"__metadata__":{},"a":%b}' % json.dumps(F32).encode(), "duplicate key"),
 }
 STRICTER = {"name twice", "leading space", "key of an entry twice"}  # safetensors 0.8 lets some of these pass
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_broken_rules(tmp_path: Path, what: str) -> None:
+def test_refuses_files_that_break_a_rule(tmp_path: Path, what: str) -> None:
     header, words = BROKEN[what]
     path = file_of(tmp_path / "x.safetensors", header)
     refused(path, words.split("|")[0] if words[0] == "'" else "")
@@ -144,10 +147,10 @@ def test_broken_rules(tmp_path: Path, what: str) -> None:
     assert what in STRICTER or not opens(path)
 
 
-def test_many_names_with_one_twice_are_quick(tmp_path: Path) -> None:
+def test_finds_a_duplicate_among_many_names_quickly(tmp_path: Path) -> None:
     names = [f'"t{at}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for at in range(100_000)]
     path = file_of(tmp_path / "x.safetensors", f"{{{','.join([*names, names[-1]])}}}".encode(), b"")
-    refused(path, "'t99999' twice")
+    refused(path, "duplicate key 't99999'")
 
 
 # --- C5, C8, C10, C11, C12: odd, and fine
@@ -172,7 +175,7 @@ FINE: dict[str, dict[str, Any] | bytes] = {
 
 
 @pytest.mark.parametrize("what", FINE)
-def test_odd_and_fine(tmp_path: Path, what: str) -> None:
+def test_accepts_unusual_valid_files(tmp_path: Path, what: str) -> None:
     header = FINE[what]
     empty = isinstance(header, dict) and not any(key != "__metadata__" for key in header)
     path = file_of(tmp_path / "x.safetensors", header, b"" if empty else bytes(16))
@@ -183,7 +186,7 @@ def test_odd_and_fine(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype(tmp_path: Path, dtype: str) -> None:
+def test_reads_every_dtype(tmp_path: Path, dtype: str) -> None:
     path = file_of(tmp_path / "x.safetensors", {"a": entry(0, 48, [48 * 8 // DTYPES[dtype][0]], dtype)}, bytes(48))
     assert read_header(path).tensors["a"][0].nbytes == 48
     assert opens(path)
@@ -193,8 +196,8 @@ def test_every_dtype(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "100"])
-def test_what_is_not_merged_is_copied_byte_for_byte(models: Path, tmp_path: Path, shard_size: str) -> None:
-    """A base with tensors of every dtype beside the weights, at odd offsets, with bytes that mean nothing."""
+def test_copies_unmerged_tensors_byte_for_byte(models: Path, tmp_path: Path, shard_size: str) -> None:
+    """A base with tensors of every dtype next to the weights, at odd offsets, with arbitrary bytes."""
     weights = models / "base" / "model.safetensors"
     header = read_header(weights)
     content = weights.read_bytes()
@@ -216,7 +219,7 @@ def test_what_is_not_merged_is_copied_byte_for_byte(models: Path, tmp_path: Path
     file_of(weights, entries, data)
     recipe = {"base_model": "base", "adapters": ["adapters/loan"], "output": {"shard_size": shard_size}}
     plan = make_plan(recipe, out=tmp_path / "out")
-    executor.merge(plan)
+    executor.run_plan(plan)
     merged = open_checkpoint(tmp_path / "out", "out").tensors
     assert merged.keys() == entries.keys()
     for name, raw in expected.items():
@@ -234,7 +237,7 @@ def test_what_is_not_merged_is_copied_byte_for_byte(models: Path, tmp_path: Path
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """A folder of two shards and their index."""
+    """A folder with two shards and their index."""
     for at, name in enumerate("ab"):
         file_of(tmp_path / f"model-{at + 1:05d}-of-00002.safetensors", {name: F32})
     return tmp_path
@@ -248,7 +251,7 @@ def index_of(folder: Path, weight_map: Any, **more: Any) -> None:
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-def test_an_index(sharded: Path) -> None:
+def test_reads_an_index(sharded: Path) -> None:
     index_of(sharded, {"a": ONE, "b": TWO}, extra=[1])
     assert open_checkpoint(sharded, "x").tensors.keys() == {"a", "b"}
 
@@ -271,9 +274,9 @@ def test_an_index(sharded: Path) -> None:
         ({"a": 1}, "no weight_map"),
         ([ONE], "no weight_map"),
         (None, "no weight_map"),
-        ({"a": TWO, "b": ONE}, "disagree on where a, b lies"),
-        ({"a": ONE, "b": TWO, "c": TWO}, "disagree on where c lies"),
-        ({"a": ONE, "c": TWO}, "disagree on where c lies"),
+        ({"a": TWO, "b": ONE}, "disagree about the file of a, b"),
+        ({"a": ONE, "b": TWO, "c": TWO}, "disagree about the file of c"),
+        ({"a": ONE, "c": TWO}, "disagree about the file of c"),
         ({"a": ONE}, ""),
         ({"a": ONE, "d": "folder.safetensors"}, "is not a regular file"),
         ({"a": ONE, "d": "pipe.safetensors"}, "is not a regular file"),
@@ -283,7 +286,7 @@ def test_an_index(sharded: Path) -> None:
         ({"a": ONE, "d": "code.bin"}, "is a pickle"),
     ],
 )
-def test_index_traps(sharded: Path, weight_map: Any, message: str) -> None:
+def test_refuses_an_inconsistent_index(sharded: Path, weight_map: Any, message: str) -> None:
     (sharded / "folder.safetensors").mkdir()
     os.mkfifo(sharded / "pipe.safetensors")
     (sharded / "zero.safetensors").symlink_to("/dev/zero")
@@ -301,19 +304,19 @@ def test_index_traps(sharded: Path, weight_map: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": ' + "[" * 100_000, "\udcff"])
-def test_an_index_that_is_not_json(sharded: Path, text: str) -> None:
+def test_refuses_an_index_that_is_not_json(sharded: Path, text: str) -> None:
     (sharded / "model.safetensors.index.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(SourceError, match=r"index\.json"):
         open_checkpoint(sharded, "x")
 
 
-def test_an_index_that_is_a_pipe(sharded: Path) -> None:
+def test_refuses_an_index_that_is_a_pipe(sharded: Path) -> None:
     os.mkfifo(sharded / "model.safetensors.index.json")
     with pytest.raises(SourceError, match="not a regular file"):
         open_checkpoint(sharded, "x")
 
 
-def test_a_single_file_beside_a_stale_index(sharded: Path) -> None:
+def test_ignores_a_stale_index_next_to_a_single_file(sharded: Path) -> None:
     index_of(sharded, {"a": ONE, "gone": "gone.safetensors"})
     file_of(sharded / "model.safetensors", {"single": F32})
     found = open_checkpoint(sharded, "x")
@@ -322,13 +325,13 @@ def test_a_single_file_beside_a_stale_index(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-def test_weights_that_are_no_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_refuses_weights_that_are_not_a_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "model.safetensors")
     with pytest.raises(SourceError, match="not a regular file"):
         open_checkpoint(tmp_path, "x")
 
 
-def test_folders_without_weights(tmp_path: Path) -> None:
+def test_refuses_folders_without_weights(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"holds no model\.safetensors"):
         open_checkpoint(tmp_path, "x")
     with pytest.raises(SourceError, match="neither a folder nor a file"):
@@ -363,7 +366,7 @@ DEEP = [(name, key, at) for name in "abc" for key in ("shape", "data_offsets") f
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from([*PLACES, *DEEP]), JUNK, st.binary(max_size=20) | st.just(bytes(16)))
-def test_one_field_changed(
+def test_fuzz_one_field(
     tmp_path_factory: pytest.TempPathFactory, place: tuple[Any, ...], junk: Any, data: bytes
 ) -> None:
     header: Any = copy.deepcopy(VALID)
@@ -379,7 +382,7 @@ def test_one_field_changed(
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 300), st.integers(0, 255), st.booleans())
-def test_one_byte_changed(tmp_path_factory: pytest.TempPathFactory, at: int, byte: int, insert: bool) -> None:
+def test_fuzz_one_byte(tmp_path_factory: pytest.TempPathFactory, at: int, byte: int, insert: bool) -> None:
     raw = bytearray(json.dumps(VALID).encode())
     at %= len(raw)
     raw[at : at if insert else at + 1] = bytes([byte])

@@ -1,4 +1,4 @@
-"""A machine with a cache of its own that sees the Hub. Commands run there, several in one process: that is faster."""
+"""A machine with its own cache that uses the fake Hub. Several commands run in one process, which is faster."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 import yaml
 
-from mergeforge.operations.synthetic_models import Shape
+from mergeforge.operations.synthetic_models import ModelShape
 from support.fake_hub import FakeHub
 
-SHAPE = Shape(320, 1024, 6, 5, 5, 2048)  # 19 MB
+SHAPE = ModelShape(320, 1024, 6, 5, 5, 2048)  # 19 MB
 SHARD = 5_000_000
 COMMANDS = """
 import json, sys
 from mergeforge.cli import run_command
-from mergeforge.remote import patience, web
-patience.WAITS = (0.01,) * 4
-web.TIMEOUT = 3.0
+from mergeforge.io.remote import http, retry
+retry.WAITS = (0.01,) * 4
+http.TIMEOUT = 3.0
 {setup}
 codes = []
 for command in json.loads(sys.argv[1]):
@@ -34,7 +34,7 @@ print(json.dumps(codes))
 
 @dataclass(frozen=True)
 class Ran:
-    """What the commands said, and their exit codes."""
+    """The output of the commands, and their exit codes."""
 
     codes: list[int]
     out: str
@@ -56,7 +56,7 @@ class Machine:
         return subprocess.Popen(arguments, env={**self.env, **env}, stdout=pipe, stderr=pipe, text=True)
 
     def run(self, *commands: list[str], setup: str = "", **env: str) -> Ran:
-        """Run the commands one after the other; every one must end in an exit code, and tell no token."""
+        """Run the commands one after the other; each must return an exit code and must not show the token."""
         self.hub.log.clear()
         process = self.start(*commands, setup=setup, **env)
         out, err = process.communicate(timeout=120)
@@ -72,18 +72,18 @@ class Machine:
 
     @property
     def fetched(self) -> int:
-        """Bytes of weights that were asked for, by their ranges."""
+        """Bytes of weights that were requested, by their ranges."""
         ranges = [one["range"].removeprefix("bytes=").split("-") for one in self.hub.log if one["range"]]
         return sum(int(last) - int(first) + 1 for first, last in ranges)
 
     @property
     def downloaded(self) -> list[Path]:
-        """Weights that lie in the cache."""
+        """Weights in the cache."""
         return list(self.home.rglob("*.safetensors"))
 
 
 def merge_of(base: str, tuned: str, loan: str) -> dict[str, Any]:
-    """A linear merge of an adapted model and another one."""
+    """A linear merge of a model with an adapter and another model."""
     models = [
         {"model": f"{base}+{loan}", "parameters": {"weight": 0.3}},
         {"model": tuned, "parameters": {"weight": 0.7}},

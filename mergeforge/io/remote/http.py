@@ -1,7 +1,7 @@
-"""Ranges of a file on a web server, the Hub's among them: every answer is checked before a byte of it counts.
+"""HTTPRanges: byte ranges of a file on a web server (or the Hub). Every response is checked before it is used.
 
-Through huggingface_hub's own session, so proxies, certificates and its offline mode apply. The Hub answers with a
-redirect to a store elsewhere, whose address is used until it expires; the token goes to the Hub alone.
+Requests use huggingface_hub's session, so its proxies, certificates and offline mode apply. The Hub redirects to a
+storage server, whose URL is used until it expires; the token is sent to the Hub only.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mergeforge.errors import SourceError
-from mergeforge.io.remote.retry import Passing, Patience, is_passing
+from mergeforge.io.remote.retry import RetryPolicy, TransientError, is_transient
 
-TIMEOUT = 30.0  # seconds in which something must come
-_AGAIN = (408, 425, 429, 500, 502, 503, 504)
-_EXPIRED = (400, 401, 403, 404, 410)  # of an address that a redirect gave
+TIMEOUT = 30.0  # seconds without data
+_TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_EXPIRED_STATUS = (400, 401, 403, 404, 410)  # of a URL that came from a redirect
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 Headers = Mapping[str, str]
 
@@ -29,20 +29,20 @@ def no_headers() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An answer's status, headers, those of the redirects that led to it, address, and body."""
+class HTTPResponse:
+    """A response: status, headers, the headers of its redirects, final URL, body."""
 
     status: int
     headers: Headers
-    before: tuple[Headers, ...]
+    redirects: tuple[Headers, ...]
     url: str
     body: Iterator[bytes]
 
 
-class WebRanges:
-    """A file behind a URL, as it was when it was looked at: `etag` and `size`.
+class HTTPRanges:
+    """A file behind a URL, pinned to the state with this `etag` and `size`.
 
-    `location`: where a redirect led; `secret`: makes the headers that the URL's own server gets.
+    `location`: the URL that it redirects to; `secret`: returns the headers that only the server of `url` gets.
     """
 
     def __init__(
@@ -66,109 +66,113 @@ class WebRanges:
         self._etags = {origin(url): etag}
 
     def fetch(self, buffer: memoryview, offset: int, stopped: threading.Event) -> None:
-        """Fill the buffer; after a failure it goes on behind what has come. Raises SourceError."""
-        done, patience = 0, Patience(self.path, stopped)
+        """Fill the buffer; after a failure, continue after the bytes that have arrived. Raises SourceError."""
+        done, policy = 0, RetryPolicy(self.path, stopped)
         while done < len(buffer):
             try:
-                for data in self._ask(offset + done, offset + len(buffer)):
+                for data in self._request(offset + done, offset + len(buffer)):
                     if done + len(data) > len(buffer):
-                        raise Passing("the answer is longer than what was asked for")
+                        raise TransientError("the response is longer than the requested range")
                     buffer[done : done + len(data)] = data
                     done += len(data)
-                    patience.renew()
+                    policy.reset()
                 if done < len(buffer):
-                    raise Passing("the answer is shorter than what was asked for")
+                    raise TransientError("the response is shorter than the requested range")
             except SourceError:
                 raise
             except Exception as error:
-                if not is_passing(error):
+                if not is_transient(error):
                     raise SourceError(f"{self.path} cannot be read: {type(error).__name__}") from error
-                patience.wait(error)
+                policy.wait(error)
 
     def check(self) -> None:
-        """Nothing: each answer was compared when it came."""
+        """Do nothing: each response was compared when it arrived."""
 
-    def _ask(self, start: int, stop: int) -> Iterator[bytes]:
+    def _request(self, start: int, stop: int) -> Iterator[bytes]:
         url = self._location
         headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         if origin(url) == origin(self.url):
             headers |= self._secret()
-        with answered(url, headers) as answer:
-            self._check(answer, start, stop, url)
-            self._location = answer.url
-            yield from answer.body
+        with open_response(url, headers) as response:
+            self._check(response, start, stop, url)
+            self._location = response.url
+            yield from response.body
 
-    def _check(self, answer: Answer, start: int, stop: int, asked: str) -> None:
-        """Raise Passing or SourceError unless the answer's body is the range that was asked for."""
-        status = answer.status
-        if status in _AGAIN:
-            raise Passing(f"the server says {status}", _seconds(answer.headers.get("Retry-After")))
-        if status in _EXPIRED and (asked != self.url or answer.before):
+    def _check(self, response: HTTPResponse, start: int, stop: int, requested_url: str) -> None:
+        """Raise TransientError or SourceError unless the body of the response is the requested range."""
+        status = response.status
+        if status in _TRANSIENT_STATUS:
+            raise TransientError(f"the server returned {status}", _seconds(response.headers.get("Retry-After")))
+        if status in _EXPIRED_STATUS and (requested_url != self.url or response.redirects):
             self._location = self.url
-            raise Passing(f"the server says {status}")
+            raise TransientError(f"the server returned {status}")
         if status in (412, 416):
             raise self._changed()
         if status not in (200, 206):
-            hint = "`hf auth login` with a token that may read there" if status in (401, 403) else ""
-            raise SourceError(f"{self.path} cannot be read: the server says {status}", hint=hint)
-        if self._is_other(answer):
+            hint = "use `hf auth login` with a token that has read access" if status in (401, 403) else ""
+            raise SourceError(f"{self.path} cannot be read: the server returned {status}", hint=hint)
+        if self._is_changed(response):
             raise self._changed()
-        if answer.headers.get("Content-Encoding", "identity") != "identity":
-            raise Passing("the answer is compressed")
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise TransientError("the response is compressed")
         if status == 200 and (start, stop) != (0, self.size):
-            raise Passing("the server does not answer with the range that was asked for")
-        self._check_extent(answer, start, stop)
+            raise TransientError("the server did not send the requested range")
+        self._check_extent(response, start, stop)
 
-    def _check_extent(self, answer: Answer, start: int, stop: int) -> None:
-        told = answer.headers.get("Content-Range")
-        if answer.status == 206:
-            match = _CONTENT_RANGE.fullmatch(told or "")
+    def _check_extent(self, response: HTTPResponse, start: int, stop: int) -> None:
+        content_range = response.headers.get("Content-Range")
+        if response.status == 206:
+            match = _CONTENT_RANGE.fullmatch(content_range or "")
             if match and match[3] not in ("*", str(self.size)):
                 raise self._changed()
             if not match or (int(match[1]), int(match[2])) != (start, stop - 1):
-                raise Passing(f"the answer is another range ({told})")
-        length = answer.headers.get("Content-Length")
+                raise TransientError(f"the response is another range ({content_range})")
+        length = response.headers.get("Content-Length")
         if length is not None and length != str(stop - start):
-            if answer.status == 200:
+            if response.status == 200:
                 raise self._changed()
-            raise Passing("the answer is not as long as what was asked for")
+            raise TransientError("the response does not have the requested length")
 
-    def _is_other(self, answer: Answer) -> bool:
-        """Whether the answer, or a redirect before it, tells of other content than was pinned."""
-        if any(etag_of(one) not in ("", self.etag) for one in answer.before if "X-Linked-Etag" in one):
+    def _is_changed(self, response: HTTPResponse) -> bool:
+        """Whether the response, or a redirect before it, has another etag than the pinned one."""
+        if any(etag_of(headers) not in ("", self.etag) for headers in response.redirects if "X-Linked-Etag" in headers):
             return True
-        told = etag_of(answer.headers)
-        return told != "" and self._etags.setdefault(origin(answer.url), told) != told
+        etag = etag_of(response.headers)
+        return etag != "" and self._etags.setdefault(origin(response.url), etag) != etag
 
     def _changed(self) -> SourceError:
-        return SourceError(f"{self.path} changed while it was read", hint="run again once nobody writes to it")
+        return SourceError(f"{self.path} changed while it was read", hint="run again when nothing writes to it")
 
 
 @contextmanager
-def answered(url: str, headers: Headers, method: str = "GET") -> Iterator[Answer]:
-    """Ask, following redirects; a token given in `headers` goes to the URL's own server alone."""
+def open_response(url: str, headers: Headers, method: str = "GET") -> Iterator[HTTPResponse]:
+    """Send a request and follow redirects; a token in `headers` is sent only to the server of the URL."""
     from huggingface_hub import get_session
 
     session: Any = get_session()
     if callable(getattr(session, "stream", None)):  # httpx: huggingface_hub 1 and later
-        with session.stream(method, url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as one:
-            before = tuple(earlier.headers for earlier in one.history)
-            yield Answer(one.status_code, one.headers, before, str(one.url), one.iter_raw())
+        with session.stream(method, url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
+            redirects = tuple(earlier.headers for earlier in response.history)
+            yield HTTPResponse(
+                response.status_code, response.headers, redirects, str(response.url), response.iter_raw()
+            )
     else:  # requests
-        with session.request(method, url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=True) as one:
-            before = tuple(earlier.headers for earlier in one.history)
-            body = one.raw.stream(1 << 16, decode_content=False)
-            yield Answer(one.status_code, one.headers, before, str(one.url), body)
+        with session.request(
+            method, url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=True
+        ) as response:
+            redirects = tuple(earlier.headers for earlier in response.history)
+            body = response.raw.stream(1 << 16, decode_content=False)
+            yield HTTPResponse(response.status_code, response.headers, redirects, str(response.url), body)
 
 
 def etag_of(headers: Headers) -> str:
-    """What stands for a content: the Hub's etag of the file, the server's own, or when it was changed; else ""."""
-    told = headers.get("X-Linked-Etag") or headers.get("ETag") or headers.get("Last-Modified") or ""
-    return told.removeprefix("W/").strip('"')
+    """A value that changes with the content: the Hub's etag of the file, the server's etag, or Last-Modified; or ""."""
+    etag = headers.get("X-Linked-Etag") or headers.get("ETag") or headers.get("Last-Modified") or ""
+    return etag.removeprefix("W/").strip('"')
 
 
 def origin(url: str) -> tuple[str, str]:
-    """Scheme and server of an address."""
+    """The scheme and server of a URL."""
     parts = urlsplit(url)
     return parts.scheme, parts.netloc
 

@@ -1,4 +1,4 @@
-"""A folder on a web server. Such a server lists nothing, so the names that models have are asked for."""
+"""HTTPFolder: a folder on a web server. It cannot be listed, so the usual file names of models are requested."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 
 from mergeforge.errors import SourceError
-from mergeforge.io.remote.http import Answer, WebRanges, answered, etag_of
+from mergeforge.io.remote.http import HTTPRanges, HTTPResponse, etag_of, open_response
 from mergeforge.io.remote.ranged_file import RemoteFile
-from mergeforge.io.remote.retry import Passing, persist
+from mergeforge.io.remote.retry import TransientError, retry
 from mergeforge.io.remote.session import RemoteSession
 
-BESIDE = (
+AUX_NAMES = (
     "config.json",
     "generation_config.json",
     "adapter_config.json",
@@ -33,94 +33,94 @@ BESIDE = (
     "LICENSE.txt",
     "NOTICE",
 )
-LARGEST = 256 << 20  # of what is read whole
-_ABSENT = (403, 404, 410)  # object stores say 403 for what is not there
+MAX_SMALL_FILE = 256 << 20  # bytes of a file that is read whole
+_ABSENT = (403, 404, 410)  # object stores return 403 for a missing file
 
 
-class WebPlace:
+class HTTPFolder:
     """A folder behind `http://` or `https://`."""
 
-    def __init__(self, url: str, link: RemoteSession) -> None:
+    def __init__(self, url: str, session: RemoteSession) -> None:
         self.url = url
-        self.link = link
+        self.session = session
         self._read: dict[str, bytes | None] = {}
 
     def names(self, stems: Sequence[str]) -> list[str]:
         indices = [f"{stem}.safetensors.index.json" for stem in stems]
-        asked = [*BESIDE, *indices]
-        for name, data in zip(asked, self.link.pool.map(self._get, asked), strict=True):
+        candidates = [*AUX_NAMES, *indices]
+        for name, data in zip(candidates, self.session.pool.map(self._get, candidates), strict=True):
             self._read[name] = data
-        found = [name for name in asked if self._read[name] is not None]
-        return found + self._weights(stems, [name for name in indices if name in found])
+        existing = [name for name in candidates if self._read[name] is not None]
+        return existing + self._weights(stems, [name for name in indices if name in existing])
 
     def read(self, name: str) -> bytes:
         data = self._read.get(name)
         if data is None:
-            raise SourceError(f"{self.url}/{name} is not there")
+            raise SourceError(f"{self.url}/{name} does not exist")
         return data
 
     def open(self, name: str) -> RemoteFile:
         url = f"{self.url}/{name}"
 
-        def look() -> RemoteFile:
-            with answered(url, {"Accept-Encoding": "identity"}, "HEAD") as answer:
-                length = answer.headers.get("Content-Length", "")
-                _check_busy(answer)
-                if answer.status != 200 or not length.isdecimal():
-                    raise SourceError(f"{url} cannot be read: the server says {answer.status}, length {length!r}")
-                ranges = WebRanges(url, url, int(length), etag_of(answer.headers), location=answer.url)
-                return RemoteFile(ranges, self.link)
+        def request() -> RemoteFile:
+            with open_response(url, {"Accept-Encoding": "identity"}, "HEAD") as response:
+                length = response.headers.get("Content-Length", "")
+                _check_busy(response)
+                if response.status != 200 or not length.isdecimal():
+                    raise SourceError(f"{url} cannot be read: the server returned {response.status}, length {length!r}")
+                ranges = HTTPRanges(url, url, int(length), etag_of(response.headers), location=response.url)
+                return RemoteFile(ranges, self.session)
 
-        return persist(url, self.link.stopped, look)
+        return retry(url, self.session.stopped, request)
 
     def _weights(self, stems: Sequence[str], indices: Sequence[str]) -> list[str]:
-        """The shards that an index names, or the file that there is without one."""
+        """The shards that an index lists, or the single file if there is no index."""
         for name in indices:
             try:
                 shards = set(json.loads(self.read(name))["weight_map"].values())
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise SourceError(f"{self.url}/{name} is no index of safetensors files") from None
-            return sorted(str(one) for one in shards)
+            return sorted(str(shard) for shard in shards)
         return [name for name in (f"{stem}.safetensors" for stem in stems) if self._is_there(name)]
 
     def _is_there(self, name: str) -> bool:
         url = f"{self.url}/{name}"
 
-        def look() -> bool:
-            with answered(url, {}, "HEAD") as answer:
-                _check_busy(answer)
-                return answer.status == 200
+        def request() -> bool:
+            with open_response(url, {}, "HEAD") as response:
+                _check_busy(response)
+                return response.status == 200
 
-        return persist(url, self.link.stopped, look)
+        return retry(url, self.session.stopped, request)
 
     def _get(self, name: str) -> bytes | None:
-        """A small file, or None where there is none (or a page that says so)."""
+        """A small file; None if it does not exist (or is an HTML error page)."""
         url = f"{self.url}/{name}"
 
         def get() -> bytes | None:
-            with answered(url, {"Accept-Encoding": "identity"}) as answer:
-                if answer.status in _ABSENT or "html" in answer.headers.get("Content-Type", ""):
+            with open_response(url, {"Accept-Encoding": "identity"}) as response:
+                if response.status in _ABSENT or "html" in response.headers.get("Content-Type", ""):
                     return None
-                _check_busy(answer)
-                if answer.status != 200:
-                    raise SourceError(f"{url} cannot be read: the server says {answer.status}")
-                return _whole(answer, url)
+                _check_busy(response)
+                if response.status != 200:
+                    raise SourceError(f"{url} cannot be read: the server returned {response.status}")
+                return _read_body(response, url)
 
-        return persist(url, self.link.stopped, get)
-
-
-def _check_busy(answer: Answer) -> None:
-    if answer.status >= 500 or answer.status in (408, 429):
-        raise Passing(f"the server says {answer.status}")
+        return retry(url, self.session.stopped, get)
 
 
-def _whole(answer: Answer, url: str) -> bytes:
+def _check_busy(response: HTTPResponse) -> None:
+    if response.status >= 500 or response.status in (408, 429):
+        raise TransientError(f"the server returned {response.status}")
+
+
+def _read_body(response: HTTPResponse, url: str) -> bytes:
     data = bytearray()
-    for piece in answer.body:
+    for piece in response.body:
         data += piece
-        if len(data) > LARGEST:
-            raise SourceError(f"{url} is too large to lie beside weights")
-    length = answer.headers.get("Content-Length", "")
+        if len(data) > MAX_SMALL_FILE:
+            raise SourceError(f"{url} is too large for a file next to weights")
+    length = response.headers.get("Content-Length", "")
     if length.isdecimal() and len(data) != int(length):
-        raise Passing("the answer is shorter than it says")
+        raise TransientError("the response is shorter than its Content-Length")
     return bytes(data)

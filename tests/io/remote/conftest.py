@@ -1,4 +1,4 @@
-"""A Hub with two models and an adapter, and the same merge made from files, to compare with."""
+"""A fake Hub with two models and an adapter, and the same merge from local files for comparison."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def expected(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The weights that the merge gives when its inputs are files."""
+    """The weights of the merge with local inputs."""
     names = (str(inputs / name) for name in ("base", "tuned", "loan"))
     return weights(mergeforge.merge(merge_of(*names), out=tmp_path_factory.mktemp("expected") / "out"))
 
@@ -44,5 +44,5 @@ def machine(hub: FakeHub, tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def recipe(machine: Machine) -> str:
-    """The merge of org/base with org/loan folded in, and org/tuned."""
+    """A recipe: merge org/base with org/loan folded in, and org/tuned."""
     return machine.recipe("recipe", **merge_of("org/base", "org/tuned", "org/loan"))

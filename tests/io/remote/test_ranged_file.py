@@ -1,4 +1,4 @@
-"""Reading a file by ranges from a server that fails in every way it can: the right bytes, or an error."""
+"""Read a file by ranges from a server that fails in many ways: the right bytes, or an error."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 from support.fake_hub import FakeHub
 
 from mergeforge.errors import SourceError
-from mergeforge.io.remote import RemoteFile, RemoteSession, http, retry
-from mergeforge.io.remote import ranged_file as remote_file
-from mergeforge.io.remote.http import WebRanges
-from mergeforge.io.remote.session import Kept
+from mergeforge.io.remote import RemoteFile, RemoteSession, http, ranged_file, retry
+from mergeforge.io.remote.http import HTTPRanges
+from mergeforge.io.remote.session import RangeCache
 
 DATA = np.random.default_rng(0).bytes(3_000_000)
 OID = hashlib.sha256(DATA).hexdigest()
@@ -34,10 +33,10 @@ def hub() -> Any:
 
 
 def opened(hub: FakeHub, data: bytes = DATA) -> RemoteFile:
-    """The file as it is after the Hub has told where its bytes lie."""
+    """The file after the Hub has redirected to its storage."""
     oid = hashlib.sha256(data).hexdigest()
     url = f"{hub.url}/org/m/resolve/main/model.safetensors"
-    ranges = WebRanges("m", url, len(data), oid, sha256=oid, location=f"{hub.cdn}/cdn/{oid}")
+    ranges = HTTPRanges("m", url, len(data), oid, sha256=oid, location=f"{hub.cdn}/cdn/{oid}")
     return RemoteFile(ranges, RemoteSession(4 << 20))
 
 
@@ -48,13 +47,13 @@ def read(file: RemoteFile, start: int = 0, stop: int = len(DATA), *, keep: bool 
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 8), (7, 700_000), (524_280, 524_300), (1, 3_000_000), (5, 5)])
-def test_any_range_is_what_the_file_holds(hub: FakeHub, start: int, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_file, "PIECE", 300_000)
+def test_reads_any_range(hub: FakeHub, start: int, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranged_file, "REQUEST_NBYTES", 300_000)
     for keep in (False, True):
         assert read(opened(hub), start, stop, keep=keep) == DATA[start:stop]
 
 
-MENDED: list[dict[str, Any]] = [
+TRANSIENT: list[dict[str, Any]] = [
     {"kind": "drop", "after": 100_000, "times": 9},
     {"kind": "short", "after": 1_000_000, "times": 2},
     {"kind": "status", "code": 503, "headers": {"Retry-After": "0"}, "times": 3},
@@ -67,40 +66,40 @@ MENDED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("fault", MENDED, ids=lambda fault: f"{fault['kind']}{fault.get('code', '')}")
-def test_a_passing_failure_is_mended(hub: FakeHub, fault: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fault", TRANSIENT, ids=lambda fault: f"{fault['kind']}{fault.get('code', '')}")
+def test_retries_transient_failures(hub: FakeHub, fault: dict[str, Any]) -> None:
     hub.fault(path="/cdn/", method="GET", **fault)
     assert read(opened(hub), 100, 2_000_000) == DATA[100:2_000_000]
-    assert all(one["times"] == 0 for one in hub.faults), "the fault was met"
+    assert all(injected["times"] == 0 for injected in hub.faults), "the fault occurred"
 
 
-def test_it_goes_on_where_the_connection_broke(hub: FakeHub) -> None:
+def test_resumes_where_the_connection_broke(hub: FakeHub) -> None:
     hub.fault(path="/cdn/", kind="drop", after=500_000)
     read(opened(hub), 0, 2_000_000)
-    first, second = (one["range"] for one in hub.log)
+    first, second = (request["range"] for request in hub.log)
     assert first == "bytes=0-1999999"
     assert 0 < int(second.removeprefix("bytes=").split("-")[0]) <= 500_000
 
 
-def test_an_address_that_has_expired_is_asked_for_again(hub: FakeHub) -> None:
-    """And only the Hub's own server sees the token."""
+def test_requests_an_expired_url_again(hub: FakeHub) -> None:
+    """Only the Hub's own server sees the token."""
     hub.fault(path="/cdn/", kind="status", code=403)
     file = opened(hub)
     file.ranges._secret = lambda: {"Authorization": f"Bearer {hub.token}"}  # type: ignore[attr-defined]
     assert read(file, 0, 900_000) == DATA[:900_000]
-    assert ["/resolve/" in one["path"] for one in hub.log] == [False, True, False]
-    assert [one["auth"] is None for one in hub.log] == [True, False, True]
+    assert ["/resolve/" in request["path"] for request in hub.log] == [False, True, False]
+    assert [request["auth"] is None for request in hub.log] == [True, False, True]
 
 
 @pytest.mark.parametrize("kind", ["drop", "short", "long", "ignore_range", "status"])
-def test_a_lasting_failure_is_an_error(hub: FakeHub, kind: str) -> None:
+def test_a_permanent_failure_is_an_error(hub: FakeHub, kind: str) -> None:
     hub.fault(path="/cdn/", kind=kind, times=99, code=503)
     with pytest.raises(SourceError, match="m cannot be read") as caught:
         read(opened(hub), 100, 900_000)
-    assert "goes on where it stopped" in caught.value.hint
+    assert "run the same command again" in caught.value.hint
 
 
-def test_another_etag_is_another_file(hub: FakeHub) -> None:
+def test_detects_a_changed_etag(hub: FakeHub) -> None:
     file = opened(hub)
     read(file, 0, 900_000)
     hub.fault(path="/cdn/", kind="etag")
@@ -108,8 +107,8 @@ def test_another_etag_is_another_file(hub: FakeHub) -> None:
         read(file, 900_000, 1_800_000)
 
 
-def test_a_file_replaced_behind_its_name_is_found(hub: FakeHub) -> None:
-    """The address expires, and the branch's name leads to another content then."""
+def test_detects_a_file_that_is_replaced(hub: FakeHub) -> None:
+    """The URL expires, and the branch then leads to another content."""
     file = opened(hub)
     read(file, 0, 900_000)
     hub.push("org/m", {"model.safetensors": DATA[::-1]})
@@ -118,7 +117,7 @@ def test_a_file_replaced_behind_its_name_is_found(hub: FakeHub) -> None:
         read(file, 900_000, 1_800_000)
 
 
-def test_another_size_is_another_file(hub: FakeHub) -> None:
+def test_detects_a_changed_size(hub: FakeHub) -> None:
     file = opened(hub)
     file.ranges.size += 1  # type: ignore[misc]
     with pytest.raises(SourceError, match="changed while it was read"):
@@ -127,12 +126,12 @@ def test_another_size_is_another_file(hub: FakeHub) -> None:
         read(file, 0, 3_000_002)
 
 
-def test_a_small_file_comes_whole_and_is_compared_with_its_sha256(hub: FakeHub) -> None:
+def test_a_small_file_is_fetched_whole_and_checked_by_sha256(hub: FakeHub) -> None:
     small = DATA[:1000]
     hub.push("org/m", {"model.safetensors": small})
     hub.fault(path="/cdn/", kind="corrupt")
     assert read(opened(hub, small), 10, 20) == small[10:20]
-    assert [one["range"] for one in hub.log] == ["bytes=0-999"] * 2
+    assert [request["range"] for request in hub.log] == ["bytes=0-999"] * 2
     hub.fault(path="/cdn/", kind="corrupt", times=2)
     with pytest.raises(SourceError, match="came damaged twice"):
         read(opened(hub, small), 10, 20)
@@ -145,7 +144,7 @@ def test_small_reads_share_a_chunk(hub: FakeHub) -> None:
     assert len(hub.log) == 1
 
 
-def test_stopping_ends_the_waits(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_a_file_ends_the_waits(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "WAITS", (60.0,))
     hub.fault(path="/cdn/", kind="status", code=503, times=99)
     file = opened(hub)
@@ -153,19 +152,19 @@ def test_stopping_ends_the_waits(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SourceError, match="was stopped"):
         read(file)
     hub.faults.clear()
-    assert read(file) == DATA, "and it can be read again"
+    assert read(file) == DATA, "it can be read again"
 
 
-def test_what_is_kept_is_bounded_and_fetched_once() -> None:
-    kept, fetched = Kept(100), []
+def test_the_cache_is_bounded_and_fetches_once() -> None:
+    cache, fetched = RangeCache(100), []
 
     def fetch(key: int) -> bytes:
         fetched.append(key)
         return bytes(40)
 
     for key in (1, 2, 1, 3, 1, 2):
-        kept.get(key, lambda key=key: fetch(key))
-    assert fetched == [1, 2, 3, 2], "2 was the oldest when 3 came"
+        cache.get(key, lambda key=key: fetch(key))
+    assert fetched == [1, 2, 3, 2], "2 was the least recently used when 3 was added"
     with pytest.raises(OSError):
-        kept.get(4, lambda: (_ for _ in ()).throw(OSError()))
-    assert kept.get(4, lambda: b"later") == b"later"
+        cache.get(4, lambda: (_ for _ in ()).throw(OSError()))
+    assert cache.get(4, lambda: b"later") == b"later"

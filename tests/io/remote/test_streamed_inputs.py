@@ -1,4 +1,4 @@
-"""mergeforge run --stream-inputs: the bytes of the merge from files, and nothing but rows and small files fetched."""
+"""mergeforge run --stream-inputs: the same bytes as from local files; only rows and small files are fetched."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import yaml
 from support.fake_hub import FakeHub
 from support.hub_machine import Machine, merge_of, weights
 
-EAGER = "from mergeforge import running; running.SYNC_SECONDS = 0.0"
+EAGER = "from mergeforge.execute import executor; executor.SYNC_SECONDS = 0.0"
 
 
 def sizes(inputs: Path, *names: str) -> int:
     return sum(path.stat().st_size for name in names for path in (inputs / name).glob("*.safetensors"))
 
 
-def test_the_merge_is_that_from_files(
+def test_writes_the_same_bytes_as_from_local_files(
     machine: Machine, recipe: str, inputs: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -30,15 +30,15 @@ def test_the_merge_is_that_from_files(
     assert machine.fetched < 1.2 * sizes(inputs, "base", "tuned", "loan"), "every byte about once"
     assert not any(machine.hub.token.encode() in path.read_bytes() for path in out.iterdir())  # type: ignore[union-attr]
     receipt = json.loads((out / "mergeforge.json").read_text())
-    commits = {one["name"]: one["revision"] for one in receipt["inputs"]}
+    commits = {entry["name"]: entry["revision"] for entry in receipt["inputs"]}
     assert commits == {name: machine.hub.repos["model", name].refs["main"] for name in commits}
 
 
-def test_plan_fetches_headers_and_small_files_alone(machine: Machine, hub: FakeHub, recipe: str) -> None:
-    """And refuses pickles, which cannot be read in pieces."""
+def test_plan_fetches_only_headers_and_small_files(machine: Machine, hub: FakeHub, recipe: str) -> None:
+    """Pickles are refused, because they cannot be read by ranges."""
     hub.add_repo("org/old", {"pytorch_model.bin": b"p" * 100, "config.json": b"{}"})
     old = machine.recipe("old", merge_method="passthrough", models=["org/old"])
-    plans = [["plan", one, "--stream-inputs", "--allow-pickle", "--out", "out", "--json"] for one in (recipe, old)]
+    plans = [["plan", name, "--stream-inputs", "--allow-pickle", "--out", "out", "--json"] for name in (recipe, old)]
     done = machine.run(*plans)
     assert done.codes == [0, 3], done.err
     assert '"bytes_read": 39948544' in done.out
@@ -47,20 +47,20 @@ def test_plan_fetches_headers_and_small_files_alone(machine: Machine, hub: FakeH
     assert "holds no safetensors weights (it holds: pytorch_model.bin" in done.err
 
 
-def test_a_recipe_says_so_for_all_or_with_hf_for_one(
+def test_a_recipe_streams_all_inputs_or_single_hf_urls(
     machine: Machine, inputs: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    every = machine.recipe("every", **merge_of("org/base", "org/tuned", "org/loan"), stream_inputs=True)
-    one = machine.recipe("one", **merge_of("org/base", "hf://org/tuned@main", "org/loan"))
+    all_streamed = machine.recipe("every", **merge_of("org/base", "org/tuned", "org/loan"), stream_inputs=True)
+    one_streamed = machine.recipe("one", **merge_of("org/base", "hf://org/tuned@main", "org/loan"))
     outs = tmp_path / "every-out", tmp_path / "one-out"
-    done = machine.run(["run", every, "--out", str(outs[0])], ["run", one, "--out", str(outs[1])])
+    done = machine.run(["run", all_streamed, "--out", str(outs[0])], ["run", one_streamed, "--out", str(outs[1])])
     assert done.codes == [0, 0], done.err
     assert {path.parent.parent.parent.name for path in machine.downloaded} == {"models--org--base", "models--org--loan"}
     assert weights(outs[0]) == weights(outs[1]) == expected
     assert "base_model:\n- org/base\n- org/tuned\n" in (outs[1] / "README.md").read_text()
 
 
-def test_what_is_in_the_cache_already_is_read_from_there(
+def test_reads_cached_weights_from_the_cache(
     machine: Machine, recipe: str, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out")
@@ -70,7 +70,7 @@ def test_what_is_in_the_cache_already_is_read_from_there(
     assert weights(tmp_path / "out") == expected
 
 
-def test_layers_that_are_not_taken_are_not_fetched(machine: Machine, inputs: Path, tmp_path: Path) -> None:
+def test_does_not_fetch_unused_layers(machine: Machine, inputs: Path, tmp_path: Path) -> None:
     slices = [{"sources": [{"model": "org/tuned", "layer_range": [0, 1]}]}]
     recipe = machine.recipe("slices", merge_method="passthrough", slices=slices)
     done = machine.run(["run", recipe, "--stream-inputs", "--out", str(tmp_path / "out")])
@@ -89,25 +89,27 @@ STEPS: list[dict[str, Any]] = [
 ]
 
 
-def test_a_fault_at_every_step(machine: Machine, recipe: str, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """All in one go: a run ends well or in an error that says so, and a later one ends well."""
+def test_survives_a_fault_at_every_step(
+    machine: Machine, recipe: str, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """All faults at once: a run succeeds or reports an error, and a later one succeeds."""
     for fault in STEPS:
         machine.hub.fault(**fault)
     done = machine.run(*[["run", recipe, "--stream-inputs", "--out", str(tmp_path / "out"), "-q"]] * 4)
     assert 0 in done.codes and set(done.codes) <= {0, 3, 5}, done.err
-    assert all(fault["times"] == 0 for fault in machine.hub.faults), "every fault was met"
+    assert all(fault["times"] == 0 for fault in machine.hub.faults), "every fault occurred"
     assert weights(tmp_path / "out") == expected
 
 
 def test_a_changed_file_is_an_error_and_nothing_is_written(machine: Machine, recipe: str, tmp_path: Path) -> None:
     machine.hub.fault(path="/cdn/", method="GET", kind="etag", times=1)
     machine.hub.faults[0]["times"] = 0
-    asked = machine.hub.take_fault
+    original = machine.hub.take_fault
 
     def later(method: str, path: str, kinds: tuple[str, ...]) -> Any:
-        if "/cdn/" in path and sum("/cdn/" in one["path"] for one in machine.hub.log) == 8:
+        if "/cdn/" in path and sum("/cdn/" in request["path"] for request in machine.hub.log) == 8:
             machine.hub.faults[0]["times"] = 1
-        return asked(method, path, kinds)
+        return original(method, path, kinds)
 
     machine.hub.take_fault = later  # type: ignore[method-assign]
     done = machine.run(["run", recipe, "--stream-inputs", "--out", str(tmp_path / "out")])
@@ -115,24 +117,24 @@ def test_a_changed_file_is_an_error_and_nothing_is_written(machine: Machine, rec
     assert not weights(tmp_path / "out")
 
 
-def test_a_branch_that_moves_meanwhile_does_not_matter(
+def test_a_moving_branch_does_not_matter(
     machine: Machine, recipe: str, expected: dict[str, bytes], inputs: Path, tmp_path: Path
 ) -> None:
-    asked, moved = machine.hub.take_fault, []
+    original, moved = machine.hub.take_fault, []
 
     def move(method: str, path: str, kinds: tuple[str, ...]) -> Any:
         if "/cdn/" in path and not moved:
             moved.append(machine.hub.push("org/base", {"model.safetensors": b"another"}))
-        return asked(method, path, kinds)
+        return original(method, path, kinds)
 
     machine.hub.take_fault = move  # type: ignore[method-assign]
-    machine.hub.fault(path="/cdn/", kind="status", code=403, times=3)  # so that addresses are asked for again
+    machine.hub.fault(path="/cdn/", kind="status", code=403, times=3)  # so that URLs are requested again
     done = machine.run(["run", recipe, "--stream-inputs", "--out", str(tmp_path / "out")])
     assert done.codes == [0], done.err
     assert moved and weights(tmp_path / "out") == expected
 
 
-def test_killed_it_goes_on_and_fetches_what_is_missing(
+def test_resumes_after_a_kill_and_fetches_only_missing_rows(
     machine: Machine, recipe: str, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     command = ["run", recipe, "--stream-inputs", "--threads", "1", "--memory", "32MiB", "--out", str(tmp_path / "out")]
@@ -143,14 +145,14 @@ def test_killed_it_goes_on_and_fetches_what_is_missing(
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not weights(tmp_path / "out")
-    whole = 2 * sum(len(data) for data in expected.values())
+    full_fetch = 2 * sum(len(data) for data in expected.values())
     done = machine.run(command, setup=EAGER)
     assert done.codes == [0], done.err
     assert weights(tmp_path / "out") == expected
-    assert machine.fetched < 0.9 * whole
+    assert machine.fetched < 0.9 * full_fetch
 
 
-def test_the_schema_knows_the_keys() -> None:
+def test_the_schema_has_the_keys() -> None:
     from mergeforge.recipe import json_schema
 
     schema = yaml.safe_dump(json_schema())

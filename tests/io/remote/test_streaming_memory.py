@@ -1,4 +1,4 @@
-"""Peak resident memory of real processes that stream, against --memory."""
+"""Peak resident memory of real streaming processes, compared with --memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from support.fake_hub import FakeHub
 from support.hub_machine import Machine
 
-from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
+from mergeforge.operations.synthetic_models import ModelShape, write_adapter, write_model
 
-WIDE = Shape(1024, 2816, 2, 8, 8, 32000)  # 180 MB; an embedding of 64 MB in bfloat16
+WIDE = ModelShape(1024, 2816, 2, 8, 8, 32000)  # 180 MB; an embedding of 64 MB in bfloat16
 MARGIN = 90 << 20  # headers, Python's and torch's own growth, malloc, an HTTP client
-# A small process in between: the system counts a parent's memory as its child's.
+# A small process in between: the system counts the memory of a parent as that of its child.
 LAUNCHER = """
 import os, subprocess, sys
 process = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
@@ -28,9 +28,9 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def peak(machine: Machine, *command: str) -> int:
     """Peak resident memory in bytes of `python COMMAND`."""
     launcher = [sys.executable, "-S", "-c", LAUNCHER, *command]
-    done = subprocess.run(launcher, capture_output=True, text=True, env=machine.env, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout) * 1024
+    process = subprocess.run(launcher, capture_output=True, text=True, env=machine.env, timeout=200)
+    assert process.returncode == 0, process.stderr
+    return int(process.stdout) * 1024
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,11 @@ def machine(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ma
 
 
 @pytest.mark.parametrize("where", ["org", pytest.param("file://", marks=pytest.mark.slow)])
-def test_peak_stays_within_the_memory_given(machine: Machine, wide: Path, tmp_path: Path, where: str) -> None:
+def test_peak_stays_within_the_memory_limit(machine: Machine, wide: Path, tmp_path: Path, where: str) -> None:
     root = where + str(wide) if where == "file://" else where
     output = {"shard_size": "40MB", "publish": {"repo": f"fake/{where.strip(':/')}", "stream": True}}
     recipe = {"base_model": f"{root}/base", "adapters": [f"{root}/loan"], "output": output, "stream_inputs": True}
     alone = peak(machine, "-c", "import torch, rich, click, huggingface_hub")
     options = ("--memory", "64MiB", "--device", "cpu", "--out", str(tmp_path / "out"))
     merging = peak(machine, "-m", "mergeforge", "run", machine.recipe(where.strip(":/"), **recipe), *options)
-    print(f"{where}: {(merging - alone) / 2**20:.0f} MiB more than alone ({alone / 2**20:.0f} MiB)")
     assert merging - alone < (64 << 20) + MARGIN
