@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from measure import machine, table
 
-from mergeforge.operations.synthetic_models import SHAPES, Shape, write_model
+from mergeforge.operations.synthetic_models import SHAPES, ModelShape, write_model
 
 REAL = {  # tokens of a row that shall fit 8 GB
-    "mistral-7b": (Shape(4096, 14336, 32, 32, 8, 32000), 2048),
-    "llama-3.1-8b": (Shape(4096, 14336, 32, 32, 8, 128256), 1024),
-    "qwen2.5-7b": (Shape(3584, 18944, 28, 28, 4, 152064), 1024),
+    "mistral-7b": (ModelShape(4096, 14336, 32, 32, 8, 32000), 2048),
+    "llama-3.1-8b": (ModelShape(4096, 14336, 32, 32, 8, 128256), 1024),
+    "qwen2.5-7b": (ModelShape(3584, 18944, 28, 28, 4, 152064), 1024),
 }
 STEPS = 3
 
@@ -51,15 +51,15 @@ def main() -> None:
 
 def load(given: argparse.Namespace) -> None:
     """The peak while loading, over what the quantised model takes in the end. The bar: 1 GB."""
-    from mergeforge.train.loop.load_base import Loading, load_base
-    from mergeforge.train.requirements import quiet
+    from mergeforge.train.loop.load_base import LoadOptions, load_base
+    from mergeforge.train.requirements import silence_libraries
 
     folder = given.dir / given.shape
     if not (folder / "config.json").exists():
         write_model(folder, SHAPES[given.shape])
-    with peak() as found, quiet():
+    with peak() as found, silence_libraries():
         before = anonymous()
-        model = load_base(Loading(str(folder), "bf16", "cpu", quantise=True))
+        model = load_base(LoadOptions(str(folder), "bf16", "cpu", quantize=True))
     held = sum(one.numel() * one.element_size() for one in model.parameters())
     row = [given.shape, *(f"{size / 1e6:.0f}" for size in (before, held, found[0], found[0] - held))]
     print(table(["shape", "libraries MB", "quantised MB", "peak MB", "peak less quantised MB"], [row]))
@@ -75,18 +75,18 @@ def loss(given: argparse.Namespace) -> None:
 
 
 def _head(chunk: int) -> tuple[float, float]:
-    from mergeforge.train.loop.chunked_loss import IGNORED, _in_chunks, _summed
+    from mergeforge.train.loop.chunked_loss import IGNORE_INDEX, _in_chunks, _summed_loss
 
     torch.manual_seed(0)
     head = torch.nn.Linear(512, 64_000, bias=False)
     hidden = torch.randn(4096, 512, requires_grad=True)
     labels = torch.randint(0, 64_000, (4096,))
-    labels[::2] = IGNORED
-    trained = labels != IGNORED
+    labels[::2] = IGNORE_INDEX
+    trained = labels != IGNORE_INDEX
     before = anonymous()
     with peak() as found:
         started = time.perf_counter()
-        total = _in_chunks(hidden[trained], labels[trained], head, chunk) if chunk else _summed(head(hidden), labels)
+        total = _in_chunks(hidden[trained], labels[trained], head, chunk) if chunk else _summed_loss(head(hidden), labels)
         total.backward()
         seconds = time.perf_counter() - started
     return seconds, (found[0] - before) / 1e6

@@ -71,7 +71,7 @@ def train(
     with distributed.main_first():
         source = config or run_folder.newest_run().settings()
         plan = planning.make_plan(source, sets=sets, out=out, device=device)
-    after = post_training.after_of_steps(plan.settings.after, then) if then else plan.settings.after
+    after = post_training.steps_from_names(plan.settings.after, then) if then else plan.settings.after
     if after.publish and not only_plan:
         from mergeforge.hub.publish import check_access
 
@@ -89,9 +89,9 @@ def train(
     if trained.interrupted:
         click.echo(f"interrupted after step {trained.steps}; the same command goes on from there", err=True)
         return 130
-    followed = post_training.Followed()
+    followed = post_training.PostTrainingResult()
     if distributed.is_main():
-        followed = post_training.follow(
+        followed = post_training.run_post_training(
             plan, after, memory=memory, tell=lambda line: None if quiet else click.echo(line, err=True)
         )
     if not quiet:
@@ -104,16 +104,16 @@ def train(
 
 
 def _plan_facts(plan: TrainPlan) -> dict[str, Any]:
-    return {"choices": asdict(plan.choices), "counts": plan.data.counts.json(), "parameters": plan.facts.parameters}
+    return {"choices": asdict(plan.resolved), "counts": plan.data.counts.as_dict(), "parameters": plan.stats.parameters}
 
 
 def _show(plan: TrainPlan, price: float | None, *, whole: bool) -> None:
     """The plan on stderr: data, model, choices and what was given up; with `whole`, memory by part and time too."""
-    from mergeforge.train.requirements import told
+    from mergeforge.train.requirements import describe_machine
 
-    counts, way, choices = plan.data.counts, plan.choices.way, plan.choices
+    counts, way, choices = plan.data.counts, plan.resolved.setup, plan.resolved
     what = plan.settings.method if plan.settings.trains_adapter else "all weights"
-    _say(f"{what} of {plan.base} ({plan.facts.parameters / 1e6:,.0f} M parameters) on {told(plan.machine)}")
+    _say(f"{what} of {plan.base} ({plan.stats.parameters / 1e6:,.0f} M parameters) on {describe_machine(plan.machine)}")
     skipped = counts.empty + counts.too_long + counts.bad
     lost = f" ({counts.empty} empty, {counts.too_long} too long, {counts.bad} bad)" if skipped else ""
     held = f", {len(plan.data.validation)} of them for validation" if plan.data.validation else ""
@@ -126,9 +126,9 @@ def _show(plan: TrainPlan, price: float | None, *, whole: bool) -> None:
     packs = plan.packs(packed=choices.pack)
     schedule = plan.schedule(len(packs))
     packed = f"{len(packs)} sequences of at most {way.seq_len} tokens{', packed' if choices.pack else ''}"
-    each = f"{schedule.micro} x {schedule.accumulate} a step"
+    each = f"{schedule.micro_batch} x {schedule.accumulation_steps} a step"
     _say(f"steps    {schedule.total} in {schedule.epochs:.3g} epochs: {packed}, {each}")
-    rank = f"rank {way.lora.r} on {len(plan.facts.adapted(way.lora))} modules, " if plan.settings.trains_adapter else ""
+    rank = f"rank {way.lora.r} on {len(plan.stats.adapted(way.lora))} modules, " if plan.settings.trains_adapter else ""
     _say(f"learns   {rank}rate {choices.lr:g}, {way.optimizer}")
     _say(f"memory   about {format_size(choices.estimate.total)}")
     for note in choices.notes:
@@ -138,11 +138,11 @@ def _show(plan: TrainPlan, price: float | None, *, whole: bool) -> None:
 
 
 def _whole(plan: TrainPlan, price: float | None, tokens: int) -> None:
-    from mergeforge.train.time_estimate import seconds
+    from mergeforge.train.time_estimate import estimate_seconds
 
-    for name, size in plan.choices.estimate.parts.items():
+    for name, size in plan.resolved.estimate.parts.items():
         _say(f"  {format_size(size):>9}  {name}")
-    took = seconds(plan.facts, plan.choices, tokens)
+    took = estimate_seconds(plan.stats, plan.resolved, tokens)
     _say(f"time     about {_duration(took)} (an estimate, from this device's speed at matrix products)")
     if price is not None:
         _say(f"cost     about {took / 3600 * price:.2f} at {price:g} an hour")
@@ -170,7 +170,7 @@ def _bar(plan: TrainPlan, *, quiet: bool) -> Iterator[Any]:
     if quiet:
         yield lambda line: None
         return
-    total = plan.schedule(len(plan.packs(packed=plan.choices.pack))).total
+    total = plan.schedule(len(plan.packs(packed=plan.resolved.pack))).total
     with _progress.steps(total, _progress.console()) as step:
         yield lambda line: step(int(line.get("step", 0)), _words(line))
 

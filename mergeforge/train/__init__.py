@@ -1,12 +1,12 @@
-"""The companion: trains the adapters that the engine merges. Needs the extra `train`.
+"""The companion: trains the adapters that the engine merges. Needs the training packages (`pip install -e ".[train]"`).
 
-settings -> planning -> running -> flow: what is asked for, what is decided, the run, and what follows it. Torch's part
-lies in `steps/`.
+settings.py -> plan.py -> run.py -> post_training.py: what is asked for, what is decided, the run, and what follows it.
+`loop/` holds everything that needs torch.
 
-    from mergeforge.train import follow, make_plan, train
+    from mergeforge.train import make_plan, run_post_training, train
     plan = make_plan("train.yaml")
     trained = train(plan)
-    follow(plan, plan.settings.after)
+    run_post_training(plan, plan.settings.after)
 """
 
 from __future__ import annotations
@@ -14,20 +14,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_NAMES = {
+_MODULE_OF = {
     "QuickTrainer": "quick_trainer",
     "Resume": "resume",
     "TrainPlan": "plan",
     "TrainSettings": "settings",
     "Trained": "run",
-    "follow": "post_training",
     "make_plan": "plan",
+    "run_post_training": "post_training",
     "train": "run",
 }
-__all__ = sorted(_NAMES)
+_FORMER_NAMES = {"follow": "run_post_training"}  # of version 0.1
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
+    name = _FORMER_NAMES.get(name, name)
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'mergeforge.train' has no attribute {name!r}")
-    return getattr(import_module(f"mergeforge.train.{_NAMES[name]}"), name)
+    return getattr(import_module(f"mergeforge.train.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

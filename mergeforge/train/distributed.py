@@ -12,7 +12,7 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def count() -> int:
+def process_count() -> int:
     """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -20,7 +20,7 @@ def count() -> int:
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """The main process goes through alone, then the others: what it wrote, they find."""
-    if count() == 1:
+    if process_count() == 1:
         yield
         return
     import torch

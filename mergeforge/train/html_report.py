@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mergeforge.core.sizes import show_size
+from mergeforge.core.sizes import format_size
 from mergeforge.io.disk import write_durably
 from mergeforge.train.run_folder import RunFolder
 
@@ -30,7 +30,7 @@ padding:.6rem;border-radius:4px}svg{width:100%;height:auto}.grid{stroke:#ddd}.ax
 def write_report(folder: RunFolder) -> None:
     """Write the report of what lies in the folder."""
     facts = folder.manifest() or {}
-    body = "\n".join(_parts(folder, facts))
+    body = "\n".join(_memory_parts(folder, facts))
     title = html.escape(
         f"{folder.root.name}: {facts.get('settings', {}).get('method', 'qlora')} of {facts.get('base')}"
     )
@@ -38,7 +38,7 @@ def write_report(folder: RunFolder) -> None:
     write_durably(folder.report, f"{page}<h1>{title}</h1>{body}</html>\n".encode())
 
 
-def _parts(folder: RunFolder, facts: Mapping[str, Any]) -> Iterator[str]:
+def _memory_parts(folder: RunFolder, facts: Mapping[str, Any]) -> Iterator[str]:
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     yield _facts(facts)
     yield _curve(
@@ -69,7 +69,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
         "rows": counts.get("rows"),
         "trained tokens": counts.get("trained"),
         "time": f"{facts.get('seconds', 0):.0f} s",
-        "peak memory": show_size(facts.get("peak_memory") or 0),
+        "peak memory": format_size(facts.get("peak_memory") or 0),
         "versions": ", ".join(f"{name} {one}" for name, one in facts.get("versions", {}).items()),
     }
     cells = (f"<tr><th>{html.escape(name)}<td>{html.escape(str(value))}" for name, value in rows.items() if value)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergeforge.train.model_stats import ModelFacts
-from mergeforge.train.settings import Lora
+from mergeforge.train.model_stats import ModelStats
+from mergeforge.train.settings import LoraOptions
 
 MARGIN = 1.08
 NF4 = 0.5161  # bytes a weight: 4 bits, a scale of 8 bits for 64, of 32 bits for 256 scales
@@ -22,28 +22,28 @@ LOGIT = 10  # bytes a logit: 16 bit, float32, its gradient
 
 
 @dataclass(frozen=True)
-class Way:
+class TrainingSetup:
     """How a model is trained, as far as memory goes. `ce_chunk` 0: all logits at once; `width`: bytes of a number."""
 
     method: str
-    lora: Lora
+    lora: LoraOptions
     seq_len: int
-    micro: int
+    micro_batch: int
     optimizer: str
-    width: int
+    dtype_bytes: int
     ce_chunk: int
     checkpointing: bool
     offload: bool = False
     embed_on_cpu: bool = False
-    on_card: bool = True
+    on_gpu: bool = True
 
     @property
     def tokens(self) -> int:
-        return self.micro * self.seq_len
+        return self.micro_batch * self.seq_len
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes by part."""
 
     parts: dict[str, int]
@@ -53,7 +53,7 @@ class Estimate:
         return int(sum(self.parts.values()) * MARGIN)
 
 
-def estimate(facts: ModelFacts, way: Way) -> Estimate:
+def estimate_memory(facts: ModelStats, way: TrainingSetup) -> MemoryEstimate:
     """The peak of one step."""
     linear = sum(one.numel for one in facts.linears)
     embedding = 0 if way.embed_on_cpu else facts.embedding
@@ -62,26 +62,26 @@ def estimate(facts: ModelFacts, way: Way) -> Estimate:
         trained = facts.parameters
         training = trained * (4 + STATES[way.optimizer])
     else:
-        kept = NF4 if way.method == "qlora" else way.width
-        weights = {"weights": int(linear * kept + facts.others * way.width)}
-        weights["embeddings"] = (embedding + facts.head) * way.width
+        kept = NF4 if way.method == "qlora" else way.dtype_bytes
+        weights = {"weights": int(linear * kept + facts.other_parameters * way.dtype_bytes)}
+        weights["embeddings"] = (embedding + facts.head) * way.dtype_bytes
         trained = facts.adapter_parameters(way.lora)
         training = trained * (4 + 4 + STATES[way.optimizer])
-    return Estimate(
+    return MemoryEstimate(
         {
             **weights,
             "trained weights, gradients, optimizer": int(training),
             "activations": _activations(facts, way),
             "logits": min(way.ce_chunk or way.tokens, way.tokens) * facts.vocabulary * LOGIT,
-            "dequantised weight": max((one.numel for one in facts.linears), default=0) * way.width,
-            "CUDA" if way.on_card else "Python": DEVICE if way.on_card else HOST,
+            "dequantised weight": max((one.numel for one in facts.linears), default=0) * way.dtype_bytes,
+            "CUDA" if way.on_gpu else "Python": DEVICE if way.on_gpu else HOST,
         }
     )
 
 
-def _activations(facts: ModelFacts, way: Way) -> int:
+def _activations(facts: ModelStats, way: TrainingSetup) -> int:
     """What one layer computes, and what is kept of the others: their inputs, or everything."""
-    layer = way.tokens * way.width * (10 * facts.hidden + 6 * facts.intermediate)
+    layer = way.tokens * way.dtype_bytes * (10 * facts.hidden + 6 * facts.intermediate)
     if not way.checkpointing:
         return layer * facts.layers
-    return layer + (0 if way.offload else way.tokens * facts.layers * facts.hidden * way.width)
+    return layer + (0 if way.offload else way.tokens * facts.layers * facts.hidden * way.dtype_bytes)

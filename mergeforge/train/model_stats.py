@@ -11,54 +11,54 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.errors import SourceError
-from mergeforge.train.settings import Lora
+from mergeforge.train.settings import LoraOptions
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearModule:
     """A linear module: its path, inputs and outputs."""
 
     name: str
-    into: int
-    out: int
+    in_features: int
+    out_features: int
 
     @property
     def numel(self) -> int:
-        return self.into * self.out
+        return self.in_features * self.out_features
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelStats:
     """Sizes in elements. `linears`: what 4 bit quantises and all-linear adapts; `others`: norms, biases, experts.
 
     `stacks`: the parameters that hold all experts of a layer, (experts, in and out); all-linear adapts these too.
     `left`: last names of modules that get no adapter by themselves.
     """
 
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearModule, ...]
     embedding: int
     head: int  # 0 where it is the embedding
-    others: int
+    other_parameters: int
     vocabulary: int
     hidden: int
     intermediate: int
     layers: int
     longest: int  # tokens that positions are known for
     stacks: tuple[tuple[int, int], ...] = ()
-    left: frozenset[str] = frozenset()
+    left_alone: frozenset[str] = frozenset()
 
     @property
     def parameters(self) -> int:
-        return sum(one.numel for one in self.linears) + self.embedding + self.head + self.others
+        return sum(one.numel for one in self.linears) + self.embedding + self.head + self.other_parameters
 
-    def adapted(self, lora: Lora) -> list[Linear]:
+    def adapted(self, lora: LoraOptions) -> list[LinearModule]:
         """The linear modules that get an adapter."""
         targets = lora.targets
         if targets is None or targets == "all-linear":
-            left = self.left if targets is None else ()
+            left = self.left_alone if targets is None else ()
             return [one for one in self.linears if one.name.rpartition(".")[2] not in left]
         if isinstance(targets, str):
             return [one for one in self.linears if re.fullmatch(targets, one.name)]
@@ -66,16 +66,19 @@ class ModelFacts:
             one for one in self.linears if any(one.name == name or one.name.endswith(f".{name}") for name in targets)
         ]
 
-    def adapter_parameters(self, lora: Lora) -> int:
+    def adapter_parameters(self, lora: LoraOptions) -> int:
         """Elements of A, B (and DoRA's magnitudes)."""
         rank = lora.r or 16
         experts = (
             sum(count * rank * sizes for count, sizes in self.stacks) if lora.targets in (None, "all-linear") else 0
         )
-        return experts + sum(rank * (one.into + one.out) + (one.out if lora.dora else 0) for one in self.adapted(lora))
+        return experts + sum(
+            rank * (one.in_features + one.out_features) + (one.out_features if lora.dora else 0)
+            for one in self.adapted(lora)
+        )
 
 
-def model_facts(folder: str) -> ModelFacts:
+def model_stats(folder: str) -> ModelStats:
     """The facts of a folder that holds a config.json. Raises SourceError where transformers does not know the model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -86,10 +89,10 @@ def model_facts(folder: str) -> ModelFacts:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (ValueError, OSError, KeyError) as error:
         raise SourceError(f"{folder} is no causal language model: {str(error).splitlines()[0]}") from None
-    return _facts(model, config.get_text_config())
+    return _stats(model, config.get_text_config())
 
 
-def _facts(model: Any, config: Any) -> ModelFacts:
+def _stats(model: Any, config: Any) -> ModelStats:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     linears = tuple(_linear(name, one) for name, one in model.named_modules() if _is_linear(one) and one is not head)
     tied = head is None or getattr(config, "tie_word_embeddings", False)
@@ -100,17 +103,17 @@ def _facts(model: Any, config: Any) -> ModelFacts:
     rest = everything - sum(one.numel for one in linears) - embedding.weight.numel() - heads
     layers = int(getattr(config, "num_hidden_layers", 0))
     hidden = int(getattr(config, "hidden_size", embedding.weight.shape[1]))
-    return ModelFacts(
+    return ModelStats(
         linears=linears,
         embedding=embedding.weight.numel(),
         head=heads,
-        others=max(rest, 0),
+        other_parameters=max(rest, 0),
         vocabulary=embedding.weight.shape[0],
         hidden=hidden,
         intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
         layers=layers,
         longest=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
-        left=frozenset(left_alone(config.model_type)),
+        left_alone=frozenset(left_alone(config.model_type)),
         stacks=tuple(
             (one.shape[0], _ranks(name) * sum(one.shape[1:]))
             for name, one in model.named_parameters()
@@ -133,6 +136,6 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module).__name__ in ("Linear", "Conv1D")
 
 
-def _linear(name: str, module: Any) -> Linear:
+def _linear(name: str, module: Any) -> LinearModule:
     out, into = module.weight.shape
-    return Linear(name, into, out) if type(module).__name__ == "Linear" else Linear(name, out, into)
+    return LinearModule(name, into, out) if type(module).__name__ == "Linear" else LinearModule(name, out, into)

@@ -19,13 +19,13 @@ def pack(lengths: Sequence[int] | Any, size: int) -> list[list[int]]:
 
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     rooms: list[list[int]] = [[] for _ in range(size + 1)]  # what is left -> packs
-    best = _Rooms(size)
+    best = _BestFitTree(size)
     packs: list[list[int]] = []
     for row in order:
         length = int(lengths[row])
         if length > size:
             raise ValueError(f"row {row} has {length} tokens, more than {size}")
-        left = best.at_least(length)
+        left = best.smallest_fit(length)
         if left is None:
             packs.append([row])
             at, left = len(packs) - 1, size
@@ -40,7 +40,7 @@ def pack(lengths: Sequence[int] | Any, size: int) -> list[list[int]]:
     return [sorted(one) for one in packs]
 
 
-class _Rooms:
+class _BestFitTree:
     """A set of sizes 0..n that tells the smallest member of at least some size: a binary tree."""
 
     def __init__(self, size: int) -> None:
@@ -60,7 +60,7 @@ class _Rooms:
             at //= 2
             self._any[at] = self._any[2 * at] or self._any[2 * at + 1]
 
-    def at_least(self, low: int) -> int | None:
+    def smallest_fit(self, low: int) -> int | None:
         at = low + self._leaves
         if self._any[at]:
             return low

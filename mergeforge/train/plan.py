@@ -13,10 +13,10 @@ from mergeforge.checkpoints.names import CONV1D_MODELS
 from mergeforge.data import Prepared, load_tokenizer, prepare
 from mergeforge.errors import OutputError, SourceError
 from mergeforge.hub.download import fetch
-from mergeforge.operations.synthetic_models import Shape, write_model
+from mergeforge.operations.synthetic_models import ModelShape, write_model
 from mergeforge.train import distributed, requirements
-from mergeforge.train.auto_config import Choices, Lengths, Machine, decide
-from mergeforge.train.model_stats import ModelFacts, model_facts
+from mergeforge.train.auto_config import LengthStats, Machine, ResolvedSettings, resolve_settings
+from mergeforge.train.model_stats import ModelStats, model_stats
 from mergeforge.train.packing import pack
 from mergeforge.train.run_folder import RunFolder
 from mergeforge.train.schedule import Schedule, make_schedule
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE = "sample:tiny"
-TINY = Shape(256, 704, 4, 4, 2, 320)  # 3 M parameters, untrained: learns the samples in seconds on a CPU
+TINY = ModelShape(256, 704, 4, 4, 2, 320)  # 3 M parameters, untrained: learns the samples in seconds on a CPU
 TINY_STD = 256**-0.5  # of its weights: what goes in comes out as large, so that adapters alone can teach it
 
 
@@ -38,13 +38,13 @@ class TrainPlan:
     folder: RunFolder
     base: str  # as adapter_config.json and merge.yaml name it
     revision: str | None
-    small: Path
+    is_generated: Path
     tokenizer: PreTrainedTokenizerBase
     new_tokens: tuple[int, ...]
     data: Prepared
-    facts: ModelFacts
+    stats: ModelStats
     machine: Machine
-    choices: Choices
+    resolved: ResolvedSettings
     devices: int = 1
 
     @property
@@ -55,26 +55,28 @@ class TrainPlan:
     @property
     def stored_transposed(self) -> bool:
         """Whether the base is one of GPT-2's kind, whose NF4 form cannot be told from its files."""
-        config = json.loads((self.small / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((self.is_generated / "config.json").read_text(encoding="utf-8"))
         return config.get("model_type") in CONV1D_MODELS
 
     def packs(self, *, packed: bool) -> list[list[int]]:
         """Rows of each training sequence."""
         lengths = self.data.train.lengths
-        return pack(lengths, self.choices.way.seq_len) if packed else [[row] for row in range(len(lengths))]
+        return pack(lengths, self.resolved.setup.seq_len) if packed else [[row] for row in range(len(lengths))]
 
     def validation_packs(self, *, packed: bool) -> list[list[int]]:
         """Rows of each validation sequence; the longest first where each has its own."""
         assert self.data.validation is not None
         lengths = self.data.validation.lengths
         if packed:
-            return pack(lengths, self.choices.way.seq_len)
+            return pack(lengths, self.resolved.setup.seq_len)
         return [[row] for row in sorted(range(len(lengths)), key=lambda row: -int(lengths[row]))]
 
     def schedule(self, sequences: int) -> Schedule:
         """Steps of a run over so many sequences."""
         rows = len(self.data.train)
-        return make_schedule(self.settings, sequences, rows, self.choices.way.micro, self.choices.epochs, self.devices)
+        return make_schedule(
+            self.settings, sequences, rows, self.resolved.setup.micro_batch, self.resolved.epochs, self.devices
+        )
 
 
 def make_plan(
@@ -92,15 +94,15 @@ def make_plan(
     if out is not None:
         sets = (*sets, f"output={out}")
     settings = source if isinstance(source, TrainSettings) else read(source, sets)
-    requirements.check(quantise=settings.method == "qlora", track=settings.track)
+    requirements.check_packages(quantise=settings.method == "qlora", track=settings.track)
     folder = RunFolder(settings.output)
     base, revision, small = _base(settings, folder)
     tokenizer = load_tokenizer(str(small))
     new_tokens = _add_tokens(tokenizer, settings.added_tokens)
     machine = requirements.machine(settings, device)
-    facts = model_facts(str(small))
-    with folder.held() if distributed.is_main() else contextlib.nullcontext():
-        data, choices = _fitted(settings, tokenizer, folder, facts, machine)
+    facts = model_stats(str(small))
+    with folder.lock() if distributed.is_main() else contextlib.nullcontext():
+        data, choices = _fit_to_memory(settings, tokenizer, folder, facts, machine)
     return TrainPlan(
         settings,
         folder,
@@ -113,7 +115,7 @@ def make_plan(
         facts,
         machine,
         choices,
-        devices or distributed.count(),
+        devices or distributed.process_count(),
     )
 
 
@@ -144,27 +146,27 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> 
     return tuple(ids[token] for token in missing)
 
 
-def _fitted(
+def _fit_to_memory(
     settings: TrainSettings,
     tokenizer: PreTrainedTokenizerBase,
     folder: RunFolder,
-    facts: ModelFacts,
+    facts: ModelStats,
     machine: Machine,
-) -> tuple[Prepared, Choices]:
+) -> tuple[Prepared, ResolvedSettings]:
     """The data, and choices that fit it: rows longer than the chosen length are treated as `too_long` says."""
-    data = prepare(settings.data, tokenizer, folder.data, also="\n".join(settings.added_tokens))
-    choices = decide(settings, facts, lengths_of(data), machine)
-    if int(data.train.lengths.max()) > choices.way.seq_len:
-        shorter = replace(settings.data, seq_len=choices.way.seq_len)
-        data = prepare(shorter, tokenizer, folder.data, also="\n".join(settings.added_tokens))
-        choices = decide(replace(settings, seq_len=choices.way.seq_len), facts, lengths_of(data), machine)
+    data = prepare(settings.data, tokenizer, folder.data, extra_key="\n".join(settings.added_tokens))
+    choices = resolve_settings(settings, facts, lengths_of(data), machine)
+    if int(data.train.lengths.max()) > choices.setup.seq_len:
+        shorter = replace(settings.data, seq_len=choices.setup.seq_len)
+        data = prepare(shorter, tokenizer, folder.data, extra_key="\n".join(settings.added_tokens))
+        choices = resolve_settings(replace(settings, seq_len=choices.setup.seq_len), facts, lengths_of(data), machine)
     return data, choices
 
 
-def lengths_of(data: Prepared) -> Lengths:
+def lengths_of(data: Prepared) -> LengthStats:
     """The lengths of the training rows."""
     import numpy as np
 
     lengths = np.asarray(data.train.lengths)
     p95, p99, longest = (int(np.quantile(lengths, share, method="higher")) for share in (0.95, 0.99, 1.0))
-    return Lengths(p95, p99, longest, len(lengths))
+    return LengthStats(p95, p99, longest, len(lengths))

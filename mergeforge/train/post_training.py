@@ -17,16 +17,16 @@ from mergeforge.errors import RecipeError, SourceError
 from mergeforge.io.disk import write_durably
 from mergeforge.train.html_report import write_report
 from mergeforge.train.plan import TrainPlan
-from mergeforge.train.settings import After, Merge
+from mergeforge.train.settings import MergeAfterTraining, PostTraining
 
 STEPS = ("merge", "gguf", "publish")
 NF4 = "dequant_nf4"
 CLOSE = 1e-3  # nats a token: the original base is kept when it is worse by less
-Tell = Callable[[str], object]
+OnMessage = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Followed:
+class PostTrainingResult:
     """What was made. `losses`: of the validation data, in nats a token, by what was measured."""
 
     merged: Path | None = None
@@ -59,13 +59,13 @@ def merge_recipe(plan: TrainPlan, numerics: str | None, out: Path, spell: Callab
     return recipe | {"output": {"path": spell(out.resolve())}}
 
 
-def _from_here(path: Path) -> str:
+def _relative_to_here(path: Path) -> str:
     """A path below the current folder as such: the model card shows the recipe, and not where a home lies."""
     here = Path.cwd().resolve()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def after_of_steps(after: After, steps: str) -> After:
+def steps_from_names(after: PostTraining, steps: str) -> PostTraining:
     """`--then merge,gguf,publish` on top of the file's `after`. Raises RecipeError for a step that is not known."""
     asked = [one.strip() for one in steps.split(",") if one.strip()]
     for one in asked:
@@ -75,17 +75,19 @@ def after_of_steps(after: After, steps: str) -> After:
         raise RecipeError("--then publish: where to?", hint="after: {publish: owner/name} in train.yaml")
     return replace(
         after,
-        merge=after.merge or Merge(),
+        merge=after.merge or MergeAfterTraining(),
         gguf=(after.gguf or ("q4_k_m",)) if "gguf" in asked else after.gguf,
         publish=after.publish if "publish" in asked else None,
     )
 
 
-def follow(plan: TrainPlan, after: After, *, memory: str | None = None, tell: Tell = lambda line: None) -> Followed:
+def run_post_training(
+    plan: TrainPlan, after: PostTraining, *, memory: str | None = None, tell: OnMessage = lambda line: None
+) -> PostTrainingResult:
     """Merge, write GGUF, publish, as `after` says. Raises what merging and publishing raise."""
     wanted = after.merge
     if wanted is None:
-        return Followed()
+        return PostTrainingResult()
     out = Path(wanted.path) if wanted.path else plan.folder.merged
     measured = wanted.evaluate and plan.data.validation is not None
     losses = {"adapter": _adapter_loss(plan)} if measured else {}
@@ -97,12 +99,12 @@ def follow(plan: TrainPlan, after: After, *, memory: str | None = None, tell: Te
         worse = losses[numerics] > losses["adapter"] + CLOSE
         if wanted.base_numerics == "auto" and plan.settings.method == "qlora" and worse:
             tell("the merge on the original base is worse: once more on the base as the adapter saw it")
-            numerics = NF4 if _again(plan, after, wanted, out, memory, tell) else numerics
+            numerics = NF4 if _evaluate_again(plan, after, wanted, out, memory, tell) else numerics
             if numerics == NF4:
                 losses[NF4] = merged_loss(plan, out)
                 tell(f"validation loss: merged on {NF4} {losses[NF4]:.4f}")
     published = _publish(out, after.publish, tell) if after.publish else None
-    made = Followed(out, numerics, tuple(sorted(out.glob("*.gguf"))), losses, published)
+    made = PostTrainingResult(out, numerics, tuple(sorted(out.glob("*.gguf"))), losses, published)
     plan.folder.record((plan.folder.manifest() or {}) | {"followed": asdict(made)})
     write_report(plan.folder)
     return made
@@ -113,7 +115,9 @@ def _adapter_loss(plan: TrainPlan) -> float:
     return float((plan.folder.manifest() or {}).get("validation_loss", float("nan")))
 
 
-def _again(plan: TrainPlan, after: After, wanted: Merge, out: Path, memory: str | None, tell: Tell) -> bool:
+def _evaluate_again(
+    plan: TrainPlan, after: PostTraining, wanted: MergeAfterTraining, out: Path, memory: str | None, tell: OnMessage
+) -> bool:
     """Merge on the NF4 form of the base; False where the model has none that could be told."""
     try:
         _merge(plan, after, wanted, NF4, out, memory)
@@ -123,23 +127,25 @@ def _again(plan: TrainPlan, after: After, wanted: Merge, out: Path, memory: str 
     return True
 
 
-def _first_numerics(plan: TrainPlan, wanted: Merge) -> str:
+def _first_numerics(plan: TrainPlan, wanted: MergeAfterTraining) -> str:
     if plan.settings.method != "qlora" or wanted.base_numerics == "auto":
         return "original"
     return wanted.base_numerics
 
 
-def _merge(plan: TrainPlan, after: After, wanted: Merge, numerics: str, out: Path, memory: str | None) -> None:
+def _merge(
+    plan: TrainPlan, after: PostTraining, wanted: MergeAfterTraining, numerics: str, out: Path, memory: str | None
+) -> None:
     """Fold the adapter and write GGUF files in the same pass."""
     from mergeforge.execute import executor
     from mergeforge.planner import make_plan as plan_merge
 
-    recipe = merge_recipe(plan, numerics, out, _from_here)
+    recipe = merge_recipe(plan, numerics, out, _relative_to_here)
     if after.gguf:
         recipe["output"]["gguf"] = list(after.gguf)
     if wanted.dtype:
         recipe["out_dtype"] = wanted.dtype
-    executor.merge(plan_merge(recipe, memory=memory, device=plan.choices.device), overwrite=True)
+    executor.run_plan(plan_merge(recipe, memory=memory, device=plan.resolved.device), overwrite=True)
 
 
 def merged_loss(plan: TrainPlan, folder: Path) -> float:
@@ -147,10 +153,10 @@ def merged_loss(plan: TrainPlan, folder: Path) -> float:
     from mergeforge.eval import evaluate
 
     assert plan.data.validation is not None
-    return evaluate(str(folder), plan.data.validation, device=plan.choices.device).nll
+    return evaluate(str(folder), plan.data.validation, device=plan.resolved.device).nll
 
 
-def _publish(folder: Path, wanted: Mapping[str, Any], tell: Tell) -> str:
+def _publish(folder: Path, wanted: Mapping[str, Any], tell: OnMessage) -> str:
     from mergeforge.hub.publish import plan_publication, publish
 
     options = {"private": wanted.get("private", True), "revision": wanted.get("revision", "main")}

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.data import DataSource
 from mergeforge.train.plan import TrainPlan, make_plan
-from mergeforge.train.post_training import Followed, follow
+from mergeforge.train.post_training import PostTrainingResult, run_post_training
 from mergeforge.train.resume import Resume
 from mergeforge.train.run import Trained, train
-from mergeforge.train.settings import After, Merge, read
+from mergeforge.train.settings import MergeAfterTraining, PostTraining, read
 
 if TYPE_CHECKING:
-    from mergeforge.train.loop.context import Listener
+    from mergeforge.train.loop.context import MetricCallback
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -44,13 +44,19 @@ class QuickTrainer:
         self._plan = self._plan or make_plan(self.settings, device=self.device)
         return self._plan
 
-    def train(self, *, resume: str = "auto", overwrite: bool = False, listeners: Sequence[Listener] = ()) -> Trained:
+    def train(
+        self, *, resume: str = "auto", overwrite: bool = False, listeners: Sequence[MetricCallback] = ()
+    ) -> Trained:
         """Train; the adapter lies in `.result` of what comes back. Goes on where an earlier run stopped."""
         self._trained = train(self.plan(), Resume(resume, overwrite=overwrite), listeners)
         return self._trained
 
-    def merge(self, *, gguf: Sequence[str] = (), base_numerics: str = "auto", memory: str | None = None) -> Followed:
+    def merge(
+        self, *, gguf: Sequence[str] = (), base_numerics: str = "auto", memory: str | None = None
+    ) -> PostTrainingResult:
         """Fold the trained adapter into its base; GGUF files come out of the same pass."""
         if self._trained is None:
             self.train()
-        return follow(self.plan(), After(Merge(base_numerics=base_numerics), tuple(gguf)), memory=memory)
+        return run_post_training(
+            self.plan(), PostTraining(MergeAfterTraining(base_numerics=base_numerics), tuple(gguf)), memory=memory
+        )

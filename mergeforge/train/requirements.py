@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 
-from mergeforge.core.sizes import show_size
+from mergeforge.core.sizes import format_size
 from mergeforge.errors import MissingExtraError, RecipeError
 from mergeforge.tensors.budget import free_memory
 from mergeforge.train.auto_config import Machine
@@ -19,10 +19,10 @@ from mergeforge.train.settings import TrainSettings
 
 PACKAGES = ("transformers", "peft", "accelerate")
 BF16_FROM = (8, 0)  # compute capability; older cards emulate bf16, slowly
-KEPT_BACK = 0.05  # of a card's free memory
+RESERVED_NBYTES = 0.05  # of a card's free memory
 
 
-def check(*, quantise: bool = False, track: Sequence[str] = ()) -> None:
+def check_packages(*, quantise: bool = False, track: Sequence[str] = ()) -> None:
     """Raise MissingExtraError unless everything that training imports is there, and what metrics are sent to."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it asks for a package that fetches code
     for name in (*PACKAGES, "bitsandbytes") if quantise else PACKAGES:
@@ -57,7 +57,7 @@ def machine(settings: TrainSettings, device: str = "auto") -> Machine:
 
     name = _device(device)
     if name.startswith("cuda"):
-        free = int(torch.cuda.mem_get_info(name)[0] * (1 - KEPT_BACK))
+        free = int(torch.cuda.mem_get_info(name)[0] * (1 - RESERVED_NBYTES))
         good = torch.cuda.get_device_capability(name) >= BF16_FROM
         dtype = settings.dtype or ("bf16" if good else "fp16")
         if dtype == "bf16" and not good:
@@ -84,13 +84,13 @@ def _device(asked: str) -> str:
     return "cuda:0" if asked == "cuda" else asked
 
 
-def told(machine: Machine) -> str:
+def describe_machine(machine: Machine) -> str:
     """The machine in a line."""
-    return f"{machine.device}, {show_size(machine.memory)} to use, computing in {machine.dtype}"
+    return f"{machine.device}, {format_size(machine.memory)} to use, computing in {machine.dtype}"
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Without the libraries' own bars, hints, and notices of what their next version removes."""
     from transformers.utils import logging as said
 

@@ -39,21 +39,21 @@ def start(plan: TrainPlan, resume: Resume) -> tuple[TrainPlan, Path | None]:
     if manifest is None or resume.how == "never" or (finished and resume.overwrite):
         if is_main():
             folder.clear()
-            folder.record(manifest_of(plan, RUNNING))
+            folder.record(run_manifest(plan, RUNNING))
         return plan, None
     if resume.extend_epochs and plan.settings.max_steps:
         raise RecipeError("--extend-epochs: max_steps ends this run", hint="take max_steps out of the file")
-    _refuse_changes(plan, manifest)
+    _check_unchanged(plan, manifest)
     checkpoint = _checkpoint(folder, resume)
     before = manifest["choices"]
-    plan = replace(plan, choices=plan.choices.as_before(before, float(before["epochs"]) + resume.extend_epochs))
+    plan = replace(plan, resolved=plan.resolved.from_manifest(before, float(before["epochs"]) + resume.extend_epochs))
     if is_main():
-        folder.record(manifest_of(plan, RUNNING))
+        folder.record(run_manifest(plan, RUNNING))
         folder.cut_metrics(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     return plan, checkpoint
 
 
-def manifest_of(plan: TrainPlan, state: str) -> dict[str, Any]:
+def run_manifest(plan: TrainPlan, state: str) -> dict[str, Any]:
     """run.json as far as the plan tells it."""
     return {
         "state": state,
@@ -64,7 +64,7 @@ def manifest_of(plan: TrainPlan, state: str) -> dict[str, Any]:
         "data": plan.data.fingerprint,
         "counts": asdict(plan.data.counts),
         "template": plan.data.template_name,
-        "choices": asdict(plan.choices),
+        "choices": asdict(plan.resolved),
         "versions": requirements.versions(),
     }
 
@@ -79,7 +79,7 @@ def _checkpoint(folder: RunFolder, resume: Resume) -> Path | None:
     return folder.checkpoint(steps[-1]) if steps else None
 
 
-def _refuse_changes(plan: TrainPlan, manifest: Mapping[str, Any]) -> None:
+def _check_unchanged(plan: TrainPlan, manifest: Mapping[str, Any]) -> None:
     before, now = manifest.get("settings") or {}, plan.settings.raw
     hint = "put it back, or --resume never starts over"
     if manifest.get("fingerprint") != plan.settings.fingerprint:

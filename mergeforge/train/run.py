@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.core.sizes import show_size
+from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, OutputError
 from mergeforge.tensors.budget import resident_memory
 from mergeforge.train import requirements
@@ -20,13 +20,13 @@ from mergeforge.train.distributed import is_main
 from mergeforge.train.html_report import write_report
 from mergeforge.train.plan import TrainPlan
 from mergeforge.train.post_training import write_recipe
-from mergeforge.train.resume import Resume, manifest_of, start
+from mergeforge.train.resume import Resume, run_manifest, start
 from mergeforge.train.run_folder import FINISHED, INTERRUPTED, RunFolder
 
 if TYPE_CHECKING:
-    from mergeforge.train.loop.context import Job, Listener
-    from mergeforge.train.loop.hf_trainer import Outcome, Stop
-    from mergeforge.train.loop.samples import Samples
+    from mergeforge.train.loop.context import MetricCallback, TrainingContext
+    from mergeforge.train.loop.hf_trainer import StopSignal, TrainingOutcome
+    from mergeforge.train.loop.samples import SampleGenerator
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Trained:
         return self.folder.model if self.folder.model.exists() else self.folder.adapter
 
 
-def train(plan: TrainPlan, resume: Resume | None = None, listeners: Sequence[Listener] = ()) -> Trained:
+def train(plan: TrainPlan, resume: Resume | None = None, listeners: Sequence[MetricCallback] = ()) -> Trained:
     """Train as planned; goes on from the newest checkpoint where an earlier run of the same settings stopped.
 
     Ctrl-C ends the step, writes a checkpoint and returns with `interrupted`. Raises OutputError when the folder holds
     a finished run or one with other settings or data, BudgetError when the device's memory runs out twice.
     """
-    with requirements.quiet(), plan.folder.held() if is_main() else contextlib.nullcontext():
+    with requirements.silence_libraries(), plan.folder.lock() if is_main() else contextlib.nullcontext():
         plan, checkpoint = start(plan, resume or Resume())
         return _train(plan, checkpoint, listeners)
 
@@ -83,23 +83,23 @@ def _trained(folder: RunFolder, facts: Mapping[str, Any]) -> Trained:
     )
 
 
-def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[Listener]) -> Trained:
-    from mergeforge.train.loop.samples import Samples
-    from mergeforge.train.loop.setup import make_job
+def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[MetricCallback]) -> Trained:
+    from mergeforge.train.loop.samples import SampleGenerator
+    from mergeforge.train.loop.setup import make_context
 
     started = time.monotonic()
     shutil.rmtree(plan.folder.partial, ignore_errors=True)
-    job, notes = make_job(plan, listeners)
+    job, notes = make_context(plan, listeners)
     for note in notes:
-        job.tell({"note": note})
+        job.report({"note": note})
     if job.device.startswith("cuda"):
         _probe(job, plan)
-    samples = Samples(plan, job)
+    samples = SampleGenerator(plan, job)
     if checkpoint is None and is_main():
         plan.folder.record_samples(samples.take())
     with _stoppable() as stop:
         outcome = _steps(plan, job, checkpoint, stop)
-    facts = manifest_of(plan, INTERRUPTED if outcome.interrupted else FINISHED) | asdict(outcome) | {"notes": notes}
+    facts = run_manifest(plan, INTERRUPTED if outcome.interrupted else FINISHED) | asdict(outcome) | {"notes": notes}
     facts |= {"loss": _last_loss(plan.folder)}
     if is_main() and not outcome.interrupted:
         facts |= _finish(plan, job, outcome, samples)
@@ -110,22 +110,22 @@ def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[Listene
     return _trained(plan.folder, facts)
 
 
-def _probe(job: Job, plan: TrainPlan) -> None:
+def _probe(job: TrainingContext, plan: TrainPlan) -> None:
     """Try the largest batch; with less memory than was estimated, half of it."""
     import torch
 
-    from mergeforge.train.loop.memory_probe import probe
+    from mergeforge.train.loop.memory_probe import probe_memory
 
     try:
-        peak = probe(job, plan.choices.way.seq_len)
+        peak = probe_memory(job, plan.resolved.setup.seq_len)
     except torch.OutOfMemoryError as error:
-        _halve(job, error)
+        _halve_batch(job, error)
         return
-    estimated = plan.choices.estimate.total
-    job.tell({"note": f"a full batch takes {show_size(peak)}; {show_size(estimated)} was the estimate"})
+    estimated = plan.resolved.estimate.total
+    job.report({"note": f"a full batch takes {format_size(peak)}; {format_size(estimated)} was the estimate"})
 
 
-def _steps(plan: TrainPlan, job: Job, checkpoint: Path | None, stop: Stop) -> Outcome:
+def _steps(plan: TrainPlan, job: TrainingContext, checkpoint: Path | None, stop: StopSignal) -> TrainingOutcome:
     """The loop; when memory runs out, once more with half as many sequences in a pass, from the last step."""
     import torch
 
@@ -138,36 +138,38 @@ def _steps(plan: TrainPlan, job: Job, checkpoint: Path | None, stop: Stop) -> Ou
     try:
         return hf_trainer.train(job, checkpoint, stop)
     except torch.OutOfMemoryError as error:
-        _halve(job, error)
+        _halve_batch(job, error)
     steps = plan.folder.steps()
     try:
         return hf_trainer.train(job, plan.folder.checkpoint(steps[-1]) if steps else None, stop)
     except torch.OutOfMemoryError as error:
-        raise _no_memory(error) from None
+        raise _memory_error(error) from None
 
 
-def _halve(job: Job, error: Exception) -> None:
+def _halve_batch(job: TrainingContext, error: Exception) -> None:
     """Half as many sequences a pass, twice as many passes a step. Raises BudgetError where there is no half."""
     import torch
 
-    micro = job.schedule.micro // 2
+    micro = job.schedule.micro_batch // 2
     if not micro:
-        raise _no_memory(error) from None
-    job.schedule = replace(job.schedule, micro=micro, accumulate=job.schedule.accumulate * 2)
+        raise _memory_error(error) from None
+    job.schedule = replace(job.schedule, micro_batch=micro, accumulation_steps=job.schedule.accumulation_steps * 2)
     if job.device.startswith("cuda"):
         torch.cuda.empty_cache()
     text = f"memory ran out: {micro} sequence(s) a pass from here, and twice as many passes a step"
-    job.tell({"note": text})
+    job.report({"note": text})
 
 
-def _no_memory(error: Exception) -> BudgetError:
+def _memory_error(error: Exception) -> BudgetError:
     said = str(error).splitlines()[0]
     return BudgetError(
         f"the device's memory ran out: {said}", hint="a shorter seq_len, a lower lora.r, a smaller model"
     )
 
 
-def _finish(plan: TrainPlan, job: Job, outcome: Outcome, samples: Samples) -> dict[str, Any]:
+def _finish(
+    plan: TrainPlan, job: TrainingContext, outcome: TrainingOutcome, samples: SampleGenerator
+) -> dict[str, Any]:
     """Write what the run was for; the facts that only its end tells."""
     from mergeforge.train.loop.context import load_weights, save_model, validation_sums
 
@@ -197,21 +199,21 @@ def _before_and_after(folder: RunFolder, after: Mapping[str, str]) -> list[dict[
 
 def _last_loss(folder: RunFolder) -> float | None:
     """The mean of the last ten steps."""
-    losses = folder.noted("loss")[-10:]
+    losses = folder.metric_values("loss")[-10:]
     return sum(losses) / len(losses) if losses else None
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[Stop]:
+def _stoppable() -> Iterator[StopSignal]:
     """The first Ctrl-C or SIGTERM asks to stop after this step, the second ends at once."""
-    from mergeforge.train.loop.hf_trainer import Stop
+    from mergeforge.train.loop.hf_trainer import StopSignal
 
-    stop = Stop()
+    stop = StopSignal()
 
     def ask(number: int, frame: Any) -> None:
-        if stop.asked:
+        if stop.requested:
             raise KeyboardInterrupt
-        stop.asked = True
+        stop.requested = True
 
     kept = {}
     with contextlib.suppress(ValueError):  # not in the main thread
@@ -223,7 +225,7 @@ def _stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def _peak(job: Job) -> int:
+def _peak(job: TrainingContext) -> int:
     import torch
 
     if job.device.startswith("cuda"):

@@ -48,7 +48,7 @@ class RunFolder:
         self.base = root / "base"  # of sample:tiny
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Hold the folder for one process. Raises OutputError while another one has it."""
         self.root.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -105,7 +105,7 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{STEP}{step}"
 
-    def adopt(self, made: Path, step: int) -> Path:
+    def commit_checkpoint(self, made: Path, step: int) -> Path:
         """Give a checkpoint that lies under PARTIAL its name, once all of it is on the disk."""
         for path in made.rglob("*"):
             if path.is_file():
@@ -123,7 +123,7 @@ class RunFolder:
             if step != best:
                 shutil.rmtree(self.checkpoint(step))
 
-    def noted(self, key: str) -> list[float]:
+    def metric_values(self, key: str) -> list[float]:
         """The values of a key in metrics.jsonl, in order."""
         if not self.metrics.exists():
             return []

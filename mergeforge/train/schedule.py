@@ -14,8 +14,8 @@ NEVER = 1 << 62  # steps
 class Schedule:
     """A run in optimiser steps. `micro`: sequences a device and pass; `accumulate`: passes of one step."""
 
-    micro: int
-    accumulate: int
+    micro_batch: int
+    accumulation_steps: int
     per_epoch: int
     total: int
     warmup: int

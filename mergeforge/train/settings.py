@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergeforge.data import DataSettings, settings_of
+from mergeforge.data import DataSettings, data_settings
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
-from mergeforge.recipe.overrides import file_text, overridden, plain
+from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
 from mergeforge.train.keys import TRAIN
 
 DURING = ("output", "after", "track", "max_steps", "epochs")  # not part of the fingerprint
@@ -35,7 +35,7 @@ SAME += ("max_grad_norm", "optimizer", "dtype", "attention", "loss", "loop", "se
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraOptions:
     """peft.LoraConfig's settings under their short names; `targets` None: by the architecture."""
 
     r: int | None = None
@@ -52,7 +52,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemorySettings:
     """The device's memory in bytes, and what may be given up for it."""
 
     budget: int | None = None
@@ -63,7 +63,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalSettings:
     """How often to validate (share of an epoch, or steps), and the samples taken before and after."""
 
     every: float = 0.5
@@ -73,7 +73,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Saving:
+class SaveSettings:
     """How often a checkpoint is written (share of an epoch, or steps), how many stay, whether the best one counts."""
 
     every: float = 0.5
@@ -82,7 +82,7 @@ class Saving:
 
 
 @dataclass(frozen=True)
-class EarlyStop:
+class EarlyStopSettings:
     """Stop after `patience` validations that improve by less than `threshold` nats."""
 
     patience: int
@@ -90,7 +90,7 @@ class EarlyStop:
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergeAfterTraining:
     """How the adapter is folded into its base when training is done."""
 
     path: str | None = None
@@ -100,10 +100,10 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class After:
+class PostTraining:
     """What follows a finished run."""
 
-    merge: Merge | None = None
+    merge: MergeAfterTraining | None = None
     gguf: tuple[str, ...] = ()
     publish: Mapping[str, Any] | None = None
 
@@ -118,7 +118,7 @@ class TrainSettings:
     method: str = "qlora"
     seq_len: int | None = None
     pack: bool | None = None
-    lora: Lora = field(default_factory=Lora)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     added_tokens: tuple[str, ...] = ()
     batch_size: int = 16
     micro_batch: int | None = None
@@ -132,15 +132,15 @@ class TrainSettings:
     optimizer: str | None = None
     dtype: str | None = None
     attention: str | None = None
-    memory: Memory = field(default_factory=Memory)
+    memory: MemorySettings = field(default_factory=MemorySettings)
     loss: str | None = None
     loop: str = "trainer"
-    eval: Evaluation = field(default_factory=Evaluation)
-    save: Saving = field(default_factory=Saving)
-    early_stop: EarlyStop | None = None
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    save: SaveSettings = field(default_factory=SaveSettings)
+    early_stop: EarlyStopSettings | None = None
     seed: int = 0
     track: tuple[str, ...] = ()
-    after: After = field(default_factory=After)
+    after: PostTraining = field(default_factory=PostTraining)
     raw: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -160,24 +160,24 @@ def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Tr
     Raises RecipeError with every mistake, each with its line and column.
     """
     name = "the settings"
-    parsed: yaml_reader.Parsed = (source, {}, [])
+    parsed: yaml_reader.ParsedDocument = (source, {}, [])
     if isinstance(source, Mapping):
-        parsed = (plain(source), {}, [])
+        parsed = (plain_value(source), {}, [])
     else:
         name = str(source)
-        parsed, *more = yaml_reader.parse(file_text(Path(source)), name)
+        parsed, *more = yaml_reader.parse(read_recipe_file(Path(source)), name)
         if more:
             raise RecipeError(f"{name} holds more than one document", hint="a file for each run")
     value, places, problems = parsed
     for override in sets:
-        value = overridden(value, override)
+        value = apply_override(value, override)
     found = _checked(value, places, problems)
     if problems:
         raise RecipeError(f"{name} has mistakes:", problems=sorted(set(problems)))
     return _settings(found, value, name)
 
 
-def _checked(value: Any, places: yaml_reader.Places, problems: list[Problem]) -> dict[str, Any]:
+def _checked(value: Any, places: yaml_reader.Positions, problems: list[Problem]) -> dict[str, Any]:
     """The values read by the language; adds to `problems`."""
 
     def report(path: yaml_reader.Path, message: str, hint: str = "") -> None:
@@ -213,16 +213,16 @@ def _settings(found: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> Tr
     batch, stop = found.get("batch", {}), found.get("early_stop")
     return TrainSettings(
         **{key: found[key] for key in SAME if key in found},
-        data=settings_of(found, seq_len=found.get("seq_len"), seed=found.get("seed", 0)),
+        data=data_settings(found, seq_len=found.get("seq_len"), seed=found.get("seed", 0)),
         output=Path(found.get("output") or Path("runs") / Path(name).stem.replace(" ", "-")),
-        lora=Lora(**lora),
+        lora=LoraOptions(**lora),
         added_tokens=tuple((found.get("tokens") or {}).get("add", ())),
         batch_size=batch.get("size", 16),
         micro_batch=batch.get("micro"),
-        memory=Memory(**found.get("memory", {})),
+        memory=MemorySettings(**found.get("memory", {})),
         eval=_evaluation(found.get("eval", {})),
-        save=Saving(**found.get("save", {})),
-        early_stop=EarlyStop(**stop) if stop else None,
+        save=SaveSettings(**found.get("save", {})),
+        early_stop=EarlyStopSettings(**stop) if stop else None,
         track=tuple(found.get("track", ())),
         after=after_of(found.get("after") or {}),
         raw=raw,
@@ -233,17 +233,17 @@ def _tuple(item: Any) -> Any:
     return tuple(item) if isinstance(item, list) else item
 
 
-def _evaluation(found: Mapping[str, Any]) -> Evaluation:
+def _evaluation(found: Mapping[str, Any]) -> EvalSettings:
     samples = found.get("samples", ())
     if isinstance(samples, str):
-        samples = [line for line in file_text(Path(samples)).splitlines() if line.strip()]
-    return Evaluation(**{**found, "samples": tuple(samples), "stop": tuple(found.get("stop", ()))})
+        samples = [line for line in read_recipe_file(Path(samples)).splitlines() if line.strip()]
+    return EvalSettings(**{**found, "samples": tuple(samples), "stop": tuple(found.get("stop", ()))})
 
 
-def after_of(found: Mapping[str, Any]) -> After:
+def after_of(found: Mapping[str, Any]) -> PostTraining:
     """What follows, from a checked `after` record."""
     merge = found.get("merge")
     if merge is None and (found.get("gguf") or found.get("publish")):
         merge = True  # both need a merged model
-    wanted = Merge(**merge) if isinstance(merge, Mapping) else Merge() if merge else None
-    return After(merge=wanted, gguf=tuple(found.get("gguf", ())), publish=found.get("publish"))
+    wanted = MergeAfterTraining(**merge) if isinstance(merge, Mapping) else MergeAfterTraining() if merge else None
+    return PostTraining(merge=wanted, gguf=tuple(found.get("gguf", ())), publish=found.get("publish"))

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import time
 
-from mergeforge.train.auto_config import Choices
-from mergeforge.train.model_stats import ModelFacts
+from mergeforge.train.auto_config import ResolvedSettings
+from mergeforge.train.model_stats import ModelStats
 
 SIZE = 1024  # of the matrices that are multiplied to find out
 SHARE = 0.4  # of a matrix product's speed that training reaches
 
 
-def operations(facts: ModelFacts, choices: Choices, tokens: int) -> float:
+def operations(facts: ModelStats, choices: ResolvedSettings, tokens: int) -> float:
     """Multiplications and additions for `tokens`: 2 forwards, 2 for the inputs' gradients, 2 for the weights'.
 
     Frozen weights need no gradient of their own; checkpointed activations are computed once more.
     """
-    each = 2 + 2 + (2 if choices.way.method == "full" else 0) + (2 if choices.way.checkpointing else 0)
+    each = 2 + 2 + (2 if choices.setup.method == "full" else 0) + (2 if choices.setup.checkpointing else 0)
     return each * (facts.parameters - facts.embedding) * tokens
 
 
-def seconds(facts: ModelFacts, choices: Choices, tokens: int) -> float:
+def estimate_seconds(facts: ModelStats, choices: ResolvedSettings, tokens: int) -> float:
     """An estimate: `operations` at SHARE of the speed of a matrix product on the device."""
-    return operations(facts, choices, tokens) / (SHARE * speed(choices.device, choices.dtype))
+    return operations(facts, choices, tokens) / (SHARE * matmul_speed(choices.device, choices.dtype))
 
 
-def speed(device: str, dtype: str) -> float:
+def matmul_speed(device: str, dtype: str) -> float:
     """Operations a second of a matrix product, measured in a quarter of a second."""
     import torch
 

@@ -33,7 +33,7 @@ KNOWN_BY_ALL = "PreTrainedTokenizerFast"
 LEAKED = ("is_local", "local_files_only")  # how it was loaded: nobody else's business
 
 
-def write_side_files(
+def write_tokenizer_files(
     folder: Path, base: Path, tokenizer: PreTrainedTokenizerBase, *, changed: bool, template: str | None
 ) -> None:
     """The tokenizer's files into `folder`.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mergeforge.operations.synthetic_models import Shape, write_model
+from mergeforge.operations.synthetic_models import ModelShape, write_model
 from mergeforge.train.plan import TINY_STD, make_plan
 from mergeforge.train.run import train
 
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-SHAPE = Shape(512, 1408, 4, 8, 8, 8192)
+SHAPE = ModelShape(512, 1408, 4, 8, 8, 8192)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_it_learns_within_the_estimate(changed: dict[str, Any], settings: dict[s
     losses = [json.loads(line) for line in trained.folder.metrics.read_text().splitlines()]
     first, last = (next(one["loss"] for one in order if "loss" in one) for order in (losses, losses[::-1]))
     assert last < first and trained.validation_loss is not None and trained.validation_loss < first
-    assert trained.peak_memory - before <= plan.choices.estimate.total
+    assert trained.peak_memory - before <= plan.resolved.estimate.total
 
 
 def test_things_given_up_for_memory_change_no_loss(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mergeforge.operations.synthetic_models import write_model
-from mergeforge.train.plan import TINY_STD, Shape
+from mergeforge.train.plan import TINY_STD, ModelShape
 
-SHAPE = Shape(64, 176, 2, 4, 2, 320)
+SHAPE = ModelShape(64, 176, 2, 4, 2, 320)
 COLOURS = ("red", "blue", "green", "black", "white", "grey", "pink")
 
 

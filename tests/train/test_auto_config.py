@@ -13,14 +13,14 @@ import pytest
 
 from mergeforge.cli.recipes import shipped
 from mergeforge.errors import BudgetError
-from mergeforge.train.auto_config import Choices, Lengths, Machine, decide
-from mergeforge.train.memory_estimate import Way, estimate
-from mergeforge.train.model_stats import ModelFacts, model_facts
-from mergeforge.train.settings import Lora, read
+from mergeforge.train.auto_config import LengthStats, Machine, ResolvedSettings, resolve_settings
+from mergeforge.train.memory_estimate import TrainingSetup, estimate_memory
+from mergeforge.train.model_stats import ModelStats, model_stats
+from mergeforge.train.settings import LoraOptions, read
 
 GB = 10**9
 CARD = Machine("cuda:0", 8 * GB, "bf16")
-ROWS = Lengths(p95=700, p99=1000, longest=1800, rows=3000)
+ROWS = LengthStats(p95=700, p99=1000, longest=1800, rows=3000)
 LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 32768}
 QWEN: dict[str, Any] = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 MODELS: dict[str, dict[str, Any]] = {
@@ -72,14 +72,14 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def facts(name: str) -> ModelFacts:
+def facts(name: str) -> ModelStats:
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({"vocab_size": 32000, **LLAMA, **MODELS[name]}))
-        return model_facts(folder)
+        return model_stats(folder)
 
 
-def chosen(name: str, machine: Machine = CARD, lengths: Lengths = ROWS, **settings: Any) -> Choices:
-    return decide(read({"model": "m", "data": "d"} | settings), facts(name), lengths, machine)
+def chosen(name: str, machine: Machine = CARD, lengths: LengthStats = ROWS, **settings: Any) -> ResolvedSettings:
+    return resolve_settings(read({"model": "m", "data": "d"} | settings), facts(name), lengths, machine)
 
 
 def test_parameters_are_counted_without_weights() -> None:
@@ -87,7 +87,7 @@ def test_parameters_are_counted_without_weights() -> None:
     wanted = {"llama-2-7b": 6738415616, "mistral-7b": 7241732096, "llama-3.1-8b": 8030261248}
     wanted |= {"qwen2.5-3b": 3085938688, "qwen2.5-7b": 7615616512, "qwen2.5-14b": 14770033664}
     assert {name: facts(name).parameters for name in wanted} == wanted
-    assert facts("llama-2-7b").adapter_parameters(Lora(r=16)) == 39976960
+    assert facts("llama-2-7b").adapter_parameters(LoraOptions(r=16)) == 39976960
 
 
 @pytest.mark.parametrize(
@@ -95,29 +95,34 @@ def test_parameters_are_counted_without_weights() -> None:
 )
 def test_the_estimate_against_llama_factorys_table(tokens: int, published: int) -> None:
     """LLaMA 2 7B, QLoRA of rank 8, one sequence, all logits held; GB as its README gives them."""
-    way = Way("qlora", Lora(r=8), tokens, 1, "adamw", 2, ce_chunk=0, checkpointing=True)
-    found = estimate(facts("llama-2-7b"), way).total / 2**30
+    way = TrainingSetup("qlora", LoraOptions(r=8), tokens, 1, "adamw", 2, ce_chunk=0, checkpointing=True)
+    found = estimate_memory(facts("llama-2-7b"), way).total / 2**30
     assert published * 0.9 <= found <= published * 1.15
 
 
 @pytest.mark.parametrize("name", ["mistral-7b", "llama-3.1-8b", "qwen2.5-7b"])
 def test_eight_gigabytes_hold_a_7b(name: str) -> None:
     found = chosen(name, seq_len=1024)
-    assert found.estimate.total <= CARD.memory and found.way.seq_len == 1024 and found.way.lora.r == 16
-    assert f"{found.way.micro} sequence(s) a pass, with more passes for a step" in found.notes
+    assert found.estimate.total <= CARD.memory and found.setup.seq_len == 1024 and found.setup.lora.r == 16
+    assert f"{found.setup.micro_batch} sequence(s) a pass, with more passes for a step" in found.notes
 
 
 def test_things_are_given_up_in_order() -> None:
     sizes = [80, 24, 8, 6.5]
     found = [chosen("llama-3.1-8b", replace(CARD, memory=int(size * GB))) for size in sizes]
     assert [len(one.notes) for one in found] == sorted(len(one.notes) for one in found)
-    assert found[0].notes == () and found[0].way.micro == 8
-    assert found[-1].way.embed_on_cpu and found[-1].way.optimizer == "paged_adamw_8bit"
+    assert found[0].notes == () and found[0].setup.micro_batch == 8
+    assert found[-1].setup.embed_on_cpu and found[-1].setup.optimizer == "paged_adamw_8bit"
 
 
 def test_what_the_file_sets_stays() -> None:
     found = chosen("mistral-7b", optimizer="adamw", batch={"micro": 2}, lora={"r": 32}, memory={"ce_chunk": 512})
-    assert (found.way.optimizer, found.way.micro, found.way.lora.r, found.way.ce_chunk) == ("adamw", 2, 32, 512)
+    assert (found.setup.optimizer, found.setup.micro_batch, found.setup.lora.r, found.setup.ce_chunk) == (
+        "adamw",
+        2,
+        32,
+        512,
+    )
 
 
 def test_too_little_memory_is_an_error_by_part() -> None:
@@ -132,8 +137,8 @@ def test_rates_and_epochs_follow_model_and_data() -> None:
 
 
 def test_short_rows_are_packed_and_long_ones_are_not() -> None:
-    assert chosen("mistral-7b", lengths=Lengths(100, 150, 200, 1000)).pack
-    assert not chosen("mistral-7b", lengths=Lengths(1500, 1700, 1800, 1000)).pack
+    assert chosen("mistral-7b", lengths=LengthStats(100, 150, 200, 1000)).pack
+    assert not chosen("mistral-7b", lengths=LengthStats(1500, 1700, 1800, 1000)).pack
 
 
 @pytest.mark.parametrize("size", [6, 8, 12, 16, 24])
@@ -142,5 +147,5 @@ def test_shipped_settings_fit_their_card(size: int) -> None:
     assert settings.memory.budget == size * GB
     name = settings.model.rpartition("/")[2].lower().removesuffix("-instruct")
     machine = Machine("cuda:0", int(size * GB * 0.93), "bf16")  # of such a card that a desktop uses too
-    found = decide(settings, facts(name), ROWS, machine)
-    assert found.way.seq_len == settings.seq_len and found.way.lora.r == settings.lora.r
+    found = resolve_settings(settings, facts(name), ROWS, machine)
+    assert found.setup.seq_len == settings.seq_len and found.setup.lora.r == settings.lora.r

@@ -11,8 +11,8 @@ from support.training_runs import run
 
 from mergeforge.operations.synthetic_models import write_tokenizer
 from mergeforge.train.plan import make_plan
-from mergeforge.train.post_training import follow
-from mergeforge.train.settings import After, Merge
+from mergeforge.train.post_training import run_post_training
+from mergeforge.train.settings import MergeAfterTraining, PostTraining
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,
@@ -41,14 +41,14 @@ def test_adapter_and_merge_have_one_loss(family: str, settings: dict[str, Any], 
     settings |= {"model": str(base), "val": 8, "pack": True, "seq_len": 128, "lora": {"r": 4}, "epochs": 4}
     notes: list[str] = []
     trained = run(settings, listeners=[lambda line: notes.append(line["note"]) if "note" in line else None])
-    losses = trained.folder.noted("loss")
+    losses = trained.folder.metric_values("loss")
     assert losses[-1] < losses[0]
     assert any("does not keep packed rows apart" in note for note in notes) == (family in APART)
     plan = make_plan(settings, device="cpu")
-    followed = follow(plan, After(Merge(dtype="float32")))
+    followed = run_post_training(plan, PostTraining(MergeAfterTraining(dtype="float32")))
     assert followed.losses["original"] == pytest.approx(followed.losses["adapter"], rel=1e-5)
     found = sum(one.numel() for one in adapter_of(trained.folder.adapter).values())
-    planned = plan.facts.adapter_parameters(plan.choices.way.lora)
+    planned = plan.stats.adapter_parameters(plan.resolved.setup.lora)
     assert found <= 1.15 * planned and (found >= 0.85 * planned or family == "gpt_oss")  # PEFT leaves its experts out
 
 
@@ -64,7 +64,9 @@ def test_nf4_that_cannot_be_told_leaves_the_merge_on_the_original(settings: dict
     settings |= {"model": str(base), "val": 8, "method": "qlora"}
     run(settings)
     told: list[str] = []
-    followed = follow(make_plan(settings, device="cpu"), After(Merge()), tell=told.append)
+    followed = run_post_training(
+        make_plan(settings, device="cpu"), PostTraining(MergeAfterTraining()), tell=told.append
+    )
     assert followed.base_numerics == "original" and followed.merged and (followed.merged / "mergeforge.json").is_file()
     assert "base_numerics" not in (here / "run" / "merge.yaml").read_text()
 
@@ -75,7 +77,7 @@ def test_fused_experts_have_a_rank_and_alpha_of_their_own(settings: dict[str, An
     write_tokenizer(base)
     settings |= {"model": str(base), "val": 8, "lora": {"r": 4, "rslora": True}}
     run(settings)
-    followed = follow(make_plan(settings, device="cpu"), After(Merge(dtype="float32")))
+    followed = run_post_training(make_plan(settings, device="cpu"), PostTraining(MergeAfterTraining(dtype="float32")))
     assert followed.losses["original"] == pytest.approx(followed.losses["adapter"], rel=1e-5)
 
 
@@ -88,5 +90,8 @@ def test_qlora_and_its_merge_have_one_loss(family: str, settings: dict[str, Any]
     write_tokenizer(base)
     settings |= {"model": str(base), "val": 8, "method": "qlora", "lora": {"r": 4}}
     run(settings)
-    followed = follow(make_plan(settings, device="cpu"), After(Merge(dtype="float32", base_numerics="dequant_nf4")))
+    followed = run_post_training(
+        make_plan(settings, device="cpu"),
+        PostTraining(MergeAfterTraining(dtype="float32", base_numerics="dequant_nf4")),
+    )
     assert followed.losses["dequant_nf4"] == pytest.approx(followed.losses["adapter"], abs=1e-3)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergeforge.cli import run_command
 from mergeforge.data import load_tokenizer
 from mergeforge.eval import open_model
-from mergeforge.operations.synthetic_models import Shape, write_model
+from mergeforge.operations.synthetic_models import ModelShape, write_model
 from mergeforge.train.plan import TINY_STD, make_plan
 
 TOKENS = ("<output>", "</output>")
@@ -38,14 +38,14 @@ def loss(folder: str | Path, plan: Any, **options: Any) -> float:
     """Of the validation rows, by mergeforge eval's own scoring."""
     assert plan.data.validation is not None
     rows = [plan.data.validation[at] for at in range(len(plan.data.validation))]
-    scores = [score for _, score in open_model(str(folder), device="cpu", **options).scores(rows)]
+    scores = [score for _, score in open_model(str(folder), device="cpu", **options).score_rows(rows)]
     return sum(one.nll for one in scores) / sum(one.tokens for one in scores)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("vocab", [277, 320], ids=["grown", "roomy"])
 def test_rows_to_gguf(tied: bool, vocab: int, settings: dict[str, Any], here: Path) -> None:
-    shape = Shape(
+    shape = ModelShape(
         128, 384, 2, 4, 4, vocab, tied=tied
     )  # 256 blocks of 64 in a matrix: bitsandbytes' CPU kernel fails for less
     base = write_model(here / "base", shape, std=TINY_STD)

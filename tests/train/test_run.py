@@ -15,8 +15,8 @@ import torch
 from support.training_runs import adapter, lines, run, same
 
 from mergeforge.errors import BudgetError, MergeforgeError, MissingExtraError, OutputError
-from mergeforge.train.loop.memory_probe import probe
-from mergeforge.train.loop.setup import make_job
+from mergeforge.train.loop.memory_probe import probe_memory
+from mergeforge.train.loop.setup import make_context
 from mergeforge.train.plan import make_plan
 from mergeforge.train.resume import Resume
 
@@ -176,9 +176,9 @@ def test_a_run_leaves_what_it_promises(settings: Settings) -> None:
 
 
 def test_a_probe_leaves_nothing_behind(settings: Settings) -> None:
-    job, _ = make_job(make_plan(settings, device="cpu"))
+    job, _ = make_context(make_plan(settings, device="cpu"))
     state = torch.random.get_rng_state()
-    assert probe(job, 64) > 1e8
+    assert probe_memory(job, 64) > 1e8
     assert torch.random.get_rng_state().equal(state) and all(one.grad is None for one in job.model.parameters())
 
 

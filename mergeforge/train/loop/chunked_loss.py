@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from mergeforge.errors import RecipeError
 
-IGNORED = -100
+IGNORE_INDEX = -100
 Loss = Callable[[Tensor, Tensor, Any], Tensor]  # logits (n, vocabulary), labels (n), count -> the loss
-Head = Callable[[Tensor], Tensor]
+LossHead = Callable[[Tensor], Tensor]
 
 
-def install(model: PreTrainedModel, *, chunk: int, custom: Loss | None = None) -> str:
+def install_chunked_loss(model: PreTrainedModel, *, chunk: int, custom: Loss | None = None) -> str:
     """Make `model(input_ids, position_ids, labels, num_items_in_batch)` give {"loss": sum / count}.
 
     `chunk`: rows of logits at once, 0 for all of them. Returns a note where the model's head is one that cannot be
@@ -43,7 +43,7 @@ def install(model: PreTrainedModel, *, chunk: int, custom: Loss | None = None) -
         if labels is None:
             return stock(input_ids=input_ids, **given)
         targets = labels[:, 1:].reshape(-1)
-        trained = targets != IGNORED
+        trained = targets != IGNORE_INDEX
         targets = targets[trained]
         count = num_items_in_batch if num_items_in_batch is not None else max(len(targets), 1)
         if head is not None:
@@ -52,14 +52,14 @@ def install(model: PreTrainedModel, *, chunk: int, custom: Loss | None = None) -
             return {"loss": _in_chunks(rows, targets, head, chunk) / count + hidden.sum() * 0}
         logits = stock(input_ids=input_ids, use_cache=False, **given).logits
         rows = logits[:, :-1].reshape(-1, logits.shape[-1])[trained]
-        loss = custom(rows, targets, count) if custom else _summed(rows, targets) / count
+        loss = custom(rows, targets, count) if custom else _summed_loss(rows, targets) / count
         return {"loss": loss + logits.sum() * 0}
 
     model.forward = forward
     return "" if head is not None or not chunk else "its logits are held whole"
 
 
-def _in_chunks(rows: Tensor, targets: Tensor, head: Head, chunk: int) -> Tensor:
+def _in_chunks(rows: Tensor, targets: Tensor, head: LossHead, chunk: int) -> Tensor:
     """The sum over all rows; an empty batch gives a zero that has no gradient but a graph."""
     total = rows.sum() * 0.0
     for at in range(0, len(rows), chunk):
@@ -68,15 +68,15 @@ def _in_chunks(rows: Tensor, targets: Tensor, head: Head, chunk: int) -> Tensor:
     return total
 
 
-def _head_loss(head: Head, rows: Tensor, targets: Tensor) -> Tensor:
-    return _summed(head(rows), targets)
+def _head_loss(head: LossHead, rows: Tensor, targets: Tensor) -> Tensor:
+    return _summed_loss(head(rows), targets)
 
 
-def _summed(logits: Tensor, targets: Tensor) -> Tensor:
+def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def find_head(model: Any) -> Head | None:
+def find_head(model: Any) -> LossHead | None:
     """Hidden states -> logits, found by trying; None where no known form gives the model's own logits.
 
     lm_head alone, or with the soft cap of Gemma 2, the scale of Cohere, the divisor of Granite.
@@ -92,18 +92,18 @@ def find_head(model: Any) -> Head | None:
         logits: Tensor = model.get_output_embeddings()(hidden)  # asked for anew: an adapter may wrap it later
         return logits
 
-    forms: list[Head] = [lm_head]
+    forms: list[LossHead] = [lm_head]
     if cap:
         forms.append(lambda hidden: torch.tanh(lm_head(hidden) / cap) * cap)
     if scale:
         forms.append(lambda hidden: lm_head(hidden) * scale)
     if divisor:
         forms.append(lambda hidden: lm_head(hidden) / divisor)
-    return next((form for form in forms if _gives_its_logits(model, form)), None)
+    return next((form for form in forms if _returns_full_logits(model, form)), None)
 
 
 @torch.no_grad()
-def _gives_its_logits(model: Any, form: Head) -> bool:
+def _returns_full_logits(model: Any, form: LossHead) -> bool:
     device = model.get_output_embeddings().weight.device
     ids = torch.arange(1, 9, device=device)[None] % model.get_input_embeddings().weight.shape[0]
     training = model.training

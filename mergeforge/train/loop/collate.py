@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from mergeforge.train.loop.chunked_loss import IGNORED
+from mergeforge.train.loop.chunked_loss import IGNORE_INDEX
 
 MULTIPLE = 8  # of a batch's width: tensor cores like it
 
 
-class Store(Protocol):
+class SequenceStore(Protocol):
     """Rows of tokens and labels, as mergeforge.data.TokenStore keeps them."""
 
     def __len__(self) -> int: ...
@@ -30,10 +30,10 @@ class Store(Protocol):
 Rows = list[tuple[Tensor, Tensor]]  # tokens and labels of the rows of one sequence
 
 
-class Sequences(Dataset[Rows]):
+class PackedSequences(Dataset[Rows]):
     """What a sequence of the training set holds: rows of the store, by index."""
 
-    def __init__(self, store: Store, packs: Sequence[Sequence[int]]) -> None:
+    def __init__(self, store: SequenceStore, packs: Sequence[Sequence[int]]) -> None:
         self.store = store
         self.packs = packs
 
@@ -45,7 +45,7 @@ class Sequences(Dataset[Rows]):
         return [(torch.tensor(one.tokens), torch.tensor(one.labels)) for one in rows]
 
 
-class Shuffled(Sampler[int]):
+class EpochShuffler(Sampler[int]):
     """0..n-1 in an order that depends on (seed, epoch) alone: a resumed run sees the rows it would have seen."""
 
     def __init__(self, count: int, seed: int) -> None:
@@ -76,10 +76,10 @@ def collate(sequences: Sequence[Rows], *, pad: int, width: int | None = None) ->
 def _line(rows: Rows, pad: int, width: int) -> dict[str, Tensor]:
     empty = width - sum(len(tokens) for tokens, _ in rows)
     if empty:
-        rows = [*rows, (torch.full((empty,), pad), torch.full((empty,), IGNORED))]
+        rows = [*rows, (torch.full((empty,), pad), torch.full((empty,), IGNORE_INDEX))]
     labels = torch.cat([labels for _, labels in rows]).long()
     starts = torch.tensor([0, *(len(tokens) for tokens, _ in rows[:-1])]).cumsum(0)
-    labels[starts] = IGNORED  # the token before it is another row's
+    labels[starts] = IGNORE_INDEX  # the token before it is another row's
     return {
         "input_ids": torch.cat([tokens for tokens, _ in rows]).long(),
         "position_ids": torch.cat([torch.arange(len(tokens)) for tokens, _ in rows]),
@@ -88,7 +88,7 @@ def _line(rows: Rows, pad: int, width: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def keeps_rows_apart(model: Any) -> bool:
+def separates_packed_rows(model: Any) -> bool:
     """Whether two rows in one sequence get the logits that each gets alone. Tried, since not every model can."""
     size = model.get_input_embeddings().weight.shape[0]
     device = model.get_input_embeddings().weight.device

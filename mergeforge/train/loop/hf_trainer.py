@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mergeforge.train.loop.collate import Shuffled
-from mergeforge.train.loop.context import Job, Metrics, save_model, validation_sums
-from mergeforge.train.settings import EarlyStop
+from mergeforge.train.loop.collate import EpochShuffler
+from mergeforge.train.loop.context import MetricLogger, TrainingContext, save_model, validation_sums
+from mergeforge.train.settings import EarlyStopSettings
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclasses.dataclass
-class Stop:
+class StopSignal:
     """Asked for from outside, by Ctrl-C: finish the step, write a checkpoint, end."""
 
-    asked: bool = False
+    requested: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """How a run ended: its last step, the best validation loss and its step, whether it was stopped early."""
 
     step: int
@@ -38,12 +38,12 @@ class Outcome:
     stopped_early: bool = False
 
 
-def train(job: Job, checkpoint: Path | None, stop: Stop) -> Outcome:
+def train(job: TrainingContext, checkpoint: Path | None, stop: StopSignal) -> TrainingOutcome:
     """Train to the end, from a checkpoint if there is one.
 
     Raises torch.OutOfMemoryError; then the newest state is in a checkpoint of its own.
     """
-    run: Any = _Run(job, stop)
+    run: Any = _Trainer(job, stop)
     try:
         run.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
@@ -51,22 +51,22 @@ def train(job: Job, checkpoint: Path | None, stop: Stop) -> Outcome:
         run.save_state()
         raise
     state = run.state
-    return Outcome(
+    return TrainingOutcome(
         state.global_step,
         state.best_metric,
         state.best_global_step,
-        interrupted=stop.asked and state.global_step < state.max_steps,
+        interrupted=stop.requested and state.global_step < state.max_steps,
         stopped_early=run.timing.ended_early,
     )
 
 
-def arguments(job: Job) -> TrainingArguments:
+def arguments(job: TrainingContext) -> TrainingArguments:
     """transformers' TrainingArguments of a job. Fails loudly where this version lacks one of them."""
     settings, schedule = job.settings, job.schedule
     wanted: dict[str, Any] = {
         "output_dir": str(job.folder.root),
-        "per_device_train_batch_size": schedule.micro,
-        "gradient_accumulation_steps": schedule.accumulate,
+        "per_device_train_batch_size": schedule.micro_batch,
+        "gradient_accumulation_steps": schedule.accumulation_steps,
         "max_steps": schedule.total,
         "learning_rate": job.lr,
         "lr_scheduler_type": SCHEDULES[settings.schedule],
@@ -94,14 +94,14 @@ def arguments(job: Job) -> TrainingArguments:
     return TrainingArguments(**wanted)
 
 
-class _Run(Trainer):
+class _Trainer(Trainer):
     """transformers' loop over a job."""
 
-    def __init__(self, job: Job, stop: Stop) -> None:
+    def __init__(self, job: TrainingContext, stop: StopSignal) -> None:
         self.job = job
-        self.metrics_file = Metrics(job)
-        self.sampler = Shuffled(len(job.train), job.settings.seed)
-        self.timing = _Timing(self, stop, job.settings.early_stop)
+        self.metrics_file = MetricLogger(job)
+        self.sampler = EpochShuffler(len(job.train), job.settings.seed)
+        self.timing = _TrainerCallback(self, stop, job.settings.early_stop)
         callbacks: list[TrainerCallback] = [self.timing]
         super().__init__(
             model=job.model,
@@ -115,14 +115,14 @@ class _Run(Trainer):
             if type(one).__name__ == "PrinterCallback":
                 self.remove_callback(one)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochShuffler:
         return self.sampler
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.job.folder.partial)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self.metrics_file.saw(int((inputs["input_ids"] != self.job.pad).sum()) * self.args.world_size)
+        self.metrics_file.add_batch(int((inputs["input_ids"] != self.job.pad).sum()) * self.args.world_size)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -138,25 +138,25 @@ class _Run(Trainer):
         step = self.state.global_step
         self.metrics_file.note({"step": step, "epoch": step / self.job.schedule.per_epoch, "eval_loss": loss})
         self.log({"eval_loss": loss})
-        self.metrics_file.aside(time.monotonic() - started)
+        self.metrics_file.excluded_time(time.monotonic() - started)
         return {"eval_loss": loss}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers does it, but into a folder of another name, which is given its own when it is whole."""
         started = time.monotonic()
         folder, step = self.job.folder, self.state.global_step
-        if self.job.main:
+        if self.job.is_main:
             shutil.rmtree(folder.partial, ignore_errors=True)
             folder.partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        if self.job.main:
-            folder.adopt(folder.partial / f"checkpoint-{step}", step)
+        if self.job.is_main:
+            folder.commit_checkpoint(folder.partial / f"checkpoint-{step}", step)
             shutil.rmtree(folder.partial)
             folder.drop_old(self.job.settings.save.keep, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
-        self.metrics_file.aside(time.monotonic() - started)
+        self.metrics_file.excluded_time(time.monotonic() - started)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save and output_dir:
@@ -169,12 +169,12 @@ class _Run(Trainer):
             self._save_checkpoint(self.job.model, None)
 
 
-class _Timing(TrainerCallback):
+class _TrainerCallback(TrainerCallback):
     """When to validate, to write a checkpoint and to stop; passes each step's numbers on."""
 
-    def __init__(self, run: _Run, stop: Stop, early: EarlyStop | None) -> None:
+    def __init__(self, run: _Trainer, stop: StopSignal, early: EarlyStopSettings | None) -> None:
         self._run, self._stop, self._early = run, stop, early
-        self._losses = run.job.folder.noted("eval_loss")
+        self._losses = run.job.folder.metric_values("eval_loss")
         self.ended_early = False
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -188,7 +188,7 @@ class _Timing(TrainerCallback):
         if self._run.job.validation is not None:
             control.should_evaluate = last or within % schedule.evaluate == 0
         control.should_save = last or within % schedule.save == 0
-        if self._stop.asked:
+        if self._stop.requested:
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -210,11 +210,11 @@ class _Timing(TrainerCallback):
         if state.best_metric is None or loss < state.best_metric:
             state.best_metric, state.best_global_step = loss, state.global_step
             self._run.control.should_save = True
-        if self._early and without_gain(self._losses, self._early.threshold) >= self._early.patience:
+        if self._early and evaluations_without_gain(self._losses, self._early.threshold) >= self._early.patience:
             self.ended_early = self._run.control.should_training_stop = self._run.control.should_save = True
 
 
-def without_gain(losses: Sequence[float], threshold: float) -> int:
+def evaluations_without_gain(losses: Sequence[float], threshold: float) -> int:
     """How many of the last losses in a row are not lower than the best before by more than `threshold`."""
     best, since = float("inf"), 0
     for loss in losses:

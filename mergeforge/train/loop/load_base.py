@@ -14,26 +14,26 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from mergeforge.errors import SourceError
-from mergeforge.eval.load_transformers import keep_gradients_whole
+from mergeforge.eval.load_transformers import disable_bnb_repack
 
 NO_CODE = {"use_safetensors": True, "trust_remote_code": False}  # neither pickles nor a model's own Python
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadOptions:
     """How a base is loaded: folder, computing dtype (bf16, fp16, fp32), torch device, attention."""
 
     folder: str
     dtype: str
     device: str
-    quantise: bool
+    quantize: bool
     train_all: bool = False
     attention: str | None = None
     embed_on_cpu: bool = False
 
 
-def load_base(how: Loading) -> Any:
+def load_base(how: LoadOptions) -> Any:
     """The model (transformers.PreTrainedModel) on its device: frozen, or in float32 where all of it is trained.
 
     4 bit means NF4 with double quantisation, quantised tensor by tensor while it is read: host memory stays near
@@ -43,7 +43,7 @@ def load_base(how: Loading) -> Any:
     wanted = torch.float32 if how.train_all and how.dtype != "fp16" else DTYPES[how.dtype]
     given: dict[str, Any] = {"dtype": wanted, "device_map": {"": how.device}, **NO_CODE}
     given |= {"attn_implementation": how.attention} if how.attention else {}
-    if how.quantise and getattr(config, "quantization_config", None) is None:
+    if how.quantize and getattr(config, "quantization_config", None) is None:
         given["quantization_config"] = _nf4(how)
     try:
         model = AutoModelForCausalLM.from_pretrained(how.folder, **given)
@@ -51,23 +51,23 @@ def load_base(how: Loading) -> Any:
         raise SourceError(f"{how.folder} cannot be loaded: {str(error).splitlines()[0]}") from None
     model.config.use_cache = False
     model.requires_grad_(how.train_all)
-    keep_gradients_whole(model)
+    disable_bnb_repack(model)
     if how.embed_on_cpu:
         _keep_embedding_on_cpu(model)
     return model
 
 
-def _config(how: Loading) -> Any:
+def _config(how: LoadOptions) -> Any:
     config = AutoConfig.from_pretrained(how.folder, trust_remote_code=False)
     stored = getattr(config, "quantization_config", None) or {}
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    if method and (str(method) != "bitsandbytes" or not how.quantise):
+    if method and (str(method) != "bitsandbytes" or not how.quantize):
         hint = "train on the model that it was quantised from; bitsandbytes' 4 bit models work with method: qlora"
         raise SourceError(f"{how.folder} is quantised ({method})", hint=hint)
     return config
 
 
-def _nf4(how: Loading) -> BitsAndBytesConfig:
+def _nf4(how: LoadOptions) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -98,7 +98,7 @@ def checkpoint_activations(model: Any, *, offload: bool) -> None:
         model.gradient_checkpointing_enable(how)
 
 
-def make_room(model: Any, tokens: int) -> int:
+def resize_embeddings(model: Any, tokens: int) -> int:
     """Give embeddings (and lm_head) rows for a vocabulary of `tokens`; the number of rows. Never shrinks.
 
     No rows are added for alignment: each new row is a token's, so the adapter's token rows alone tell the whole table.
@@ -111,10 +111,10 @@ def make_room(model: Any, tokens: int) -> int:
     model.resize_token_embeddings(tokens, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:
-            _fill(layer.weight, rows)
+            _initialize_rows(layer.weight, rows)
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 @torch.no_grad()
-def _fill(weight: Tensor, rows: int) -> None:
+def _initialize_rows(weight: Tensor, rows: int) -> None:
     weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)

@@ -10,16 +10,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from mergeforge.errors import RecipeError, listing
+from mergeforge.errors import RecipeError, format_list
 from mergeforge.train.model_stats import left_alone
-from mergeforge.train.settings import Lora
+from mergeforge.train.settings import LoraOptions
 
 ALL = "all-linear"
 PLAIN = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 INITS: dict[str, Any] = {"default": True}
 
 
-def with_adapter(model: PreTrainedModel, lora: Lora, new_tokens: Sequence[int]) -> PeftModel:
+def with_adapter(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int]) -> PeftModel:
     """The model with a LoRA adapter; of `new_tokens` (ids) the embedding and lm_head rows are trained too.
 
     Adapters are float32 whatever the base is. Raises RecipeError where no module is called as `targets` say.
@@ -28,7 +28,7 @@ def with_adapter(model: PreTrainedModel, lora: Lora, new_tokens: Sequence[int]) 
         adapted = get_peft_model(model, lora_config(model, lora, new_tokens))
     except ValueError as error:
         names = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if _is_linear(one)})
-        hint = f"its linear modules: {listing(names, 12)}"
+        hint = f"its linear modules: {format_list(names, 12)}"
         raise RecipeError(f"the adapter does not fit the model: {str(error).splitlines()[0]}", hint=hint) from None
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -36,7 +36,7 @@ def with_adapter(model: PreTrainedModel, lora: Lora, new_tokens: Sequence[int]) 
     return adapted
 
 
-def lora_config(model: PreTrainedModel, lora: Lora, new_tokens: Sequence[int]) -> LoraConfig:
+def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int]) -> LoraConfig:
     """PEFT's configuration of the settings."""
     rank = lora.r or 16
     targets: Any = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets or ALL

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from mergeforge.train.loop.context import Job, autocast, memory_used
+from mergeforge.train.loop.context import TrainingContext, autocast, memory_used
 
 
-def probe(job: Job, seq_len: int) -> int:
+def probe_memory(job: TrainingContext, seq_len: int) -> int:
     """Forward and backward of a full batch of `seq_len` tokens with a label each; the peak in bytes.
 
     Leaves no gradient and no random number drawn. Raises torch.OutOfMemoryError.
     """
     vocabulary = int(job.inner.get_input_embeddings().weight.shape[0])
     tokens = (
-        torch.arange(job.schedule.micro * seq_len, device=job.device).view(job.schedule.micro, seq_len) % vocabulary
+        torch.arange(job.schedule.micro_batch * seq_len, device=job.device).view(job.schedule.micro_batch, seq_len)
+        % vocabulary
     )
     positions = torch.arange(seq_len, device=job.device).expand_as(tokens)
     states = torch.random.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from mergeforge.eval.load_transformers import Loaded
+from mergeforge.eval.load_transformers import LoadedModel
 from mergeforge.eval.prompts import prompt_tokens
 from mergeforge.eval.sampling import Sampling
-from mergeforge.eval.transformers_backend import TorchModel
-from mergeforge.train.loop.chunked_loss import IGNORED
-from mergeforge.train.loop.collate import Store
-from mergeforge.train.loop.context import Job
+from mergeforge.eval.transformers_backend import TransformersModel
+from mergeforge.train.loop.chunked_loss import IGNORE_INDEX
+from mergeforge.train.loop.collate import SequenceStore
+from mergeforge.train.loop.context import TrainingContext
 from mergeforge.train.plan import TrainPlan
 
 COUNT = 3  # prompts that are taken from the data where the settings give none
 
 
-class Samples:
+class SampleGenerator:
     """Prompts, from the settings or the data, and the model that answers them greedily."""
 
-    def __init__(self, plan: TrainPlan, job: Job) -> None:
+    def __init__(self, plan: TrainPlan, job: TrainingContext) -> None:
         self._plan = plan
         self._job = job
         own = plan.settings.eval.samples
@@ -30,10 +30,10 @@ class Samples:
         training, cache = model.training, model.config.use_cache
         model.eval()
         model.config.use_cache = True
-        loaded = Loaded(model, self._plan.tokenizer, None, 0, self._job.device, self._plan.base)
-        answerer = TorchModel(self._plan.base, loaded, self._plan.data.template)
+        loaded = LoadedModel(model, self._plan.tokenizer, None, 0, self._job.device, self._plan.base)
+        answerer = TransformersModel(self._plan.base, loaded, self._plan.data.template)
         try:
-            return {text: answerer.answer(tokens, sampling).text for text, tokens in self._prompts.items()}
+            return {text: answerer.generate(tokens, sampling).text for text, tokens in self._prompts.items()}
         finally:
             model.config.use_cache = cache
             model.train(training)
@@ -43,12 +43,12 @@ class Samples:
         messages = {text: [{"role": "user", "content": text}] for text in texts}
         return {text: list(prompt_tokens(tokenizer, one, template)) for text, one in messages.items()}
 
-    def _from_data(self, store: Store) -> dict[str, list[int]]:
+    def _from_data(self, store: SequenceStore) -> dict[str, list[int]]:
         """What stands before the first trained token of the first rows."""
         found: dict[str, list[int]] = {}
         for at in range(min(COUNT, len(store))):
             row = store[at]
-            first = int((row.labels != IGNORED).argmax())
+            first = int((row.labels != IGNORE_INDEX).argmax())
             tokens = row.tokens[:first].tolist()
             if tokens:
                 found[str(self._plan.tokenizer.decode(tokens, skip_special_tokens=True)).strip()] = tokens

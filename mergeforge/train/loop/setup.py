@@ -12,23 +12,23 @@ from transformers import set_seed
 from mergeforge.hub.download import fetch
 from mergeforge.train.distributed import is_main
 from mergeforge.train.loop import chunked_loss, collate, load_base, lora
-from mergeforge.train.loop.context import Job, Listener
+from mergeforge.train.loop.context import MetricCallback, TrainingContext
 from mergeforge.train.plan import TrainPlan
-from mergeforge.train.tokenizer_files import write_side_files
+from mergeforge.train.tokenizer_files import write_tokenizer_files
 
 SMALL = 20_000_000  # parameters below which one thread beats several: 0.1 s a step instead of 0.3 to 1.0 s on two cores
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_32bit": "adamw_torch"}  # the others are called as transformers calls them
 
 
-def make_job(plan: TrainPlan, listeners: Sequence[Listener] = ()) -> tuple[Job, list[str]]:
+def make_context(plan: TrainPlan, listeners: Sequence[MetricCallback] = ()) -> tuple[TrainingContext, list[str]]:
     """Everything that a loop takes, and notes on what this model cannot do."""
-    settings, way = plan.settings, plan.choices.way
+    settings, way = plan.settings, plan.resolved.setup
     set_seed(settings.seed)
-    if plan.choices.device == "cpu" and plan.facts.parameters < SMALL:
+    if plan.resolved.device == "cpu" and plan.stats.parameters < SMALL:
         torch.set_num_threads(1)
     base = _load(plan)
-    packed = plan.choices.pack and collate.keeps_rows_apart(base)
-    note = chunked_loss.install(base, chunk=way.ce_chunk, custom=chunked_loss.custom_loss(settings.loss))
+    packed = plan.resolved.pack and collate.separates_packed_rows(base)
+    note = chunked_loss.install_chunked_loss(base, chunk=way.ce_chunk, custom=chunked_loss.custom_loss(settings.loss))
     if way.checkpointing:
         load_base.checkpoint_activations(base, offload=way.offload)
     model: Any = base
@@ -37,24 +37,24 @@ def make_job(plan: TrainPlan, listeners: Sequence[Listener] = ()) -> tuple[Job, 
         model.peft_config["default"].base_model_name_or_path = named(plan.base)
         model.peft_config["default"].revision = plan.revision
     packs, validation = plan.packs(packed=packed), plan.data.validation
-    job = Job(
+    job = TrainingContext(
         settings=settings,
         model=model,
-        train=collate.Sequences(plan.data.train, packs),
-        validation=collate.Sequences(validation, plan.validation_packs(packed=packed)) if validation else None,
+        train=collate.PackedSequences(plan.data.train, packs),
+        validation=collate.PackedSequences(validation, plan.validation_packs(packed=packed)) if validation else None,
         schedule=plan.schedule(len(packs)),
         folder=plan.folder,
-        lr=plan.choices.lr,
-        optimizer=_optimizer(way.optimizer, plan.choices.device),
-        dtype=plan.choices.dtype,
-        device=plan.choices.device,
+        lr=plan.resolved.lr,
+        optimizer=_optimizer(way.optimizer, plan.resolved.device),
+        dtype=plan.resolved.dtype,
+        device=plan.resolved.device,
         pad=_pad(plan.tokenizer),
-        write_side_files=lambda into: _side_files(plan, into),
-        listeners=list(listeners),
-        main=is_main(),
+        write_tokenizer_files=lambda into: _tokenizer_files(plan, into),
+        callbacks=list(listeners),
+        is_main=is_main(),
     )
     apart = "this model does not keep packed rows apart: each row has a sequence of its own"
-    return job, [one for one in (apart if plan.choices.pack and not packed else "", note) if one]
+    return job, [one for one in (apart if plan.resolved.pack and not packed else "", note) if one]
 
 
 def named(base: str) -> str:
@@ -66,17 +66,17 @@ def _load(plan: TrainPlan) -> Any:
     """The base on its device, with rows for the tokens that were added."""
     settings = plan.settings
     folder = fetch(plan.base, plan.revision, ("model",)).path
-    how = load_base.Loading(
+    how = load_base.LoadOptions(
         str(folder),
-        plan.choices.dtype,
-        plan.choices.device,
-        quantise=settings.method == "qlora",
+        plan.resolved.dtype,
+        plan.resolved.device,
+        quantize=settings.method == "qlora",
         train_all=settings.method == "full",
         attention=settings.attention,
-        embed_on_cpu=plan.choices.way.embed_on_cpu,
+        embed_on_cpu=plan.resolved.setup.embed_on_cpu,
     )
     model = load_base.load_base(how)
-    load_base.make_room(model, len(plan.tokenizer))
+    load_base.resize_embeddings(model, len(plan.tokenizer))
     return model
 
 
@@ -91,6 +91,6 @@ def _pad(tokenizer: Any) -> int:
     return int(found or 0)
 
 
-def _side_files(plan: TrainPlan, into: Path) -> None:
+def _tokenizer_files(plan: TrainPlan, into: Path) -> None:
     template = None if plan.template_is_own else plan.data.template
-    write_side_files(into, plan.small, plan.tokenizer, changed=bool(plan.new_tokens), template=template)
+    write_tokenizer_files(into, plan.is_generated, plan.tokenizer, changed=bool(plan.new_tokens), template=template)

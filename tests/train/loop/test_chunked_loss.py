@@ -20,7 +20,7 @@ def masked(rows: collate.Rows) -> collate.Rows:
     found = []
     for tokens, labels in rows:
         labels = labels.clone()
-        labels[: len(labels) // 3] = chunked_loss.IGNORED
+        labels[: len(labels) // 3] = chunked_loss.IGNORE_INDEX
         found.append((tokens, labels))
     return found
 
@@ -37,7 +37,7 @@ def plainly(model: Any, rows: collate.Rows) -> torch.Tensor:
     for tokens, labels in rows:
         logits = model(input_ids=tokens[None]).logits[0]
         total = total + torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
-        count += int((labels[1:] != chunked_loss.IGNORED).sum())
+        count += int((labels[1:] != chunked_loss.IGNORE_INDEX).sum())
     return total / count
 
 
@@ -48,10 +48,10 @@ def test_packed_and_chunked_against_plain(family: str, chunk: int, tmp_path: Pat
     expected = plainly(model, rows)
     expected.backward()
     wanted = gradients(model)
-    assert collate.keeps_rows_apart(model)
-    assert chunked_loss.install(model, chunk=chunk) == ""
+    assert collate.separates_packed_rows(model)
+    assert chunked_loss.install_chunked_loss(model, chunk=chunk) == ""
     packed = collate.collate([rows[:3], rows[3:]], pad=0)
-    count = (packed["labels"] != chunked_loss.IGNORED).sum()
+    count = (packed["labels"] != chunked_loss.IGNORE_INDEX).sum()
     found = model(**packed, num_items_in_batch=count)["loss"]
     found.backward()
     assert abs(found.item() - expected.item()) < 1e-6
@@ -61,8 +61,8 @@ def test_packed_and_chunked_against_plain(family: str, chunk: int, tmp_path: Pat
 
 def test_no_label_gives_a_loss_of_zero_that_has_a_graph(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_tiny(tmp_path, "llama"))
-    chunked_loss.install(model, chunk=4)
-    batch = collate.collate([[(torch.arange(6), torch.full((6,), chunked_loss.IGNORED))]], pad=0)
+    chunked_loss.install_chunked_loss(model, chunk=4)
+    batch = collate.collate([[(torch.arange(6), torch.full((6,), chunked_loss.IGNORE_INDEX))]], pad=0)
     found = model(**batch, num_items_in_batch=1)["loss"]
     found.backward()
     assert found.item() == 0
@@ -72,4 +72,4 @@ def test_a_model_that_sees_other_rows_is_found_out(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_tiny(tmp_path, "llama")).eval()
     stock = model.forward
     model.forward = lambda input_ids, position_ids, **given: stock(input_ids=input_ids, **given)
-    assert not collate.keeps_rows_apart(model)
+    assert not collate.separates_packed_rows(model)
