@@ -6,28 +6,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource
+from mergeforge.checkpoints.checkpoint import Checkpoint
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.core.file_names import MODEL_CARD
 from mergeforge.core.sizes import format_size
+from mergeforge.hub.model_card import LICENSE_KEYS, MERGEFORGE, read_front_matter, write_card
 from mergeforge.planner import Plan
-
-LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def model_card(plan: Plan) -> str:
     """The front matter for the Hub, and a body that says how the model was made."""
-    front = yaml.safe_dump(_front_matter(plan), sort_keys=False, allow_unicode=True)
     recipe = plan.recipe.to_yaml().strip()
     counts = Counter(plan.summaries.values())
     rows = "\n".join(f"| {count} | {summary} |" for summary, count in counts.most_common())
     sources = "\n".join(f"- {_describe(checkpoint)}" for checkpoint in plan.inputs.checkpoints)
-    return f"""---
-{front}---
-# {plan.out.absolute().name}
-
-Merged with [mergeforge](https://pypi.org/project/mergeforge/) by the method `{plan.recipe.method_name}`.
+    body = f"""Merged with {MERGEFORGE} by the method `{plan.recipe.method_name}`.
 
 ## Inputs
 
@@ -48,6 +41,7 @@ checksum of every tensor; `mergeforge verify` checks them.
 {recipe}
 ```
 """
+    return write_card(_front_matter(plan), plan.out.absolute().name, body)
 
 
 def _front_matter(plan: Plan) -> dict[str, Any]:
@@ -137,9 +131,5 @@ def _describe(checkpoint: Checkpoint) -> str:
 
 def _license(model: ModelSource) -> dict[str, Any]:
     """The license fields of the input's own model card: copied, never invented."""
-    try:
-        text = (model.folder / MODEL_CARD).read_text(encoding="utf-8")
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
-        return {}
-    return {key: front[key] for key in LICENSE_KEYS if key in front} if isinstance(front, dict) else {}
+    front = read_front_matter(model.folder / MODEL_CARD)
+    return {key: front[key] for key in LICENSE_KEYS if key in front}

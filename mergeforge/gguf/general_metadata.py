@@ -14,11 +14,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mergeforge.gguf.key_values import Keys, Value, array, f32, i32, text, u32
+from mergeforge.core.file_names import MODEL_CARD
+from mergeforge.gguf.key_values import Keys, Value, array, f32, i32, string, u32
+from mergeforge.hub.model_card import front_matter
 from mergeforge.io.aux_files import AuxFiles
 
 _SAMPLING = (  # key under general.sampling, names in generation_config.json, type
-    ("sequence", ("sequence",), text),
+    ("sequence", ("sequence",), string),
     ("top_k", ("top_k",), i32),
     ("top_p", ("top_p",), f32),
     ("min_p", ("min_p",), f32),
@@ -71,7 +73,7 @@ def parameter_counts(tensors: Mapping[str, tuple[int, ...]]) -> ParameterCounts:
     return ParameterCounts(total, total - inside, expert, experts // stacks if stacks else 0)
 
 
-def metadata(
+def general_keys(
     files: AuxFiles,
     config: Mapping[str, Any],
     folder_name: str,
@@ -86,7 +88,7 @@ def metadata(
     """
     found = _found(files, config, folder_name, sizes)
     keys = _sampling(files)
-    keys["general.name"] = text(name or found.name or folder_name)
+    keys["general.name"] = string(name or found.name or folder_name)
     found.size_label = found.size_label or (sizes.label if sizes.total > 0 else None)
     if isinstance(found.license, list):
         found.license = ",".join(map(str, found.license))
@@ -125,23 +127,11 @@ def _sampling(files: AuxFiles) -> dict[str, Value]:
 
 
 def _card(files: AuxFiles) -> dict[str, Any]:
-    """README.md's front matter; nothing where there is none, or none that is YAML."""
-    import yaml
-
+    """The front matter of README.md; empty where there is none."""
     try:
-        lines = files["README.md"].read_text("utf-8").splitlines()
+        return front_matter(files[MODEL_CARD].read_text("utf-8"))
     except (KeyError, OSError, UnicodeDecodeError):
         return {}
-    if not lines or lines[0] != "---":
-        return {}
-    stop = lines.index("---", 1) if "---" in lines[1:] else len(lines)
-    # YAML takes the language code "no" for false, and refuses tabs, which some cards have.
-    matter = "\n".join(lines[1:stop]).replace("\t", "  ") + "\n"
-    try:
-        card = yaml.safe_load(matter.replace("- no\n", '- "no"\n'))
-    except yaml.YAMLError:
-        return {}
-    return card if isinstance(card, dict) else {}
 
 
 def _put_parents(keys: dict[str, Value], kind: str, parents: list[Any] | None) -> None:
@@ -155,4 +145,4 @@ def _put_parents(keys: dict[str, Value], kind: str, parents: list[Any] | None) -
 
 def _put(keys: dict[str, Value], key: str, value: Any) -> None:
     if value is not None and value != "":
-        keys[key] = text(value)
+        keys[key] = string(value)

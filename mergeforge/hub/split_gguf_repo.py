@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mergeforge.core.file_names import MODEL_CARD, RECEIPT
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import MALFORMED_ERRORS, SourceError
+from mergeforge.hub.model_card import LICENSE_KEYS, MERGEFORGE, read_front_matter, write_card
 from mergeforge.hub.publish import Publication, plan_publication
 
 MODELFILE, CONFIG = "Modelfile", "config.json"
-COPIED_KEYS = ("license", "license_name", "license_link", "language")  # from the model card to that of the GGUF files
+COPIED_KEYS = (*LICENSE_KEYS, "language")  # from the model card to that of the GGUF files
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,12 @@ def _tensors(receipt: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _card(folder: Path, names: list[str], model: str, repo: str) -> str:
     front: dict[str, Any] = {"base_model": [model], "base_model_relation": "quantized", "library_name": "gguf"}
     front |= {"tags": ["mergeforge", "gguf"]} | {
-        key: value for key, value in _front(folder).items() if key in COPIED_KEYS
+        key: value for key, value in read_front_matter(folder / MODEL_CARD).items() if key in COPIED_KEYS
     }
     ggufs = [name for name in names if name.endswith(".gguf")]
     rows = "\n".join(f"| {name} | {format_size((folder / name).stat().st_size)} |" for name in ggufs)
     label = ggufs[0].removesuffix(".gguf").rpartition("-")[2]
-    head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"""---
-{head}---
-# {repo.rpartition("/")[2]}
-
-GGUF files of [{model}](https://huggingface.co/{model}), encoded by [mergeforge](https://pypi.org/project/mergeforge/).
+    body = f"""GGUF files of [{model}](https://huggingface.co/{model}), encoded by {MERGEFORGE}.
 
 | file | size |
 |---|---|
@@ -108,16 +102,7 @@ llama-server -hf {repo}:{label}
 ollama run hf.co/{repo}:{label}
 ```
 """
-
-
-def _front(folder: Path) -> dict[str, Any]:
-    """The front matter of the folder's model card; empty if there is none."""
-    try:
-        text = (folder / MODEL_CARD).read_text(encoding="utf-8")
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
-        return {}
-    return front if isinstance(front, dict) else {}
+    return write_card(front, repo.rpartition("/")[2], body)
 
 
 @contextmanager
