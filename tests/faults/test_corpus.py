@@ -49,12 +49,12 @@ def place(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_there_are_enough() -> None:
+def test_the_corpus_is_large_enough() -> None:
     assert len(CASES) >= 150 and len({str(case) for case in CASES}) == len(CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_refused(place: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_files_are_refused(place: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     changed = place / case.file
     data = changed.read_bytes() if changed.exists() else b""
     changed.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from support.faults.tally import Tally
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError
 from mergeforge.execute import executor
-from mergeforge.execute.journal import NAME, read_journal
+from mergeforge.execute.journal import JOURNAL_NAME, read_journal
 from mergeforge.io.disk import sync_folder
 from mergeforge.planner import WORK
 
@@ -33,7 +33,7 @@ def failing(code: int) -> Callable[..., Any]:
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_full_at_every_write(
+def test_a_full_disk_at_every_write(
     world: World, out: Path, monkeypatch: pytest.MonkeyPatch, strike: Strike, code: int, tally: Tally
 ) -> None:
     reference, plan, number = world.reference(), world.plan(out), 1
@@ -42,7 +42,7 @@ def test_full_at_every_write(
         with monkeypatch.context() as patch:
             strikes = strike(("pwrite", "write"), number, failing(code), lasting=True, patch=patch)
             try:
-                executor.merge(plan)
+                executor.run_plan(plan)
                 break
             except BudgetError as error:
                 assert error.exit_code == 4
@@ -50,7 +50,7 @@ def test_full_at_every_write(
         with tally.run():
             assert strikes.struck
             assert_nothing_half_done(out, reference)
-            executor.merge(plan)
+            executor.run_plan(plan)
             assert digests(out) == reference, f"full at write {number}"
         shutil.rmtree(out)
         number += step
@@ -59,7 +59,7 @@ def test_full_at_every_write(
 
 
 @pytest.mark.usefixtures("eager")
-def test_fsync_that_fails_is_fatal(
+def test_a_failing_fsync_is_fatal(
     world: World, out: Path, monkeypatch: pytest.MonkeyPatch, strike: Strike, tally: Tally
 ) -> None:
     """Linux reports a lost write once and then says that all is well: the second answer must not be believed."""
@@ -68,7 +68,7 @@ def test_fsync_that_fails_is_fatal(
         with monkeypatch.context() as patch:
             strikes = strike(("fsync", "write"), number, failing(errno.EIO), patch=patch)
             try:
-                executor.merge(plan)
+                executor.run_plan(plan)
                 break
             except MergeforgeError as error:
                 assert error.exit_code == 1
@@ -84,30 +84,30 @@ def test_fsync_that_fails_is_fatal(
     assert number > 40
 
 
-def test_short_writes_are_gone_on_with(world: World, out: Path, strike: Strike) -> None:
+def test_short_writes_are_continued(world: World, out: Path, strike: Strike) -> None:
     def short(original: Any, fd: int, data: Any, *offset: int) -> Any:
         return original(fd, bytes(data)[:100], *offset)
 
     strikes = strike(("pwrite", "write"), 1, short, lasting=True)
-    executor.merge(world.plan(out))
+    executor.run_plan(world.plan(out))
     assert digests(out) == world.reference()
     assert len(strikes.calls) > 200
 
 
-def test_refused_before_writing_when_the_disk_is_too_small(
+def test_a_disk_that_is_too_small_is_refused_before_writing(
     world: World, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(world.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(BudgetError, match=r"1\.0 KB free") as caught:
-        executor.merge(world.plan(out))
-    assert "--out DIR" in caught.value.hint
+        executor.run_plan(world.plan(out))
+    assert "--out DIR" in caught.value.command_hint
     assert not list(out.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["4k", "16k", "28k", "40k", "56k", "64k", "72k"])
-def test_a_disk_that_is_really_full(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+def test_a_full_tmpfs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
@@ -116,33 +116,33 @@ def test_a_disk_that_is_really_full(world: World, tmp_path: Path, monkeypatch: p
     try:
         plan = world.plan(disk / "out")
         with pytest.raises(BudgetError):
-            executor.merge(plan)
+            executor.run_plan(plan)
         monkeypatch.setattr(executor.Workspace.__module__ + ".check_disk", lambda plan: None)  # it fills up later
         with pytest.raises(BudgetError):
-            executor.merge(plan)
+            executor.run_plan(plan)
         assert_nothing_half_done(disk / "out", world.reference())
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-        executor.merge(plan)
+        executor.run_plan(plan)
         assert digests(disk / "out") == world.reference()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_unwritable_places_are_refused(world: World, tmp_path: Path) -> None:
+def test_unwritable_output_paths_are_refused(world: World, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for place in (file, file / "below", tmp_path / "dangling", tmp_path / ("x" * 300), Path("/proc/mergeforge-test")):
         with pytest.raises(OutputError) as caught:
-            executor.merge(world.plan(place))
+            executor.run_plan(world.plan(place))
         assert place.name[:40] in str(caught.value)
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
-def test_a_folder_that_may_not_be_written(world: World, out: Path, strike: Strike, code: int) -> None:
+def test_a_folder_without_write_permission(world: World, out: Path, strike: Strike, code: int) -> None:
     strike(("mkdir",), 1, failing(code), lasting=True)
     with pytest.raises(OutputError, match="cannot be written"):
-        executor.merge(world.plan(out))
+        executor.run_plan(world.plan(out))
 
 
 def test_filesystems_that_cannot_sync_a_folder(tmp_path: Path, strike: Strike) -> None:
@@ -159,7 +159,7 @@ def interrupted(world: World, out: Path, strike: Strike, eager: None) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         strike(("fsync",), 30, failing(errno.EIO), patch=patch)
         with pytest.raises(MergeforgeError):
-            executor.merge(world.plan(out))
+            executor.run_plan(world.plan(out))
     return out / WORK
 
 
@@ -173,7 +173,7 @@ def tiles_written(world: World, out: Path, strike: Strike) -> int:
         return original(fd, data, offset)
 
     strike(("pwrite",), 1, note, lasting=True)
-    executor.merge(world.plan(out))
+    executor.run_plan(world.plan(out))
     assert digests(out) == world.reference()
     return len(writes)
 
@@ -189,42 +189,42 @@ def noted(folder: Path) -> dict[Tile, Any]:
     return journal.done
 
 
-def test_finished_tiles_are_not_computed_again(world: World, out: Path, interrupted: Path, strike: Strike) -> None:
+def test_finished_tiles_are_not_recomputed(world: World, out: Path, interrupted: Path, strike: Strike) -> None:
     done, tiles = len(noted(interrupted)), sum(len(piece.tiles) for piece in world.plan(out).tensor_plans)
     assert 3 < done < tiles
     assert tiles_written(world, out, strike) == tiles - done
 
 
-def test_a_torn_journal_counts_up_to_its_last_whole_line(world: World, out: Path, interrupted: Path) -> None:
-    whole = (interrupted / NAME).read_bytes()
+def test_a_torn_journal_is_used_up_to_its_last_complete_line(world: World, out: Path, interrupted: Path) -> None:
+    whole = (interrupted / JOURNAL_NAME).read_bytes()
     before = len(noted(interrupted))
     for cut in (len(whole) - 1, len(whole) - 20, whole.rindex(b"\n", 0, -1) + 4):
-        (interrupted / NAME).write_bytes(whole[:cut])
+        (interrupted / JOURNAL_NAME).write_bytes(whole[:cut])
         assert len(noted(interrupted)) == before - 1
-        assert (interrupted / NAME).read_bytes() == whole[: whole.rindex(b"\n", 0, -1) + 1]
-    executor.merge(world.plan(out))
+        assert (interrupted / JOURNAL_NAME).read_bytes() == whole[: whole.rindex(b"\n", 0, -1) + 1]
+    executor.run_plan(world.plan(out))
     assert digests(out) == world.reference()
 
 
-def test_a_damaged_journal_line_is_not_believed(world: World, out: Path, interrupted: Path) -> None:
-    lines = (interrupted / NAME).read_bytes().splitlines(keepends=True)
+def test_a_damaged_journal_line_is_ignored(world: World, out: Path, interrupted: Path) -> None:
+    lines = (interrupted / JOURNAL_NAME).read_bytes().splitlines(keepends=True)
     lines[2] = lines[2].replace(b'"tile"', b'"tilt"')
-    (interrupted / NAME).write_bytes(b"".join(lines))
+    (interrupted / JOURNAL_NAME).write_bytes(b"".join(lines))
     assert len(noted(interrupted)) == 1
-    executor.merge(world.plan(out))
+    executor.run_plan(world.plan(out))
     assert digests(out) == world.reference()
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage\n", b"\x00" * 300])
-def test_a_journal_without_a_first_line_is_started_again(
+def test_a_journal_without_a_first_line_is_discarded(
     world: World, out: Path, interrupted: Path, content: bytes
 ) -> None:
-    (interrupted / NAME).write_bytes(content)
-    executor.merge(world.plan(out))
+    (interrupted / JOURNAL_NAME).write_bytes(content)
+    executor.run_plan(world.plan(out))
     assert digests(out) == world.reference()
 
 
-def test_a_damaged_tile_is_found_and_computed_again(world: World, out: Path, interrupted: Path, strike: Strike) -> None:
+def test_a_damaged_tile_is_found_and_recomputed(world: World, out: Path, interrupted: Path, strike: Strike) -> None:
     plan, done = world.plan(out), noted(interrupted)
     tile = next(iter(done))
     extent = plan.checkpoint.extents[tile.name]
@@ -237,10 +237,10 @@ def test_a_damaged_tile_is_found_and_computed_again(world: World, out: Path, int
     assert tiles_written(world, out, strike) == tiles - len(done) + 1
 
 
-def test_a_tile_that_was_mended_is_synced(world: World, out: Path, strike: Strike, eager: None) -> None:
+def test_a_rewritten_tile_is_synced(world: World, out: Path, strike: Strike, eager: None) -> None:
     """All tiles noted, one damaged: writing it again changes nothing in the journal, but must reach the disk."""
     plan = world.plan(out)
-    stopped = executor.run(plan)
+    stopped = executor.run_tiles(plan)
     tiles = [next(stopped) for _ in range(sum(len(piece.tiles) for piece in plan.tensor_plans))]
     stopped.close()
     assert len(noted(out / WORK)) == len(tiles)
@@ -255,15 +255,15 @@ def test_a_tile_that_was_mended_is_synced(world: World, out: Path, strike: Strik
         return original(fd, *arguments)
 
     strike(("pwrite", "fsync"), 1, note, lasting=True)
-    executor.merge(plan)
+    executor.run_plan(plan)
     assert digests(out) == world.reference()
     path = str(out / WORK / extent.file)
     assert events.index(("fsync", path)) > max(at for at, event in enumerate(events) if event == ("pwrite", path))
 
 
 @pytest.mark.parametrize("nbytes", [0, 5, 100_000])
-def test_staged_files_of_another_size(world: World, out: Path, interrupted: Path, nbytes: int) -> None:
+def test_staged_files_of_the_wrong_size(world: World, out: Path, interrupted: Path, nbytes: int) -> None:
     staged = next(interrupted.glob("*.safetensors"))
     os.truncate(staged, nbytes)
-    executor.merge(world.plan(out))
+    executor.run_plan(world.plan(out))
     assert digests(out) == world.reference()

@@ -34,7 +34,7 @@ FAILURES = [
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "gguf"])
 @pytest.mark.parametrize(("call", "error", "everywhere", "step"), FAILURES, ids=lambda value: str(value))
-def test_a_system_call_that_fails(
+def test_a_failing_system_call(
     scenarios: Scenarios,
     warm: Warm,
     tmp_path: Path,
@@ -62,9 +62,7 @@ def test_a_system_call_that_fails(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_that_may_not_be_that_large(
-    scenarios: Scenarios, warm: Warm, tmp_path: Path, tally: Tally, name: str
-) -> None:
+def test_a_file_size_limit(scenarios: Scenarios, warm: Warm, tmp_path: Path, tally: Tally, name: str) -> None:
     """RLIMIT_FSIZE: the file system refuses what goes beyond (EFBIG)."""
     scenario = scenarios[name]
     for size in (500, 1000, 3000, 5000, 8000, 12_000, 50_000, 200_000, 400_000):

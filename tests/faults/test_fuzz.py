@@ -48,12 +48,12 @@ def every(disk: Path) -> dict[str, Target]:
     return {target.name: target for target in targets(disk / "fuzzed")}
 
 
-def test_all_are_here(every: dict[str, Target]) -> None:
+def test_every_reader_is_fuzzed(every: dict[str, Target]) -> None:
     assert list(every) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_good_files_are_read(every: dict[str, Target], name: str) -> None:
+def test_valid_files_are_read(every: dict[str, Target], name: str) -> None:
     target = every[name]
     for seed in target.seeds:
         target.file.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def test_good_files_are_read(every: dict[str, Target], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_made_wrong(every: dict[str, Target], name: str) -> None:
+def test_mutated_files(every: dict[str, Target], name: str) -> None:
     target = every[name]
 
     @settings(max_examples=80, deadline=None, database=None, derandomize=True)  # tools/fuzz tries others each time
@@ -74,13 +74,13 @@ def test_files_made_wrong(every: dict[str, Target], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_at_all_and_nested_without_end(every: dict[str, Target], name: str) -> None:
+def test_empty_files_and_endless_nesting(every: dict[str, Target], name: str) -> None:
     for data in (b"", b"\0", b"{}", b"[]", b"null", b"5", b"\xff\xfe", DEEP, b'{"a":' * 50_000):
         every[name].try_one(data)
 
 
 @pytest.mark.parametrize(("name", "old", "new"), CRASHED, ids=lambda value: str(value)[:30])
-def test_what_crashed_once(every: dict[str, Target], name: str, old: bytes, new: bytes) -> None:
+def test_files_that_once_caused_a_crash(every: dict[str, Target], name: str, old: bytes, new: bytes) -> None:
     target = every[name]
     seed = next(one for one in target.seeds if old in one)
     target.try_one(seed.replace(old, new, 1))

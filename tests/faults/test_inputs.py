@@ -65,8 +65,10 @@ def removed(path: Path) -> None:
 
 @pytest.mark.parametrize("how", [in_place, replaced, truncated, removed])
 @pytest.mark.parametrize("which", ["base/model.safetensors", "adapter/adapter_model.safetensors"])
-def test_an_input_that_changes_meanwhile(copied: Path, eager: None, how: Callable[[Path], None], which: str) -> None:
-    tiles = executor.run(plan_of(copied))
+def test_an_input_that_changes_during_the_run(
+    copied: Path, eager: None, how: Callable[[Path], None], which: str
+) -> None:
+    tiles = executor.run_tiles(plan_of(copied))
     next(tiles)
     how(copied / which)
     with pytest.raises(SourceError, match="changed while it was read") as caught:
@@ -78,14 +80,14 @@ def test_an_input_that_changes_meanwhile(copied: Path, eager: None, how: Callabl
     assert noted(copied / "out") <= 2, "what was computed after the change is not kept"
 
 
-def test_what_was_computed_from_changed_bytes_is_not_kept_when_they_come_back(copied: Path, eager: None) -> None:
+def test_tiles_computed_from_changed_input_are_not_kept_when_the_input_is_restored(copied: Path, eager: None) -> None:
     """Even with the old time stamp: the file is the one that was planned with, the tiles are not."""
-    executor.merge(plan_of(copied))
+    executor.run_plan(plan_of(copied))
     reference = digests(copied / "out")
     shutil.rmtree(copied / "out")
     weights = copied / "base" / "model.safetensors"
     before, data = weights.stat(), weights.read_bytes()
-    tiles = executor.run(plan_of(copied))
+    tiles = executor.run_tiles(plan_of(copied))
     next(tiles)
     with open(weights, "r+b") as file:
         file.seek(len(data) // 2)
@@ -96,18 +98,18 @@ def test_what_was_computed_from_changed_bytes_is_not_kept_when_they_come_back(co
     with open(weights, "r+b") as file:
         file.write(data)
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
-    executor.merge(plan_of(copied))
+    executor.run_plan(plan_of(copied))
     assert digests(copied / "out") == reference
 
 
-def test_an_input_that_changed_between_runs_is_another_merge(copied: Path) -> None:
-    tiles = executor.run(plan_of(copied))
+def test_an_input_that_changed_between_runs_makes_a_different_merge(copied: Path) -> None:
+    tiles = executor.run_tiles(plan_of(copied))
     next(tiles)
     tiles.close()
     in_place(copied / "base" / "model.safetensors")
     with pytest.raises(OutputError, match="another merge"):
-        executor.merge(plan_of(copied))
-    executor.merge(plan_of(copied), fresh=True)
+        executor.run_plan(plan_of(copied))
+    executor.run_plan(plan_of(copied), fresh=True)
 
 
 def test_an_input_that_cannot_be_read(copied: Path, strike: Callable[..., Strikes]) -> None:
@@ -117,15 +119,15 @@ def test_an_input_that_cannot_be_read(copied: Path, strike: Callable[..., Strike
     plan = plan_of(copied)
     strike(("preadv",), 3, broken)
     with pytest.raises(SourceError, match=r"model\.safetensors cannot be read: Input/output error"):
-        executor.merge(plan)
-    executor.merge(plan)
+        executor.run_plan(plan)
+    executor.run_plan(plan)
 
 
-def test_inputs_are_closed_again(world: World, out: Path) -> None:
-    executor.merge(world.plan(out))
+def test_inputs_are_closed(world: World, out: Path) -> None:
+    executor.run_plan(world.plan(out))
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
-        executor.merge(world.plan(out), overwrite=True)
+        executor.run_plan(world.plan(out), overwrite=True)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
@@ -147,11 +149,13 @@ def with_value(folder: Path, name: str, value: float, dtype: str = "F32") -> Non
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite(copied: Path, value: float) -> None:
     with_value(copied / "base", QUERY, value)
-    with pytest.raises(SourceError, match=f"{QUERY} would hold 1 infinite or NaN values .F32, first at 7") as caught:
-        executor.merge(plan_of(copied))
-    assert "--allow-nonfinite" in caught.value.hint
+    with pytest.raises(
+        SourceError, match=f"{QUERY} would hold 1 infinite or NaN values .F32, first at element 7"
+    ) as caught:
+        executor.run_plan(plan_of(copied))
+    assert "--allow-nonfinite" in caught.value.command_hint
     assert finished_files(copied / "out") == {}
-    executor.merge(plan_of(copied, allow_nonfinite=True))
+    executor.run_plan(plan_of(copied, allow_nonfinite=True))
     merged = load_file(copied / "out" / "model.safetensors")
     assert not numpy.isfinite(merged[QUERY].reshape(-1)[7])
     assert numpy.isfinite(merged[QUERY]).sum() == merged[QUERY].size - 1
@@ -161,18 +165,18 @@ def test_values_that_are_not_finite(copied: Path, value: float) -> None:
 def test_values_that_do_not_fit_the_dtype(copied: Path, name: str) -> None:
     with_value(copied / "base", name, 70000.0)
     with pytest.raises(SourceError, match=f"{name} would hold 1 infinite") as caught:
-        executor.merge(plan_of(copied, sets=["dtype=float16"]))
+        executor.run_plan(plan_of(copied, sets=["dtype=float16"]))
     assert "bfloat16" in caught.value.hint
-    executor.merge(plan_of(copied, sets=["dtype=bfloat16"]), fresh=True)
+    executor.run_plan(plan_of(copied, sets=["dtype=bfloat16"]), fresh=True)
 
 
 def test_the_largest_values_that_fit(copied: Path) -> None:
     with_value(copied / "base", NORM, 65519.0)
-    executor.merge(plan_of(copied, sets=["dtype=float16"]))
+    executor.run_plan(plan_of(copied, sets=["dtype=float16"]))
     assert load_file(copied / "out" / "model.safetensors")[NORM].reshape(-1)[7] == 65504
 
 
-def test_values_that_become_infinite_by_merging(copied: Path) -> None:
+def test_values_that_overflow_in_the_merge(copied: Path) -> None:
     with_value(copied / "base", QUERY, 65504.0, "F16")
     recipe = {
         "merge_method": "linear",
@@ -180,22 +184,22 @@ def test_values_that_become_infinite_by_merging(copied: Path) -> None:
         "parameters": {"normalize": False},
     }
     with pytest.raises(SourceError, match=f"{QUERY} would hold 1 infinite"):
-        executor.merge(make_plan(recipe, out=copied / "out"))
+        executor.run_plan(make_plan(recipe, out=copied / "out"))
 
 
 # --- stopped by hand
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, GeneratorExit])
-def test_a_stopped_run_keeps_what_is_finished(world: World, out: Path, stop: type[BaseException]) -> None:
+def test_a_stopped_run_keeps_finished_tiles(world: World, out: Path, stop: type[BaseException]) -> None:
     reference, plan = world.reference(), world.plan(out)
-    tiles = executor.run(plan)
+    tiles = executor.run_tiles(plan)
     taken = [next(tiles) for _ in range(4)]
     with pytest.raises(stop):
         tiles.throw(stop)
     assert noted(out) >= len(taken)
     assert finished_files(out) == {}
-    executor.merge(plan)
+    executor.run_plan(plan)
     assert digests(out) == reference
 
 
@@ -203,7 +207,7 @@ def test_a_consumer_that_fails(world: World, out: Path) -> None:
     plan = world.plan(out)
 
     def consume() -> None:
-        for count, _ in enumerate(executor.run(plan)):
+        for count, _ in enumerate(executor.run_tiles(plan)):
             if count == 3:
                 raise KeyboardInterrupt
 
@@ -212,12 +216,12 @@ def test_a_consumer_that_fails(world: World, out: Path) -> None:
     import gc
 
     gc.collect()
-    executor.merge(plan)
+    executor.run_plan(plan)
     assert digests(out) == world.reference()
 
 
 def test_inputs_are_never_written(world: World, out: Path) -> None:
     before = {name: digests(world.root / name) for name in ("base", "tuned", "adapter")}
-    executor.merge(world.plan(out))
-    executor.merge(world.plan(out, "single"), overwrite=True)
+    executor.run_plan(world.plan(out))
+    executor.run_plan(world.plan(out, "single"), overwrite=True)
     assert {name: digests(world.root / name) for name in before} == before

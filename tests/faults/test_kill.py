@@ -42,13 +42,13 @@ def test_killed_at_every_change_while_replacing_a_merge(
     """Three shards and an index give way to one file: nothing stale is left, at whatever point it was killed."""
     old, new = world.reference("shards"), world.reference("single")
     kept = tmp_path / "kept"
-    executor.merge(world.plan(out, "shards"))
+    executor.run_plan(world.plan(out, "shards"))
     shutil.copytree(out, kept)
     plan, number = world.plan(out, "single"), 1
     while killed_at(number, warm, [*world.command(out, "single"), "--overwrite"]):
         with tally.run():
             assert_nothing_half_done(out, old, new)
-            executor.merge(plan, overwrite=True)
+            executor.run_plan(plan, overwrite=True)
             assert digests(out) == new, f"killed at change {number}"
         shutil.rmtree(out)
         shutil.copytree(kept, out)
@@ -57,7 +57,7 @@ def test_killed_at_every_change_while_replacing_a_merge(
     assert number > 30
 
 
-def test_killed_while_it_goes_on_after_a_kill(world: World, warm: Warm, out: Path, tally: Tally) -> None:
+def test_killed_while_resuming_after_a_kill(world: World, warm: Warm, out: Path, tally: Tally) -> None:
     reference, chance = world.reference(), random.Random(5)
     for _ in range(12):
         while killed_at(chance.randrange(1, 60), warm, world.command(out)):
@@ -67,7 +67,7 @@ def test_killed_while_it_goes_on_after_a_kill(world: World, warm: Warm, out: Pat
         shutil.rmtree(out)
 
 
-def test_what_an_unfinished_commit_moved_goes_when_another_merge_starts_over(
+def test_files_of_an_unfinished_commit_are_removed_when_another_merge_starts_over(
     world: World, warm: Warm, out: Path
 ) -> None:
     number = 1
@@ -78,7 +78,7 @@ def test_what_an_unfinished_commit_moved_goes_when_another_merge_starts_over(
         shutil.rmtree(out, ignore_errors=True)
         number += 1
     with pytest.raises(OutputError, match="another merge") as caught:
-        executor.merge(world.plan(out, "single"))
-    assert "--fresh" in caught.value.hint
-    executor.merge(world.plan(out, "single"), fresh=True)
+        executor.run_plan(world.plan(out, "single"))
+    assert "--fresh" in caught.value.command_hint
+    executor.run_plan(world.plan(out, "single"), fresh=True)
     assert digests(out) == world.reference("single")

@@ -47,7 +47,7 @@ def test_killed_at_every_request(talks: Talks, tmp_path: Path, tally: Tally, nam
 
 
 @pytest.mark.parametrize("name", TALKS)
-def test_killed_at_random_moments_of_a_talk(talks: Talks, tmp_path: Path, tally: Tally, name: str) -> None:
+def test_killed_at_random_moments_of_a_transfer(talks: Talks, tmp_path: Path, tally: Tally, name: str) -> None:
     talk, chance = talks[name], random.Random(13)
     folder = talks.begin(talk, tmp_path)
     started = time.monotonic()

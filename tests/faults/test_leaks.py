@@ -29,7 +29,7 @@ def spoken(folder: Path, said: str) -> list[str]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["publish", "download", "stream", "ship"])
-def test_the_token_is_told_nowhere(talks: Talks, tmp_path: Path, tally: Tally, name: str) -> None:
+def test_the_token_is_printed_nowhere(talks: Talks, tmp_path: Path, tally: Tally, name: str) -> None:
     """With a token that works, one that does not, and a Hub that fails at any request; verbose, too."""
     talk, hub = talks[name], talks.hub
     arguments = [one for one in talk.scenario.arguments if one != "-q"] + (["-v"] if name != "publish" else [])
@@ -60,7 +60,7 @@ def published(talks: Talks) -> list[str]:
 
 
 @pytest.mark.faults
-def test_the_token_goes_to_the_hub_alone(talks: Talks, tmp_path: Path) -> None:
+def test_the_token_is_sent_only_to_the_hub(talks: Talks, tmp_path: Path) -> None:
     """Large files lie on another host, which gets no token."""
     for name in ("download", "stream"):
         talks.begin(talks[name], tmp_path)
@@ -158,7 +158,7 @@ ESCAPES = [
 
 @pytest.mark.faults
 @pytest.mark.parametrize("template", ESCAPES)
-def test_a_chat_template_reaches_nothing(warm: Warm, tmp_path: Path, template: str) -> None:
+def test_a_chat_template_cannot_reach_the_system(warm: Warm, tmp_path: Path, template: str) -> None:
     """transformers renders it in Jinja's sandbox."""
     write_model(tmp_path / "base", SHAPES["tiny"])
     path = tmp_path / "base" / "tokenizer_config.json"
@@ -177,7 +177,7 @@ def test_a_chat_template_reaches_nothing(warm: Warm, tmp_path: Path, template: s
 
 
 @pytest.mark.faults
-def test_a_link_out_of_the_folder_is_not_published(talks: Talks, tmp_path: Path) -> None:
+def test_a_link_that_leads_out_of_the_folder_is_not_published(talks: Talks, tmp_path: Path) -> None:
     talks.begin(talks["publish"], tmp_path)
     secret, folder = tmp_path / "secret", tmp_path / "model"
     secret.write_text("mine")

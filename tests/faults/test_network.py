@@ -57,6 +57,6 @@ def test_a_fault_at_every_request(talks: Talks, tmp_path: Path, tally: Tally, na
 
 @pytest.mark.parametrize("how", ["500", "429", "reset on the way", "a flipped byte"])
 @pytest.mark.parametrize("name", TALKS)
-def test_a_hub_that_stays_broken(talks: Talks, tmp_path: Path, tally: Tally, name: str, how: str) -> None:
+def test_a_hub_that_keeps_failing(talks: Talks, tmp_path: Path, tally: Tally, name: str, how: str) -> None:
     for number in range(1, talks[name].requests + 1, 2):
         disturb(talks, name, tmp_path, number, ONCE[how], tally, lasting=True)

@@ -23,7 +23,7 @@ from mergeforge.planner import WORK
 @pytest.fixture
 def finished(world: World, out: Path) -> Path:
     world.reference()
-    executor.merge(world.plan(out))
+    executor.run_plan(world.plan(out))
     return out
 
 
@@ -32,25 +32,25 @@ def test_a_finished_merge_is_replaced_only_on_request(world: World, finished: Pa
     for kind in ("shards", "single"):
         for fresh in (False, True):
             with pytest.raises(OutputError, match="already holds a finished merge") as caught:
-                executor.merge(world.plan(finished, kind), fresh=fresh)
+                executor.run_plan(world.plan(finished, kind), fresh=fresh)
             assert caught.value.exit_code == 5
-            assert "--overwrite" in caught.value.hint
+            assert "--overwrite" in caught.value.command_hint
     assert digests(finished) == held
-    executor.merge(world.plan(finished), overwrite=True)
+    executor.run_plan(world.plan(finished), overwrite=True)
     assert digests(finished) == held
 
 
-def test_replacing_leaves_nothing_stale(world: World, finished: Path) -> None:
+def test_replacing_leaves_no_stale_files(world: World, finished: Path) -> None:
     (finished / "notes.txt").write_text("mine")
-    executor.merge(world.plan(finished, "single"), overwrite=True)
+    executor.run_plan(world.plan(finished, "single"), overwrite=True)
     assert (finished / "notes.txt").read_text() == "mine"
     (finished / "notes.txt").unlink()
     assert digests(finished) == world.reference("single")
-    executor.merge(world.plan(finished, "shards"), overwrite=True)
+    executor.run_plan(world.plan(finished, "shards"), overwrite=True)
     assert digests(finished) == world.reference("shards")
 
 
-def test_replacing_removes_only_what_lies_inside(world: World, finished: Path) -> None:
+def test_replacing_removes_only_files_inside_the_folder(world: World, finished: Path) -> None:
     """The receipt of a downloaded model is anyone's text."""
     outside = finished.parent / "precious"
     outside.write_text("x")
@@ -58,35 +58,35 @@ def test_replacing_removes_only_what_lies_inside(world: World, finished: Path) -
     hostile = ["../precious", str(outside), "..", ".", "a/../../precious", f"{WORK}/lock", "sub/../../precious"]
     receipt["files"] |= {name: {"size": 1} for name in hostile}
     (finished / RECEIPT).write_text(json.dumps(receipt))
-    executor.merge(world.plan(finished, "single"), overwrite=True)
+    executor.run_plan(world.plan(finished, "single"), overwrite=True)
     assert outside.read_text() == "x"
     assert digests(finished) == world.reference("single")
 
 
 @pytest.mark.parametrize("files", [None, [], "x", {"model-00001-of-00003.safetensors": 3}])
-def test_a_receipt_that_is_odd(world: World, finished: Path, files: object) -> None:
+def test_a_malformed_receipt(world: World, finished: Path, files: object) -> None:
     receipt = json.loads((finished / RECEIPT).read_text())
     (finished / RECEIPT).write_text(json.dumps({**receipt, "files": files}))
-    executor.merge(world.plan(finished, "single"), overwrite=True)
+    executor.run_plan(world.plan(finished, "single"), overwrite=True)
     assert world.reference("single").items() <= digests(finished).items()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "other.safetensors", "x.gguf", "config.json", "README.md"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_foreign_files_are_never_written_over(world: World, out: Path, name: str, overwrite: bool) -> None:
+def test_foreign_files_are_never_overwritten(world: World, out: Path, name: str, overwrite: bool) -> None:
     out.mkdir()
     (out / name).write_text("mine")
     with pytest.raises(OutputError, match="no merge of mergeforge wrote") as caught:
-        executor.merge(world.plan(out), overwrite=overwrite, fresh=overwrite)
+        executor.run_plan(world.plan(out), overwrite=overwrite, fresh=overwrite)
     assert name in str(caught.value)
     assert [path.name for path in out.iterdir()] == [name]
     assert (out / name).read_text() == "mine"
 
 
-def test_other_foreign_files_stay(world: World, out: Path) -> None:
+def test_other_foreign_files_are_kept(world: World, out: Path) -> None:
     out.mkdir()
     (out / ".gitattributes").write_text("mine")
-    executor.merge(world.plan(out))
+    executor.run_plan(world.plan(out))
     assert (out / ".gitattributes").read_text() == "mine"
     assert world.reference().items() <= digests(out).items()
 
@@ -94,7 +94,7 @@ def test_other_foreign_files_stay(world: World, out: Path) -> None:
 @pytest.fixture
 def stopped(world: World, out: Path) -> Path:
     """OUT with an unfinished run of the merge into shards."""
-    tiles = executor.run(world.plan(out, "shards"))
+    tiles = executor.run_tiles(world.plan(out, "shards"))
     next(tiles)
     tiles.close()
     return out
@@ -104,44 +104,44 @@ def test_an_unfinished_run_of_another_merge(world: World, stopped: Path) -> None
     before = digests(stopped)
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="interrupted run of another merge") as caught:
-            executor.merge(world.plan(stopped, "single"), overwrite=overwrite)
+            executor.run_plan(world.plan(stopped, "single"), overwrite=overwrite)
         assert caught.value.exit_code == 5
-        assert "--fresh" in caught.value.hint
+        assert "--fresh" in caught.value.command_hint
     after = digests(stopped)
     assert {name for name in before if "lock" not in name} <= after.keys()
-    executor.merge(world.plan(stopped, "single"), fresh=True)
+    executor.run_plan(world.plan(stopped, "single"), fresh=True)
     assert digests(stopped) == world.reference("single")
 
 
-def test_another_weight_is_another_merge(world: World, stopped: Path) -> None:
+def test_a_changed_weight_makes_a_different_merge(world: World, stopped: Path) -> None:
     recipe = world.recipe("shards")
     recipe["adapters"][0]["weight"] = 0.25
     from mergeforge.planner import make_plan
 
     with pytest.raises(OutputError, match="another merge"):
-        executor.merge(make_plan(recipe, out=stopped))
+        executor.run_plan(make_plan(recipe, out=stopped))
 
 
 def test_memory_and_threads_may_change_between_runs(world: World, stopped: Path) -> None:
-    executor.merge(world.plan(stopped, "shards", threads=2, memory="1GiB"))
+    executor.run_plan(world.plan(stopped, "shards", threads=2, memory="1GiB"))
     assert digests(stopped) == world.reference("shards")
 
 
 def test_fresh_starts_the_same_merge_over(world: World, stopped: Path) -> None:
     (stopped / WORK / "leftover").mkdir()
     (stopped / WORK / "leftover" / "x").write_text("x")
-    executor.merge(world.plan(stopped, "shards"), fresh=True)
+    executor.run_plan(world.plan(stopped, "shards"), fresh=True)
     assert digests(stopped) == world.reference("shards")
 
 
 def test_an_interrupted_replacement_needs_its_flag_again(world: World, finished: Path) -> None:
-    tiles = executor.run(world.plan(finished, "single"), overwrite=True)
+    tiles = executor.run_tiles(world.plan(finished, "single"), overwrite=True)
     next(tiles)
     tiles.close()
     with pytest.raises(OutputError, match="already holds a finished merge"):
-        executor.merge(world.plan(finished, "single"))
+        executor.run_plan(world.plan(finished, "single"))
     assert finished_files(finished) == world.reference("shards")
-    executor.merge(world.plan(finished, "single"), overwrite=True)
+    executor.run_plan(world.plan(finished, "single"), overwrite=True)
     assert digests(finished) == world.reference("single")
 
 
@@ -153,7 +153,7 @@ def test_a_work_folder_that_is_a_link_is_not_followed(world: World, out: Path, t
     (out / WORK).symlink_to(elsewhere)
     for fresh in (False, True):
         with pytest.raises(OutputError, match="is a link"):
-            executor.merge(world.plan(out), fresh=fresh)
+            executor.run_plan(world.plan(out), fresh=fresh)
     assert [path.name for path in elsewhere.iterdir()] == ["precious"]
 
 
@@ -164,11 +164,11 @@ def test_links_at_staged_and_final_names_are_not_followed(world: World, out: Pat
     staged.unlink()
     staged.symlink_to(victim)
     with pytest.raises(OutputError, match="cannot be written"):
-        executor.merge(world.plan(out))
+        executor.run_plan(world.plan(out))
     assert victim.read_text() == "x"
     staged.unlink()
     (out / staged.name).symlink_to(victim)
-    executor.merge(world.plan(out))
+    executor.run_plan(world.plan(out))
     assert victim.read_text() == "x"
     assert digests(out) == world.reference()
 
@@ -191,7 +191,7 @@ def plan_of(inputs: Path, out: Path) -> None:
     from mergeforge.planner import make_plan
 
     recipe = {"base_model": str(inputs / "base"), "adapters": [str(inputs / "adapter")]}
-    executor.merge(make_plan(recipe, out=out, threads=1), overwrite=True)
+    executor.run_plan(make_plan(recipe, out=out, threads=1), overwrite=True)
 
 
 @pytest.mark.parametrize("place", ["base", "adapter", "base/merged", "adapter/deep/er", "base/../base", "x/../base"])
@@ -201,14 +201,14 @@ def test_an_input_is_never_the_output(inputs: Path, place: str) -> None:
     assert caught.value.exit_code == 5
 
 
-def test_nor_a_link_to_one(inputs: Path, tmp_path: Path) -> None:
+def test_a_link_to_an_input_is_never_the_output(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(inputs / "base")
     for place in ("link", "link/merged"):
         with pytest.raises(OutputError, match="the input"):
             plan_of(inputs, tmp_path / place)
 
 
-def test_nor_where_an_inputs_files_really_lie(inputs: Path, tmp_path: Path, out: Path) -> None:
+def test_the_real_folder_of_a_linked_input_is_never_the_output(inputs: Path, tmp_path: Path, out: Path) -> None:
     out.mkdir()
     weights = inputs / "base" / "model.safetensors"
     (out / "model.safetensors").write_bytes(weights.read_bytes())
@@ -223,7 +223,7 @@ def test_nor_where_an_inputs_files_really_lie(inputs: Path, tmp_path: Path, out:
 
 
 @pytest.mark.slow
-def test_nor_a_bind_mount_of_one(inputs: Path, tmp_path: Path) -> None:
+def test_a_bind_mount_of_an_input_is_never_the_output(inputs: Path, tmp_path: Path) -> None:
     place = tmp_path / "bound"
     place.mkdir()
     if subprocess.run(["mount", "--bind", str(inputs / "base"), str(place)], capture_output=True).returncode:
@@ -235,7 +235,7 @@ def test_nor_a_bind_mount_of_one(inputs: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_beside_the_inputs_is_fine(inputs: Path, world: World) -> None:
+def test_an_output_beside_the_inputs_is_allowed(inputs: Path, world: World) -> None:
     plan_of(inputs, inputs.parent / "merged")
     plan_of(inputs, inputs.parent)
 
@@ -244,10 +244,10 @@ def test_beside_the_inputs_is_fine(inputs: Path, world: World) -> None:
 
 
 def test_two_runs_at_once(world: World, out: Path) -> None:
-    first = executor.run(world.plan(out))
+    first = executor.run_tiles(world.plan(out))
     next(first)
     with pytest.raises(OutputError, match=f"another run writes to .*process {os.getpid()} on ") as caught:
-        executor.merge(world.plan(out))
+        executor.run_plan(world.plan(out))
     assert caught.value.exit_code == 5
     for _ in first:
         pass
@@ -269,13 +269,13 @@ sys.stdin.read()
     with holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(OutputError, match=f"process {holder.pid} on here"):
-            executor.merge(world.plan(out))
+            executor.run_plan(world.plan(out))
         holder.stdin.close()
-    executor.merge(world.plan(out))
+    executor.run_plan(world.plan(out))
     assert digests(out) == world.reference()
 
 
-def test_waiting_for_a_run_that_takes_its_folder_away(world: World, out: Path, strike: Callable[..., Strikes]) -> None:
+def test_waiting_for_a_run_that_removes_its_folder(world: World, out: Path, strike: Callable[..., Strikes]) -> None:
     """Between making the folder and opening the lock, the run that held it finishes."""
 
     def vanish(original: object, path: Path, *arguments: object, **named: object) -> int:
@@ -297,7 +297,7 @@ def test_waiting_for_a_run_that_takes_its_folder_away(world: World, out: Path, s
 def test_modes_follow_the_umask(world: World, out: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
-        executor.merge(world.plan(out))
+        executor.run_plan(world.plan(out))
     finally:
         os.umask(before)
     for path in [out, *out.rglob("*")]:

@@ -63,7 +63,7 @@ def together(one: Scenario, two: Scenario, warm: Warm, other: Warm, place: Path,
 
 @pytest.mark.parametrize("call", ["rename", "unlink", "rmdir", "fsync", "openat", "mkdir"])
 @pytest.mark.parametrize("name", ["fold", "export", "extract"])
-def test_one_comes_in_while_the_other_waits(
+def test_a_second_command_starts_while_the_first_one_waits(
     scenarios: Scenarios, warm: Warm, other: Warm, tmp_path: Path, tally: Tally, name: str, call: str
 ) -> None:
     """The first is held up for 0.3 s at one of its calls; the second does what it will meanwhile."""

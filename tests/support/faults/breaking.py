@@ -14,10 +14,10 @@ import yaml
 
 from mergeforge.errors import OutputError
 from mergeforge.execute import executor
-from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
+from mergeforge.operations.synthetic_models import ModelShape, write_adapter, write_model
 from mergeforge.planner import WORK, Plan, make_plan
 
-SMALL = Shape(hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, vocab=64)
+SMALL = ModelShape(hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, vocab=64)
 RECEIPT = "mergeforge.json"
 
 
@@ -57,7 +57,7 @@ class World:
         """The digests of an undisturbed merge. Every merge is called `out`: its card says its name."""
         if kind not in self._references:
             out = self.root / f"reference-{kind}" / "out"
-            executor.merge(self.plan(out, kind))
+            executor.run_plan(self.plan(out, kind))
             self._references[kind] = digests(out)
         return self._references[kind]
 
@@ -103,7 +103,7 @@ def assert_nothing_half_done(out: Path, *references: dict[str, str]) -> None:
 def go_on(plan: Plan, **options: Any) -> None:
     """The same command again. Killed in its very last steps, the merge was finished and the command says so."""
     try:
-        executor.merge(plan, **options)
+        executor.run_plan(plan, **options)
     except OutputError as error:
         assert "already holds a finished merge" in str(error)
 

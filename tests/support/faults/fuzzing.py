@@ -113,17 +113,17 @@ def targets(root: Path) -> Iterator[Target]:
     from mergeforge.execute import executor
     from mergeforge.gguf.reader import read_gguf
     from mergeforge.io.safetensors_header import read_header
-    from mergeforge.operations.synthetic_models import Shape, write_adapter, write_model
+    from mergeforge.operations.synthetic_models import ModelShape, write_adapter, write_model
     from mergeforge.operations.verify import verify
     from mergeforge.planner import make_plan, read_recipe
     from mergeforge.train.settings import read as read_training
 
-    shape = Shape(64, 96, 1, 4, 2, 320)
+    shape = ModelShape(64, 96, 1, 4, 2, 320)
     base, near = write_model(root / "base", shape, seed=0), write_model(root / "near", shape, seed=1, near=0)
     adapter = write_adapter(root / "adapter", shape, str(base), rank=2, seed=2)
     copied = {"merge_method": "passthrough", "models": [str(base)]}
-    executor.merge(make_plan(copied | {"output": {"shard_size": 60_000}}, out=root / "sharded"))
-    executor.merge(make_plan(copied | {"output": {"gguf": "f16", "safetensors": False}}, out=root / "gguf"))
+    executor.run_plan(make_plan(copied | {"output": {"shard_size": 60_000}}, out=root / "sharded"))
+    executor.run_plan(make_plan(copied | {"output": {"gguf": "f16", "safetensors": False}}, out=root / "gguf"))
     gguf = next((root / "gguf").glob("*.gguf"))
     linear = {"merge_method": "linear", "models": [str(base), str(near)], "parameters": {"weight": 0.5}}
     fold = {"base_model": str(base), "adapters": [str(adapter)]}
@@ -170,14 +170,14 @@ def targets(root: Path) -> Iterator[Target]:
 
 
 def _rows(root: Path, lines: Sequence[bytes]) -> Iterator[Target]:
-    from mergeforge.data.counts import Tally
+    from mergeforge.data.counts import RecordCounter
     from mergeforge.data.settings import DataSource
-    from mergeforge.data.source_reader import open_files, read_file
+    from mergeforge.data.source_reader import open_files, parse_file
 
     def read(path: Path) -> Callable[[], Any]:
         def all_rows() -> None:
             for opened in open_files(DataSource(str(path))):
-                for _ in read_file(opened, Tally()):
+                for _ in parse_file(opened, RecordCounter()):
                     pass
 
         return all_rows

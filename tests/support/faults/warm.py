@@ -234,5 +234,5 @@ def limit(limits: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (3, 2)]  # the package, and tests/support
     serve()
