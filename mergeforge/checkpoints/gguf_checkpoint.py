@@ -97,7 +97,7 @@ class DequantizedGGUFTensor:
         if not len(positions):
             return
         encoded = raw[np.searchsorted(units, requested[positions])]
-        values = gguf.quants.dequantize(encoded, gguf.GGMLQuantizationType[stored.kind]) - np.float32(target.add)
+        values = gguf.quants.dequantize(encoded, gguf.GGMLQuantizationType[stored.ggml_type]) - np.float32(target.add)
         tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(out.device)
         if len(positions) == len(out):
             out.copy_(tensor)

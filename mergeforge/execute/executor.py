@@ -36,7 +36,7 @@ from mergeforge.lora import combine
 from mergeforge.planner import Batch, Plan, TensorPlan
 from mergeforge.tensors.worker import Worker, keep_freed_memory, single_torch_thread
 from mergeforge.writers.encoder import ByteRange, TensorEncoder, chunk_ranges, coalesce_ranges
-from mergeforge.writers.safetensors import INDEX, index
+from mergeforge.writers.safetensors import INDEX, index_content
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,7 +91,7 @@ def _aux_files(plan: Plan) -> dict[str, bytes | Path]:
     files |= {name: file if isinstance(file, Path) else file.read_bytes() for name, file in plan.aux_files.items()}
     if plan.config is not None:
         files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
-    shard_index = index(plan.checkpoint, plan.tensors)
+    shard_index = index_content(plan.checkpoint, plan.tensors)
     if shard_index is not None:
         files[INDEX] = shard_index
     files[MODEL_CARD] = model_card(plan).encode()

@@ -70,19 +70,19 @@ def receipt(plan: Plan, journal: Journal, aux_files: Mapping[str, bytes | Path],
 def _tensor(plan: Plan, tensor_plan: TensorPlan, journal: Journal) -> dict[str, Any]:
     """What was done to a tensor, and where it is stored in each format."""
     checksums = [journal.is_finished(tile, tensor_plan.chunk_rows) or {} for tile in tensor_plan.tiles]
-    facts: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "action": plan.summaries[tensor_plan.info.name],
         "dtype": tensor_plan.info.dtype,
         "shape": list(tensor_plan.info.shape),
     }
     if isinstance(tensor_plan.tensor, AdaptedTensor):
-        facts["terms"] = [_term(weight, delta) for weight, delta in tensor_plan.tensor.terms]
+        entry["terms"] = [_term(weight, delta) for weight, delta in tensor_plan.tensor.terms]
     if changes := journal.change_stats(tensor_plan.info.name):
-        facts["change"] = total_change(ChangeStats(*change) for change in changes).as_json  # type: ignore[arg-type]  # numbers
+        entry["change"] = total_change(ChangeStats(*change) for change in changes).as_json  # type: ignore[arg-type]  # numbers
     for encoder in tensor_plan.encoders:
         checksum = tensor_checksum(chunk for tile in checksums for chunk in tile.get(encoder.key, ()))
         if isinstance(encoder, SafetensorsEncoder):
-            facts |= {"file": encoder.file, "xxh3": checksum}
+            entry |= {"file": encoder.file, "xxh3": checksum}
         else:
             encoded = {
                 "file": encoder.file,
@@ -90,23 +90,23 @@ def _tensor(plan: Plan, tensor_plan: TensorPlan, journal: Journal) -> dict[str, 
                 "strips": _chunks(encoder, tensor_plan),
                 "xxh3": checksum,
             }
-            facts.setdefault("fp8" if isinstance(encoder, FP8Encoder) else "gguf", {})[encoder.key] = encoded
-    return facts
+            entry.setdefault("fp8" if isinstance(encoder, FP8Encoder) else "gguf", {})[encoder.key] = encoded
+    return entry
 
 
 def _term(weight: float, delta: WeightDelta) -> dict[str, Any]:
     """One adapter's contribution to a tensor: its kind, its weight, and the settings that scale it."""
-    facts: dict[str, Any] = {"kind": delta.label, "weight": weight}
+    entry: dict[str, Any] = {"kind": delta.label, "weight": weight}
     inner = delta.delta if isinstance(delta, RowRangeDelta) else delta
     inner = inner.lora if isinstance(inner, DoraDelta) else inner
     if isinstance(inner, LoraDelta | ExpertLoraDelta):
-        facts |= {"rank": inner.rank, "scale": inner.scale}
+        entry |= {"rank": inner.rank, "scale": inner.scale}
     if isinstance(inner, LoraDelta):
-        facts["adapter"] = Path(inner.left.file.path).parent.name
+        entry["adapter"] = Path(inner.left.file.path).parent.name
     if isinstance(inner, PeftDelta):
-        facts |= inner.formula.details
-        facts["adapter"] = Path(next(iter(inner.factors.values())).file.path).parent.name
-    return facts
+        entry |= inner.formula.details
+        entry["adapter"] = Path(next(iter(inner.factors.values())).file.path).parent.name
+    return entry
 
 
 def _chunks(encoder: TensorEncoder, tensor_plan: TensorPlan) -> list[list[list[int]]] | list[int]:

@@ -25,7 +25,7 @@ from mergeforge.native import bindings
 from mergeforge.operations.synthetic_models import ModelShape, write_adapter, write_model
 from mergeforge.planner import tiling
 from mergeforge.tensors import budget
-from mergeforge.writers.safetensors import lay_out, split
+from mergeforge.writers.safetensors import lay_out, split_into_shards
 
 SHAPE = ModelShape(hidden=64, intermediate=176, layers=1, heads=4, kv_heads=2, vocab=320)
 BLOCK = 4096  # elements, so that these small tensors have up to five blocks
@@ -241,7 +241,7 @@ def test_splits_into_the_same_shards_as_huggingface_hub(infos: list[TensorInfo],
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_size,
     )
-    shards = [[info.name for info in shard] for shard in split(infos, shard_size)]
+    shards = [[info.name for info in shard] for shard in split_into_shards(infos, shard_size)]
     assert shards == list(reference.filename_to_tensors.values())
     layout = lay_out(infos, shard_size)
     assert list(layout.files) == list(reference.filename_to_tensors)

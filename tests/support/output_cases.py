@@ -4,8 +4,9 @@ tools/golden_outputs records the digests and test_golden_outputs.py compares the
 Only the part "What of mergeforge is used" knows where things are in the package. All numbers of the models come from
 numpy's raw PCG64 stream and exact arithmetic, so they are the same on every machine and with every version of torch.
 
-A digest covers a whole file. Of side files, those that programs read are covered; README.md, Modelfile and the receipt
-mergeforge.json hold prose and times and are not. No safetensors or GGUF file holds either, or the program's version.
+A digest covers a whole file. Of the files next to the weights, those that programs read are covered; README.md,
+Modelfile and the receipt mergeforge.json hold prose and times and are not. No safetensors or GGUF file holds either,
+or the program's version.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ GGUF_TYPES = [
 
 
 def run_mergeforge(*arguments: str) -> int:
-    """Run a command in this process; its exit code."""
+    """Run a command in this process; returns its exit code."""
     from mergeforge.cli import run_command
 
     on_terminate = signal.getsignal(signal.SIGTERM) if threading.current_thread() is threading.main_thread() else None
@@ -115,7 +116,7 @@ def write_tiny(folder: Path, shape: Sequence[int], dtype: str = "BF16") -> None:
 
 
 def has_kernels() -> bool:
-    """Whether the kernels in C are compiled and up to date."""
+    """Whether the C library is compiled and up to date."""
     from mergeforge.native import bindings
 
     return bindings.is_available()
@@ -129,21 +130,21 @@ def has_numba() -> bool:
 
 
 def without_kernels() -> Any:
-    """A context in which torch does what the kernels in C do."""
+    """A context in which torch replaces the C library."""
     from mergeforge.native import bindings
 
     return patch.object(bindings, "is_available", lambda: False)
 
 
 def without_numba() -> Any:
-    """A context in which torch encodes GGUF types."""
+    """A context in which torch encodes GGUF types instead of numba."""
     from mergeforge.gguf.quantize import numba_kernel
 
     return patch.object(numba_kernel, "available", lambda: False)
 
 
 def interrupt_after(tiles: int, recipe: Path, out: Path) -> None:
-    """Do the merge and stop after so many tiles, as an interrupted run does."""
+    """Run the merge and stop after a number of tiles, as an interrupted run does."""
     import mergeforge
 
     plan = mergeforge.plan(recipe, out=out, device="cpu", threads=1, memory="32MiB")
@@ -157,27 +158,27 @@ def interrupt_after(tiles: int, recipe: Path, out: Path) -> None:
 
 
 def uniform(seed: int, count: int) -> NDArray[np.int64]:
-    """Whole numbers from 0 to 65535. The raw stream of PCG64 never changes between versions of numpy."""
+    """Integers from 0 to 65535. The raw stream of PCG64 never changes between versions of numpy."""
     words = np.random.PCG64(seed).random_raw((count + 3) // 4)
     return words.view(np.uint16)[:count].astype(np.int64)
 
 
 def bell(seed: int, shape: Sequence[int], scale: float) -> NDArray[np.float32]:
-    """About normal: sums of three uniform numbers, of deviation `scale`."""
+    """Approximately normal: sums of three uniform numbers, with standard deviation `scale`."""
     count = int(np.prod(shape))
     total = uniform(seed, 3 * count).reshape(3, count).sum(0) - 3 * 65535 // 2
     return (total.astype(np.float64) * (scale / 32768)).astype(np.float32).reshape(shape)
 
 
 def stored(values: NDArray[np.float32], dtype: str) -> bytes:
-    """As safetensors holds them; bfloat16 is cut off, not rounded."""
+    """The bytes as safetensors stores them; bfloat16 is truncated, not rounded."""
     if dtype == "BF16":
         return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     return values.astype({"F16": np.float16, "F32": np.float32}[dtype]).tobytes()
 
 
 def save(path: Path, tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) -> None:
-    """A safetensors file of (dtype, shape, bytes) by name."""
+    """Write a safetensors file of (dtype, shape, bytes) by name."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (dtype, shape, data) in tensors.items():
@@ -192,7 +193,7 @@ def save(path: Path, tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) ->
 
 
 def shapes(path: Path) -> dict[str, list[int]]:
-    """The tensors of a safetensors file, in their order."""
+    """The tensors of a safetensors file, in file order."""
     with path.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     held = {name: facts["shape"] for name, facts in header.items() if name != "__metadata__"}
@@ -205,7 +206,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_llama(folder: str, shape: Sequence[int], seed: int, near: int | None = None, dtype: str = "BF16") -> None:
-    """A model of our own numbers; with `near`, those of that seed's model and a small change."""
+    """Write a model of pseudo-random numbers; with `near`, those of the model of that seed plus a small change."""
     path = Path(folder)
     write_tiny(path, shape, dtype)
     tensors = {}
@@ -241,7 +242,7 @@ def modules(shape: Sequence[int]) -> dict[str, tuple[int, int]]:
 
 
 def write_peft(folder: str, config: Mapping[str, Any], seed: int, tensors: Mapping[str, Sequence[int]]) -> None:
-    """An adapter as PEFT stores it. Factors that multiply a weight lie around 1, the others around 0."""
+    """Write an adapter as PEFT stores it. Factors that multiply a weight are around 1, the others around 0."""
     held = {}
     for at, (name, size) in enumerate(tensors.items()):
         values = bell(1000 * seed + at, size, 0.02)
@@ -266,7 +267,7 @@ def write_lora(folder: str, shape: Sequence[int], rank: int, seed: int, dora: bo
 
 
 def write_other_adapters() -> None:
-    """Kinds other than LoRA, on all linear modules."""
+    """PEFT methods other than LoRA, on all linear modules."""
     every = modules(TINY)
     targets = sorted({name.rpartition(".")[2] for name in every})
     ia3 = {f"{name}.ia3_l": (1, into) if "mlp." in name else (out, 1) for name, (out, into) in every.items()}
@@ -298,7 +299,7 @@ PAIRS = ("wh", "ly", "um", "ck", "qu", "zz")
 
 
 def other_tokenizer(folder: str, pairs: Sequence[str], added: Sequence[str]) -> int:
-    """Take three pairs out of a model's tokenizer and put others in, and add tokens; the number of its tokens."""
+    """Replace three merge pairs of a model's tokenizer and add tokens; returns the number of tokens."""
     path = Path(folder) / "tokenizer.json"
     value = json.loads(path.read_text(encoding="utf-8"))
     known = sorted(value["model"]["vocab"], key=value["model"]["vocab"].__getitem__)
@@ -313,7 +314,7 @@ def other_tokenizer(folder: str, pairs: Sequence[str], added: Sequence[str]) -> 
 
 
 def write_gptq(folder: str, shape: Sequence[int]) -> None:
-    """A model with random 4-bit words in GPTQ's layout."""
+    """Write a model with random 4-bit words in the layout of GPTQ."""
     path = Path(folder)
     shutil.copytree("base", path)
     tensors: dict[str, tuple[str, Sequence[int], bytes]] = {}
@@ -339,7 +340,7 @@ def write_gptq(folder: str, shape: Sequence[int]) -> None:
 
 
 def write_imatrix(path: Path) -> None:
-    """llama-imatrix's older format, for every linear tensor of the wide model."""
+    """Write an imatrix in llama-imatrix's older format, for every linear tensor of the wide model."""
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
     data = struct.pack("<i", len(modules(WIDE)))
@@ -352,7 +353,7 @@ def write_imatrix(path: Path) -> None:
 
 
 def write_t5(folder: str, seed: int) -> None:
-    """Sections that `modules` tells apart: encoder, decoder, and what they share."""
+    """Write a model with the parts that `modules` selects: encoder, decoder, and shared tensors."""
     names = [f"{part}.block.{at}.w" for part in ("encoder", "decoder") for at in range(2)]
     names += ["shared.weight", "lm_head.weight"]
     tensors = {
@@ -364,7 +365,7 @@ def write_t5(folder: str, seed: int) -> None:
 
 
 def write_inputs() -> None:
-    """All models and adapters, in the current folder."""
+    """Write all models and adapters to the current folder."""
     write_llama("base", TINY, 0)
     for seed, name in enumerate(("tuned-a", "tuned-b", "tuned-c"), 1):
         write_llama(name, TINY, seed, near=0)
@@ -396,7 +397,7 @@ def write_inputs() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What is run, in the folder of the inputs, to write into a new folder.
+    """A command that runs in the folder of the inputs and writes to a new folder.
 
     `needs`: "kernels", "numba" or "peft". `torch_linalg`: the last bits depend on the processor and on torch's version:
     products of matrices, decompositions, weighted sums and exponentials by torch. These are the cases that differ under
@@ -411,7 +412,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Options:
-    """What must not change the bytes."""
+    """Options that must not change the bytes."""
 
     threads: int = 2
     memory: str = ""
@@ -431,7 +432,7 @@ def command(*arguments: str) -> None:
 def merging(
     recipe: Any, *arguments: str, context: Callable[[], Any] = contextlib.nullcontext
 ) -> Callable[[Path], None]:
-    """Merge by a recipe (a list: several documents) into the folder `merged`."""
+    """Merge a recipe (a list: several documents) into the folder `merged`."""
 
     def run(folder: Path) -> None:
         path = folder / "recipe.yaml"
@@ -467,7 +468,7 @@ JOINED = {"base_model": "base", "adapters": ADAPTERS[:2]}
 
 
 def methods() -> Iterator[Case]:
-    """Every method through the kernels in C and through torch."""
+    """Every method through the C library and through torch."""
     for method in METHODS:
         recipe, fuses = models_recipe(method), method == "arcee_fusion"
         yield Case(f"method {method}", merging(recipe), "kernels", torch_linalg=fuses)
@@ -657,7 +658,7 @@ def structure() -> Iterator[Case]:
 
 
 def outputs() -> Iterator[Case]:
-    """Forms of output, and what must not show in it."""
+    """Output formats, and options that must not change the output."""
     yield Case("shards", merging(LINEAR | {"output": {"shard_size": "100KB"}}))
     yield Case("shards of a fold", merging(JOINED | {"output": {"shard_size": "60KB"}}), torch_linalg=True)
     yield Case(
@@ -711,7 +712,7 @@ def from_fp8(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    """Interrupted by the iterator's end, then gone on with: the bytes of the case `shards`."""
+    """Interrupted by closing the iterator, then resumed: the bytes of the case `shards`."""
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(LINEAR | {"output": {"shard_size": "100KB"}}))
     interrupt_after(9, path, folder / "merged")
@@ -825,7 +826,7 @@ def cases() -> list[Case]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The first 16 hex digits of each covered file's sha256, by its name in the folder."""
+    """File name -> the first 16 hex digits of the sha256 of each covered file."""
     held = sorted(path for path in folder.rglob("*") if path.name in SIDE_FILES or path.name.endswith(ENDINGS))
     assert held, f"nothing in {folder}"
     return {path.relative_to(folder).as_posix(): digest(path) for path in held}
@@ -836,7 +837,7 @@ def digest(path: Path) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What the numbers of products and decompositions depend on."""
+    """The environment that the results of matrix products and decompositions depend on."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -844,7 +845,7 @@ def environment() -> dict[str, str]:
 
 
 def outputs_of(case: Case) -> dict[str, str]:
-    """Run a case in the folder of the inputs (the current one), and digest what it wrote."""
+    """Run a case in the current folder, which holds the inputs, and digest its output."""
     place = Path("outputs") / case.name.replace(" ", "_").replace(",", "")
     place.mkdir(parents=True)
     case.run(place)
@@ -855,7 +856,7 @@ def outputs_of(case: Case) -> dict[str, str]:
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """Make it the current folder."""
+    """Make a folder the current one inside the block."""
     kept = Path.cwd()
     os.chdir(folder)
     try:

@@ -65,10 +65,10 @@ def _add_4bit(finder: QuantGroupFinder, weight: str, quant_type: str, state_name
 
 def _double_quant(finder: QuantGroupFinder, weight: str, state: Mapping[str, Any], count: int) -> DoubleQuant:
     levels, absmax = (finder.require(f"{weight}.nested_{leaf}", "its quant_state") for leaf in ("quant_map", "absmax"))
-    if state.get("nested_blocksize") != nf4.NESTED or finder.tensors[f"{weight}.absmax"].info.dtype != "U8":
+    if state.get("nested_blocksize") != nf4.ABSMAX_BLOCK or finder.tensors[f"{weight}.absmax"].info.dtype != "U8":
         raise finder.error(weight, "has nested statistics of an unsupported kind")
     check_shape(finder, levels, (256,))
-    check_shape(finder, absmax, (-(-count // nf4.NESTED),))
+    check_shape(finder, absmax, (-(-count // nf4.ABSMAX_BLOCK),))
     return DoubleQuant(levels, absmax, float(state["nested_offset"]))
 
 
@@ -94,4 +94,4 @@ def detect_bnb_int8(finder: QuantGroupFinder) -> None:
 
 
 def _int8(rowwise: Sequence[Tensor], shared: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    return int8.from_row_maxima(rowwise[0], rowwise[1])
+    return int8.dequantize_rowwise(rowwise[0], rowwise[1])

@@ -65,9 +65,9 @@ class FakeQuantizedTensor:
     @property
     def memory_cost(self) -> MemoryCost:
         count = -(-self.info.numel // nf4.BLOCK) if self.needs_stats else 0
-        stats_nbytes = 4 * count * (1 if self._aligned else 2) + count + 4 * -(-count // nf4.NESTED)
+        stats_nbytes = 4 * count * (1 if self._aligned else 2) + count + 4 * -(-count // nf4.ABSMAX_BLOCK)
         return self.tensor.memory_cost + MemoryCost(
-            fixed_nbytes=stats_nbytes + count + 16 * min(count, nf4.PIECE), scratch_blocks=SCRATCH_BLOCKS
+            fixed_nbytes=stats_nbytes + count + 16 * min(count, nf4.ABSMAX_CHUNK), scratch_blocks=SCRATCH_BLOCKS
         )
 
     def collect_stats(self, scan: StatsPass) -> NF4Stats:
@@ -77,7 +77,7 @@ class FakeQuantizedTensor:
         for rows, start, stop in scan(lambda tile: self.tensor.load(tile, scan.worker, scan.stats, scan.dtype)):
             _update_absmax(absmax, rows(start, stop).flatten().float(), start * self.info.columns)
         own_absmax = None if self._aligned else absmax.clone() if self.double_quant else absmax
-        return NF4Stats(own_absmax, nf4.quantised_magnitudes(absmax) if self.double_quant else None)
+        return NF4Stats(own_absmax, nf4.quantize_absmax(absmax) if self.double_quant else None)
 
     def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
         import torch
@@ -91,16 +91,16 @@ class FakeQuantizedTensor:
             value = rows_of(start, stop)
             flat, first = value.flatten().float(), start * self.info.columns
             nf4_blocks = slice(first // nf4.BLOCK, -(-(first + len(flat)) // nf4.BLOCK))
-            absmax = nf4.magnitudes(flat) if own_stats.absmax is None else own_stats.absmax[nf4_blocks]
+            absmax = nf4.block_absmax(flat) if own_stats.absmax is None else own_stats.absmax[nf4_blocks]
             scales = absmax
             if own_stats.nested is not None and levels is not None:
                 codes, nested_absmax, offset = own_stats.nested
                 begin = nf4_blocks.start
-                scales = nf4.nested_scales(
-                    codes[nf4_blocks], levels, nested_absmax[begin // nf4.NESTED :], offset, begin
+                scales = nf4.dequantize_absmax(
+                    codes[nf4_blocks], levels, nested_absmax[begin // nf4.ABSMAX_BLOCK :], offset, begin
                 )
-            nearest = nf4.nearest_levels(flat, absmax, first, self.info.numel)
-            return value.copy_(nf4.scaled(nearest, scales, first, nf4.BLOCK).to(result_dtype).view(value.shape))
+            nearest = nf4.round_to_nf4(flat, absmax, first, self.info.numel)
+            return value.copy_(nf4.scale_blocks(nearest, scales, first, nf4.BLOCK).to(result_dtype).view(value.shape))
 
         return block
 
@@ -111,7 +111,7 @@ def _update_absmax(absmax: Tensor, values: Tensor, first: int) -> None:
 
     begin = first // nf4.BLOCK
     if first % nf4.BLOCK == 0:  # a block that continues after these values gets the rest later
-        magnitudes = nf4.magnitudes(values)
+        magnitudes = nf4.block_absmax(values)
         own = absmax[begin : begin + len(magnitudes)]
         torch.maximum(own, magnitudes, out=own)
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mergeforge.checkpoints.quantized.tensor import CHUNK_ELEMENTS, DequantizedChunks, row_chunks, scratch_blocks
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.quant_codecs import nf4
-from mergeforge.quant_codecs.packed_4bit import pair_table, unpack
+from mergeforge.quant_codecs.packed_4bit import byte_table, unpack_4bit
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.lazy import Rows
 from mergeforge.tensors.stored import StoredTensor
@@ -62,15 +62,15 @@ class Flat4BitLayout:
         codes = _read_bytes(self.codes, first // 2, -(-last // 2), worker)
         blocks = range(first // self.block, -(-last // self.block))
         absmax = self._absmax(blocks, worker)
-        table = pair_table(self.levels.read_all(worker).flatten(), high_first=True)
+        table = byte_table(self.levels.read_all(worker).flatten(), high_first=True)
 
         def chunks(start: int, stop: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
             for row, last_row, position in row_chunks(start, stop, info.columns):
                 begin, end = row * info.columns, last_row * info.columns
-                values = unpack(codes[begin // 2 - first // 2 : -(-end // 2) - first // 2], table)
+                values = unpack_4bit(codes[begin // 2 - first // 2 : -(-end // 2) - first // 2], table)
                 values = values[begin % 2 : begin % 2 + end - begin]
                 scales = absmax(begin // self.block, -(-end // self.block))
-                yield position, nf4.scaled(values, scales, begin, self.block).view(last_row - row, info.columns)
+                yield position, nf4.scale_blocks(values, scales, begin, self.block).view(last_row - row, info.columns)
 
         return chunks
 
@@ -87,7 +87,7 @@ class Flat4BitLayout:
 
         def absmax(start: int, stop: int) -> Tensor:
             codes = raw[start - blocks.start : stop - blocks.start]
-            return nf4.nested_scales(codes, levels, block_absmax[start // nf4.NESTED :], offset, start)
+            return nf4.dequantize_absmax(codes, levels, block_absmax[start // nf4.ABSMAX_BLOCK :], offset, start)
 
         return absmax
 

@@ -23,14 +23,14 @@ SCALES = ("_scale_inv", "_scale")
 def detect_mxfp4_experts(finder: QuantGroupFinder) -> None:
     """Find X_blocks (experts, out, groups, 16) and X_scales: X is (experts, in, out), as in transformers."""
     for name, codes in list(finder.with_suffix("_blocks")):
-        if codes.info.dtype != "U8" or len(codes.info.shape) != 4 or codes.info.shape[3] != mxfp4.GROUP // 2:
+        if codes.info.dtype != "U8" or len(codes.info.shape) != 4 or codes.info.shape[3] != mxfp4.MXFP4_GROUP // 2:
             continue
         exponents = finder.require(f"{name}_scales", codes.info.name)
         count, outputs, groups, _ = codes.info.shape
         check_shape(finder, exponents, (count, outputs, groups))
         if exponents.info.dtype not in E8M0_DTYPES:
             raise finder.error(exponents.info.name, f"is {exponents.info.dtype}, not exponents of one byte")
-        shape = (count, groups * mxfp4.GROUP, outputs)
+        shape = (count, groups * mxfp4.MXFP4_GROUP, outputs)
         finder.add_group(name, MXFP4ExpertsLayout("MXFP4", codes, exponents), shape, finder.dtype or "BF16")
 
 
@@ -108,7 +108,9 @@ def _by_row(
     block_columns: int, exponents: bool, rowwise: Sequence[Tensor], shared: Sequence[Tensor], start: int, stop: int
 ) -> Tensor:
     """Dequantize rows that have scales of their own."""
-    return fp8.dequantise(rowwise[0], fp8.powers(rowwise[1]) if exponents else rowwise[1].float(), block_columns)
+    return fp8.dequantize(
+        rowwise[0], fp8.e8m0_to_float32(rowwise[1]) if exponents else rowwise[1].float(), block_columns
+    )
 
 
 def _by_block(
@@ -125,9 +127,9 @@ def _by_block(
     """Dequantize rows of a matrix, or of a stack of matrices of `rows` rows each; `block_rows` rows share scales."""
     import torch
 
-    scales = fp8.powers(shared[0]) if exponents else shared[0].float()
+    scales = fp8.e8m0_to_float32(shared[0]) if exponents else shared[0].float()
     if scales.numel() == 1:
-        return fp8.dequantise(rowwise[0], scales.view(1, 1), block_columns)
+        return fp8.dequantize(rowwise[0], scales.view(1, 1), block_columns)
     row = torch.arange(start, stop, device=scales.device)
     scale_row = row // rows * -(-rows // block_rows) + row % rows // block_rows
-    return fp8.dequantise(rowwise[0], scales.view(-1, blocks_per_row)[scale_row], block_columns)
+    return fp8.dequantize(rowwise[0], scales.view(-1, blocks_per_row)[scale_row], block_columns)
