@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / name) for name in ("", "adapters/peft/kinds")]
 
 from measure import machine, table
 from safetensors.torch import load_file
@@ -28,10 +28,10 @@ from support.peft_lab import Lab
 from test_kinds_against_peft import ALL, BIASES, CASES
 
 import mergeforge
-from mergeforge.operations.synthetic_models import Shape, write_model
+from mergeforge.operations.synthetic_models import ModelShape, write_model
 
 HEAD = ["kind", "configuration", "d PEFT", "d logits", "time, LoRA = 1"]
-WIDE = Shape(hidden=2048, intermediate=5632, layers=2, heads=32, kv_heads=4, vocab=1000)
+WIDE = ModelShape(hidden=2048, intermediate=5632, layers=2, heads=32, kv_heads=4, vocab=1000)
 ROUNDS = 3
 Case = tuple[str, dict[str, Any]]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from measure import table
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / name) for name in ("",)]
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / name) for name in ("", "gguf")]
 
 import test_whole_files as whole
 from support import llama_cpp_tools as llama_cpp
@@ -78,7 +78,7 @@ def against_quantiser(ours: dict[str, Path], root: Path) -> str:
     target, equal = root / "quantised.gguf", 0
     for kind in whole.KINDS:
         try:
-            llama_cpp.quantise(ours["f32"], target, FILE_TYPES[kind].file_type)
+            llama_cpp.quantise(ours["f32"], target, FILE_TYPES[kind].number)
         except AssertionError:
             continue
         equal += target.read_bytes() == ours[kind].read_bytes()
@@ -91,7 +91,7 @@ def in_engine(tiny: Tiny, folder: Path, file: Path) -> str:
     if tiny not in whole.RUN:
         return "no text model in transformers"
     try:
-        return f"{compare_with_transformers(folder, {str(file): 'F32'})[0].largest:.4f}"
+        return f"{compare_with_transformers(folder, {str(file): 'F32'})[0].max_difference:.4f}"
     except MergeforgeError as error:
         return str(error)[-60:]
 

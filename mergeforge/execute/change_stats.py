@@ -57,8 +57,8 @@ class ChangeStats:
         return {
             "relative": relative,
             "largest": self.max_change,
-            "swallowed": self.lost_to_rounding / self.changed if self.changed else 0.0,
-            "elements_looked_at": self.elements,
+            "lost_to_rounding": self.lost_to_rounding / self.changed if self.changed else 0.0,
+            "elements_sampled": self.elements,
         }
 
 

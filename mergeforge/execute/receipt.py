@@ -25,7 +25,7 @@ from mergeforge.writers.encoder import ByteRange, TensorEncoder, chunk_ranges, c
 from mergeforge.writers.fp8 import FP8Encoder
 from mergeforge.writers.safetensors import SafetensorsEncoder
 
-FORMAT = 1
+FORMAT = 2  # 2: `change` says lost_to_rounding and elements_sampled
 
 
 def receipt(plan: Plan, journal: Journal, aux_files: Mapping[str, bytes | Path], seconds: float) -> bytes:

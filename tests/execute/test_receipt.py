@@ -50,11 +50,11 @@ def test_records_the_change_and_what_was_lost_to_rounding(models: Path) -> None:
     recorded = receipt(out)[NAME]["change"]
     assert isinstance(recorded, dict)
     change = exact - before
-    assert recorded["elements_looked_at"] == change.numel()
+    assert recorded["elements_sampled"] == change.numel()
     assert recorded["relative"] == pytest.approx(float(change.norm() / before.norm()), rel=1e-4)
     assert recorded["largest"] == pytest.approx(float(change.abs().max()), rel=1e-4)
     lost = (change != 0) & (after == before)
-    assert 0.1 < recorded["swallowed"] == pytest.approx(float(lost.sum() / (change != 0).sum()), abs=1e-3)
+    assert 0.1 < recorded["lost_to_rounding"] == pytest.approx(float(lost.sum() / (change != 0).sum()), abs=1e-3)
 
 
 def test_records_the_change_of_a_merge_of_models(models: Path) -> None:
@@ -79,4 +79,4 @@ def test_change_stats_do_not_depend_on_the_memory(models: Path, memory: str, mon
         assert (change is None) == (expected is None)
         if isinstance(change, dict) and isinstance(expected, dict):
             assert change == pytest.approx(expected)
-            assert torch.tensor(change["elements_looked_at"]) > 0
+            assert torch.tensor(change["elements_sampled"]) > 0
