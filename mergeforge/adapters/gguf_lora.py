@@ -81,6 +81,6 @@ def _lora_delta(header: GGUFHeader, name: str, target: TensorInfo, row_target: T
 
 
 def _factor(tensor: GGUFTensorInfo, path: Path) -> StoredTensor:
-    if tensor.kind not in FLOATS:
-        raise SourceError(f"{path}: {tensor.name} is {tensor.kind}", hint="convert the adapter to f16 or f32")
-    return StoredTensor(TensorInfo(tensor.name, tensor.kind, tensor.shape), tensor.file, tensor.offset)
+    if tensor.ggml_type not in FLOATS:
+        raise SourceError(f"{path}: {tensor.name} is {tensor.ggml_type}", hint="convert the adapter to f16 or f32")
+    return StoredTensor(TensorInfo(tensor.name, tensor.ggml_type, tensor.shape), tensor.file, tensor.offset)

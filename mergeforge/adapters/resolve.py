@@ -51,7 +51,7 @@ class TensorResolver:
         if self.errors:
             texts = list(dict.fromkeys(map(str, self.errors)))
             more = f"; and {len(texts) - MAX_LISTED} more" if len(texts) > MAX_LISTED else ""
-            raise SourceError(f"{self.label}: {'; '.join(texts[:MAX_LISTED])}{more}", hint=self.errors[0].command_hint)
+            raise SourceError(f"{self.label}: {'; '.join(texts[:MAX_LISTED])}{more}", hint=self.errors[0].hint)
 
     @cached_property
     def tied(self) -> tuple[str, str] | None:

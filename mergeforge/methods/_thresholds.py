@@ -187,14 +187,17 @@ def _count_block(deltas: list[Tensor], searches: dict[int, KthLargestSearch]) ->
     for delta in {id(deltas[index]): deltas[index] for index in searches}.values():
         searches_of_delta = [search for index, search in searches.items() if deltas[index] is delta]
         for (part,) in by_elements([delta]) if delta.device.type == "cpu" else [[delta]]:
-            bits = None if bindings.is_supported(part) else _magnitude_bits(part)
+            bits = None if bindings.is_supported(part) else magnitude_bits(part)
             for search in searches_of_delta:
                 nonzero = int(part.count_nonzero()) if search.nonzero_fraction is not None else 0
-                low, high = search.low, search.high
-                search.add(*(_split_native(part, low, high) if bits is None else _split(bits, low, high)), nonzero)
+                if bits is None:
+                    counts = split_magnitudes_native(part, search.low, search.high)
+                else:
+                    counts = split_magnitudes(bits, search.low, search.high)
+                search.add(*counts, nonzero)
 
 
-def _magnitude_bits(delta: Tensor) -> Tensor:
+def magnitude_bits(delta: Tensor) -> Tensor:
     """The magnitudes' float32 bits, flat, as a new int32 tensor."""
     import torch
 
@@ -203,11 +206,11 @@ def _magnitude_bits(delta: Tensor) -> Tensor:
 
 def _magnitude_array(delta: Tensor) -> Bits:
     """The same as a numpy array on the CPU."""
-    bits: Bits = _magnitude_bits(delta).cpu().numpy()
+    bits: Bits = magnitude_bits(delta).cpu().numpy()
     return bits
 
 
-def _split_native(part: Tensor, low: int, high: int) -> tuple[int, Bits]:
+def split_magnitudes_native(part: Tensor, low: int, high: int) -> tuple[int, Bits]:
     """_split of the magnitudes of flat float32 numbers."""
     import numpy as np
 
@@ -216,7 +219,7 @@ def _split_native(part: Tensor, low: int, high: int) -> tuple[int, Bits]:
     return above.value, inside[:count]
 
 
-def _split(magnitudes: Tensor, low: int, high: int) -> tuple[int, Bits]:
+def split_magnitudes(magnitudes: Tensor, low: int, high: int) -> tuple[int, Bits]:
     """How many bits are `high` at least, and those in [low, high), minus `low`."""
     import numpy as np
 
@@ -235,7 +238,7 @@ def _count_equal(delta: Tensor, value: int) -> int:
     import numpy as np
 
     if delta.device.type != "cpu":
-        return int((_magnitude_bits(delta) == value).sum())
+        return int((magnitude_bits(delta) == value).sum())
     return int(np.count_nonzero(_magnitude_array(delta) == np.int32(value)))
 
 

@@ -30,18 +30,18 @@ def apply_rank_masks(
     """Keep each element of the deltas' block with a probability that grows with its rank in the row, in place."""
     for index, (delta, mean, spread, mask) in enumerate(zip(deltas, density, epsilon, masks, strict=True)):
         if mean < 1:
-            mask.apply([delta], block, partial(_mask, delta, block, index, mean, spread))
+            mask.apply([delta], block, partial(rank_mask, delta, block, index, mean, spread))
     return deltas
 
 
-def _mask(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor:
-    native_mask = _mask_native(delta, block, index, density, epsilon) if bindings.is_supported(delta) else None
+def rank_mask(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor:
+    native_mask = rank_mask_native(delta, block, index, density, epsilon) if bindings.is_supported(delta) else None
     if native_mask is not None:
         return native_mask
-    return random_mask(delta, block, index, _probability(delta, block, density, epsilon))
+    return random_mask(delta, block, index, drop_probability(delta, block, density, epsilon))
 
 
-def _mask_native(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor | None:
+def rank_mask_native(delta: Tensor, block: Block, index: int, density: float, epsilon: float) -> Tensor | None:
     """The same mask with hardly any sorting; None where too many magnitudes of a row are nearly equal."""
     import numpy as np
     import torch
@@ -72,7 +72,7 @@ def _mask_native(delta: Tensor, block: Block, index: int, density: float, epsilo
     return None if bindings.kernels().ranked_mask(delta, arguments, rows, columns, mask) else mask
 
 
-def _probability(delta: Tensor, block: Block, density: float, epsilon: float) -> Tensor:
+def drop_probability(delta: Tensor, block: Block, density: float, epsilon: float) -> Tensor:
     """From density - epsilon for a row's smallest element to density + epsilon for its largest."""
     import torch
 
@@ -82,13 +82,13 @@ def _probability(delta: Tensor, block: Block, density: float, epsilon: float) ->
         return torch.full_like(delta, density, dtype=torch.float32)
     result = torch.empty(rows.shape, device=delta.device)
     for part, out in by_rows([rows, result]):
-        order = _order(part)
+        order = magnitude_order(part)
         steps = torch.arange(columns, dtype=torch.float32, device=delta.device).mul_(2 * epsilon / (columns - 1))
         out.scatter_(1, order, steps.add_(density - epsilon).expand(part.shape))
     return result.view(delta.shape)
 
 
-def _order(rows: Tensor) -> Tensor:
+def magnitude_order(rows: Tensor) -> Tensor:
     """Each row's columns by ascending magnitude (in float32), equal magnitudes by column.
 
     On a CPU numpy sorts integers that hold a magnitude's bits and, below them, its column, 15 times as fast as

@@ -36,7 +36,7 @@ class Selection:
         """Zero what is not selected, in place. Blocks must come in the tensor's order, from the first one on."""
         if self.threshold is not None:
             trim = self.threshold.trim
-            self.masks.apply(deltas, block, lambda: trim(_variance(deltas), block.start == 0).ne_(0))
+            self.masks.apply(deltas, block, lambda: trim(variance(deltas), block.start == 0).ne_(0))
 
 
 def select(scan: BlockScan, numel: int, *, select_topk: float, int8_mask: bool) -> Selection:
@@ -58,23 +58,23 @@ def select(scan: BlockScan, numel: int, *, select_topk: float, int8_mask: bool) 
 def _threshold(scan: BlockScan, numel: int, fraction: float) -> Threshold | None:
     if fraction >= 1 or not numel:
         return None
-    return threshold_of_largest_fraction(_variance_scan(scan), numel, fraction)
+    return threshold_of_largest_fraction(variance_scan(scan), numel, fraction)
 
 
-def _variance_scan(scan: BlockScan) -> Any:
+def variance_scan(scan: BlockScan) -> Any:
     """Scan the variance of the task vectors as if it were one task vector."""
 
     def scan_variance(visit: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
         def variance(deltas: list[Tensor]) -> Tensor:
             few = [subsample(delta, delta.numel(), SAMPLE_ELEMENTS) for delta in deltas] if sample else deltas
-            return _variance(few)
+            return variance(few)
 
         return scan(lambda deltas, block: visit([variance(deltas)], block), sample)
 
     return scan_variance
 
 
-def _variance(deltas: list[Tensor]) -> Tensor:
+def variance(deltas: list[Tensor]) -> Tensor:
     """The variance of each element over the task vectors (divided by their number)."""
     import torch
 
@@ -122,10 +122,10 @@ def sce(
     no effect.
     """
     stats.keep(deltas, block)
-    return _sign_consensus_mean(deltas, stats.weights)
+    return sign_consensus_mean(deltas, stats.weights)
 
 
-def _sign_consensus_mean(deltas: list[Tensor], weights: list[float]) -> Tensor:
+def sign_consensus_mean(deltas: list[Tensor], weights: list[float]) -> Tensor:
     """The weighted mean of the deltas that have the elected sign at each element, into the first one."""
     import numpy as np
     import torch

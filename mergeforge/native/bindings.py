@@ -119,12 +119,12 @@ CHUNK, PRODUCT_CHUNK = 2048, 512  # elements that kernels, and inner products, p
 
 def is_available() -> bool:
     """Whether the C library is compiled and can be loaded."""
-    return _library() is not None
+    return load_library() is not None
 
 
 def kernels() -> ctypes.CDLL:
     """The C library. Raises RuntimeError if there is none; check is_available() first."""
-    library = _library()
+    library = load_library()
     if library is None:
         raise RuntimeError("kernels.c is not compiled")
     return library
@@ -146,7 +146,7 @@ def is_supported(*tensors: Tensor) -> bool:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.exists():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
 from mergeforge.core.sizes import format_size
-from mergeforge.gguf.quantize import backend
+from mergeforge.gguf.quantize import backend_for
 from mergeforge.lora.combine import Combination
 from mergeforge.planner.compose import MergeGraph
 from mergeforge.planner.output_folder import existing_folder
@@ -119,7 +119,7 @@ def _written(plan: Plan) -> Iterator[str]:
         size, bits = format_size(gguf.layout.nbytes), f"{gguf.bits_per_weight:.2f} bits per weight"
         yield f"writes   {size} in {first}: {bits} ({types})"
     if plan.ggufs:
-        yield f"         encoded by {backend(plan.budget.device)} from {plan.recipe.output.gguf_from} values"
+        yield f"         encoded by {backend_for(plan.budget.device)} from {plan.recipe.output.gguf_from} values"
 
 
 def _truncation(combination: Combination) -> str:

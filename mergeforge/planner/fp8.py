@@ -15,7 +15,7 @@ from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.io.file_layout import Layout
 from mergeforge.writers.encoder import TensorEncoder
-from mergeforge.writers.fp8 import SCALES, FP8Encoder, stored_as
+from mergeforge.writers.fp8 import SCALE_SUFFIX, FP8Encoder, stored_tensors
 from mergeforge.writers.safetensors import SafetensorsEncoder
 
 BLOCK = (128, 128)
@@ -39,7 +39,8 @@ def _is_linear(name: str, info: TensorInfo) -> bool:
 def stored_infos(infos: Mapping[str, TensorInfo], fp8: bool) -> list[TensorInfo]:
     """The tensors of the safetensors files: with FP8, each weight's codes, followed by its scales."""
     packed = set(fp8_names(infos)) if fp8 else set()
-    return [part for name, info in infos.items() for part in (stored_as(info, BLOCK) if name in packed else (info,))]
+    stored = (stored_tensors(info, BLOCK) if name in packed else (info,) for name, info in infos.items())
+    return [part for parts in stored for part in parts]
 
 
 def checkpoint_encoders(infos: Mapping[str, TensorInfo], layout: Layout) -> dict[str, list[TensorEncoder]]:
@@ -48,7 +49,7 @@ def checkpoint_encoders(infos: Mapping[str, TensorInfo], layout: Layout) -> dict
     for name, extent in layout.extents.items():
         if name not in infos:
             continue  # the scales of a tensor, which its second encoder writes
-        scales = layout.extents.get(f"{name}{SCALES}") if f"{name}{SCALES}" not in infos else None
+        scales = layout.extents.get(f"{name}{SCALE_SUFFIX}") if f"{name}{SCALE_SUFFIX}" not in infos else None
         if scales is None:
             encoders[name] = [SafetensorsEncoder(infos[name], extent)]
         else:

@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.checkpoints.checkpoint import ModelSource
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import is_head, tied_head
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, malformed_as_source_error
 from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget, build_spec
 from mergeforge.gguf.file_types import (
     FileType,
-    FileTypeFacts,
+    ModelHparams,
     TypeOverrides,
     file_order,
     file_type_named,
     select_tensor_types,
 )
-from mergeforge.gguf.general_metadata import metadata, parameter_counts
+from mergeforge.gguf.general_metadata import general_keys, parameter_counts
 from mergeforge.gguf.imatrix import ImatrixFile, read_imatrix
-from mergeforge.gguf.key_values import Keys, Value, text, u32
+from mergeforge.gguf.key_values import Keys, Value, string, u32
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.gguf.vocab import vocabulary
 from mergeforge.io.aux_files import AuxFiles
@@ -30,7 +30,7 @@ from mergeforge.io.file_layout import Layout
 from mergeforge.recipe import GGUFEntry, Output
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
-from mergeforge.writers.gguf import GGUFEncoder, GGUFTensor, lay_out, positions_of
+from mergeforge.writers.gguf import GGUFEncoder, GGUFTensor, lay_out, row_positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,13 +134,13 @@ def _plan(
     encoders = {
         name: [
             GGUFEncoder(
-                sink=entry.type,
+                file_type=entry.type,
                 info=inputs.tensors[name],
                 target=target,
                 quant_type=types[target.tensor],
                 extent=layout.extents[target.tensor],
                 device=inputs.device,
-                stored=inputs.tensors[name].dtype if stored else "",
+                rounded_to=inputs.tensors[name].dtype if stored else "",
                 importance=_weights(imatrix, target, types[target.tensor]),
                 positions=_positions(target, inputs.tensors[name], shared),
             )
@@ -157,7 +157,7 @@ def _positions(
     """positions_of the target, computed once for all layers whose targets share their rows."""
     key = (id(target.rows), info.rows)
     if key not in shared:
-        shared[key] = positions_of(target, info)
+        shared[key] = row_positions(target, info)
     return shared[key]
 
 
@@ -168,7 +168,7 @@ def _weights(imatrix: ImatrixFile | None, target: TensorTarget, quant_type: Quan
     if imatrix is None or quant_type.block == 1:
         return None
     matrices = target.shape[0] if len(target.shape) == 3 else 1
-    weights = imatrix.of(target.tensor, target.shape[-1], matrices)
+    weights = imatrix.column_weights(target.tensor, target.shape[-1], matrices)
     return None if weights is None else torch.from_numpy(weights)
 
 
@@ -189,15 +189,15 @@ def _tensors(
     selected = select_tensor_types(
         file_type,
         {name: shape for name, shape in shapes.items() if name not in spec.constants},
-        _model_facts(spec),
-        has_importance=imatrix is not None,
-        wishes=TypeOverrides(entry.tensor_types, entry.output_type or "", entry.embedding_type or "", entry.pure),
+        _model_hparams(spec),
+        has_imatrix=imatrix is not None,
+        overrides=TypeOverrides(entry.tensor_types, entry.output_type or "", entry.embedding_type or "", entry.pure),
         f32={target.tensor for targets in spec.targets.values() for target in targets if target.f32},
     )
     types = dict.fromkeys(spec.constants, QUANT_TYPES["F32"]) | selected
     contents = {name: value.astype("<f4").tobytes() for name, value in spec.constants.items()}
-    order = file_order(list(shapes)) if file_type.quantizer else list(shapes)
-    if file_type.quantizer:
+    order = file_order(list(shapes)) if file_type.by_llama_quantize else list(shapes)
+    if file_type.by_llama_quantize:
         shapes = {name: _without_ones(shape) for name, shape in shapes.items()}
     return [GGUFTensor(name, shapes[name], types[name], contents.get(name, b"")) for name in order]
 
@@ -209,7 +209,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _model_facts(spec: GGUFModelSpec) -> FileTypeFacts:
+def _model_hparams(spec: GGUFModelSpec) -> ModelHparams:
     def fact(key: str) -> int:
         value = spec.keys.get(f"{spec.arch}.{key}")
         if value is None:
@@ -217,7 +217,7 @@ def _model_facts(spec: GGUFModelSpec) -> FileTypeFacts:
         return int(value.value[0] if value.kind == "array" else value.value)
 
     heads = fact("attention.head_count")
-    return FileTypeFacts(
+    return ModelHparams(
         arch=spec.arch,
         block_count=fact("block_count"),
         expert_count=fact("expert_count"),
@@ -230,20 +230,20 @@ def _keys(
     file_type: FileType, spec: GGUFModelSpec, tokenizer: Keys, inputs: GGUFInputs, imatrix: ImatrixFile | None
 ) -> Keys:
     shapes = _shapes(spec)
-    general = {"general.architecture": text(spec.arch), "general.type": text("model")}
-    general |= metadata(inputs.files, inputs.config or {}, inputs.name, parameter_counts(shapes))
+    general = {"general.architecture": string(spec.arch), "general.type": string("model")}
+    general |= general_keys(inputs.files, inputs.config or {}, inputs.name, parameter_counts(shapes))
     keys = general | dict(spec.keys) | {"general.quantization_version": u32(QUANTIZATION_VERSION)} | dict(tokenizer)
-    if file_type.quantizer or "general.file_type" in keys:
-        keys["general.file_type"] = u32(file_type.file_type)
-    if file_type.quantizer:
+    if file_type.by_llama_quantize or "general.file_type" in keys:
+        keys["general.file_type"] = u32(file_type.number)
+    if file_type.by_llama_quantize:
         keys = {key: value for key, value in keys.items() if key not in _LAST} | {key: keys[key] for key in _LAST}
     return keys | (_imatrix_keys(imatrix) if imatrix else {})
 
 
 def _imatrix_keys(imatrix: ImatrixFile) -> dict[str, Value]:
     """The keys by which llama-quantize records an imatrix; of the path only the file name."""
-    keys = {"quantize.imatrix.file": text(imatrix.path.name)}
+    keys = {"quantize.imatrix.file": string(imatrix.path.name)}
     if imatrix.datasets:
-        keys["quantize.imatrix.dataset"] = text(imatrix.datasets[0])
+        keys["quantize.imatrix.dataset"] = string(imatrix.datasets[0])
     keys["quantize.imatrix.entries_count"] = u32(len(imatrix.weights))
     return keys | ({"quantize.imatrix.chunks_count": u32(imatrix.chunks)} if imatrix.chunks else {})

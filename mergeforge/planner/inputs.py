@@ -10,8 +10,9 @@ from typing import Any
 
 from mergeforge.adapters.gguf_lora import open_gguf_adapter
 from mergeforge.adapters.open import Adapter, open_adapter
-from mergeforge.checkpoints.checkpoint import Checkpoint, ModelSource, open_checkpoint, read_json
+from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_json
 from mergeforge.checkpoints.gguf_checkpoint import open_gguf
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.errors import SourceError
 from mergeforge.hub import download
 from mergeforge.io.aux_files import AuxFiles

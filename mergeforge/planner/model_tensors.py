@@ -9,7 +9,7 @@ from typing import Any
 from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.adapters.deltas import ReplaceRows, ReplaceTensor, WeightDelta
 from mergeforge.adapters.resized_embedding import same_rows
-from mergeforge.checkpoints.checkpoint import ModelSource
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS, is_head, tied_head
 from mergeforge.checkpoints.quantized.fake_nf4 import FakeQuantizedTensor
 from mergeforge.checkpoints.quantized.tensor import QuantizedTensor

@@ -68,7 +68,7 @@ def plan_tiles(
         # a worker keeps its largest staging buffer and its scratch blocks
         staging = (candidate.per_worker - scratch) // candidate.buffer_copies
         plans = [
-            _plan_tensor(tensors[name], info, tuple(encoders[name]), staging, budget.device)
+            plan_tensor(tensors[name], info, tuple(encoders[name]), staging, budget.device)
             for name, info in infos.items()
         ]
         if all(plan.staging_nbytes <= staging for plan in plans):
@@ -89,7 +89,7 @@ def peak_memory(tensor_plans: Iterable[TensorPlan], budget: Budget) -> int:
     return budget.threads * (staging * budget.buffer_copies + scratch)
 
 
-def _plan_tensor(
+def plan_tensor(
     tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], free: int, device: str
 ) -> TensorPlan:
     """`free`: bytes of staging memory that one worker has."""

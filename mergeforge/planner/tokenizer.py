@@ -27,7 +27,7 @@ from mergeforge.tokenizer import (
     replace_tokenizer_files,
     tokenizer_files_in,
 )
-from mergeforge.tokenizer.hf_vocabulary import read_object
+from mergeforge.tokenizer.hf_files import read_object
 from mergeforge.tokenizer.output_files import json_file
 
 GENERATION = "generation_config.json"

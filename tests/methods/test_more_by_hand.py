@@ -18,8 +18,8 @@ from mergeforge.methods._random_mask import random_mask
 from mergeforge.methods._rescale import Rescaled
 from mergeforge.methods._sub_blocks import by_rows
 from mergeforge.methods._thresholds import SAMPLE_BLOCKS, threshold_of_largest_fraction
-from mergeforge.methods.della import _mask, _mask_native, _order, _probability
-from mergeforge.methods.sce import _sign_consensus_mean, _variance, _variance_scan
+from mergeforge.methods.della import drop_probability, magnitude_order, rank_mask, rank_mask_native
+from mergeforge.methods.sce import sign_consensus_mean, variance, variance_scan
 from mergeforge.native import bindings
 
 HALF = math.sqrt(0.5)
@@ -170,7 +170,7 @@ def test_della_ranks_match_a_stable_sort(shape: tuple[int, int], dtype: torch.dt
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype).mul(4).round()  # many equals
     rows[0, :3] = torch.tensor([math.nan, math.inf, -0.0])
     for part in by_rows([rows]):
-        assert torch.equal(_order(part[0]), part[0].float().abs().sort(dim=1, stable=True).indices)
+        assert torch.equal(magnitude_order(part[0]), part[0].float().abs().sort(dim=1, stable=True).indices)
 
 
 def many(rows: torch.Tensor) -> torch.Tensor:
@@ -209,8 +209,8 @@ def test_della_native_mask_matches_torch(
     rows = made(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     for is_vector in {False, shape[1] == 1}:
         block = Block("w", 3 * shape[1] + is_vector, 7, is_vector)
-        expected = random_mask(rows, block, 1, _probability(rows, block, density, 0.0999))
-        found = _mask_native(rows, block, 1, density, 0.0999)
+        expected = random_mask(rows, block, 1, drop_probability(rows, block, density, 0.0999))
+        found = rank_mask_native(rows, block, 1, density, 0.0999)
         assert found is not None
         assert torch.equal(found, expected)
 
@@ -221,9 +221,9 @@ def test_della_falls_back_to_sorting_for_nearly_equal_magnitudes() -> None:
     rows = 1 + torch.rand(4, 4096, generator=torch.Generator().manual_seed(1)) * 1e-4
     rows[:, :100] *= 1e6
     block = Block("w", 0, 7)
-    assert _mask_native(rows, block, 0, 0.5, 0.15) is None
+    assert rank_mask_native(rows, block, 0, 0.5, 0.15) is None
     assert torch.equal(
-        _mask(rows, block, 0, 0.5, 0.15), random_mask(rows, block, 0, _probability(rows, block, 0.5, 0.15))
+        rank_mask(rows, block, 0, 0.5, 0.15), random_mask(rows, block, 0, drop_probability(rows, block, 0.5, 0.15))
     )
 
 
@@ -242,11 +242,11 @@ def test_sce_native_matches_torch(count: int, monkeypatch: pytest.MonkeyPatch) -
     deltas[0][:, ::5], deltas[-1][:, 1::5] = 0.0, -0.0
     deltas[-1][:, ::7] = deltas[0][:, ::7]
     weights = [0.4, 1e-9, 0.6, 0.2, 0.3][:count]
-    variance, mean = _variance(deltas), _sign_consensus_mean([one.clone() for one in deltas], weights)
+    native_variance, native_mean = variance(deltas), sign_consensus_mean([one.clone() for one in deltas], weights)
     monkeypatch.setattr(bindings, "is_available", lambda: False)
-    assert torch.equal(variance, _variance(deltas))
-    expected = _sign_consensus_mean(deltas, weights)
-    assert torch.equal(mean.view(torch.int32), expected.view(torch.int32))
+    assert torch.equal(native_variance, variance(deltas))
+    expected = sign_consensus_mean(deltas, weights)
+    assert torch.equal(native_mean.view(torch.int32), expected.view(torch.int32))
 
 
 # choosing
@@ -274,7 +274,7 @@ def test_sce_selects_a_fraction_of_the_varying_elements(share: float) -> None:
     for start in InMemoryScan([varying], 100).starts(SAMPLE_BLOCKS):
         varying[start : start + 100] *= 1e-3
     scan = InMemoryScan([torch.zeros(3000), varying], 100)
-    threshold = threshold_of_largest_fraction(_variance_scan(scan), 3000, share)
+    threshold = threshold_of_largest_fraction(variance_scan(scan), 3000, share)
     ranked = varying.double().square().div(4).float().sort(descending=True).values
     assert threshold.value == float(ranked[int(share * int(varying.count_nonzero())) - 1])
 
@@ -283,7 +283,7 @@ def test_sce_selects_a_fraction_of_the_varying_elements(share: float) -> None:
 def test_variance_does_not_change_its_inputs(dtype: torch.dtype) -> None:
     deltas = [torch.randn(50, 4, dtype=dtype) for _ in range(3)]
     kept = [delta.clone() for delta in deltas]
-    torch.testing.assert_close(_variance(deltas), torch.stack(kept).var(dim=0, correction=0))
+    torch.testing.assert_close(variance(deltas), torch.stack(kept).var(dim=0, correction=0))
     assert all(map(torch.equal, deltas, kept))
 
 

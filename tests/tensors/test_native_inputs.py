@@ -23,7 +23,7 @@ from mergeforge.methods._kth_largest import INFINITE_THRESHOLD
 from mergeforge.methods._magnitude_range import MagnitudeRange, MagnitudeRanges
 from mergeforge.methods._mask_cache import MaskCache
 from mergeforge.methods._random_mask import apply_random_masks, mask_key
-from mergeforge.methods._thresholds import Threshold, _magnitude_bits, _split, _split_native
+from mergeforge.methods._thresholds import Threshold, magnitude_bits, split_magnitudes, split_magnitudes_native
 from mergeforge.methods._weighted_sum import WeightedSum, sign_consensus_sum, sign_consensus_terms, weighted_sum
 from mergeforge.native import bindings
 from mergeforge.native.bindings import CHUNK
@@ -73,7 +73,7 @@ def placed(
     ]
 
 
-def magnitude_bits(value: float) -> int:
+def bits_of(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
 
@@ -214,11 +214,11 @@ def test_split_magnitudes_equals_numpy(count: int) -> None:
     """The number of magnitudes above a range of bits, and those inside, for ranges of any content."""
     every = numbers("F32", 3).flatten()[:count].contiguous()
     every[: count // 5 : 2], every[count // 2] = math.nan, -math.inf
-    bits = _magnitude_bits(every)
+    bits = magnitude_bits(every)
     edges = sorted({0, *bits[:: max(count // 9, 1)].tolist(), (1 << 31) - 1})
     for low, high in pairwise(edges):
-        beyond, inside = _split_native(every, low, high)
-        expected = _split(bits, low, high)
+        beyond, inside = split_magnitudes_native(every, low, high)
+        expected = split_magnitudes(bits, low, high)
         assert beyond == expected[0]
         assert inside.tolist() == expected[1].tolist()
 
@@ -244,7 +244,7 @@ def test_sign_consensus_sum_equals_torch(
 def threshold(delta: Tensor, value: float, share: float) -> Threshold:
     """A threshold that keeps a share of the magnitudes equal to it."""
     ties = int(delta.abs().eq(value).sum())
-    return Threshold(magnitude_bits(value), int(share * ties), ties)
+    return Threshold(bits_of(value), int(share * ties), ties)
 
 
 def largest(delta: Tensor) -> MagnitudeRange:
@@ -303,9 +303,9 @@ def test_split_magnitudes_of_inputs(tmp_path: Path, based: bool, in_files: bool)
     """Compare with splitting each input alone; one input has two ranges."""
     found, tensors = stacked(["BF16", "F32", "F16"], based, tmp_path if in_files else None)
     inputs = [one - tensors[-1] for one in tensors[:-1]] if based else tensors
-    ranges = [(at, *map(magnitude_bits, pair)) for at, pair in ((0, (0.1, 0.2)), (0, (1.0, 3.0)), (1, (0.0, 0.5)))]
+    ranges = [(at, *map(bits_of, pair)) for at, pair in ((0, (0.1, 0.2)), (0, (1.0, 3.0)), (1, (0.0, 0.5)))]
     for (at, low, high), (beyond, inside) in zip(ranges, found.split_magnitudes(ranges, 6, 12), strict=True):
-        expected = _split(_magnitude_bits(inputs[at][1:7]), low, high)
+        expected = split_magnitudes(magnitude_bits(inputs[at][1:7]), low, high)
         assert beyond == expected[0]
         assert inside.tolist() == expected[1].tolist()
 
@@ -349,7 +349,7 @@ def test_inner_products_equal_numpy(tmp_path: Path, based: bool, in_files: bool)
 def test_torch_writes_the_same_file_without_the_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {"merge_method": "linear", "models": ["./tuned-a", "./tuned-b"], "parameters": {"weight": [0.3, 0.8]}}
     out = mergeforge.merge(recipe, out="in-c", device="cpu")
-    monkeypatch.setattr(bindings, "_library", lambda: None)
+    monkeypatch.setattr(bindings, "load_library", lambda: None)
     with pytest.raises(RuntimeError, match="not compiled"):
         bindings.kernels()
     other = mergeforge.merge(recipe, out="in-torch", device="cpu")
@@ -359,16 +359,16 @@ def test_torch_writes_the_same_file_without_the_c_library(monkeypatch: pytest.Mo
 def test_ignores_a_library_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library for another system, or compiled from another kernels.c."""
     monkeypatch.setattr(bindings, "__file__", str(tmp_path / "native.py"))
-    assert bindings._library.__wrapped__() is None
+    assert bindings.load_library.__wrapped__() is None
     library = tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}"
     library.write_bytes(b"\x7fELF")
-    assert bindings._library.__wrapped__() is None
+    assert bindings.load_library.__wrapped__() is None
     compiled = Path(bindings.kernels()._name)
     library.unlink()
     library.write_bytes(compiled.read_bytes())
-    assert bindings._library.__wrapped__() is not None  # no source next to it: a wheel
+    assert bindings.load_library.__wrapped__() is not None  # no source next to it: a wheel
     (tmp_path / "kernels.c").write_text("another one")
-    assert bindings._library.__wrapped__() is None
+    assert bindings.load_library.__wrapped__() is None
 
 
 def test_refuses_the_wrong_number_of_factors() -> None:
