@@ -65,11 +65,11 @@ def variance_scan(scan: BlockScan) -> Any:
     """Scan the variance of the task vectors as if it were one task vector."""
 
     def scan_variance(visit: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
-        def variance(deltas: list[Tensor]) -> Tensor:
+        def block_variance(deltas: list[Tensor]) -> Tensor:
             few = [subsample(delta, delta.numel(), SAMPLE_ELEMENTS) for delta in deltas] if sample else deltas
             return variance(few)
 
-        return scan(lambda deltas, block: visit([variance(deltas)], block), sample)
+        return scan(lambda deltas, block: visit([block_variance(deltas)], block), sample)
 
     return scan_variance
 
