@@ -41,7 +41,7 @@ def main() -> None:
         theirs = converted(chosen, made, Path(root))
         rows = [row(tiny, made[tiny.name][0], theirs, Path(root)) for tiny in chosen]
     quantised = sum(int(one[5].split()[0]) for one in rows if one[5])
-    print(table(["model", *CONVERTED, f"{len(whole.KINDS)} mixes", "engine: max |d log p|"], rows))
+    print(table(["model", *CONVERTED, f"{len(whole.LLAMA_QUANTIZE_TYPES)} mixes", "engine: max |d log p|"], rows))
     print(f"\n{quantised} quantised files are equal to llama-quantize's.")
 
 
@@ -58,7 +58,7 @@ def converted(chosen: list[Tiny], made: dict[str, tuple[Path, Path]], root: Path
 
 def row(tiny: Tiny, folder: Path, theirs: dict[tuple[str, str], Path], root: Path) -> list[str]:
     try:
-        ours = whole.written(folder, root / "ours" / tiny.name, *CONVERTED, *whole.KINDS)
+        ours = whole.written(folder, root / "ours" / tiny.name, *CONVERTED, *whole.LLAMA_QUANTIZE_TYPES)
     except MergeforgeError:
         return [tiny.name, "refused", "", "", "", "", ""]
     cells = [against_converter(tiny, kind, ours[kind], theirs.get((tiny.name, kind))) for kind in CONVERTED]
@@ -73,12 +73,12 @@ def against_converter(tiny: Tiny, kind: str, ours: Path, theirs: Path | None) ->
 
 
 def against_quantiser(ours: dict[str, Path], root: Path) -> str:
-    if not llama_cpp.QUANTISER:
+    if not llama_cpp.LIBLLAMA:
         return ""
     target, equal = root / "quantised.gguf", 0
-    for kind in whole.KINDS:
+    for kind in whole.LLAMA_QUANTIZE_TYPES:
         try:
-            llama_cpp.quantise(ours["f32"], target, FILE_TYPES[kind].number)
+            llama_cpp.quantize(ours["f32"], target, FILE_TYPES[kind].number)
         except AssertionError:
             continue
         equal += target.read_bytes() == ours[kind].read_bytes()

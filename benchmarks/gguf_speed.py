@@ -21,10 +21,10 @@ from measure import PYTHON, Measured, in_turn, machine, measure, median, mergefo
 
 TESTS = Path(__file__).parents[1] / "tests"
 PLAIN = "import sys; sys.modules['numba'] = None; from mergeforge.__main__ import main; sys.exit(main())"
-CONVERT = "import sys; from pathlib import Path; import llama_cpp; a = sys.argv[1:]; "
-CONVERT += "assert not llama_cpp.convert([(Path(a[0]), Path(a[1]), 'bf16', 'gpt-2')])"
-QUANTISE = "import sys, os; from pathlib import Path; import llama_cpp; a = sys.argv[1:]; "
-QUANTISE += "llama_cpp.quantise(Path(a[0]), Path(a[1]), int(a[2]), threads=len(os.sched_getaffinity(0)))"
+IMPORTS = "import sys, os; from pathlib import Path; from support import llama_cpp_tools as llama_cpp\n"
+IMPORTS += "a = sys.argv[1:]\n"
+CONVERT = IMPORTS + "assert not llama_cpp.convert([(Path(a[0]), Path(a[1]), 'bf16', 'gpt-2')])"
+QUANTISE = IMPORTS + "llama_cpp.quantize(Path(a[0]), Path(a[1]), int(a[2]), threads=len(os.sched_getaffinity(0)))"
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def quantise(given: argparse.Namespace, kind: str) -> Measured:
 
     target = given.dir / "theirs.gguf"
     source = given.dir / "theirs-bf16.gguf"
-    measured = measure([PYTHON, "-c", QUANTISE, str(source), str(target), str(FILE_TYPES[kind].file_type)])
+    measured = measure([PYTHON, "-c", QUANTISE, str(source), str(target), str(FILE_TYPES[kind].number)])
     target.unlink()
     return measured
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from measure import PYTHON, machine, table
 
-from mergeforge.operations.synthetic_models import shape_named, write_adapter
-from mergeforge.writers.safetensors import INDEX, index, lay_out
+from mergeforge.operations.synthetic_models import model_shape, write_adapter
+from mergeforge.writers.safetensors import INDEX, index_content, lay_out
 
 
 def sparse_model(folder: Path, shape_name: str) -> Path:
     """Headers of the real sizes, no data blocks."""
-    shape = shape_named(shape_name)
+    shape = model_shape(shape_name)
     tensors = shape.tensors()
     layout = lay_out(tensors, 5 * 10**9)
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def sparse_model(folder: Path, shape_name: str) -> Path:
         with open(folder / name, "wb") as stream:
             stream.write(file.header)
             stream.truncate(file.nbytes)
-    (folder / INDEX).write_bytes(index(layout, tensors) or b"{}")
+    (folder / INDEX).write_bytes(index_content(layout, tensors) or b"{}")
     return folder
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True)
     root = parser.parse_args().dir
     base = sparse_model(root / "70b-sparse", "70b")
-    write_adapter(root / "70b-adapter", shape_named("70b"), str(base), rank=8, dtype="BF16")
+    write_adapter(root / "70b-adapter", model_shape("70b"), str(base), rank=8, dtype="BF16")
     bad, good = root / "bad.yaml", root / "70b.yaml"
     bad.write_text("merge_methd: ties\nmodels: [a]\n", encoding="utf-8")
     good.write_text(f"base_model: {base}\nadapters: [{root / '70b-adapter'}]\n", encoding="utf-8")

@@ -66,9 +66,9 @@ def _quants() -> list[dict[str, Any]]:
 
     rows = []
     for name, file_type in FILE_TYPES.items():
-        quant_type = QUANT_TYPES[file_type.default]
+        quant_type = QUANT_TYPES[file_type.default_type]
         bits = quant_type.nbytes * 8 / quant_type.block
-        source = "llama-quantize" if file_type.quantizer else "llama.cpp's converter"
+        source = "llama-quantize" if file_type.by_llama_quantize else "llama.cpp's converter"
         rows.append({"name": name, "about": f"mostly {quant_type.name}, {bits:g} bits per weight; as {source} writes"})
     return rows
 

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from mergeforge.errors import RecipeError, did_you_mean
 
 T = TypeVar("T")
 
 
-class Registry(Generic[T]):
+class Registry(Mapping[str, T]):
     """The extensions of one kind, found in one package.
 
-    Raises RecipeError for an unknown name, with the most similar known one.
+    Iterates by name, or in the order of the entries' `order` values. Raises RecipeError for an unknown name, with the
+    most similar known one.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, *, order: Callable[[T], Any] | None = None) -> None:
         self.kind = kind
         self.package = package
+        self.order = order
         self._entries: dict[str, T] = {}
         self._loaded = False
 
@@ -42,13 +44,18 @@ class Registry(Generic[T]):
             raise RecipeError(f"unknown {self.kind} '{name}'", hint=hint)
         return self._entries[name]
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         self._load()
         return name in self._entries
 
+    def __len__(self) -> int:
+        self._load()
+        return len(self._entries)
+
     def __iter__(self) -> Iterator[str]:
         self._load()
-        return iter(sorted(self._entries))
+        order = self.order
+        return iter(sorted(self._entries, key=None if order is None else lambda name: order(self._entries[name])))
 
     def _load(self) -> None:
         if self._loaded:

@@ -1,11 +1,10 @@
-"""Which tensor of a GGUF file gets which type: F16 or Q8_0 as the converter writes it, Q4_K_M as llama-quantize does.
+"""GGUF file types, and the type that each tensor of a file gets.
 
-A mix is named as users name it ("q4_k_m"). The converter's mixes (f32, f16, bf16, q8_0) give every matrix one
-type and keep in F32 what is small and sensitive. All others are llama-quantize's: they start from a file of the
-converter, leave out what must not be quantised (it keeps the type that it has in that file, `source`), and give the
-tensors that matter most a better type. llama-quantize counts tensors while it goes through them in an order of its
-own, so here, too, the types of a whole model are chosen at once. The rules are those of
-src/llama-quant.cpp, build b11549.
+The file types of llama.cpp's converter (f32, f16, bf16, q8_0) give every matrix one type and keep small and sensitive
+tensors in F32. All others are llama-quantize's. They start from a file of the converter, give better types to the
+tensors that matter most, and leave some tensors in the type that they have in that file (`source`). llama-quantize
+counts tensors in an order of its own, so the types of a whole model are chosen together here too. The rules are those
+of src/llama-quant.cpp, build b11549.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mergeforge.core.registry import Registry
 from mergeforge.errors import RecipeError, did_you_mean
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 
@@ -22,41 +22,53 @@ Shape = tuple[int, ...]  # slowest dimension first
 
 @dataclass(frozen=True)
 class FileType:
-    """A file type: its label, its number as general.file_type, most tensors' type, and whose rules make it."""
+    """A file type (llama_ftype): label, general.file_type, the type of most tensors, and whose rules it follows."""
 
     label: str
-    file_type: int
-    default: str
-    quantizer: bool = True  # llama-quantize's; else the converter's
+    number: int
+    default_type: str
+    by_llama_quantize: bool = True  # else by the converter
 
 
-FILE_TYPES: Mapping[str, FileType] = {
-    "f32": FileType("F32", 0, "F32", quantizer=False),
-    "f16": FileType("F16", 1, "F16", quantizer=False),
-    "bf16": FileType("BF16", 32, "BF16", quantizer=False),
-    "q8_0": FileType("Q8_0", 7, "Q8_0", quantizer=False),
-    "q4_0": FileType("Q4_0", 2, "Q4_0"),
-    "q4_1": FileType("Q4_1", 3, "Q4_1"),
-    "q5_0": FileType("Q5_0", 8, "Q5_0"),
-    "q5_1": FileType("Q5_1", 9, "Q5_1"),
-    "q2_k": FileType("Q2_K", 10, "Q2_K"),
-    "q3_k_s": FileType("Q3_K_S", 11, "Q3_K"),
-    "q3_k_m": FileType("Q3_K_M", 12, "Q3_K"),
-    "q3_k_l": FileType("Q3_K_L", 13, "Q3_K"),
-    "q4_k_s": FileType("Q4_K_S", 14, "Q4_K"),
-    "q4_k_m": FileType("Q4_K_M", 15, "Q4_K"),
-    "q5_k_s": FileType("Q5_K_S", 16, "Q5_K"),
-    "q5_k_m": FileType("Q5_K_M", 17, "Q5_K"),
-    "q6_k": FileType("Q6_K", 18, "Q6_K"),
-    "iq4_nl": FileType("IQ4_NL", 25, "IQ4_NL"),
-    "iq4_xs": FileType("IQ4_XS", 30, "IQ4_XS"),
-}
+# By the label in lower case; the converter's come first. A module of mergeforge.gguf.quantize may register more.
+FILE_TYPES: Registry[FileType] = Registry(
+    "GGUF type", "mergeforge.gguf.quantize", order=lambda file_type: file_type.by_llama_quantize
+)
+
+
+def register_file_type(file_type: FileType) -> FileType:
+    """Make a file type available by its label in lower case."""
+    return FILE_TYPES.add(file_type.label.lower(), file_type)
+
+
+for _file_type in (
+    FileType("F32", 0, "F32", by_llama_quantize=False),
+    FileType("F16", 1, "F16", by_llama_quantize=False),
+    FileType("BF16", 32, "BF16", by_llama_quantize=False),
+    FileType("Q8_0", 7, "Q8_0", by_llama_quantize=False),
+    FileType("Q4_0", 2, "Q4_0"),
+    FileType("Q4_1", 3, "Q4_1"),
+    FileType("Q5_0", 8, "Q5_0"),
+    FileType("Q5_1", 9, "Q5_1"),
+    FileType("Q2_K", 10, "Q2_K"),
+    FileType("Q3_K_S", 11, "Q3_K"),
+    FileType("Q3_K_M", 12, "Q3_K"),
+    FileType("Q3_K_L", 13, "Q3_K"),
+    FileType("Q4_K_S", 14, "Q4_K"),
+    FileType("Q4_K_M", 15, "Q4_K"),
+    FileType("Q5_K_S", 16, "Q5_K"),
+    FileType("Q5_K_M", 17, "Q5_K"),
+    FileType("Q6_K", 18, "Q6_K"),
+    FileType("IQ4_NL", 25, "IQ4_NL"),
+    FileType("IQ4_XS", 30, "IQ4_XS"),
+):
+    register_file_type(_file_type)
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 
 @dataclass(frozen=True)
-class FileTypeFacts:
-    """What the choice needs to know of a model; head counts are the first layer's."""
+class ModelHparams:
+    """The hyperparameters that the rules depend on; head counts are those of the first layer."""
 
     arch: str
     block_count: int
@@ -65,12 +77,13 @@ class FileTypeFacts:
     head_count_kv: int = 0
 
     @property
-    def queries_a_key(self) -> int:
+    def n_gqa(self) -> int:
+        """Query heads per key/value head."""
         return self.head_count // self.head_count_kv if self.head_count_kv else 0
 
     @property
     def is_70b(self) -> bool:
-        """What llama.cpp takes for a 70B model: 80 layers of some families (jais2: 68)."""
+        """Whether llama.cpp treats it as a 70B model: 80 layers in some families (68 in jais2)."""
         if self.arch == "llama":
             return self.block_count == 80 and self.head_count != self.head_count_kv
         return (self.arch, self.block_count) in {("qwen2", 80), ("olmo", 80), ("deci", 80), ("jais2", 68)}
@@ -78,24 +91,25 @@ class FileTypeFacts:
 
 @dataclass(frozen=True)
 class TypeOverrides:
-    """What a user asks for besides the mix; all types by their names in QUANT_TYPES, in any case.
+    """Types that the user sets, by their names in QUANT_TYPES, in upper or lower case.
 
-    `overrides`: (regular expression, type) pairs; the first that is found in a tensor's name wins, before the
-    mix's rules, not before `output` and `embedding`. `pure`: every matrix gets the mix's default type.
+    `tensor_types`: (regular expression, type) pairs. The first one that matches a part of a tensor's name takes
+    precedence over the file type's rules, but not over `output` and `embedding`. `pure`: every matrix gets the file
+    type's default type.
     """
 
-    overrides: Sequence[tuple[str, str]] = ()
+    tensor_types: Sequence[tuple[str, str]] = ()
     output: str = ""
     embedding: str = ""
     pure: bool = False
 
 
-NO_WISHES = TypeOverrides()
+NO_OVERRIDES = TypeOverrides()
 
-# Falling back when a tensor's columns are no multiple of 256; then, or for the others, F16 if none of 32.
+# What replaces a type whose block does not divide a tensor's columns; for other types, and if that does not fit, F16.
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 
-# In F32 whatever the converter's output type is.
+# Tensors that the converter always writes in F32.
 _F32_NAMES = re.compile(
     r"""(position_embd|token_types|[va]\.position_embd|posnet\.\d+\.norm[12]
     |blk\.\d+\.(ffn_gate_inp|ffn_gate_inp_shexp|ssm_conv1d(_[qkv])?|shortconv\.conv|time_mix_(first|w1|w2|decay_w1|decay_w2|lerp_fused)
@@ -103,9 +117,9 @@ _F32_NAMES = re.compile(
     re.VERBOSE,
 )
 
-# llama-quantize leaves a tensor as it is when its name contains one of these, or is one of these.
+# llama-quantize leaves a tensor unchanged if its name contains one of these parts, or is one of these names.
 # fmt: off
-_LEFT_PARTS = (
+_UNCHANGED_PARTS = (
     "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
     "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight",
     "time_mix_first.weight", "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight",
@@ -116,7 +130,7 @@ _LEFT_PARTS = (
     "mm.a.code_embd",
 )
 # fmt: on
-_LEFT_NAMES = ("position_embd.weight", "token_types.weight")
+_UNCHANGED_NAMES = ("position_embd.weight", "token_types.weight")
 
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _ATTENTION_V = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight")
@@ -124,122 +138,122 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 def file_type_named(name: str) -> FileType:
-    """The mix of a user's name for it. Raises RecipeError."""
+    """The file type of a name or alias, in upper or lower case. Raises RecipeError."""
     key = name.lower()
-    mix = FILE_TYPES.get(ALIASES.get(key, key))
-    if mix is None:
+    key = ALIASES.get(key, key)
+    if key not in FILE_TYPES:
         hint = did_you_mean(key, [*FILE_TYPES, *ALIASES]) or "one of " + ", ".join(FILE_TYPES)
         raise RecipeError(f"unknown GGUF type '{name}'", hint=hint)
-    return mix
+    return FILE_TYPES[key]
 
 
-def type_named(name: str) -> QuantType:
-    """The tensor type of a user's name for it. Raises RecipeError."""
-    kind = QUANT_TYPES.get(name.upper())
-    if kind is None:
+def quant_type_named(name: str) -> QuantType:
+    """The tensor type of a name in upper or lower case. Raises RecipeError."""
+    if name.upper() not in QUANT_TYPES:
         hint = did_you_mean(name.upper(), QUANT_TYPES) or "one of " + ", ".join(QUANT_TYPES)
         raise RecipeError(f"unknown GGUF tensor type '{name}'", hint=hint)
-    return kind
+    return QUANT_TYPES[name.upper()]
 
 
 def file_order(names: Sequence[str]) -> list[str]:
-    """llama-quantize's order of tensors: those outside of blocks by name, then block by block, by name (as bytes)."""
-    return sorted(names, key=lambda name: (_layer(name, -1), name.encode()))
+    """Names in llama-quantize's order: tensors outside of blocks, then block by block, each sorted by name as bytes."""
+    return sorted(names, key=lambda name: (_layer(name), name.encode()))
 
 
 def select_tensor_types(
-    mix: FileType,
+    file_type: FileType,
     tensors: Mapping[str, Shape],
-    model: FileTypeFacts,
+    model: ModelHparams,
     *,
-    has_importance: bool = False,
-    wishes: TypeOverrides = NO_WISHES,
+    has_imatrix: bool = False,
+    overrides: TypeOverrides = NO_OVERRIDES,
     source: str = "f32",
     f32: Container[str] = (),
 ) -> dict[str, QuantType]:
     """The type of every tensor, in the order of `tensors`.
 
-    Raises RecipeError for types that are unknown or do not fit the columns they are wished for.
+    Raises RecipeError for types that are unknown or do not fit the columns of the tensor they are set for.
 
     Args:
         tensors: GGUF names and shapes, slowest dimension first.
-        has_importance: whether an imatrix is given (for whichever tensors; llama-quantize looks no closer).
-        source: the converter's mix (f32, f16 or bf16) that llama-quantize would read.
+        has_imatrix: whether there is an imatrix. llama-quantize does not check which tensors it covers.
+        source: the converter's file type (f32, f16 or bf16) that llama-quantize would read.
         f32: tensors that the converter keeps in F32 for this family, besides those that it always does.
     """
-    start = mix if not mix.quantizer else file_type_named(source)
-    types = {name: _converted(start, name, shape, f32) for name, shape in tensors.items()}
-    if mix.quantizer or wishes != NO_WISHES:
-        state = _Walk(mix, model, has_importance, wishes, frozenset(tensors))
+    start = file_type if not file_type.by_llama_quantize else file_type_named(source)
+    types = {name: _converter_type(start, name, shape, f32) for name, shape in tensors.items()}
+    if file_type.by_llama_quantize or overrides != NO_OVERRIDES:
+        selector = _TensorTypeSelector(file_type, model, has_imatrix, overrides, frozenset(tensors))
         for name in file_order(list(tensors)):
-            kept = not mix.quantizer and types[name].name == "F32" != mix.default
-            if _is_quantised(name, tensors[name]) and not kept:
-                types[name] = state.type_of(name, tensors[name][-1])
+            stays_f32 = not file_type.by_llama_quantize and types[name].name == "F32" != file_type.default_type
+            if _is_quantized(name, tensors[name]) and not stays_f32:
+                types[name] = selector.select(name, tensors[name][-1])
     return types
 
 
-def _converted(mix: FileType, name: str, shape: Shape, f32: Container[str]) -> QuantType:
+def _converter_type(file_type: FileType, name: str, shape: Shape, f32: Container[str]) -> QuantType:
     """The type that the converter gives a tensor."""
-    plain = len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith((".weight", ".lora_a", ".lora_b"))
-    if plain or name in f32 or _F32_NAMES.fullmatch(name):
+    is_small = len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith((".weight", ".lora_a", ".lora_b"))
+    if is_small or name in f32 or _F32_NAMES.fullmatch(name):
         return QUANT_TYPES["F32"]
-    kind = QUANT_TYPES[mix.default]
-    return kind if shape[-1] % kind.block == 0 else QUANT_TYPES["F16"]
+    quant_type = QUANT_TYPES[file_type.default_type]
+    return quant_type if shape[-1] % quant_type.block == 0 else QUANT_TYPES["F16"]
 
 
-def _is_quantised(name: str, shape: Shape) -> bool:
-    """Whether llama-quantize gives a tensor another type at all."""
+def _is_quantized(name: str, shape: Shape) -> bool:
+    """Whether llama-quantize changes the type of a tensor at all."""
     leading = [size for size in shape[:-1] if size != 1]
     return (
         bool(leading)
         and name.endswith("weight")
-        and name not in _LEFT_NAMES
-        and not any(p in name for p in _LEFT_PARTS)
+        and name not in _UNCHANGED_NAMES
+        and not any(part in name for part in _UNCHANGED_PARTS)
     )
 
 
-def _layer(name: str, otherwise: int) -> int:
-    found = _LAYER.match(name)
-    return int(found[1]) if found else otherwise
+def _layer(name: str) -> int:
+    """The block that a tensor belongs to; -1 for tensors outside of blocks."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else -1
 
 
 def _more_bits(i: int, n: int) -> bool:
-    """The first and last eighth of the layers, and every third in between."""
+    """Whether layer i of n is in the first or last eighth, or every third in between (use_more_bits in llama.cpp)."""
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
 @dataclass
-class _Walk:
-    """llama-quantize's way through the tensors of a model; it counts some kinds."""
+class _TensorTypeSelector:
+    """Chooses types in llama-quantize's order of tensors, because some rules count the tensors before."""
 
-    mix: FileType
-    model: FileTypeFacts
-    has_importance: bool
-    wishes: TypeOverrides
+    file_type: FileType
+    model: ModelHparams
+    has_imatrix: bool
+    overrides: TypeOverrides
     names: frozenset[str]
     attention_v: int = 0
     ffn_down: int = 0
     patterns: list[tuple[re.Pattern[str], QuantType]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.patterns = [(_pattern(text), type_named(kind)) for text, kind in self.wishes.overrides]
+        self.patterns = [(_pattern(text), quant_type_named(name)) for text, name in self.overrides.tensor_types]
         self.attention_vs = sum(any(part in name for part in _ATTENTION_V) for name in self.names)
         self.tied = "output.weight" not in self.names
 
-    def type_of(self, name: str, columns: int) -> QuantType:
-        wished = next((kind for pattern, kind in self.patterns if pattern.search(name)), None)
-        if self.wishes.embedding and name in _EMBEDDINGS and not (name == _EMBEDDINGS[1] and wished):
-            return _fitting(name, type_named(self.wishes.embedding), columns)
-        if self.wishes.output and name == "output.weight":
-            return _fitting(name, type_named(self.wishes.output), columns)
-        default = QUANT_TYPES[self.mix.default]
-        if wished is None and (self.wishes.pure or default.block == 1):
-            wished = default
-        return _fallen_back(wished or QUANT_TYPES[self._ruled(name, columns)], columns)
+    def select(self, name: str, columns: int) -> QuantType:
+        override = next((quant_type for pattern, quant_type in self.patterns if pattern.search(name)), None)
+        if self.overrides.embedding and name in _EMBEDDINGS and not (name == _EMBEDDINGS[1] and override):
+            return _require_fit(name, quant_type_named(self.overrides.embedding), columns)
+        if self.overrides.output and name == "output.weight":
+            return _require_fit(name, quant_type_named(self.overrides.output), columns)
+        default = QUANT_TYPES[self.file_type.default_type]
+        if override is None and (self.overrides.pure or default.block == 1):
+            override = default
+        return _with_fallback(override or QUANT_TYPES[self._by_rules(name, columns)], columns)
 
-    def _ruled(self, name: str, columns: int) -> str:
-        """The type by the mix's rules."""
-        default = self.mix.default
+    def _by_rules(self, name: str, columns: int) -> str:
+        """The type by the file type's rules."""
+        default = self.file_type.default_type
         if name == "output.weight" or (self.tied and name in _EMBEDDINGS):
             return self._output(columns)
         if name in _EMBEDDINGS:
@@ -259,47 +273,47 @@ class _Walk:
         return self._ffn_down(self._ffn_layer(name), self.model.block_count)
 
     def _output(self, columns: int) -> str:
-        if self.tied and self.wishes.output:
-            return type_named(self.wishes.output).name
-        if self.mix.default == "Q8_0" or self.model.arch == "falcon" or columns % QUANT_TYPES[self.mix.default].block:
-            return "Q8_0"
-        return "Q6_K"
+        if self.tied and self.overrides.output:
+            return quant_type_named(self.overrides.output).name
+        default = QUANT_TYPES[self.file_type.default_type]
+        return "Q8_0" if default.name == "Q8_0" or self.model.arch == "falcon" or columns % default.block else "Q6_K"
 
     def _attention_v(self, i: int) -> str:
-        label, many = self.mix.label, self.model.queries_a_key >= 4
-        kind = self.mix.default
+        label, grouped = self.file_type.label, self.model.n_gqa >= 4
+        type_name = self.file_type.default_type
         if label == "Q2_K":
-            kind = "Q4_K" if many else "Q3_K"
+            type_name = "Q4_K" if grouped else "Q3_K"
         elif label == "Q3_K_M":
-            kind = "Q5_K" if i < 2 else "Q4_K"
-        elif label == "Q3_K_L" or (label in ("IQ4_NL", "IQ4_XS") and many) or (label == "Q4_K_S" and i < 4):
-            kind = "Q5_K"
+            type_name = "Q5_K" if i < 2 else "Q4_K"
+        elif label == "Q3_K_L" or (label in ("IQ4_NL", "IQ4_XS") and grouped) or (label == "Q4_K_S" and i < 4):
+            type_name = "Q5_K"
         elif label in ("Q4_K_M", "Q5_K_M") and _more_bits(i, self.attention_vs):
-            kind = "Q6_K"
-        if self.model.is_70b and kind in ("Q3_K", "Q4_K"):
-            kind = "Q5_K"
-        return "Q8_0" if self.model.expert_count == 8 else kind
+            type_name = "Q6_K"
+        if self.model.is_70b and type_name in ("Q3_K", "Q4_K"):
+            type_name = "Q5_K"
+        return "Q8_0" if self.model.expert_count == 8 else type_name
 
     def _attention_output(self) -> str:
-        label = self.mix.label
+        label = self.file_type.label
         if self.model.arch == "falcon":
-            return "Q4_K" if label == "Q3_K_L" else self.mix.default
+            return "Q4_K" if label == "Q3_K_L" else self.file_type.default_type
         if self.model.expert_count == 8:
             better = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS")
-            return "Q5_K" if label in better else self.mix.default
-        return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(label, self.mix.default)
+            return "Q5_K" if label in better else self.file_type.default_type
+        return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(label, self.file_type.default_type)
 
     def _ffn_layer(self, name: str) -> int:
-        """Experts' tensors do not come one a layer: then the name says which layer it is."""
+        """The layer of an ffn_down tensor: by counting, or by its name if experts give a layer more than one."""
         if self.model.expert_count <= 1:
             return self.ffn_down - 1
-        layer = _layer(name, -1)
+        layer = _layer(name)
         if not 0 <= layer < self.model.block_count:
-            raise RecipeError(f"{name}: no layer of a model with {self.model.block_count}", hint="choose f16 or q8_0")
+            error = f"{name} is outside of the model's {self.model.block_count} layers"
+            raise RecipeError(error, hint="choose f16 or q8_0")
         return layer
 
     def _ffn_down(self, i: int, n: int) -> str:
-        label, falcon, default = self.mix.label, self.model.arch == "falcon", self.mix.default
+        label, falcon, default = self.file_type.label, self.model.arch == "falcon", self.file_type.default_type
         early, more = i < n // 8, _more_bits(i, n)
         if label == "Q2_K":
             return "Q3_K"
@@ -311,32 +325,32 @@ class _Walk:
             return "Q6_K" if i < n // 16 else "Q5_K" if more else "Q4_K"
         if label in ("Q4_K_M", "Q5_K_M"):
             return "Q6_K" if more else default
-        if early and label in ("IQ4_NL", "IQ4_XS") and not self.has_importance:
+        if early and label in ("IQ4_NL", "IQ4_XS") and not self.has_imatrix:
             return "Q5_K"
         if early and label == "Q4_K_S" and not falcon:
             return "Q5_K"
-        if early and label in ("Q4_0", "Q5_0") and self.has_importance:
+        if early and label in ("Q4_0", "Q5_0") and self.has_imatrix:
             return label.replace("_0", "_1")
         return default
 
 
 def _pattern(text: str) -> re.Pattern[str]:
     try:
-        return re.compile(text.lower())  # llama-quantize writes it in lower case, too
+        return re.compile(text.lower())  # in lower case, as llama-quantize does
     except re.error as error:
-        raise RecipeError(f"'{text}' is no regular expression: {error}", hint="as in blk\\.0\\..*=q8_0") from None
+        hint = "write NAME=TYPE as in blk\\.0\\..*=q8_0"
+        raise RecipeError(f"'{text}' is not a valid regular expression: {error}", hint=hint) from None
 
 
-def _fitting(name: str, kind: QuantType, columns: int) -> QuantType:
-    """A type that is wished for by the tensor's role, and so not replaced."""
-    if columns % kind.block:
-        raise RecipeError(
-            f"{name} has {columns} columns, {kind.name} needs a multiple of {kind.block}", hint="Q8_0 or F16"
-        )
-    return kind
+def _require_fit(name: str, quant_type: QuantType, columns: int) -> QuantType:
+    """A type that the user set for the embedding or the output; it is not replaced if it does not fit."""
+    if columns % quant_type.block:
+        error = f"{name} has {columns} columns, but {quant_type.name} needs a multiple of {quant_type.block}"
+        raise RecipeError(error, hint="choose Q8_0 or F16")
+    return quant_type
 
 
-def _fallen_back(kind: QuantType, columns: int) -> QuantType:
-    if columns % kind.block:
-        kind = QUANT_TYPES[FALLBACKS.get(kind.name, kind.name)]
-    return kind if columns % kind.block == 0 else QUANT_TYPES["F16"]
+def _with_fallback(quant_type: QuantType, columns: int) -> QuantType:
+    if columns % quant_type.block:
+        quant_type = QUANT_TYPES[FALLBACKS.get(quant_type.name, quant_type.name)]
+    return quant_type if columns % quant_type.block == 0 else QUANT_TYPES["F16"]

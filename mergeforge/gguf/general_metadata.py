@@ -1,9 +1,8 @@
-"""What a GGUF file says of its model in `general.*`: name, authors, licence, origins, size, sampling.
+"""The `general.*` key/values of a GGUF file: name, authors, license, origins, size, sampling settings.
 
-As llama.cpp's converter finds it: in the front matter of README.md, in config.json, in
-generation_config.json and in the name of the model's folder ("Llama-3.2-1B-Instruct": basename,
-version, size label, finetune). How a name is taken apart is gguf-py's code; what differs between its
-versions is done here.
+Their sources are those of llama.cpp's converter: the front matter of README.md, config.json, generation_config.json and
+the name of the model's folder ("Llama-3.2-1B-Instruct": basename, version, size label, finetune). gguf-py parses the
+name; what differs between its versions is done here.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _PARENT = ("name", "author", "version", "organization", "description", "url", "d
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model: all, those outside experts, those of one expert, and the number of experts."""
+    """Parameters of a model: in total, outside of experts, of one expert; and the number of experts."""
 
     total: int
     shared: int
@@ -51,7 +50,7 @@ class ParameterCounts:
 
     @property
     def label(self) -> str:
-        """As in a file's name: 1.2B, or 8x7B with experts."""
+        """The size label in a file's name: 1.2B, or 8x7B with experts."""
         import gguf
 
         label: str = gguf.size_label(self.total, self.shared, self.expert, self.expert_count)
@@ -83,27 +82,27 @@ def general_keys(
 ) -> Keys:
     """The `general.*` keys that follow general.type, in the converter's order.
 
-    `name`: the model's name, instead of the one found. llama.cpp reads it: with "phi-3" in it the
-    vocabulary must hold Phi-3's special tokens.
+    `name` replaces the model name from the sources. llama.cpp reads it: if it contains "phi-3", the vocabulary must
+    have Phi-3's special tokens.
     """
-    found = _found(files, config, folder_name, sizes)
+    fields = _gguf_metadata(files, config, folder_name, sizes)
     keys = _sampling(files)
-    keys["general.name"] = string(name or found.name or folder_name)
-    found.size_label = found.size_label or (sizes.label if sizes.total > 0 else None)
-    if isinstance(found.license, list):
-        found.license = ",".join(map(str, found.license))
-    for one in (*_PLAIN, *_LINKS, *_SOURCES):
-        _put(keys, f"general.{_KEYS.get(one, one)}", getattr(found, one, None))
-    _put_parents(keys, "base_model", found.base_models)
-    _put_parents(keys, "dataset", found.datasets)
-    for one in ("tags", "languages"):
-        values = getattr(found, one) or []
+    keys["general.name"] = string(name or fields.name or folder_name)
+    fields.size_label = fields.size_label or (sizes.label if sizes.total > 0 else None)
+    if isinstance(fields.license, list):
+        fields.license = ",".join(map(str, fields.license))
+    for field in (*_PLAIN, *_LINKS, *_SOURCES):
+        _put(keys, f"general.{_KEYS.get(field, field)}", getattr(fields, field, None))
+    _put_parents(keys, "base_model", fields.base_models)
+    _put_parents(keys, "dataset", fields.datasets)
+    for field in ("tags", "languages"):
+        values = getattr(fields, field) or []
         if values:
-            keys[f"general.{one}"] = array("text", map(str, values))
+            keys[f"general.{field}"] = array("string", map(str, values))
     return keys
 
 
-def _found(files: AuxFiles, config: Mapping[str, Any], folder_name: str, sizes: ParameterCounts) -> Any:
+def _gguf_metadata(files: AuxFiles, config: Mapping[str, Any], folder_name: str, sizes: ParameterCounts) -> Any:
     import gguf
 
     card = _card(files)
@@ -111,18 +110,18 @@ def _found(files: AuxFiles, config: Mapping[str, Any], folder_name: str, sizes: 
 
 
 def _sampling(files: AuxFiles) -> dict[str, Value]:
-    """How the model's makers want it sampled, as far as generation_config.json is readable and says so."""
+    """The sampling settings of generation_config.json; none if it is missing or unreadable."""
     import json
 
     keys: dict[str, Value] = {}
     try:
-        given = json.loads(files["generation_config.json"].read_text("utf-8"))
+        settings = json.loads(files["generation_config.json"].read_text("utf-8"))
     except (KeyError, OSError, ValueError, RecursionError):
         return keys
-    for key, names, typed in _SAMPLING if isinstance(given, dict) else ():
-        value = next((given[name] for name in names if name in given), None)
+    for key, names, make_value in _SAMPLING if isinstance(settings, dict) else ():
+        value = next((settings[name] for name in names if name in settings), None)
         if value is not None and value != "":
-            keys[f"general.sampling.{key}"] = typed(value)
+            keys[f"general.sampling.{key}"] = make_value(value)
     return keys
 
 
@@ -139,8 +138,8 @@ def _put_parents(keys: dict[str, Value], kind: str, parents: list[Any] | None) -
         return
     keys[f"general.{kind}.count"] = u32(len(parents))
     for number, parent in enumerate(parents):
-        for one in _PARENT:
-            _put(keys, f"general.{kind}.{number}.{one}", parent.get(one))
+        for field in _PARENT:
+            _put(keys, f"general.{kind}.{number}.{field}", parent.get(field))
 
 
 def _put(keys: dict[str, Value], key: str, value: Any) -> None:

@@ -1,8 +1,8 @@
-"""Importance matrices: how much each column of a tensor matters, as llama-imatrix measured it.
+"""Importance matrices: how much each column of a tensor matters, as measured by llama-imatrix.
 
-Two formats: GGUF (for each tensor NAME the sums NAME.in_sum2, columns x experts, and NAME.counts) and the older
-.dat. The weights are means of squared activations. A matrix that was never used, such as an expert that no token
-reached, has count 0: all its columns weigh 1 alike. A tensor that is not in the file is quantised without weights.
+Two formats: GGUF (for each tensor NAME the sums NAME.in_sum2, columns x experts, and NAME.counts) and the older .dat.
+The weights are means of squared activations. A matrix that was never used, such as an expert that no token
+reached, has count 0; all its columns get weight 1. A tensor that is not in the file is quantized without weights.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SUMS, COUNTS, FIRST_SUMS = ".in_sum2", ".counts", ".in_sum"
-HINT = "make it with llama-imatrix"
+SUMS, COUNTS = ".in_sum2", ".counts"
+HINT = "create it with llama-imatrix"
 
 
 @dataclass(frozen=True, eq=False)
 class ImatrixFile:
-    """An imatrix file: weights of each GGUF tensor (experts x columns, float32), and what the file says of itself."""
+    """An imatrix file: the column weights of each GGUF tensor (experts x columns, float32), and its own metadata."""
 
     path: Path
     weights: Mapping[str, NDArray[np.float32]]
     datasets: tuple[str, ...]
     chunks: int
 
-    def of(self, name: str, columns: int, experts: int = 1) -> NDArray[np.float32] | None:
-        """The weights of a tensor, experts x columns; None where the file has none. Raises SourceError.
+    def column_weights(self, name: str, columns: int, experts: int = 1) -> NDArray[np.float32] | None:
+        """The weights of a tensor, experts x columns; None if the file has none for it.
 
-        llama-quantize uses none for an embedding whose size differs, and stops for any other tensor.
+        Raises SourceError if the size differs. For an embedding the result is then None, as in llama-quantize.
         """
-        found = self.weights.get(name)
-        if found is None or found.size == columns * experts:
-            return None if found is None else found.reshape(experts, columns)
+        weights = self.weights.get(name)
+        if weights is None or weights.size == columns * experts:
+            return None if weights is None else weights.reshape(experts, columns)
         if name in ("token_embd.weight", "per_layer_token_embd.weight"):
             return None
-        size = f"{found.shape[0]} x {found.shape[1]} values, the tensor {experts} x {columns}"
-        raise SourceError(f"{self.path}: {name} has {size}", hint="the imatrix is of another model")
+        sizes = f"{weights.shape[0]} x {weights.shape[1]} values, but the tensor needs {experts} x {columns}"
+        raise SourceError(f"{self.path}: {name} has {sizes}", hint="use the imatrix of this model")
 
 
 def read_imatrix(path: Path) -> ImatrixFile:
     """Read an imatrix file of either format. Raises SourceError."""
     try:
         with path.open("rb") as file:
-            found = _read_gguf(path) if file.read(4) == b"GGUF" else _read_dat(path)
+            imatrix = _read_gguf(path) if file.read(4) == b"GGUF" else _read_dat(path)
     except OSError as error:
-        raise SourceError(f"{path}: {error.strerror or error}", hint="the path of an imatrix file") from None
-    for name, weights in found.weights.items():
+        raise SourceError(f"{path}: {error.strerror or error}", hint="give the path of an imatrix file") from None
+    for name, weights in imatrix.weights.items():
         _check(path, name, weights)
-    return found
+    return imatrix
 
 
 def _check(path: Path, name: str, weights: Any) -> None:
@@ -72,16 +72,16 @@ def _read_gguf(path: Path) -> ImatrixFile:
 
     try:
         reader = gguf.GGUFReader(path)
-        tensors = {one.name: one for one in reader.tensors}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
         keys = {name: field.contents() for name, field in reader.fields.items() if name.startswith("imatrix.")}
     except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: not a whole GGUF file ({error})", hint=HINT) from None
+        raise SourceError(f"{path}: not a complete GGUF file ({error})", hint=HINT) from None
     missing = [key for key in ("datasets", "chunk_count", "chunk_size") if f"imatrix.{key}" not in keys]
     if missing:
-        raise SourceError(f"{path}: no imatrix, it lacks the key imatrix.{missing[0]}", hint=HINT)
+        raise SourceError(f"{path}: not an imatrix: it lacks the key imatrix.{missing[0]}", hint=HINT)
     names = {name.removesuffix(suffix) for name in tensors for suffix in (SUMS, COUNTS) if name.endswith(suffix)}
     if not names:
-        raise SourceError(f"{path}: an imatrix without entries", hint=HINT)
+        raise SourceError(f"{path}: the imatrix has no entries", hint=HINT)
     weights = {name: _mean(path, name, tensors) for name in sorted(names)}
     datasets = keys["imatrix.datasets"]
     return ImatrixFile(path, weights, tuple(map(str, datasets)), int(keys["imatrix.chunk_count"]))
@@ -93,23 +93,23 @@ def _mean(path: Path, name: str, tensors: Mapping[str, Any]) -> NDArray[np.float
 
     sums, counts = tensors.get(name + SUMS), tensors.get(name + COUNTS)
     if sums is None or counts is None:
-        raise SourceError(f"{path}: {name} has sums or counts, but not both", hint=f"{HINT} again")
+        raise SourceError(f"{path}: {name} needs both sums and counts", hint=f"{HINT} again")
     if sums.tensor_type.name != "F32" or counts.tensor_type.name != "F32":
         raise SourceError(f"{path}: {name}: sums and counts must be F32", hint=f"{HINT} again")
     count = np.asarray(counts.data, np.float32).reshape(-1)
     if not count.size or not np.isfinite(count).all() or sums.data.size % count.size:
         raise SourceError(f"{path}: {name}: {sums.data.size} sums do not fit {count.size} counts", hint=f"{HINT} again")
-    whole = np.copysign(np.floor(np.abs(count) + np.float32(0.5)), count).reshape(-1, 1)  # lround
+    rounded = np.copysign(np.floor(np.abs(count) + np.float32(0.5)), count).reshape(-1, 1)  # lround
     total = np.asarray(sums.data, np.float32).reshape(count.size, -1)
-    used = np.where(whole > 0, whole, np.float32(1)).astype(np.float32)
-    return np.where(whole > 0, total / used, np.float32(1)).astype(np.float32)
+    divisor = np.where(rounded > 0, rounded, np.float32(1)).astype(np.float32)
+    return np.where(rounded > 0, total / divisor, np.float32(1)).astype(np.float32)
 
 
 def _read_dat(path: Path) -> ImatrixFile:
     with path.open("rb") as file:
-        count = _whole(file, path)
+        count = _read_int32(file, path)
         if not 1 <= count < 1 << 20:
-            raise SourceError(f"{path}: neither GGUF nor an imatrix .dat file", hint=HINT)
+            raise SourceError(f"{path}: neither a GGUF nor a .dat imatrix file", hint=HINT)
         weights = dict(_dat_entry(file, path) for _ in range(count))
         trailer = file.read()
     chunks, datasets = _dat_trailer(trailer)
@@ -119,16 +119,16 @@ def _read_dat(path: Path) -> ImatrixFile:
 def _dat_entry(file: BinaryIO, path: Path) -> tuple[str, NDArray[np.float32]]:
     import numpy as np
 
-    name = _exactly(file, path, _whole(file, path)).split(b"\0")[0].decode("utf-8", "replace")
-    calls, size = _whole(file, path), _whole(file, path)
+    name = _read_exactly(file, path, _read_int32(file, path)).split(b"\0")[0].decode("utf-8", "replace")
+    calls, size = _read_int32(file, path), _read_int32(file, path)
     if size < 1:
         raise SourceError(f"{path}: {name} has {size} values", hint=f"{HINT} again")
-    sums = np.frombuffer(_exactly(file, path, 4 * size), "<f4").astype(np.float32).reshape(1, -1)
+    sums = np.frombuffer(_read_exactly(file, path, 4 * size), "<f4").astype(np.float32).reshape(1, -1)
     return name, sums / np.float32(calls) if calls > 0 else sums
 
 
 def _dat_trailer(data: bytes) -> tuple[int, tuple[str, ...]]:
-    """The number of chunks and the data set; both optional."""
+    """The number of chunks and the name of the data set; both are optional."""
     if len(data) < 4:
         return 0, ()
     chunks: int = struct.unpack_from("<i", data)[0]
@@ -137,13 +137,13 @@ def _dat_trailer(data: bytes) -> tuple[int, tuple[str, ...]]:
     return chunks, (name.decode("utf-8", "replace"),) if name else ()
 
 
-def _whole(file: BinaryIO, path: Path) -> int:
-    value: int = struct.unpack("<i", _exactly(file, path, 4))[0]
+def _read_int32(file: BinaryIO, path: Path) -> int:
+    value: int = struct.unpack("<i", _read_exactly(file, path, 4))[0]
     return value
 
 
-def _exactly(file: BinaryIO, path: Path, size: int) -> bytes:
+def _read_exactly(file: BinaryIO, path: Path, size: int) -> bytes:
     data = file.read(size) if 0 <= size < 1 << 33 else b""
     if len(data) != size or size < 0:
-        raise SourceError(f"{path}: ends in the middle of an entry, or is no imatrix .dat file", hint=HINT)
+        raise SourceError(f"{path}: ends within an entry, or is not a .dat imatrix file", hint=HINT)
     return data

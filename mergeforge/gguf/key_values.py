@@ -1,7 +1,7 @@
-"""GGUF key/values: exactly typed, in order, before they are written.
+"""GGUF key/values: typed, and in the order of the file.
 
-The types are those of the GGUF specification (ggml/docs/gguf.md): engines read `u32` where they
-expect it and refuse anything else, so a value never gets its type by guessing.
+The types are those of the GGUF specification (ggml/docs/gguf.md). Engines read, for example, `u32` where they expect it
+and refuse any other type, so every value is given its type explicitly.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# kind -> (number in the file, struct format; "" for those without a fixed size)
-KINDS: dict[str, tuple[int, str]] = {
+# kind -> (number in the file, struct format, or "" for types without a fixed size)
+VALUE_TYPES: dict[str, tuple[int, str]] = {
     "u8": (0, "B"),
     "i8": (1, "b"),
     "u16": (2, "H"),
@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "i32": (5, "i"),
     "f32": (6, "f"),
     "bool": (7, "?"),
-    "text": (8, ""),
+    "string": (8, ""),
     "array": (9, ""),
     "u64": (10, "Q"),
     "i64": (11, "q"),
@@ -38,7 +38,7 @@ class Value:
     items: str = ""
 
 
-Keys = Mapping[str, Value]  # in the order of the file
+Keys = Mapping[str, Value]  # by key, in the order of the file
 
 
 def u16(value: int) -> Value:
@@ -57,37 +57,38 @@ def f32(value: float) -> Value:
     return Value("f32", float(value))
 
 
-def flag(value: bool) -> Value:
+def boolean(value: bool) -> Value:
     return Value("bool", bool(value))
 
 
-def text(value: str) -> Value:
-    return Value("text", str(value))
+def string(value: str) -> Value:
+    return Value("string", str(value))
 
 
 def array(items: str, values: Iterable[Any]) -> Value:
-    """An array whose items all have one kind."""
+    """An array whose items all have the kind `items`."""
     return Value("array", tuple(values), items)
 
 
-def encoded(keys: Keys) -> bytes:
+def encode_key_values(keys: Keys) -> bytes:
     """The key/value part of a GGUF header, little-endian."""
-    return b"".join(_text(key) + struct.pack("<I", KINDS[value.kind][0]) + _value(value) for key, value in keys.items())
+    return b"".join(
+        _string(key) + struct.pack("<I", VALUE_TYPES[value.kind][0]) + _value(value) for key, value in keys.items()
+    )
 
 
 def _value(value: Value) -> bytes:
+    if value.kind == "string":
+        return _string(value.value)
     if value.kind != "array":
-        return _one(value.kind, value.value)
-    head = struct.pack("<IQ", KINDS[value.items][0], len(value.value))
-    if value.items == "text":
-        return head + b"".join(map(_text, value.value))
-    return head + struct.pack(f"<{len(value.value)}{KINDS[value.items][1]}", *value.value)
+        return struct.pack("<" + VALUE_TYPES[value.kind][1], value.value)
+    number, form = VALUE_TYPES[value.items]
+    head = struct.pack("<IQ", number, len(value.value))
+    if value.items == "string":
+        return head + b"".join(map(_string, value.value))
+    return head + struct.pack(f"<{len(value.value)}{form}", *value.value)
 
 
-def _one(kind: str, value: Any) -> bytes:
-    return _text(value) if kind == "text" else struct.pack("<" + KINDS[kind][1], value)
-
-
-def _text(value: str | bytes) -> bytes:
+def _string(value: str | bytes) -> bytes:
     data = value.encode("utf-8") if isinstance(value, str) else value
     return struct.pack("<Q", len(data)) + data

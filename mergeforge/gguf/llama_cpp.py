@@ -1,7 +1,7 @@
-"""A GGUF file in a real llama.cpp engine: next-token log-probabilities, and chat.
+"""Runs a GGUF file in llama.cpp: next-token log-probabilities, completions and chat.
 
-The engine is xllamacpp, llama.cpp as a wheel on PyPI (extra `engine`). Files are checked in a process
-of their own, because llama.cpp ends the process when it meets a model that it cannot run.
+llama.cpp comes from PyPI as the wheel xllamacpp. Files are checked in a separate process, because llama.cpp exits the
+process if it cannot run a model.
 """
 
 from __future__ import annotations
@@ -18,181 +18,191 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.errors import MissingExtraError, SourceError
-from mergeforge.tensors.budget import cores
+from mergeforge.tensors.budget import cpu_count
 
 if TYPE_CHECKING:
     import numpy as np
 
-PROBE = 16  # tokens of a prompt that log-probabilities are compared on
-PROBES = 8  # such prompts; the first one on which the engine tells them counts
-# Largest difference of a next-token log-probability from transformers in float32 that an encoding explains.
-CLOSE = {"F32": 0.01, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.5}
+PROMPT_TOKENS = 16  # length of the prompts whose log-probabilities are compared
+PROMPTS = 8  # such prompts; the first one for which the engine returns log-probabilities is used
+# Largest difference of a next-token log-probability from transformers in float32 that rounding to a type can explain.
+TOLERANCES = {"F32": 0.01, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.5}
 
 
 class ContextError(SourceError):
-    """A prompt does not fit in the engine's context."""
+    """A prompt does not fit into the engine's context window."""
 
 
 class Engine:
-    """A loaded GGUF file. Raises SourceError when the engine refuses it, MissingExtraError without the engine."""
+    """A loaded GGUF file. Raises SourceError if the engine cannot load it, MissingExtraError if it is not installed."""
 
     def __init__(self, path: str | Path, *, context: int = 512) -> None:
         path = Path(path).expanduser()
         if not path.is_file() or path.suffix != ".gguf":
-            raise SourceError(f"{path} is not a GGUF file", hint="`mergeforge gguf MODEL --type q4_k_m` writes one")
-        xllamacpp = _imported()
+            raise SourceError(
+                f"{path} is not a GGUF file", hint="create one with `mergeforge gguf MODEL --type q4_k_m`"
+            )
+        xllamacpp = _import_package()
         settings = xllamacpp.CommonParams()
         settings.model.path = str(path)
         settings.n_ctx = context
         settings.n_parallel = 1
         settings.warmup = False
         settings.verbosity = -1
-        settings.force_pure_content_parser = True  # an answer is what the model writes, thoughts and calls and all
-        settings.cpuparams.n_threads = cores()
+        settings.force_pure_content_parser = (
+            True  # return the text as the model writes it, with thoughts and tool calls
+        )
+        settings.cpuparams.n_threads = cpu_count()
         try:
             self._server = xllamacpp.Server(settings)
-        except Exception as error:  # whatever llama.cpp says of it
-            raise SourceError(f"llama.cpp does not load {path}: {error}") from None
+        except Exception as error:  # llama.cpp raises exceptions of many kinds
+            raise SourceError(f"llama.cpp cannot load {path}: {error}", hint="write the file again") from None
 
-    def logprobs(self, tokens: Sequence[int], vocabulary: int) -> list[float] | None:
-        """Log-probabilities of each token of the vocabulary after `tokens` (ids).
+    def logprobs(self, tokens: Sequence[int], vocab_size: int) -> list[float] | None:
+        """Log-probabilities of every token of the vocabulary after `tokens` (ids).
 
-        None where the likeliest one ends the text: then llama.cpp tells none.
+        None if the most likely token ends the text, because llama.cpp then returns none.
         """
-        asked = {"prompt": list(tokens), "n_predict": 1, "temperature": 0, "n_probs": vocabulary, "cache_prompt": False}
-        told = _checked(self._server.handle_completions(asked))["choices"][0]["logprobs"]
-        if not told:
+        request = {
+            "prompt": list(tokens),
+            "n_predict": 1,
+            "temperature": 0,
+            "n_probs": vocab_size,
+            "cache_prompt": False,
+        }
+        reply = _without_error(self._server.handle_completions(request))["choices"][0]["logprobs"]
+        if not reply:
             return None
-        found = [-math.inf] * vocabulary
-        for one in told["content"][0]["top_logprobs"]:
-            found[one["id"]] = one["logprob"]
-        return found
+        logprobs = [-math.inf] * vocab_size
+        for token in reply["content"][0]["top_logprobs"]:
+            logprobs[token["id"]] = token["logprob"]
+        return logprobs
 
-    def text(self, prompt: str | Sequence[int], tokens: int) -> str:
-        """The likeliest continuation of a prompt (text or ids)."""
-        given = prompt if isinstance(prompt, str) else list(prompt)
-        reply = self._server.handle_completions({"prompt": given, "n_predict": tokens, "temperature": 0})
-        return str(_checked(reply)["choices"][0]["text"])
+    def complete(self, prompt: str | Sequence[int], tokens: int) -> str:
+        """The most likely continuation of a prompt (text or ids)."""
+        text_or_ids = prompt if isinstance(prompt, str) else list(prompt)
+        reply = self._server.handle_completions({"prompt": text_or_ids, "n_predict": tokens, "temperature": 0})
+        return str(_without_error(reply)["choices"][0]["text"])
 
-    def stream(self, asked: Mapping[str, Any], *, chat: bool = False) -> Generator[Any, None, None]:
-        """The chunks of a completion as they come; closing the iterator ends it.
+    def stream(self, request: Mapping[str, Any], *, chat: bool = False) -> Generator[Any, None, None]:
+        """Yield the chunks of a completion as they arrive; closing the iterator stops it.
 
-        The engine works in a thread of its own, so that Ctrl-C reaches the caller. Raises ContextError, SourceError.
+        The engine runs in a separate thread, so that Ctrl-C reaches the caller. Raises ContextError, SourceError.
         """
         chunks: SimpleQueue[Any] = SimpleQueue()
         ended = threading.Event()
         handle = self._server.handle_chat_completions if chat else self._server.handle_completions
 
-        def take(chunk: Any) -> bool:
+        def on_chunk(chunk: Any) -> bool:
             chunks.put(chunk)
             return ended.is_set()
 
-        def ask() -> None:
+        def run() -> None:
             try:
-                handle({**asked, "stream": True}, take)
-            except Exception as error:  # whatever llama.cpp says of it
+                handle({**request, "stream": True}, on_chunk)
+            except Exception as error:  # llama.cpp raises exceptions of many kinds
                 chunks.put({"error": str(error)})
             finally:
                 chunks.put(None)
 
-        thread = threading.Thread(target=ask, daemon=True)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         try:
             while (chunk := chunks.get()) is not None:
-                yield from (_checked(one) for one in (chunk if isinstance(chunk, list) else [chunk]))
+                yield from (_without_error(item) for item in (chunk if isinstance(chunk, list) else [chunk]))
         finally:
             ended.set()
             thread.join()
 
 
 @dataclass(frozen=True)
-class Closeness:
-    """How near a GGUF's next-token distribution is to that of transformers in float32.
+class EngineComparison:
+    """How close a GGUF's next-token distribution is to that of transformers in float32.
 
-    `largest`: max |difference of log-probabilities| over tokens of at least 1e-4; `divergence`:
-    KL(transformers, engine) in nats; `same_first`: both find the same token likeliest.
+    `max_difference`: largest |difference of log-probabilities| over tokens with a probability of at least 1e-4;
+    `kl_divergence`: KL(transformers, engine) in nats; `same_top_token`: both rank the same token first.
     """
 
     file: str
     label: str
-    largest: float
-    divergence: float
-    same_first: bool
+    max_difference: float
+    kl_divergence: float
+    same_top_token: bool
 
     @property
     def ok(self) -> bool:
-        return self.largest <= CLOSE.get(self.label, math.inf) and math.isfinite(self.divergence)
+        return self.max_difference <= TOLERANCES.get(self.label, math.inf) and math.isfinite(self.kl_divergence)
 
 
-def compare_with_transformers(folder: Path, files: Mapping[str, str]) -> list[Closeness]:
-    """Load a merged folder with transformers and each GGUF (name -> label) with the engine, and compare.
+def compare_with_transformers(folder: Path, files: Mapping[str, str]) -> list[EngineComparison]:
+    """Load a merged folder with transformers and each GGUF (name -> label) in llama.cpp, and compare.
 
-    Raises MissingExtraError without transformers or the engine.
+    Raises MissingExtraError if transformers or xllamacpp is not installed.
     """
     import numpy as np
     import torch
 
-    transformers = _imported("transformers", "train")
+    transformers = _import_package("transformers", ">=5.0")
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompts = np.random.default_rng(0).integers(0, min(vocabulary, 1000), (PROBES, PROBE))
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    prompts = np.random.default_rng(0).integers(0, min(vocab_size, 1000), (PROMPTS, PROMPT_TOKENS))
     with torch.inference_mode():
         logits = [model(torch.from_numpy(prompt)[None]).logits[0, -1] for prompt in prompts]
-    expected = [one.double().log_softmax(-1).numpy() for one in logits]
-    return [_closeness(folder / name, label, prompts.tolist(), expected) for name, label in files.items()]
+    expected = [row.double().log_softmax(-1).numpy() for row in logits]
+    return [_compare_file(folder / name, label, prompts.tolist(), expected) for name, label in files.items()]
 
 
-def _closeness(path: Path, label: str, prompts: list[list[int]], expected: list[np.ndarray]) -> Closeness:
+def _compare_file(path: Path, label: str, prompts: list[list[int]], expected: list[np.ndarray]) -> EngineComparison:
     import numpy as np
 
-    at, told = _logprobs_apart(path, prompts, len(expected[0]))
-    wanted, found = expected[at], np.array(told)
-    likely = wanted > math.log(1e-4)
-    difference = np.abs(found - wanted)[likely].max()
-    divergence = float((np.exp(wanted) * (wanted - found)).sum())
-    return Closeness(path.name, label, float(difference), divergence, int(found.argmax()) == int(wanted.argmax()))
+    index, logprobs = _logprobs_in_subprocess(path, prompts, len(expected[0]))
+    theirs, ours = expected[index], np.array(logprobs)
+    likely = theirs > math.log(1e-4)
+    difference = float(np.abs(ours - theirs)[likely].max())
+    divergence = float((np.exp(theirs) * (theirs - ours)).sum())
+    return EngineComparison(path.name, label, difference, divergence, int(ours.argmax()) == int(theirs.argmax()))
 
 
-_APART = """
+_LOGPROBS_SCRIPT = """
 import json, sys
-from mergeforge.engine import Engine
-path, prompts, vocabulary = json.load(sys.stdin)
+from mergeforge.gguf.llama_cpp import Engine
+path, prompts, vocab_size = json.load(sys.stdin)
 engine = Engine(path)
-for at, prompt in enumerate(prompts):
-    found = engine.logprobs(prompt, vocabulary)
-    if found:
-        print(json.dumps([at, found]))
+for index, prompt in enumerate(prompts):
+    logprobs = engine.logprobs(prompt, vocab_size)
+    if logprobs:
+        print(json.dumps([index, logprobs]))
         break
 """
 
 
-def _logprobs_apart(path: Path, prompts: list[list[int]], vocabulary: int) -> tuple[int, list[float]]:
-    """The first prompt whose log-probabilities the engine tells, and these; from another process."""
-    _imported()
-    asked = json.dumps([str(path), prompts, vocabulary])
-    done = subprocess.run([sys.executable, "-c", _APART], input=asked, capture_output=True, text=True)
+def _logprobs_in_subprocess(path: Path, prompts: list[list[int]], vocab_size: int) -> tuple[int, list[float]]:
+    """(index, log-probabilities) of the first prompt for which the engine returns them."""
+    _import_package()
+    request = json.dumps([str(path), prompts, vocab_size])
+    done = subprocess.run([sys.executable, "-c", _LOGPROBS_SCRIPT], input=request, capture_output=True, text=True)
     if done.returncode or not done.stdout.strip():
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-        raise SourceError(f"llama.cpp does not run {path}; it says: {said[-1][:300]}")
-    at, found = json.loads(done.stdout.splitlines()[-1])
-    return at, found
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["(no output)"]
+        raise SourceError(f"llama.cpp cannot run {path}: {lines[-1][:300]}", hint="write the file again")
+    index, logprobs = json.loads(done.stdout.splitlines()[-1])
+    return index, logprobs
 
 
-def _checked(reply: Any) -> Any:
+def _without_error(reply: Any) -> Any:
     if isinstance(reply, Mapping) and ("error" in reply or reply.get("code")):
         inner = reply.get("error") or reply
         if isinstance(inner, Mapping) and inner.get("type") == "exceed_context_size_error":
             raise ContextError(str(inner.get("message")))
-        raise SourceError(f"the engine failed: {inner.get('message') if isinstance(inner, Mapping) else inner}")
+        raise SourceError(f"llama.cpp failed: {inner.get('message') if isinstance(inner, Mapping) else inner}")
     return reply
 
 
-def _imported(name: str = "xllamacpp", extra: str = "engine") -> Any:
+def _import_package(name: str = "xllamacpp", version: str = ">=2026.9") -> Any:
     import importlib
 
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise MissingExtraError(f"this needs {name}", hint=f"pip install 'mergeforge[{extra}]'") from None
+        raise MissingExtraError(f"this needs {name}", hint=f'pip install "{name}{version}"') from None

@@ -1,8 +1,7 @@
-"""Ollama's Modelfile for a GGUF file: where it is, how a chat is spelled, what ends an answer.
+"""Ollama's Modelfile for a GGUF file: its path, the chat template and the stop strings.
 
-Ollama's templates are Go's, not Jinja, and it recognises only few Jinja templates. A well-known chat
-format is known here by its markers, as llama.cpp does it; for others TEMPLATE is left out, and Ollama
-looks at the file itself.
+Ollama uses Go templates instead of Jinja, and recognizes only a few Jinja templates. Well-known chat formats are
+recognized here by their markers, as in llama.cpp. For others TEMPLATE is left out, and Ollama inspects the file itself.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from mergeforge.gguf.key_values import Keys
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a chat is spelled: what stands before and after each part, and what its Jinja template contains.
+    """A chat format: the text of each turn with "%" for its content, and the markers of its Jinja template.
 
-    `system` "" where the system's text goes into the user's turn, before it.
+    `system` is "" if the system text goes into the user's turn, before the user's text. A template that contains one of
+    `excluded` has another format.
     """
 
     name: str
@@ -25,44 +25,44 @@ class ChatFormat:
     user: str
     assistant: str
     end: str
-    other: tuple[str, ...] = ()  # with one of these in the template it is another format
+    excluded: tuple[str, ...] = ()
 
     def template(self) -> str:
-        """In Go's template language, for one exchange; Ollama repeats it for each."""
+        """The Go template of one exchange; Ollama repeats it for every exchange."""
         prompt = "{{ .Prompt }}" if self.system else "{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}"
         system = f"{{{{ if .System }}}}{self.system.replace('%', '{{ .System }}')}{{{{ end }}}}" if self.system else ""
         user = f"{{{{ if .Prompt }}}}{self.user.replace('%', prompt)}{{{{ end }}}}"
         return system + user + self.assistant.replace("%", "{{ .Response }}")
 
 
-def _alike(
+def _same_turns(
     name: str,
     markers: tuple[str, ...],
     turn: str,
     end: str,
     roles: tuple[str, str, str] = ("system", "user", "assistant"),
-    other: tuple[str, ...] = (),
+    excluded: tuple[str, ...] = (),
 ) -> ChatFormat:
-    """A format whose turns differ by the name of the role only."""
+    """A format whose turns differ only in the name of the role."""
     system, user, assistant = (turn.format(role) for role in roles)
-    return ChatFormat(name, markers, system, user, assistant, end, other)
+    return ChatFormat(name, markers, system, user, assistant, end, excluded)
 
 
 _BAR = "\uff5c"
-FORMATS = (  # the first whose markers are all there
-    _alike(
+CHAT_FORMATS = (  # the first one whose markers all occur is used
+    _same_turns(
         "Granite",
         ("<|start_of_role|>", "<|end_of_role|>"),
         "<|start_of_role|>{}<|end_of_role|>%<|end_of_text|>\n",
         "<|end_of_text|>",
     ),
-    _alike(
+    _same_turns(
         "Command-R",
         ("<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>"),
         "<|START_OF_TURN_TOKEN|><|{}_TOKEN|>%<|END_OF_TURN_TOKEN|>",
         "<|END_OF_TURN_TOKEN|>",
         roles=("SYSTEM", "USER", "CHATBOT"),
-        other=("<|START_RESPONSE|>",),
+        excluded=("<|START_RESPONSE|>",),
     ),
     ChatFormat(
         "DeepSeek",
@@ -80,72 +80,74 @@ FORMATS = (  # the first whose markers are all there
         "<start_of_turn>model\n%<end_of_turn>\n",
         "<end_of_turn>",
     ),
-    _alike(
+    _same_turns(
         "Llama 3",
         ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         "<|start_header_id|>{}<|end_header_id|>\n\n%<|eot_id|>",
         "<|eot_id|>",
     ),
-    _alike(
+    _same_turns(
         "ChatML",
         ("<|im_start|>", "<|im_end|>"),
         "<|im_start|>{}\n%<|im_end|>\n",
         "<|im_end|>",
-        other=("<|im_sep|>",),
+        excluded=("<|im_sep|>",),
     ),
-    _alike("Phi-3", ("<|user|>", "<|assistant|>", "<|end|>"), "<|{}|>\n%<|end|>\n", "<|end|>", other=("<|channel|>",)),
-    _alike(
+    _same_turns(
+        "Phi-3", ("<|user|>", "<|assistant|>", "<|end|>"), "<|{}|>\n%<|end|>\n", "<|end|>", excluded=("<|channel|>",)
+    ),
+    _same_turns(
         "Zephyr",
         ("<|user|>", "<|assistant|>", "eos_token"),
         "<|{}|>\n%</s>\n",
         "</s>",
-        other=("<|endoftext|>", "[gMASK]", "<|end|>"),
+        excluded=("<|endoftext|>", "[gMASK]", "<|end|>"),
     ),
     ChatFormat("Llama 2", ("[INST]", "<<SYS>>"), "", "[INST] %", " [/INST] %</s>", "</s>"),
-    ChatFormat("Mistral", ("[INST]",), "", "[INST] %", " [/INST]%</s>", "</s>", other=("[SYSTEM_PROMPT]",)),
+    ChatFormat("Mistral", ("[INST]",), "", "[INST] %", " [/INST]%</s>", "</s>", excluded=("[SYSTEM_PROMPT]",)),
 )
 _ENDS = ("eos", "eot", "eom")
 
 
 def chat_format(template: str) -> ChatFormat | None:
-    """The well-known format that a Jinja template makes; None where it is none of them."""
-    for one in FORMATS:
-        if all(marker in template for marker in one.markers) and not any(word in template for word in one.other):
-            return one
+    """The well-known format of a Jinja template; None if it has none of them."""
+    for chat in CHAT_FORMATS:
+        if all(marker in template for marker in chat.markers) and not any(word in template for word in chat.excluded):
+            return chat
     return None
 
 
 def modelfile(gguf_name: str, keys: Keys) -> str:
-    """The Modelfile for a file of this name whose key/values are `keys`."""
+    """The Modelfile of a GGUF file with this name and these key/values."""
     lines = [f"FROM ./{gguf_name}"]
     jinja = keys["tokenizer.chat_template"].value if "tokenizer.chat_template" in keys else ""
-    form = chat_format(jinja)
-    if form is not None:
-        lines += [f"# {form.name}", f'TEMPLATE """{_system_in_user(form)}"""']
+    chat = chat_format(jinja)
+    if chat is not None:
+        lines += [f"# {chat.name}", f'TEMPLATE """{_go_template(chat)}"""']
     elif jinja:
-        lines.append("# The model's chat template is none that is known here: Ollama looks for it in the file.")
+        lines.append("# The chat template is not a well-known one: Ollama reads it from the file.")
     else:
-        lines.append("# The model has no chat template: Ollama passes the prompt as it is.")
-    lines += [f"PARAMETER stop {_quoted(text)}" for text in _stops(keys, form)]
+        lines.append("# The model has no chat template: Ollama passes the prompt unchanged.")
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in _stop_strings(keys, chat)]
     return "\n".join(lines) + "\n"
 
 
-def _system_in_user(form: ChatFormat) -> str:
-    """The template; Llama 2 marks the system's text inside the user's turn."""
-    found = form.template()
-    if form.name != "Llama 2":
-        return found
-    return found.replace("{{ .System }}\n\n", "<<SYS>>\n{{ .System }}\n<</SYS>>\n\n")
+def _go_template(chat: ChatFormat) -> str:
+    """The template; Llama 2 marks the system text within the user's turn."""
+    template = chat.template()
+    if chat.name != "Llama 2":
+        return template
+    return template.replace("{{ .System }}\n\n", "<<SYS>>\n{{ .System }}\n<</SYS>>\n\n")
 
 
-def _stops(keys: Keys, form: ChatFormat | None) -> list[str]:
-    """The texts of the tokens that end a text, a turn or a message, and the format's own."""
+def _stop_strings(keys: Keys, chat: ChatFormat | None) -> list[str]:
+    """The texts of the tokens that end a text, a turn or a message, and the format's own end marker."""
     tokens = keys["tokenizer.ggml.tokens"].value if "tokenizer.ggml.tokens" in keys else ()
     ids = [keys[f"tokenizer.ggml.{kind}_token_id"].value for kind in _ENDS if f"tokenizer.ggml.{kind}_token_id" in keys]
-    found = [tokens[number] for number in ids if number < len(tokens)]
-    if form is not None and form.end in tokens:
-        found.append(form.end)
-    return list(dict.fromkeys(found))
+    stops = [tokens[token_id] for token_id in ids if token_id < len(tokens)]
+    if chat is not None and chat.end in tokens:
+        stops.append(chat.end)
+    return list(dict.fromkeys(stops))
 
 
 def _quoted(text: str) -> str:

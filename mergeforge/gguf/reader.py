@@ -1,4 +1,4 @@
-"""The header of a GGUF file (and of its splits), read strictly.
+"""The header of a GGUF file and of its other splits, read strictly.
 
 Format: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.key_values import KINDS, Value
+from mergeforge.gguf.key_values import VALUE_TYPES, Value
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import require_regular
 
-LARGEST_COUNT = 1 << 28  # of keys, tensors, items and characters: far above any model's
-_KIND_OF = {number: (kind, form) for kind, (number, form) in KINDS.items()}
+LARGEST_COUNT = 1 << 28  # of keys, tensors, items and bytes of a string: far above any model's
+_KIND_BY_NUMBER = {number: (kind, form) for kind, (number, form) in VALUE_TYPES.items()}
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class GGUFTensorInfo:
-    """A tensor in a GGUF file: shape with the slowest dimension first, ggml type, absolute offset, bytes."""
+    """A tensor in a GGUF file: shape with the slowest dimension first, ggml type, offset from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
-    kind: str
+    ggml_type: str
     block: int
     block_nbytes: int
     file: InputFile
@@ -46,7 +46,7 @@ class GGUFTensorInfo:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """Key/values and tensors of a GGUF model, all of its files together; file name -> sha256 of its header."""
+    """Key/values and tensors of a GGUF model, from all of its files; `hashes`: file name -> sha256 of its header."""
 
     keys: Mapping[str, Value]
     tensors: Mapping[str, GGUFTensorInfo]
@@ -57,36 +57,38 @@ class GGUFHeader:
 
 
 def read_gguf(path: Path) -> GGUFHeader:
-    """Read and check the header of a GGUF file, and of its other splits; no tensor is read.
+    """Read and check the header of a GGUF file and of its other splits, without reading any tensor.
 
-    Raises SourceError that names the file and what is wrong.
+    Raises SourceError, which names the file and the problem.
     """
     keys: dict[str, Value] = {}
     tensors: dict[str, GGUFTensorInfo] = {}
     hashes: dict[str, str] = {}
-    for at, part in enumerate(_parts(path)):
-        header = _Reader(part).header()
-        keys |= header.keys if at == 0 else {}
-        if twice := set(tensors) & set(header.tensors):
-            raise SourceError(f"{part} holds {sorted(twice)[0]}, which another part holds too")
+    for index, split_path in enumerate(_split_paths(path)):
+        header = _HeaderReader(split_path).header()
+        keys |= header.keys if index == 0 else {}
+        if duplicates := set(tensors) & set(header.tensors):
+            error = f"{split_path} contains {sorted(duplicates)[0]}, which another split contains too"
+            raise SourceError(error, hint="download the splits again")
         tensors |= header.tensors
         hashes |= header.hashes
     return GGUFHeader(keys, tensors, hashes)
 
 
-def _parts(path: Path) -> list[Path]:
+def _split_paths(path: Path) -> list[Path]:
+    """The file itself, or all splits of the model that it is a split of."""
     match = _SPLIT.fullmatch(path.name)
     if not match:
         return [path]
     stem, _, count = match.groups()
-    parts = [path.with_name(f"{stem}-{at + 1:05d}-of-{count}.gguf") for at in range(int(count))]
-    if missing := [part.name for part in parts if not part.is_file()]:
-        raise SourceError(f"{path.parent} lacks {missing[0]}, a part of {stem}")
-    return parts
+    paths = [path.with_name(f"{stem}-{index + 1:05d}-of-{count}.gguf") for index in range(int(count))]
+    if missing := [split_path.name for split_path in paths if not split_path.is_file()]:
+        raise SourceError(f"{path.parent} lacks {missing[0]}, a split of {stem}", hint="download all splits")
+    return paths
 
 
-class _Reader:
-    """Reads one file's header from its start; every count is checked against the file's size."""
+class _HeaderReader:
+    """Reads the header of one file from its start; checks every count against the file's size."""
 
     def __init__(self, path: Path) -> None:
         require_regular(str(path))
@@ -106,68 +108,70 @@ class _Reader:
             raise SourceError(f"{self.path} is not a GGUF file")
         (version,) = self._numbers("<I")
         if version not in (2, 3):
-            raise SourceError(f"{self.path} is GGUF version {version}; 2 and 3 can be read")
-        tensors, keys = self._numbers("<QQ")
+            raise SourceError(f"{self.path} is GGUF version {version}; only versions 2 and 3 are supported")
+        tensor_count, key_count = self._numbers("<QQ")
         values = {}
-        for _ in range(self._count(keys)):
-            name = self._text()
+        for _ in range(self._count(key_count)):
+            name = self._string()
             values[name] = self._value(*self._numbers("<I"))
-        entries = [self._entry() for _ in range(self._count(tensors))]
+        entries = [self._entry() for _ in range(self._count(tensor_count))]
         alignment = values["general.alignment"].value if "general.alignment" in values else 32
         if not isinstance(alignment, int) or not 0 < alignment < 1 << 20:
             raise SourceError(f"{self.path}: general.alignment is {alignment!r}; the file is damaged")
         start = -(-self.stream.tell() // alignment) * alignment
-        held = {name: self._held(name, shape, kind, start + offset) for name, shape, kind, offset in entries}
-        return GGUFHeader(values, held, {self.path.name: self.digest.hexdigest()})
+        tensors = {name: self._tensor(name, shape, number, start + offset) for name, shape, number, offset in entries}
+        return GGUFHeader(values, tensors, {self.path.name: self.digest.hexdigest()})
 
-    def _held(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> GGUFTensorInfo:
+    def _tensor(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> GGUFTensorInfo:
         import gguf
 
         try:
-            kind = gguf.GGMLQuantizationType(number)
+            ggml_type = gguf.GGMLQuantizationType(number)
         except ValueError:
             raise SourceError(f"{self.path}: {name} has the unknown type {number}") from None
-        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        block, nbytes = gguf.GGML_QUANT_SIZES[ggml_type]
         if shape[-1] % block:
-            raise SourceError(f"{self.path}: {name} has {shape[-1]} columns, which {kind.name} cannot hold")
-        held = GGUFTensorInfo(name, shape, kind.name, block, nbytes, self.file, offset)
-        if offset + held.nbytes > self.file.size:
-            raise SourceError(f"{self.path} is cut off: {name} lies beyond its end", hint="download it again")
-        return held
+            raise SourceError(
+                f"{self.path}: {name} has {shape[-1]} columns, which are not whole blocks of {ggml_type.name}"
+            )
+        tensor = GGUFTensorInfo(name, shape, ggml_type.name, block, nbytes, self.file, offset)
+        if offset + tensor.nbytes > self.file.size:
+            raise SourceError(f"{self.path} is truncated: {name} extends beyond its end", hint="download it again")
+        return tensor
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._text()
+        name = self._string()
         (dims,) = self._numbers("<I")
         if not 1 <= dims <= 4:
             raise SourceError(f"{self.path}: {name} has {dims} dimensions")
         shape = tuple(reversed(self._numbers(f"<{dims}Q")))
         if not all(0 < size < 1 << 40 for size in shape) or math.prod(shape) > 1 << 50:
             raise SourceError(f"{self.path}: {name} has the shape {list(shape)}")
-        kind, offset = self._numbers("<IQ")
-        return name, shape, kind, offset
+        number, offset = self._numbers("<IQ")
+        return name, shape, number, offset
 
     def _value(self, number: int) -> Value:
-        if number not in _KIND_OF:
-            raise SourceError(f"{self.path} holds a value of the unknown type {number}")
-        kind, form = _KIND_OF[number]
-        if kind == "text":
-            return Value(kind, self._text())
+        if number not in _KIND_BY_NUMBER:
+            raise SourceError(f"{self.path} contains a value of the unknown type {number}")
+        kind, form = _KIND_BY_NUMBER[number]
+        if kind == "string":
+            return Value(kind, self._string())
         if kind != "array":
             return Value(kind, *self._numbers("<" + form))
-        item, count = self._numbers("<IQ")
-        items, form = _KIND_OF.get(item, ("", ""))
+        item_number, count = self._numbers("<IQ")
+        items, form = _KIND_BY_NUMBER.get(item_number, ("", ""))
         if not items or items == "array":
-            raise SourceError(f"{self.path} holds an array of the type {item}")
+            raise SourceError(f"{self.path} contains an array of the unsupported type {item_number}")
         count = self._count(count)
-        values = tuple(self._text() for _ in range(count)) if items == "text" else self._numbers(f"<{count}{form}")
+        values = tuple(self._string() for _ in range(count)) if items == "string" else self._numbers(f"<{count}{form}")
         return Value(kind, values, items)
 
-    def _text(self) -> str:
+    def _string(self) -> str:
         return self._bytes(self._count(*self._numbers("<Q"))).decode("utf-8", "surrogateescape")
 
     def _count(self, count: int) -> int:
         if count > min(LARGEST_COUNT, self.file.size):
-            raise SourceError(f"{self.path}: its header counts {count} of something; the file is damaged")
+            raise SourceError(f"{self.path}: a count in its header is {count}; the file is damaged")
         return count
 
     def _numbers(self, form: str) -> tuple[Any, ...]:
@@ -179,5 +183,5 @@ class _Reader:
         data = self.stream.read(count)
         self.digest.update(data)
         if len(data) < count:
-            raise SourceError(f"{self.path} is cut off inside its header", hint="download it again")
+            raise SourceError(f"{self.path} is truncated within its header", hint="download it again")
         return data

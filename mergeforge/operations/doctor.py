@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mergeforge.core.sizes import format_size
-from mergeforge.gguf.quantize import backend
+from mergeforge.gguf.quantize import backend_for
 from mergeforge.io.disk import WriteBehind, preallocate, write_at
 from mergeforge.native import bindings
 from mergeforge.tensors.budget import cpu_count, free_memory
@@ -42,7 +42,7 @@ def report(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tu
     yield from _devices()
     missing = "torch only: the C library is missing or outdated; install a C compiler, then install mergeforge again"
     yield "merging", "C library" if bindings.is_available() else missing
-    yield "quantizing", backend("cpu")
+    yield "quantizing", backend_for("cpu")
     yield from _disk(Path(folder), seconds)
     yield from _hub()
 

@@ -93,7 +93,7 @@ def _summary(kind: str, tensors: list[TensorInfo], config: dict[str, Any]) -> di
 def _inspect_gguf(path: Path) -> dict[str, Any]:
     header = read_gguf(path)
     tensors: list[dict[str, Any]] = [
-        {"name": info.name, "dtype": info.kind, "shape": list(info.shape), "bytes": info.nbytes}
+        {"name": info.name, "dtype": info.ggml_type, "shape": list(info.shape), "bytes": info.nbytes}
         for info in header.tensors.values()
     ]
     sizes: Counter[str] = Counter()

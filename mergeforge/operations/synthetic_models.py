@@ -16,7 +16,7 @@ from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.errors import RecipeError, did_you_mean
 from mergeforge.io.disk import WriteBehind
 from mergeforge.io.file_layout import Layout, OutputFiles
-from mergeforge.writers.safetensors import INDEX, index, lay_out
+from mergeforge.writers.safetensors import INDEX, index_content, lay_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,7 +197,7 @@ def _write(folder: Path, layout: Layout, tensors: list[TensorInfo], pool: Tensor
             files.write(extent.file, part.view(torch.uint8).numpy(), extent.offset + done * info.bits // 8, behind)
     files.sync()
     files.close()
-    shards = index(layout, tensors)
+    shards = index_content(layout, tensors)
     if shards is not None:
         (folder / INDEX).write_bytes(shards)
 

@@ -26,7 +26,7 @@ from mergeforge.planner import Plan, TensorPlan, make_plan
 from mergeforge.tensors.budget import cpu_count
 from mergeforge.tensors.worker import Worker, single_torch_thread
 from mergeforge.writers.encoder import chunk_ranges
-from mergeforge.writers.fp8 import SCALES
+from mergeforge.writers.fp8 import SCALE_SUFFIX
 from mergeforge.writers.safetensors import KEY
 
 SAMPLE = 24  # tensors that a deep check recomputes
@@ -145,7 +145,7 @@ def _header(path: Path, problems: list[str]) -> Header | None:
 def _check_tensors(tensors: Mapping[str, Any], headers: Mapping[str, Header | None]) -> list[str]:
     """Compare every tensor's file, dtype, shape and checksum; one thread per core reads."""
     held = {name: header for file, header in headers.items() if header for name in header.tensors}
-    packed = {packed for name, facts in tensors.items() if "fp8" in facts for packed in (name, f"{name}{SCALES}")}
+    packed = {packed for name, facts in tensors.items() if "fp8" in facts for packed in (name, f"{name}{SCALE_SUFFIX}")}
     held = {name: header for name, header in held.items() if name not in packed}
     tensors = {name: facts for name, facts in tensors.items() if "file" in facts}
     problems = [f"{name} is in a file but not in the receipt" for name in sorted(set(held) - set(tensors))]

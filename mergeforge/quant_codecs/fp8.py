@@ -15,9 +15,9 @@ LARGEST = 448.0  # of E4M3's numbers
 TINIEST = 1e-35  # 448 / 1e-36 is beyond float32
 
 
-def dequantise(weight: Tensor, scales: Tensor, block_columns: int) -> Tensor:
+def dequantize(weight: Tensor, scales: Tensor, block_columns: int) -> Tensor:
     """Rows of FP8 weights times `scales`: (rows, blocks of a row), or one number for all."""
-    values = plain(weight)
+    values = to_float32(weight)
     columns = values.shape[1]
     if scales.numel() == 1 or scales.shape[1] == 1:
         return values.mul_(scales.view(-1, 1))
@@ -28,7 +28,7 @@ def dequantise(weight: Tensor, scales: Tensor, block_columns: int) -> Tensor:
     return values
 
 
-def plain(weight: Tensor) -> Tensor:
+def to_float32(weight: Tensor) -> Tensor:
     """FP8 numbers as float32, looked up: four times as fast on a CPU as torch's own conversion."""
     import torch
 
@@ -36,7 +36,7 @@ def plain(weight: Tensor) -> Tensor:
     return table.index_select(0, weight.view(torch.uint8).flatten().int()).view(weight.shape)
 
 
-def powers(exponents: Tensor) -> Tensor:
+def e8m0_to_float32(exponents: Tensor) -> Tensor:
     """E8M0 scales (uint8) as float32: 2^(e - 127); 255 is NaN (OCP Microscaling Formats 1.0, 5.4.1)."""
     import torch
 
@@ -44,7 +44,7 @@ def powers(exponents: Tensor) -> Tensor:
     return bits.view(torch.float32).masked_fill_(exponents == 255, torch.nan)
 
 
-def quantise(values: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
     """(E4M3 codes, float32 scales) of float32 rows that begin with a block; blocks at the edges may be ragged.
 
     A block's largest magnitude becomes 448. The rule is transformers' Fp8Quantize
@@ -60,7 +60,7 @@ def quantise(values: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
     return codes.view(len(blocks) * high, -1)[:rows, :columns], 1.0 / factors
 
 
-def scales_of(values: Tensor, high: int, wide: int) -> Tensor:
+def block_scales(values: Tensor, high: int, wide: int) -> Tensor:
     """quantise's scales without the codes."""
     return 1.0 / _factors(_in_blocks(values, high, wide))
 

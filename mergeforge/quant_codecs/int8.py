@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 PER_STEP = 7.874015718698502e-3  # 1/127, as bitsandbytes writes it (backends/default, int8_vectorwise_dequant)
 
 
-def from_row_maxima(weight: Tensor, maxima: Tensor) -> Tensor:
+def dequantize_rowwise(weight: Tensor, maxima: Tensor) -> Tensor:
     """bitsandbytes' LLM.int8 (arXiv 2208.07339): int8 rows, each times its largest magnitude / 127."""
     return weight.float().mul_(maxima.view(-1, 1)).mul_(PER_STEP)
 
 
-def from_steps(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+def dequantize_int8(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """(weight - zeros) * scales; scales and zeros are (rows, groups) or (1, 1), a group is equally many columns."""
     values = weight.float()
     groups = values.view(values.shape[0], scales.shape[1], -1)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.quant_codecs.fp8 import powers
-from mergeforge.quant_codecs.packed_4bit import E2M1, pair_table, unpack
+from mergeforge.quant_codecs.fp8 import e8m0_to_float32
+from mergeforge.quant_codecs.packed_4bit import E2M1, byte_table, unpack_4bit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GROUP = 32
+MXFP4_GROUP = 32
 
 
-def dequantise(packed: Tensor, exponents: Tensor) -> Tensor:
+def dequantize_mxfp4(packed: Tensor, exponents: Tensor) -> Tensor:
     """packed (rows, groups * 16) and exponents (rows, groups), both uint8 -> (rows, groups * 32) float32."""
-    values = unpack(packed, pair_table(E2M1, high_first=False).to(packed.device))
-    values.view(-1, GROUP).mul_(powers(exponents).view(-1, 1))
+    values = unpack_4bit(packed, byte_table(E2M1, high_first=False).to(packed.device))
+    values.view(-1, MXFP4_GROUP).mul_(e8m0_to_float32(exponents).view(-1, 1))
     return values.view(packed.shape[0], -1)

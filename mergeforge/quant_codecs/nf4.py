@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 64  # weights that share a magnitude
-NESTED = 256  # magnitudes that share one of theirs
+ABSMAX_BLOCK = 256  # magnitudes that share one of theirs
 SMALLEST = 1e-38  # what a block of zeros is divided by
-CACHED = 1 << 15  # weights that are looked up at a time, within the processor's cache
-PIECE = 1 << 18  # magnitudes that are quantised at a time; a multiple of NESTED
+LOOKUP_CHUNK = 1 << 15  # weights that are looked up at a time, within the processor's cache
+ABSMAX_CHUNK = 1 << 18  # magnitudes that are quantised at a time; a multiple of NESTED
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -27,29 +27,29 @@ NF4 = (
 )
 
 
-def spread(scales: Tensor, first: int, count: int, block: int) -> Tensor:
+def repeat_scales(scales: Tensor, first: int, count: int, block: int) -> Tensor:
     """One scale for each of `count` weights; `scales` begins with that of weight `first`'s block."""
     skip = first % block
     return scales.repeat_interleave(block)[skip : skip + count]
 
 
-def scaled(values: Tensor, scales: Tensor, first: int, block: int) -> Tensor:
+def scale_blocks(values: Tensor, scales: Tensor, first: int, block: int) -> Tensor:
     """Flat values times their blocks' scales, in place; `first` is the flat index of values[0]."""
     if first % block == 0 and len(values) % block == 0:
         values.view(-1, block).mul_(scales[: len(values) // block, None])
         return values
-    return values.mul_(spread(scales, first, len(values), block))
+    return values.mul_(repeat_scales(scales, first, len(values), block))
 
 
-def nested_scales(codes: Tensor, levels: Tensor, largest: Tensor, offset: float | Tensor, first: int) -> Tensor:
+def dequantize_absmax(codes: Tensor, levels: Tensor, largest: Tensor, offset: float | Tensor, first: int) -> Tensor:
     """Magnitudes from their 8-bit codes (uint8); `first` is the index of codes[0], `largest` begins with its block's.
 
     levels (256,), largest: float32. The product and the sum are rounded one after the other.
     """
-    return scaled(levels.index_select(0, codes.int()), largest, first, NESTED).add_(offset)
+    return scale_blocks(levels.index_select(0, codes.int()), largest, first, ABSMAX_BLOCK).add_(offset)
 
 
-def magnitudes(values: Tensor) -> Tensor:
+def block_absmax(values: Tensor) -> Tensor:
     """The largest magnitude of each 64 of flat float32 values; the last block may be shorter."""
     import torch
 
@@ -58,7 +58,7 @@ def magnitudes(values: Tensor) -> Tensor:
     return torch.cat([whole, values[len(values) - rest :].abs().amax().view(1)]) if rest else whole
 
 
-def nearest_levels(values: Tensor, largest: Tensor, first: int, total: int) -> Tensor:
+def round_to_nf4(values: Tensor, largest: Tensor, first: int, total: int) -> Tensor:
     """NF4 levels of flat float32 values, as if they were divided by their blocks' `largest`.
 
     `first` is the flat index of values[0], `total` how many the tensor has. Overwrites values.
@@ -67,12 +67,12 @@ def nearest_levels(values: Tensor, largest: Tensor, first: int, total: int) -> T
 
     tail = max(total - total % BLOCK - first, 0)  # a last, shorter block is divided, the others are multiplied
     rest = values[tail:] / largest[-1].clamp(min=SMALLEST)
-    scaled(values, 1.0 / largest.clamp(min=SMALLEST), first, BLOCK)
+    scale_blocks(values, 1.0 / largest.clamp(min=SMALLEST), first, BLOCK)
     values[tail:] = rest
     bounds, below = _cells(values.device)
     levels = torch.tensor(NF4, device=values.device)
-    for start in range(0, len(values), CACHED):
-        piece = values[start : start + CACHED].clamp_(-1, 1)
+    for start in range(0, len(values), LOOKUP_CHUNK):
+        piece = values[start : start + LOOKUP_CHUNK].clamp_(-1, 1)
         cells = _cell(piece).clamp_(0, 64)  # NaN, whose magnitude is NaN too, lies in none
         codes = below.index_select(0, cells).add_(piece > bounds.index_select(0, cells))
         torch.index_select(levels, 0, codes, out=piece)
@@ -99,7 +99,7 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
     return bounds, below
 
 
-def quantised_magnitudes(largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_absmax(largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, their blocks' largest, offset) of all magnitudes of a tensor. Overwrites them."""
     import torch
 
@@ -108,12 +108,12 @@ def quantised_magnitudes(largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     levels = dynamic_map(largest.device)
     bounds = (levels[:-1] + levels[1:]) / 2
     codes, tops = [], []
-    for start in range(0, len(largest), PIECE):
-        piece = largest[start : start + PIECE]
+    for start in range(0, len(largest), ABSMAX_CHUNK):
+        piece = largest[start : start + ABSMAX_CHUNK]
         top = _block_tops(piece)
-        tail = len(piece) - len(piece) % NESTED
+        tail = len(piece) - len(piece) % ABSMAX_BLOCK
         rest = piece[tail:] / top[-1].clamp(min=SMALLEST)
-        scaled(piece, 1.0 / top.clamp(min=SMALLEST), 0, NESTED)
+        scale_blocks(piece, 1.0 / top.clamp(min=SMALLEST), 0, ABSMAX_BLOCK)
         piece[tail:] = rest
         codes.append(torch.bucketize(piece.clamp_(-1, 1), bounds, out_int32=True).to(torch.uint8))
         tops.append(top)
@@ -123,8 +123,8 @@ def quantised_magnitudes(largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _block_tops(piece: Tensor) -> Tensor:
     import torch
 
-    rest = len(piece) % NESTED
-    whole = piece[: len(piece) - rest].view(-1, NESTED).abs().amax(dim=1)
+    rest = len(piece) % ABSMAX_BLOCK
+    whole = piece[: len(piece) - rest].view(-1, ABSMAX_BLOCK).abs().amax(dim=1)
     last = piece[len(piece) - rest :].abs().amax().clamp(min=SMALLEST).view(1) if rest else piece[:0]
     return torch.cat([whole, last])
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-def pair_table(levels: Sequence[float] | Tensor, *, high_first: bool) -> Tensor:
+def byte_table(levels: Sequence[float] | Tensor, *, high_first: bool) -> Tensor:
     """(256,) int64: the two float32 values of every byte, the one of the high four bits first or last."""
     import torch
 
@@ -22,7 +22,7 @@ def pair_table(levels: Sequence[float] | Tensor, *, high_first: bool) -> Tensor:
     return torch.stack(both if high_first else both[::-1], dim=1).view(torch.int64).flatten()
 
 
-def unpack(raw: Tensor, table: Tensor) -> Tensor:
+def unpack_4bit(raw: Tensor, table: Tensor) -> Tensor:
     """The values of packed bytes (uint8, any shape), flat: float32, two for each byte."""
     import torch
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of the outputs of a word, in their order
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of the outputs of a word, in their order
 
 
-def split(words: Tensor, bits: int, places: Sequence[int] = ()) -> Tensor:
+def unpack_rows(words: Tensor, bits: int, places: Sequence[int] = ()) -> Tensor:
     """(rows, n) int32 words as (rows, n * 32 / bits) integers; `places` of each within a word."""
     import torch
 
@@ -28,7 +28,7 @@ def split(words: Tensor, bits: int, places: Sequence[int] = ()) -> Tensor:
     return found.bitwise_and_((1 << bits) - 1).flatten(1)
 
 
-def split_down(words: Tensor, bits: int) -> Tensor:
+def unpack_columns(words: Tensor, bits: int) -> Tensor:
     """(n, columns) int32 words as (n * 32 / bits, columns) integers."""
     import torch
 
@@ -37,12 +37,12 @@ def split_down(words: Tensor, bits: int) -> Tensor:
     return found.bitwise_and_((1 << bits) - 1).flatten(0, 1)
 
 
-def one_more(zeros: Tensor, bits: int) -> Tensor:
+def gptq_zero_point_offset(zeros: Tensor, bits: int) -> Tensor:
     """GPTQ's zero points, which are stored one too small: the largest stands for 0, as in AutoGPTQ's torch code."""
     return (zeros + 1).bitwise_and_((1 << bits) - 1)
 
 
-def from_steps(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
+def dequantize_gptq_awq(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
     """(codes - zeros) * scales, float32; codes (in, out) int32, zeros and scales (groups, out), groups (in,).
 
     `groups` says which row of the scales each input has (GPTQ's g_idx). Overwrites codes.
@@ -51,7 +51,7 @@ def from_steps(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> 
     return codes.float().mul_(scales.float().index_select(0, groups))
 
 
-def from_steps_by_row(codes: Tensor, zeros: Tensor | int, scales: Tensor, groups: Tensor | None) -> Tensor:
+def dequantize_by_row(codes: Tensor, zeros: Tensor | int, scales: Tensor, groups: Tensor | None) -> Tensor:
     """(codes - zeros) * scales, float32; codes (out, in) int32, zeros and scales (out, groups) or (1, 1).
 
     `groups` (in,): which of the scales each column has; None: equally many columns follow one another.

@@ -17,7 +17,7 @@ from mergeforge.writers.encoder import ByteRange
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCALES = "_scale_inv"  # what follows the codes' name
+SCALE_SUFFIX = "_scale_inv"  # what follows the codes' name
 LIVE = 13  # bytes of temporaries for each element of a band: as float32, padded, scaled; codes
 
 
@@ -38,7 +38,7 @@ class FP8Encoder:
 
     @property
     def key(self) -> str:
-        return f"fp8{SCALES}" if self.scales else "fp8"
+        return f"fp8{SCALE_SUFFIX}" if self.scales else "fp8"
 
     @property
     def label(self) -> str:
@@ -79,7 +79,7 @@ class FP8Encoder:
         at = 0
         for first in range(0, len(rows), self.block[0]):
             values = rows[first : first + self.block[0]].float()
-            found = fp8.scales_of(values, *self.block) if self.scales else fp8.quantise(values, *self.block)[0]
+            found = fp8.block_scales(values, *self.block) if self.scales else fp8.quantize(values, *self.block)[0]
             raw = found.contiguous().view(torch.uint8).flatten()
             into[at : at + len(raw)].copy_(raw, non_blocking=True)
             at += len(raw)
@@ -88,7 +88,7 @@ class FP8Encoder:
         return not magnitude < math.inf
 
 
-def stored_as(info: TensorInfo, block: tuple[int, int]) -> tuple[TensorInfo, TensorInfo]:
+def stored_tensors(info: TensorInfo, block: tuple[int, int]) -> tuple[TensorInfo, TensorInfo]:
     """What a matrix in FP8 is stored as: its codes, and their scales."""
     shape = tuple(-(-size // wide) for size, wide in zip(info.shape, block, strict=True))
-    return info.with_dtype("F8_E4M3"), TensorInfo(f"{info.name}{SCALES}", "F32", shape)
+    return info.with_dtype("F8_E4M3"), TensorInfo(f"{info.name}{SCALE_SUFFIX}", "F32", shape)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.gguf.architectures import TensorTarget
-from mergeforge.gguf.key_values import Keys, Value, encoded, u16
+from mergeforge.gguf.key_values import Keys, Value, encode_key_values, u16
 from mergeforge.gguf.quantize import QuantType, encode, scratch_nbytes
 from mergeforge.io.file_layout import Extent, Layout, OutputFile
 from mergeforge.writers.encoder import ByteRange, coalesce_ranges
-from mergeforge.writers.safetensors import OVERFLOW
+from mergeforge.writers.safetensors import OVERFLOW_THRESHOLD
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +70,7 @@ def lay_out(stem: str, keys: Keys, tensors: Sequence[GGUFTensor], split_max_size
 
 def header(keys: Keys, tensors: Sequence[GGUFTensor]) -> bytes:
     """Everything before the tensors' data, padded."""
-    head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(keys)) + encoded(keys)
+    head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(keys)) + encode_key_values(keys)
     table = b"".join(_entry(tensor, at) for tensor, at in zip(tensors, _offsets(tensors), strict=True))
     return (head + table).ljust(_padded(len(head) + len(table)), b"\0")
 
@@ -105,7 +105,7 @@ def _split(tensors: Sequence[GGUFTensor], largest: int) -> list[list[GGUFTensor]
     return parts
 
 
-def positions_of(place: TensorTarget, info: TensorInfo) -> np.ndarray | None:
+def row_positions(place: TensorTarget, info: TensorInfo) -> np.ndarray | None:
     """Which of the place's units each stored row becomes (int32; -1: none); None where rows stay in order.
 
     Layers share it: a stack of experts has some hundred thousand rows.
@@ -127,19 +127,19 @@ class GGUFEncoder:
     one row of column weights for each matrix of the GGUF tensor, or None. `positions`: see positions_of.
     """
 
-    sink: str
+    file_type: str
     info: TensorInfo
     target: TensorTarget
     quant_type: QuantType
     extent: Extent
     device: str
-    stored: str = ""
+    rounded_to: str = ""
     importance: Tensor | None = None
     positions: np.ndarray | None = None
 
     @property
     def key(self) -> str:
-        return f"{self.sink}/{self.target.tensor}/{self.target.first}"
+        return f"{self.file_type}/{self.target.tensor}/{self.target.first}"
 
     @property
     def label(self) -> str:
@@ -169,7 +169,7 @@ class GGUFEncoder:
     def scratch_nbytes(self) -> int:
         strip = self.chunk_rows * self.info.columns * 4
         arranged = 3 if self.target.turn else 1 if self.target.rows is not None else 0
-        rounded = bool(self.stored or self.target.add)
+        rounded = bool(self.rounded_to or self.target.add)
         result = self.chunk_rows * self.row_nbytes if self.quant_type.block > 1 else 0
         return (arranged + rounded) * strip + result + scratch_nbytes(self.quant_type, self.device)
 
@@ -184,8 +184,8 @@ class GGUFEncoder:
 
     def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
         values = self._arranged(rows.float(), start)
-        if self.stored:
-            values = values.to(torch_dtype(self.stored)).float()
+        if self.rounded_to:
+            values = values.to(torch_dtype(self.rounded_to)).float()
         if self.target.add:
             values = values + self.target.add
         if self.float_dtype:
@@ -198,7 +198,7 @@ class GGUFEncoder:
             out.copy_(encode(self.quant_type, part, importance).view(-1), non_blocking=True)
 
     def overflows(self, magnitude: float) -> bool:
-        return not (magnitude < OVERFLOW[self.float_dtype] if self.float_dtype else magnitude <= LARGEST_SCALE)
+        return not (magnitude < OVERFLOW_THRESHOLD[self.float_dtype] if self.float_dtype else magnitude <= LARGEST_SCALE)
 
     # Stored rows are units of the GGUF tensor: whole rows of it, or single elements of a 1-D one.
 
@@ -232,7 +232,7 @@ class GGUFEncoder:
 
     @cached_property
     def _positions(self) -> np.ndarray:
-        positions = positions_of(self.target, self.info) if self.positions is None else self.positions
+        positions = row_positions(self.target, self.info) if self.positions is None else self.positions
         assert positions is not None
         return positions
 

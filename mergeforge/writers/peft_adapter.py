@@ -18,28 +18,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.core.file_names import MODEL_CARD
 from mergeforge.core.tensor_info import TensorInfo, dtype_name
-from mergeforge.errors import MergeforgeError, OutputError, listing
+from mergeforge.errors import MergeforgeError, OutputError, format_list
 from mergeforge.io.disk import (
     DiskFile,
     InputFile,
     WriteBehind,
     disk_error,
-    is_same,
+    is_same_file,
     on_disk,
     sync_folder,
     write_at,
     write_durably,
 )
 from mergeforge.io.file_layout import OutputFiles
-from mergeforge.writers.safetensors import SINGLE, lay_out
+from mergeforge.writers.safetensors import SINGLE_FILE, lay_out
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-CARD = "README.md"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 SPOOL = "spool"
 PIECE = 8 << 20  # bytes copied at a time
 
@@ -75,11 +75,11 @@ class Spool:
         data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
         with self._lock:
             write_at(self._fd, data, self._size, str(self.path))
-            self._behind.wrote(self._fd, self._size, len(data))
+            self._behind.written(self._fd, self._size, len(data))
             self._held[name] = (info, self._size)
             self._size += len(data)
 
-    def parts(self) -> list[SpooledTensor]:
+    def tensors(self) -> list[SpooledTensor]:
         """What it holds, by name."""
         file = DiskFile(self.path)
         return [SpooledTensor(info, file, offset) for _, (info, offset) in sorted(self._held.items())]
@@ -88,10 +88,10 @@ class Spool:
         os.close(self._fd)
 
 
-def write_adapter(folder: Path, parts: Sequence[SpooledTensor], config: Mapping[str, Any], card: str) -> None:
+def write_peft_adapter(folder: Path, parts: Sequence[SpooledTensor], config: Mapping[str, Any], card: str) -> None:
     """Write adapter_model.safetensors, adapter_config.json and README.md; durable on return."""
     layout = lay_out([part.info for part in parts], 1 << 62)
-    files = OutputFiles(folder, {WEIGHTS: layout.files[SINGLE]})
+    files = OutputFiles(folder, {ADAPTER_WEIGHTS: layout.files[SINGLE_FILE]})
     behind = WriteBehind()
     try:
         files.open()
@@ -101,8 +101,8 @@ def write_adapter(folder: Path, parts: Sequence[SpooledTensor], config: Mapping[
         files.sync()
     finally:
         files.close()
-    write_durably(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    write_durably(folder / CARD, card.encode())
+    write_durably(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    write_durably(folder / MODEL_CARD, card.encode())
 
 
 def _copy(part: SpooledTensor, files: OutputFiles, offset: int, behind: WriteBehind) -> None:
@@ -112,16 +112,16 @@ def _copy(part: SpooledTensor, files: OutputFiles, offset: int, behind: WriteBeh
     for done in range(0, part.info.nbytes, PIECE):
         some = piece[: min(PIECE, part.info.nbytes - done)]
         part.file.read_into(some.data, part.offset + done)
-        files.write(WEIGHTS, some, offset + done, behind)
+        files.write(ADAPTER_WEIGHTS, some, offset + done, behind)
 
 
-def stored_part(part: SpooledTensor, name: str) -> SpooledTensor:
+def renamed_tensor(part: SpooledTensor, name: str) -> SpooledTensor:
     """The same bytes under another name."""
     return replace(part, info=part.info.renamed(name))
 
 
 @contextmanager
-def new_folder(out: Path, written: Iterable[str], *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(out: Path, written: Iterable[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A hidden folder beside OUT that becomes OUT when all went well; one run at a time may hold it.
 
     `written`: the names that it will hold. Only a folder that holds nothing else is replaced, with
@@ -134,7 +134,7 @@ def new_folder(out: Path, written: Iterable[str], *, overwrite: bool = False) ->
             with on_disk(out):
                 if old.exists() and not out.exists():
                     os.rename(old, out)  # a run was killed between its two renames
-                check_out(out, written, overwrite=overwrite)
+                check_adapter_folder(out, written, overwrite=overwrite)
                 shutil.rmtree(work, ignore_errors=True)  # what a killed run left
                 work.mkdir()
             yield work
@@ -147,7 +147,7 @@ def new_folder(out: Path, written: Iterable[str], *, overwrite: bool = False) ->
             raise
 
 
-def check_out(out: Path, written: Iterable[str], *, overwrite: bool = False) -> None:
+def check_adapter_folder(out: Path, written: Iterable[str], *, overwrite: bool = False) -> None:
     """Raises OutputError where OUT cannot become a folder that holds `written`."""
     if not out.exists():
         return
@@ -156,7 +156,7 @@ def check_out(out: Path, written: Iterable[str], *, overwrite: bool = False) -> 
     held = sorted(path.name for path in out.iterdir())
     if strangers := [name for name in held if name not in set(written)]:
         hint = "write into a new folder with --out DIR"
-        raise OutputError(f"{out} holds {listing(strangers)}, which is no part of such an adapter", hint=hint)
+        raise OutputError(f"{out} holds {format_list(strangers)}, which is no part of such an adapter", hint=hint)
     if held and not overwrite:
         if _lock_of(out.absolute()).exists():  # of a run that was killed when all was done
             with suppress(MergeforgeError), _locked(out.absolute()):
@@ -191,7 +191,7 @@ def _lock(path: Path, out: Path) -> int:
             os.close(fd)
             hint = "wait for it, or stop it; then run this again"
             raise OutputError(f"another run writes to {out}", hint=hint) from None
-        if is_same(fd, path):
+        if is_same_file(fd, path):
             return fd
         os.close(fd)  # the run that held it has just taken it away
 

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+SINGLE_FILE = "model.safetensors"
 METADATA = {"format": "pt"}
 KEY = "safetensors"
 # The smallest magnitude that becomes infinite when it is rounded to the dtype.
-OVERFLOW = {"F16": 65520.0, "BF16": float.fromhex("0x1.ffp127"), "F32": math.inf, "F64": math.inf}
+OVERFLOW_THRESHOLD = {"F16": 65520.0, "BF16": float.fromhex("0x1.ffp127"), "F32": math.inf, "F64": math.inf}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class SafetensorsEncoder:
         into.view(dtype).view(rows.shape).copy_(rows, non_blocking=True)
 
     def overflows(self, magnitude: float) -> bool:
-        return not magnitude < OVERFLOW[self.info.dtype]
+        return not magnitude < OVERFLOW_THRESHOLD[self.info.dtype]
 
 
 def lay_out(tensors: Sequence[TensorInfo], shard_size: int) -> Layout:
@@ -81,8 +81,8 @@ def lay_out(tensors: Sequence[TensorInfo], shard_size: int) -> Layout:
     As in huggingface_hub's split_state_dict_into_shards_factory, a tensor larger than a shard gets
     one of its own.
     """
-    shards = split(tensors, shard_size)
-    names = [SINGLE] if len(shards) == 1 else [_shard_name(at, len(shards)) for at in range(len(shards))]
+    shards = split_into_shards(tensors, shard_size)
+    names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(at, len(shards)) for at in range(len(shards))]
     files: dict[str, OutputFile] = {}
     extents: dict[str, Extent] = {}
     for name, shard in zip(names, shards, strict=True):
@@ -95,7 +95,7 @@ def lay_out(tensors: Sequence[TensorInfo], shard_size: int) -> Layout:
     return Layout(files, extents)
 
 
-def split(tensors: Sequence[TensorInfo], shard_size: int) -> list[list[TensorInfo]]:
+def split_into_shards(tensors: Sequence[TensorInfo], shard_size: int) -> list[list[TensorInfo]]:
     """The tensors of each shard, in the given order."""
     shards: list[list[TensorInfo]] = []
     current: list[TensorInfo] = []
@@ -124,9 +124,9 @@ def header(ordered: Sequence[TensorInfo]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def index(layout: Layout, tensors: Sequence[TensorInfo]) -> bytes | None:
+def index_content(layout: Layout, tensors: Sequence[TensorInfo]) -> bytes | None:
     """The index file's content, or None for a single file or none. total_size is in bytes."""
-    if SINGLE in layout.files or not layout.files:
+    if SINGLE_FILE in layout.files or not layout.files:
         return None
     metadata = {
         "total_parameters": sum(info.numel for info in tensors),

@@ -1,4 +1,4 @@
-"""general.* against llama.cpp's converter: names, cards, sampling; and by hand where it is not there."""
+"""general.* keys against llama.cpp's converter: names, model cards, sampling; and against expected values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from support.gguf_keys import as_read, differences, some
 from support.llama_cpp_tools import convert, needs_converter, read
 from support.tokenizer_folders import config, sentencepiece_model, tokenizer_files, write_model
 
-from mergeforge.gguf.general_metadata import ParameterCounts, metadata, parameter_counts
-from mergeforge.gguf.key_values import text
+from mergeforge.gguf.general_metadata import ParameterCounts, general_keys, parameter_counts
+from mergeforge.gguf.key_values import string
 
 NAMES = (
     "Llama-3.2-1B-Instruct",
@@ -88,7 +88,7 @@ def _tokenizer() -> dict[str, Any]:
 
 @needs_converter
 def test_against_the_converter(tmp_path: Path) -> None:
-    """Every general.* key, its type and value, for names, cards and sampling settings of many kinds."""
+    """Every general.* key with its type and value, for many kinds of names, cards and sampling settings."""
     jobs = [(written(tmp_path, name), tmp_path / f"{name}.gguf", "f32", "") for name in CASES]
     assert convert(jobs) == {}
     wrong = {}
@@ -98,16 +98,16 @@ def test_against_the_converter(tmp_path: Path) -> None:
             theirs.pop(f"general.{key}")
         shapes = {"token_embd.weight": (420, 32)}
         settings = config("LlamaForCausalLM", 420, **CASES[folder.name][0])
-        ours = metadata(tokenizer_files(folder), settings, folder.name, parameter_counts(shapes))
-        if found := differences(as_read(ours), theirs):
-            wrong[folder.name] = found
+        ours = general_keys(tokenizer_files(folder), settings, folder.name, parameter_counts(shapes))
+        if differing := differences(as_read(ours), theirs):
+            wrong[folder.name] = differing
     assert wrong == {}
 
 
-def test_what_the_folder_and_the_sizes_say() -> None:
+def test_keys_from_the_folder_name_and_the_parameter_counts() -> None:
     sizes = ParameterCounts(1_235_814_400, 1_235_814_400, 0, 0)
-    found = metadata({}, {}, "Llama-3.2-1B-Instruct", sizes)
-    assert {key.removeprefix("general."): value.value for key, value in found.items()} == {
+    keys = general_keys({}, {}, "Llama-3.2-1B-Instruct", sizes)
+    assert {key.removeprefix("general."): value.value for key, value in keys.items()} == {
         "name": "Llama 3.2 1B Instruct",
         "finetune": "Instruct",
         "basename": "Llama-3.2",
@@ -115,9 +115,9 @@ def test_what_the_folder_and_the_sizes_say() -> None:
     }
 
 
-def test_a_name_can_be_given() -> None:
-    found = metadata({}, {}, "phi-3-mini", ParameterCounts(0, 0, 0, 0), name="Mine")
-    assert found["general.name"] == text("Mine")
+def test_name_replaces_the_one_from_the_sources() -> None:
+    keys = general_keys({}, {}, "phi-3-mini", ParameterCounts(0, 0, 0, 0), name="Mine")
+    assert keys["general.name"] == string("Mine")
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,13 @@ def test_a_name_can_be_given() -> None:
         ({"blk.0.ffn_up_exps.bias": (4, 10)}, (40, 40, 0, 0), "0.04K"),
     ],
 )
-def test_counts(tensors: dict[str, tuple[int, ...]], counts: tuple[int, ...], label: str) -> None:
-    found = parameter_counts(tensors)
-    assert (found.total, found.shared, found.expert, found.expert_count) == counts
-    assert found.label == label
+def test_parameter_counts(tensors: dict[str, tuple[int, ...]], counts: tuple[int, ...], label: str) -> None:
+    parameters = parameter_counts(tensors)
+    assert (parameters.total, parameters.shared, parameters.expert, parameters.expert_count) == counts
+    assert parameters.label == label
 
 
-def test_a_card_that_is_no_yaml_says_nothing(tmp_path: Path) -> None:
+def test_card_that_is_not_valid_yaml_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
-    found = metadata({"README.md": tmp_path / "README.md"}, {}, "x", ParameterCounts(0, 0, 0, 0))
-    assert list(found) == ["general.name"]
+    keys = general_keys({"README.md": tmp_path / "README.md"}, {}, "x", ParameterCounts(0, 0, 0, 0))
+    assert list(keys) == ["general.name"]

@@ -1,4 +1,4 @@
-"""GGUF files in a real llama.cpp engine: `verify --engine` and greedy text."""
+"""GGUF files in llama.cpp: `verify --engine` and greedy text."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def merged(models: Path) -> Path:
 
 def test_verify_compares_with_transformers(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["verify", "merged", "--engine"]) == 0
-    said = capsys.readouterr().err
-    assert all(f"m-{kind}.gguf: largest difference 0." in said for kind in ("F32", "Q8_0", "Q4_K_M"))
+    shown = capsys.readouterr().err
+    assert all(f"m-{label}.gguf: largest difference 0." in shown for label in ("F32", "Q8_0", "Q4_K_M"))
 
 
-def test_a_wrong_file_is_found(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows of a projection swapped by hand: it loads, and computes something else."""
+def test_comparison_detects_a_wrong_file(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes in the middle of the weights are shifted: the file loads, but computes something else."""
     path = merged / "m-F32.gguf"
     data = bytearray(path.read_bytes())
     half = len(data) // 2 // 4096 * 4096
@@ -39,11 +39,11 @@ def test_a_wrong_file_is_found(merged: Path, capsys: pytest.CaptureFixture[str])
     path.write_bytes(data)
     from mergeforge.gguf.llama_cpp import compare_with_transformers
 
-    (found,) = compare_with_transformers(merged, {"m-F32.gguf": "F32"})
-    assert not found.ok
+    (comparison,) = compare_with_transformers(merged, {"m-F32.gguf": "F32"})
+    assert not comparison.ok
 
 
-def test_greedy_text_is_that_of_transformers(merged: Path) -> None:
+def test_greedy_text_equals_that_of_transformers(merged: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
@@ -53,11 +53,11 @@ def test_greedy_text_is_that_of_transformers(merged: Path) -> None:
         reply = model.generate(
             torch.tensor([prompt]), max_new_tokens=6, do_sample=False, use_cache=False, suppress_tokens=[256, 257, 258]
         )
-    wanted = tokenizer.decode(reply[0, len(prompt) :])
-    assert Engine(merged / "m-F32.gguf").text(prompt, 6) == wanted
+    expected = tokenizer.decode(reply[0, len(prompt) :])
+    assert Engine(merged / "m-F32.gguf").complete(prompt, 6) == expected
 
 
-def test_what_the_engine_cannot_load(models: Path) -> None:
+def test_errors_for_files_that_the_engine_cannot_load(models: Path) -> None:
     Path("broken.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(SourceError, match=r"broken\.gguf"):
         Engine("broken.gguf")
@@ -66,8 +66,8 @@ def test_what_the_engine_cannot_load(models: Path) -> None:
     assert run_command(["verify", "base", "--engine"]) == 3
 
 
-def test_without_the_extra(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_xllamacpp_is_reported_with_the_pip_command(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(MissingExtraError, match="needs xllamacpp") as caught:
         Engine(merged / "m-F32.gguf")
-    assert caught.value.exit_code == 6 and "mergeforge[engine]" in caught.value.hint
+    assert caught.value.exit_code == 6 and "xllamacpp>=" in caught.value.hint

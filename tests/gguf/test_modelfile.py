@@ -1,4 +1,4 @@
-"""Modelfiles: by hand, and the formats of the templates in llama.cpp's source."""
+"""Modelfiles against expected text, and chat formats of the templates in llama.cpp's source tree."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from support.llama_cpp_tools import TREE, needs_converter
 
-from mergeforge.gguf.key_values import array, text, u32
+from mergeforge.gguf.key_values import array, string, u32
 from mergeforge.gguf.modelfile import chat_format, modelfile
 
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
 
 
 def keys(template: str, *tokens: str, eos: int = 0) -> dict[str, object]:
-    found = {"tokenizer.ggml.tokens": array("text", tokens), "tokenizer.ggml.eos_token_id": u32(eos)}
-    return {**found, "tokenizer.chat_template": text(template)} if template else found
+    values = {"tokenizer.ggml.tokens": array("string", tokens), "tokenizer.ggml.eos_token_id": u32(eos)}
+    return {**values, "tokenizer.chat_template": string(template)} if template else values
 
 
 def test_chatml() -> None:
@@ -71,12 +71,12 @@ PARAMETER stop "<end_of_turn>"
     )
 
 
-def test_an_unknown_template_is_left_to_ollama() -> None:
+def test_unknown_templates_are_left_to_ollama() -> None:
     assert "TEMPLATE" not in modelfile("m.gguf", keys("{{ strange }}", 'a"b'))
     assert 'PARAMETER stop "a\\"b"' in modelfile("m.gguf", keys("{{ strange }}", 'a"b'))
 
 
-def test_without_a_template() -> None:
+def test_model_without_a_template() -> None:
     assert modelfile("m.gguf", keys("", "</s>")).splitlines()[1].startswith("# The model has no chat template")
 
 
@@ -100,5 +100,5 @@ def test_without_a_template() -> None:
     ],
 )
 def test_templates_of_real_models(file: str, name: str | None) -> None:
-    found = chat_format((Path(TREE) / "models" / "templates" / f"{file}.jinja").read_text("utf-8"))
-    assert (found.name if found else None) == name
+    chat = chat_format((Path(TREE) / "models" / "templates" / f"{file}.jinja").read_text("utf-8"))
+    assert (chat.name if chat else None) == name

@@ -38,7 +38,7 @@ def test_the_bits_are_the_quantisers(models: Path) -> None:
     shards = [load_file(path) for path in sorted(out.glob("*.safetensors"))]
     held = {name: value for shard in shards for name, value in shard.items()}
     assert len(shards) > 1
-    codes, scales = fp8.quantise(wide[NAME], 128, 128)
+    codes, scales = fp8.quantize(wide[NAME], 128, 128)
     assert torch.equal(held[NAME].view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(held[f"{NAME}_scale_inv"], scales) and scales.shape == (3, 2)
     assert held["model.embed_tokens.weight"].dtype == held["model.norm.weight"].dtype == torch.bfloat16

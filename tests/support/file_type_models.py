@@ -1,10 +1,10 @@
-"""Models as llama-quantize's type rules see them: an architecture, a few counts, and tensors' names and shapes."""
+"""Models as llama-quantize's type rules see them: hyperparameters, tensor names and shapes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mergeforge.gguf.file_types import FileTypeFacts, Shape
+from mergeforge.gguf.file_types import ModelHparams, Shape
 
 ODD = {
     "per_layer_token_embd.weight": (4, 256),
@@ -30,10 +30,10 @@ ODD = {
 
 
 @dataclass(frozen=True)
-class Model:
-    """`attention` and `ffn` name a layer's matrices; `ffn` "dense", "experts" or "both" (experts after layer 0)."""
+class RuleModel:
+    """`attention` names the matrices of a layer. With `experts`, layers from number `dense` on have experts."""
 
-    facts: FileTypeFacts
+    hparams: ModelHparams
     columns: int = 256
     tied: bool = False
     attention: tuple[str, ...] = ("q", "k", "v", "output")
@@ -43,12 +43,12 @@ class Model:
     extra: dict[str, Shape] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Shape]:
-        found: dict[str, Shape] = {"token_embd.weight": (4, self.columns), "output_norm.weight": (self.columns,)}
+        tensors: dict[str, Shape] = {"token_embd.weight": (4, self.columns), "output_norm.weight": (self.columns,)}
         if not self.tied:
-            found["output.weight"] = (4, self.columns)
-        for layer in range(self.facts.block_count):
-            found |= {f"blk.{layer}.{name}": shape for name, shape in self._layer(layer).items()}
-        return found | self.extra
+            tensors["output.weight"] = (4, self.columns)
+        for layer in range(self.hparams.block_count):
+            tensors |= {f"blk.{layer}.{name}": shape for name, shape in self._layer(layer).items()}
+        return tensors | self.extra
 
     def _layer(self, layer: int) -> dict[str, Shape]:
         matrix = (2, self.columns)
@@ -63,19 +63,19 @@ class Model:
 
 MLA = ("q_a", "q_b", "kv_a_mqa", "kv_b", "output")
 MODELS = {
-    "llama-32": Model(FileTypeFacts("llama", 32, 0, 32, 8)),
-    "llama-tied-17": Model(FileTypeFacts("llama", 17, 0, 32, 32), tied=True),
-    "llama-80": Model(FileTypeFacts("llama", 80, 0, 64, 8)),
-    "llama-80-mha": Model(FileTypeFacts("llama", 80, 0, 64, 64)),
-    "qwen2-80": Model(FileTypeFacts("qwen2", 80, 0, 64, 64)),
-    "mixtral-12": Model(FileTypeFacts("llama", 12, 8, 32, 8), experts=True),
-    "qwen3moe-12": Model(FileTypeFacts("qwen3moe", 12, 128, 32, 4), experts=True, tied=True),
-    "deepseek2-27": Model(
-        FileTypeFacts("deepseek2", 27, 64, 16, 16), attention=MLA, experts=True, shared=True, dense=1
+    "llama-32": RuleModel(ModelHparams("llama", 32, 0, 32, 8)),
+    "llama-tied-17": RuleModel(ModelHparams("llama", 17, 0, 32, 32), tied=True),
+    "llama-80": RuleModel(ModelHparams("llama", 80, 0, 64, 8)),
+    "llama-80-mha": RuleModel(ModelHparams("llama", 80, 0, 64, 64)),
+    "qwen2-80": RuleModel(ModelHparams("qwen2", 80, 0, 64, 64)),
+    "mixtral-12": RuleModel(ModelHparams("llama", 12, 8, 32, 8), experts=True),
+    "qwen3moe-12": RuleModel(ModelHparams("qwen3moe", 12, 128, 32, 4), experts=True, tied=True),
+    "deepseek2-27": RuleModel(
+        ModelHparams("deepseek2", 27, 64, 16, 16), attention=MLA, experts=True, shared=True, dense=1
     ),
-    "falcon-32": Model(FileTypeFacts("falcon", 32, 0, 71, 1), attention=("qkv", "output")),
-    "phi3-16": Model(FileTypeFacts("phi3", 16, 0, 32, 32), attention=("qkv", "output")),
-    "odd-columns-9": Model(FileTypeFacts("llama", 9, 0, 4, 2), columns=288),
-    "odder-columns-9": Model(FileTypeFacts("llama", 9, 0, 4, 2), columns=40, tied=True),
-    "odd-names-11": Model(FileTypeFacts("llama", 11, 0, 8, 2), extra=ODD),
+    "falcon-32": RuleModel(ModelHparams("falcon", 32, 0, 71, 1), attention=("qkv", "output")),
+    "phi3-16": RuleModel(ModelHparams("phi3", 16, 0, 32, 32), attention=("qkv", "output")),
+    "odd-columns-9": RuleModel(ModelHparams("llama", 9, 0, 4, 2), columns=288),
+    "odder-columns-9": RuleModel(ModelHparams("llama", 9, 0, 4, 2), columns=40, tied=True),
+    "odd-names-11": RuleModel(ModelHparams("llama", 11, 0, 8, 2), extra=ODD),
 }

@@ -1,4 +1,4 @@
-"""ggml's own quantiser, called in the xllamacpp wheel (its x86-64 build has no fused multiply-adds)."""
+"""ggml's quantizer, called in the xllamacpp wheel (its x86-64 build has no fused multiply-adds)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from mergeforge.gguf.quantize import QuantType
 
-WHEEL = pytest.importorskip("xllamacpp", reason="the reference quantiser is in the xllamacpp wheel")
+WHEEL = pytest.importorskip("xllamacpp", reason="the reference quantizer is in the xllamacpp wheel")
 if platform.machine() not in ("x86_64", "AMD64"):
     pytest.skip("ggml rounds differently where it uses fused multiply-adds", allow_module_level=True)
 
@@ -26,14 +26,14 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def quantized(kind: QuantType, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """Rows x columns of float32 as ggml_quantize_chunk() writes them: rows x bytes."""
-    out = np.zeros((len(rows), kind.row_nbytes(rows.shape[1])), np.uint8)
+def ggml_quantize(quant_type: QuantType, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """Rows (rows x columns, float32) as ggml_quantize_chunk() writes them: rows x bytes."""
+    out = np.zeros((len(rows), quant_type.row_nbytes(rows.shape[1])), np.uint8)
     weights = importance.ctypes.data if importance is not None else None
     assert rows.dtype == np.float32 and rows.flags["C_CONTIGUOUS"]
     if len(rows):
         written = _library().ggml_quantize_chunk(
-            kind.number, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, weights
+            quant_type.number, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, weights
         )
         assert written == out.nbytes
     return out

@@ -14,7 +14,7 @@ from mergeforge.gguf.key_values import Value
 from support.gguf_models import Shapes, values
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-KINDS = {"u32": "UINT32", "i32": "INT32", "f32": "FLOAT32", "text": "STRING", "bool": "BOOL"}
+KINDS = {"u32": "UINT32", "i32": "INT32", "f32": "FLOAT32", "string": "STRING", "bool": "BOOL"}
 Arrays = dict[str, np.ndarray]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mergeforge.gguf.key_values import Value
 
-_NAMES = {"u8": "UINT8", "u32": "UINT32", "i32": "INT32", "f32": "FLOAT32", "bool": "BOOL", "text": "STRING"}
+_NAMES = {"u8": "UINT8", "u32": "UINT32", "i32": "INT32", "f32": "FLOAT32", "bool": "BOOL", "string": "STRING"}
 Key = tuple[tuple[str, ...], Any]
 
 

@@ -1,7 +1,7 @@
-"""llama.cpp as a reference, where a test machine has it: its converter and its quantiser.
+"""llama.cpp as a reference, if the test machine has it: its converter and its quantizer.
 
-The converter needs a llama.cpp source tree (the one inside the xllamacpp source package does), named
-by the environment variable MERGEFORGE_LLAMA_CPP; the quantiser is in the xllamacpp wheel.
+The converter needs a llama.cpp source tree, such as the one inside the xllamacpp source package; the environment
+variable MERGEFORGE_LLAMA_CPP names it. The quantizer is in the libllama.so that MERGEFORGE_LIBLLAMA names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 TREE = os.environ.get("MERGEFORGE_LLAMA_CPP", "")
-needs_converter = pytest.mark.skipif(not TREE, reason="MERGEFORGE_LLAMA_CPP names no llama.cpp tree")
+needs_converter = pytest.mark.skipif(not TREE, reason="MERGEFORGE_LLAMA_CPP does not name a llama.cpp tree")
 
 _CONVERT = """
 import json, os, runpy, sys
@@ -42,7 +42,7 @@ print("RESULT" + json.dumps(failed))
 
 
 def convert(jobs: Sequence[tuple[Path, Path, str, str]]) -> dict[str, str]:
-    """Run the official converter on (folder, file, outtype, pre or ""); what failed, by file, and why."""
+    """Run the official converter on (folder, file, outtype, pre or ""). Returns file -> error of those that failed."""
     done = subprocess.run(
         [sys.executable, "-c", _CONVERT, TREE],
         input=json.dumps([[str(item) for item in job] for job in jobs]),
@@ -65,7 +65,7 @@ class Read:
 
 
 def read(path: Path) -> Read:
-    """All of a small GGUF file, by the gguf package's own reader; both dicts in the order of the file."""
+    """The contents of a small GGUF file, read by the gguf package; both dicts in the order of the file."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -75,24 +75,28 @@ def read(path: Path) -> Read:
         if not name.startswith("GGUF.")
     }
     tensors = {
-        one.name: (one.tensor_type.name, tuple(int(n) for n in reversed(one.shape)), np.asarray(one.data).tobytes())
-        for one in reader.tensors
+        tensor.name: (
+            tensor.tensor_type.name,
+            tuple(int(size) for size in reversed(tensor.shape)),
+            np.asarray(tensor.data).tobytes(),
+        )
+        for tensor in reader.tensors
     }
     return Read(keys, tensors)
 
 
-QUANTISER = os.environ.get("MERGEFORGE_LIBLLAMA", "")
-needs_quantiser = pytest.mark.skipif(not QUANTISER, reason="MERGEFORGE_LIBLLAMA names no libllama.so")
+LIBLLAMA = os.environ.get("MERGEFORGE_LIBLLAMA", "")
+needs_quantizer = pytest.mark.skipif(not LIBLLAMA, reason="MERGEFORGE_LIBLLAMA does not name a libllama.so")
 
 
-def quantise(source: Path, target: Path, file_type: int, threads: int = 1) -> None:
-    """llama-quantize's work, by the function that it calls (llama.h, llama_model_quantize)."""
+def quantize(source: Path, target: Path, file_type: int, threads: int = 1) -> None:
+    """Quantize with the function that llama-quantize calls (llama.h, llama_model_quantize)."""
     import ctypes
 
     class Settings(ctypes.Structure):  # its first two members are the number of threads and the file type
         _fields_ = (("threads", ctypes.c_int32), ("file_type", ctypes.c_int32), ("rest", ctypes.c_int32 * 62))
 
-    library = ctypes.CDLL(QUANTISER)
+    library = ctypes.CDLL(LIBLLAMA)
     library.llama_model_quantize_default_params.restype = Settings
     library.llama_model_quantize.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Settings))
     settings = library.llama_model_quantize_default_params()

@@ -1,4 +1,4 @@
-"""llama.cpp's own tokeniser, out of the xllamacpp wheel: loads the vocabulary of a GGUF file, no weights."""
+"""llama.cpp's tokenizer from the xllamacpp wheel: loads the vocabulary of a GGUF file without weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeforge.gguf.key_values import Value, encoded, text, u32
+from mergeforge.gguf.key_values import Value, encode_key_values, string, u32
 
 
 class _Parameters(ctypes.Structure):
@@ -45,27 +45,27 @@ def _library() -> ctypes.CDLL:
 
 
 def write_vocabulary(path: Path, keys: Mapping[str, Value]) -> None:
-    """A GGUF file that holds a vocabulary and no tensors."""
-    everything = {"general.architecture": text("llama"), "llama.block_count": u32(1), **keys}
-    head = b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + len(everything).to_bytes(8, "little")
-    data = head + encoded(everything)
+    """Write a GGUF file with a vocabulary and no tensors."""
+    all_keys = {"general.architecture": string("llama"), "llama.block_count": u32(1), **keys}
+    head = b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + len(all_keys).to_bytes(8, "little")
+    data = head + encode_key_values(all_keys)
     path.write_bytes(data + bytes(-len(data) % 32))
 
 
-def tokenised(path: Path, texts: Iterable[str], *, special: bool = True) -> list[list[int]]:
-    """The ids of each text, with what the tokenizer adds if `special`; tokens named in a text are taken as such."""
+def tokenize(path: Path, texts: Iterable[str], *, special: bool = True) -> list[list[int]]:
+    """The ids of each text, with the added tokens if `special`; special tokens written in a text become single ids."""
     library = _library()
     parameters = library.llama_model_default_params()
     parameters.vocab_only = True
     model = library.llama_model_load_from_file(str(path).encode(), parameters)
     assert model, f"llama.cpp cannot load {path}"
     vocab = library.llama_model_get_vocab(model)
-    found = []
-    for one in texts:
-        data = one.encode()
+    token_ids = []
+    for text in texts:
+        data = text.encode()
         ids = (ctypes.c_int32 * (len(data) + 16))()
         count = library.llama_tokenize(vocab, data, len(data), ids, len(ids), special, True)
         assert count >= 0
-        found.append(list(ids[:count]))
+        token_ids.append(list(ids[:count]))
     library.llama_model_free(model)
-    return found
+    return token_ids

@@ -1,4 +1,4 @@
-"""Rows that are hard to quantise alike: every kind of weights that a test compares."""
+"""Rows on which two quantizers easily differ: every kind of weights that the tests compare."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _negative_zero(rng: np.random.Generator, rows: int, columns: int) -> np.ndar
 
 
 def _ties(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Few values on a grid: equal magnitudes of both signs, and halves between levels."""
+    """Few values, on a grid: equal magnitudes of both signs, and halfway points between levels."""
     return (rng.integers(-8, 9, (rows, columns)) * 0.125).astype(np.float32)
 
 
 def _near_constant(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Negative, and apart by units in the last place: ranges that rounding makes zero or inverts."""
+    """Negative values a few units in the last place apart: rounding makes their range zero or negative."""
     x = np.full((rows, columns), -1, np.float32).view(np.int32) + rng.integers(0, 4, (rows, columns), dtype=np.int32)
     return np.ascontiguousarray(x.view(np.float32))
 
@@ -58,12 +58,12 @@ def _heavy(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
 
 
 def _wide(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Magnitudes from 1e-12 to 1e4 in one row."""
+    """Magnitudes from 1e-12 to 1e4 within one row."""
     return (_gauss(rng, rows, columns) * 10.0 ** rng.uniform(-12, 4, (rows, columns))).astype(np.float32)
 
 
 def _steps(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Groups of very different sizes in a block, some all zero."""
+    """Groups of very different magnitudes within a block, some all zero."""
     size = 10.0 ** rng.integers(-6, 3, (rows, columns // 16)) * (rng.random((rows, columns // 16)) < 0.8)
     return (_gauss(rng, rows, columns) * np.repeat(size, 16, 1)).astype(np.float32)
 
@@ -93,7 +93,7 @@ CASES: dict[str, Rows] = {
 
 
 def importances(rng: np.random.Generator, columns: int) -> dict[str, np.ndarray]:
-    """Importance vectors of several kinds."""
+    """Importance vectors of several kinds, by name."""
     gauss = np.abs(rng.standard_normal(columns)).astype(np.float32)
     holes = gauss * (rng.random(columns) < 0.6).astype(np.float32)
     holes[: columns // 4] = 0

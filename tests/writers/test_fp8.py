@@ -12,7 +12,7 @@ from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.file_layout import Extent
 from mergeforge.quant_codecs import fp8
 from mergeforge.writers.encoder import chunk_ranges
-from mergeforge.writers.fp8 import FP8Encoder, stored_as
+from mergeforge.writers.fp8 import FP8Encoder, stored_tensors
 
 BLOCK = (16, 32)
 
@@ -25,7 +25,7 @@ def written(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What both outlets write, strip by strip."""
     info = TensorInfo("w", "BF16", tuple(values.shape))
     found = []
-    for one, scales in zip(stored_as(info, BLOCK), (False, True), strict=True):
+    for one, scales in zip(stored_tensors(info, BLOCK), (False, True), strict=True):
         outlet = FP8Encoder(info, Extent("file", 100, one.nbytes), BLOCK, scales)
         raw = torch.zeros(one.nbytes, dtype=torch.uint8)
         for start, stop in chunk_ranges(0, info.rows, outlet):
@@ -55,7 +55,7 @@ def test_ragged_edges_read_back(elements: int, monkeypatch: pytest.MonkeyPatch) 
     values = weight(41, 70)
     codes, scales = written(values)
     assert scales.shape == (3, 3)
-    back = fp8.dequantise(codes, scales.repeat_interleave(16, 0)[:41], 32)
+    back = fp8.dequantize(codes, scales.repeat_interleave(16, 0)[:41], 32)
     assert bool(((back - values).abs() <= values.abs() / 16 + scales.max() / 512).all())
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.registry import Registry
-from mergeforge.errors import ODD, SourceError, did_you_mean, refused_if_odd
+from mergeforge.errors import MALFORMED_ERRORS, SourceError, did_you_mean, malformed_as_source_error
 from mergeforge.gguf.key_values import Keys
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     """
     from mergeforge.gguf.architectures.model import Model
 
-    with refused_if_odd("config.json"):
+    with malformed_as_source_error("config.json"):
         name = class_name(config)
     if name not in ARCHITECTURES:
         near = did_you_mean(name, ARCHITECTURES)
@@ -106,7 +106,7 @@ def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
         )
     try:
         return ARCHITECTURES[name](Model.of(name, config, tensors))
-    except ODD as error:  # a value of another kind than its key's
+    except MALFORMED_ERRORS as error:  # a value of another kind than its key's
         text = f"config.json does not describe a {name}: {type(error).__name__}: {error}"
         raise SourceError(text, hint="compare it with the config.json of the model's makers") from error
 

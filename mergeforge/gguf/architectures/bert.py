@@ -13,7 +13,7 @@ from mergeforge.gguf.architectures.engine_limits import POOLING
 from mergeforge.gguf.architectures.hparams import text_keys
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored, spelled
-from mergeforge.gguf.key_values import array, flag
+from mergeforge.gguf.key_values import array, boolean
 
 _NEEDS = ("attn_q", "attn_k", "attn_v", "attn_output", "attn_output_norm", "ffn_up", "ffn_down", "layer_output_norm")
 _ONCE = ("token_embd", "token_embd_norm", "position_embd")
@@ -40,7 +40,9 @@ def _encoder(model: Model, vocab: str, unused: int) -> GGUFModelSpec:
     context = int(model.need("max_position_embeddings")) - unused
     labels = _labels(model)
     keys = text_keys(replace(model, config={**model.config, "max_position_embeddings": context}))
-    keys |= {"attention.causal": flag(False)} | ({"classifier.output_labels": array("text", labels)} if labels else {})
+    keys |= {"attention.causal": boolean(False)} | (
+        {"classifier.output_labels": array("string", labels)} if labels else {}
+    )
 
     def place(stored: Stored) -> Answer:
         plain = replace(stored, name=_plain(stored.name, bool(labels)))

@@ -12,7 +12,7 @@ from mergeforge.gguf.architectures.hparams import optional, text_keys
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.row_order import grouped
 from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored, spelled
-from mergeforge.gguf.key_values import Value, f32, flag, u32
+from mergeforge.gguf.key_values import Value, boolean, f32, u32
 
 _NEEDS = (
     "attn_norm",
@@ -70,7 +70,7 @@ def _expert_keys(model: Model) -> dict[str, Value]:
     keys |= optional(u32, expert_count=model.find("n_routed_experts"))
     keys["expert_shared_count"] = u32(model.find("n_shared_experts") or 0)
     keys |= optional(f32, expert_weights_scale=model.find("routed_scaling_factor"))
-    return keys | ({"expert_weights_norm": flag(True)} if model.find("norm_topk_prob") else {})
+    return keys | ({"expert_weights_norm": boolean(True)} if model.find("norm_topk_prob") else {})
 
 
 def _log_multiplier(model: Model) -> dict[str, Value]:

@@ -8,7 +8,7 @@ from mergeforge.gguf.architectures.hparams import FILE_TYPE
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.row_order import grouped
 from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored, spelled
-from mergeforge.gguf.key_values import f32, text, u32
+from mergeforge.gguf.key_values import f32, string, u32
 
 _CONTEXT = 2048  # the converter's, whatever the config says
 _NEEDS = ("attn_norm", "attn_qkv", "attn_output", "ffn_up", "ffn_down")
@@ -20,7 +20,7 @@ def falcon(model: Model) -> GGUFModelSpec:
         raise SourceError("config.json: llama.cpp's falcon has no ALiBi ('alibi': true)", hint="write safetensors")
     keys = {
         "context_length": u32(_CONTEXT),
-        "tensor_data_layout": text("jploski"),
+        "tensor_data_layout": string("jploski"),
         "embedding_length": u32(model.hidden),
         "feed_forward_length": u32(model.find("ffn_hidden_size") or 4 * model.hidden),
         "block_count": u32(model.layers),

@@ -6,7 +6,7 @@ from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.row_order import grouped
 from mergeforge.gguf.architectures.tensor_mapping import DECODER, Answer, Stored, spelled
-from mergeforge.gguf.key_values import f32, flag, u32
+from mergeforge.gguf.key_values import boolean, f32, u32
 
 
 @architecture("GPTNeoXForCausalLM")
@@ -23,7 +23,7 @@ def gptneox(model: Model) -> GGUFModelSpec:
         "feed_forward_length": u32(model.need("intermediate_size")),
         "rope.dimension_count": u32(int(part * model.head_dim)),
         "attention.head_count": u32(model.heads),
-        "use_parallel_residual": flag(model.config.get("use_parallel_residual", True)),
+        "use_parallel_residual": boolean(model.config.get("use_parallel_residual", True)),
         "attention.layer_norm_epsilon": f32(model.need("layer_norm_eps")),
     }
     return spelled(model, "gptneox", keys, query_key_value, vocab="gpt2", needs=DECODER)

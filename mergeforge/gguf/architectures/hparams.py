@@ -12,10 +12,10 @@ from typing import Any
 
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures.model import Model
-from mergeforge.gguf.key_values import Value, array, f32, flag, text, u32
+from mergeforge.gguf.key_values import Value, array, boolean, f32, string, u32
 
 FILE_TYPE = {"general.file_type": u32(0)}
-NO_SCALING = {"rope.scaling.type": text("none")}
+NO_SCALING = {"rope.scaling.type": string("none")}
 _CONTEXT = ("max_position_embeddings", "n_ctx", "n_positions", "max_length", "max_sequence_length", "model_max_length")
 _FEED_FORWARD = (
     "prefix_dense_intermediate_size",
@@ -61,17 +61,17 @@ def _sizes(model: Model) -> dict[str, Value]:
         attention__head_count=model.find("num_attention_heads", "n_head", "n_heads"),
         attention__head_count_kv=model.find("num_key_value_heads", "n_kv_heads"),
     )
-    return keys | ({"attention.causal": flag(False)} if model.find("is_causal") is False else {})
+    return keys | ({"attention.causal": boolean(False)} if model.find("is_causal") is False else {})
 
 
 def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Value]:
     """How rope is stretched; llama3 and dynamic have no keys (llama3 is a tensor, see constants.py)."""
     kind, factor = rope.get("rope_type"), rope.get("factor")
     if kind == "linear" and factor is not None:
-        return {"rope.scaling.type": text("linear"), "rope.scaling.factor": f32(factor)}
+        return {"rope.scaling.type": string("linear"), "rope.scaling.factor": f32(factor)}
     if kind == "yarn" and factor is not None:
         return _yarn(rope, factor)
-    return {"rope.scaling.type": text("longrope")} if kind in ("su", "longrope") else {}
+    return {"rope.scaling.type": string("longrope")} if kind in ("su", "longrope") else {}
 
 
 def _yarn(rope: Mapping[str, Any], factor: float) -> dict[str, Value]:
@@ -81,7 +81,7 @@ def _yarn(rope: Mapping[str, Any], factor: float) -> dict[str, Value]:
             hint="copy it from the base model",
         )
     return {
-        "rope.scaling.type": text("yarn"),
+        "rope.scaling.type": string("yarn"),
         "rope.scaling.factor": f32(factor),
         "rope.scaling.original_context_length": u32(context),
     } | optional(

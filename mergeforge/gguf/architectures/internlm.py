@@ -9,7 +9,7 @@ from mergeforge.gguf.architectures.llama import llama_keys
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.row_order import grouped, paired
 from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored, spelled
-from mergeforge.gguf.key_values import text, u32
+from mergeforge.gguf.key_values import string, u32
 
 _BAICHUAN_2_SIZE = 125696
 
@@ -28,7 +28,7 @@ def internlm3(model: Model) -> GGUFModelSpec:
 def baichuan(model: Model) -> GGUFModelSpec:
     """The converter of b11549 calls itself without end on every tensor but W_pack."""
     keys = text_keys(model) | {
-        "tensor_data_layout": text("Meta AI original pth"),
+        "tensor_data_layout": string("Meta AI original pth"),
         "rope.dimension_count": u32(model.hidden // model.heads),
     }
     second = model.find("vocab_size") == _BAICHUAN_2_SIZE

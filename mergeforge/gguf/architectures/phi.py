@@ -12,7 +12,7 @@ from mergeforge.gguf.architectures.experts import stacked
 from mergeforge.gguf.architectures.hparams import FILE_TYPE
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, DECODER, Rule, spelled
-from mergeforge.gguf.key_values import Value, f32, flag, u32
+from mergeforge.gguf.key_values import Value, boolean, f32, u32
 
 _PARALLEL = (*ATTENTION, "ffn_up", "ffn_down")  # Phi-2 has one norm for attention and feed-forward
 
@@ -29,7 +29,7 @@ def phi2(model: Model) -> GGUFModelSpec:
         "attention.layer_norm_epsilon": f32(model.need("layer_norm_epsilon", "layer_norm_eps")),
         "rope.dimension_count": u32(_rotated(model)),
         **FILE_TYPE,
-        "tokenizer.ggml.add_bos_token": flag(False),
+        "tokenizer.ggml.add_bos_token": boolean(False),
     }
     return spelled(model, "phi2", keys, vocab="gpt2", needs=_PARALLEL)
 

@@ -8,7 +8,7 @@ from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.hparams import FILE_TYPE
 from mergeforge.gguf.architectures.model import Model
 from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, Answer, Stored, spelled
-from mergeforge.gguf.key_values import f32, flag, u32
+from mergeforge.gguf.key_values import boolean, f32, u32
 
 _NORM = re.compile(r"\.([qk])_layernorm\.norms\.(\d+)\.weight$")
 _NEEDS = (*ATTENTION, "ffn_up", "ffn_down", "ffn_gate")  # with parallel residuals there is no ffn_norm
@@ -25,7 +25,7 @@ def stablelm(model: Model) -> GGUFModelSpec:
         "rope.dimension_count": u32(int(part * (model.hidden // model.heads))),
         "attention.head_count": u32(model.heads),
         "attention.head_count_kv": u32(model.kv_heads),
-        "use_parallel_residual": flag(model.config.get("use_parallel_residual", True)),
+        "use_parallel_residual": boolean(model.config.get("use_parallel_residual", True)),
         "attention.layer_norm_epsilon": f32(model.need("layer_norm_eps", "norm_eps")),
         **FILE_TYPE,
     }

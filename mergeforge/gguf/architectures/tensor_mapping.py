@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.errors import SourceError, listing
+from mergeforge.errors import SourceError, format_list
 from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget
 from mergeforge.gguf.architectures.engine_limits import rope_notes, window_notes
 from mergeforge.gguf.architectures.model import Model
@@ -193,7 +193,7 @@ def _check_needs(
         hint = "the checkpoint is incomplete, or config.json is of another model"
         if missing == ["output"]:
             hint = 'there is no lm_head: put "tie_word_embeddings": true in config.json if the embedding is its output'
-        raise SourceError(f"no tensor becomes GGUF's {listing(missing)}", hint=hint)
+        raise SourceError(f"no tensor becomes GGUF's {format_list(missing)}", hint=hint)
 
 
 def _in_layer(need: str, layer: int) -> str:

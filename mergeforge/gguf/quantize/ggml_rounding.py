@@ -1,12 +1,11 @@
-"""Rounding as ggml's C code does it, in torch and in kernels: the nearest integer, half precision, sums in order.
+"""Arithmetic that rounds as ggml's C code does, in torch and in kernels: integers, half precision, ordered sums.
 
-What torch would do differently, and the sums and quotients that avoid it: a constant divided by a tensor
-is a reciprocal and a product (on CUDA a tensor divided by a constant too), so both are made tensors; the
-CPU's float32 root can be 1 ulp off, so roots are taken in float64; a sum over a dimension may be taken in
-any order, so rows are added one by one.
+Plain torch would differ in three ways. It computes constant / tensor as a reciprocal and a product (on CUDA also
+tensor / constant), so both operands are made tensors here. Its float32 square root on a CPU can be 1 ulp off, so it is
+taken in float64. It may sum a dimension in any order, so rows are added one by one.
 
-In torch a batch of groups is n x N: element i of every group is row i. Kernels take `LANES` groups at a
-time in the same layout, so that a loop over groups fills vector registers while each group's sums stay in C's order.
+In torch a batch of groups is n x N: row i holds element i of every group. Kernels take `LANES` groups at a time in the
+same layout. So a loop over groups can be vectorized, while the sums of each group keep C's order.
 """
 
 from __future__ import annotations
@@ -23,80 +22,80 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Bytes = NDArray[np.uint8]
 
-LANES = 128  # groups at a time: 16 KiB of 32 x 128 floats; 64 spend too long on starting loops
-MAGIC = 12582912.0  # 1.5 * 2**23: added to a float32, it leaves the nearest integer (halves to even) in the low bits
-MANTISSA = 0x7FFFFF
-MIDDLE = 0x400000
-EPSILON = 1e-15  # below it ggml takes a group for zero
+LANES = 128  # groups at a time: 32 x 128 floats are 16 KiB; with 64, starting the loops takes too long
+ROUNDING_MAGIC = 12582912.0  # 1.5 * 2**23: added to a float32, leaves the nearest integer in the low bits
+MANTISSA_MASK = 0x7FFFFF
+MAGIC_MANTISSA = 0x400000
+GROUP_MAX_EPS = 1e-15  # ggml's name and value; a group whose largest magnitude is below it counts as zero
 
 
 # torch
 
 
-def grouped(rows: Tensor, size: int) -> Tensor:
-    """Rows as groups of `size` elements: size x groups."""
+def to_groups(rows: Tensor, size: int) -> Tensor:
+    """Rows as groups of `size` elements, size x groups."""
     return rows.reshape(-1, size).t().contiguous()
 
 
-def nearest(value: Tensor) -> Tensor:
-    """The nearest int32, halves to even; outside of +-2**22 what ggml's nearest_int() happens to give, too."""
+def nearest_int(value: Tensor) -> Tensor:
+    """The nearest int32, halves to even. Equals ggml's nearest_int() outside of +-2**22 too, where that is wrong."""
     import torch
 
-    value = torch.where(value == value, value, torch.zeros_like(value))  # CUDA's NaN has other bits
-    return ((value + MAGIC).view(torch.int32) & MANTISSA) - MIDDLE
+    value = torch.where(value == value, value, torch.zeros_like(value))  # NaN has other bits on CUDA
+    return ((value + ROUNDING_MAGIC).view(torch.int32) & MANTISSA_MASK) - MAGIC_MANTISSA
 
 
 def levels(value: Tensor, low: int, high: int) -> Tensor:
-    """The nearest integer within [low, high], as float32."""
-    return nearest(value).clamp_(low, high).float()
+    """The nearest integer, clamped to [low, high], as float32."""
+    return nearest_int(value).clamp_(low, high).float()
 
 
-def quotient(constant: float, value: Tensor) -> Tensor:
+def const_divided_by(constant: float, value: Tensor) -> Tensor:
     """constant / value, rounded once."""
     import torch
 
     return torch.full_like(value, constant) / value
 
 
-def divided(value: Tensor, constant: float) -> Tensor:
+def divided_by_const(value: Tensor, constant: float) -> Tensor:
     """value / constant, rounded once."""
     import torch
 
     return value / torch.full_like(value, constant)
 
 
-def root(value: Tensor) -> Tensor:
+def exact_sqrt(value: Tensor) -> Tensor:
     """The square root, correctly rounded."""
     return value.double().sqrt().float()
 
 
 def ordered_sum(rows: Tensor) -> Tensor:
-    """The sum over the first dimension, in order."""
+    """The sum over the first dimension, row by row."""
     total = rows[0].clone()
     for row in rows[1:]:
         total += row
     return total
 
 
-def positive(value: Tensor) -> Tensor:
-    """Values above zero; 0 for the rest (clamp would keep -0)."""
+def positive_part(value: Tensor) -> Tensor:
+    """Values above zero, and 0 for all others (clamp would keep -0)."""
     import torch
 
     return torch.where(value > 0, value, torch.zeros_like(value))
 
 
-def first_peak(rows: Tensor) -> Tensor:
-    """The first element of each column whose magnitude is the largest, with its sign."""
+def signed_absmax(rows: Tensor) -> Tensor:
+    """The first element of the largest magnitude of each column, with its sign."""
     import torch
 
-    peak = torch.zeros_like(rows[0])
+    absmax = torch.zeros_like(rows[0])
     for row in rows:
-        peak = torch.where(row.abs() > peak.abs(), row, peak)
-    return peak
+        absmax = torch.where(row.abs() > absmax.abs(), row, absmax)
+    return absmax
 
 
-def first_lowest(rows: Tensor) -> Tensor:
-    """The smallest element of each column; of zeros the first, with its sign."""
+def first_min(rows: Tensor) -> Tensor:
+    """The smallest element of each column; if it is zero, the first zero with its sign."""
     import torch
 
     lowest = rows[0]
@@ -106,7 +105,7 @@ def first_lowest(rows: Tensor) -> Tensor:
 
 
 def half_bytes(value: Tensor) -> Tensor:
-    """N values as N x 2 bytes of half precision."""
+    """N values in half precision, as N x 2 bytes."""
     import torch
 
     return value.half().unsqueeze(1).contiguous().view(torch.uint8)
@@ -116,23 +115,23 @@ def half_bytes(value: Tensor) -> Tensor:
 
 
 @kernel
-def lanes(rows: int) -> Floats:
-    """A buffer of rows x LANES that begins at a multiple of 64 bytes: loads across cache lines take twice as long."""
+def lane_buffer(rows: int) -> Floats:
+    """A buffer of rows x LANES, aligned to 64 bytes, because loads across cache lines take twice as long."""
     flat = np.empty(rows * LANES + 16, np.float32)
     start = (-(flat.ctypes.data >> 2)) & 15
     return flat[start : start + rows * LANES].reshape((rows, LANES))
 
 
 @kernel
-def nearest_level(value: np.float32) -> Any:  # an np.int32, which mypy does not mix with int
-    """The nearest integer, as `nearest`."""
-    bits = np.float32(value + np.float32(MAGIC)).view(np.int32)
-    return np.int32(np.int32(bits & np.int32(MANTISSA)) - np.int32(MIDDLE))
+def nearest_int_numba(value: np.float32) -> Any:  # an np.int32, which mypy does not mix with int
+    """The nearest integer, as `nearest_int`."""
+    bits = np.float32(value + np.float32(ROUNDING_MAGIC)).view(np.int32)
+    return np.int32(np.int32(bits & np.int32(MANTISSA_MASK)) - np.int32(MAGIC_MANTISSA))
 
 
 @kernel
-def half_bits(value: np.float32) -> int:
-    """The bits of a float32 in half precision, rounded to nearest, halves to even."""
+def half_from_float(value: np.float32) -> int:
+    """The half-precision bits of a float32, rounded to nearest, halves to even (ggml_fp32_to_fp16)."""
     bits = int(np.float32(value).view(np.int32))
     sign = (bits >> 16) & 0x8000
     magnitude = bits & 0x7FFFFFFF
@@ -141,12 +140,12 @@ def half_bits(value: np.float32) -> int:
     if magnitude >= 0x38800000:
         shifted = magnitude - 0x38000000
         return sign | ((shifted + 0xFFF + ((shifted >> 13) & 1)) >> 13)
-    return sign | int(nearest_level(np.float32(abs(value) * np.float32(16777216.0))))
+    return sign | int(nearest_int_numba(np.float32(abs(value) * np.float32(16777216.0))))
 
 
 @kernel
-def half_value(bits: int) -> np.float32:
-    """The float32 that these bits mean in half precision."""
+def float_from_half(bits: int) -> np.float32:
+    """The float32 of half-precision bits (ggml_fp16_to_fp32)."""
     exponent = (bits >> 10) & 31
     mantissa = bits & 0x3FF
     if exponent == 31:
@@ -159,9 +158,9 @@ def half_value(bits: int) -> np.float32:
 
 
 @kernel
-def put_half(out: Bytes, at: int, value: np.float32) -> np.float32:
-    """Write a value in half precision; what it is then."""
-    bits = half_bits(value)
-    out[at] = bits & 0xFF
-    out[at + 1] = bits >> 8
-    return half_value(bits)
+def store_half(out: Bytes, offset: int, value: np.float32) -> np.float32:
+    """Write a value in half precision; returns the rounded value."""
+    bits = half_from_float(value)
+    out[offset] = bits & 0xFF
+    out[offset + 1] = bits >> 8
+    return float_from_half(bits)

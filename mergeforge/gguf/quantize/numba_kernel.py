@@ -3,13 +3,12 @@
     @kernel
     def nearest(value: float) -> int: ...
 
-A kernel is written as a plain function of its module, calls other kernels by their names, and finds
-numpy as `np` without importing it: so no module needs numba or numpy to be imported. Compiled code is
-kept on disk by numba. Its name there ends with a digest of all kernels' sources, because numba itself
-would not notice that a kernel in another file has changed.
+A kernel is a plain function of its module. It calls other kernels by name and uses numpy as `np` without an import, so
+importing these modules needs neither numba nor numpy. numba caches compiled code on disk. The cached name ends with a
+digest of all kernels' sources, because numba does not notice when a kernel in another file changes.
 
-Rounding is C's: no fastmath, so that nothing is reordered or contracted to fused multiply-adds. The GIL
-is released, and kernels hold no state: every call makes its own few buffers.
+Rounding is C's: without fastmath nothing is reordered or contracted to fused multiply-adds. Kernels release the GIL and
+have no state; every call allocates its own few buffers.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from types import FunctionType
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
-_LOCK = RLock()  # two threads would both compile
+_LOCK = RLock()  # so that two threads do not both compile
 
 
 class Kernel:
-    """A function that is compiled on its first call."""
+    """A function that numba compiles on its first call."""
 
     def __init__(self, function: FunctionType) -> None:
         self.function = function
@@ -38,7 +37,7 @@ class Kernel:
         return (self._compiled or self.compiled())(*arguments)
 
     def compiled(self) -> Any:
-        """numba's dispatcher, with the kernels that this one calls inside."""
+        """numba's dispatcher; the kernels that this one calls are compiled too."""
         with _LOCK:
             if self._compiled is None:
                 self._compiled = _dispatcher(self.function)
@@ -46,13 +45,13 @@ class Kernel:
 
 
 def kernel(function: F) -> F:
-    """Declare a kernel."""
+    """Declare a kernel (decorator)."""
     return cast(F, Kernel(cast(FunctionType, function)))
 
 
 @cache
 def available() -> bool:
-    """Whether numba is installed, and works with the numpy that is."""
+    """Whether numba is installed and works with the installed numpy."""
     try:
         importlib.import_module("numba")
     except ImportError:
@@ -66,15 +65,15 @@ def _dispatcher(function: FunctionType) -> Any:
 
     names: dict[str, Any] = {"__name__": __name__, "__builtins__": __builtins__, "np": np}
     for name in function.__code__.co_names:
-        found = function.__globals__.get(name)
-        if found is not None:
-            names[name] = found.compiled() if isinstance(found, Kernel) else found
+        value = function.__globals__.get(name)
+        if value is not None:
+            names[name] = value.compiled() if isinstance(value, Kernel) else value
     copy = FunctionType(function.__code__, names, function.__name__)
     copy.__qualname__ = f"{function.__name__}_{_digest()}"
     options: Any = {"fastmath": False, "error_model": "numpy", "nogil": True}
     try:
         return numba.njit(cache=True, **options)(copy)
-    except RuntimeError:  # no folder can be written in: not this package's, nor the user's cache
+    except RuntimeError:  # no writable cache folder, neither in this package nor in the user's home
         return numba.njit(**options)(copy)
 
 

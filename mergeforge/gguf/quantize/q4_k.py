@@ -1,59 +1,61 @@
 """Q4_K and Q5_K: blocks of 256 in 8 groups of 32, each with a 6-bit scale and a 6-bit minimum.
 
-Bytes: d, dmin (half precision), 12 bytes of scales and minima, Q5_K's 32 bytes of fifth bits, 128 bytes of nibbles.
+Bytes of a block: d and dmin (half precision), 12 with the scales and minima, for Q5_K 32 with the levels' fifth bits,
+128 with two 4-bit levels each.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize import search_block_scales
 from mergeforge.gguf.quantize.ggml_rounding import (
     LANES,
-    divided,
-    grouped,
+    const_divided_by,
+    divided_by_const,
+    exact_sqrt,
     half_bytes,
-    lanes,
-    nearest,
-    nearest_level,
+    lane_buffer,
+    nearest_int,
+    nearest_int_numba,
     ordered_sum,
-    positive,
-    put_half,
-    quotient,
-    root,
+    positive_part,
+    store_half,
+    to_groups,
 )
 from mergeforge.gguf.quantize.k_quants import (
     BLOCK,
-    SHIFT_LEVEL,
-    SHIFTS,
+    MIN,
+    MIN_LEVEL,
     STEP,
     STEP_LEVEL,
     WORK_ROWS,
-    bit_planes,
-    by_block,
+    apply_importance,
     importance_weights,
-    keep_levels,
-    nibbles,
+    pack_1bit,
+    pack_4bit,
+    per_block,
     requantize,
-    requantized,
+    requantize_numba,
+    restore_zero_step_levels,
     sum_weights,
-    take_groups,
-    take_importance,
-    weigh,
+    transpose_groups,
+    transpose_importance,
 )
 from mergeforge.gguf.quantize.numba_kernel import kernel
-from mergeforge.gguf.quantize.search_block_scales import fit_scales
+from mergeforge.gguf.quantize.quant_type import QuantType, register
+from mergeforge.gguf.quantize.search_block_scales import fit_block_scales, fit_block_scales_numba
 from mergeforge.gguf.quantize.search_scale_min import (
-    LOW,
-    ROWS,
+    MINIMUM,
     SCALE,
-    Line,
-    Search,
-    levels_lanes,
-    levels_of,
-    search,
-    search_lanes,
-    weighted,
+    SCALE_MIN_ROWS,
+    ScaleMinFit,
+    ScaleMinSearch,
+    fit_scale_min,
+    fit_scale_min_lanes,
+    importance_search,
+    levels_of_fit,
+    scale_min_levels_lanes,
 )
 
 if TYPE_CHECKING:
@@ -62,48 +64,48 @@ if TYPE_CHECKING:
 
     from mergeforge.gguf.quantize.ggml_rounding import Bytes, Floats
 
-SEARCHES = {4: Search(15, -1.0, 0.1, 20), 5: Search(31, -0.5, 0.1, 15)}
+SEARCHES = {4: ScaleMinSearch(15, -1.0, 0.1, 20), 5: ScaleMinSearch(31, -0.5, 0.1, 15)}
 
 
-def encoded(bits: int, rows: Tensor, importance: Tensor | None) -> Tensor:
-    """Rows as blocks of `bits` 4 or 5, in torch."""
+def quantize_torch(bits: int, rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize rows to `bits` 4 or 5 with torch, as ggml's quantize_q4_K() and quantize_q5_K()."""
     import torch
 
-    x = grouped(rows, 32)
-    how = SEARCHES[bits] if importance is None else weighted(SEARCHES[bits].top)
+    x = to_groups(rows, 32)
+    search = SEARCHES[bits] if importance is None else importance_search(SEARCHES[bits].top)
     if importance is None:
-        weight = root(ordered_sum(x * x).div_(32)) + x.abs()
+        weight = exact_sqrt(ordered_sum(x * x).div_(32)) + x.abs()
     else:
         weight = importance_weights(rows, importance, 32, 2)
-    line = search(x, weight, how)
-    d, dmin, ls, lm = _scales(bits, line, None if importance is None else ordered_sum(weight))
+    fit = fit_scale_min(x, weight, search)
+    d, dmin, ls, lm = _scales(bits, fit, None if importance is None else ordered_sum(weight))
     step = (d.half().float().unsqueeze(1) * ls).reshape(-1)
     low = (dmin.half().float().unsqueeze(1) * lm).reshape(-1)
-    level = requantized(x, step, low, 0, how.top, levels_of(x, line, how))
-    fifth = [bit_planes(level >> 4)] if bits == 5 else []
-    return torch.cat([half_bytes(d), half_bytes(dmin), _packed_scales(ls, lm), *fifth, nibbles(level, 32)], 1)
+    level = requantize(x, step, low, 0, search.top, levels_of_fit(x, fit, search))
+    fifth = [pack_1bit(level >> 4)] if bits == 5 else []
+    return torch.cat([half_bytes(d), half_bytes(dmin), _pack_scales(ls, lm), *fifth, pack_4bit(level, 32)], 1)
 
 
-def _scales(bits: int, line: Line, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d, dmin and the levels of the scales and minima, blocks x 8."""
-    found, low = by_block(line.scale, 32), by_block(-line.low, 32)
+def _scales(bits: int, fit: ScaleMinFit, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d, dmin and the levels of the scales and of the minima, blocks x 8."""
+    scales, low = per_block(fit.scale, 32), per_block(-fit.minimum, 32)
     if weight is not None:
-        w = by_block(weight, 32).t()
-        (d, ls), (dmin, lm) = search_block_scales.search(found.t(), w, 63), search_block_scales.search(low.t(), w, 63)
-        most = 255 if bits == 4 else 63
-        return d, dmin, ls.t().clamp(max=most), lm.t().clamp(max=most)
-    largest, lowest = positive(found.amax(1)), positive(low.amax(1))
-    return divided(largest, 63), divided(lowest, 63), _sixths(found, largest), _sixths(low, lowest)
+        w = per_block(weight, 32).t()
+        (d, ls), (dmin, lm) = fit_block_scales(scales.t(), w, 63), fit_block_scales(low.t(), w, 63)
+        top = 255 if bits == 4 else 63
+        return d, dmin, ls.t().clamp(max=top), lm.t().clamp(max=top)
+    largest, lowest = positive_part(scales.amax(1)), positive_part(low.amax(1))
+    return divided_by_const(largest, 63), divided_by_const(lowest, 63), _sixths(scales, largest), _sixths(low, lowest)
 
 
 def _sixths(value: Tensor, largest: Tensor) -> Tensor:
     import torch
 
-    inverse = torch.where(largest > 0, quotient(63, largest), torch.zeros_like(largest))
-    return (nearest(inverse.unsqueeze(1) * value) & 0xFF).clamp_(max=63)
+    inverse = torch.where(largest > 0, const_divided_by(63, largest), torch.zeros_like(largest))
+    return (nearest_int(inverse.unsqueeze(1) * value) & 0xFF).clamp_(max=63)
 
 
-def _packed_scales(ls: Tensor, lm: Tensor) -> Tensor:
+def _pack_scales(ls: Tensor, lm: Tensor) -> Tensor:
     import torch
 
     first = ls[:, :4] | (ls[:, 4:] >> 4) << 6
@@ -113,36 +115,36 @@ def _packed_scales(ls: Tensor, lm: Tensor) -> Tensor:
 
 
 @kernel
-def encode_blocks(bits: int, x: Floats, importance: Floats, out: Bytes) -> None:
-    """Rows, flat, as blocks of `bits` 4 or 5: out is blocks x bytes. `importance` may be empty."""
+def quantize_numba(bits: int, x: Floats, importance: Floats, out: Bytes) -> None:
+    """Quantize flat rows to `bits` 4 or 5: `out` is blocks x bytes of a block. An empty `importance` means none."""
     top = 15 if bits == 4 else 31
-    x_t, w_t = lanes(32), lanes(32)
-    level_t, found = lanes(32), lanes(ROWS)
+    x_t, w_t = lane_buffer(32), lane_buffer(32)
+    level_t, fit = lane_buffer(32), lane_buffer(SCALE_MIN_ROWS)
     total = np.empty(LANES, np.float32)
     work, level = np.empty((WORK_ROWS, BLOCK), np.float32), np.empty(BLOCK, np.uint8)
     batch = LANES // 8
     for first in range(0, out.shape[0], batch):
         count = min(batch, out.shape[0] - first)
-        part = x[first * 256 : (first + count) * 256]
-        take_groups(part, 32, x_t)
+        values = x[first * 256 : (first + count) * 256]
+        transpose_groups(values, 32, x_t)
         if importance.size:
-            take_importance(importance, first * 256, 32, w_t)
-            weigh(part, x_t, 2.0, 256, w_t)
+            transpose_importance(importance, first * 256, 32, w_t)
+            apply_importance(values, x_t, 2.0, 256, w_t)
             sum_weights(w_t, total)
-            search_lanes(x_t, w_t, top, -0.9, 0.05, 36, False, True, level_t, found)
+            fit_scale_min_lanes(x_t, w_t, top, -0.9, 0.05, 36, False, True, level_t, fit)
         else:
-            _weigh_plain(x_t, w_t)
-            search_lanes(
-                x_t, w_t, top, -1.0 if bits == 4 else -0.5, 0.1, 20 if bits == 4 else 15, False, False, level_t, found
+            _weights_without_importance(x_t, w_t)
+            fit_scale_min_lanes(
+                x_t, w_t, top, -1.0 if bits == 4 else -0.5, 0.1, 20 if bits == 4 else 15, False, False, level_t, fit
             )
-        levels_lanes(x_t, top, importance.size > 0, found, level_t)
+        scale_min_levels_lanes(x_t, top, importance.size > 0, fit, level_t)
         for b in range(count):
-            _put_block(
+            _store_block(
                 bits,
-                part[b * 256 : (b + 1) * 256],
+                values[b * 256 : (b + 1) * 256],
                 8 * b,
                 importance.size > 0,
-                found,
+                fit,
                 total,
                 level_t,
                 work,
@@ -152,7 +154,7 @@ def encode_blocks(bits: int, x: Floats, importance: Floats, out: Bytes) -> None:
 
 
 @kernel
-def _weigh_plain(x_t: Floats, w_t: Floats) -> None:
+def _weights_without_importance(x_t: Floats, w_t: Floats) -> None:
     mean = np.zeros(LANES, np.float32)
     for i in range(32):
         for g in range(LANES):
@@ -165,36 +167,37 @@ def _weigh_plain(x_t: Floats, w_t: Floats) -> None:
 
 
 @kernel
-def _put_block(
+def _store_block(
     bits: int,
     x: Floats,
     lane: int,
     weighted: bool,
-    found: Floats,
+    fit: Floats,
     total: Floats,
     level_t: Floats,
     work: Floats,
     level: Bytes,
     out: Bytes,
 ) -> None:
-    step, low, ls, lm = work[STEP, :8], work[SHIFTS, :8], work[STEP_LEVEL, :8], work[SHIFT_LEVEL, :8]
+    step, low, ls, lm = work[STEP, :8], work[MIN, :8], work[STEP_LEVEL, :8], work[MIN_LEVEL, :8]
     for g in range(8):
-        step[g] = found[SCALE, lane + g]
-        low[g] = -found[LOW, lane + g]
+        step[g] = fit[SCALE, lane + g]
+        low[g] = -fit[MINIMUM, lane + g]
     if weighted:
-        d, dmin = fit_scales(step, total[lane : lane + 8], 63, ls), fit_scales(low, total[lane : lane + 8], 63, lm)
+        d = fit_block_scales_numba(step, total[lane : lane + 8], 63, ls)
+        dmin = fit_block_scales_numba(low, total[lane : lane + 8], 63, lm)
         if bits == 5:
             ls[:], lm[:] = np.minimum(ls, np.float32(63)), np.minimum(lm, np.float32(63))
     else:
         d, dmin = _sixth_levels(step, ls), _sixth_levels(low, lm)
-    d, dmin = put_half(out, 0, d), put_half(out, 2, dmin)
-    _put_scales(ls, lm, out)
+    d, dmin = store_half(out, 0, d), store_half(out, 2, dmin)
+    _store_scales(ls, lm, out)
     for g in range(8):
         step[g] = d * ls[g]
         low[g] = dmin * lm[g]
-    if not requantize(x, step, low, 0, 15 if bits == 4 else 31, work, level):
-        keep_levels(step, level_t, lane, level)
-    _put_levels(bits, level, out)
+    if not requantize_numba(x, step, low, 0, 15 if bits == 4 else 31, work, level):
+        restore_zero_step_levels(step, level_t, lane, level)
+    _store_levels(bits, level, out)
 
 
 @kernel
@@ -204,12 +207,12 @@ def _sixth_levels(value: Floats, level: Floats) -> np.float32:
         largest = value[g] if value[g] > largest else largest
     inverse = np.float32(63) / largest if largest > np.float32(0) else np.float32(0)
     for g in range(8):
-        level[g] = np.float32(min(63, nearest_level(inverse * value[g]) & 0xFF))
+        level[g] = np.float32(min(63, nearest_int_numba(inverse * value[g]) & 0xFF))
     return largest / np.float32(63)
 
 
 @kernel
-def _put_scales(ls: Floats, lm: Floats, out: Bytes) -> None:
+def _store_scales(ls: Floats, lm: Floats, out: Bytes) -> None:
     for g in range(4):
         low, high = np.int64(ls[g]), np.int64(ls[g + 4])
         out[4 + g] = low | (high >> 4) << 6
@@ -219,7 +222,7 @@ def _put_scales(ls: Floats, lm: Floats, out: Bytes) -> None:
 
 
 @kernel
-def _put_levels(bits: int, level: Bytes, out: Bytes) -> None:
+def _store_levels(bits: int, level: Bytes, out: Bytes) -> None:
     start = 16
     if bits == 5:
         start = 48
@@ -231,3 +234,7 @@ def _put_levels(bits: int, level: Bytes, out: Bytes) -> None:
     for k in range(4):
         for j in range(32):
             out[start + 32 * k + j] = level[64 * k + j] & 15 | (level[64 * k + 32 + j] & 15) << 4
+
+
+register(QuantType("Q4_K", 12, BLOCK, 144, partial(quantize_torch, 4), partial(quantize_numba, 4)))
+register(QuantType("Q5_K", 13, BLOCK, 176, partial(quantize_torch, 5), partial(quantize_numba, 5)))

@@ -1,6 +1,6 @@
 """Q6_K: blocks of 256 in 16 groups of 16, each with a signed 8-bit scale.
 
-Bytes: 128 of lower nibbles, 64 of upper two bits, 16 of scales, d (half precision).
+Bytes of a block: 128 with the levels' lower four bits, 64 with their upper two bits, 16 scales, d (half precision).
 """
 
 from __future__ import annotations
@@ -8,34 +8,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergeforge.gguf.quantize.ggml_rounding import (
-    EPSILON,
+    GROUP_MAX_EPS,
     LANES,
-    first_peak,
-    grouped,
+    const_divided_by,
     half_bytes,
-    lanes,
-    nearest,
-    nearest_level,
-    put_half,
-    quotient,
+    lane_buffer,
+    nearest_int,
+    nearest_int_numba,
+    signed_absmax,
+    store_half,
+    to_groups,
 )
 from mergeforge.gguf.quantize.k_quants import (
     BLOCK,
-    SHIFTS,
+    MIN,
     STEP,
     WORK_ROWS,
-    by_block,
     importance_groups,
-    keep_levels,
-    nibbles,
-    quarters,
+    pack_2bit,
+    pack_4bit,
+    per_block,
     requantize,
-    requantized,
-    take_groups,
-    take_importance,
+    requantize_numba,
+    restore_zero_step_levels,
+    transpose_groups,
+    transpose_importance,
 )
 from mergeforge.gguf.quantize.numba_kernel import kernel
-from mergeforge.gguf.quantize.search_scale import ROWS, SCALE, levels_lanes, search, search_lanes
+from mergeforge.gguf.quantize.quant_type import QuantType, register
+from mergeforge.gguf.quantize.search_scale import SCALE, SCALE_ROWS, fit_scale, fit_scale_lanes, scale_levels_lanes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,42 +45,38 @@ if TYPE_CHECKING:
     from mergeforge.gguf.quantize.ggml_rounding import Bytes, Floats
 
 
-def encoded(rows: Tensor, importance: Tensor | None) -> Tensor:
-    """Rows as blocks, in torch."""
+def quantize_torch(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize rows with torch, as ggml's quantize_q6_K()."""
     import torch
 
-    x = grouped(rows, 16)
-    ray = search(x, x * x if importance is None else importance_groups(rows, importance, 16), 32)
-    found = by_block(ray.scale, 16)
-    peak = first_peak(found.t())
-    inverse = quotient(-128, peak)
-    d = quotient(1, inverse)
-    scale = nearest(inverse.unsqueeze(1) * found).clamp_(max=127)
+    x = to_groups(rows, 16)
+    fit = fit_scale(x, x * x if importance is None else importance_groups(rows, importance, 16), 32)
+    scales = per_block(fit.scale, 16)
+    absmax = signed_absmax(scales.t())
+    inverse = const_divided_by(-128, absmax)
+    d = const_divided_by(1, inverse)
+    scale = nearest_int(inverse.unsqueeze(1) * scales).clamp_(max=127)
     step = (d.half().float().unsqueeze(1) * scale).reshape(-1)
-    level = requantized(x, step, None, -32, 31, ray.level)
-    low = torch.cat([nibbles(level[:, :128], 64), nibbles(level[:, 128:], 64)], 1)
-    high = torch.cat([quarters(level[:, :128] >> 4), quarters(level[:, 128:] >> 4)], 1)
+    level = requantize(x, step, None, -32, 31, fit.level)
+    low = torch.cat([pack_4bit(level[:, :128], 64), pack_4bit(level[:, 128:], 64)], 1)
+    high = torch.cat([pack_2bit(level[:, :128] >> 4), pack_2bit(level[:, 128:] >> 4)], 1)
     packed = torch.cat([low, high, scale.to(torch.int8).view(torch.uint8), half_bytes(d)], 1)
-    return torch.where((peak.abs() < EPSILON).unsqueeze(1), torch.zeros_like(packed), packed)
+    return torch.where((absmax.abs() < GROUP_MAX_EPS).unsqueeze(1), torch.zeros_like(packed), packed)
 
 
 @kernel
-def encode_blocks(x: Floats, importance: Floats, out: Bytes) -> None:
-    """Rows, flat, as blocks: out is blocks x bytes. `importance` may be empty."""
-    x_t, w_t, wx_t = (
-        lanes(16),
-        lanes(16),
-        lanes(16),
-    )
-    level_t, found = lanes(16), lanes(ROWS)
+def quantize_numba(x: Floats, importance: Floats, out: Bytes) -> None:
+    """Quantize flat rows: `out` is blocks x bytes of a block. An empty `importance` means none."""
+    x_t, w_t, wx_t = lane_buffer(16), lane_buffer(16), lane_buffer(16)
+    level_t, fit = lane_buffer(16), lane_buffer(SCALE_ROWS)
     work, level = np.empty((WORK_ROWS, BLOCK), np.float32), np.empty(BLOCK, np.uint8)
     batch = LANES // 16
     for first in range(0, out.shape[0], batch):
         count = min(batch, out.shape[0] - first)
-        part = x[first * 256 : (first + count) * 256]
-        take_groups(part, 16, x_t)
+        values = x[first * 256 : (first + count) * 256]
+        transpose_groups(values, 16, x_t)
         if importance.size:
-            take_importance(importance, first * 256, 16, w_t)
+            transpose_importance(importance, first * 256, 16, w_t)
         else:
             for i in range(16):
                 for g in range(LANES):
@@ -87,36 +84,36 @@ def encode_blocks(x: Floats, importance: Floats, out: Bytes) -> None:
         for i in range(16):
             for g in range(LANES):
                 wx_t[i, g] = w_t[i, g] * x_t[i, g]
-        search_lanes(x_t, w_t, wx_t, 32, found)
-        levels_lanes(x_t, 32, found, level_t)
+        fit_scale_lanes(x_t, w_t, wx_t, 32, fit)
+        scale_levels_lanes(x_t, 32, fit, level_t)
         for b in range(count):
-            _put_block(part[b * 256 : (b + 1) * 256], 16 * b, found, level_t, work, level, out[first + b])
+            _store_block(values[b * 256 : (b + 1) * 256], 16 * b, fit, level_t, work, level, out[first + b])
 
 
 @kernel
-def _put_block(x: Floats, lane: int, found: Floats, level_t: Floats, work: Floats, level: Bytes, out: Bytes) -> None:
-    peak = np.float32(0)
+def _store_block(x: Floats, lane: int, fit: Floats, level_t: Floats, work: Floats, level: Bytes, out: Bytes) -> None:
+    absmax = np.float32(0)
     for g in range(16):
-        scale = found[SCALE, lane + g]
-        peak = scale if abs(scale) > abs(peak) else peak
-    if abs(peak) < np.float32(EPSILON):
+        scale = fit[SCALE, lane + g]
+        absmax = scale if abs(scale) > abs(absmax) else absmax
+    if abs(absmax) < np.float32(GROUP_MAX_EPS):
         out[:] = 0
         return
-    step, none = work[STEP, :16], work[SHIFTS, :16]
-    none[:] = np.float32(0)
-    inverse = np.float32(-128) / peak
-    d = put_half(out, 208, np.float32(1) / inverse)
+    step, no_min = work[STEP, :16], work[MIN, :16]
+    no_min[:] = np.float32(0)
+    inverse = np.float32(-128) / absmax
+    d = store_half(out, 208, np.float32(1) / inverse)
     for g in range(16):
-        scale_level = min(127, nearest_level(inverse * found[SCALE, lane + g]))
+        scale_level = min(127, nearest_int_numba(inverse * fit[SCALE, lane + g]))
         out[192 + g] = scale_level & 0xFF
         step[g] = d * np.float32(scale_level)
-    if not requantize(x, step, none, -32, 31, work, level):
-        keep_levels(step, level_t, lane, level)
-    _put_levels(level, out)
+    if not requantize_numba(x, step, no_min, -32, 31, work, level):
+        restore_zero_step_levels(step, level_t, lane, level)
+    _store_levels(level, out)
 
 
 @kernel
-def _put_levels(level: Bytes, out: Bytes) -> None:
+def _store_levels(level: Bytes, out: Bytes) -> None:
     for half in range(2):
         for j in range(32):
             a, b = level[128 * half + j], level[128 * half + 32 + j]
@@ -124,3 +121,6 @@ def _put_levels(level: Bytes, out: Bytes) -> None:
             out[64 * half + j] = a & 15 | (c & 15) << 4
             out[64 * half + 32 + j] = b & 15 | (d & 15) << 4
             out[128 + 32 * half + j] = a >> 4 | (b >> 4) << 2 | (c >> 4) << 4 | (d >> 4) << 6
+
+
+register(QuantType("Q6_K", 14, BLOCK, 210, quantize_torch, quantize_numba))

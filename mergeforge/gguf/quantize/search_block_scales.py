@@ -1,14 +1,20 @@
-"""A block's scales in whole numbers: ggml's make_qp_quants(), used when there is an importance vector.
+"""Integer levels for the scales of a block's groups: ggml's make_qp_quants(), used with an importance vector.
 
-The scales of a block's groups are not negative. Nine inverses near top / largest are compared, then single
-levels are moved, at most five times through the block, while that lowers the weighted error.
+The scales are not negative. Nine inverse steps near top / largest are compared, then single levels are changed, in at
+most five passes, as long as that lowers the weighted error.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize.ggml_rounding import EPSILON, nearest, nearest_level, ordered_sum, quotient
+from mergeforge.gguf.quantize.ggml_rounding import (
+    GROUP_MAX_EPS,
+    const_divided_by,
+    nearest_int,
+    nearest_int_numba,
+    ordered_sum,
+)
 from mergeforge.gguf.quantize.numba_kernel import kernel
 
 if TYPE_CHECKING:
@@ -18,21 +24,21 @@ if TYPE_CHECKING:
     from mergeforge.gguf.quantize.ggml_rounding import Floats
 
 
-def search(x: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Step and levels (int32) of each column of x (n x N), in torch."""
+def fit_block_scales(x: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Step and levels (int32) of each column of x (n x N), with torch. ggml: make_qp_quants()."""
     import torch
 
     largest = x.amax(0)
-    zero = largest < EPSILON
-    inverse = quotient(top, largest)
-    first = nearest(inverse * x) & 0xFF
-    best = _error(x, weight, quotient(1, inverse), first)
-    for place in (-4, -3, -2, -1, 1, 2, 3, 4):
-        tried = quotient(float(torch.tensor(0.1) * place + top), largest)
-        error = _error(x, weight, quotient(1, tried), nearest(tried * x).clamp_(max=top))
+    is_zero = largest < GROUP_MAX_EPS
+    inverse = const_divided_by(top, largest)
+    first = nearest_int(inverse * x) & 0xFF
+    best = _error(x, weight, const_divided_by(1, inverse), first)
+    for offset in (-4, -3, -2, -1, 1, 2, 3, 4):
+        tried = const_divided_by(float(torch.tensor(0.1) * offset + top), largest)
+        error = _error(x, weight, const_divided_by(1, tried), nearest_int(tried * x).clamp_(max=top))
         better = error < best
         best, inverse = torch.where(better, error, best), torch.where(better, tried, inverse)
-    level = nearest(inverse * x).clamp_(max=top)
+    level = nearest_int(inverse * x).clamp_(max=top)
     sum_lx = ordered_sum(weight * x * level)
     sum_l2 = ordered_sum(weight * level * level)
     level &= 0xFF
@@ -42,8 +48,8 @@ def search(x: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
             sum_lx, sum_l2 = _move(x[i], weight[i], level[i], top, sum_lx, sum_l2)
         if torch.equal(before, level):
             break
-    step = torch.where((sum_l2 > 0) & ~zero, sum_lx / sum_l2, torch.zeros_like(largest))
-    return step, torch.where(zero, torch.zeros_like(level), level)
+    step = torch.where((sum_l2 > 0) & ~is_zero, sum_lx / sum_l2, torch.zeros_like(largest))
+    return step, torch.where(is_zero, torch.zeros_like(level), level)
 
 
 def _error(x: Tensor, weight: Tensor, step: Tensor, level: Tensor) -> Tensor:
@@ -52,47 +58,47 @@ def _error(x: Tensor, weight: Tensor, step: Tensor, level: Tensor) -> Tensor:
 
 
 def _move(x: Tensor, w: Tensor, level: Tensor, top: int, sum_lx: Tensor, sum_l2: Tensor) -> tuple[Tensor, Tensor]:
-    """Move one element's level (in place) where that is better; the sums then."""
+    """Change one element's level in place where that is better; returns the new sums."""
     import torch
 
     less_lx, less_l2 = sum_lx - w * x * level, sum_l2 - w * level * level
-    moved = nearest(x * less_l2 / less_lx).clamp_(max=top)
-    new_lx, new_l2 = less_lx + w * x * moved, less_l2 + w * moved * moved
-    better = (less_lx > 0) & (less_l2 > 0) & (moved != level)
+    new_level = nearest_int(x * less_l2 / less_lx).clamp_(max=top)
+    new_lx, new_l2 = less_lx + w * x * new_level, less_l2 + w * new_level * new_level
+    better = (less_lx > 0) & (less_l2 > 0) & (new_level != level)
     better &= new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2
-    level.copy_(torch.where(better, moved & 0xFF, level))
+    level.copy_(torch.where(better, new_level & 0xFF, level))
     return torch.where(better, new_lx, sum_lx), torch.where(better, new_l2, sum_l2)
 
 
 @kernel
-def fit_scales(x: Floats, w: Floats, top: int, level: Floats) -> np.float32:
-    """The step of one block's scales; `level` gets their levels."""
-    zero, most = np.float32(0), np.float32(top)
+def fit_block_scales_numba(x: Floats, w: Floats, top: int, level: Floats) -> np.float32:
+    """The step of one block's scales as `fit_block_scales`; writes their levels to `level`."""
+    zero, top_value = np.float32(0), np.float32(top)
     largest = zero
     for i in range(x.size):
         largest = x[i] if x[i] > largest else largest
-    if largest < np.float32(EPSILON):
+    if largest < np.float32(GROUP_MAX_EPS):
         level[:] = zero
         return zero
-    inverse = most / largest
+    inverse = top_value / largest
     for i in range(x.size):
-        level[i] = np.float32(nearest_level(inverse * x[i]) & 0xFF)
+        level[i] = np.float32(nearest_int_numba(inverse * x[i]) & 0xFF)
     best = _error_of(x, w, np.float32(1) / inverse, level)
-    for place in range(-4, 5):
-        if place != 0:
-            tried = np.float32(np.float32(0.1) * np.float32(place) + most) / largest
-            _put_levels(x, tried, top, level)
+    for offset in range(-4, 5):
+        if offset != 0:
+            tried = np.float32(np.float32(0.1) * np.float32(offset) + top_value) / largest
+            _store_levels(x, tried, top, level)
             error = _error_of(x, w, np.float32(1) / tried, level)
             if error < best:
                 best, inverse = error, tried
-    _put_levels(x, inverse, top, level)
-    return _moved(x, w, top, level)
+    _store_levels(x, inverse, top, level)
+    return _move_levels(x, w, top, level)
 
 
 @kernel
-def _put_levels(x: Floats, inverse: np.float32, top: int, level: Floats) -> None:
+def _store_levels(x: Floats, inverse: np.float32, top: int, level: Floats) -> None:
     for i in range(x.size):
-        level[i] = np.float32(min(nearest_level(inverse * x[i]), np.int32(top)))
+        level[i] = np.float32(min(nearest_int_numba(inverse * x[i]), np.int32(top)))
 
 
 @kernel
@@ -105,7 +111,7 @@ def _error_of(x: Floats, w: Floats, step: np.float32, level: Floats) -> np.float
 
 
 @kernel
-def _moved(x: Floats, w: Floats, top: int, level: Floats) -> np.float32:
+def _move_levels(x: Floats, w: Floats, top: int, level: Floats) -> np.float32:
     zero = np.float32(0)
     sum_lx = sum_l2 = zero
     for i in range(x.size):
@@ -118,12 +124,12 @@ def _moved(x: Floats, w: Floats, top: int, level: Floats) -> np.float32:
             less_lx = sum_lx - w[i] * x[i] * level[i]
             less_l2 = sum_l2 - w[i] * level[i] * level[i]
             if less_lx > zero and less_l2 > zero:
-                new = np.float32(min(nearest_level(np.float32(x[i] * less_l2 / less_lx)), np.int32(top)))
-                if new != level[i]:
-                    new_lx = less_lx + w[i] * x[i] * new
-                    new_l2 = less_l2 + w[i] * new * new
+                new_level = np.float32(min(nearest_int_numba(np.float32(x[i] * less_l2 / less_lx)), np.int32(top)))
+                if new_level != level[i]:
+                    new_lx = less_lx + w[i] * x[i] * new_level
+                    new_l2 = less_l2 + w[i] * new_level * new_level
                     if new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2:
-                        level[i] = np.float32(np.int64(new) & 0xFF)
+                        level[i] = np.float32(np.int64(new_level) & 0xFF)
                         sum_lx, sum_l2 = new_lx, new_l2
                         changed = True
         if not changed:

@@ -1,9 +1,9 @@
-"""A group's scale and minimum: x ~ scale * l + low with whole l in [0, top], the least weighted error.
+"""The scale and minimum of a group: x ~ scale * level + minimum, level in [0, top], with the smallest weighted error.
 
-ggml's make_qkx2_quants() and, with `guarded`, make_qkx3_quants(): the range is divided by top + first +
-step * delta for a few steps; for each, the best line through the levels is found by least squares, and
-the line with the least error of all stays. (The next step starts from its minimum: llama.cpp does so.)
-The levels themselves are not kept: inverse scale and offset say what they were.
+ggml's make_qkx2_quants() and, with `guarded`, make_qkx3_quants(). Each step divides the range by top + first +
+step * delta to get levels, fits a line through them by least squares, and keeps the line if its error is the smallest
+so far. The next step starts from the kept line's minimum, as in llama.cpp. Of the levels only the inverse scale and
+the offset are kept, which determine them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from mergeforge.gguf.quantize.ggml_rounding import (
     LANES,
-    MAGIC,
-    first_lowest,
+    ROUNDING_MAGIC,
+    const_divided_by,
+    first_min,
     levels,
-    nearest_level,
+    nearest_int_numba,
     ordered_sum,
-    positive,
-    quotient,
+    positive_part,
 )
 from mergeforge.gguf.quantize.numba_kernel import kernel
 
@@ -31,66 +31,68 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Search:
-    """How a type searches: the largest level, divisors top + first + step * delta, step <= steps."""
+class ScaleMinSearch:
+    """Search parameters of a type: the highest level, and divisors top + first + step * delta for step <= steps."""
 
     top: int
     first: float
     delta: float
     steps: int
-    absolute: bool = False  # the error is |difference|, not its square
+    absolute: bool = False  # minimize |difference| instead of its square (use_mad in ggml)
     guarded: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
-    """What was found for each group: x ~ scale * level + low; level = nearest(inverse * (x - offset))."""
+class ScaleMinFit:
+    """The fit of each group: x ~ scale * level + minimum; level = nearest_int(inverse * (x - offset))."""
 
     scale: Tensor
-    low: Tensor
+    minimum: Tensor
     inverse: Tensor
     offset: Tensor
 
 
-def weighted(top: int) -> Search:
-    """The search of every such type when it has an importance vector."""
-    return Search(top, -0.9, 0.05, 36, guarded=True)
+def importance_search(top: int) -> ScaleMinSearch:
+    """The search parameters that every type with a minimum uses when there is an importance vector."""
+    return ScaleMinSearch(top, -0.9, 0.05, 36, guarded=True)
 
 
-def search(x: Tensor, weight: Tensor, how: Search) -> Line:
-    """Fit every group of x (n x N), in torch."""
+def fit_scale_min(x: Tensor, weight: Tensor, search: ScaleMinSearch) -> ScaleMinFit:
+    """Fit every group of x (n x N) with torch. ggml: make_qkx2_quants(), make_qkx3_quants()."""
     import torch
 
-    lowest, high = first_lowest(x), x.amax(0) + 0.0  # not -0, whatever the order of zeros
+    lowest, high = first_min(x), x.amax(0) + 0.0  # never -0, whatever the order of the zeros
     low = torch.where(lowest > 0, torch.zeros_like(lowest), lowest)
     total = (ordered_sum(weight), ordered_sum(weight * x))
-    inverse = quotient(how.top, high - low)
-    # A range so small that its inverse is infinite: C's levels are then 0.
-    line = Line(quotient(1, inverse), low, torch.where(inverse.isinf(), torch.zeros_like(inverse), inverse), low)
-    best = _error(x, weight, line.scale, low, levels_of(x, line, how), how)
-    first, delta = torch.tensor(how.first), torch.tensor(how.delta)  # float32, as in C
-    for step in range(how.steps + 1):
-        divisor = float(first + delta * step + how.top)
-        inverse = quotient(divisor, high - line.low)
-        level = _levels(x, inverse, line.low, how)
+    inverse = const_divided_by(search.top, high - low)
+    # If the range is so small that its inverse is infinite, C's levels are 0.
+    fit = ScaleMinFit(
+        const_divided_by(1, inverse), low, torch.where(inverse.isinf(), torch.zeros_like(inverse), inverse), low
+    )
+    best = _error(x, weight, fit.scale, low, levels_of_fit(x, fit, search), search)
+    first, delta = torch.tensor(search.first), torch.tensor(search.delta)  # float32, as in C
+    for step in range(search.steps + 1):
+        divisor = float(first + delta * step + search.top)
+        inverse = const_divided_by(divisor, high - fit.minimum)
+        level = _levels(x, inverse, fit.minimum, search)
         scale, low, valid = _least_squares(x, weight, level, *total)
-        error = _error(x, weight, scale, low, level, how)
+        error = _error(x, weight, scale, low, level, search)
         better = valid & (error < best)
         best = torch.where(better, error, best)
-        line = _replaced(line, better, Line(scale, low, inverse, line.low))
-    return line
+        fit = _choose(fit, better, ScaleMinFit(scale, low, inverse, fit.minimum))
+    return fit
 
 
-def levels_of(x: Tensor, line: Line, how: Search) -> Tensor:
-    """The levels that the search ended with, as float32."""
-    return _levels(x, line.inverse, line.offset, how)
+def levels_of_fit(x: Tensor, fit: ScaleMinFit, search: ScaleMinSearch) -> Tensor:
+    """The levels of the final fit, as float32."""
+    return _levels(x, fit.inverse, fit.offset, search)
 
 
-def _levels(x: Tensor, inverse: Tensor, offset: Tensor, how: Search) -> Tensor:
+def _levels(x: Tensor, inverse: Tensor, offset: Tensor, search: ScaleMinSearch) -> Tensor:
     value = (x - offset).mul_(inverse)
-    if how.guarded:  # the range may be empty: infinite or no number
-        value = positive(value).clamp_(max=how.top)
-    return levels(value, 0, how.top)
+    if search.guarded:  # the range may be empty, which gives infinity or NaN
+        value = positive_part(value).clamp_(max=search.top)
+    return levels(value, 0, search.top)
 
 
 def _least_squares(x: Tensor, weight: Tensor, level: Tensor, sum_w: Tensor, sum_x: Tensor) -> tuple[Tensor, ...]:
@@ -107,32 +109,31 @@ def _least_squares(x: Tensor, weight: Tensor, level: Tensor, sum_w: Tensor, sum_
     return scale, torch.where(above, torch.zeros_like(low), low), determinant > 0
 
 
-def _error(x: Tensor, weight: Tensor, scale: Tensor, low: Tensor, level: Tensor, how: Search) -> Tensor:
+def _error(x: Tensor, weight: Tensor, scale: Tensor, low: Tensor, level: Tensor, search: ScaleMinSearch) -> Tensor:
     difference = (scale * level).add_(low).sub_(x)
-    difference = difference.abs_() if how.absolute else difference.mul_(difference)
+    difference = difference.abs_() if search.absolute else difference.mul_(difference)
     return ordered_sum(difference.mul_(weight))
 
 
-def _replaced(line: Line, better: Tensor, found: Line) -> Line:
+def _choose(fit: ScaleMinFit, better: Tensor, new: ScaleMinFit) -> ScaleMinFit:
     import torch
 
-    return Line(
-        torch.where(better, found.scale, line.scale),
-        torch.where(better, found.low, line.low),
-        torch.where(better, found.inverse, line.inverse),
-        torch.where(better, found.offset, line.offset),
+    return ScaleMinFit(
+        torch.where(better, new.scale, fit.scale),
+        torch.where(better, new.minimum, fit.minimum),
+        torch.where(better, new.inverse, fit.inverse),
+        torch.where(better, new.offset, fit.offset),
     )
 
 
-# The rows of a kernel's `found` (ROWS x LANES): the first four are the result.
-SCALE, LOW, INVERSE, OFFSET, HIGH, SUM_W, SUM_X, BEST, SUM_L, SUM_L2, SUM_XL, TRIED, NEW_SCALE, NEW_LOW, ERROR = range(
-    15
-)
-ROWS = 15
+# The rows of a kernel's `fit` (SCALE_MIN_ROWS x LANES); the first four are the result.
+SCALE, MINIMUM, INVERSE, OFFSET, HIGH, SUM_W, SUM_X, BEST, SUM_L, SUM_L2, SUM_XL, TRIED = range(12)
+NEW_SCALE, NEW_MINIMUM, ERROR = 12, 13, 14
+SCALE_MIN_ROWS = 15
 
 
 @kernel
-def search_lanes(
+def fit_scale_min_lanes(
     x: Floats,
     w: Floats,
     top: int,
@@ -142,147 +143,147 @@ def search_lanes(
     absolute: bool,
     guarded: bool,
     level: Floats,
-    found: Floats,
+    fit: Floats,
 ) -> None:
-    """Fit LANES groups, x and w n x LANES; `level` is a buffer of that size."""
-    _start(x, w, np.float32(top), absolute, level, found)
+    """Fit LANES groups as `fit_scale_min`; x and w are n x LANES, `level` is a buffer of the same size."""
+    _start(x, w, np.float32(top), absolute, level, fit)
     for step in range(steps + 1):
         divisor = np.float32(np.float32(first) + np.float32(delta) * np.float32(step)) + np.float32(top)
         if guarded:
-            _fit_guarded(x, w, np.float32(top), divisor, level, found)
+            _fit_guarded(x, w, np.float32(top), divisor, level, fit)
         else:
-            _fit(x, w, top, divisor, level, found)
-        _solve(found)
-        _measure(x, w, absolute, level, found, NEW_SCALE, NEW_LOW)
-        _accept(found)
+            _fit(x, w, top, divisor, level, fit)
+        _solve(fit)
+        _measure(x, w, absolute, level, fit, NEW_SCALE, NEW_MINIMUM)
+        _accept(fit)
 
 
 @kernel
-def levels_lanes(x: Floats, top: int, guarded: bool, found: Floats, level: Floats) -> None:
-    """The levels that the search ended with."""
+def scale_min_levels_lanes(x: Floats, top: int, guarded: bool, fit: Floats, level: Floats) -> None:
+    """The levels of the final fit."""
     for i in range(x.shape[0]):
         for g in range(LANES):
-            value = found[INVERSE, g] * (x[i, g] - found[OFFSET, g])
+            value = fit[INVERSE, g] * (x[i, g] - fit[OFFSET, g])
             level[i, g] = _guarded_level(value, np.float32(top)) if guarded else _level(value, np.int32(top))
 
 
 @kernel
-def _start(x: Floats, w: Floats, top: np.float32, absolute: bool, level: Floats, s: Floats) -> None:
+def _start(x: Floats, w: Floats, top: np.float32, absolute: bool, level: Floats, fit: Floats) -> None:
     zero = np.float32(0)
     for g in range(LANES):
-        s[LOW, g] = s[HIGH, g] = x[0, g]
-        s[SUM_W, g] = w[0, g]
-        s[SUM_X, g] = w[0, g] * x[0, g]
+        fit[MINIMUM, g] = fit[HIGH, g] = x[0, g]
+        fit[SUM_W, g] = w[0, g]
+        fit[SUM_X, g] = w[0, g] * x[0, g]
     for i in range(1, x.shape[0]):
         for g in range(LANES):
             v = x[i, g]
-            s[LOW, g] = v if v < s[LOW, g] else s[LOW, g]
-            s[HIGH, g] = v if v > s[HIGH, g] else s[HIGH, g]
-            s[SUM_W, g] += w[i, g]
-            s[SUM_X, g] += w[i, g] * v
+            fit[MINIMUM, g] = v if v < fit[MINIMUM, g] else fit[MINIMUM, g]
+            fit[HIGH, g] = v if v > fit[HIGH, g] else fit[HIGH, g]
+            fit[SUM_W, g] += w[i, g]
+            fit[SUM_X, g] += w[i, g] * v
     for g in range(LANES):
-        low = s[LOW, g]
+        low = fit[MINIMUM, g]
         low = zero if low > zero else low
-        inverse = top / (s[HIGH, g] - low)
-        s[LOW, g] = s[OFFSET, g] = low
-        s[SCALE, g] = np.float32(1) / inverse
-        s[INVERSE, g] = inverse if inverse < np.float32(np.inf) else zero  # infinite: C's levels are then 0
-        s[ERROR, g] = zero
-    levels_lanes(x, int(top), False, s, level)
-    _measure(x, w, absolute, level, s, SCALE, LOW)
+        inverse = top / (fit[HIGH, g] - low)
+        fit[MINIMUM, g] = fit[OFFSET, g] = low
+        fit[SCALE, g] = np.float32(1) / inverse
+        fit[INVERSE, g] = inverse if inverse < np.float32(np.inf) else zero  # infinite: C's levels are 0
+        fit[ERROR, g] = zero
+    scale_min_levels_lanes(x, int(top), False, fit, level)
+    _measure(x, w, absolute, level, fit, SCALE, MINIMUM)
     for g in range(LANES):
-        s[BEST, g] = s[ERROR, g]
+        fit[BEST, g] = fit[ERROR, g]
 
 
-# Two elements at a time below, so that sums are stored half as often: stores are what limits.
+# The two loops below take two elements at a time, because storing the sums is the bottleneck.
 
 
 @kernel
-def _fit(x: Floats, w: Floats, top: int, divisor: np.float32, level: Floats, s: Floats) -> None:
-    most = np.int32(top)
-    _divide(divisor, s)
+def _fit(x: Floats, w: Floats, top: int, divisor: np.float32, level: Floats, fit: Floats) -> None:
+    top_level = np.int32(top)
+    _divide(divisor, fit)
     for i in range(0, x.shape[0], 2):
         for g in range(LANES):
-            low, inverse = s[LOW, g], s[TRIED, g]
+            low, inverse = fit[MINIMUM, g], fit[TRIED, g]
             a, b = x[i, g], x[i + 1, g]
-            level_a, level_b = _level(inverse * (a - low), most), _level(inverse * (b - low), most)
+            level_a, level_b = _level(inverse * (a - low), top_level), _level(inverse * (b - low), top_level)
             level[i, g], level[i + 1, g] = level_a, level_b
             product_a, product_b = w[i, g] * level_a, w[i + 1, g] * level_b
-            s[SUM_L, g] = s[SUM_L, g] + product_a + product_b
-            s[SUM_L2, g] = s[SUM_L2, g] + product_a * level_a + product_b * level_b
-            s[SUM_XL, g] = s[SUM_XL, g] + product_a * a + product_b * b
+            fit[SUM_L, g] = fit[SUM_L, g] + product_a + product_b
+            fit[SUM_L2, g] = fit[SUM_L2, g] + product_a * level_a + product_b * level_b
+            fit[SUM_XL, g] = fit[SUM_XL, g] + product_a * a + product_b * b
 
 
 @kernel
-def _fit_guarded(x: Floats, w: Floats, top: np.float32, divisor: np.float32, level: Floats, s: Floats) -> None:
-    _divide(divisor, s)
+def _fit_guarded(x: Floats, w: Floats, top: np.float32, divisor: np.float32, level: Floats, fit: Floats) -> None:
+    _divide(divisor, fit)
     for i in range(0, x.shape[0], 2):
         for g in range(LANES):
-            low, inverse = s[LOW, g], s[TRIED, g]
+            low, inverse = fit[MINIMUM, g], fit[TRIED, g]
             a, b = x[i, g], x[i + 1, g]
             level_a, level_b = _guarded_level(inverse * (a - low), top), _guarded_level(inverse * (b - low), top)
             level[i, g], level[i + 1, g] = level_a, level_b
             product_a, product_b = w[i, g] * level_a, w[i + 1, g] * level_b
-            s[SUM_L, g] = s[SUM_L, g] + product_a + product_b
-            s[SUM_L2, g] = s[SUM_L2, g] + product_a * level_a + product_b * level_b
-            s[SUM_XL, g] = s[SUM_XL, g] + product_a * a + product_b * b
+            fit[SUM_L, g] = fit[SUM_L, g] + product_a + product_b
+            fit[SUM_L2, g] = fit[SUM_L2, g] + product_a * level_a + product_b * level_b
+            fit[SUM_XL, g] = fit[SUM_XL, g] + product_a * a + product_b * b
 
 
 @kernel
-def _level(value: np.float32, most: np.int32) -> np.float32:
-    level = nearest_level(value)
-    level = level if level < most else most
+def _level(value: np.float32, top_level: np.int32) -> np.float32:
+    level = nearest_int_numba(value)
+    level = level if level < top_level else top_level
     return np.float32(level if level > np.int32(0) else np.int32(0))
 
 
 @kernel
-def _guarded_level(value: np.float32, most: np.float32) -> np.float32:
-    value = value if value > np.float32(0) else np.float32(0)  # no number, too
-    value = value if value < most else most
-    return np.float32(np.float32(value + np.float32(MAGIC)) - np.float32(MAGIC))
+def _guarded_level(value: np.float32, top_level: np.float32) -> np.float32:
+    value = value if value > np.float32(0) else np.float32(0)  # NaN too
+    value = value if value < top_level else top_level
+    return np.float32(np.float32(value + np.float32(ROUNDING_MAGIC)) - np.float32(ROUNDING_MAGIC))
 
 
 @kernel
-def _divide(divisor: np.float32, s: Floats) -> None:
+def _divide(divisor: np.float32, fit: Floats) -> None:
     for g in range(LANES):
-        s[TRIED, g] = divisor / (s[HIGH, g] - s[LOW, g])
-        s[SUM_L, g] = s[SUM_L2, g] = s[SUM_XL, g] = np.float32(0)
+        fit[TRIED, g] = divisor / (fit[HIGH, g] - fit[MINIMUM, g])
+        fit[SUM_L, g] = fit[SUM_L2, g] = fit[SUM_XL, g] = np.float32(0)
 
 
 @kernel
-def _solve(s: Floats) -> None:
+def _solve(fit: Floats) -> None:
     zero, never = np.float32(0), np.float32(np.inf)
     for g in range(LANES):
-        sum_l, sum_l2, sum_xl = s[SUM_L, g], s[SUM_L2, g], s[SUM_XL, g]
-        sum_w, sum_x = s[SUM_W, g], s[SUM_X, g]
+        sum_l, sum_l2, sum_xl = fit[SUM_L, g], fit[SUM_L2, g], fit[SUM_XL, g]
+        sum_w, sum_x = fit[SUM_W, g], fit[SUM_X, g]
         determinant = sum_w * sum_l2 - sum_l * sum_l
         scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
         low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
         through_zero = sum_xl / sum_l2
-        s[NEW_SCALE, g] = through_zero if low > zero else scale
-        s[NEW_LOW, g] = zero if low > zero else low
-        s[ERROR, g] = zero if determinant > zero else never
+        fit[NEW_SCALE, g] = through_zero if low > zero else scale
+        fit[NEW_MINIMUM, g] = zero if low > zero else low
+        fit[ERROR, g] = zero if determinant > zero else never
 
 
 @kernel
-def _measure(x: Floats, w: Floats, absolute: bool, level: Floats, s: Floats, scale: int, low: int) -> None:
+def _measure(x: Floats, w: Floats, absolute: bool, level: Floats, fit: Floats, scale: int, low: int) -> None:
     if absolute:
         for i in range(x.shape[0]):
             for g in range(LANES):
-                s[ERROR, g] += w[i, g] * abs(s[scale, g] * level[i, g] + s[low, g] - x[i, g])
+                fit[ERROR, g] += w[i, g] * abs(fit[scale, g] * level[i, g] + fit[low, g] - x[i, g])
         return
     for i in range(x.shape[0]):
         for g in range(LANES):
-            difference = s[scale, g] * level[i, g] + s[low, g] - x[i, g]
-            s[ERROR, g] += w[i, g] * (difference * difference)
+            difference = fit[scale, g] * level[i, g] + fit[low, g] - x[i, g]
+            fit[ERROR, g] += w[i, g] * (difference * difference)
 
 
 @kernel
-def _accept(s: Floats) -> None:
+def _accept(fit: Floats) -> None:
     for g in range(LANES):
-        better = s[ERROR, g] < s[BEST, g]
-        s[BEST, g] = s[ERROR, g] if better else s[BEST, g]
-        s[INVERSE, g] = s[TRIED, g] if better else s[INVERSE, g]
-        s[OFFSET, g] = s[LOW, g] if better else s[OFFSET, g]
-        s[SCALE, g] = s[NEW_SCALE, g] if better else s[SCALE, g]
-        s[LOW, g] = s[NEW_LOW, g] if better else s[LOW, g]
+        better = fit[ERROR, g] < fit[BEST, g]
+        fit[BEST, g] = fit[ERROR, g] if better else fit[BEST, g]
+        fit[INVERSE, g] = fit[TRIED, g] if better else fit[INVERSE, g]
+        fit[OFFSET, g] = fit[MINIMUM, g] if better else fit[OFFSET, g]
+        fit[SCALE, g] = fit[NEW_SCALE, g] if better else fit[SCALE, g]
+        fit[MINIMUM, g] = fit[NEW_MINIMUM, g] if better else fit[MINIMUM, g]

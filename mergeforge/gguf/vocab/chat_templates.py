@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mergeforge.gguf.key_values import Keys, Value, array, text
+from mergeforge.gguf.key_values import Keys, Value, array, string
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.tokenizer.hf_files import read_object, read_text
 
@@ -22,7 +22,7 @@ def template_keys(files: AuxFiles, tokenizer_config: Mapping[str, Any] | None) -
     if found is None:
         found = _beside(files)
     if isinstance(found, str):
-        return {"tokenizer.chat_template": text(found)} if found else {}
+        return {"tokenizer.chat_template": string(found)} if found else {}
     return _named(found) if isinstance(found, list) else {}
 
 
@@ -49,9 +49,9 @@ def _named(choices: list[Any]) -> Keys:
         elif name and template is not None:
             names += [] if name in names else [name]
             if template:
-                keys[f"tokenizer.chat_template.{name}"] = text(template)
+                keys[f"tokenizer.chat_template.{name}"] = string(template)
     if names:
-        keys["tokenizer.chat_templates"] = array("text", names)
+        keys["tokenizer.chat_templates"] = array("string", names)
     if default:
-        keys["tokenizer.chat_template"] = text(default)
+        keys["tokenizer.chat_template"] = string(default)
     return keys

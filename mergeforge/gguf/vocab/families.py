@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.key_values import Value, array, flag, text, u32
+from mergeforge.gguf.key_values import Value, array, boolean, string, u32
 from mergeforge.gguf.vocab.bpe import merges_of
 from mergeforge.gguf.vocab.kinds import (
     SPACE_PREFIX,
@@ -31,14 +31,14 @@ def llama(given: TokenizerFiles) -> Made:
     found: dict[str, Value] = {}
     prefix = given.tokenizer_config.get("add_prefix_space")
     if prefix is not None:
-        found[SPACE_PREFIX] = flag(prefix)
+        found[SPACE_PREFIX] = boolean(prefix)
     keys, notes = spm_or_gpt2(given)
     found |= keys
     size = given.hparams.get("vocab_size", 32000)
     if size == 32016:
         found.setdefault("tokenizer.ggml.eot_token_id", u32(32010))
     if size == 49152:
-        found["tokenizer.ggml.add_bos_token"] = flag(False)
+        found["tokenizer.ggml.add_bos_token"] = boolean(False)
     return found, notes
 
 
@@ -46,13 +46,13 @@ def gemma(given: TokenizerFiles) -> Made:
     """Gemma's first two: SPM without a space before a text; in the first 107 ends a turn."""
     keys, notes = spm(given, space=False)
     eot = {"tokenizer.ggml.eot_token_id": u32(107)} if given.family == "gemma" and given.rows > 107 else {}
-    return {**without(keys, SPACE_PREFIX), **eot, SPACE_PREFIX: flag(False)}, notes
+    return {**without(keys, SPACE_PREFIX), **eot, SPACE_PREFIX: boolean(False)}, notes
 
 
 def internlm2(given: TokenizerFiles) -> Made:
     """SPM, whose added tokens are as Phi-3's; <|im_end|> is the EOS of a chat model."""
     keys, notes = _internlm(given, phi3=True)
-    space = flag(given.pieces.add_dummy_prefix if given.pieces else adds_space(given.tokenizer))
+    space = boolean(given.pieces.add_dummy_prefix if given.pieces else adds_space(given.tokenizer))
     return _after(keys, "tokenizer.ggml.token_type", {SPACE_PREFIX: space}), notes
 
 
@@ -60,7 +60,7 @@ def internlm3(given: TokenizerFiles) -> Made:
     """SPM; <|im_end|> is the EOS of a chat model."""
     keys, notes = _internlm(given, phi3=False)
     space = given.tokenizer_config.get("add_prefix_space")
-    return (keys if space is None else _after(keys, "tokenizer.ggml.token_type", {SPACE_PREFIX: flag(space)})), notes
+    return (keys if space is None else _after(keys, "tokenizer.ggml.token_type", {SPACE_PREFIX: boolean(space)})), notes
 
 
 def _internlm(given: TokenizerFiles, phi3: bool) -> Made:
@@ -81,10 +81,12 @@ def gemma4(given: TokenizerFiles) -> Made:
     """BPE over raw UTF-8, spaces spelled U+2581."""
     special = special_of(given)
     tokens = gemma4_tokens(given.tokenizer, given.added, given.named, given.rows)
-    keys = {"tokenizer.ggml.model": text("gemma4"), **tokens.keys(scores=True)}
-    keys["tokenizer.ggml.merges"] = array("text", merges_of(given.tokenizer, given.tokenizer_name()))
+    keys = {"tokenizer.ggml.model": string("gemma4"), **tokens.keys(scores=True)}
+    keys["tokenizer.ggml.merges"] = array("string", merges_of(given.tokenizer, given.tokenizer_name()))
     keys |= special_keys(given, special)
-    return {**keys, SPACE_PREFIX: flag(False), "tokenizer.ggml.add_bos_token": flag(True)}, notes_of(tokens, special)
+    return {**keys, SPACE_PREFIX: boolean(False), "tokenizer.ggml.add_bos_token": boolean(True)}, notes_of(
+        tokens, special
+    )
 
 
 def phi3(given: TokenizerFiles) -> Made:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.key_values import Keys, Value, array, flag, text, u32
+from mergeforge.gguf.key_values import Keys, Value, array, boolean, string, u32
 from mergeforge.gguf.vocab.bpe import bpe_tokens, merges_of
 from mergeforge.gguf.vocab.chat_templates import template_keys
 from mergeforge.gguf.vocab.pre_tokenizer import Wanted, asked_for, pre_tokenizer, unapplied
@@ -40,9 +40,9 @@ def gpt2(given: TokenizerFiles, special: Special | None = None) -> Made:
     tokens = bpe_tokens(tokenizer, given.added, given.rows)
     pre, notes = _pre(given, special)
     notes += unapplied(tokenizer)
-    keys = {"tokenizer.ggml.model": text("gpt2"), "tokenizer.ggml.pre": text(pre)}
+    keys = {"tokenizer.ggml.model": string("gpt2"), "tokenizer.ggml.pre": string(pre)}
     keys |= tokens.keys(scores=False)
-    keys["tokenizer.ggml.merges"] = array("text", merges_of(tokenizer, given.tokenizer_name()))
+    keys["tokenizer.ggml.merges"] = array("string", merges_of(tokenizer, given.tokenizer_name()))
     return {**keys, **special_keys(given, special)}, [*notes, *notes_of(tokens, special)]
 
 
@@ -72,12 +72,16 @@ def spm(given: TokenizerFiles, *, space: bool | None = None, phi3: bool = False)
     if given.pre is not None and asked_for(given.pre).name != "default":
         tokens.notes.append(f"--pre {given.pre} has no effect: the vocabulary is sentencepiece's")
     special = special_of(given, limit=given.rows)
-    keys = {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default"), **tokens.keys(scores=True)}
+    keys = {
+        "tokenizer.ggml.model": string("llama"),
+        "tokenizer.ggml.pre": string("default"),
+        **tokens.keys(scores=True),
+    }
     keys |= special_keys(given, special)
     if space is not None:
-        keys[SPACE_PREFIX] = flag(space)
+        keys[SPACE_PREFIX] = boolean(space)
     elif not spaced and given.tokenizer_config.get("add_prefix_space") is None:
-        keys[SPACE_PREFIX] = flag(False)
+        keys[SPACE_PREFIX] = boolean(False)
         tokens.notes.append("the tokenizer puts no space before a text: add_space_prefix is false")
     return keys, notes_of(tokens, special)
 
@@ -108,8 +112,8 @@ def bert(given: TokenizerFiles) -> Made:
     """WordPiece."""
     tokens = wordpiece_tokens(given.tokenizer, given.added, given.rows)
     special = special_of(given, limit=given.rows)
-    keys: dict[str, Value] = {**type_count(given), "tokenizer.ggml.model": text("bert")}
-    keys["tokenizer.ggml.pre"] = text(given.pre or wordpiece_pre(given.tokenizer))
+    keys: dict[str, Value] = {**type_count(given), "tokenizer.ggml.model": string("bert")}
+    keys["tokenizer.ggml.pre"] = string(given.pre or wordpiece_pre(given.tokenizer))
     return {**keys, **tokens.keys(scores=False), **special_keys(given, special)}, notes_of(tokens, special)
 
 
@@ -122,14 +126,14 @@ def unigram(given: TokenizerFiles) -> Made:
         tokens = unigram_tokens(given.tokenizer, given.added, given.named, unknown, given.rows)
         normalizing = unigram_keys(given.tokenizer, given.tokenizer_config)
     special = special_of(given, limit=given.rows)
-    keys = {"tokenizer.ggml.model": text("t5"), "tokenizer.ggml.pre": text("default"), **tokens.keys(scores=True)}
+    keys = {"tokenizer.ggml.model": string("t5"), "tokenizer.ggml.pre": string("default"), **tokens.keys(scores=True)}
     keys |= {SPACE_PREFIX: normalizing[SPACE_PREFIX], **type_count(given), **without(normalizing, SPACE_PREFIX)}
     return {**keys, **special_keys(given, special)}, notes_of(tokens, special)
 
 
 def none(given: TokenizerFiles) -> Made:
     """No vocabulary."""
-    return {"tokenizer.ggml.model": text("none")}, []
+    return {"tokenizer.ggml.model": string("none")}, []
 
 
 def special_of(given: TokenizerFiles, limit: int | None = None) -> Special:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergeforge.gguf.key_values import Keys, Value, flag, u32
+from mergeforge.gguf.key_values import Keys, Value, boolean, u32
 from mergeforge.tokenizer.hf_files import token_text
 
 KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -42,7 +42,7 @@ class Special:
     def id_keys(self) -> Keys:
         """The ids, then what is added, in the order in which they were found."""
         ids = {f"tokenizer.ggml.{_ID_KEYS[kind]}": u32(number) for kind, number in self.ids.items() if kind in _ID_KEYS}
-        adds = {f"tokenizer.ggml.add_{kind}_token": flag(on) for kind, on in self.adds.items() if kind in _ADDED}
+        adds = {f"tokenizer.ggml.add_{kind}_token": boolean(on) for kind, on in self.adds.items() if kind in _ADDED}
         return {**ids, **adds}
 
     def take(self, kind: str, number: Any, limit: int | None, where: str) -> None:
@@ -121,7 +121,7 @@ def _normalizer_keys(normalizer: Mapping[str, Any] | None) -> dict[str, Value]:
     for name, type_name in (("lowercase", "Lowercase"), ("strip_accents", "StripAccents")):
         on = normalizer.get(name) if kind == "BertNormalizer" else True if kind == type_name else None
         if on is not None:
-            keys[f"tokenizer.ggml.normalizer.{name}"] = flag(on)
+            keys[f"tokenizer.ggml.normalizer.{name}"] = boolean(on)
     return keys
 
 

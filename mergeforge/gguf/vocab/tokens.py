@@ -34,7 +34,7 @@ class Tokens:
         return len(self.texts)
 
     def keys(self, *, scores: bool) -> Keys:
-        keys = {"tokenizer.ggml.tokens": array("text", self.texts)}
+        keys = {"tokenizer.ggml.tokens": array("string", self.texts)}
         if scores:
             keys["tokenizer.ggml.scores"] = array("f32", self.scores)
         return {**keys, "tokenizer.ggml.token_type": array("i32", self.types)}

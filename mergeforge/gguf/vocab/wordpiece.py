@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.key_values import Keys, array, flag
+from mergeforge.gguf.key_values import Keys, array, boolean
 from mergeforge.gguf.vocab.bpe import bpe_tokens
 from mergeforge.gguf.vocab.sentencepiece import piece_model
 from mergeforge.gguf.vocab.tokens import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Tokens, check_rows
@@ -50,9 +50,9 @@ def unigram_tokens(
 
 def unigram_keys(tokenizer: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> Keys:
     """How the text is normalised before a unigram model sees it."""
-    keys = {"tokenizer.ggml.add_space_prefix": flag(bool(tokenizer_config.get("add_prefix_space", True)))}
+    keys = {"tokenizer.ggml.add_space_prefix": boolean(bool(tokenizer_config.get("add_prefix_space", True)))}
     clean = bool(tokenizer_config.get("clean_up_tokenization_spaces", False))
-    return {**keys, "tokenizer.ggml.remove_extra_whitespaces": flag(clean), **charsmap_keys(_charsmap(tokenizer))}
+    return {**keys, "tokenizer.ggml.remove_extra_whitespaces": boolean(clean), **charsmap_keys(_charsmap(tokenizer))}
 
 
 def charsmap_keys(charsmap: bytes) -> Keys:
@@ -83,6 +83,6 @@ def xlm_roberta_tokens(path: AuxFile, rows: int) -> tuple[Tokens, Keys]:
         tokens.put(number, text, kind)
     for number, (text, kind, score) in enumerate(shifted, start=len(first)):
         tokens.put(number, text, kind, score)
-    keys = {"tokenizer.ggml.add_space_prefix": flag(model.add_dummy_prefix)}
-    keys["tokenizer.ggml.remove_extra_whitespaces"] = flag(model.remove_extra_whitespaces)
+    keys = {"tokenizer.ggml.add_space_prefix": boolean(model.add_dummy_prefix)}
+    keys["tokenizer.ggml.remove_extra_whitespaces"] = boolean(model.remove_extra_whitespaces)
     return tokens, {**keys, **charsmap_keys(model.charsmap)}

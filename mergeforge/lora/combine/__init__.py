@@ -21,7 +21,7 @@ from mergeforge.lora.combine.plan import Combination, LoraSum, Terms, folded_ter
 from mergeforge.lora.combine.report import REPORT, CombinedModule, adapter_card, adapter_config, report_json
 from mergeforge.recipe import OUT_DTYPES
 from mergeforge.tensors.worker import single_torch_thread
-from mergeforge.writers.peft_adapter import CONFIG, SPOOL, WEIGHTS, Spool, new_folder, write_adapter
+from mergeforge.writers.peft_adapter import ADAPTER_CONFIG, SPOOL, ADAPTER_WEIGHTS, Spool, staged_folder, write_peft_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ __all__ = [
     "write_combined",
 ]
 
-FILES = (WEIGHTS, CONFIG, MODEL_CARD, REPORT)
+FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, MODEL_CARD, REPORT)
 
 
 def write_combined(plan: Combination, folder: Path) -> list[CombinedModule]:
@@ -49,7 +49,7 @@ def write_combined(plan: Combination, folder: Path) -> list[CombinedModule]:
         modules = [result for result in results if result is not None]
         if not modules:
             raise SourceError("the adapters cancel each other out, so there is nothing to write")
-        write_adapter(folder, spool.parts(), adapter_config(plan, modules), adapter_card(plan, modules))
+        write_peft_adapter(folder, spool.tensors(), adapter_config(plan, modules), adapter_card(plan, modules))
         write_durably(folder / REPORT, report_json(plan, modules))
     finally:
         spool.close()
@@ -59,7 +59,7 @@ def write_combined(plan: Combination, folder: Path) -> list[CombinedModule]:
 
 def combine_adapters(plan: Combination, out: Path, *, overwrite: bool = False) -> list[CombinedModule]:
     """Write the adapter to a new folder OUT, which exists, complete, at the end. Raises OutputError."""
-    with new_folder(out, FILES, overwrite=overwrite) as work:
+    with staged_folder(out, FILES, overwrite=overwrite) as work:
         return write_combined(plan, work)
 
 

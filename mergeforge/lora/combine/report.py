@@ -14,7 +14,7 @@ from mergeforge.checkpoints.checkpoint import read_json
 from mergeforge.checkpoints.names import tied_head
 from mergeforge.hub.model_card import MERGEFORGE, write_card
 from mergeforge.lora.combine.plan import Combination
-from mergeforge.writers.peft_adapter import CONFIG
+from mergeforge.writers.peft_adapter import ADAPTER_CONFIG
 from mergeforge.writers.peft_config import lora_config, task_type
 
 REPORT = "joining.json"
@@ -32,7 +32,7 @@ class CombinedModule:
 
 
 def adapter_config(plan: Combination, modules: Sequence[CombinedModule]) -> dict[str, Any]:
-    configs = [read_json(item.folder / CONFIG) for item in plan.adapters if (item.folder / CONFIG).is_file()]
+    configs = [read_json(item.folder / ADAPTER_CONFIG) for item in plan.adapters if (item.folder / ADAPTER_CONFIG).is_file()]
     return lora_config(
         {item.module: item.rank for item in modules},
         _tensor_names(plan),

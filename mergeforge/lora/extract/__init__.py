@@ -27,7 +27,7 @@ from mergeforge.lora.extract.report import (
 )
 from mergeforge.lora.extract.workers import ExtractionWorkers
 from mergeforge.tensors.worker import single_torch_thread
-from mergeforge.writers.peft_adapter import Spool, SpooledTensor, new_folder, write_adapter
+from mergeforge.writers.peft_adapter import Spool, SpooledTensor, staged_folder, write_peft_adapter
 from mergeforge.writers.peft_config import lora_config, task_type
 
 __all__ = [
@@ -47,7 +47,7 @@ def extract(plan: Extraction) -> Iterator[PairResult]:
 
     OUT exists, complete, when the iterator ends; after an error or a kill it is unchanged.
     """
-    with new_folder(plan.out, FILES, overwrite=plan.overwrite) as work:
+    with staged_folder(plan.out, FILES, overwrite=plan.overwrite) as work:
         spool = Spool(work)
         results: list[PairResult] = []
         try:
@@ -59,8 +59,8 @@ def extract(plan: Extraction) -> Iterator[PairResult]:
             _check_not_empty(report)
             for file in _input_files(plan):
                 file.check_unchanged()
-            write_adapter(
-                work, [*spool.parts(), *_saved_tensors(report)], _adapter_config(report), adapter_card(report)
+            write_peft_adapter(
+                work, [*spool.tensors(), *_saved_tensors(report)], _adapter_config(report), adapter_card(report)
             )
             write_durably(work / REPORT, report_json(report))
         finally:

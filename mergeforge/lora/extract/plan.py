@@ -15,10 +15,10 @@ from mergeforge.lora.extract.difference import PairTask, RankTarget, plan_tasks
 from mergeforge.lora.extract.pairing import TensorFilter, TensorPair, pair_tensors
 from mergeforge.recipe import OUT_DTYPES, ModelRef
 from mergeforge.tensors.budget import Budget, make_budget
-from mergeforge.writers.peft_adapter import CONFIG, WEIGHTS, check_out
+from mergeforge.writers.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder
 
 REPORT = "extraction.json"
-FILES = (WEIGHTS, CONFIG, MODEL_CARD, REPORT)
+FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, MODEL_CARD, REPORT)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def plan_extraction(
         raise RecipeError(f"--dtype must be float32, bfloat16 or float16, not {dtype}")
     budget = make_budget(memory, device, threads)
     out_folder = Path(out).expanduser().absolute()
-    check_out(out_folder, FILES, overwrite=overwrite)
+    check_adapter_folder(out_folder, FILES, overwrite=overwrite)
     base_ref, base_model = _open(base, allow_pickle)
     _, tuned_model = _open(tuned, allow_pickle)
     _check_not_an_input(out_folder, (base_model, tuned_model))
@@ -105,7 +105,7 @@ def _open(name: str, allow_pickle: bool) -> tuple[ModelRef, Checkpoint]:
     folder = fetched.path
     if folder.suffix == ".gguf":
         raise SourceError(f"{name} is a GGUF file", hint="use the 16-bit model that it was converted from")
-    if folder.is_dir() and (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+    if folder.is_dir() and (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         raise SourceError(f"{name} is an adapter, not a model", hint="merge it into its base first (mergeforge run)")
     checkpoint = open_checkpoint(folder, name, revision=fetched.revision, allow_pickle=allow_pickle)
     if quantized := [

@@ -1,4 +1,4 @@
-"""mergeforge.gguf.quantize against ggml_quantize_chunk(): the same bytes, for both back ends."""
+"""mergeforge.gguf.quantize against ggml_quantize_chunk(): the same bytes from both backends."""
 
 from __future__ import annotations
 
@@ -7,93 +7,91 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from support.ggml_reference import quantized
+from support.ggml_reference import ggml_quantize
 from support.quantize_cases import CASES, importances
 
-from mergeforge.gguf import quantize
-from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, encode
+from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, backend_for, encode
 
-KINDS = [kind for kind in QUANT_TYPES.values() if kind.block > 1]
-names = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-BACKENDS = ["torch", *(["numba"] if quantize.backend("cpu") == "numba" else [])]
+BLOCK_TYPES = [quant_type for quant_type in QUANT_TYPES.values() if quant_type.block > 1]
+names = pytest.mark.parametrize("quant_type", BLOCK_TYPES, ids=lambda quant_type: quant_type.name)
+BACKENDS = ["torch", *(["numba"] if backend_for("cpu") == "numba" else [])]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def encoded(backend: str, kind: QuantType, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    out = torch.empty((len(rows), kind.row_nbytes(rows.shape[1])), dtype=torch.uint8)
+def encoded(backend: str, quant_type: QuantType, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     weights = None if importance is None else torch.from_numpy(importance)
-    fill = quantize._fill if backend == "torch" else quantize._fill_compiled
-    fill(kind, torch.from_numpy(rows), weights, out)
-    return out.numpy()
+    return encode(quant_type, torch.from_numpy(rows), weights, backend=backend).numpy()
 
 
-def compare(backend: str, kind: QuantType, rows: int, columns: int, kinds_of_importance: set[str]) -> None:
-    for name, case in CASES.items():
+def compare(backend: str, quant_type: QuantType, rows: int, columns: int, importance_names: set[str]) -> None:
+    for name, make_rows in CASES.items():
         rng = np.random.default_rng(zlib.crc32(name.encode()))
-        x = np.ascontiguousarray(case(rng, rows, columns))
+        x = np.ascontiguousarray(make_rows(rng, rows, columns))
         before = x.copy()
-        for weights, importance in {"none": None, **importances(rng, columns)}.items():
-            if weights in kinds_of_importance:
-                found = encoded(backend, kind, x, importance)
-                np.testing.assert_array_equal(
-                    found, quantized(kind, x, importance), f"{kind.name}, {name}, importance {weights}"
-                )
+        for importance_name, importance in {"none": None, **importances(rng, columns)}.items():
+            if importance_name in importance_names:
+                ours, theirs = encoded(backend, quant_type, x, importance), ggml_quantize(quant_type, x, importance)
+                np.testing.assert_array_equal(ours, theirs, f"{quant_type.name}, {name}, importance {importance_name}")
         np.testing.assert_array_equal(x.view(np.uint32), before.view(np.uint32))
 
 
 @names
 @backends
-def test_same_bytes(kind: QuantType, backend: str) -> None:
-    """20 kinds of rows, without and with an imatrix (one with zeros), 4 x 512."""
-    compare(backend, kind, 4, 512, {"none", "holes"})
+def test_same_bytes(quant_type: QuantType, backend: str) -> None:
+    """20 kinds of rows of 4 x 512, without an imatrix and with one that has zeros."""
+    compare(backend, quant_type, 4, 512, {"none", "holes"})
 
 
 @pytest.mark.slow
 @names
 @backends
-def test_same_bytes_of_many_rows(kind: QuantType, backend: str) -> None:
-    """The same kinds, 40 x 768, with all kinds of imatrix: ones, zeros, a wide range."""
-    compare(backend, kind, 40, 768, {"none", "ones", "gauss", "holes", "heavy", "zeros"})
+def test_same_bytes_for_many_rows(quant_type: QuantType, backend: str) -> None:
+    """The same kinds of rows at 40 x 768, with every kind of imatrix: ones, zeros, a wide range."""
+    compare(backend, quant_type, 40, 768, {"none", "ones", "gauss", "holes", "heavy", "zeros"})
 
 
 @names
 @backends
 @pytest.mark.parametrize(("rows", "columns"), [(1, 256), (3, 1280), (130, 256), (2, 4096), (1, 11008)])
-def test_same_bytes_in_any_shape(kind: QuantType, backend: str, rows: int, columns: int) -> None:
+def test_same_bytes_for_any_shape(quant_type: QuantType, backend: str, rows: int, columns: int) -> None:
     rng = np.random.default_rng(rows)
     x = rng.standard_normal((rows, columns)).astype(np.float32)
     importance = rng.random(columns).astype(np.float32)
     for weights in (None, importance):
-        np.testing.assert_array_equal(encoded(backend, kind, x, weights), quantized(kind, x, weights))
+        np.testing.assert_array_equal(encoded(backend, quant_type, x, weights), ggml_quantize(quant_type, x, weights))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.block == 32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "quant_type",
+    [quant_type for quant_type in BLOCK_TYPES if quant_type.block == 32],
+    ids=lambda quant_type: quant_type.name,
+)
 @backends
-def test_same_bytes_of_rows_that_are_no_multiple_of_256(kind: QuantType, backend: str) -> None:
+def test_same_bytes_for_columns_that_are_not_a_multiple_of_256(quant_type: QuantType, backend: str) -> None:
     rng = np.random.default_rng(5)
     x, importance = rng.standard_normal((5, 96)).astype(np.float32), rng.random(96).astype(np.float32)
     for weights in (None, importance):
-        np.testing.assert_array_equal(encoded(backend, kind, x, weights), quantized(kind, x, weights))
+        np.testing.assert_array_equal(encoded(backend, quant_type, x, weights), ggml_quantize(quant_type, x, weights))
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
-def test_same_bytes_without_blocks(name: str) -> None:
-    """Every kind of rows, rounded to half precision or bfloat16."""
-    for case in CASES.values():
-        x = np.ascontiguousarray(case(np.random.default_rng(1), 3, 64))
+def test_same_bytes_for_types_without_blocks(name: str) -> None:
+    """Every kind of rows in float32, half precision and bfloat16."""
+    for make_rows in CASES.values():
+        x = np.ascontiguousarray(make_rows(np.random.default_rng(1), 3, 64))
         np.testing.assert_array_equal(
-            encode(QUANT_TYPES[name], torch.from_numpy(x)).numpy(), quantized(QUANT_TYPES[name], x)
+            encode(QUANT_TYPES[name], torch.from_numpy(x)).numpy(), ggml_quantize(QUANT_TYPES[name], x)
         )
 
 
 @pytest.mark.gpu
 @names
-def test_same_bytes_on_cuda(kind: QuantType) -> None:
-    """The torch back end on a GPU, all kinds of rows."""
-    for name, case in CASES.items():
+def test_same_bytes_on_cuda(quant_type: QuantType) -> None:
+    """The torch backend on a GPU, every kind of rows."""
+    for name, make_rows in CASES.items():
         rng = np.random.default_rng(zlib.crc32(name.encode()))
-        x = np.ascontiguousarray(case(rng, 8, 768))
+        x = np.ascontiguousarray(make_rows(rng, 8, 768))
         for importance in (None, importances(rng, 768)["holes"]):
             weights = None if importance is None else torch.from_numpy(importance).cuda()
-            found = encode(kind, torch.from_numpy(x).cuda(), weights).cpu().numpy()
-            np.testing.assert_array_equal(found, quantized(kind, x, importance), f"{kind.name}, {name}")
+            ours = encode(quant_type, torch.from_numpy(x).cuda(), weights).cpu().numpy()
+            np.testing.assert_array_equal(ours, ggml_quantize(quant_type, x, importance), f"{quant_type.name}, {name}")

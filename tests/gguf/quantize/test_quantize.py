@@ -1,4 +1,4 @@
-"""mergeforge.gguf.quantize without a reference at hand: errors as expected, any cut the same bytes, bounded memory."""
+"""mergeforge.gguf.quantize without ggml: expected errors, the same bytes for any cut of the rows, bounded memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gguf.quants import dequantize
 
 from mergeforge.gguf import quantize
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, encode, iq4, numba_kernel
-from mergeforge.gguf.quantize.ggml_rounding import half_bits, half_value
+from mergeforge.gguf.quantize.ggml_rounding import float_from_half, half_from_float
 
-BLOCKS = [kind for kind in QUANT_TYPES.values() if kind.block > 1]
-kinds = pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
+BLOCK_TYPES = [quant_type for quant_type in QUANT_TYPES.values() if quant_type.block > 1]
+block_types = pytest.mark.parametrize("quant_type", BLOCK_TYPES, ids=lambda quant_type: quant_type.name)
 needs_numba = pytest.mark.skipif(not numba_kernel.available(), reason="numba is not installed")
-# Relative error in percent of normally distributed weights, measured with llama.cpp's own quantiser.
+# Relative error in percent for normally distributed weights, measured with llama.cpp's quantizer.
 ERRORS = {"Q8_0": 0.54, "Q6_K": 1.77, "Q5_K": 3.61, "Q5_1": 3.78, "Q5_0": 4.27, "Q4_K": 7.13, "IQ4_NL": 7.61}
 ERRORS |= {"IQ4_XS": 7.67, "Q4_1": 7.82, "Q4_0": 8.59, "Q3_K": 15.1, "Q2_K": 29.6}
 
@@ -30,135 +30,135 @@ def gauss(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32))
 
 
-def in_torch(kind: QuantType, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-    out = torch.empty((len(rows), kind.row_nbytes(rows.shape[1])), dtype=torch.uint8)
-    quantize._fill(kind, rows, importance, out)
-    return out
+def test_types_match_the_gguf_package() -> None:
+    """Numbers, block sizes and bytes against the gguf package's table."""
+    for quant_type in QUANT_TYPES.values():
+        assert (quant_type.block, quant_type.nbytes) == GGML_QUANT_SIZES[GGMLQuantizationType(quant_type.number)]
+        assert GGMLQuantizationType(quant_type.number).name == quant_type.name
 
 
-def test_types_are_gguf_s() -> None:
-    """Numbers, blocks and sizes against the gguf package's table."""
-    for kind in QUANT_TYPES.values():
-        assert (kind.block, kind.nbytes) == GGML_QUANT_SIZES[GGMLQuantizationType(kind.number)]
-        assert GGMLQuantizationType(kind.number).name == kind.name
-
-
-@kinds
-def test_error_is_as_expected(kind: QuantType) -> None:
-    """The relative error of 512 x 512 normal values within 1.5 % of llama.cpp's."""
+@block_types
+def test_error_equals_llama_cpps(quant_type: QuantType) -> None:
+    """The relative error of 512 x 512 normal values, within 1.5 % of llama.cpp's."""
     x = gauss(512, 512)
-    back = dequantize(encode(kind, x).numpy(), GGMLQuantizationType(kind.number))
+    back = dequantize(encode(quant_type, x).numpy(), GGMLQuantizationType(quant_type.number))
     error = 100 * np.sqrt(((back - x.numpy()) ** 2).mean() / (x.numpy() ** 2).mean())
-    assert error == pytest.approx(ERRORS[kind.name], rel=0.015)
+    assert error == pytest.approx(ERRORS[quant_type.name], rel=0.015)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BLOCKS if kind.name != "Q8_0"], ids=lambda kind: kind.name)
-def test_importance_lowers_the_weighted_error(kind: QuantType) -> None:
+@pytest.mark.parametrize(
+    "quant_type",
+    [quant_type for quant_type in BLOCK_TYPES if quant_type.name != "Q8_0"],
+    ids=lambda quant_type: quant_type.name,
+)
+def test_importance_lowers_the_weighted_error(quant_type: QuantType) -> None:
     x, importance = gauss(64, 512), gauss(1, 512, 1)[0].abs() ** 3 + 0.01
     errors = []
     for weights in (None, importance):
-        back = dequantize(encode(kind, x, weights).numpy(), GGMLQuantizationType(kind.number))
+        back = dequantize(encode(quant_type, x, weights).numpy(), GGMLQuantizationType(quant_type.number))
         errors.append(((back - x.numpy()) ** 2 * importance.numpy()).sum())
     assert errors[1] < 0.95 * errors[0]
 
 
-@kinds
+@block_types
 @needs_numba
-def test_back_ends_agree(kind: QuantType) -> None:
-    """Kernels against torch, with and without importance."""
+def test_backends_agree(quant_type: QuantType) -> None:
+    """Kernels against torch, without and with importance."""
     x, importance = gauss(6, 768), gauss(1, 768, 1)[0].abs()
     for weights in (None, importance):
-        assert torch.equal(encode(kind, x, weights), in_torch(kind, x, weights))
+        assert torch.equal(encode(quant_type, x, weights), encode(quant_type, x, weights, backend="torch"))
 
 
-@kinds
-def test_any_cut_same_bytes(kind: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows one by one, and torch's chunks of two rows, against all at once."""
+@block_types
+def test_any_cut_of_the_rows_gives_the_same_bytes(quant_type: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows one by one, and torch chunks of two rows, against all rows at once."""
     x, importance = gauss(5, 512), gauss(1, 512, 1)[0].abs()
-    whole = encode(kind, x, importance)
-    assert torch.equal(torch.cat([encode(kind, x[i : i + 1], importance) for i in range(5)]), whole)
-    monkeypatch.setattr(quantize, "_CPU_CHUNK", 1024)
-    assert torch.equal(in_torch(kind, x, importance), whole)
+    whole = encode(quant_type, x, importance)
+    assert torch.equal(torch.cat([encode(quant_type, x[i : i + 1], importance) for i in range(5)]), whole)
+    monkeypatch.setattr(quantize, "CPU_CHUNK", 1024)
+    assert torch.equal(encode(quant_type, x, importance, backend="torch"), whole)
 
 
-@pytest.mark.parametrize("kind", QUANT_TYPES.values(), ids=lambda kind: kind.name)
-def test_no_rows(kind: QuantType) -> None:
-    assert encode(kind, torch.empty(0, 256)).shape == (0, kind.row_nbytes(256))
+@pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=lambda quant_type: quant_type.name)
+def test_no_rows_give_no_bytes(quant_type: QuantType) -> None:
+    assert encode(quant_type, torch.empty(0, 256)).shape == (0, quant_type.row_nbytes(256))
 
 
-@kinds
-def test_columns_must_fill_blocks(kind: QuantType) -> None:
-    with pytest.raises(ValueError, match=f"{kind.name} needs columns in multiples of {kind.block}"):
-        encode(kind, torch.zeros(2, kind.block + 16))
+@block_types
+def test_columns_must_fill_blocks(quant_type: QuantType) -> None:
+    with pytest.raises(ValueError, match=f"{quant_type.name} needs columns in multiples of {quant_type.block}"):
+        encode(quant_type, torch.zeros(2, quant_type.block + 16))
 
 
-@pytest.mark.parametrize("kind", QUANT_TYPES.values(), ids=lambda kind: kind.name)
-def test_rows_must_be_float32(kind: QuantType) -> None:
+@pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=lambda quant_type: quant_type.name)
+def test_rows_must_be_float32(quant_type: QuantType) -> None:
     with pytest.raises(ValueError, match="rows must be float32"):
-        encode(kind, torch.zeros(2, 256, dtype=torch.bfloat16))
+        encode(quant_type, torch.zeros(2, 256, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("kind", QUANT_TYPES.values(), ids=lambda kind: kind.name)
-def test_input_stays_and_is_not_shared(kind: QuantType) -> None:
+@pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=lambda quant_type: quant_type.name)
+def test_input_is_neither_changed_nor_shared(quant_type: QuantType) -> None:
     x = gauss(3, 256)
     before = x.clone()
-    encode(kind, x, gauss(1, 256)[0].abs()).zero_()
+    encode(quant_type, x, gauss(1, 256)[0].abs()).zero_()
     assert torch.equal(x, before)
 
 
-def test_threads_at_once_same_bytes() -> None:
-    """Eight encodings in four threads against one after the other."""
+def test_threads_give_the_same_bytes() -> None:
+    """Eight tensors encoded in four threads, against one after another."""
     x = [gauss(16, 512, seed) for seed in range(8)]
     for name in ("Q4_K", "Q6_K", "Q8_0"):
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda rows: encode(QUANT_TYPES[name], rows), x))  # noqa: B023
-        assert all(torch.equal(one, encode(QUANT_TYPES[name], rows)) for one, rows in zip(found, x, strict=True))
+            encoded = list(pool.map(lambda rows: encode(QUANT_TYPES[name], rows), x))  # noqa: B023
+        assert all(
+            torch.equal(blocks, encode(QUANT_TYPES[name], rows)) for blocks, rows in zip(encoded, x, strict=True)
+        )
 
 
 @needs_numba
-def test_without_numba_torch_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_encodes_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     x = gauss(2, 256)
     expected = encode(QUANT_TYPES["Q4_K"], x)
-    assert (quantize.backend("cpu"), quantize.backend("cuda:1")) == ("numba", "torch")
+    assert (quantize.backend_for("cpu"), quantize.backend_for("cuda:1")) == ("numba", "torch")
     monkeypatch.setattr(numba_kernel, "available", lambda: False)
-    assert quantize.backend("cpu") == "torch"
+    assert quantize.backend_for("cpu") == "torch"
     assert torch.equal(encode(QUANT_TYPES["Q4_K"], x), expected)
 
 
 @needs_numba
-def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """numba finds no folder to write in: it says so with a RuntimeError."""
+def test_kernels_compile_without_a_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba raises RuntimeError if it finds no folder that it can write to."""
     import numba
 
     njit: Callable[..., Any] = numba.njit
 
-    def nowhere(cache: bool = False, **options: Any) -> Any:
+    def njit_without_cache(cache: bool = False, **options: Any) -> Any:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return njit(**options)
 
-    monkeypatch.setattr(numba, "njit", nowhere)
-    fresh = numba_kernel.Kernel(half_value.function)  # type: ignore[attr-defined]
+    monkeypatch.setattr(numba, "njit", njit_without_cache)
+    fresh = numba_kernel.Kernel(float_from_half.function)  # type: ignore[attr-defined]
     assert fresh(0x3C00) == 1.0
 
 
 @needs_numba
-def test_half_precision_is_numpy_s() -> None:
-    """All finite halves back and forth, and floats between and beyond them, against numpy's conversion."""
+def test_half_precision_matches_numpy() -> None:
+    """Finite halves in both directions, and floats between and beyond them, against numpy's conversion."""
     halves = np.arange(1 << 16, dtype=np.uint16)
     halves = halves[np.isfinite(halves.view(np.float16))][::7]
     values = halves.view(np.float16).astype(np.float32)
-    assert all(half_value(int(h)) == v for h, v in zip(halves, values, strict=True))
+    assert all(float_from_half(int(h)) == v for h, v in zip(halves, values, strict=True))
     between = np.concatenate(
         [values, np.nextafter(values, np.float32(9)), values * np.float32(1.0004883), values * np.float32(1e-4)]
     )
     with np.errstate(over="ignore"):
         expected = between.astype(np.float16).view(np.uint16)
-    assert [half_bits(v) for v in between] == expected.tolist()
+    assert [half_from_float(v) for v in between] == expected.tolist()
 
 
-def test_iq4_s_midpoints_decide_as_bisection_does() -> None:
-    """Floats around every midpoint and value: ggml compares two differences, here x is compared with the midpoint."""
+def test_iq4_midpoints_choose_the_level_that_ggmls_bisection_chooses() -> None:
+    """Floats around every midpoint and value. ggml compares two differences; here x is compared with the midpoint."""
     values = np.array(iq4.VALUES, np.float32)
     near = np.concatenate([values, np.array(iq4.MIDPOINTS, np.float32)])
     x = np.concatenate(
@@ -172,32 +172,32 @@ def test_iq4_s_midpoints_decide_as_bisection_does() -> None:
 
 MEMORY = """
 import resource, sys, torch
-from mergeforge import quants
+from mergeforge.gguf import quantize
 torch.set_num_threads(1)
-kind = quants.QUANT_TYPES[sys.argv[1]]
+kind = quantize.QUANT_TYPES[sys.argv[1]]
 if sys.argv[2] == "torch":
-    quants.compiled.available = lambda: False
+    quantize.numba_kernel.available = lambda: False
 x, weights = torch.ones(8, 4096).cumsum(1), torch.ones(4096)
 for importance in (None, weights):
-    quants.encode(kind, x, importance)
+    quantize.encode(kind, x, importance)
 x = torch.rand(768, 4096)
 out = len(x) * kind.row_nbytes(4096)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for importance in (None, weights):
-    quants.encode(kind, x, importance)
+    quantize.encode(kind, x, importance)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024 - out, quants.scratch_nbytes(kind, "cpu"))
+print((after - before) * 1024 - out, quantize.scratch_nbytes(kind, "cpu"))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak memory")
-@kinds
+@block_types
 @pytest.mark.parametrize("backend", ["numba", "torch"])
-def test_temporaries_are_bounded(kind: QuantType, backend: str) -> None:
-    """Peak resident memory of a process that encodes 12 MiB, beside input and output; 1.5 MiB of the allocator's."""
+def test_temporaries_stay_within_scratch_nbytes(quant_type: QuantType, backend: str) -> None:
+    """Peak memory of a process that encodes 12 MiB, without input and output; 1.5 MiB are the allocator's."""
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, kind.name, backend], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, quant_type.name, backend], capture_output=True, text=True, check=True
     )
-    held, promised = map(int, done.stdout.split())
-    assert held <= promised + 3 * 2**19
+    measured, promised = map(int, done.stdout.split())
+    assert measured <= promised + 3 * 2**19

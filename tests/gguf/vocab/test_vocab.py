@@ -22,7 +22,7 @@ from support.tokenizer_folders import (
 )
 
 from mergeforge.errors import RecipeError, SourceError
-from mergeforge.gguf.key_values import flag, text, u32
+from mergeforge.gguf.key_values import boolean, string, u32
 from mergeforge.gguf.vocab import KINDS, Vocabulary, vocabulary
 from mergeforge.gguf.vocab.sentencepiece import piece_model
 from mergeforge.gguf.vocab.token_decoder import bytes_of_letters, decoded
@@ -78,7 +78,7 @@ def test_gemma_without_its_model_is_rebuilt(tmp_path: Path) -> None:
     """llama.cpp's converter refuses it. Gemma puts no space before a text."""
     spaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     found = made(tmp_path, {"tokenizer.json": of_sentencepiece(normalizer=spaced)}, "gemma", 420)
-    assert found.keys["tokenizer.ggml.add_space_prefix"] == flag(False)
+    assert found.keys["tokenizer.ggml.add_space_prefix"] == boolean(False)
     assert any("no tokenizer.model" in note for note in found.notes)
 
 
@@ -154,7 +154,7 @@ def test_unknown_splitting(tmp_path: Path) -> None:
     assert r"\p{N}{1,7}" in str(caught.value)
     assert "qwen2" in caught.value.hint and "--pre NAME" in caught.value.hint
     found = made(tmp_path, {"tokenizer.json": tokenizer, **END}, pre="qwen2")
-    assert found.keys["tokenizer.ggml.pre"] == text("qwen2")
+    assert found.keys["tokenizer.ggml.pre"] == string("qwen2")
 
 
 @pytest.mark.parametrize("step", [None, {"type": "Metaspace"}, {"type": "Whitespace"}])
@@ -185,7 +185,7 @@ def test_what_the_engine_does_not_do_is_noted(tmp_path: Path) -> None:
 
 def test_a_name_for_sentencepiece_has_no_effect(tmp_path: Path) -> None:
     found = made(tmp_path, {"tokenizer.model": sentencepiece_model()}, "llama", 420, pre="qwen2")
-    assert found.keys["tokenizer.ggml.pre"] == text("default")
+    assert found.keys["tokenizer.ggml.pre"] == string("default")
     assert any("--pre qwen2 has no effect" in note for note in found.notes)
 
 
@@ -223,8 +223,8 @@ def test_one_splitting_many_names(
     )
     files = {"tokenizer.json": tokenizer, "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "<s>"}}
     keys = made(tmp_path, files, settings={"model_type": family}).keys
-    assert keys["tokenizer.ggml.pre"] == text(name)
-    assert keys.get("tokenizer.ggml.add_bos_token") == flag(adds)
+    assert keys["tokenizer.ggml.pre"] == string(name)
+    assert keys.get("tokenizer.ggml.add_bos_token") == boolean(adds)
 
 
 def test_an_eos_among_several(tmp_path: Path) -> None:
@@ -242,14 +242,14 @@ def test_a_negative_id_is_left_out(tmp_path: Path) -> None:
 
 def test_a_template_without_a_tokenizer_config(tmp_path: Path) -> None:
     found = made(tmp_path, {"tokenizer.json": byte_level(), "chat_template.jinja": "{{ x }}"})
-    assert found.keys["tokenizer.chat_template"] == text("{{ x }}")
+    assert found.keys["tokenizer.chat_template"] == string("{{ x }}")
 
 
 def test_code_llama_and_granite_by_their_size(tmp_path: Path) -> None:
     found = made(tmp_path / "a", {"tokenizer.model": sentencepiece_model()}, "llama", 32016)
     assert found.keys["tokenizer.ggml.eot_token_id"] == u32(32010)
     found = made(tmp_path / "b", {"tokenizer.json": byte_level(), **END}, "llama", 49152)
-    assert found.keys["tokenizer.ggml.add_bos_token"] == flag(False)
+    assert found.keys["tokenizer.ggml.add_bos_token"] == boolean(False)
 
 
 def test_letters_of_bytes() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.llama_engine import tokenised, write_vocabulary
+from support.llama_engine import tokenize, write_vocabulary
 from support.pre_tokenizer_splits import STEPS, steps_of
 from support.tokenizer_folders import (
     TEXTS,
@@ -38,7 +38,7 @@ NOT_THE_SAME = {"tekken": (2,), "gpt-4o": (2,), "llama4": (2,), "deepseek-llm": 
 def engine_ids(folder: Path, settings: dict[str, Any], kind: str, rows: int) -> list[list[int]]:
     found = vocabulary(tokenizer_files(folder), settings, kind, rows=rows)
     write_vocabulary(folder / "vocabulary.gguf", found.keys)
-    return tokenised(folder / "vocabulary.gguf", TEXTS)
+    return tokenize(folder / "vocabulary.gguf", TEXTS)
 
 
 def library_ids(tokenizer: dict[str, Any]) -> list[list[int]]:
@@ -86,7 +86,7 @@ def test_added_tokens(tmp_path: Path) -> None:
     write_vocabulary(folder / "vocabulary.gguf", found.keys)
     texts = ["<|im_start|>user<fim>x", "a    b        c", "no added token"]
     library = Tokenizer.from_str(json.dumps(tokenizer))
-    assert tokenised(folder / "vocabulary.gguf", texts) == [library.encode(text).ids for text in texts]
+    assert tokenize(folder / "vocabulary.gguf", texts) == [library.encode(text).ids for text in texts]
 
 
 def test_word_pieces(tmp_path: Path) -> None:
@@ -102,4 +102,4 @@ def test_word_pieces(tmp_path: Path) -> None:
     write_vocabulary(folder / "vocabulary.gguf", found.keys)
     texts = ["The quick brown fox", "over 12, the Fox's!", "unknown € sign"]
     library = Tokenizer.from_str(json.dumps(tokenizer))
-    assert tokenised(folder / "vocabulary.gguf", texts) == [library.encode(text).ids for text in texts]
+    assert tokenize(folder / "vocabulary.gguf", texts) == [library.encode(text).ids for text in texts]

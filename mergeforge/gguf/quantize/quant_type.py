@@ -1,0 +1,54 @@
+"""GGUF's tensor types by name. Each type registers itself at the end of its module.
+
+    register(QuantType("Q8_0", 8, 32, 34, quantize_torch, quantize_numba))
+
+A new file in this package is enough for a new type: the first lookup in QUANT_TYPES imports every module here. A file
+that also calls `mergeforge.gguf.file_types.register_file_type` adds a file type for `--type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mergeforge.core.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergeforge.gguf.quantize.ggml_rounding import Bytes, Floats
+
+    QuantizeTorch = Callable[[Tensor, Tensor | None], Tensor]
+    QuantizeNumba = Callable[[Floats, Floats, Bytes], None]
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """A ggml type: its number in the file, the columns and the bytes of one block, and what encodes it.
+
+    `quantize_torch` takes rows (float32, n x columns) and the importance vector or None, and returns the blocks' bytes.
+    `quantize_numba` takes flat rows, the importance vector (empty: none) and the blocks x nbytes to write. Without it,
+    the type is encoded by torch on CPUs too.
+    """
+
+    name: str
+    number: int
+    block: int
+    nbytes: int
+    quantize_torch: QuantizeTorch = field(repr=False, compare=False)
+    quantize_numba: QuantizeNumba | None = field(default=None, repr=False, compare=False)
+
+    def row_nbytes(self, columns: int) -> int:
+        """Bytes of a row; `columns` must be a multiple of the block."""
+        return columns // self.block * self.nbytes
+
+
+QUANT_TYPES: Registry[QuantType] = Registry(
+    "GGUF tensor type", "mergeforge.gguf.quantize", order=lambda quant_type: quant_type.number
+)
+
+
+def register(quant_type: QuantType) -> QuantType:
+    """Make a type available by its name."""
+    return QUANT_TYPES.add(quant_type.name, quant_type)
