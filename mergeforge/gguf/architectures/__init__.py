@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mergeforge.core.tensor_info import TensorInfo
-    from mergeforge.gguf.architectures.model import Model
+    from mergeforge.gguf.architectures.model import HFModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,9 @@ class TensorTarget:
 
     tensor: str
     shape: tuple[int, ...]
-    first: int = 0
+    first_row: int = 0
     rows: np.ndarray | None = None
-    turn: int = 0
+    transpose: int = 0
     columns: slice | None = None
     add: float = 0.0
     f32: bool = False
@@ -72,14 +72,14 @@ class GGUFModelSpec:
     notes: tuple[str, ...] = ()
 
 
-Family = Callable[["Model"], GGUFModelSpec]
-ARCHITECTURES: Registry[Family] = Registry("architecture", __name__)
+BuildSpec = Callable[["HFModel"], GGUFModelSpec]
+ARCHITECTURES: Registry[BuildSpec] = Registry("architecture", __name__)
 
 
-def architecture(*names: str) -> Callable[[Family], Family]:
+def architecture(*names: str) -> Callable[[BuildSpec], BuildSpec]:
     """Register a function as the spelling of the Hugging Face model classes `names`."""
 
-    def register(family: Family) -> Family:
+    def register(family: BuildSpec) -> BuildSpec:
         for name in names:
             ARCHITECTURES.add(name, family)
         return family
@@ -93,7 +93,7 @@ def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     Raises SourceError for a model class that is not known, a key or tensor that is missing, a tensor
     that has no place, and weights that are quantised already.
     """
-    from mergeforge.gguf.architectures.model import Model
+    from mergeforge.gguf.architectures.model import HFModel
 
     with malformed_as_source_error("config.json"):
         name = class_name(config)
@@ -105,7 +105,7 @@ def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
             hint=f"{hint}`mergeforge list architectures` prints what is known; any model can be written as safetensors",
         )
     try:
-        return ARCHITECTURES[name](Model.of(name, config, tensors))
+        return ARCHITECTURES[name](HFModel.of(name, config, tensors))
     except MALFORMED_ERRORS as error:  # a value of another kind than its key's
         text = f"config.json does not describe a {name}: {type(error).__name__}: {error}"
         raise SourceError(text, hint="compare it with the config.json of the model's makers") from error

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from mergeforge.gguf.architectures.row_order import paired
-from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored
+from mergeforge.gguf.architectures.row_order import interleave_rope_halves
+from mergeforge.gguf.architectures.tensor_mapping import HFTensor, RuleResult
 
 QUERY = ("q_proj.weight", "q_proj.bias")
 KEY = ("k_proj.weight", "k_proj.bias")
 
 
-def paired_heads(stored: Stored) -> Answer:
+def permute_rope_heads(stored: HFTensor) -> RuleResult:
     """Queries and keys of families whose rope llama.cpp computes on neighbouring rows."""
     heads = _heads(stored)
     if not heads:
         return None
-    stored.split_rows(2 * heads)
-    return (stored.at(rows=paired(stored.info.rows, heads)),)
+    stored.rows_per_part(2 * heads)
+    return (stored.tensor(rows=interleave_rope_halves(stored.info.rows, heads)),)
 
 
-def _heads(stored: Stored) -> int:
+def _heads(stored: HFTensor) -> int:
     if stored.name.endswith(QUERY):
         return stored.model.heads
     return stored.model.kv_heads if stored.name.endswith(KEY) else 0

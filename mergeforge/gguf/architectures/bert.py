@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.engine_limits import POOLING
-from mergeforge.gguf.architectures.hparams import text_keys
-from mergeforge.gguf.architectures.model import Model
-from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored, spelled
+from mergeforge.gguf.architectures.hparams import hparams
+from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.tensor_mapping import HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import array, boolean
 
 _NEEDS = ("attn_q", "attn_k", "attn_v", "attn_output", "attn_output_norm", "ffn_up", "ffn_down", "layer_output_norm")
@@ -21,42 +21,42 @@ _HEADS = ("cls.predictions", "cls.seq_relationship", "lm_head.", "pooler.dense")
 
 
 @architecture("BertModel", "BertForMaskedLM", "BertForSequenceClassification")
-def bert(model: Model) -> GGUFModelSpec:
+def bert(model: HFModel) -> GGUFModelSpec:
     return _encoder(model, "bert", 0)
 
 
 @architecture("RobertaModel", "RobertaForSequenceClassification")
-def roberta(model: Model) -> GGUFModelSpec:
-    return _encoder(model, "roberta", 1 + int(model.need("pad_token_id")))
+def roberta(model: HFModel) -> GGUFModelSpec:
+    return _encoder(model, "roberta", 1 + int(model.require("pad_token_id")))
 
 
 @architecture("XLMRobertaModel", "XLMRobertaForSequenceClassification")
-def xlm_roberta(model: Model) -> GGUFModelSpec:
-    return _encoder(model, "unigram", 1 + int(model.need("pad_token_id")))
+def xlm_roberta(model: HFModel) -> GGUFModelSpec:
+    return _encoder(model, "unigram", 1 + int(model.require("pad_token_id")))
 
 
-def _encoder(model: Model, vocab: str, unused: int) -> GGUFModelSpec:
+def _encoder(model: HFModel, vocab: str, unused: int) -> GGUFModelSpec:
     """`unused` rows of positions lead the table of a RoBERTa and go."""
-    context = int(model.need("max_position_embeddings")) - unused
+    context = int(model.require("max_position_embeddings")) - unused
     labels = _labels(model)
-    keys = text_keys(replace(model, config={**model.config, "max_position_embeddings": context}))
+    keys = hparams(replace(model, config={**model.config, "max_position_embeddings": context}))
     keys |= {"attention.causal": boolean(False)} | (
         {"classifier.output_labels": array("string", labels)} if labels else {}
     )
 
-    def place(stored: Stored) -> Answer:
+    def place(stored: HFTensor) -> RuleResult:
         plain = replace(stored, name=_plain(stored.name, bool(labels)))
         if plain.name.startswith(_HEADS):
             return "a head that llama.cpp's encoders do not have"
         if unused and plain.name == "embeddings.position_embeddings.weight":
             return _positions(plain, unused)
-        return (plain.at(),)
+        return (plain.tensor(),)
 
     notes = () if labels else (POOLING,)
-    return spelled(model, "bert", keys, place, vocab=vocab, needs=_NEEDS, needs_once=_ONCE, notes=notes)
+    return make_spec(model, "bert", keys, place, vocab=vocab, required_per_block=_NEEDS, required=_ONCE, notes=notes)
 
 
-def _labels(model: Model) -> list[str]:
+def _labels(model: HFModel) -> list[str]:
     """Names of a classifier's outputs; two that are only numbered are transformers' default."""
     named = {int(number): str(label) for number, label in (model.find("id2label") or {}).items()}
     if len(named) == 2 and named.get(0) == "LABEL_0":
@@ -76,8 +76,8 @@ def _plain(name: str, classifies: bool) -> str:
     return name
 
 
-def _positions(stored: Stored, unused: int) -> Answer:
+def _positions(stored: HFTensor, unused: int) -> RuleResult:
     import numpy as np
 
     rows, columns = stored.info.shape
-    return (stored.at(shape=(rows - unused, columns), rows=np.arange(unused, rows, dtype=np.int64)),)
+    return (stored.tensor(shape=(rows - unused, columns), rows=np.arange(unused, rows, dtype=np.int64)),)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.engine_limits import head_notes, window_notes
-from mergeforge.gguf.architectures.hparams import NO_SCALING, text_keys
-from mergeforge.gguf.architectures.model import Model
-from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, Answer, Stored, spelled, unread_head
+from mergeforge.gguf.architectures.engine_limits import output_head_warnings, sliding_window_warnings
+from mergeforge.gguf.architectures.hparams import NO_SCALING, hparams
+from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, HFTensor, RuleResult, make_spec, unused_head
 from mergeforge.gguf.key_values import f32, u32
 
 _LAYERS_WITH_NORMS = 64
@@ -16,33 +16,33 @@ _NEEDS = (*ATTENTION, "ffn_gate", "ffn_up", "ffn_down")
 
 
 @architecture("CohereForCausalLM")
-def command_r(model: Model) -> GGUFModelSpec:
+def command_r(model: HFModel) -> GGUFModelSpec:
     """model_max_length is the context it was trained for, where the config has it."""
-    context = model.need("model_max_length", "max_position_embeddings")
+    context = model.require("model_max_length", "max_position_embeddings")
     model = replace(model, config={**model.config, "max_position_embeddings": context})
-    keys = text_keys(model) | {"logit_scale": f32(model.need("logit_scale"))} | NO_SCALING
+    keys = hparams(model) | {"logit_scale": f32(model.require("logit_scale"))} | NO_SCALING
     small = model.layers < _LAYERS_WITH_NORMS and model.find("use_qk_norm")
-    notes = [*head_notes(model)]
+    notes = [*output_head_warnings(model)]
     if small:
         notes.append(f"llama.cpp loads norms of queries and keys only with {_LAYERS_WITH_NORMS} layers or more")
-    return spelled(model, "command-r", keys, unread_head, vocab="gpt2", needs=_NEEDS, notes=notes)
+    return make_spec(model, "command-r", keys, unused_head, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
 
 
 @architecture("Cohere2ForCausalLM")
-def cohere2(model: Model) -> GGUFModelSpec:
+def cohere2(model: HFModel) -> GGUFModelSpec:
     part = model.find("rotary_pct") or model.rope.get("partial_rotary_factor", 1.0)
-    keys = text_keys(model) | {
-        "logit_scale": f32(model.need("logit_scale")),
-        "attention.sliding_window": u32(model.need("sliding_window")),
-        "vocab_size": u32(model.need("vocab_size")),
+    keys = hparams(model) | {
+        "logit_scale": f32(model.require("logit_scale")),
+        "attention.sliding_window": u32(model.require("sliding_window")),
+        "vocab_size": u32(model.require("vocab_size")),
         "rope.dimension_count": u32(int(part * (model.hidden // model.heads))),
         **NO_SCALING,
     }
-    notes = [*window_notes(model, True, period=4), *head_notes(model)]
+    notes = [*sliding_window_warnings(model, True, period=4), *output_head_warnings(model)]
     if any(name.endswith(".bias") for name in model.tensors):
         notes.append("llama.cpp's cohere2 has no biases: leaving them out is right only where they are all zero")
-    return spelled(model, "cohere2", keys, unread_head, biases, vocab="gpt2", needs=_NEEDS, notes=notes)
+    return make_spec(model, "cohere2", keys, unused_head, biases, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
 
 
-def biases(stored: Stored) -> Answer:
+def biases(stored: HFTensor) -> RuleResult:
     return "llama.cpp's cohere2 has no biases" if stored.is_bias else None

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.model import HFModel
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def llama3_factors(model: Model, factor: float = 8.0) -> Mapping[str, np.ndarray]:
+def rope_freq_factors_llama3(model: HFModel, factor: float = 8.0) -> Mapping[str, np.ndarray]:
     """rope_freqs.weight of llama3 rope: divisors of the frequencies (transformers: _compute_llama3_parameters).
 
     In torch's float32, like the converter, so that every bit is the same.
@@ -37,7 +37,7 @@ def llama3_factors(model: Model, factor: float = 8.0) -> Mapping[str, np.ndarray
     return {"rope_freqs.weight": divisors}
 
 
-def long_factors(model: Model, rotated: int) -> Mapping[str, np.ndarray]:
+def rope_factors_longrope(model: HFModel, rotated: int) -> Mapping[str, np.ndarray]:
     """rope_factors_long and _short of longrope, for `rotated` dimensions of a head."""
     import numpy as np
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.experts import stacked
-from mergeforge.gguf.architectures.hparams import optional, text_keys
-from mergeforge.gguf.architectures.model import Model
-from mergeforge.gguf.architectures.row_order import grouped
-from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored, spelled
+from mergeforge.gguf.architectures.experts import stacked_experts
+from mergeforge.gguf.architectures.hparams import hparams, optional
+from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.row_order import deinterleave_qkv
+from mergeforge.gguf.architectures.tensor_mapping import HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import Value, boolean, f32, u32
 
 _NEEDS = (
@@ -30,73 +30,73 @@ _NEEDS = (
 
 
 @architecture("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
-def deepseek2(model: Model) -> GGUFModelSpec:
+def deepseek2(model: HFModel) -> GGUFModelSpec:
     notes = []
     if model.name == "DeepseekV3ForCausalLM" and model.find("scoring_func") is None:
         notes.append(
             "config.json has no scoring_func: llama.cpp takes softmax for the experts, DeepSeek V3 wants sigmoid"
         )
-    rules = (tied_head, prediction_layers, stacked, decompression)
-    return spelled(model, "deepseek2", _keys(model), *rules, vocab="gpt2", needs=_NEEDS, notes=notes)
+    rules = (tied_head, prediction_layers, stacked_experts, decompression)
+    return make_spec(model, "deepseek2", _keys(model), *rules, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
 
 
-def _keys(model: Model) -> dict[str, Value]:
+def _keys(model: HFModel) -> dict[str, Value]:
     # llama.cpp computes latent attention as if all heads shared one key and value
     shared = {**model.config, "num_key_value_heads": 1, "rms_norm_eps": model.config.get("rms_norm_eps", 1e-6)}
-    rotated, latent = model.need("qk_rope_head_dim"), model.config.get("kv_lora_rank", 512)
-    keys = text_keys(replace(model, config=shared)) | {
+    rotated, latent = model.require("qk_rope_head_dim"), model.config.get("kv_lora_rank", 512)
+    keys = hparams(replace(model, config=shared)) | {
         "leading_dense_block_count": u32(_dense_layers(model)),
-        "vocab_size": u32(model.need("vocab_size")),
+        "vocab_size": u32(model.require("vocab_size")),
     }
     keys |= optional(u32, attention__q_lora_rank=model.find("q_lora_rank"))
     keys |= {
         "attention.kv_lora_rank": u32(latent),
         "attention.key_length": u32(latent + rotated),
         "attention.value_length": u32(latent),
-        "attention.key_length_mla": u32(model.need("qk_nope_head_dim") + rotated),
-        "attention.value_length_mla": u32(model.need("v_head_dim")),
+        "attention.key_length_mla": u32(model.require("qk_nope_head_dim") + rotated),
+        "attention.value_length_mla": u32(model.require("v_head_dim")),
     }
     return keys | _expert_keys(model) | {"rope.dimension_count": u32(rotated)} | _log_multiplier(model)
 
 
-def _dense_layers(model: Model) -> int:
+def _dense_layers(model: HFModel) -> int:
     if (dense := model.find("first_k_dense_replace")) is not None:
         return int(dense)
     return 0 if model.find("n_routed_experts") is not None else model.layers
 
 
-def _expert_keys(model: Model) -> dict[str, Value]:
-    keys = {"expert_feed_forward_length": u32(model.need("moe_intermediate_size", "intermediate_size"))}
+def _expert_keys(model: HFModel) -> dict[str, Value]:
+    keys = {"expert_feed_forward_length": u32(model.require("moe_intermediate_size", "intermediate_size"))}
     keys |= optional(u32, expert_count=model.find("n_routed_experts"))
     keys["expert_shared_count"] = u32(model.find("n_shared_experts") or 0)
     keys |= optional(f32, expert_weights_scale=model.find("routed_scaling_factor"))
     return keys | ({"expert_weights_norm": boolean(True)} if model.find("norm_topk_prob") else {})
 
 
-def _log_multiplier(model: Model) -> dict[str, Value]:
+def _log_multiplier(model: HFModel) -> dict[str, Value]:
     """A tenth of mscale_all_dim: deepseek2 alone counts so, for old files' sake."""
     scale = model.rope.get("mscale_all_dim")
     return {} if scale is None else {"rope.scaling.yarn_log_multiplier": f32(0.1 * scale)}
 
 
-def tied_head(stored: Stored) -> Answer:
+def tied_head(stored: HFTensor) -> RuleResult:
     tied = stored.model.find("tie_word_embeddings") and stored.name.endswith("lm_head.weight")
     return "tied to the embedding" if tied else None
 
 
-def prediction_layers(stored: Stored) -> Answer:
+def prediction_layers(stored: HFTensor) -> RuleResult:
     found = re.match(r"model\.layers\.(\d+)\.", stored.name)
     if found and int(found[1]) >= stored.model.layers:
         return "a layer that predicts more than one token ahead: llama.cpp has none in deepseek2"
     return None
 
 
-def decompression(stored: Stored) -> Answer:
+def decompression(stored: HFTensor) -> RuleResult:
     """kv_b_proj: of each head the key part is turned, the value part is as stored."""
     if not stored.name.endswith("kv_b_proj.weight"):
         return None
     model = stored.model
-    heads, key, value = model.kv_heads, int(model.need("qk_nope_head_dim")), int(model.need("v_head_dim"))
+    heads, key, value = model.kv_heads, int(model.require("qk_nope_head_dim")), int(model.require("v_head_dim"))
     wanted = heads * (key + value)
     if stored.info.rows != wanted:
         raise SourceError(
@@ -104,8 +104,8 @@ def decompression(stored: Stored) -> Answer:
             hint="config.json and weights do not belong together",
         )
     rank = stored.info.columns
-    keys, values = grouped(stored.info.rows, heads, (key, value))
+    keys, values = deinterleave_qkv(stored.info.rows, heads, (key, value))
     return (
-        stored.in_block("attn_k_b", (heads, rank, key), rows=keys, turn=key),
-        stored.in_block("attn_v_b", (heads, value, rank), rows=values),
+        stored.block_tensor("attn_k_b", (heads, rank, key), rows=keys, transpose=key),
+        stored.block_tensor("attn_v_b", (heads, value, rank), rows=values),
     )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.model import HFModel
 
 POOLING = (
     "the file does not say how tokens are pooled: run an embedder with --pooling mean, cls or last, as its card says"
@@ -19,7 +19,7 @@ _ROPE_TYPES = ("default", "linear", "yarn", "llama3", "su", "longrope", "mrope",
 _FACTORS = ("phi3", "phimoe", "minicpm")  # families whose longrope factors are in the file
 
 
-def rope_notes(model: Model, arch: str) -> Iterator[str]:
+def rope_warnings(model: HFModel, arch: str) -> Iterator[str]:
     """Ways of stretching rope that llama.cpp does not follow."""
     rope = model.full_rope
     kind = str(rope.get("rope_type", "default"))
@@ -45,7 +45,7 @@ def _odd_attention_factor(rope: Mapping[str, Any]) -> str:
     return ""
 
 
-def window_notes(model: Model, writes_window: bool, period: int = 0) -> Iterator[str]:
+def sliding_window_warnings(model: HFModel, writes_window: bool, period: int = 0) -> Iterator[str]:
     """Sliding windows that the file has no key for, or in other layers than every one but the `period`th."""
     window = model.find("sliding_window")
     if window and not writes_window and model.find("use_sliding_window") is not False:
@@ -58,7 +58,7 @@ def window_notes(model: Model, writes_window: bool, period: int = 0) -> Iterator
         yield f"llama.cpp has full attention in every layer {period}, layer_types in config.json says otherwise"
 
 
-def score_notes(model: Model, arch: str) -> Iterator[str]:
+def attention_scale_warnings(model: HFModel, arch: str) -> Iterator[str]:
     """Gemma's query_pre_attn_scalar: the engine takes the head's size, in a 27B (by its layers) hidden / heads."""
     large = {"gemma2": 46, "gemma3": 62}[arch]
     taken = model.hidden // model.heads if model.layers == large else model.head_dim
@@ -67,6 +67,6 @@ def score_notes(model: Model, arch: str) -> Iterator[str]:
         yield f"llama.cpp scales attention as for query_pre_attn_scalar {taken}, this model has {scalar}"
 
 
-def head_notes(model: Model) -> Iterator[str]:
+def output_head_warnings(model: HFModel) -> Iterator[str]:
     if "lm_head.weight" in model.tensors:
         yield "lm_head.weight is left out: llama.cpp takes the embedding as this family's output"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.hparams import FILE_TYPE
-from mergeforge.gguf.architectures.model import Model
-from mergeforge.gguf.architectures.row_order import grouped
-from mergeforge.gguf.architectures.tensor_mapping import Answer, Stored, spelled
+from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.row_order import deinterleave_qkv
+from mergeforge.gguf.architectures.tensor_mapping import HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import f32, string, u32
 
 _CONTEXT = 2048  # the converter's, whatever the config says
@@ -15,7 +15,7 @@ _NEEDS = ("attn_norm", "attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 
 @architecture("FalconForCausalLM", "RWForCausalLM")
-def falcon(model: Model) -> GGUFModelSpec:
+def falcon(model: HFModel) -> GGUFModelSpec:
     if model.find("alibi"):
         raise SourceError("config.json: llama.cpp's falcon has no ALiBi ('alibi': true)", hint="write safetensors")
     keys = {
@@ -26,13 +26,13 @@ def falcon(model: Model) -> GGUFModelSpec:
         "block_count": u32(model.layers),
         "attention.head_count": u32(model.heads),
         "attention.head_count_kv": u32(_kv_heads(model)),
-        "attention.layer_norm_epsilon": f32(model.need("layer_norm_epsilon")),
+        "attention.layer_norm_epsilon": f32(model.require("layer_norm_epsilon")),
         **FILE_TYPE,
     }
-    return spelled(model, "falcon", keys, query_key_value, vocab="gpt2", needs=_NEEDS)
+    return make_spec(model, "falcon", keys, query_key_value, vocab="gpt2", required_per_block=_NEEDS)
 
 
-def _kv_heads(model: Model) -> int:
+def _kv_heads(model: HFModel) -> int:
     """One for multi-query models (7B), whose num_kv_heads transformers fills with the number of heads.
 
     The converter takes that and fails on them.
@@ -42,12 +42,12 @@ def _kv_heads(model: Model) -> int:
     return int(model.find("num_kv_heads", "n_head_kv") or 1)
 
 
-def query_key_value(stored: Stored) -> Answer:
+def query_key_value(stored: HFTensor) -> RuleResult:
     if "query_key_value" not in stored.name:
         return None
     import numpy as np
 
     heads, groups = stored.model.heads, _kv_heads(stored.model)
-    size = stored.split_rows(heads + 2 * groups)
-    parts = grouped(stored.info.rows, groups, (heads // groups * size, size, size))
-    return (stored.at(rows=np.concatenate(parts)),)
+    size = stored.rows_per_part(heads + 2 * groups)
+    parts = deinterleave_qkv(stored.info.rows, groups, (heads // groups * size, size, size))
+    return (stored.tensor(rows=np.concatenate(parts)),)

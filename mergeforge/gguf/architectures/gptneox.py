@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.model import Model
-from mergeforge.gguf.architectures.row_order import grouped
-from mergeforge.gguf.architectures.tensor_mapping import DECODER, Answer, Stored, spelled
+from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.row_order import deinterleave_qkv
+from mergeforge.gguf.architectures.tensor_mapping import DECODER, HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import boolean, f32, u32
 
 
 @architecture("GPTNeoXForCausalLM")
-def gptneox(model: Model) -> GGUFModelSpec:
+def gptneox(model: HFModel) -> GGUFModelSpec:
     """The part of a head that is rotated: rotary_pct, in transformers 5 rope's partial_rotary_factor.
 
     The converter looks only for the first and fails. It writes no general.file_type.
     """
     part = model.find("rotary_pct") or model.rope.get("partial_rotary_factor", 0.25)
     keys = {
-        "context_length": u32(model.need("max_position_embeddings")),
+        "context_length": u32(model.require("max_position_embeddings")),
         "embedding_length": u32(model.hidden),
         "block_count": u32(model.layers),
-        "feed_forward_length": u32(model.need("intermediate_size")),
+        "feed_forward_length": u32(model.require("intermediate_size")),
         "rope.dimension_count": u32(int(part * model.head_dim)),
         "attention.head_count": u32(model.heads),
         "use_parallel_residual": boolean(model.config.get("use_parallel_residual", True)),
-        "attention.layer_norm_epsilon": f32(model.need("layer_norm_eps")),
+        "attention.layer_norm_epsilon": f32(model.require("layer_norm_eps")),
     }
-    return spelled(model, "gptneox", keys, query_key_value, vocab="gpt2", needs=DECODER)
+    return make_spec(model, "gptneox", keys, query_key_value, vocab="gpt2", required_per_block=DECODER)
 
 
-def query_key_value(stored: Stored) -> Answer:
+def query_key_value(stored: HFTensor) -> RuleResult:
     """Rows [heads, (q, k, v), head] become all q, all k, all v."""
     if ".query_key_value." not in stored.name:
         return None
     import numpy as np
 
-    size = stored.split_rows(3 * stored.model.heads)
-    return (stored.at(rows=np.concatenate(grouped(stored.info.rows, stored.model.heads, (size,) * 3))),)
+    size = stored.rows_per_part(3 * stored.model.heads)
+    return (stored.tensor(rows=np.concatenate(deinterleave_qkv(stored.info.rows, stored.model.heads, (size,) * 3))),)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.attention import paired_heads
-from mergeforge.gguf.architectures.constants import llama3_factors
-from mergeforge.gguf.architectures.experts import halves, stacked
+from mergeforge.gguf.architectures.attention import permute_rope_heads
+from mergeforge.gguf.architectures.constants import rope_freq_factors_llama3
+from mergeforge.gguf.architectures.experts import gate_up_halves, stacked_experts
 from mergeforge.gguf.architectures.hparams import optional
 from mergeforge.gguf.architectures.llama import llama_keys
-from mergeforge.gguf.architectures.model import Model
-from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, Answer, Stored, spelled
+from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import Value, f32, u32
 
 _FEED_FORWARD = ("ffn_norm", "ffn_gate|ffn_gate_exps", "ffn_up|ffn_up_exps", "ffn_down|ffn_down_exps")
@@ -17,19 +17,19 @@ _NEEDS = (*ATTENTION, *_FEED_FORWARD)
 
 
 @architecture("GraniteForCausalLM")
-def granite(model: Model) -> GGUFModelSpec:
+def granite(model: HFModel) -> GGUFModelSpec:
     return _granite(model, "granite", {})
 
 
 @architecture("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM")
-def granitemoe(model: Model) -> GGUFModelSpec:
+def granitemoe(model: HFModel) -> GGUFModelSpec:
     shared = model.find("shared_intermediate_size") or None
     return _granite(model, "granitemoe", optional(u32, expert_shared_feed_forward_length=shared))
 
 
-def _granite(model: Model, arch: str, more: dict[str, Value]) -> GGUFModelSpec:
+def _granite(model: HFModel, arch: str, more: dict[str, Value]) -> GGUFModelSpec:
     # llama.cpp's granite knows no head_dim of its own
-    model = Model(model.name, model.stated, {**model.config, "head_dim": None}, model.tensors)
+    model = HFModel(model.name, model.original_config, {**model.config, "head_dim": None}, model.tensors)
     scales = optional(
         f32,
         attention__scale=model.find("attention_multiplier") or None,
@@ -37,26 +37,26 @@ def _granite(model: Model, arch: str, more: dict[str, Value]) -> GGUFModelSpec:
         residual_scale=model.find("residual_multiplier") or None,
         logit_scale=model.find("logits_scaling") or None,
     )
-    return spelled(
+    return make_spec(
         model,
         arch,
         llama_keys(model) | scales | more,
-        paired_heads,
+        permute_rope_heads,
         fused_feed_forward,
-        stacked,
+        stacked_experts,
         vocab="llama",
-        needs=_NEEDS,
-        constants=llama3_factors(model),
+        required_per_block=_NEEDS,
+        constants=rope_freq_factors_llama3(model),
     )
 
 
-def fused_feed_forward(stored: Stored) -> Answer:
+def fused_feed_forward(stored: HFTensor) -> RuleResult:
     """input_linear holds gate over up; without experts the shared feed-forward is the layer's only one."""
     if stored.name.endswith("block_sparse_moe.input_linear.weight"):
-        return halves(stored, "exps")
+        return gate_up_halves(stored, "exps")
     ending = "shexp" if stored.model.experts else ""
     if stored.name.endswith("shared_mlp.input_linear.weight"):
-        return halves(stored, ending)
+        return gate_up_halves(stored, ending)
     if stored.name.endswith("shared_mlp.output_linear.weight") and not ending:
-        return (stored.in_block("ffn_down"),)
+        return (stored.block_tensor("ffn_down"),)
     return None

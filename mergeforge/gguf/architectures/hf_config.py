@@ -12,7 +12,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from mergeforge.gguf.architectures.hf_defaults import defaults
+from mergeforge.gguf.architectures.hf_defaults import hf_defaults
 
 _TEXT_PARTS = ("text_config", "llm_config", "lm_config", "language_config")  # the last that is there wins
 _TEXT_TYPES = {"mistral3": "mistral", "gemma3": "gemma3_text", "llama4": "llama4_text", "llava": "llama"}
@@ -33,14 +33,14 @@ _LOCAL_THETAS = ("local_rope_theta", "rope_local_theta", "rope_theta_local", "sw
 _PARTIAL = ("partial_rotary_factor", "rope_pct", "rope_percent")
 
 
-def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_hf_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The text model's config with all that transformers would add; `rope_parameters` is always there."""
     whole = copy.deepcopy(dict(config))
     part = next((whole[key] for key in reversed(_TEXT_PARTS) if isinstance(whole.get(key), Mapping)), None)
     text = dict(whole if part is None else part)
     text.setdefault("model_type", _TEXT_TYPES.get(str(whole.get("model_type")), ""))
     kind = str(text["model_type"])
-    filled = {**whole, **(_filled(kind, text) if kind in defaults() else text)}
+    filled = {**whole, **(_filled(kind, text) if kind in hf_defaults() else text)}
     filled["rope_parameters"] = _mirrored(filled)
     return filled
 
@@ -49,7 +49,7 @@ def _filled(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     """The config with its class's defaults and what the class computes."""
     if kind == "gpt2":
         config = {_GPT2_NAMES.get(key, key): value for key, value in config.items()}
-    filled = {**defaults()[kind], **config}
+    filled = {**hf_defaults()[kind], **config}
     for key in _FROM_HEADS:
         if key in filled and filled[key] is None:
             filled[key] = filled.get("num_attention_heads")
@@ -62,7 +62,7 @@ def _filled(kind: str, config: dict[str, Any]) -> dict[str, Any]:
         filled["head_dim"] = filled["qk_rope_head_dim"]
     if filled.get("layer_types") is None and (pattern := _layer_types(kind, filled)):
         filled["layer_types"] = pattern
-    if "rope_theta" in defaults()[kind]:
+    if "rope_theta" in hf_defaults()[kind]:
         filled["rope_parameters"] = _rope(kind, filled, config)
         for key in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
             filled.pop(key, None)
@@ -102,11 +102,11 @@ def _rope(kind: str, filled: Mapping[str, Any], config: Mapping[str, Any]) -> di
         one.setdefault("rope_theta", filled.get(theta, filled["rope_theta"]))
         if (value := filled.get(partial, filled.get("partial_rotary_factor"))) is not None:
             one.setdefault("partial_rotary_factor", value)
-        _standardised(kind, one, filled)
+        _standardized(kind, one, filled)
     return rope
 
 
-def _standardised(kind: str, rope: dict[str, Any], config: Mapping[str, Any]) -> None:
+def _standardized(kind: str, rope: dict[str, Any], config: Mapping[str, Any]) -> None:
     rope.setdefault("rope_type", rope.get("type", "default"))
     if rope["rope_type"] in _EXTENDED and kind == "phi3":
         rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
@@ -133,10 +133,10 @@ def _rope_per_layer(kind: str, filled: Mapping[str, Any], config: Mapping[str, A
     full = {**rope.get("full_attention", {}), **(filled.get("rope_scaling") or {})}
     sliding = dict(rope.get("sliding_attention", {}))
     full.setdefault("rope_theta", filled["rope_theta"])
-    local = config.get("rope_local_base_freq", 10000.0) if kind == "gemma3_text" else defaults()[kind]["rope_theta"]
+    local = config.get("rope_local_base_freq", 10000.0) if kind == "gemma3_text" else hf_defaults()[kind]["rope_theta"]
     sliding.setdefault("rope_theta", local)
     for one in (full, sliding):
-        _standardised(kind, one, filled)
+        _standardized(kind, one, filled)
     return {**rope, "full_attention": full, "sliding_attention": sliding}
 
 

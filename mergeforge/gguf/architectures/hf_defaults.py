@@ -144,7 +144,7 @@ seed_oss vocab_size=155136 hidden_size=4096 num_hidden_layers=64 num_attention_h
 
 
 @cache
-def defaults() -> dict[str, dict[str, Any]]:
+def hf_defaults() -> dict[str, dict[str, Any]]:
     """Model type -> key -> default."""
     table: dict[str, dict[str, Any]] = {}
     row: dict[str, Any] = {}

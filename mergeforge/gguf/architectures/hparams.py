@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.key_values import Value, array, boolean, f32, string, u32
 
 FILE_TYPE = {"general.file_type": u32(0)}
@@ -28,7 +28,7 @@ _GATING = ("score_function", "scoring_func", "score_func", "moe_router_activatio
 _GATING_TYPES = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}
 
 
-def text_keys(model: Model) -> dict[str, Value]:
+def hparams(model: HFModel) -> dict[str, Value]:
     """Sizes, rope, norms, experts, head sizes and the file type of a decoder."""
     return {
         **_sizes(model),
@@ -52,7 +52,7 @@ def optional(kind: Any, **values: Any) -> dict[str, Value]:
     return {name.replace("__", "."): kind(value) for name, value in values.items() if value is not None}
 
 
-def _sizes(model: Model) -> dict[str, Value]:
+def _sizes(model: HFModel) -> dict[str, Value]:
     keys = {"block_count": u32(model.layers)} | optional(
         u32,
         context_length=model.find(*_CONTEXT),
@@ -93,7 +93,7 @@ def _yarn(rope: Mapping[str, Any], factor: float) -> dict[str, Value]:
     )
 
 
-def _rope(model: Model) -> dict[str, Value]:
+def _rope(model: HFModel) -> dict[str, Value]:
     keys = {}
     if (sections := model.rope.get("mrope_section")) is not None:
         keys["rope.dimension_sections"] = array("i32", [*sections, 0, 0, 0, 0][:4])
@@ -105,7 +105,7 @@ def _rope(model: Model) -> dict[str, Value]:
     )
 
 
-def _norms(model: Model) -> dict[str, Value]:
+def _norms(model: HFModel) -> dict[str, Value]:
     return optional(
         f32,
         attention__layer_norm_rms_epsilon=model.find("rms_norm_eps", "norm_eps"),
@@ -113,7 +113,7 @@ def _norms(model: Model) -> dict[str, Value]:
     )
 
 
-def _experts(model: Model) -> dict[str, Value]:
+def _experts(model: HFModel) -> dict[str, Value]:
     keys = optional(
         u32,
         expert_count=model.find("num_local_experts", "num_experts", "n_routed_experts"),

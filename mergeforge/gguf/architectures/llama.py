@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.attention import paired_heads
-from mergeforge.gguf.architectures.constants import llama3_factors
+from mergeforge.gguf.architectures.attention import permute_rope_heads
+from mergeforge.gguf.architectures.constants import rope_freq_factors_llama3
 from mergeforge.gguf.architectures.engine_limits import POOLING
-from mergeforge.gguf.architectures.experts import stacked
-from mergeforge.gguf.architectures.hparams import text_keys
-from mergeforge.gguf.architectures.model import Model
-from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, Answer, Stored, spelled
+from mergeforge.gguf.architectures.experts import stacked_experts
+from mergeforge.gguf.architectures.hparams import hparams
+from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import Value, u32
 
 _SQUARED = tuple(need for need in GATED if not need.startswith("ffn_gate"))
@@ -24,17 +24,17 @@ _SQUARED = tuple(need for need in GATED if not need.startswith("ffn_gate"))
     "MixtralForCausalLM",
     "LlavaForConditionalGeneration",
 )
-def llama(model: Model) -> GGUFModelSpec:
+def llama(model: HFModel) -> GGUFModelSpec:
     return like_llama(model, "llama")
 
 
 @architecture("LlamaModel")
-def llama_without_head(model: Model) -> GGUFModelSpec:
+def llama_without_head(model: HFModel) -> GGUFModelSpec:
     return like_llama(model, "llama", prefix="model.", notes=(POOLING,))
 
 
 @architecture("SmolLM3ForCausalLM")
-def smollm3(model: Model) -> GGUFModelSpec:
+def smollm3(model: HFModel) -> GGUFModelSpec:
     """llama.cpp leaves every fourth layer without rope, whatever the config says."""
     rope = model.find("no_rope_layers")
     usual = [int((at + 1) % 4 != 0) for at in range(model.layers)]
@@ -43,64 +43,70 @@ def smollm3(model: Model) -> GGUFModelSpec:
 
 
 @architecture("ArceeForCausalLM")
-def arcee(model: Model) -> GGUFModelSpec:
-    return like_llama(model, "arcee", needs=_SQUARED)
+def arcee(model: HFModel) -> GGUFModelSpec:
+    return like_llama(model, "arcee", required_per_block=_SQUARED)
 
 
 @architecture("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
-def llama4(model: Model) -> GGUFModelSpec:
+def llama4(model: HFModel) -> GGUFModelSpec:
     """Experts are stored transposed; intermediate_size is theirs, the dense layers' is intermediate_size_mlp."""
     keys = llama_keys(model)
-    keys["feed_forward_length"] = u32(model.need("intermediate_size_mlp"))
-    keys["interleave_moe_layer_step"] = u32(model.need("interleave_moe_layer_step"))
-    keys["expert_feed_forward_length"] = u32(model.need("intermediate_size"))
+    keys["feed_forward_length"] = u32(model.require("intermediate_size_mlp"))
+    keys["interleave_moe_layer_step"] = u32(model.require("interleave_moe_layer_step"))
+    keys["expert_feed_forward_length"] = u32(model.require("intermediate_size"))
     if set(model.find("layer_types") or [""]) == {"full_attention"}:
         keys["attention.sliding_window"] = u32(0)
-    constants = llama3_factors(model)
-    return spelled(
-        model, "llama4", keys, turned_experts, vocab="gpt2", constants=constants, needs=(*ATTENTION, "ffn_norm")
+    constants = rope_freq_factors_llama3(model)
+    return make_spec(
+        model,
+        "llama4",
+        keys,
+        transposed_experts,
+        vocab="gpt2",
+        constants=constants,
+        required_per_block=(*ATTENTION, "ffn_norm"),
     )
 
 
 def like_llama(
-    model: Model,
+    model: HFModel,
     arch: str,
     keys: dict[str, Value] | None = None,
-    needs: Sequence[str] = GATED,
+    required_per_block: Sequence[str] = GATED,
     notes: Iterable[str] = (),
     prefix: str = "",
 ) -> GGUFModelSpec:
     """The spelling of a family that differs from Llama in `arch` and some keys."""
-    return spelled(
+    return make_spec(
         model,
         arch,
         llama_keys(model) if keys is None else keys,
-        paired_heads,
-        stacked,
+        permute_rope_heads,
+        stacked_experts,
         vocab="llama",
-        needs=needs,
-        constants=llama3_factors(model),
+        required_per_block=required_per_block,
+        constants=rope_freq_factors_llama3(model),
         notes=notes,
         prefix=prefix,
     )
 
 
-def llama_keys(model: Model) -> dict[str, Value]:
-    return text_keys(model) | {
-        "vocab_size": u32(model.need("vocab_size")),
+def llama_keys(model: HFModel) -> dict[str, Value]:
+    return hparams(model) | {
+        "vocab_size": u32(model.require("vocab_size")),
         "rope.dimension_count": u32(model.head_dim),
     }
 
 
-def turned_experts(stored: Stored) -> Answer:
+def transposed_experts(stored: HFTensor) -> RuleResult:
     """Llama 4's stacks: gate beside up [experts, hidden, 2 x width], down [experts, width, hidden]."""
     if not stored.name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return None
     count, rows, columns = stored.info.shape
     if stored.name.endswith("down_proj"):
-        return (stored.in_block("ffn_down_exps", (count, columns, rows), turn=rows),)
+        return (stored.block_tensor("ffn_down_exps", (count, columns, rows), transpose=rows),)
     width = columns // 2
     return (
-        stored.in_block("ffn_gate_exps", (count, width, rows), turn=rows, columns=slice(0, width)),
-        stored.in_block("ffn_up_exps", (count, width, rows), turn=rows, columns=slice(width, None)),
+        stored.block_tensor("ffn_gate_exps", (count, width, rows), transpose=rows, columns=slice(0, width)),
+        stored.block_tensor("ffn_up_exps", (count, width, rows), transpose=rows, columns=slice(width, None)),
     )

@@ -8,29 +8,29 @@ from typing import Any
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
-from mergeforge.gguf.architectures.hf_config import completed
+from mergeforge.gguf.architectures.hf_config import with_hf_defaults
 
-MOST_LAYERS = 1024  # names of more take seconds to make
+MAX_LAYERS = 1024  # names of more take seconds to make
 
 
 @dataclass(frozen=True)
-class Model:
+class HFModel:
     """`name`: its Hugging Face class; `stated`: config.json as it is; `config`: as transformers completes it."""
 
     name: str
-    stated: Mapping[str, Any]
+    original_config: Mapping[str, Any]
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
 
     @staticmethod
-    def of(name: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Model:
-        return Model(name, config, completed(config), tensors)
+    def of(name: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> HFModel:
+        return HFModel(name, config, with_hf_defaults(config), tensors)
 
     def find(self, *keys: str) -> Any:
         """The value of the first key that the config has, or None."""
         return next((self.config[key] for key in keys if key in self.config), None)
 
-    def need(self, *keys: str) -> Any:
+    def require(self, *keys: str) -> Any:
         """The value of the first key that the config has.
 
         Raises SourceError where it has none of them, or null.
@@ -45,19 +45,19 @@ class Model:
 
     @property
     def layers(self) -> int:
-        layers = int(self.need("n_layers", "num_hidden_layers", "n_layer", "num_layers"))
-        if not 0 <= layers <= MOST_LAYERS:
+        layers = int(self.require("n_layers", "num_hidden_layers", "n_layer", "num_layers"))
+        if not 0 <= layers <= MAX_LAYERS:
             text = f"config.json says that the model has {layers} layers"
             raise SourceError(text, hint="copy it from the base model")
         return layers
 
     @property
     def hidden(self) -> int:
-        return int(self.need("hidden_size", "n_embd", "dim"))
+        return int(self.require("hidden_size", "n_embd", "dim"))
 
     @property
     def heads(self) -> int:
-        return int(self.need("num_attention_heads", "n_head", "n_heads"))
+        return int(self.require("num_attention_heads", "n_head", "n_heads"))
 
     @property
     def kv_heads(self) -> int:
@@ -74,7 +74,7 @@ class Model:
     @property
     def tied(self) -> bool:
         """Whether the output may be the embedding; of a model with a text part the whole decides."""
-        said = self.stated if "text_config" in self.stated else self.config
+        said = self.original_config if "text_config" in self.original_config else self.config
         return said.get("tie_word_embeddings") is not False
 
     @property

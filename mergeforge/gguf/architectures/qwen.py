@@ -4,48 +4,50 @@ from __future__ import annotations
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.engine_limits import POOLING
-from mergeforge.gguf.architectures.experts import stacked
-from mergeforge.gguf.architectures.hparams import optional, text_keys
-from mergeforge.gguf.architectures.model import Model
-from mergeforge.gguf.architectures.tensor_mapping import GATED, spelled
+from mergeforge.gguf.architectures.experts import stacked_experts
+from mergeforge.gguf.architectures.hparams import hparams, optional
+from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.tensor_mapping import GATED, make_spec
 from mergeforge.gguf.key_values import u32
 
 _NORMED = (*GATED, "attn_q_norm", "attn_k_norm")
 
 
 @architecture("Qwen2ForCausalLM")
-def qwen2(model: Model) -> GGUFModelSpec:
-    return spelled(model, "qwen2", text_keys(model), vocab="spm_or_gpt2")
+def qwen2(model: HFModel) -> GGUFModelSpec:
+    return make_spec(model, "qwen2", hparams(model), vocab="spm_or_gpt2")
 
 
 @architecture("Qwen3ForCausalLM")
-def qwen3(model: Model) -> GGUFModelSpec:
-    return spelled(model, "qwen3", text_keys(model), vocab="spm_or_gpt2", needs=_NORMED)
+def qwen3(model: HFModel) -> GGUFModelSpec:
+    return make_spec(model, "qwen3", hparams(model), vocab="spm_or_gpt2", required_per_block=_NORMED)
 
 
 @architecture("Qwen2Model", "Qwen3Model")
-def qwen_without_head(model: Model) -> GGUFModelSpec:
+def qwen_without_head(model: HFModel) -> GGUFModelSpec:
     """Embedders: tensors are named as inside of the model with a head."""
     arch, needs = ("qwen2", GATED) if model.name == "Qwen2Model" else ("qwen3", _NORMED)
-    keys = text_keys(model)
-    return spelled(model, arch, keys, vocab="spm_or_gpt2", needs=needs, prefix="model.", notes=(POOLING,))
+    keys = hparams(model)
+    return make_spec(
+        model, arch, keys, vocab="spm_or_gpt2", required_per_block=needs, prefix="model.", notes=(POOLING,)
+    )
 
 
 @architecture("Qwen2MoeForCausalLM")
-def qwen2moe(model: Model) -> GGUFModelSpec:
+def qwen2moe(model: HFModel) -> GGUFModelSpec:
     return _with_experts(model, "qwen2moe", ())
 
 
 @architecture("Qwen3MoeForCausalLM")
-def qwen3moe(model: Model) -> GGUFModelSpec:
+def qwen3moe(model: HFModel) -> GGUFModelSpec:
     notes = ["llama.cpp normalises the weights of the chosen experts, this model (norm_topk_prob false) does not"]
     return _with_experts(model, "qwen3moe", () if model.find("norm_topk_prob") else notes)
 
 
-def _with_experts(model: Model, arch: str, notes: tuple[str, ...] | list[str]) -> GGUFModelSpec:
-    keys = text_keys(model) | optional(
+def _with_experts(model: HFModel, arch: str, notes: tuple[str, ...] | list[str]) -> GGUFModelSpec:
+    keys = hparams(model) | optional(
         u32,
         expert_feed_forward_length=model.find("moe_intermediate_size"),
         expert_shared_feed_forward_length=model.find("shared_expert_intermediate_size"),
     )
-    return spelled(model, arch, keys, stacked, vocab="gpt2", notes=notes)
+    return make_spec(model, arch, keys, stacked_experts, vocab="gpt2", notes=notes)

@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 @lru_cache(64)
-def paired(rows: int, heads: int) -> np.ndarray:
+def interleave_rope_halves(rows: int, heads: int) -> np.ndarray:
     """Rows of rotated heads: HF keeps both halves of a head apart, llama.cpp wants their rows in pairs."""
-    return _numbers(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    return _row_numbers(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 @lru_cache(64)
-def grouped(rows: int, groups: int, sizes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+def deinterleave_qkv(rows: int, groups: int, sizes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     """Rows of parts that lie side by side in every group (q, k, v of a head): each part's rows in all groups."""
     import numpy as np
 
-    numbers = _numbers(rows).reshape(groups, sum(sizes))
+    numbers = _row_numbers(rows).reshape(groups, sum(sizes))
     ends = np.cumsum(sizes)
     return tuple(numbers[:, end - size : end].reshape(-1) for end, size in zip(ends, sizes, strict=True))
 
 
-def _numbers(rows: int) -> np.ndarray:
+def _row_numbers(rows: int) -> np.ndarray:
     import numpy as np
 
     return np.arange(rows, dtype=np.int64)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, format_list
 from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget
-from mergeforge.gguf.architectures.engine_limits import rope_notes, window_notes
-from mergeforge.gguf.architectures.model import Model
+from mergeforge.gguf.architectures.engine_limits import rope_warnings, sliding_window_warnings
+from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.key_values import Value
 
 if TYPE_CHECKING:
@@ -26,24 +26,24 @@ ATTENTION = ("attn_norm", "attn_q|attn_qkv", "attn_k|attn_qkv", "attn_v|attn_qkv
 DECODER = (*ATTENTION, "ffn_norm", "ffn_up|ffn_up_exps", "ffn_down|ffn_down_exps")
 GATED = (*DECODER, "ffn_gate|ffn_gate_exps")
 
-_KEPT_F32 = frozenset(
+_F32_PARTS = frozenset(
     ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv")
 )  # by the converter, whatever the file's type; so are norms, 1-D tensors and what is no weight
 _BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
-_OTHER_MODES = ("vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler.", "sound_", "speech_embeddings.")
-_IN_OTHER_MODES = ("visual.", "vision.", "audio.", "vision_", "audio_", "projector.", "pre_mm_projector_norm")
-_MORE_OTHER_MODES = ("image_newline", "view_seperator", "patch_embed", "patch_merger.", "model.connector.")
-_QUANTISED = re.compile(
+_OTHER_MODALITIES = ("vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler.", "sound_", "speech_embeddings.")
+_IN_OTHER_MODALITIES = ("visual.", "vision.", "audio.", "vision_", "audio_", "projector.", "pre_mm_projector_norm")
+_MORE_OTHER_MODALITIES = ("image_newline", "view_seperator", "patch_embed", "patch_merger.", "model.connector.")
+_QUANTIZED = re.compile(
     r"(\.SCB|\.absmax|\.quant_map|\.nested_\w+|\.quant_state\.\w+|\.weight_format|_blocks|_scales|\.qweight|\.qzeros"
     r"|\.scales|\.g_idx|\.weight_scale(_inv|_2)?|\.input_scale|\.weight_packed|\.weight_shape|\.weight_zero_point)$"
 )
 
 
 @dataclass(frozen=True)
-class Stored:
+class HFTensor:
     """A stored tensor that looks for its place; `name` is its own without what wraps a text model."""
 
-    model: Model
+    model: HFModel
     names: Any
     name: str
     info: TensorInfo
@@ -56,7 +56,7 @@ class Stored:
     def is_bias(self) -> bool:
         return self.name.endswith(".bias")
 
-    def gguf(self, name: str = "") -> str:
+    def gguf_name(self, name: str = "") -> str:
         """The GGUF name of a Hugging Face name (its own).
 
         Raises SourceError where llama.cpp has none.
@@ -69,17 +69,17 @@ class Stored:
             )
         return str(found)
 
-    def at(self, tensor: str = "", shape: tuple[int, ...] = (), **options: Any) -> TensorTarget:
+    def tensor(self, tensor: str = "", shape: tuple[int, ...] = (), **options: Any) -> TensorTarget:
         """A place in a GGUF tensor, its own by name and shape unless told otherwise."""
-        tensor, shape = tensor or self.gguf(), shape or self.info.shape
-        return TensorTarget(tensor, shape, f32=kept_f32(tensor, shape), **options)
+        tensor, shape = tensor or self.gguf_name(), shape or self.info.shape
+        return TensorTarget(tensor, shape, f32=stays_f32(tensor, shape), **options)
 
-    def in_block(self, part: str, shape: tuple[int, ...] = (), **options: Any) -> TensorTarget:
+    def block_tensor(self, part: str, shape: tuple[int, ...] = (), **options: Any) -> TensorTarget:
         """A place in `blk.<its layer>.<part>.weight` or, for a bias, `.bias`."""
         kind = "bias" if self.is_bias else "weight"
-        return self.at(f"blk.{self.layer}.{part}.{kind}", shape, **options)
+        return self.tensor(f"blk.{self.layer}.{part}.{kind}", shape, **options)
 
-    def split_rows(self, heads: int) -> int:
+    def rows_per_part(self, heads: int) -> int:
         """Rows of one of `heads` equal parts.
 
         Raises SourceError where the rows cannot be cut so.
@@ -92,18 +92,18 @@ class Stored:
         return self.info.rows // heads
 
 
-Answer = tuple[TensorTarget, ...] | str | None
-Rule = Callable[[Stored], Answer]
+RuleResult = tuple[TensorTarget, ...] | str | None
+Rule = Callable[[HFTensor], RuleResult]
 
 
-def spelled(
-    model: Model,
+def make_spec(
+    model: HFModel,
     arch: str,
     keys: Mapping[str, Value],
     *rules: Rule,
     vocab: str,
-    needs: Sequence[str] = GATED,
-    needs_once: Sequence[str] = ("token_embd", "output_norm"),
+    required_per_block: Sequence[str] = GATED,
+    required: Sequence[str] = ("token_embd", "output_norm"),
     layers: int = 0,
     prefix: str = "",
     constants: Mapping[str, np.ndarray] | None = None,
@@ -119,35 +119,35 @@ def spelled(
     places: dict[str, tuple[TensorTarget, ...]] = {}
     dropped: dict[str, str] = {}
     for name, info in model.tensors.items():
-        answer = _answer(Stored(model, names, prefix + canonical(name), info), rules)
+        answer = _apply_rules(HFTensor(model, names, prefix + canonical_name(name), info), rules)
         if isinstance(answer, str):
             dropped[name] = answer
         else:
             places[name] = answer
-    _check_needs(model, places, needs, needs_once, layers)
+    _check_required(model, places, required_per_block, required, layers)
     _check_filled(model, places)
     full = {key if key.startswith(("general.", "tokenizer.")) else f"{arch}.{key}": keys[key] for key in keys}
-    more = (*rope_notes(model, arch), *window_notes(model, "attention.sliding_window" in keys))
+    more = (*rope_warnings(model, arch), *sliding_window_warnings(model, "attention.sliding_window" in keys))
     return GGUFModelSpec(arch, full, places, vocab, dropped, dict(constants or {}), notes=(*notes, *more))
 
 
-def unread_head(stored: Stored) -> Answer:
+def unused_head(stored: HFTensor) -> RuleResult:
     """A rule of families whose output llama.cpp takes from the embedding (limits.head_notes says so)."""
     return "llama.cpp takes the embedding as this family's output" if stored.name == "lm_head.weight" else None
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """The name as a text-only model would have it."""
     if name.endswith("e_score_correction_bias"):
         name = name.removesuffix("_bias") + ".bias"
     return name.replace("language_model.", "")
 
 
-def kept_f32(tensor: str, shape: tuple[int, ...]) -> bool:
+def stays_f32(tensor: str, shape: tuple[int, ...]) -> bool:
     """Whether the converter keeps a tensor in F32 whatever the file's type."""
     if len(shape) < 2 or not tensor.endswith(".weight") or tensor.endswith("_norm.weight"):
         return True
-    return re.sub(r"^blk\.\d+\.", "", tensor).removesuffix(".weight") in _KEPT_F32
+    return re.sub(r"^blk\.\d+\.", "", tensor).removesuffix(".weight") in _F32_PARTS
 
 
 def _name_map(arch: str, layers: int) -> Any:
@@ -159,13 +159,15 @@ def _name_map(arch: str, layers: int) -> Any:
     return gguf.get_tensor_name_map(known[arch], layers)
 
 
-def _answer(stored: Stored, rules: Sequence[Rule]) -> tuple[TensorTarget, ...] | str:
+def _apply_rules(stored: HFTensor, rules: Sequence[Rule]) -> tuple[TensorTarget, ...] | str:
     name, info = stored.name, stored.info
     if name.endswith(_BUFFERS):
         return "a buffer that engines compute themselves"
-    if name.startswith(_OTHER_MODES) or any(part in name for part in (*_IN_OTHER_MODES, *_MORE_OTHER_MODES)):
+    if name.startswith(_OTHER_MODALITIES) or any(
+        part in name for part in (*_IN_OTHER_MODALITIES, *_MORE_OTHER_MODALITIES)
+    ):
         return "not of the text model: llama.cpp wants it in an mmproj file"
-    if not info.is_float or _QUANTISED.search(name):
+    if not info.is_float or _QUANTIZED.search(name):
         raise SourceError(
             f"{info.name} ({info.dtype}) is quantised already: GGUF is written from 16 or 32 bit weights",
             hint="use the model's original, unquantised checkpoint",
@@ -173,11 +175,11 @@ def _answer(stored: Stored, rules: Sequence[Rule]) -> tuple[TensorTarget, ...] |
     for rule in rules:
         if (answer := rule(stored)) is not None:
             return answer
-    return (stored.at(),)
+    return (stored.tensor(),)
 
 
-def _check_needs(
-    model: Model,
+def _check_required(
+    model: HFModel,
     places: Mapping[str, tuple[TensorTarget, ...]],
     needs: Sequence[str],
     needs_once: Sequence[str],
@@ -200,11 +202,11 @@ def _in_layer(need: str, layer: int) -> str:
     return "|".join(f"blk.{layer}.{part}" for part in need.split("|"))
 
 
-def _check_filled(model: Model, places: Mapping[str, tuple[TensorTarget, ...]]) -> None:
+def _check_filled(model: HFModel, places: Mapping[str, tuple[TensorTarget, ...]]) -> None:
     """Every GGUF tensor has one shape and is filled exactly."""
     shapes: dict[str, tuple[int, ...]] = {}
     filled: dict[str, int] = {}
-    for name, place in _each(places):
+    for name, place in _each_target(places):
         if shapes.setdefault(place.tensor, place.shape) != place.shape:
             raise SourceError(
                 f"{name}: shape {place.shape} of {place.tensor}, others have {shapes[place.tensor]}",
@@ -219,7 +221,7 @@ def _check_filled(model: Model, places: Mapping[str, tuple[TensorTarget, ...]]) 
             )
 
 
-def _each(places: Mapping[str, tuple[TensorTarget, ...]]) -> Iterator[tuple[str, TensorTarget]]:
+def _each_target(places: Mapping[str, tuple[TensorTarget, ...]]) -> Iterator[tuple[str, TensorTarget]]:
     return ((name, place) for name, some in places.items() for place in some)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mergeforge.gguf.architectures.hf_config import completed
-from mergeforge.gguf.architectures.hf_defaults import defaults
+from mergeforge.gguf.architectures.hf_config import with_hf_defaults
+from mergeforge.gguf.architectures.hf_defaults import hf_defaults
 
 TRANSFORMERS = "5.23"  # whose defaults defaults.py holds
 SKIPPED = {"sliding_window", "tie_word_embeddings"}  # what they decide is compared with whole files
@@ -131,9 +131,9 @@ def test_completed_as_transformers_does(name: str) -> None:
         installed = "none"
     if not installed.startswith(TRANSFORMERS):
         pytest.skip(f"the table is of transformers {TRANSFORMERS}, installed: {installed}")
-    wanted, found = of_transformers(HUB[name]), completed(HUB[name])
+    wanted, found = of_transformers(HUB[name]), with_hf_defaults(HUB[name])
     kind = wanted["model_type"]
-    for key in [*defaults()[kind], "head_dim", "num_key_value_heads"]:
+    for key in [*hf_defaults()[kind], "head_dim", "num_key_value_heads"]:
         if key in wanted and key not in SKIPPED:
             assert found.get(key) == wanted[key], key
     if found.get("layer_types") and wanted.get("layer_types"):
@@ -144,7 +144,7 @@ def test_completed_as_transformers_does(name: str) -> None:
 def test_a_pattern_may_be_spelled_out() -> None:
     """EXAONE 4's LLLG, which its class in transformers cannot read, is its 4."""
     told = {"model_type": "exaone4", "num_hidden_layers": 8}
-    spelled, counted = (completed({**told, "sliding_window_pattern": one})["layer_types"] for one in ("LLLG", 4))
+    spelled, counted = (with_hf_defaults({**told, "sliding_window_pattern": one})["layer_types"] for one in ("LLLG", 4))
     assert spelled == counted == (["sliding_attention"] * 3 + ["full_attention"]) * 2
 
 

@@ -18,7 +18,7 @@ from support.llama_cpp_tools import convert, needs_converter, read
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import ARCHITECTURES, GGUFModelSpec, build_spec
-from mergeforge.gguf.architectures.hf_defaults import defaults
+from mergeforge.gguf.architectures.hf_defaults import hf_defaults
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_architectures.json").read_text())
 TRANSFORMERS = "5.23"  # whose defaults defaults.py holds
@@ -166,7 +166,7 @@ def test_defaults_are_transformers() -> None:
     from support.gguf_models import quiet
     from transformers import CONFIG_MAPPING
 
-    for kind, table in defaults().items():
+    for kind, table in hf_defaults().items():
         with quiet():
             stated = CONFIG_MAPPING[kind]().to_dict()
         rope = stated.get("rope_parameters") or {}
