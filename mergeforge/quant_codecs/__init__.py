@@ -1,5 +1,5 @@
-"""Quantised weights as numbers: what the bytes of each format mean. Pure torch, one file a format.
+"""Codecs of quantized weights: what the bytes of each format mean. Pure torch, one file per family of formats.
 
-Each function takes packed rows and their scales, and gives float32 values; that is exact enough to be
-rounded once to the 16-bit dtype that the format's own library would give. Nothing here reads files.
+Each function takes packed rows and their scales and returns float32 values. They are exact enough that one rounding
+gives the 16-bit values of the format's own library. Nothing here reads files.
 """

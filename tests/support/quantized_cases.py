@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from mergeforge.quant_codecs.fp4 import E2M1
 from mergeforge.quant_codecs.nf4 import NF4
-from mergeforge.quant_codecs.packed_4bit import E2M1
 
 Tensor = torch.Tensor
 Stored = dict[str, Tensor]  # by the name after the module

@@ -15,7 +15,7 @@ from mergeforge.checkpoints.quantized.detection_state import (
 )
 from mergeforge.checkpoints.quantized.flat_4bit import DoubleQuant, Flat4BitLayout
 from mergeforge.checkpoints.quantized.rowwise import RowwiseLayout
-from mergeforge.quant_codecs import int8, nf4
+from mergeforge.quant_codecs import integers, nf4
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,4 +94,4 @@ def detect_bnb_int8(finder: QuantGroupFinder) -> None:
 
 
 def _int8(rowwise: Sequence[Tensor], shared: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    return int8.dequantize_rowwise(rowwise[0], rowwise[1])
+    return integers.dequantize_rowwise(rowwise[0], rowwise[1])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mergeforge.checkpoints.quantized.tensor import CHUNK_ELEMENTS, DequantizedChunks, row_chunks, scratch_blocks
 from mergeforge.core.tensor_info import TensorInfo, torch_dtype
 from mergeforge.quant_codecs import nf4
-from mergeforge.quant_codecs.packed_4bit import byte_table, unpack_4bit
+from mergeforge.quant_codecs.fp4 import byte_table, unpack_4bit
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.lazy import Rows
 from mergeforge.tensors.stored import StoredTensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.checkpoints.quantized.detection_state import QuantGroupFinder, check_shape
 from mergeforge.checkpoints.quantized.rowwise import RowwiseLayout
 from mergeforge.checkpoints.quantized.transposed import MXFP4ExpertsLayout
-from mergeforge.quant_codecs import fp8, mxfp4
+from mergeforge.quant_codecs import fp4, fp8
 from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ SCALES = ("_scale_inv", "_scale")
 def detect_mxfp4_experts(finder: QuantGroupFinder) -> None:
     """Find X_blocks (experts, out, groups, 16) and X_scales: X is (experts, in, out), as in transformers."""
     for name, codes in list(finder.with_suffix("_blocks")):
-        if codes.info.dtype != "U8" or len(codes.info.shape) != 4 or codes.info.shape[3] != mxfp4.MXFP4_GROUP // 2:
+        if codes.info.dtype != "U8" or len(codes.info.shape) != 4 or codes.info.shape[3] != fp4.MXFP4_GROUP // 2:
             continue
         exponents = finder.require(f"{name}_scales", codes.info.name)
         count, outputs, groups, _ = codes.info.shape
         check_shape(finder, exponents, (count, outputs, groups))
         if exponents.info.dtype not in E8M0_DTYPES:
             raise finder.error(exponents.info.name, f"is {exponents.info.dtype}, not exponents of one byte")
-        shape = (count, groups * mxfp4.MXFP4_GROUP, outputs)
+        shape = (count, groups * fp4.MXFP4_GROUP, outputs)
         finder.add_group(name, MXFP4ExpertsLayout("MXFP4", codes, exponents), shape, finder.dtype or "BF16")
 
 

@@ -10,7 +10,7 @@ from mergeforge.checkpoints.quantized.detection_state import QuantGroupFinder, c
 from mergeforge.checkpoints.quantized.fp8_mxfp4 import E8M0_DTYPES, as_bytes
 from mergeforge.checkpoints.quantized.rowwise import RowwiseLayout
 from mergeforge.checkpoints.quantized.transposed import PackedInt32Layout
-from mergeforge.quant_codecs import int8, mxfp4, nvfp4, packed_int32
+from mergeforge.quant_codecs import fp4, integers
 from mergeforge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _packed_bytes(
     columns = codes.info.columns * 2
     shape = (*codes.info.shape[:-1], columns)
     if global_scale is None and scales.info.dtype in E8M0_DTYPES:
-        check_shape(finder, scales, (*shape[:-1], columns // mxfp4.MXFP4_GROUP))
+        check_shape(finder, scales, (*shape[:-1], columns // fp4.MXFP4_GROUP))
         finder.add_group(
             name,
             RowwiseLayout("MXFP4", (codes, as_bytes(scales)), (), _mxfp4, temporaries=2),
@@ -124,7 +124,7 @@ def _packed_bytes(
         or scales.info.dtype != "F8_E4M3"
     ):
         raise finder.error(codes.info.name, "is packed in bytes, but its scales are not NVFP4's or MXFP4's")
-    check_shape(finder, scales, (*shape[:-1], columns // nvfp4.NVFP4_GROUP))
+    check_shape(finder, scales, (*shape[:-1], columns // fp4.NVFP4_GROUP))
     layout = RowwiseLayout("NVFP4", (codes, scales), (global_scale,), partial(_nvfp4, divides=divides), temporaries=2)
     finder.add_group(name, layout, shape, finder.dtype or "BF16")
 
@@ -211,15 +211,15 @@ def detect_ct_int8(finder: QuantGroupFinder) -> None:
 
 def _int8(rowwise: Sequence[Tensor], shared: Sequence[Tensor], start: int, stop: int) -> Tensor:
     codes, scales, *zeros = [*rowwise, *(tensor.view(1, 1) for tensor in shared)]
-    return int8.dequantize_int8(codes, scales, zeros[0] if zeros else None)
+    return integers.dequantize_int8(codes, scales, zeros[0] if zeros else None)
 
 
 def _mxfp4(rowwise: Sequence[Tensor], shared: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    return mxfp4.dequantize_mxfp4(rowwise[0], rowwise[1])
+    return fp4.dequantize_mxfp4(rowwise[0], rowwise[1])
 
 
 def _nvfp4(rowwise: Sequence[Tensor], shared: Sequence[Tensor], start: int, stop: int, *, divides: bool) -> Tensor:
-    return nvfp4.dequantize_nvfp4(rowwise[0], rowwise[1], shared[0], divides=divides)
+    return fp4.dequantize_nvfp4(rowwise[0], rowwise[1], shared[0], divides=divides)
 
 
 def _words(
@@ -239,8 +239,8 @@ def _words(
     zeros: Tensor | int = 1 << (bits - 1)
     if has_zeros:
         first = start // per_word
-        unpacked_zeros = packed_int32.unpack_columns(optional[0][first : -(-stop // per_word)], bits)
+        unpacked_zeros = integers.unpack_columns(optional[0][first : -(-stop // per_word)], bits)
         zeros = unpacked_zeros[start - first * per_word : stop - first * per_word]
     groups = optional[-1].flatten() if has_groups else None
-    unpacked = packed_int32.unpack_rows(codes, bits)[:, :columns].contiguous()
-    return packed_int32.dequantize_by_row(unpacked, zeros, scales.view(-1, count), groups)
+    unpacked = integers.unpack_rows(codes, bits)[:, :columns].contiguous()
+    return integers.dequantize_by_row(unpacked, zeros, scales.view(-1, count), groups)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mergeforge.checkpoints.quantized.tensor import CHUNK_ELEMENTS, DequantizedChunks, scratch_blocks
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.quant_codecs import mxfp4, packed_int32
+from mergeforge.quant_codecs import fp4, integers
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.stored import StoredTensor
 from mergeforge.tensors.worker import ALIGNMENT, Worker, view_rows
@@ -78,7 +78,7 @@ class PackedInt32Layout:
         zeros = load_columns(self.zeros, words, worker)
         scales = load_columns(self.scales, rows, worker)
         groups = self._groups(info, worker)
-        order = packed_int32.AWQ_ORDER if self.awq else ()
+        order = integers.AWQ_ORDER if self.awq else ()
 
         def chunks(start: int, stop: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
             block_words = slice(
@@ -86,23 +86,23 @@ class PackedInt32Layout:
             )
             in_words = slice(start % self.values_per_word, start % self.values_per_word + stop - start)
             block_rows = slice(start - rows.start, stop - rows.start)
-            zero = packed_int32.unpack_rows(zeros[:, block_words], self.bits, order)[:, in_words]
+            zero = integers.unpack_rows(zeros[:, block_words], self.bits, order)[:, in_words]
             if self.zeros_minus_one:
-                zero = packed_int32.gptq_zero_point_offset(zero, self.bits)
+                zero = integers.gptq_zero_point_offset(zero, self.bits)
             scale = scales[:, block_rows].float()
             step = max(CHUNK_ELEMENTS // (stop - start) // self.values_per_word, 1) * self.values_per_word
             for column in range(0, info.columns, step):
                 if self.awq:
-                    code = packed_int32.unpack_rows(codes[column : column + step, block_words], self.bits, order)[
+                    code = integers.unpack_rows(codes[column : column + step, block_words], self.bits, order)[
                         :, in_words
                     ]
                 else:
-                    code = packed_int32.unpack_columns(
+                    code = integers.unpack_columns(
                         codes[column // self.values_per_word : (column + step) // self.values_per_word, block_rows],
                         self.bits,
                     )
                 inputs = slice(column, column + len(code))
-                yield (slice(None), inputs), packed_int32.dequantize_gptq_awq(code, zero, scale, groups[inputs]).t()
+                yield (slice(None), inputs), integers.dequantize_gptq_awq(code, zero, scale, groups[inputs]).t()
 
         return chunks
 
@@ -132,15 +132,15 @@ class MXFP4ExpertsLayout:
 
     def memory_cost(self, info: TensorInfo) -> MemoryCost:
         experts, _, outputs = info.shape
-        group_nbytes = outputs * (mxfp4.MXFP4_GROUP // 2 + 1)
+        group_nbytes = outputs * (fp4.MXFP4_GROUP // 2 + 1)
         fixed_nbytes = (
             2 * group_nbytes
             + 3 * ALIGNMENT * (experts + 2)
             + _read_buffer_nbytes(_by_output(self.codes), _by_output(self.exponents))
         )
-        chunk = max(CHUNK_ELEMENTS, outputs * mxfp4.MXFP4_GROUP)
+        chunk = max(CHUNK_ELEMENTS, outputs * fp4.MXFP4_GROUP)
         return MemoryCost(
-            row_nbytes=-(-group_nbytes // mxfp4.MXFP4_GROUP),
+            row_nbytes=-(-group_nbytes // fp4.MXFP4_GROUP),
             fixed_nbytes=fixed_nbytes,
             scratch_blocks=scratch_blocks(2, chunk, info),
         )
@@ -158,7 +158,7 @@ class MXFP4ExpertsLayout:
             powers = load_columns(exponents, groups, worker, stored_rows)
             loaded[expert] = (groups.start, packed, powers)
 
-        step = max(CHUNK_ELEMENTS // (outputs * mxfp4.MXFP4_GROUP), 1)
+        step = max(CHUNK_ELEMENTS // (outputs * fp4.MXFP4_GROUP), 1)
 
         def chunks(start: int, stop: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
             for expert in range(start // inputs, -(-stop // inputs)):
@@ -166,10 +166,10 @@ class MXFP4ExpertsLayout:
                 groups = _groups_of(range(start, stop), expert, inputs)
                 for group in range(groups.start, groups.stop, step):
                     part = range(group - first, min(group + step, groups.stop) - first)
-                    values = mxfp4.dequantize_mxfp4(
+                    values = fp4.dequantize_mxfp4(
                         packed[:, part.start * 16 : part.stop * 16], powers[:, part.start : part.stop]
                     )
-                    begin = expert * inputs + group * mxfp4.MXFP4_GROUP  # the row that the values start with
+                    begin = expert * inputs + group * fp4.MXFP4_GROUP  # the row that the values start with
                     low, high = max(begin, start), min(begin + values.shape[1], stop)
                     yield (slice(low - start, high - start), slice(None)), values[:, low - begin : high - begin].t()
 
@@ -230,4 +230,4 @@ def _groups_of(rows: range, expert: int, inputs: int) -> range:
     """The groups that hold the inputs of an expert within the rows."""
     begin = max(rows.start - expert * inputs, 0)
     end = min(rows.stop - expert * inputs, inputs)
-    return range(begin // mxfp4.MXFP4_GROUP, -(-end // mxfp4.MXFP4_GROUP))
+    return range(begin // fp4.MXFP4_GROUP, -(-end // fp4.MXFP4_GROUP))
