@@ -1,11 +1,10 @@
-"""How GGUF spells a model family: its key/values, and where every tensor goes. One file a family.
+"""How a model family is written as GGUF: its key/values, and where every tensor goes. One file per family.
 
     @architecture("LlamaForCausalLM", "MistralForCausalLM")
-    def llama(model: Model) -> Spelling: ...
+    def llama(model: HFModel) -> GGUFModelSpec: ...
 
-A tensor that llama.cpp wants in another order of rows is described, not moved: a *place* lists, for
-the rows of a GGUF tensor, which rows of the stored tensor they are. So the merge can carry any rows
-in any order and knows where each goes, and a stack of experts is filled one expert at a time.
+A tensor whose rows llama.cpp wants in another order is described, not moved: a TensorTarget lists which stored row each
+row of the GGUF tensor is. So tiles can be written in any order, and stacked experts are filled one expert at a time.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ if TYPE_CHECKING:
 class TensorTarget:
     """Where a stored tensor, or a part of it, goes in a GGUF file.
 
-    The stored tensor is seen as rows x columns (TensorInfo.rows, .columns). GGUF row `first + j` is
-    stored row `rows[j]` (`rows` None: all rows in order). `shape` is the whole GGUF tensor's, slowest
-    dimension first (as numpy and HF say it; the file lists it the other way round); its rows are those
-    of its last dimension. A 1-D tensor is one row; `first` then counts rows of the GGUF tensor.
+    The stored tensor is seen as rows x columns (TensorInfo.rows, .columns). GGUF row `first_row + j` is stored row
+    `rows[j]` (`rows` None: all rows in order). `shape` is that of the whole GGUF tensor, slowest dimension first (as in
+    numpy and HF; the file lists it in reverse); its rows are those of its last dimension. A 1-D tensor is one row;
+    `first_row` then counts rows of the GGUF tensor.
 
-    `turn` n: the chosen rows, in groups of n, are matrices that are transposed: n rows x columns become
-    columns x n. `columns` then chooses columns before that (`slice(0, None, 2)`: the even ones). `add`
-    is added to every value. `f32`: kept in F32 whatever the file's type.
+    `transpose` n: the selected rows, in groups of n, are matrices that are transposed: n rows x columns become
+    columns x n. `columns` selects columns before that (`slice(0, None, 2)`: the even ones). `add` is added to every
+    value. `f32`: kept in F32 whatever the file's type.
 
-    Columns are chosen in a matrix only while it is turned; every other column of the plain rows of a
-    bias is turned by 1: each row becomes its chosen elements, in order.
+    Columns can be selected only together with `transpose`. For every other column of a bias it is 1: each row becomes
+    its selected elements, in order.
     """
 
     tensor: str
@@ -54,13 +53,12 @@ class TensorTarget:
 
 @dataclass(frozen=True)
 class GGUFModelSpec:
-    """A model as GGUF spells it.
+    """A model as GGUF describes it.
 
-    `keys`: in the converter's order, from the architecture's first key on; `general.file_type`
-    stands in it (value 0) where the converter writes it, and nowhere for families that have none.
-    `places` and `dropped` (name -> why) together hold every tensor of the checkpoint. `constants`: F32
-    tensors that come from the config (rope_freqs.weight), written first. `vocab`: which vocabulary the
-    family has (see mergeforge.gguf.vocab).
+    keys: in the converter's order, starting with the architecture's first key; `general.file_type` (value 0) is where
+    the converter writes it, and absent for families without it. targets and dropped (name -> why) together cover every
+    tensor of the checkpoint. constants: F32 tensors computed from the config (rope_freqs.weight), written first.
+    vocab: the family's vocabulary type (see mergeforge.gguf.vocab).
     """
 
     arch: str
@@ -77,21 +75,21 @@ ARCHITECTURES: Registry[BuildSpec] = Registry("architecture", __name__)
 
 
 def architecture(*names: str) -> Callable[[BuildSpec], BuildSpec]:
-    """Register a function as the spelling of the Hugging Face model classes `names`."""
+    """Register a function that builds the spec of the Hugging Face model classes `names`."""
 
-    def register(family: BuildSpec) -> BuildSpec:
+    def register(function: BuildSpec) -> BuildSpec:
         for name in names:
-            ARCHITECTURES.add(name, family)
-        return family
+            ARCHITECTURES.add(name, function)
+        return function
 
     return register
 
 
 def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> GGUFModelSpec:
-    """How GGUF spells the model of a config.json and its tensors.
+    """The GGUF spec of a model, from its config.json and its tensors.
 
-    Raises SourceError for a model class that is not known, a key or tensor that is missing, a tensor
-    that has no place, and weights that are quantised already.
+    Raises SourceError for an unknown model class, a missing key or tensor, a tensor that has no target, and weights
+    that are already quantized.
     """
     from mergeforge.gguf.architectures.model import HFModel
 
@@ -99,20 +97,18 @@ def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
         name = class_name(config)
     if name not in ARCHITECTURES:
         near = did_you_mean(name, ARCHITECTURES)
-        hint = f"{near} " if near else ""
-        raise SourceError(
-            f"config.json: GGUF output does not know the architecture {name}",
-            hint=f"{hint}`mergeforge list architectures` prints what is known; any model can be written as safetensors",
-        )
+        hint = "`mergeforge list architectures` lists the supported ones; any model can be written as safetensors"
+        text = f"config.json: the architecture {name} is not supported in GGUF"
+        raise SourceError(text, hint=f"{near} {hint}" if near else hint)
     try:
         return ARCHITECTURES[name](HFModel.of(name, config, tensors))
-    except MALFORMED_ERRORS as error:  # a value of another kind than its key's
+    except MALFORMED_ERRORS as error:  # a value of the wrong type
         text = f"config.json does not describe a {name}: {type(error).__name__}: {error}"
-        raise SourceError(text, hint="compare it with the config.json of the model's makers") from error
+        raise SourceError(text, hint="compare it with the original model's config.json") from error
 
 
 def class_name(config: Mapping[str, Any]) -> str:
-    """The Hugging Face class of the text model, as the converter finds it."""
+    """The Hugging Face class of the text model, found as llama.cpp's converter does."""
     text = config.get("text_config")
     inner = text.get("architectures") if isinstance(text, Mapping) else None
     names = inner or config.get("architectures")

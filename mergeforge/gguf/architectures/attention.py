@@ -1,4 +1,4 @@
-"""Projections of queries, keys and values: rows that llama.cpp wants in another order."""
+"""Query and key projections: llama.cpp wants their rows in another order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ KEY = ("k_proj.weight", "k_proj.bias")
 
 
 def permute_rope_heads(stored: HFTensor) -> RuleResult:
-    """Queries and keys of families whose rope llama.cpp computes on neighbouring rows."""
+    """Queries and keys of families whose rope llama.cpp computes on adjacent rows (convert_hf_to_gguf.py: permute)."""
     heads = _heads(stored)
     if not heads:
         return None

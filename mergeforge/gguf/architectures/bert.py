@@ -1,7 +1,7 @@
 """BERT, RoBERTa and XLM-RoBERTa: encoders that embed or rank.
 
-How an embedder pools its tokens stands in files beside config.json (modules.json), which a spelling
-does not see: the note says how to name it when the model is run.
+The pooling type is in a file beside config.json (modules.json), which is not available here: a warning says how to set
+it when the model is run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def xlm_roberta(model: HFModel) -> GGUFModelSpec:
 
 
 def _encoder(model: HFModel, vocab: str, unused: int) -> GGUFModelSpec:
-    """`unused` rows of positions lead the table of a RoBERTa and go."""
+    """`unused`: leading rows of a RoBERTa's position table, which are dropped."""
     context = int(model.require("max_position_embeddings")) - unused
     labels = _labels(model)
     keys = hparams(replace(model, config={**model.config, "max_position_embeddings": context}))
@@ -44,20 +44,20 @@ def _encoder(model: HFModel, vocab: str, unused: int) -> GGUFModelSpec:
         {"classifier.output_labels": array("string", labels)} if labels else {}
     )
 
-    def place(stored: HFTensor) -> RuleResult:
+    def target(stored: HFTensor) -> RuleResult:
         plain = replace(stored, name=_plain(stored.name, bool(labels)))
         if plain.name.startswith(_HEADS):
-            return "a head that llama.cpp's encoders do not have"
+            return "a head that llama.cpp's encoders do not use"
         if unused and plain.name == "embeddings.position_embeddings.weight":
             return _positions(plain, unused)
         return (plain.tensor(),)
 
     notes = () if labels else (POOLING,)
-    return make_spec(model, "bert", keys, place, vocab=vocab, required_per_block=_NEEDS, required=_ONCE, notes=notes)
+    return make_spec(model, "bert", keys, target, vocab=vocab, required_per_block=_NEEDS, required=_ONCE, notes=notes)
 
 
 def _labels(model: HFModel) -> list[str]:
-    """Names of a classifier's outputs; two that are only numbered are transformers' default."""
+    """Labels of a classifier; two labels that are only numbered are transformers' default."""
     named = {int(number): str(label) for number, label in (model.find("id2label") or {}).items()}
     if len(named) == 2 and named.get(0) == "LABEL_0":
         return []

@@ -17,14 +17,14 @@ _NEEDS = (*ATTENTION, "ffn_gate", "ffn_up", "ffn_down")
 
 @architecture("CohereForCausalLM")
 def command_r(model: HFModel) -> GGUFModelSpec:
-    """model_max_length is the context it was trained for, where the config has it."""
+    """The context is model_max_length, where the config has it."""
     context = model.require("model_max_length", "max_position_embeddings")
     model = replace(model, config={**model.config, "max_position_embeddings": context})
     keys = hparams(model) | {"logit_scale": f32(model.require("logit_scale"))} | NO_SCALING
     small = model.layers < _LAYERS_WITH_NORMS and model.find("use_qk_norm")
     notes = [*output_head_warnings(model)]
     if small:
-        notes.append(f"llama.cpp loads norms of queries and keys only with {_LAYERS_WITH_NORMS} layers or more")
+        notes.append(f"llama.cpp loads query and key norms only with {_LAYERS_WITH_NORMS} layers or more")
     return make_spec(model, "command-r", keys, unused_head, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
 
 
@@ -40,7 +40,7 @@ def cohere2(model: HFModel) -> GGUFModelSpec:
     }
     notes = [*sliding_window_warnings(model, True, period=4), *output_head_warnings(model)]
     if any(name.endswith(".bias") for name in model.tensors):
-        notes.append("llama.cpp's cohere2 has no biases: leaving them out is right only where they are all zero")
+        notes.append("llama.cpp's cohere2 has no biases: the result is right only if they are all zero")
     return make_spec(model, "cohere2", keys, unused_head, biases, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
 
 

@@ -1,4 +1,4 @@
-"""Tensors that come from the config: how each rotary frequency is stretched."""
+"""Tensors computed from the config: the scaling factors of rotary frequencies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def rope_freq_factors_llama3(model: HFModel, factor: float = 8.0) -> Mapping[str, np.ndarray]:
     """rope_freqs.weight of llama3 rope: divisors of the frequencies (transformers: _compute_llama3_parameters).
 
-    In torch's float32, like the converter, so that every bit is the same.
+    Computed in torch's float32, as the converter does, to get the same bits.
     """
     import torch
 
@@ -38,7 +38,7 @@ def rope_freq_factors_llama3(model: HFModel, factor: float = 8.0) -> Mapping[str
 
 
 def rope_factors_longrope(model: HFModel, rotated: int) -> Mapping[str, np.ndarray]:
-    """rope_factors_long and _short of longrope, for `rotated` dimensions of a head."""
+    """rope_factors_long and rope_factors_short of longrope, for `rotated` dimensions of a head. Raises SourceError."""
     import numpy as np
 
     long, short = (model.rope.get(key) for key in ("long_factor", "short_factor"))
@@ -47,8 +47,8 @@ def rope_factors_longrope(model: HFModel, rotated: int) -> Mapping[str, np.ndarr
     for key, factors in (("long_factor", long), ("short_factor", short)):
         if not factors or len(factors) != rotated // 2:
             raise SourceError(
-                f"config.json: longrope's {key} has {len(factors or ())} factors, {rotated} dimensions are rotated",
-                hint=f"it must be a list of {rotated // 2}",
+                f"config.json: longrope's {key} has {len(factors or ())} factors, but {rotated} dimensions are rotated",
+                hint=f"it must be a list of {rotated // 2} numbers",
             )
     return {
         "rope_factors_long.weight": np.asarray(long, dtype=np.float32),

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3: latent attention, experts, and prediction layers that llama.cpp leaves out."""
+"""DeepSeek V2 and V3: latent attention, experts, and multi-token prediction layers, which llama.cpp ignores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def deepseek2(model: HFModel) -> GGUFModelSpec:
     notes = []
     if model.name == "DeepseekV3ForCausalLM" and model.find("scoring_func") is None:
         notes.append(
-            "config.json has no scoring_func: llama.cpp takes softmax for the experts, DeepSeek V3 wants sigmoid"
+            "config.json has no scoring_func: llama.cpp uses softmax for the experts, but DeepSeek V3 needs sigmoid"
         )
     rules = (tied_head, prediction_layers, stacked_experts, decompression)
     return make_spec(model, "deepseek2", _keys(model), *rules, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
@@ -74,7 +74,7 @@ def _expert_keys(model: HFModel) -> dict[str, Value]:
 
 
 def _log_multiplier(model: HFModel) -> dict[str, Value]:
-    """A tenth of mscale_all_dim: deepseek2 alone counts so, for old files' sake."""
+    """A tenth of mscale_all_dim: only deepseek2 scales it so, for compatibility with old files."""
     scale = model.rope.get("mscale_all_dim")
     return {} if scale is None else {"rope.scaling.yarn_log_multiplier": f32(0.1 * scale)}
 
@@ -87,21 +87,21 @@ def tied_head(stored: HFTensor) -> RuleResult:
 def prediction_layers(stored: HFTensor) -> RuleResult:
     found = re.match(r"model\.layers\.(\d+)\.", stored.name)
     if found and int(found[1]) >= stored.model.layers:
-        return "a layer that predicts more than one token ahead: llama.cpp has none in deepseek2"
+        return "a multi-token prediction layer, which llama.cpp's deepseek2 does not have"
     return None
 
 
 def decompression(stored: HFTensor) -> RuleResult:
-    """kv_b_proj: of each head the key part is turned, the value part is as stored."""
+    """kv_b_proj: the key part of each head is transposed, the value part is as stored."""
     if not stored.name.endswith("kv_b_proj.weight"):
         return None
     model = stored.model
     heads, key, value = model.kv_heads, int(model.require("qk_nope_head_dim")), int(model.require("v_head_dim"))
-    wanted = heads * (key + value)
-    if stored.info.rows != wanted:
+    expected = heads * (key + value)
+    if stored.info.rows != expected:
         raise SourceError(
-            f"{stored.info.name}: {stored.info.rows} rows, {heads} heads of {key} + {value} want {wanted}",
-            hint="config.json and weights do not belong together",
+            f"{stored.info.name}: {stored.info.rows} rows, but {heads} heads of {key} + {value} need {expected}",
+            hint="config.json and weights do not match",
         )
     rank = stored.info.columns
     keys, values = deinterleave_qkv(stored.info.rows, heads, (key, value))

@@ -1,4 +1,4 @@
-"""Experts: one tensor for each, or all of a layer in one; in GGUF always a stack [experts, rows, columns]."""
+"""Experts: one tensor each, or one per layer; in GGUF always stacked as [experts, rows, columns]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj|gate_proj|up_proj)(\.weig
 
 
 def stacked_experts(stored: HFTensor) -> RuleResult:
-    """An expert's matrix is a slice of the stack; a fused stack of gate and up is two."""
+    """A single expert is a slice of the stacked tensor; a fused gate_up_proj becomes two stacked tensors."""
     if one := _ONE.search(stored.name):
         return _slice(stored, int(one[1]), _PARTS[one[2]])
     if whole := _ALL.search(stored.name):
@@ -23,7 +23,7 @@ def stacked_experts(stored: HFTensor) -> RuleResult:
 
 
 def gate_up_halves(stored: HFTensor, experts: str = "") -> RuleResult:
-    """Gate over up, in each matrix: the upper half of the rows is ffn_gate, the lower ffn_up."""
+    """Fused gate and up: in each matrix, the first half of the rows is ffn_gate, the second ffn_up."""
     *stack, rows, columns = stored.info.shape
     count = stack[0] if stack else 1
     stored.rows_per_part(2 * count)
@@ -40,7 +40,7 @@ def _slice(stored: HFTensor, expert: int, part: str) -> RuleResult:
     count = stored.model.experts
     if expert >= count:
         raise SourceError(
-            f"{stored.info.name}: config.json says {count} experts", hint="correct num_experts in config.json"
+            f"{stored.info.name}: but config.json has {count} experts", hint="correct num_experts in config.json"
         )
     shape = (count, *stored.info.shape)
     return (stored.block_tensor(f"ffn_{part}_exps", shape, first_row=expert * stored.info.rows),)

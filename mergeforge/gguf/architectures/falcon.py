@@ -1,4 +1,4 @@
-"""Falcon: queries in groups, each followed by its key and value."""
+"""Falcon: groups of queries, each followed by its key and value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mergeforge.gguf.architectures.row_order import deinterleave_qkv
 from mergeforge.gguf.architectures.tensor_mapping import HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import f32, string, u32
 
-_CONTEXT = 2048  # the converter's, whatever the config says
+_CONTEXT = 2048  # as in the converter, whatever the config says
 _NEEDS = ("attn_norm", "attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 
@@ -33,9 +33,9 @@ def falcon(model: HFModel) -> GGUFModelSpec:
 
 
 def _kv_heads(model: HFModel) -> int:
-    """One for multi-query models (7B), whose num_kv_heads transformers fills with the number of heads.
+    """1 for multi-query models (7B), for which transformers sets num_kv_heads to the number of heads.
 
-    The converter takes that and fails on them.
+    The converter uses that value and fails on these models.
     """
     if model.find("multi_query") and not model.find("new_decoder_architecture"):
         return 1

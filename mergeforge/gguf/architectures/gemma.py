@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3: norms count from one, output tied to the embedding."""
+"""Gemma 1, 2 and 3: norms are stored as offsets from one, and the output is tied to the embedding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.tensor_mapping import GATED, HFTensor, RuleResult, make_spec, unused_head
 from mergeforge.gguf.key_values import Value, f32, u32
 
-_AROUND = (*GATED, "post_attention_norm", "post_ffw_norm")  # Gemma 2 and 3 norm before and after
+_AROUND = (*GATED, "post_attention_norm", "post_ffw_norm")  # Gemma 2 and 3 have norms before and after
 
 
 @architecture("GemmaForCausalLM")
@@ -78,7 +78,7 @@ def norms(stored: HFTensor) -> RuleResult:
 
 
 def embedding(stored: HFTensor) -> RuleResult:
-    """Rows beyond the vocabulary have no token and go."""
+    """Rows beyond the vocabulary have no token and are dropped."""
     size = stored.model.find("vocab_size")
     if "embed_tokens.weight" not in stored.name or not size or stored.info.rows <= size:
         return None

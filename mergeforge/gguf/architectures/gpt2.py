@@ -1,4 +1,4 @@
-"""GPT-2 and StarCoder 1: weights stored as inputs x outputs (GPT-2), positions learnt."""
+"""GPT-2 and StarCoder 1: weights stored as (in, out) in GPT-2, learned positions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def starcoder(model: HFModel) -> GGUFModelSpec:
 
 
 def transposed(stored: HFTensor) -> RuleResult:
-    """Conv1D weights: inputs x outputs."""
+    """Conv1D weights, stored as (in, out)."""
     if not stored.name.endswith(_TRANSPOSED):
         return None
     inputs, outputs = stored.info.shape

@@ -1,4 +1,4 @@
-"""gpt-oss in 16 bits: stacks of experts stored transposed, gate and up in turn."""
+"""gpt-oss in 16 bits: stacked experts stored transposed, gate and up interleaved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): q, k and v of a head lie together."""
+"""GPT-NeoX (Pythia): q, k and v of a head are adjacent."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mergeforge.gguf.key_values import boolean, f32, u32
 
 @architecture("GPTNeoXForCausalLM")
 def gptneox(model: HFModel) -> GGUFModelSpec:
-    """The part of a head that is rotated: rotary_pct, in transformers 5 rope's partial_rotary_factor.
+    """The rotated part of a head is rotary_pct, or rope's partial_rotary_factor in transformers 5.
 
-    The converter looks only for the first and fails. It writes no general.file_type.
+    The converter reads only the first and fails without it. It writes no general.file_type.
     """
     part = model.find("rotary_pct") or model.rope.get("partial_rotary_factor", 0.25)
     keys = {

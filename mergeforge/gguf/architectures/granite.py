@@ -28,7 +28,7 @@ def granitemoe(model: HFModel) -> GGUFModelSpec:
 
 
 def _granite(model: HFModel, arch: str, more: dict[str, Value]) -> GGUFModelSpec:
-    # llama.cpp's granite knows no head_dim of its own
+    # llama.cpp's granite has no head_dim key
     model = HFModel(model.name, model.original_config, {**model.config, "head_dim": None}, model.tensors)
     scales = optional(
         f32,
@@ -51,7 +51,7 @@ def _granite(model: HFModel, arch: str, more: dict[str, Value]) -> GGUFModelSpec
 
 
 def fused_feed_forward(stored: HFTensor) -> RuleResult:
-    """input_linear holds gate over up; without experts the shared feed-forward is the layer's only one."""
+    """input_linear is gate and up, fused; without experts the shared feed-forward is the layer's only one."""
     if stored.name.endswith("block_sparse_moe.input_linear.weight"):
         return gate_up_halves(stored, "exps")
     ending = "shexp" if stored.model.experts else ""

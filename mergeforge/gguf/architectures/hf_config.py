@@ -1,9 +1,9 @@
-"""A config.json as the converter sees it: text part at the root, defaults filled in, one layout of rope.
+"""A config.json as llama.cpp's converter sees it: text part at the root, defaults filled in, one layout of rope.
 
-llama.cpp's converter reads configs through transformers, so what a file says depends on the defaults
-and renamings of transformers 5. Both layouts are read: `rope_parameters` (transformers 5), and
-`rope_theta` with `rope_scaling` (4). Model types without a row in defaults.py (those with code of
-their own on the Hub) are taken as they are, as the converter does.
+The converter reads configs through transformers, so a file's meaning depends on the defaults and renamings of
+transformers 5. Both layouts are read: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling` (4).
+Model types without a row in hf_defaults.py (those with custom code on the Hub) are used as they are, as in the
+converter.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from mergeforge.gguf.architectures.hf_defaults import hf_defaults
 
-_TEXT_PARTS = ("text_config", "llm_config", "lm_config", "language_config")  # the last that is there wins
+_TEXT_PARTS = ("text_config", "llm_config", "lm_config", "language_config")  # the last one present wins
 _TEXT_TYPES = {"mistral3": "mistral", "gemma3": "gemma3_text", "llama4": "llama4_text", "llava": "llama"}
 _FROM_HEADS = ("num_key_value_heads", "num_kv_heads")
 _HEAD_DIM_COMPUTED = ("llama", "mistral", "ministral3", "gpt_oss", "llama4_text", "arcee", "seed_oss")
-_LATENT_HEADS = ("deepseek_v2", "deepseek_v3")  # their head_dim is the rotary part
-_PER_LAYER_ROPE = ("gemma3_text", "olmo3")  # two ropes: of full and of sliding attention
+_LATENT_HEADS = ("deepseek_v2", "deepseek_v3")  # their head_dim is the size of the rotary part
+_PER_LAYER_ROPE = ("gemma3_text", "olmo3")  # two ropes: for full and for sliding attention
 _ATTENTION = ("full_attention", "sliding_attention")
-_EXTENDED = ("llama3", "yarn", "longrope")  # rope types that know the context of pretraining
+_EXTENDED = ("llama3", "yarn", "longrope")  # rope types with the pretraining context
 _GPT2_NAMES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -34,7 +34,7 @@ _PARTIAL = ("partial_rotary_factor", "rope_pct", "rope_percent")
 
 
 def with_hf_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text model's config with all that transformers would add; `rope_parameters` is always there."""
+    """The text model's config with everything that transformers would add; always with `rope_parameters`."""
     whole = copy.deepcopy(dict(config))
     part = next((whole[key] for key in reversed(_TEXT_PARTS) if isinstance(whole.get(key), Mapping)), None)
     text = dict(whole if part is None else part)
@@ -46,14 +46,16 @@ def with_hf_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _filled(kind: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The config with its class's defaults and what the class computes."""
+    """The config with its class's defaults and computed values."""
     if kind == "gpt2":
         config = {_GPT2_NAMES.get(key, key): value for key, value in config.items()}
     filled = {**hf_defaults()[kind], **config}
     for key in _FROM_HEADS:
         if key in filled and filled[key] is None:
             filled[key] = filled.get("num_attention_heads")
-    stated = filled.get("hidden_size") and filled.get("num_attention_heads")  # else their use tells what is missing
+    stated = filled.get("hidden_size") and filled.get(
+        "num_attention_heads"
+    )  # otherwise their use shows what is missing
     if kind in _HEAD_DIM_COMPUTED and filled.get("head_dim") is None and stated:
         filled["head_dim"] = filled["hidden_size"] // filled["num_attention_heads"]
     if kind == "cohere2" and stated:
@@ -86,12 +88,12 @@ def _layer_types(kind: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def _pattern(stated: int | str) -> str:
-    """Local and global layers: EXAONE 4 spells them out (LLLG), others say how often one is global."""
+    """Local and global layers: EXAONE 4 lists them (LLLG), others give the period of global layers."""
     return stated if isinstance(stated, str) else "L" * (stated - 1) + "G"
 
 
 def _rope(kind: str, filled: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_parameters as transformers 5 makes them of either layout."""
+    """rope_parameters as transformers 5 builds them from either layout."""
     if kind in _PER_LAYER_ROPE:
         return _rope_per_layer(kind, filled, config)
     rope = dict(filled.get("rope_scaling") or filled.get("rope_parameters") or _own_rope(kind, filled))
@@ -117,7 +119,7 @@ def _standardized(kind: str, rope: dict[str, Any], config: Mapping[str, Any]) ->
 
 
 def _own_rope(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rope of classes whose default is not the plain one."""
+    """The rope of classes with a special default."""
     if kind == "gpt_oss":
         own = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
         return {**own, "truncate": False, "original_max_position_embeddings": 4096}
@@ -141,7 +143,7 @@ def _rope_per_layer(kind: str, filled: Mapping[str, Any], config: Mapping[str, A
 
 
 def _mirrored(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_parameters with what the converter adds from the root of the config."""
+    """rope_parameters with the values that the converter adds from the root of the config."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if "full_attention" in rope or "sliding_attention" in rope:
         return rope

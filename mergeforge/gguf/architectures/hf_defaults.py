@@ -1,9 +1,9 @@
-"""What transformers fills in where config.json leaves a key out, by model type.
+"""Values that transformers uses for keys missing from config.json, by model type.
 
-Only keys that a GGUF file or the place of a tensor depends on. The values are the defaults of the
-config classes of transformers 5 (tests/gguf/test_architectures.py compares them), written down here
-because a model must be written alike whether or not transformers is installed, and which. `null`
-for heads of keys and values means as many as heads of queries; for head_dim see config.py.
+Only keys that a GGUF file or a tensor's target depends on. The values are the defaults of the config classes of
+transformers 5 (tests/gguf/architectures/test_architectures.py compares them), written down here because the output must
+not depend on the installed transformers. `null` for key-value heads means as many as query heads; for head_dim see
+hf_config.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The key/values that most families share, in the converter's order.
 
-Names are without the architecture's prefix; `general.` and `tokenizer.` keys have none. A family
-adds its own with `|`: a key that is there already keeps its place and gets the new value, as in the
-converter.
+Names are without the architecture's prefix; `general.` and `tokenizer.` keys have none. A family adds its own with
+`|`: an existing key keeps its position and gets the new value, as in the converter.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def _sizes(model: HFModel) -> dict[str, Value]:
 
 
 def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Value]:
-    """How rope is stretched; llama3 and dynamic have no keys (llama3 is a tensor, see constants.py)."""
+    """Keys of rope scaling; llama3 and dynamic have none (llama3 is a tensor, see constants.py)."""
     kind, factor = rope.get("rope_type"), rope.get("factor")
     if kind == "linear" and factor is not None:
         return {"rope.scaling.type": string("linear"), "rope.scaling.factor": f32(factor)}

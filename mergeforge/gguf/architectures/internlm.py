@@ -1,4 +1,4 @@
-"""InternLM 2 and 3, Baichuan: q, k and v in one tensor (2, Baichuan), rotated heads paired."""
+"""InternLM 2 and 3, Baichuan: q, k and v in one tensor (InternLM 2, Baichuan), rope halves interleaved."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def internlm3(model: HFModel) -> GGUFModelSpec:
 
 @architecture("BaichuanForCausalLM", "BaiChuanForCausalLM")
 def baichuan(model: HFModel) -> GGUFModelSpec:
-    """The converter of b11549 calls itself without end on every tensor but W_pack."""
+    """The converter of b11549 recurses endlessly on every tensor except W_pack."""
     keys = hparams(model) | {
         "tensor_data_layout": string("Meta AI original pth"),
         "rope.dimension_count": u32(model.hidden // model.heads),
     }
     second = model.find("vocab_size") == _BAICHUAN_2_SIZE
-    notes = ["Baichuan 2 normalises the rows of lm_head before it uses them, llama.cpp does not"] if second else ()
+    notes = ["Baichuan 2 normalizes the rows of lm_head before use, but llama.cpp does not"] if second else ()
     return make_spec(model, "baichuan", keys, split_packed_heads, vocab="spm", notes=notes)
 
 

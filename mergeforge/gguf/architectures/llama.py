@@ -1,4 +1,4 @@
-"""Llama and what is built like it: Mistral, Mixtral, SmolLM3, Arcee, Llama 4."""
+"""Llama and models built like it: Mistral, Mixtral, SmolLM3, Arcee, Llama 4."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ def llama_without_head(model: HFModel) -> GGUFModelSpec:
 
 @architecture("SmolLM3ForCausalLM")
 def smollm3(model: HFModel) -> GGUFModelSpec:
-    """llama.cpp leaves every fourth layer without rope, whatever the config says."""
+    """llama.cpp has no rope in every fourth layer, whatever the config says."""
     rope = model.find("no_rope_layers")
     usual = [int((at + 1) % 4 != 0) for at in range(model.layers)]
     odd = model.find("no_rope_layer_interval") not in (None, 4) if rope is None else rope != usual
-    return like_llama(model, "smollm3", notes=["llama.cpp leaves every fourth layer without rope"] if odd else ())
+    return like_llama(
+        model, "smollm3", notes=["llama.cpp has no rope in every fourth layer, but this model differs"] if odd else ()
+    )
 
 
 @architecture("ArceeForCausalLM")
@@ -49,7 +51,7 @@ def arcee(model: HFModel) -> GGUFModelSpec:
 
 @architecture("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 def llama4(model: HFModel) -> GGUFModelSpec:
-    """Experts are stored transposed; intermediate_size is theirs, the dense layers' is intermediate_size_mlp."""
+    """Experts are stored transposed; intermediate_size is theirs, intermediate_size_mlp that of dense layers."""
     keys = llama_keys(model)
     keys["feed_forward_length"] = u32(model.require("intermediate_size_mlp"))
     keys["interleave_moe_layer_step"] = u32(model.require("interleave_moe_layer_step"))
@@ -76,7 +78,7 @@ def like_llama(
     notes: Iterable[str] = (),
     prefix: str = "",
 ) -> GGUFModelSpec:
-    """The spelling of a family that differs from Llama in `arch` and some keys."""
+    """The spec of a family that differs from Llama only in `arch` and some keys."""
     return make_spec(
         model,
         arch,
@@ -99,7 +101,7 @@ def llama_keys(model: HFModel) -> dict[str, Value]:
 
 
 def transposed_experts(stored: HFTensor) -> RuleResult:
-    """Llama 4's stacks: gate beside up [experts, hidden, 2 x width], down [experts, width, hidden]."""
+    """Llama 4's stacked experts: gate and up as [experts, hidden, 2 x width], down as [experts, width, hidden]."""
     if not stored.name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return None
     count, rows, columns = stored.info.shape

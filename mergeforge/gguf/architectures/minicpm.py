@@ -1,4 +1,4 @@
-"""MiniCPM 1: Llama with scales."""
+"""MiniCPM 1: Llama with three scaling factors."""
 
 from __future__ import annotations
 

@@ -10,12 +10,15 @@ from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures.hf_config import with_hf_defaults
 
-MAX_LAYERS = 1024  # names of more take seconds to make
+MAX_LAYERS = 1024  # building gguf-py's name map for more takes seconds
 
 
 @dataclass(frozen=True)
 class HFModel:
-    """`name`: its Hugging Face class; `stated`: config.json as it is; `config`: as transformers completes it."""
+    """A model to convert.
+
+    name: its Hugging Face class. original_config: config.json as it is. config: with transformers' defaults.
+    """
 
     name: str
     original_config: Mapping[str, Any]
@@ -31,15 +34,12 @@ class HFModel:
         return next((self.config[key] for key in keys if key in self.config), None)
 
     def require(self, *keys: str) -> Any:
-        """The value of the first key that the config has.
-
-        Raises SourceError where it has none of them, or null.
-        """
+        """The value of the first key that the config has. Raises SourceError if it has none of them, or null."""
         value = self.find(*keys)
         if value is None:
-            wanted = " or ".join(f"'{key}'" for key in keys)
+            names = " or ".join(f"'{key}'" for key in keys)
             raise SourceError(
-                f"config.json has no {wanted}, which {self.name} needs", hint="copy it from the base model"
+                f"config.json has no {names}, which {self.name} needs", hint="copy it from the base model"
             )
         return value
 
@@ -47,7 +47,7 @@ class HFModel:
     def layers(self) -> int:
         layers = int(self.require("n_layers", "num_hidden_layers", "n_layer", "num_layers"))
         if not 0 <= layers <= MAX_LAYERS:
-            text = f"config.json says that the model has {layers} layers"
+            text = f"config.json gives the model {layers} layers"
             raise SourceError(text, hint="copy it from the base model")
         return layers
 
@@ -73,13 +73,13 @@ class HFModel:
 
     @property
     def tied(self) -> bool:
-        """Whether the output may be the embedding; of a model with a text part the whole decides."""
-        said = self.original_config if "text_config" in self.original_config else self.config
-        return said.get("tie_word_embeddings") is not False
+        """Whether the output may be the embedding; for a model with a text part, the outer config decides."""
+        config = self.original_config if "text_config" in self.original_config else self.config
+        return config.get("tie_word_embeddings") is not False
 
     @property
     def rope(self) -> Mapping[str, Any]:
-        """rope_parameters: of the whole model, or of each kind of attention."""
+        """rope_parameters, of the whole model or of each attention type."""
         rope: Mapping[str, Any] = self.config["rope_parameters"]
         return rope
 

@@ -1,4 +1,4 @@
-"""OLMo 1, 2 and 3, OLMoE, and Seed-OSS, which is plain."""
+"""OLMo 1, 2 and 3, OLMoE, and Seed-OSS."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def olmo2(model: HFModel) -> GGUFModelSpec:
 
 
 def _window(model: HFModel) -> dict[str, Value]:
-    """OLMo 3: three layers of four see a window."""
+    """OLMo 3: three of four layers have a sliding window."""
     if "sliding_window" not in model.config:
         return {}
     kinds = model.find("layer_types") or []

@@ -1,4 +1,4 @@
-"""Phi-2, Phi-3, Phi-3.5-MoE and Phi-4: queries, keys and values in one tensor, part of a head rotated."""
+"""Phi-2, Phi-3, Phi-3.5-MoE and Phi-4: q, k and v in one tensor, part of each head rotated."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def phimoe(model: HFModel) -> GGUFModelSpec:
         "expert_used_count": u32(model.require("num_experts_per_tok", "num_experts_per_token")),
         "expert_count": u32(model.require("num_local_experts", "num_experts")),
     }
-    note = "llama.cpp weighs the chosen experts by softmax, Phi-3.5-MoE by its sparse mixer: answers differ a little"
+    note = "llama.cpp weights the selected experts by softmax, Phi-3.5-MoE by its sparse mixer: answers differ slightly"
     return _phi3(model, "phimoe", keys, stacked_experts, notes=(note,))
 
 
@@ -70,13 +70,13 @@ def _phi3_keys(model: HFModel) -> dict[str, Value]:
         "rope.dimension_count": u32(_rotated(model)),
         "rope.freq_base": f32(model.full_rope.get("rope_theta", 10000.0)),
         **FILE_TYPE,
-        # zero tells llama.cpp that there is no window (Phi-4): without the key it takes 2047
+        # 0 means no window (Phi-4): without the key llama.cpp uses 2047
         "attention.sliding_window": u32(model.find("sliding_window") or 0),
     }
 
 
 def _rotated(model: HFModel) -> int:
-    """Dimensions of a head that are rotated."""
+    """The number of rotated dimensions of a head."""
     return int(model.rope.get("partial_rotary_factor", 1.0) * model.hidden) // model.heads
 
 
@@ -85,12 +85,12 @@ def _context(model: HFModel) -> int:
 
 
 def _original_context(model: HFModel) -> int:
-    """The context of pretraining; without longrope it is the context."""
+    """The pretraining context; without longrope it is the context."""
     return int(model.rope.get("original_max_position_embeddings") or _context(model))
 
 
 def _stretch(model: HFModel) -> dict[str, Value]:
-    """longrope's factor of attention (transformers: _compute_longrope_parameters)."""
+    """longrope's attention factor (transformers: _compute_longrope_parameters)."""
     scale = _context(model) / _original_context(model)
     kind = str(model.rope.get("rope_type", "")).lower()
     if kind not in ("su", "longrope", "yarn"):

@@ -25,7 +25,7 @@ def qwen3(model: HFModel) -> GGUFModelSpec:
 
 @architecture("Qwen2Model", "Qwen3Model")
 def qwen_without_head(model: HFModel) -> GGUFModelSpec:
-    """Embedders: tensors are named as inside of the model with a head."""
+    """Embedding models: tensors are named as inside a model with a head."""
     arch, needs = ("qwen2", GATED) if model.name == "Qwen2Model" else ("qwen3", _NORMED)
     keys = hparams(model)
     return make_spec(
@@ -40,7 +40,9 @@ def qwen2moe(model: HFModel) -> GGUFModelSpec:
 
 @architecture("Qwen3MoeForCausalLM")
 def qwen3moe(model: HFModel) -> GGUFModelSpec:
-    notes = ["llama.cpp normalises the weights of the chosen experts, this model (norm_topk_prob false) does not"]
+    notes = [
+        "llama.cpp normalizes the weights of the selected experts, but this model (norm_topk_prob: false) does not"
+    ]
     return _with_experts(model, "qwen3moe", () if model.find("norm_topk_prob") else notes)
 
 

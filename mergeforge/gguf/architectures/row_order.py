@@ -1,7 +1,7 @@
-"""Orders of rows: which stored row is which row of a GGUF tensor.
+"""Row orders: which stored row is which row of a GGUF tensor.
 
-A row order is made by arranging the row *numbers* as the matrix would be, so it costs eight bytes a
-row and moves no weight. Layers share theirs: they are kept, and must not be changed.
+A row order is computed by rearranging the row *numbers*, so it takes eight bytes per row and moves no weight. Layers
+share the cached arrays, which must not be changed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @lru_cache(64)
 def interleave_rope_halves(rows: int, heads: int) -> np.ndarray:
-    """Rows of rotated heads: HF keeps both halves of a head apart, llama.cpp wants their rows in pairs."""
+    """Rows of rotated heads: HF stores the two halves of a head one after the other, llama.cpp interleaves them."""
     return _row_numbers(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 @lru_cache(64)
 def deinterleave_qkv(rows: int, groups: int, sizes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Rows of parts that lie side by side in every group (q, k, v of a head): each part's rows in all groups."""
+    """Rows of parts that are adjacent in every group (q, k, v of a head): for each part, its rows of all groups."""
     import numpy as np
 
     numbers = _row_numbers(rows).reshape(groups, sum(sizes))

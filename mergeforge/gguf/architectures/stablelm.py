@@ -1,4 +1,4 @@
-"""StableLM: part of a head is rotated; StableLM 2 12B has a norm for every head."""
+"""StableLM: part of each head is rotated; StableLM 2 12B has a norm for every head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stablelm(model: HFModel) -> GGUFModelSpec:
 
 
 def head_norms(stored: HFTensor) -> RuleResult:
-    """The norms of a layer's heads become one matrix, a row for each head."""
+    """The norms of a layer's heads become one matrix with a row for each head."""
     found = _NORM.search(stored.name)
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""StarCoder 2: names and the common keys are all."""
+"""StarCoder 2: only names and common keys."""
 
 from __future__ import annotations
 

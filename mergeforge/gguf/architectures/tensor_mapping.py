@@ -1,7 +1,7 @@
-"""Finding every stored tensor its place: the name map, the families' rules, and the checks.
+"""The GGUF targets of every stored tensor: the families' rules, gguf-py's name map, and checks.
 
-A rule looks at one stored tensor and answers with its places, with a text (it is dropped, and why),
-or with None: then the next rule is asked, and at last the name map of the gguf package.
+A rule takes one stored tensor and returns its targets, or a text (the tensor is dropped, and why), or None: then the
+next rule applies, and in the end the name map of the gguf package.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GATED = (*DECODER, "ffn_gate|ffn_gate_exps")
 
 _F32_PARTS = frozenset(
     ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv")
-)  # by the converter, whatever the file's type; so are norms, 1-D tensors and what is no weight
+)  # F32 in the converter's files of any type; so are norms, 1-D tensors and tensors that are not weights
 _BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
 _OTHER_MODALITIES = ("vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler.", "sound_", "speech_embeddings.")
 _IN_OTHER_MODALITIES = ("visual.", "vision.", "audio.", "vision_", "audio_", "projector.", "pre_mm_projector_norm")
@@ -41,7 +41,7 @@ _QUANTIZED = re.compile(
 
 @dataclass(frozen=True)
 class HFTensor:
-    """A stored tensor that looks for its place; `name` is its own without what wraps a text model."""
+    """A stored tensor; `name` is its own without the prefix that wraps a text model."""
 
     model: HFModel
     names: Any
@@ -57,37 +57,31 @@ class HFTensor:
         return self.name.endswith(".bias")
 
     def gguf_name(self, name: str = "") -> str:
-        """The GGUF name of a Hugging Face name (its own).
-
-        Raises SourceError where llama.cpp has none.
-        """
-        found = self.names.get_name(name or self.name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        """The GGUF name of a Hugging Face name (default: its own). Raises SourceError where llama.cpp has none."""
+        gguf_name = self.names.get_name(name or self.name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise SourceError(
                 f"{self.info.name}: llama.cpp has no such tensor in a {self.model.name}",
                 hint="check num_hidden_layers and 'architectures' in config.json, or drop the tensor from the merge",
             )
-        return str(found)
+        return str(gguf_name)
 
     def tensor(self, tensor: str = "", shape: tuple[int, ...] = (), **options: Any) -> TensorTarget:
-        """A place in a GGUF tensor, its own by name and shape unless told otherwise."""
+        """A target in a GGUF tensor, by default the tensor of its own name and shape."""
         tensor, shape = tensor or self.gguf_name(), shape or self.info.shape
         return TensorTarget(tensor, shape, f32=stays_f32(tensor, shape), **options)
 
     def block_tensor(self, part: str, shape: tuple[int, ...] = (), **options: Any) -> TensorTarget:
-        """A place in `blk.<its layer>.<part>.weight` or, for a bias, `.bias`."""
+        """A target in `blk.<its layer>.<part>.weight` or, for a bias, `.bias`."""
         kind = "bias" if self.is_bias else "weight"
         return self.tensor(f"blk.{self.layer}.{part}.{kind}", shape, **options)
 
     def rows_per_part(self, heads: int) -> int:
-        """Rows of one of `heads` equal parts.
-
-        Raises SourceError where the rows cannot be cut so.
-        """
+        """Rows of each of `heads` equal parts. Raises SourceError where the rows cannot be divided."""
         if heads <= 0 or self.info.rows % heads:
             raise SourceError(
-                f"{self.info.name}: {self.info.rows} rows are not {heads} equal parts",
-                hint="config.json and weights do not belong together: compare the number of heads",
+                f"{self.info.name}: {self.info.rows} rows cannot be divided into {heads} equal parts",
+                hint="config.json and weights do not match: compare the number of heads",
             )
         return self.info.rows // heads
 
@@ -109,10 +103,10 @@ def make_spec(
     constants: Mapping[str, np.ndarray] | None = None,
     notes: Iterable[str] = (),
 ) -> GGUFModelSpec:
-    """The spelling of a model: `keys` get the prefix `arch`, every tensor a place by the rules.
+    """The spec of a model: `keys` get the prefix `arch`, every tensor gets its targets from the rules.
 
-    `needs`: parts that every block must have, `a|b` one of them; `needs_once`: tensors outside of blocks.
-    `layers`: blocks, where they are more than num_hidden_layers. `prefix`: what stored names lack.
+    required_per_block: parts that every block must have; `a|b` means one of them. required: tensors outside of blocks.
+    layers: the number of blocks, where it is more than num_hidden_layers. prefix: what stored names lack.
     """
     layers = layers or model.layers
     names = _name_map(arch, layers)
@@ -132,12 +126,12 @@ def make_spec(
 
 
 def unused_head(stored: HFTensor) -> RuleResult:
-    """A rule of families whose output llama.cpp takes from the embedding (limits.head_notes says so)."""
-    return "llama.cpp takes the embedding as this family's output" if stored.name == "lm_head.weight" else None
+    """A rule of families whose output llama.cpp computes from the embedding (see output_head_warnings)."""
+    return "llama.cpp uses the embedding as the output of this family" if stored.name == "lm_head.weight" else None
 
 
 def canonical_name(name: str) -> str:
-    """The name as a text-only model would have it."""
+    """The name that the tensor has in a text-only model."""
     if name.endswith("e_score_correction_bias"):
         name = name.removesuffix("_bias") + ".bias"
     return name.replace("language_model.", "")
@@ -162,15 +156,15 @@ def _name_map(arch: str, layers: int) -> Any:
 def _apply_rules(stored: HFTensor, rules: Sequence[Rule]) -> tuple[TensorTarget, ...] | str:
     name, info = stored.name, stored.info
     if name.endswith(_BUFFERS):
-        return "a buffer that engines compute themselves"
+        return "a buffer that llama.cpp computes itself"
     if name.startswith(_OTHER_MODALITIES) or any(
         part in name for part in (*_IN_OTHER_MODALITIES, *_MORE_OTHER_MODALITIES)
     ):
-        return "not of the text model: llama.cpp wants it in an mmproj file"
+        return "not part of the text model: in llama.cpp it belongs in an mmproj file"
     if not info.is_float or _QUANTIZED.search(name):
         raise SourceError(
-            f"{info.name} ({info.dtype}) is quantised already: GGUF is written from 16 or 32 bit weights",
-            hint="use the model's original, unquantised checkpoint",
+            f"{info.name} ({info.dtype}) is already quantized: GGUF is written from 16- or 32-bit weights",
+            hint="use the model's original, unquantized checkpoint",
         )
     for rule in rules:
         if (answer := rule(stored)) is not None:
@@ -192,9 +186,9 @@ def _check_required(
         wanted.append("output")
     missing = [need for need in wanted if not have & set(need.split("|"))]
     if missing:
-        hint = "the checkpoint is incomplete, or config.json is of another model"
+        hint = "the checkpoint is incomplete, or config.json belongs to another model"
         if missing == ["output"]:
-            hint = 'there is no lm_head: put "tie_word_embeddings": true in config.json if the embedding is its output'
+            hint = 'there is no lm_head: set "tie_word_embeddings": true in config.json if the embedding is the output'
         raise SourceError(f"no tensor becomes GGUF's {format_list(missing)}", hint=hint)
 
 
@@ -203,21 +197,21 @@ def _in_layer(need: str, layer: int) -> str:
 
 
 def _check_filled(model: HFModel, places: Mapping[str, tuple[TensorTarget, ...]]) -> None:
-    """Every GGUF tensor has one shape and is filled exactly."""
+    """Raise SourceError unless every GGUF tensor has one shape and is filled exactly."""
     shapes: dict[str, tuple[int, ...]] = {}
     filled: dict[str, int] = {}
     for name, place in _each_target(places):
         if shapes.setdefault(place.tensor, place.shape) != place.shape:
             raise SourceError(
-                f"{name}: shape {place.shape} of {place.tensor}, others have {shapes[place.tensor]}",
-                hint="config.json and weights do not belong together",
+                f"{name}: shape {place.shape} of {place.tensor}, but others have {shapes[place.tensor]}",
+                hint="config.json and weights do not match",
             )
         filled[place.tensor] = filled.get(place.tensor, 0) + _elements(place, model.tensors[name])
     for tensor, shape in shapes.items():
         if filled[tensor] != math.prod(shape):
             raise SourceError(
-                f"{tensor} {shape} wants {math.prod(shape)} values, the checkpoint has {filled[tensor]} for it",
-                hint="experts are missing, or config.json is of another model",
+                f"{tensor} {shape} needs {math.prod(shape)} values, but the checkpoint has {filled[tensor]}",
+                hint="experts are missing, or config.json belongs to another model",
             )
 
 

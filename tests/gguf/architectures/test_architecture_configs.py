@@ -1,4 +1,4 @@
-"""Configs as they stand on the Hub, in both layouts: completed as transformers completes them."""
+"""Configs as on the Hub, in both layouts, completed as transformers completes them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ HUB: dict[str, dict[str, Any]] = {
 
 
 def of_transformers(config: dict[str, Any]) -> dict[str, Any]:
-    """The config as llama.cpp's converter gets it: all of the class's, the text part at the root."""
+    """The config as llama.cpp's converter gets it: all keys of its class, the text part at the root."""
     from support.gguf_models import quiet
     from transformers import AutoConfig
 
@@ -141,8 +141,8 @@ def test_completed_as_transformers_does(name: str) -> None:
     _same_rope(found["rope_parameters"], wanted.get("rope_parameters") or {})
 
 
-def test_a_pattern_may_be_spelled_out() -> None:
-    """EXAONE 4's LLLG, which its class in transformers cannot read, is its 4."""
+def test_a_sliding_window_pattern_may_be_letters() -> None:
+    """EXAONE 4's LLLG, which its transformers class cannot read, equals its 4."""
     told = {"model_type": "exaone4", "num_hidden_layers": 8}
     spelled, counted = (with_hf_defaults({**told, "sliding_window_pattern": one})["layer_types"] for one in ("LLLG", 4))
     assert spelled == counted == (["sliding_attention"] * 3 + ["full_attention"]) * 2

@@ -1,4 +1,4 @@
-"""GGUF spellings of model families: against llama.cpp's converter, at hand or from its golden facts."""
+"""GGUF specs of model families, against llama.cpp's converter: installed, or as recorded."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_architectur
 TRANSFORMERS = "5.23"  # whose defaults defaults.py holds
 
 
-def spelled(config: Mapping[str, Any], shapes: Shapes, dtype: str = "float32") -> tuple[GGUFModelSpec, Arrays]:
-    """A model's spelling and its GGUF tensors."""
+def spec_and_tensors(config: Mapping[str, Any], shapes: Shapes, dtype: str = "float32") -> tuple[GGUFModelSpec, Arrays]:
+    """A model's spec and its GGUF tensors."""
     tensors = infos(shapes, dtype)
-    spelling = build_spec(config, tensors)
-    assert {*spelling.targets, *spelling.dropped} == tensors.keys()
-    return spelling, assembled(spelling, tensors, weights(shapes))
+    spec = build_spec(config, tensors)
+    assert {*spec.targets, *spec.dropped} == tensors.keys()
+    return spec, assembled(spec, tensors, weights(shapes))
 
 
 def golden_model(name: str) -> tuple[dict[str, Any], Shapes]:
@@ -38,32 +38,32 @@ def golden_model(name: str) -> tuple[dict[str, Any], Shapes]:
 
 
 def as_read(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys from JSON as they come from a file: kinds are tuples."""
+    """Keys from JSON as they are in a file: kinds are tuples."""
     return {key: (tuple(kinds), value) for key, (kinds, value) in keys.items()}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_keys_equal_the_converters(name: str) -> None:
     config, shapes = golden_model(name)
-    spelling = build_spec(config, infos(shapes))
-    assert spelling.arch == GOLDEN[name]["arch"]
-    assert list(spelled_keys(spelling).items()) == list(as_read(GOLDEN[name]["keys"]).items())
+    spec = build_spec(config, infos(shapes))
+    assert spec.arch == GOLDEN[name]["arch"]
+    assert list(spelled_keys(spec).items()) == list(as_read(GOLDEN[name]["keys"]).items())
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_tensors_equal_the_converters(name: str) -> None:
-    spelling, arrays = spelled(*golden_model(name), GOLDEN[name]["dtype"])
+    spec, arrays = spec_and_tensors(*golden_model(name), GOLDEN[name]["dtype"])
     wanted = GOLDEN[name]["tensors"]
     assert {key: array.shape for key, array in arrays.items()} == {key: tuple(one[0]) for key, one in wanted.items()}
-    assert kept(spelling) == {key for key, one in wanted.items() if one[1]}
+    assert kept(spec) == {key for key, one in wanted.items() if one[1]}
     # constants come from torch's pow, whose last bit may be another one elsewhere
-    stored = wanted.keys() - spelling.constants.keys()
+    stored = wanted.keys() - spec.constants.keys()
     assert not [key for key in stored if digest(arrays[key].tobytes()) != wanted[key][2]]
 
 
 @needs_converter
 def test_tiny_models_equal_the_converters_files(tmp_path: Path) -> None:
-    """All of TINY that the converter can write: keys, their order, tensor names, shapes and bytes."""
+    """All models in TINY that the converter can write: keys, their order, tensor names, shapes and bytes."""
     models = [tiny for tiny in TINY if tiny.official]
     made = folders(models, tmp_path)
     jobs = [(made[tiny.name][1], tmp_path / f"{tiny.name}.gguf", "f32", "gpt-2") for tiny in models]
@@ -74,10 +74,10 @@ def test_tiny_models_equal_the_converters_files(tmp_path: Path) -> None:
 
 def _compare_with_file(tiny: Tiny, folder: Path, official: Path) -> None:
     config, shapes = json.loads((folder / "config.json").read_text()), stored_shapes(folder)
-    spelling, arrays = spelled(config, shapes, tiny.dtype)
+    spec, arrays = spec_and_tensors(config, shapes, tiny.dtype)
     file = read(official)
-    assert file.keys["general.architecture"][1] == spelling.arch
-    assert list(spelled_keys(spelling).items()) == list(architecture_keys(file.keys, spelling.arch).items()), tiny.name
+    assert file.keys["general.architecture"][1] == spec.arch
+    assert list(spelled_keys(spec).items()) == list(architecture_keys(file.keys, spec.arch).items()), tiny.name
     assert arrays.keys() == file.tensors.keys(), tiny.name
     for name, (kind, shape, data) in file.tensors.items():
         assert (kind, shape) == ("F32", arrays[name].shape)
@@ -90,14 +90,14 @@ def test_stablelm_head_norms_are_stacked() -> None:
     config = {**golden_model("stablelm")[0], "num_attention_heads": 4, "num_key_value_heads": 2}
     shapes = golden_model("stablelm")[1]
     norms = {f"model.layers.{layer}.self_attn.q_layernorm.norms.{head}.weight" for layer in (0, 1) for head in range(4)}
-    spelling, arrays = spelled(config, shapes | dict.fromkeys(norms, (64,)))
+    spec, arrays = spec_and_tensors(config, shapes | dict.fromkeys(norms, (64,)))
     wanted = [values(f"model.layers.1.self_attn.q_layernorm.norms.{head}.weight", (64,)).numpy() for head in range(4)]
     assert np.array_equal(arrays["blk.1.attn_q_norm.weight"], np.stack(wanted))
-    assert "blk.1.attn_q_norm.weight" in kept(spelling)
+    assert "blk.1.attn_q_norm.weight" in kept(spec)
 
 
 def test_baichuans_packed_rows_equal_separate_ones() -> None:
-    """W_pack against the same rows as the q, k and v of an InternLM 3, which the converter writes."""
+    """W_pack, against the same rows as q, k and v of an InternLM 3, which the converter can write."""
     packed = np.arange(768 * 256, dtype=np.float32).reshape(768, 256)
     apart = dict(zip("qkv", np.split(packed, 3), strict=True))
     config, shapes = baichuan()
@@ -115,7 +115,7 @@ def test_baichuans_packed_rows_equal_separate_ones() -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "mixtral-many", "olmoe", "deepseek3", "qwen3moe", "phimoe"])
 def test_fused_experts_equal_single_ones(name: str) -> None:
-    """Stacks of transformers 5 (gate over up) against the same experts one by one."""
+    """Stacked experts of transformers 5 (gate and up fused), against the same experts as single tensors."""
     config, shapes = golden_model(name)
     stored = weights(shapes)
     tensors = infos(shapes)
@@ -129,7 +129,7 @@ def test_fused_experts_equal_single_ones(name: str) -> None:
 
 
 def fused_experts(stored: Arrays) -> Arrays:
-    """Experts as transformers 5 keeps them in memory: gate_up_proj and down_proj, a stack a layer."""
+    """Experts as transformers 5 keeps them in memory: gate_up_proj and down_proj, stacked per layer."""
     parts: dict[str, dict[tuple[str, int], np.ndarray]] = {}
     others = {}
     for name, array in stored.items():
@@ -146,8 +146,8 @@ def fused_experts(stored: Arrays) -> Arrays:
     return others
 
 
-def test_layouts_of_both_transformers_are_alike() -> None:
-    """rope_theta and rope_scaling at the root spell what rope_parameters does."""
+def test_configs_of_transformers_4_and_5_give_the_same_spec() -> None:
+    """rope_theta and rope_scaling at the root mean the same as rope_parameters."""
     for new, old in (("gemma2", "gemma2-legacy"), ("starcoder2-tied", "starcoder2-tied"), ("llama3", "llama3-legacy")):
         config, shapes = golden_model(old)
         renewed = {**config, "rope_parameters": golden_model(new)[0].get("rope_parameters")}
@@ -155,7 +155,7 @@ def test_layouts_of_both_transformers_are_alike() -> None:
         assert spelled_keys(build_spec(renewed, infos(shapes))) == spelled_keys(build_spec(config, infos(shapes)))
 
 
-def test_defaults_are_transformers() -> None:
+def test_defaults_equal_transformers() -> None:
     """Every default of the table against a config of its class."""
     try:
         installed = version("transformers")
@@ -190,7 +190,7 @@ def refusal(config: Mapping[str, Any], shapes: Shapes, dtype: str = "float32") -
     return f"{caught.value} ({caught.value.hint})"
 
 
-def test_an_unknown_class_is_named_with_its_neighbour() -> None:
+def test_an_unknown_class_is_refused_with_the_nearest_name() -> None:
     said = refusal(*llama(architectures=["LamaForCausalLM"]))
     assert "LamaForCausalLM" in said and "did you mean 'LlamaForCausalLM'" in said and "safetensors" in said
     assert "'architectures'" in refusal(*llama(architectures="gone"))
@@ -211,21 +211,21 @@ def test_missing_layers_heads_and_tensors_are_named() -> None:
     assert "equal parts" in refusal({**config, "num_attention_heads": 7}, shapes)
 
 
-def test_a_gemma_needs_no_output() -> None:
-    """Whatever the config says of ties: llama.cpp takes the embedding, which is noted where there is a head."""
+def test_gemma_has_no_output_tensor() -> None:
+    """Whatever the config says: llama.cpp uses the embedding, and a stored head gives a warning."""
     config, shapes = golden_model("gemma2-legacy")
-    spelling = build_spec({**config, "tie_word_embeddings": False}, infos(shapes))
-    assert "lm_head.weight" in spelling.dropped and "lm_head.weight is left out" in " ".join(spelling.notes)
+    spec = build_spec({**config, "tie_word_embeddings": False}, infos(shapes))
+    assert "lm_head.weight" in spec.dropped and "lm_head.weight is not written" in " ".join(spec.notes)
 
 
-def test_a_missing_expert_is_found() -> None:
+def test_a_missing_expert_is_refused() -> None:
     config, shapes = golden_model("mixtral")
     without = {name: shape for name, shape in shapes.items() if "layers.1.block_sparse_moe.experts.2.w1" not in name}
     assert "blk.1.ffn_gate_exps.weight" in refusal(config, without)
-    assert "config.json says 3 experts" in refusal({**config, "num_local_experts": 3}, shapes)
+    assert "config.json has 3 experts" in refusal({**config, "num_local_experts": 3}, shapes)
 
 
-def test_an_unknown_tensor_is_named() -> None:
+def test_an_unknown_tensor_is_refused_by_name() -> None:
     config, shapes = llama()
     assert "model.layers.0.self_attn.extra" in refusal(config, {**shapes, "model.layers.0.self_attn.extra": (4, 4)})
 
@@ -242,14 +242,14 @@ def test_an_unknown_tensor_is_named() -> None:
         ("model.layers.0.mlp.experts.gate_up_proj_blocks", "U8"),
     ],
 )
-def test_quantised_weights_are_refused(name: str, dtype: str) -> None:
+def test_quantized_weights_are_refused(name: str, dtype: str) -> None:
     config, shapes = llama()
     tensors = {**infos(shapes), name: TensorInfo(name, dtype, (256, 256))}
-    with pytest.raises(SourceError, match=f"{re.escape(name)}.*quantised already"):
+    with pytest.raises(SourceError, match=f"{re.escape(name)}.*already quantized"):
         build_spec(config, tensors)
 
 
-def test_buffers_and_other_modes_are_dropped_with_a_reason() -> None:
+def test_buffers_and_other_modalities_are_dropped_with_a_reason() -> None:
     config, shapes = golden_model("gemma3-vision")
     dropped = build_spec(config, infos(shapes)).dropped
     assert any("vision_tower" in name for name in dropped)
@@ -259,7 +259,7 @@ def test_buffers_and_other_modes_are_dropped_with_a_reason() -> None:
     assert "buffer" in build_spec(config, more).dropped["model.layers.0.self_attn.rotary_emb.inv_freq"]
 
 
-def test_layers_that_predict_ahead_are_dropped() -> None:
+def test_multi_token_prediction_layers_are_dropped() -> None:
     config, shapes = golden_model("deepseek3")
     more = {**shapes, "model.layers.3.eh_proj.weight": (256, 512), "model.layers.3.mlp.gate.weight": (4, 256)}
     assert build_spec(config, infos(more)).dropped.keys() == {
@@ -268,7 +268,7 @@ def test_layers_that_predict_ahead_are_dropped() -> None:
     }
 
 
-def test_what_the_engine_takes_for_granted_is_noted() -> None:
+def test_settings_that_llama_cpp_ignores_give_a_warning() -> None:
     odd_yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     scaled = odd_yarn | {"mscale": 2.0, "mscale_all_dim": 1.0}
     for name, change, word in (
@@ -278,8 +278,8 @@ def test_what_the_engine_takes_for_granted_is_noted() -> None:
         ("qwen2", {"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
         ("qwen2", {"rope_parameters": {"rope_type": "curled"}}, "'curled'"),
         ("qwen2", {"sliding_window": 64, "use_sliding_window": True}, "last 64 tokens"),
-        ("gemma3", {"layer_types": ["full_attention"] * 2}, "every layer 6"),
-        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "without rope"),
+        ("gemma3", {"layer_types": ["full_attention"] * 2}, "every 6th layer"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "no rope"),
         ("cohere", {"use_qk_norm": True}, "64 layers"),
         ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob"),
         ("gemma2", {"query_pre_attn_scalar": 48}, "query_pre_attn_scalar"),
@@ -291,24 +291,26 @@ def test_what_the_engine_takes_for_granted_is_noted() -> None:
         assert word in " ".join(build_spec({**config, **change}, infos(shapes)).notes)
 
 
-def test_rows_beyond_the_vocabulary_go() -> None:
+def test_rows_beyond_the_vocabulary_are_dropped() -> None:
     """Gemma 3 embeddings are cut to config.json's vocab_size."""
     config, shapes = golden_model("gemma3")
-    _, arrays = spelled(config, {**shapes, "model.embed_tokens.weight": (VOCAB + 8, 256)})
+    _, arrays = spec_and_tensors(config, {**shapes, "model.embed_tokens.weight": (VOCAB + 8, 256)})
     assert np.array_equal(arrays["token_embd.weight"], values("model.embed_tokens.weight", (VOCAB + 8, 256))[:VOCAB])
 
 
 def test_xlm_roberta_is_a_roberta_with_another_vocabulary() -> None:
     config, shapes = golden_model("roberta")
-    one, arrays = spelled(config, shapes)
-    other, same = spelled({**config, "architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta"}, shapes)
+    one, arrays = spec_and_tensors(config, shapes)
+    other, same = spec_and_tensors(
+        {**config, "architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta"}, shapes
+    )
     assert (one.vocab, other.vocab) == ("roberta", "unigram")
     assert spelled_keys(one) == spelled_keys(other)
     assert arrays.keys() == same.keys() and all(np.array_equal(arrays[key], same[key]) for key in arrays)
 
 
 def test_a_classifiers_labels_are_keys() -> None:
-    """Two numbered labels are transformers' default and say nothing."""
+    """Two numbered labels are transformers' default, and are not written."""
     config, shapes = golden_model("bert")
     shapes = {f"bert.{name}": shape for name, shape in shapes.items()} | {"classifier.weight": (3, 256)}
     told = {**config, "architectures": ["BertForSequenceClassification"]}
@@ -319,7 +321,7 @@ def test_a_classifiers_labels_are_keys() -> None:
 
 
 def test_llama3_factors_follow_the_wavelengths() -> None:
-    """rope_freqs.weight: 1 for short waves, `factor` for long ones, between them smoothly (in float64)."""
+    """rope_freqs.weight: 1 for short waves, `factor` for long ones, smooth in between (in float64)."""
     config, shapes = golden_model("llama3")
     rope = config["rope_parameters"]
     waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, 64, 2) / 64)
@@ -330,14 +332,14 @@ def test_llama3_factors_follow_the_wavelengths() -> None:
     assert 1 in found and 8 in found and len(set(found)) > 2
 
 
-def test_long_factors_must_be_as_many_as_rotated_pairs() -> None:
+def test_longrope_needs_a_factor_for_each_rotated_pair() -> None:
     config, shapes = golden_model("phi-three-long")
     short = {**config, "rope_scaling": {**config["rope_scaling"], "long_factor": [1.0] * 31}}
     assert "31 factors" in refusal(short, shapes)
 
 
 def test_a_text_part_is_found_under_both_names() -> None:
-    """transformers 4 put language_model first, transformers 5 after model."""
+    """transformers 4 puts language_model first, transformers 5 after model."""
     config, shapes = golden_model("gemma3-vision")
     new = {name.replace("language_model.model.", "model.language_model."): shape for name, shape in shapes.items()}
     assert new != shapes
