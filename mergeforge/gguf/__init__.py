@@ -1,1 +1,1 @@
-"""gguf."""
+"""GGUF: reading, metadata, tensor types, architectures and vocabularies."""

@@ -1,1 +1,1 @@
-"""writers."""
+"""Encoders of the output formats: safetensors, FP8, GGUF and PEFT adapters."""

@@ -1,8 +1,7 @@
-"""Where tensors go.
+"""Encoders: how the rows of one tensor become bytes of one output file, and where those bytes go.
 
-An *outlet* is how one file takes one tensor: it encodes rows and knows where their bytes belong. A
-tensor has one outlet for each format that is written, so safetensors and several GGUF types come
-out of the same computed rows. Outlets are pure: tests need no folder.
+A tensor has one encoder per format that is written, so safetensors and several GGUF types come from the same computed
+rows. Encoders do no I/O.
 """
 
 from __future__ import annotations
@@ -18,74 +17,74 @@ ByteRange = tuple[int, int]  # (offset in the file, bytes)
 
 
 class TensorEncoder(Protocol):
-    """How one file takes one tensor, strip by strip.
+    """Encodes one tensor for one file, chunk by chunk.
 
-    A strip is `strip_rows` rows (the last may be shorter): what is encoded at once, and what a
-    checksum covers. It follows from shapes alone.
+    A chunk is `chunk_rows` rows (the last one may be shorter): the unit of encoding and of checksums. It depends only
+    on shapes.
     """
 
     @property
     def key(self) -> str:
-        """Its name among the outlets of a tensor."""
+        """Its name among the encoders of a tensor."""
 
     @property
     def file(self) -> str: ...
 
     @property
     def label(self) -> str:
-        """Its type, for messages."""
+        """The type that it writes, for messages."""
 
     @property
     def float_dtype(self) -> str:
-        """The dtype of its bytes; "" where they are quantised blocks, which hold neither infinities nor NaN."""
+        """The dtype of its bytes; "" for quantized blocks, which can hold neither infinities nor NaN."""
 
     @property
     def chunk_rows(self) -> int: ...
 
     @property
     def row_nbytes(self) -> int:
-        """The most bytes that a row takes, on average over a strip."""
+        """The largest number of bytes per row, as the average over a chunk."""
 
     @property
     def scratch_nbytes(self) -> int:
-        """Bytes of the temporaries that encoding a strip takes."""
+        """Bytes of temporaries that encoding a chunk needs."""
 
     def chunk_nbytes(self, start: int, stop: int) -> int:
-        """Bytes of the encoded strip of rows [start, stop)."""
+        """Bytes of the encoded chunk of rows [start, stop)."""
 
     def byte_ranges(self, start: int, stop: int) -> list[ByteRange]:
-        """Where the encoded strip's bytes go, in their order."""
+        """Where the bytes of the encoded chunk go, in their order."""
 
     def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
-        """Encode a strip (rows x columns, float, any device) into `into` (uint8, on the CPU).
+        """Encode a chunk (rows x columns, float, any device) into `into` (uint8, on the CPU).
 
-        Does not change `rows`. On a device the copy is only begun: wait for the worker before reading.
+        Does not change `rows`. From a GPU the copy is asynchronous: synchronize the worker before reading.
         """
 
     def overflows(self, magnitude: float) -> bool:
-        """Whether a value of this magnitude (or NaN) would not come out finite."""
+        """Whether a value of this magnitude (or NaN) would not be finite after encoding."""
 
 
-def chunk_ranges(start: int, stop: int, outlet: TensorEncoder) -> Iterator[tuple[int, int]]:
-    """Row ranges of the strips in [start, stop), which begins with one."""
-    for at in range(start, stop, outlet.chunk_rows):
-        yield at, min(at + outlet.chunk_rows, stop)
+def chunk_ranges(start: int, stop: int, encoder: TensorEncoder) -> Iterator[tuple[int, int]]:
+    """Row ranges of the chunks in [start, stop); `start` is the start of a chunk."""
+    for first in range(start, stop, encoder.chunk_rows):
+        yield first, min(first + encoder.chunk_rows, stop)
 
 
-def chunk_alignment(block_rows: int, outlets: Iterable[TensorEncoder], rows: int) -> int:
-    """The number of rows after which blocks and every outlet's strips begin anew."""
-    return min(rows, math.lcm(block_rows, *(outlet.chunk_rows for outlet in outlets))) or 1
+def chunk_alignment(block_rows: int, encoders: Iterable[TensorEncoder], rows: int) -> int:
+    """The number of rows after which a block and a chunk of every encoder start together."""
+    return min(rows, math.lcm(block_rows, *(encoder.chunk_rows for encoder in encoders))) or 1
 
 
-def coalesce_ranges(runs: Iterable[ByteRange]) -> Iterator[ByteRange]:
-    """Runs with those that follow one another in the file made one."""
+def coalesce_ranges(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
+    """Byte ranges, with consecutive ones that are adjacent in the file merged."""
     offset, nbytes = 0, 0
-    for at, more in runs:
-        if nbytes and at == offset + nbytes:
-            nbytes += more
+    for next_offset, next_nbytes in ranges:
+        if nbytes and next_offset == offset + nbytes:
+            nbytes += next_nbytes
             continue
         if nbytes:
             yield offset, nbytes
-        offset, nbytes = at, more
+        offset, nbytes = next_offset, next_nbytes
     if nbytes:
         yield offset, nbytes

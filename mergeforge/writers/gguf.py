@@ -1,7 +1,7 @@
-"""GGUF files: header, key/values and tensor table laid out before any weight is read.
+"""GGUF files: header, key/values and tensor table are laid out before any weight is read.
 
-Format: ggml/docs/gguf.md, version 3, little-endian. Offsets follow from shapes and types alone, so
-rows are written at their place in any order: a stack of experts is filled one expert at a time.
+Format: ggml/docs/gguf.md, version 3, little-endian. Offsets depend only on shapes and types, so rows can be written in
+any order: a stack of experts is filled one expert at a time.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
-LARGEST_SCALE = 65504.0  # of an f16; a block's scale is never larger than its largest value
-_PLAIN = ("F32", "F16", "BF16")  # types without blocks, named as safetensors names them
+LARGEST_SCALE = 65504.0  # of F16; the scale of a block never exceeds its largest value
+_FLOAT_TYPES = ("F32", "F16", "BF16")  # types without blocks, named as safetensors names them
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor of a GGUF file: shape with the slowest dimension first; `content` where it is known already."""
+    """A tensor of a GGUF file: shape with the slowest dimension first; `content`: its bytes if already known."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,31 +47,31 @@ class GGUFTensor:
 
 
 def lay_out(stem: str, keys: Keys, tensors: Sequence[GGUFTensor], split_max_size: int = 0) -> Layout:
-    """One file, or several of at most `split_max_size` bytes of tensors each (0: one), in the given order.
+    """One file, or splits with at most `split_max_size` bytes of tensors each (0: one file), in the given order.
 
-    As gguf-py's GGUFWriter splits: the first file has all key/values, each has split.*.
+    As gguf-py's GGUFWriter: the first split has all key/values, every split has split.*.
     """
-    parts = _split(tensors, split_max_size)
+    splits = _split(tensors, split_max_size)
     files: dict[str, OutputFile] = {}
     extents: dict[str, Extent] = {}
-    for at, part in enumerate(parts):
-        name = f"{stem}.gguf" if len(parts) == 1 else f"{stem}-{at + 1:05d}-of-{len(parts):05d}.gguf"
-        own = dict(keys) if at == 0 else {}
-        if len(parts) > 1:
+    for index, split in enumerate(splits):
+        name = f"{stem}.gguf" if len(splits) == 1 else f"{stem}-{index + 1:05d}-of-{len(splits):05d}.gguf"
+        split_keys = dict(keys) if index == 0 else {}
+        if len(splits) > 1:
             count = Value("i32", len(tensors))
-            own |= {"split.no": u16(at), "split.count": u16(len(parts)), "split.tensors.count": count}
-        head, offsets = header(own, part), _offsets(part)
-        for tensor, offset in zip(part, offsets, strict=True):
+            split_keys |= {"split.no": u16(index), "split.count": u16(len(splits)), "split.tensors.count": count}
+        head, offsets = header(split_keys, split), _offsets(split)
+        for tensor, offset in zip(split, offsets, strict=True):
             extents[tensor.name] = Extent(name, len(head) + offset, tensor.nbytes)
-        known = {extents[tensor.name].offset: tensor.content for tensor in part if tensor.content}
-        files[name] = OutputFile(head, len(head) + sum(_padded(tensor.nbytes) for tensor in part), known)
+        known = {extents[tensor.name].offset: tensor.content for tensor in split if tensor.content}
+        files[name] = OutputFile(head, len(head) + sum(_padded(tensor.nbytes) for tensor in split), known)
     return Layout(files, extents)
 
 
 def header(keys: Keys, tensors: Sequence[GGUFTensor]) -> bytes:
-    """Everything before the tensors' data, padded."""
+    """Everything before the tensor data, padded."""
     head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(keys)) + encode_key_values(keys)
-    table = b"".join(_entry(tensor, at) for tensor, at in zip(tensors, _offsets(tensors), strict=True))
+    table = b"".join(_entry(tensor, offset) for tensor, offset in zip(tensors, _offsets(tensors), strict=True))
     return (head + table).ljust(_padded(len(head) + len(table)), b"\0")
 
 
@@ -82,10 +82,10 @@ def _entry(tensor: GGUFTensor, offset: int) -> bytes:
 
 
 def _offsets(tensors: Sequence[GGUFTensor]) -> list[int]:
-    offsets, at = [], 0
+    offsets, offset = [], 0
     for tensor in tensors:
-        offsets.append(at)
-        at += _padded(tensor.nbytes)
+        offsets.append(offset)
+        offset += _padded(tensor.nbytes)
     return offsets
 
 
@@ -93,38 +93,38 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _split(tensors: Sequence[GGUFTensor], largest: int) -> list[list[GGUFTensor]]:
-    parts: list[list[GGUFTensor]] = [[]]
+def _split(tensors: Sequence[GGUFTensor], max_size: int) -> list[list[GGUFTensor]]:
+    splits: list[list[GGUFTensor]] = [[]]
     filled = 0
     for tensor in tensors:
-        if largest and parts[-1] and filled + tensor.nbytes > largest:
-            parts.append([])
+        if max_size and splits[-1] and filled + tensor.nbytes > max_size:
+            splits.append([])
             filled = 0
-        parts[-1].append(tensor)
+        splits[-1].append(tensor)
         filled += tensor.nbytes
-    return parts
+    return splits
 
 
-def row_positions(place: TensorTarget, info: TensorInfo) -> np.ndarray | None:
-    """Which of the place's units each stored row becomes (int32; -1: none); None where rows stay in order.
+def row_positions(target: TensorTarget, info: TensorInfo) -> np.ndarray | None:
+    """The unit of the target that each stored row becomes (int32; -1: none); None if the rows keep their order.
 
-    Layers share it: a stack of experts has some hundred thousand rows.
+    Layers share it, because a stack of experts has some hundred thousand rows.
     """
     import numpy as np
 
-    if place.rows is None or place.turn:
+    if target.rows is None or target.transpose:
         return None
     positions = np.full(info.rows, -1, dtype=np.int32)
-    positions[place.rows] = np.arange(len(place.rows))
+    positions[target.rows] = np.arange(len(target.rows))
     return positions
 
 
 @dataclass(frozen=True, eq=False)
 class GGUFEncoder:
-    """A merged tensor's rows, arranged and encoded as (a part of) one GGUF tensor.
+    """Arranges the rows of a merged tensor and encodes them as one GGUF tensor, or as a part of one.
 
-    `stored` names the dtype to which values are rounded first ("": none). `importance`: float32,
-    one row of column weights for each matrix of the GGUF tensor, or None. `positions`: see positions_of.
+    `rounded_to`: dtype to which values are rounded first ("": none). `importance`: float32, one row of column weights
+    per matrix of the GGUF tensor, or None. `positions`: see row_positions.
     """
 
     file_type: str
@@ -139,15 +139,15 @@ class GGUFEncoder:
 
     @property
     def key(self) -> str:
-        return f"{self.file_type}/{self.target.tensor}/{self.target.first}"
+        return f"{self.file_type}/{self.target.tensor}/{self.target.first_row}"
 
     @property
     def label(self) -> str:
-        return f"GGUF's {self.quant_type.name}"
+        return f"GGUF {self.quant_type.name}"
 
     @property
     def float_dtype(self) -> str:
-        return self.quant_type.name if self.quant_type.name in _PLAIN else ""
+        return self.quant_type.name if self.quant_type.name in _FLOAT_TYPES else ""
 
     @property
     def file(self) -> str:
@@ -155,32 +155,32 @@ class GGUFEncoder:
 
     @property
     def chunk_rows(self) -> int:
-        if not self.target.turn:
+        if not self.target.transpose:
             return self.info.block_rows
         return min(math.lcm(self.info.block_rows, self._source_rows), self.info.rows)
 
     @property
     def row_nbytes(self) -> int:
-        if self.target.turn:
+        if self.target.transpose:
             return -(-self._columns * self._unit_nbytes // self._source_rows)
         return self._unit_nbytes
 
     @property
     def scratch_nbytes(self) -> int:
-        strip = self.chunk_rows * self.info.columns * 4
-        arranged = 3 if self.target.turn else 1 if self.target.rows is not None else 0
+        chunk = self.chunk_rows * self.info.columns * 4
+        arranged = 3 if self.target.transpose else 1 if self.target.rows is not None else 0
         rounded = bool(self.rounded_to or self.target.add)
         result = self.chunk_rows * self.row_nbytes if self.quant_type.block > 1 else 0
-        return (arranged + rounded) * strip + result + scratch_nbytes(self.quant_type, self.device)
+        return (arranged + rounded) * chunk + result + scratch_nbytes(self.quant_type, self.device)
 
     def chunk_nbytes(self, start: int, stop: int) -> int:
-        return len(self._targets(start, stop)) * self._unit_nbytes
+        return len(self._units(start, stop)) * self._unit_nbytes
 
     def byte_ranges(self, start: int, stop: int) -> list[ByteRange]:
-        targets, size = self._targets(start, stop), self._unit_nbytes
-        if isinstance(targets, range):
-            return [(self.extent.offset + targets.start * size, len(targets) * size)] if targets else []
-        return list(coalesce_ranges((self.extent.offset + int(target) * size, size) for target in targets))
+        units, size = self._units(start, stop), self._unit_nbytes
+        if isinstance(units, range):
+            return [(self.extent.offset + units.start * size, len(units) * size)] if units else []
+        return list(coalesce_ranges((self.extent.offset + int(unit) * size, size) for unit in units))
 
     def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
         values = self._arranged(rows.float(), start)
@@ -194,41 +194,43 @@ class GGUFEncoder:
             values = values if values.device.type == "cpu" else values.to(dtype)
             into.view(dtype).view(values.shape).copy_(values, non_blocking=True)
             return
-        for part, out, importance in self._matrices(values.contiguous(), into, start, start + len(rows)):
-            out.copy_(encode(self.quant_type, part, importance).view(-1), non_blocking=True)
+        for matrix_rows, out, importance in self._matrices(values.contiguous(), into, start, start + len(rows)):
+            out.copy_(encode(self.quant_type, matrix_rows, importance).view(-1), non_blocking=True)
 
     def overflows(self, magnitude: float) -> bool:
-        return not (magnitude < OVERFLOW_THRESHOLD[self.float_dtype] if self.float_dtype else magnitude <= LARGEST_SCALE)
+        return not (
+            magnitude < OVERFLOW_THRESHOLD[self.float_dtype] if self.float_dtype else magnitude <= LARGEST_SCALE
+        )
 
-    # Stored rows are units of the GGUF tensor: whole rows of it, or single elements of a 1-D one.
+    # Each stored row becomes a unit of the GGUF tensor: a whole row, or one element of a 1-D tensor.
 
     @property
     def _unit_columns(self) -> int:
-        return self.target.turn or self.info.columns
+        return self.target.transpose or self.info.columns
 
     @property
     def _unit_nbytes(self) -> int:
         return self.quant_type.row_nbytes(self._unit_columns)
 
     @property
-    def _first(self) -> int:
-        return self.target.first * self.target.shape[-1] // self._unit_columns
+    def _first_unit(self) -> int:
+        return self.target.first_row * self.target.shape[-1] // self._unit_columns
 
     @property
     def _columns(self) -> int:
-        """Columns that are chosen before matrices are turned: rows of a turned matrix."""
-        return len(range(*self._chosen.indices(self.info.columns)))
+        """Columns that are selected before a matrix is transposed: rows of the transposed matrix."""
+        return len(range(*self._column_slice.indices(self.info.columns)))
 
     @property
-    def _chosen(self) -> slice:
+    def _column_slice(self) -> slice:
         return self.target.columns or slice(None)
 
     @property
     def _source_rows(self) -> int:
-        """Stored rows from which one turned matrix comes."""
+        """Stored rows that make up one transposed matrix."""
         if self.target.rows is None:
-            return self.target.turn
-        return self.info.rows * self.target.turn // len(self.target.rows)
+            return self.target.transpose
+        return self.info.rows * self.target.transpose // len(self.target.rows)
 
     @cached_property
     def _positions(self) -> np.ndarray:
@@ -236,26 +238,26 @@ class GGUFEncoder:
         assert positions is not None
         return positions
 
-    def _targets(self, start: int, stop: int) -> range | np.ndarray:
-        """The GGUF tensor's units that stored rows [start, stop) become, ascending."""
+    def _units(self, start: int, stop: int) -> range | np.ndarray:
+        """The units of the GGUF tensor that stored rows [start, stop) become, ascending."""
         import numpy as np
 
-        if self.target.turn:
+        if self.target.transpose:
             first, last = start // self._source_rows, stop // self._source_rows
-            return range(self._first + first * self._columns, self._first + last * self._columns)
+            return range(self._first_unit + first * self._columns, self._first_unit + last * self._columns)
         if self.target.rows is None:
-            return range(self._first + start, self._first + stop)
-        found: np.ndarray = np.sort(self._positions[start:stop])
-        return self._first + found[np.searchsorted(found, 0) :].astype(np.int64)
+            return range(self._first_unit + start, self._first_unit + stop)
+        positions: np.ndarray = np.sort(self._positions[start:stop])
+        return self._first_unit + positions[np.searchsorted(positions, 0) :].astype(np.int64)
 
     def _arranged(self, values: Tensor, start: int) -> Tensor:
-        """The strip's rows in the order of the GGUF tensor."""
+        """The rows of a chunk in the order of the GGUF tensor."""
         import numpy as np
         import torch
 
         stop = start + len(values)
-        if self.target.turn:
-            return self._turned(values, start)
+        if self.target.transpose:
+            return self._transposed(values, start)
         if self.target.rows is None:
             return values
         positions = self._positions[start:stop]
@@ -264,21 +266,21 @@ class GGUFEncoder:
             return values
         return values.index_select(0, torch.from_numpy(order).to(values.device))
 
-    def _turned(self, values: Tensor, start: int) -> Tensor:
+    def _transposed(self, values: Tensor, start: int) -> Tensor:
         import torch
 
-        turn, source = self.target.turn, self._source_rows
+        turn, source = self.target.transpose, self._source_rows
         if self.target.rows is not None:
             first, last = start // source * turn, (start + len(values)) // source * turn
-            chosen = torch.from_numpy(self.target.rows[first:last] - start).to(values.device)
-            values = values.index_select(0, chosen)
-        matrices = values.view(-1, turn, values.shape[1])[:, :, self._chosen]
+            indices = torch.from_numpy(self.target.rows[first:last] - start).to(values.device)
+            values = values.index_select(0, indices)
+        matrices = values.view(-1, turn, values.shape[1])[:, :, self._column_slice]
         return matrices.transpose(1, 2).reshape(-1, turn)
 
     def _matrices(
         self, values: Tensor, into: Tensor, start: int, stop: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Rows with the column weights of their matrix, and where their bytes go."""
+        """The rows of each matrix, the bytes to write them to, and the matrix's column weights."""
         size = self._unit_nbytes
         if self.importance is None or len(self.importance) == 1:
             weights = None if self.importance is None else self.importance[0].to(values.device)
@@ -286,7 +288,7 @@ class GGUFEncoder:
             return
         import numpy as np
 
-        matrix = np.asarray(self._targets(start, stop)) // self.target.shape[-2]
-        for one in np.unique(matrix):
-            first, last = (int(at) for at in np.searchsorted(matrix, [one, one + 1]))
-            yield values[first:last], into[first * size : last * size], self.importance[int(one)].to(values.device)
+        matrix = np.asarray(self._units(start, stop)) // self.target.shape[-2]
+        for number in np.unique(matrix):
+            first, last = (int(index) for index in np.searchsorted(matrix, [number, number + 1]))
+            yield values[first:last], into[first * size : last * size], self.importance[int(number)].to(values.device)

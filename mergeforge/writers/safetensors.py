@@ -1,8 +1,7 @@
-"""A safetensors checkpoint: shards, their headers and the index, laid out before anything is written.
+"""A safetensors checkpoint: shards, their headers and the index are laid out before anything is written.
 
-Shard bytes equal those of safetensors' `save_file` for the same tensors: ordered by falling
-alignment of the dtype and then by name, header padded to 8 bytes with spaces, metadata
-{"format": "pt"} (safetensors/src/tensor.rs, prepare).
+Shard bytes equal those of safetensors' `save_file` for the same tensors: sorted by descending alignment of the dtype
+and then by name, header padded to 8 bytes with spaces, metadata {"format": "pt"} (safetensors/src/tensor.rs, prepare).
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 METADATA = {"format": "pt"}
 KEY = "safetensors"
-# The smallest magnitude that becomes infinite when it is rounded to the dtype.
+# The smallest magnitude that becomes infinite when rounded to the dtype.
 OVERFLOW_THRESHOLD = {"F16": 65520.0, "BF16": float.fromhex("0x1.ffp127"), "F32": math.inf, "F64": math.inf}
 
 
 @dataclass(frozen=True)
 class SafetensorsEncoder:
-    """A tensor's rows, cast to its dtype, at its extent; a strip is a block."""
+    """Casts the rows of a tensor to its dtype and writes them at its extent; a chunk is a block."""
 
     info: TensorInfo
     extent: Extent
@@ -68,7 +67,7 @@ class SafetensorsEncoder:
         dtype = torch_dtype(self.info.dtype)
         assert dtype is not None
         if rows.device.type != "cpu":
-            rows = rows.to(dtype)  # fewer bytes over the bus
+            rows = rows.to(dtype)  # before the copy, so that fewer bytes cross the bus
         into.view(dtype).view(rows.shape).copy_(rows, non_blocking=True)
 
     def overflows(self, magnitude: float) -> bool:
@@ -76,22 +75,21 @@ class SafetensorsEncoder:
 
 
 def lay_out(tensors: Sequence[TensorInfo], shard_size: int) -> Layout:
-    """Files and extents for the tensors, split greedily in the given order at `shard_size` bytes.
+    """Files and extents of the tensors, split greedily in the given order at `shard_size` bytes.
 
-    As in huggingface_hub's split_state_dict_into_shards_factory, a tensor larger than a shard gets
-    one of its own.
+    As in huggingface_hub's split_state_dict_into_shards_factory, a tensor larger than a shard gets a shard of its own.
     """
     shards = split_into_shards(tensors, shard_size)
-    names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(at, len(shards)) for at in range(len(shards))]
+    names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(index, len(shards)) for index in range(len(shards))]
     files: dict[str, OutputFile] = {}
     extents: dict[str, Extent] = {}
     for name, shard in zip(names, shards, strict=True):
         ordered = sorted(shard, key=lambda info: (DTYPE_ORDER[info.dtype], info.name))
-        head, at = header(ordered), 0
+        head, offset = header(ordered), 0
         for info in ordered:
-            extents[info.name] = Extent(name, len(head) + at, info.nbytes)
-            at += info.nbytes
-        files[name] = OutputFile(head, len(head) + at)
+            extents[info.name] = Extent(name, len(head) + offset, info.nbytes)
+            offset += info.nbytes
+        files[name] = OutputFile(head, len(head) + offset)
     return Layout(files, extents)
 
 
@@ -113,19 +111,20 @@ def split_into_shards(tensors: Sequence[TensorInfo], shard_size: int) -> list[li
 
 
 def header(ordered: Sequence[TensorInfo]) -> bytes:
-    """The length and JSON header of one file whose tensors follow one another."""
+    """The header of a file with these tensors one after another: its length and JSON."""
     entries: dict[str, object] = {"__metadata__": METADATA}
-    at = 0
+    start = 0
     for info in ordered:
-        entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.nbytes]}
-        at += info.nbytes
+        stop = start + info.nbytes
+        entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, stop]}
+        start = stop
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def index_content(layout: Layout, tensors: Sequence[TensorInfo]) -> bytes | None:
-    """The index file's content, or None for a single file or none. total_size is in bytes."""
+    """The content of the index file, or None if there are not several files. total_size is in bytes."""
     if SINGLE_FILE in layout.files or not layout.files:
         return None
     metadata = {
@@ -136,5 +135,5 @@ def index_content(layout: Layout, tensors: Sequence[TensorInfo]) -> bytes | None
     return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _shard_name(at: int, count: int) -> str:
-    return f"model-{at + 1:05d}-of-{count:05d}.safetensors"
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"

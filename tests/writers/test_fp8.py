@@ -1,4 +1,4 @@
-"""FP8 written: strips of every height against transformers' quantiser, and read back."""
+"""FP8 output: chunks of different heights against transformers' quantizer, and read back."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def weight(rows: int, columns: int) -> torch.Tensor:
 
 
 def written(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What both outlets write, strip by strip."""
+    """What both encoders write, chunk by chunk."""
     info = TensorInfo("w", "BF16", tuple(values.shape))
-    found = []
-    for one, scales in zip(stored_tensors(info, BLOCK), (False, True), strict=True):
-        outlet = FP8Encoder(info, Extent("file", 100, one.nbytes), BLOCK, scales)
-        raw = torch.zeros(one.nbytes, dtype=torch.uint8)
-        for start, stop in chunk_ranges(0, info.rows, outlet):
-            [(offset, nbytes)] = outlet.byte_ranges(start, stop)
-            outlet.encode(values[start:stop], start, raw[offset - 100 : offset - 100 + nbytes])
-        found.append(raw.view(torch.float32 if scales else torch.float8_e4m3fn).view(one.shape))
-    return found[0], found[1]
+    written_tensors = []
+    for stored, scales in zip(stored_tensors(info, BLOCK), (False, True), strict=True):
+        encoder = FP8Encoder(info, Extent("file", 100, stored.nbytes), BLOCK, scales)
+        raw = torch.zeros(stored.nbytes, dtype=torch.uint8)
+        for start, stop in chunk_ranges(0, info.rows, encoder):
+            [(offset, nbytes)] = encoder.byte_ranges(start, stop)
+            encoder.encode(values[start:stop], start, raw[offset - 100 : offset - 100 + nbytes])
+        written_tensors.append(raw.view(torch.float32 if scales else torch.float8_e4m3fn).view(stored.shape))
+    return written_tensors[0], written_tensors[1]
 
 
 @pytest.mark.parametrize("elements", [1 << 19, 1000])
-def test_transformers_makes_the_same_bits(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_equal_transformers(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
     monkeypatch.setattr(table, "BLOCK_ELEMENTS", elements)
@@ -49,8 +49,8 @@ def test_transformers_makes_the_same_bits(elements: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("elements", [1 << 19, 1000])
-def test_ragged_edges_read_back(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within half a step of E4M3, 1/16 of each number, or of its block's smallest steps."""
+def test_blocks_at_the_edges_read_back(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within half a step of E4M3: 1/16 of each number, or half of the smallest step of its block."""
     monkeypatch.setattr(table, "BLOCK_ELEMENTS", elements)
     values = weight(41, 70)
     codes, scales = written(values)
@@ -60,8 +60,8 @@ def test_ragged_edges_read_back(elements: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-38, -1e-36])
-def test_a_block_of_next_to_nothing_is_zero(value: float) -> None:
-    """Where float32 has no factor that takes it to 448."""
+def test_block_of_tiny_values_becomes_zero(value: float) -> None:
+    """Values so small that the factor to 448 exceeds float32."""
     codes, scales = written(torch.full((16, 32), value))
     assert not codes.float().any()
     assert scales.tolist() == [[1.0]]

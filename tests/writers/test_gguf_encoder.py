@@ -1,4 +1,4 @@
-"""GGUF outlets: any strips of a stored tensor land where the whole tensor, rearranged at once, would stand."""
+"""GGUF encoders: chunks of a stored tensor are written to the same bytes as the whole tensor rearranged at once."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 640)  # 20 rows of 32 columns: no multiple of a head
 
 
-def written(place: TensorTarget, values: torch.Tensor, kind: str = "F32") -> np.ndarray:
-    """The GGUF tensor that the outlet fills strip by strip, a byte array; what nobody wrote is 255."""
+def written(target: TensorTarget, values: torch.Tensor, type_name: str = "F32") -> np.ndarray:
+    """The bytes of the GGUF tensor that the encoder fills chunk by chunk; bytes that are not written are 255."""
     info = TensorInfo("w", "F32", tuple(values.shape))
-    encoding = QUANT_TYPES[kind]
-    nbytes = math.prod(place.shape[:-1]) * encoding.row_nbytes(place.shape[-1])
-    outlet = GGUFEncoder("q", info, place, encoding, Extent("f", 64, nbytes), "cpu")
+    quant_type = QUANT_TYPES[type_name]
+    nbytes = math.prod(target.shape[:-1]) * quant_type.row_nbytes(target.shape[-1])
+    encoder = GGUFEncoder("q", info, target, quant_type, Extent("f", 64, nbytes), "cpu")
     file = np.full(64 + nbytes, 255, dtype=np.uint8)
     rows = values.reshape(info.rows, info.columns)
-    assert chunk_alignment(info.block_rows, [outlet], info.rows) % outlet.chunk_rows in (
+    assert chunk_alignment(info.block_rows, [encoder], info.rows) % encoder.chunk_rows in (
         0,
-        info.rows % outlet.chunk_rows,
+        info.rows % encoder.chunk_rows,
     )
-    for start, stop in chunk_ranges(0, info.rows, outlet):
-        into = torch.empty(outlet.chunk_nbytes(start, stop), dtype=torch.uint8)
+    for start, stop in chunk_ranges(0, info.rows, encoder):
+        into = torch.empty(encoder.chunk_nbytes(start, stop), dtype=torch.uint8)
         before = rows[start:stop].clone()
-        outlet.encode(rows[start:stop], start, into)
+        encoder.encode(rows[start:stop], start, into)
         assert torch.equal(rows[start:stop], before)
-        assert len(into) <= outlet.row_nbytes * (stop - start)
-        at = 0
-        for offset, size in outlet.byte_ranges(start, stop):
-            file[offset : offset + size] = into[at : at + size].numpy()
-            at += size
-        assert at == len(into)
+        assert len(into) <= encoder.row_nbytes * (stop - start)
+        position = 0
+        for offset, size in encoder.byte_ranges(start, stop):
+            file[offset : offset + size] = into[position : position + size].numpy()
+            position += size
+        assert position == len(into)
     assert (file[:64] == 255).all()
     return file[64:]
 
@@ -57,7 +57,7 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_rows_as_they_are() -> None:
+def test_rows_in_their_order() -> None:
     values = random(50, 32)
     assert np.array_equal(as_floats(written(TensorTarget("t", (50, 32)), values), (50, 32)), values.numpy())
 
@@ -69,7 +69,7 @@ def test_rotary_rows_are_interleaved() -> None:
     )
 
 
-def test_fused_rows_become_three_runs() -> None:
+def test_fused_qkv_rows_become_three_byte_ranges() -> None:
     values = random(3 * 30, 32)
     rows = np.concatenate([np.arange(90).reshape(5, 3, 6)[:, part].ravel() for part in range(3)])
     assert np.array_equal(
@@ -77,78 +77,83 @@ def test_fused_rows_become_three_runs() -> None:
     )
 
 
-def test_an_expert_fills_its_slice_and_nothing_else() -> None:
+def test_expert_fills_only_its_own_slice() -> None:
     values = random(10, 32)
-    found = as_floats(written(TensorTarget("t", (3, 10, 32), first=10), values), (3, 10, 32))
+    found = as_floats(written(TensorTarget("t", (3, 10, 32), first_row=10), values), (3, 10, 32))
     assert np.array_equal(found[1], values.numpy())
     assert (found[[0, 2]].view(np.uint8) == 255).all()
 
 
-def test_gate_and_up_come_out_of_fused_experts() -> None:
+def test_gate_and_up_are_split_from_fused_experts() -> None:
     values, rows = random(4, 24, 32), np.arange(96).reshape(4, 2, 12)
     for part in range(2):
         found = written(TensorTarget("t", (4, 12, 32), rows=rows[:, part].ravel()), values)
         assert np.array_equal(as_floats(found, (4, 12, 32)), values.numpy()[:, part * 12 : part * 12 + 12])
 
 
-def test_matrices_are_turned_and_every_second_row_taken() -> None:
+def test_matrices_are_transposed_and_every_second_row_selected() -> None:
     values = random(4, 32, 24)
-    found = written(TensorTarget("t", (4, 12, 32), turn=32, columns=slice(1, None, 2)), values)
+    found = written(TensorTarget("t", (4, 12, 32), transpose=32, columns=slice(1, None, 2)), values)
     assert np.array_equal(as_floats(found, (4, 12, 32)), values.numpy().swapaxes(1, 2)[:, 1::2])
 
 
-def test_a_part_of_each_head_is_turned() -> None:
+def test_a_part_of_each_head_is_transposed() -> None:
     values = random(4 * 24, 32)  # 4 heads of 16 + 8 rows
     heads = np.arange(96).reshape(4, 24)
-    found = written(TensorTarget("t", (4, 32, 16), rows=heads[:, :16].ravel(), turn=16), values)
+    found = written(TensorTarget("t", (4, 32, 16), rows=heads[:, :16].ravel(), transpose=16), values)
     assert np.array_equal(as_floats(found, (4, 32, 16)), values.numpy().reshape(4, 24, 32)[:, :16].swapaxes(1, 2))
 
 
-def test_what_is_added_is_added() -> None:
+def test_constant_is_added() -> None:
     values = random(300)
     assert np.array_equal(as_floats(written(TensorTarget("t", (300,), add=1.0), values), (300,)), values.numpy() + 1)
 
 
 def test_vectors_are_stacked() -> None:
     values = random(8)
-    found = as_floats(written(TensorTarget("t", (3, 8), first=2), values), (3, 8))
+    found = as_floats(written(TensorTarget("t", (3, 8), first_row=2), values), (3, 8))
     assert np.array_equal(found[2], values.numpy())
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
-def test_encoded_rows_are_those_of_the_whole(kind: str) -> None:
+@pytest.mark.parametrize("type_name", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_encoded_rows_equal_those_of_the_whole_tensor(type_name: str) -> None:
     from mergeforge.gguf.quantize import encode
 
     values, rows = random(64, 64), np.arange(64).reshape(4, 2, 8).swapaxes(1, 2).ravel()
-    whole = encode(QUANT_TYPES[kind], values[torch.from_numpy(rows)]).numpy().ravel()
-    assert np.array_equal(written(TensorTarget("t", (64, 64), rows=rows), values, kind), whole)
+    whole = encode(QUANT_TYPES[type_name], values[torch.from_numpy(rows)]).numpy().ravel()
+    assert np.array_equal(written(TensorTarget("t", (64, 64), rows=rows), values, type_name), whole)
 
 
-def test_importance_is_that_of_the_expert() -> None:
+def test_each_expert_uses_its_own_importance() -> None:
     from mergeforge.gguf.quantize import encode
 
     values, weights = random(3, 10, 32), random(3, 32).abs()
-    info, kind = TensorInfo("w", "F32", (3, 10, 32)), QUANT_TYPES["Q4_0"]
-    place = TensorTarget("t", (3, 10, 32))
-    outlet = GGUFEncoder("q", info, place, kind, Extent("f", 0, 30 * 18), "cpu", importance=weights)
+    info, quant_type = TensorInfo("w", "F32", (3, 10, 32)), QUANT_TYPES["Q4_0"]
+    target = TensorTarget("t", (3, 10, 32))
+    encoder = GGUFEncoder("q", info, target, quant_type, Extent("f", 0, 30 * 18), "cpu", importance=weights)
     rows = values.reshape(30, 32)
-    found = []
-    for start, stop in chunk_ranges(0, 30, outlet):
-        into = torch.empty(outlet.chunk_nbytes(start, stop), dtype=torch.uint8)
-        outlet.encode(rows[start:stop], start, into)
-        found.append(into)
-    expected = [encode(kind, values[at], weights[at]).view(-1) for at in range(3)]
-    assert torch.equal(torch.cat(found), torch.cat(expected))
+    chunks = []
+    for start, stop in chunk_ranges(0, 30, encoder):
+        into = torch.empty(encoder.chunk_nbytes(start, stop), dtype=torch.uint8)
+        encoder.encode(rows[start:stop], start, into)
+        chunks.append(into)
+    expected = [encode(quant_type, values[expert], weights[expert]).view(-1) for expert in range(3)]
+    assert torch.equal(torch.cat(chunks), torch.cat(expected))
 
 
 @pytest.mark.parametrize(
-    ("kind", "largest", "larger"),
+    ("type_name", "largest", "larger"),
     [("F16", 65519.0, 65520.0), ("Q4_K", 65504.0, 65505.0), ("BF16", 3.39e38, 3.4e38), ("F32", 3.4e38, math.inf)],
 )
-def test_what_does_not_fit_is_refused(kind: str, largest: float, larger: float) -> None:
-    outlet = GGUFEncoder(
-        "q", TensorInfo("w", "F32", (1, 256)), TensorTarget("t", (1, 256)), QUANT_TYPES[kind], Extent("f", 0, 0), "cpu"
+def test_values_that_do_not_fit_overflow(type_name: str, largest: float, larger: float) -> None:
+    encoder = GGUFEncoder(
+        "q",
+        TensorInfo("w", "F32", (1, 256)),
+        TensorTarget("t", (1, 256)),
+        QUANT_TYPES[type_name],
+        Extent("f", 0, 0),
+        "cpu",
     )
-    assert not outlet.overflows(largest)
-    assert outlet.overflows(larger)
-    assert outlet.overflows(math.nan)
+    assert not encoder.overflows(largest)
+    assert encoder.overflows(larger)
+    assert encoder.overflows(math.nan)

@@ -1,4 +1,4 @@
-"""output.adapter in a recipe: the adapters as one, alone or beside the model that they make."""
+"""output.adapter in a recipe: the combined adapter, alone or next to the merged model."""
 
 from __future__ import annotations
 
@@ -37,39 +37,39 @@ def folded(adapter: str) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
 
 
-def test_alone_it_folds_to_what_the_recipe_folds_to(models: Path) -> None:
-    out = mergeforge.merge(recipe(True, safetensors=False), out="joined")
+def test_adapter_alone_folds_to_the_same_model_as_the_recipe(models: Path) -> None:
+    out = mergeforge.merge(recipe(True, safetensors=False), out="combined")
     names = {path.name for path in out.iterdir()}
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "mergeforge.json"}
     assert not list(out.glob("model*"))
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 5
     plain = {key: value for key, value in recipe(True).items() if key != "output"}
-    wanted = load_file(mergeforge.merge(plain, out="wanted") / "model.safetensors")
-    for name, value in folded("joined").items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-7)
-    assert run_command(["verify", "joined"]) == 0
+    expected = load_file(mergeforge.merge(plain, out="expected") / "model.safetensors")
+    for name, value in folded("combined").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+    assert run_command(["verify", "combined"]) == 0
 
 
-def test_beside_the_model_it_lies_in_a_folder_of_its_own(models: Path) -> None:
+def test_adapter_next_to_the_model_is_in_its_own_folder(models: Path) -> None:
     out = mergeforge.merge(recipe({"rank": 3, "dtype": "bfloat16"}), out="both")
-    held = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert {value.dtype for value in held.values()} == {torch.bfloat16}
-    assert {min(value.shape) for value in held.values()} == {3}
-    wanted, base = load_file(out / "model.safetensors"), load_file(models / "base" / "model.safetensors")
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in adapter.values()} == {torch.bfloat16}
+    assert {min(value.shape) for value in adapter.values()} == {3}
+    expected, base = load_file(out / "model.safetensors"), load_file(models / "base" / "model.safetensors")
     for name, value in folded("both/adapter").items():
-        apart, moved = (value - wanted[name]).norm(), (wanted[name] - base[name]).norm()
-        assert float(apart) <= 0.7 * float(moved)
+        error, change = (value - expected[name]).norm(), (expected[name] - base[name]).norm()
+        assert float(error) <= 0.7 * float(change)
     assert run_command(["verify", "both"]) == 0
     (out / "adapter" / "adapter_config.json").write_text("{}")
     assert run_command(["verify", "both"]) == 3
 
 
-def test_the_same_recipe_again(models: Path) -> None:
-    out = mergeforge.merge(recipe(True, safetensors=False), out="joined")
+def test_running_the_same_recipe_again(models: Path) -> None:
+    out = mergeforge.merge(recipe(True, safetensors=False), out="combined")
     before = (out / "adapter_model.safetensors").read_bytes()
     with pytest.raises(OutputError):
-        mergeforge.merge(recipe(True, safetensors=False), out="joined")
-    mergeforge.merge(recipe(True, safetensors=False), out="joined", overwrite=True)
+        mergeforge.merge(recipe(True, safetensors=False), out="combined")
+    mergeforge.merge(recipe(True, safetensors=False), out="combined", overwrite=True)
     assert (out / "adapter_model.safetensors").read_bytes() == before
     assert not (out / ".mergeforge").exists()
 
@@ -84,25 +84,25 @@ def test_the_same_recipe_again(models: Path) -> None:
         ({"merge_method": "slerp", "parameters": {"t": 0.5}}, "slerp has no parameter 'weight'"),
     ],
 )
-def test_what_can_be_joined(models: Path, change: dict[str, Any], problem: str) -> None:
-    asked = recipe(True, safetensors=False) | change
-    asked = {key: value for key, value in asked.items() if value is not None}
+def test_errors_for_recipes_that_give_no_adapter(models: Path, change: dict[str, Any], problem: str) -> None:
+    settings = recipe(True, safetensors=False) | change
+    settings = {key: value for key, value in settings.items() if value is not None}
     with pytest.raises(MergeforgeError, match=problem):
-        mergeforge.plan(asked, out="joined")
-    assert not Path("joined").exists()
+        mergeforge.plan(settings, out="combined")
+    assert not Path("combined").exists()
 
 
-def test_a_mean_of_adapters_is_an_adapter(models: Path) -> None:
-    asked = {"base_model": "base", "adapters": ["a1", "a2"], "merge_method": "linear"}
-    asked |= {"output": {"adapter": True, "safetensors": False}}
-    mergeforge.merge(asked, out="mean")
-    wanted = load_file(mergeforge.merge(asked | {"output": {}}, out="wanted") / "model.safetensors")
+def test_mean_of_adapters_is_an_adapter(models: Path) -> None:
+    settings = {"base_model": "base", "adapters": ["a1", "a2"], "merge_method": "linear"}
+    settings |= {"output": {"adapter": True, "safetensors": False}}
+    mergeforge.merge(settings, out="mean")
+    expected = load_file(mergeforge.merge(settings | {"output": {}}, out="expected") / "model.safetensors")
     for name, value in folded("mean").items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
 
 
-def test_the_plan_says_it(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "base_model: base\nadapters: [a1, a2]\noutput: {path: joined, safetensors: false, adapter: {rank: 2}}\n"
+def test_plan_mentions_the_adapter(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "base_model: base\nadapters: [a1, a2]\noutput: {path: combined, safetensors: false, adapter: {rank: 2}}\n"
     Path("recipe.yaml").write_text(text)
     assert run_command(["plan", "recipe.yaml"]) == 0
     assert "adapter" in capsys.readouterr().out

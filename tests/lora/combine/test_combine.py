@@ -207,7 +207,7 @@ def test_invalid_options_are_refused(train: Train, tmp_path: Path) -> None:
             combine(folders, tmp_path / "out", **options)
     with pytest.raises(BudgetError, match="combining ranks of 6"):
         combine(folders, tmp_path / "out", memory=1000)
-    with pytest.raises(OutputError, match="no part of such an adapter"):
+    with pytest.raises(OutputError, match="is not a part of the adapter"):
         combine(folders, tmp_path / "base")
 
 
