@@ -16,7 +16,14 @@ from support.faults.tracing import following, need_strace
 from support.faults.warm import Warm
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
-SAID = ("another run writes", "already contains", "already holds", "exists", "another merge", "no merge of mergeforge wrote")
+SAID = (
+    "another run writes",
+    "already contains",
+    "already holds",
+    "exists",
+    "another merge",
+    "no merge of mergeforge wrote",
+)
 
 
 @pytest.fixture(scope="module")
