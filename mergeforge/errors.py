@@ -19,9 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-
 # Options whose value follows them in a hint; every other option is a flag.
-_VALUED = "out|memory|device|threads|set|type|pre|base|rank|energy|svd|embeddings|exclude|revision|data|seq-len"
+_VALUED = (
+    "out|memory|device|threads|set|type|pre|base|rank|energy|svd|embeddings|exclude|revision|data|seq-len|quantize"
+    "|tokenizer|context|columns"
+)
 _OPTION = re.compile(rf"--(?:({_VALUED})(?: (?=[\w.{{])([\w.-]+))?|([a-z][a-z-]+))")
 
 

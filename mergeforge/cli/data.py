@@ -4,73 +4,74 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergeforge.cli import _data_tables
+from mergeforge.cli import _data_options, _data_tables, _options
 from mergeforge.errors import RecipeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from mergeforge.data import Counts, DataSettings, Decision
+    from mergeforge.data import DataSettings, DataStats, Decision
 
 
 @click.group()
 def data() -> None:
-    """Look at training data, split it, build it.
+    """Preview, count, split and build training data.
 
     \b
-    mergeforge data preview train.jsonl --model ./model
-    mergeforge data stats train.jsonl --model ./model --seq-len 1024
-    mergeforge data split train.jsonl --val 0.1 --out split
-    mergeforge data build structure.yaml --out train.jsonl
+    Examples:
+      mergeforge data preview train.jsonl --model ./model
+      mergeforge data stats train.jsonl --model ./model --seq-len 1024
+      mergeforge data split train.jsonl --val 0.1 --out split
+      mergeforge data build structure.yaml --out train.jsonl
     """
 
 
-def _reading(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how rows are read and rendered."""
-    options = [
-        click.option("--model", metavar="PATH", help="A tokenizer: a model's folder or Hub repo id (extra: train)."),
-        click.option("--format", "kind", metavar="NAME", help="auto, messages, sharegpt, alpaca, text, ..."),
-        click.option("--columns", multiple=True, metavar="OURS=THEIRS", help="Such as prompt=question (repeatable)."),
-        click.option("--template", metavar="NAME", help="auto, plain, chatml, ..., or a .jinja file."),
-        click.option("--system", metavar="TEXT", help="For conversations without a system message."),
-        click.option("--loss-on", type=click.Choice(["assistant", "last", "all"]), help="What is trained on."),
-        click.option("--seq-len", type=click.IntRange(2), help="The longest example, in tokens."),
-        click.option("--too-long", type=click.Choice(["drop", "cut_prompt", "cut_end"]), help="What to do with more."),
-        click.option("--json", "as_json", is_flag=True, help="Print as JSON."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+_format = click.option("--format", metavar="NAME", help=f"{_data_options.FORMATS_HELP} [default: auto]")
+_reading_options = _options.options(
+    click.option("--model", metavar="PATH", help="Tokenizer: a model's folder or Hub repo id."),
+    _format,
+    _data_options.columns,
+    click.option("--template", metavar="NAME", help="Chat template: auto, plain, chatml, ..., or a .jinja file."),
+    _data_options.system,
+    click.option("--loss-on", type=click.Choice(["assistant", "last", "all"]), help="What is trained on."),
+    click.option("--seq-len", type=click.IntRange(2), help="Maximum length of an example, in tokens."),
+    click.option(
+        "--too-long",
+        type=click.Choice(["drop", "cut_prompt", "cut_end"]),
+        help="What to do with conversations longer than --seq-len.",
+    ),
+    _options.as_json,
+)
 
 
 @data.command()
 @click.argument("files", nargs=-1, required=True, metavar="DATA...")
-@_reading
-@click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="How many rows of each to show.")
-@click.option("--tokens", is_flag=True, help="List every token and its id.")
+@_reading_options
+@click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Rows to show from each source.")
+@click.option("--tokens", is_flag=True, help="List every token with its id.")
 def preview(files: tuple[str, ...], rows: int, tokens: bool, as_json: bool, **options: Any) -> None:
-    """Show how DATA is read, and its first rows with what is trained on marked.
+    """Show how DATA is read, and its first rows with the trained tokens marked.
 
     DATA: a file, folder, glob, hf://owner/name, sample:chat, or a train.yaml.
 
     \b
-    mergeforge data preview train.jsonl
-    mergeforge data preview sample:chat --model ./model --rows 3
+    Examples:
+      mergeforge data preview train.jsonl
+      mergeforge data preview sample:chat --model ./model --rows 3
     """
     from mergeforge.cli import _progress
-    from mergeforge.data.preview import show
+    from mergeforge.data import load_tokenizer
+    from mergeforge.data.preview import make_preview
 
-    settings, model = _asked(files, options)
-    shown = show(settings, rows, _tokenizer(model))
+    settings, model = _settings_and_model(files, options)
+    shown = make_preview(settings, rows, load_tokenizer(model) if model else None)
     if as_json:
-        click.echo(json.dumps(shown.json(), ensure_ascii=False, default=str))
+        click.echo(json.dumps(shown.as_dict(), ensure_ascii=False, default=str))
         return
     to = _progress.console(stderr=False)
     _data_tables.show_decisions(shown.decisions, to)
@@ -80,33 +81,35 @@ def preview(files: tuple[str, ...], rows: int, tokens: bool, as_json: bool, **op
         to.print(f"  note        {note}", markup=False)
     for row in shown.rows:
         _data_tables.show_row(row, shown, tokens, to)
-    for one in shown.skipped:
-        to.print(f"{one.place}: not used: {one.why}", markup=False)
+    for skipped in shown.skipped:
+        to.print(f"{skipped.place}: not used: {skipped.why}", markup=False)
     if model is None:
-        to.print("\nto see tokens and what is trained on, add --model: a folder or Hub repo id", markup=False)
+        to.print("\nadd --model (a folder or Hub repo id) to see tokens and what is trained on", markup=False)
 
 
 @data.command()
 @click.argument("files", nargs=-1, required=True, metavar="DATA...")
-@_reading
+@_reading_options
 def stats(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Count DATA's rows: used, empty, equal, too long; and their lengths, in tokens (with --model) or characters.
+    """Count the rows of DATA (used, empty, duplicate, too long) and their lengths, in characters or tokens (--model).
 
     \b
-    mergeforge data stats train.jsonl
-    mergeforge data stats train.jsonl --model ./model --seq-len 1024
+    Examples:
+      mergeforge data stats train.jsonl
+      mergeforge data stats train.jsonl --model ./model --seq-len 1024
     """
     from mergeforge.cli import _progress
 
-    settings, model = _asked(files, options)
-    counts, decided, notes = _prepared(settings, model) if model else _surveyed(settings)
+    settings, model = _settings_and_model(files, options)
+    counts, decisions, notes = _token_stats(settings, model) if model else _character_stats(settings)
     unit = "tokens" if model else "characters"
     if as_json:
-        facts = {"unit": unit, **counts.json(), "decisions": [asdict(one) for one in decided], "notes": notes}
+        decision_dicts = [asdict(decision) for decision in decisions]
+        facts = {"unit": unit, **counts.as_dict(), "decisions": decision_dicts, "notes": notes}
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
     to = _progress.console(stderr=False)
-    _data_tables.show_decisions(decided, to)
+    _data_tables.show_decisions(decisions, to)
     _data_tables.show_counts(counts, unit, to)
     for note in notes:
         to.print(f"note: {note}", markup=False)
@@ -114,100 +117,95 @@ def stats(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 @data.command()
 @click.argument("file", metavar="DATA")
-@click.option("--val", default="0.1", show_default=True, metavar="SHARE", help="A share of the rows, or a number.")
-@click.option("--out", required=True, metavar="DIR", help="Where train.jsonl and validation.jsonl go.")
-@click.option("--format", "kind", metavar="NAME", help="auto, messages, sharegpt, alpaca, text, ...")
-@click.option("--columns", multiple=True, metavar="OURS=THEIRS", help="Such as prompt=question (repeatable).")
-@click.option("--seed", default=0, show_default=True, help="Another seed, another split.")
-@click.option("--overwrite", is_flag=True, help="Replace files that are there.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option(
+    "--val", default="0.1", show_default=True, metavar="SIZE", help="Fraction of the rows to hold out, or a number."
+)
+@click.option("--out", required=True, metavar="DIR", help="Folder for train.jsonl and validation.jsonl.")
+@_format
+@_data_options.columns
+@click.option("--seed", default=0, show_default=True, help="Another seed gives another split.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@_options.as_json
 def split(file: str, val: str, out: str, seed: int, overwrite: bool, as_json: bool, **options: Any) -> None:
-    """Split DATA into train.jsonl and validation.jsonl, by the content of its rows: equal rows stay together.
+    """Split DATA into train.jsonl and validation.jsonl by the content of its rows; equal rows stay together.
 
     \b
-    mergeforge data split train.csv --val 0.1 --out split
+    Examples:
+      mergeforge data split train.csv --val 0.1 --out split
     """
-    from mergeforge.data.split import SIDES
+    from mergeforge.data.split import SPLITS
     from mergeforge.data.split import split as split_rows
 
-    settings, _ = _asked((file,), options)
-    done = split_rows(settings.sources[0], _share(val), Path(out), seed=seed, overwrite=overwrite)
-    paths = {side: str(Path(out) / f"{side}.jsonl") for side in SIDES}
+    settings, _ = _settings_and_model((file,), options)
+    result = split_rows(settings.sources[0], _validation_size(val), Path(out), seed=seed, overwrite=overwrite)
+    paths = {name: str(Path(out) / f"{name}.jsonl") for name in SPLITS}
     if as_json:
-        click.echo(json.dumps({**done.counts.json(), "written": done.written, "files": paths}))
+        click.echo(json.dumps({**result.counts.as_dict(), "written": result.written, "files": paths}))
         return
-    for side, path in paths.items():
-        click.echo(f"{path}: {done.written[side]:,} rows")
-    for line in _data_tables.skipped_lines(done.counts):
+    for name, path in paths.items():
+        click.echo(f"{path}: {result.written[name]:,} rows")
+    for line in _data_tables.skipped_lines(result.counts):
         click.echo(line, err=True)
 
 
 @data.command()
 @click.argument("structure", metavar="STRUCTURE")
-@click.option("--out", required=True, metavar="FILE", help="The JSONL file to write.")
-@click.option("--tokenizer", metavar="PATH", help="Count tokens with this one, not characters (extra: train).")
+@click.option("--out", required=True, metavar="FILE", help="JSONL file to write.")
+@click.option("--tokenizer", metavar="PATH", help="Count tokens with this tokenizer instead of characters.")
 @click.option("--no-stats", is_flag=True, help="Do not count lengths.")
-@click.option("--scaffold", is_flag=True, help="Make topic files that are not there, without entries.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--scaffold", is_flag=True, help="Create missing topic files, without entries.")
+@_options.as_json
 def build(structure: str, out: str, tokenizer: str | None, no_stats: bool, scaffold: bool, as_json: bool) -> None:
-    """Flatten a hierarchy of topic files into one JSONL file to train on.
+    """Flatten a hierarchy of topic files into one JSONL file for training.
 
-    STRUCTURE (YAML or JSON) lists categories, subcategories and their types; topics/CATEGORY.SUBCATEGORY.TYPE.json hold
-    entries of question, think, output and difficulty.
+    STRUCTURE (YAML or JSON) lists categories, subcategories and their types. The files
+    topics/CATEGORY.SUBCATEGORY.TYPE.json hold entries of question, think, output and difficulty.
 
     \b
-    mergeforge data build structure.yaml --out train.jsonl --scaffold
-    mergeforge data build structure.yaml --out train.jsonl --tokenizer ./model
+    Examples:
+      mergeforge data build structure.yaml --out train.jsonl --scaffold
+      mergeforge data build structure.yaml --out train.jsonl --tokenizer ./model
     """
     from mergeforge.cli import _progress
     from mergeforge.data.topics.build import build as build_rows
 
-    built = build_rows(structure, out, make_missing=scaffold)
-    settings, _ = _asked((out,), {"kind": "messages"})
-    counted = None
-    if built.rows and not no_stats:
-        counted = _prepared(settings, tokenizer) if tokenizer else _surveyed(settings)
+    result = build_rows(structure, out, scaffold=scaffold)
+    settings, _ = _settings_and_model((out,), {"format": "messages"})
+    counts = None
+    if result.rows and not no_stats:
+        counts, _, _ = _token_stats(settings, tokenizer) if tokenizer else _character_stats(settings)
     unit = "tokens" if tokenizer else "characters"
     if as_json:
-        facts = {**asdict(built), "out": str(built.out)} | (
-            {"unit": unit, "counts": counted[0].json()} if counted else {}
-        )
-        click.echo(json.dumps(facts))
+        facts = {**asdict(result), "out": str(result.out)}
+        click.echo(json.dumps(facts | ({"unit": unit, "counts": counts.as_dict()} if counts else {})))
         return
     to = _progress.console(stderr=False)
-    _data_tables.show_built(built, to)
-    if counted:
-        _data_tables.show_counts(counted[0], unit, to)
+    _data_tables.show_built(result, to)
+    if counts:
+        _data_tables.show_counts(counts, unit, to)
 
 
-def _asked(files: tuple[str, ...], options: Mapping[str, Any]) -> tuple[DataSettings, str | None]:
-    """(settings, model) of data named on the command line, or in a train.yaml; options come first."""
-    from mergeforge.data import FIELDS, settings_of
+def _settings_and_model(files: tuple[str, ...], options: Mapping[str, Any]) -> tuple[DataSettings, str | None]:
+    """(settings, model) from the options and, if a train.yaml is named, from that file; options win."""
+    from mergeforge.data import FIELDS, data_settings
 
-    record: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     model, seq_len = options.get("model"), options.get("seq_len")
     if files[0].endswith((".yaml", ".yml")):
         if len(files) > 1:
-            raise RecipeError(f"{files[0]} names its data itself", hint="give it alone")
-        whole = _train_yaml(files[0])
-        model = model or whole.get("model")
-        seq_len = seq_len or (whole.get("seq_len") if isinstance(whole.get("seq_len"), int) else None)
-        record = {key: whole[key] for key in FIELDS if key in whole}
+            raise RecipeError(f"{files[0]} names its own data", hint="give no other data")
+        config = _read_train_yaml(files[0])
+        model = model or config.get("model")
+        seq_len = seq_len or (config.get("seq_len") if isinstance(config.get("seq_len"), int) else None)
+        keys = {key: config[key] for key in FIELDS if key in config}
     else:
-        columns = dict(_column(one) for one in options.get("columns") or ())
-        record["data"] = [{"path": file, "format": options.get("kind"), "columns": columns} for file in files]
-    record |= {key: options[key] for key in ("template", "system", "loss_on", "too_long") if options.get(key)}
-    return settings_of(_checked(record), seq_len=seq_len), model
+        columns = _data_options.parse_columns(options.get("columns") or ())
+        keys["data"] = [{"path": file, "format": options.get("format"), "columns": columns} for file in files]
+    keys |= {key: options[key] for key in ("template", "system", "loss_on", "too_long") if options.get(key)}
+    return data_settings(_validated(keys), seq_len=seq_len), model
 
 
-def _column(text: str) -> tuple[str, str]:
-    ours, equals, theirs = text.partition("=")
-    if not (ours and equals and theirs):
-        raise RecipeError(f"--columns {text}: write OURS=THEIRS, such as --columns prompt=question")
-    return ours, theirs
-
-
-def _train_yaml(path: str) -> dict[str, Any]:
+def _read_train_yaml(path: str) -> dict[str, Any]:
     from mergeforge.recipe import yaml_reader
     from mergeforge.recipe.overrides import read_recipe_file
 
@@ -217,45 +215,39 @@ def _train_yaml(path: str) -> dict[str, Any]:
     return value
 
 
-def _checked(record: Mapping[str, Any]) -> dict[str, Any]:
+def _validated(keys: Mapping[str, Any]) -> dict[str, Any]:
     from mergeforge.data import FIELDS
     from mergeforge.errors import Problem
     from mergeforge.recipe.schema import Object
 
     problems: list[Problem] = []
-    read: dict[str, Any] = Object(FIELDS).read(
-        record, (), lambda path, message, hint="": problems.append(Problem(0, 0, message, hint))
+    values: dict[str, Any] = Object(FIELDS).read(
+        keys, (), lambda path, message, hint="": problems.append(Problem(0, 0, message, hint))
     )
     if problems:
-        raise RecipeError("the data cannot be read so:", problems=problems)
-    return read
+        raise RecipeError("invalid data settings:", problems=problems)
+    return values
 
 
-def _share(text: str) -> float | int:
+def _validation_size(text: str) -> float | int:
     from mergeforge.recipe.yaml_reader import scalar
 
-    value = _checked({"val": scalar(text)}).get("val")
-    if not isinstance(value, int | float):
-        raise RecipeError(f"--val {text}: a share such as 0.1, or a number of rows such as 200")
-    return value
+    size = _validated({"val": scalar(text)}).get("val")
+    if not isinstance(size, int | float):
+        raise RecipeError(f"--val {text}: give a fraction such as 0.1, or a number of rows such as 200")
+    return size
 
 
-def _tokenizer(model: str | None) -> PreTrainedTokenizerBase | None:
-    from mergeforge.data import load_tokenizer
+def _character_stats(settings: DataSettings) -> tuple[DataStats, tuple[Decision, ...], tuple[str, ...]]:
+    from mergeforge.data.stats import character_stats
 
-    return None if model is None else load_tokenizer(model)
-
-
-def _surveyed(settings: DataSettings) -> tuple[Counts, tuple[Decision, ...], tuple[str, ...]]:
-    from mergeforge.data.stats import survey
-
-    found = survey(settings)
-    return found.counts, found.decisions, ()
+    result = character_stats(settings)
+    return result.counts, result.decisions, ()
 
 
-def _prepared(settings: DataSettings, model: str) -> tuple[Counts, tuple[Decision, ...], tuple[str, ...]]:
+def _token_stats(settings: DataSettings, model: str) -> tuple[DataStats, tuple[Decision, ...], tuple[str, ...]]:
     from mergeforge.data import load_tokenizer, prepare
 
     with tempfile.TemporaryDirectory(prefix="mergeforge-data-") as folder:
-        found = prepare(settings, load_tokenizer(model), Path(folder))
-        return found.counts, found.decisions, found.notes
+        prepared = prepare(settings, load_tokenizer(model), Path(folder))
+        return prepared.counts, prepared.decisions, prepared.notes

@@ -1,6 +1,6 @@
-"""Data: rows of files, folders, the Hub or Python -> tokens and labels, and what was decided on the way.
+"""Training data: rows of files, folders, the Hub or Python become token ids and labels.
 
-settings = settings_of({"data": ["train.jsonl"], "val": 0.05}, seq_len=1024)
+settings = data_settings({"data": ["train.jsonl"], "val": 0.05}, seq_len=1024)
 prepared = prepare(settings, load_tokenizer("model"), Path("run/data"))
 prepared.train[0].tokens, prepared.train[0].labels, prepared.counts, prepared.decisions
 """
@@ -8,43 +8,43 @@ prepared.train[0].tokens, prepared.train[0].labels, prepared.counts, prepared.de
 from __future__ import annotations
 
 from mergeforge.data.chat_templates import Template, choose_template
-from mergeforge.data.conversation import Conversation, Passage
-from mergeforge.data.counts import Counts, Skipped
+from mergeforge.data.conversation import Conversation, TextSample
+from mergeforge.data.counts import DataStats, Skipped
 from mergeforge.data.formats import Format
 from mergeforge.data.prepare import Prepared, open_prepared, prepare
-from mergeforge.data.readers.open import Bad, Row
-from mergeforge.data.render import UNTRAINED, Example, Renderer, example, make_renderer
-from mergeforge.data.settings import FIELDS, DataSettings, DataSource, settings_of
+from mergeforge.data.readers.base import Record, UnreadableRecord
+from mergeforge.data.render import IGNORE_INDEX, Example, Renderer, make_example, make_renderer
+from mergeforge.data.settings import FIELDS, DataSettings, DataSource, data_settings
 from mergeforge.data.source_reader import Decision, open_files
-from mergeforge.data.stats import prompts_of
+from mergeforge.data.stats import first_prompts
 from mergeforge.data.token_store import TokenStore
 from mergeforge.data.tokenizers import load_tokenizer
 
 __all__ = [
     "FIELDS",
-    "UNTRAINED",
-    "Bad",
+    "IGNORE_INDEX",
     "Conversation",
-    "Counts",
     "DataSettings",
     "DataSource",
+    "DataStats",
     "Decision",
     "Example",
     "Format",
-    "Passage",
     "Prepared",
+    "Record",
     "Renderer",
-    "Row",
     "Skipped",
     "Template",
+    "TextSample",
     "TokenStore",
+    "UnreadableRecord",
     "choose_template",
-    "example",
+    "data_settings",
+    "first_prompts",
     "load_tokenizer",
+    "make_example",
     "make_renderer",
     "open_files",
     "open_prepared",
     "prepare",
-    "prompts_of",
-    "settings_of",
 ]

@@ -1,13 +1,13 @@
-"""Chat templates for training: the tokenizer's own, one of the known ones, `plain`, `raw`, or a Jinja file.
+"""Chat templates for training: the tokenizer's own, a known one by name, `plain`, `raw`, or a Jinja file.
 
-`plain` needs no special token but EOS, so it suits any base model:
+`plain` needs no special token except EOS, so it suits any base model:
 
     User: How are you?
     Assistant: Well, thanks.</s>
 
-`raw` is the messages' contents one after the other and EOS after each answer. In templates that are not the
-tokenizer's own, BOS is put first where the tokenizer puts it before text: then training, and whoever uses the saved
-template later, see the same tokens.
+`raw` concatenates the contents of the messages, with EOS after each answer. A template that is not the tokenizer's own
+gets BOS at the start if the tokenizer puts BOS before text. Training, and whoever uses the saved template later, then
+see the same tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.data.conversation import SURROGATE
-from mergeforge.data.tokenizers import added_first
+from mergeforge.data.tokenizers import prefix_ids
 from mergeforge.errors import RecipeError, SourceError, did_you_mean
 from mergeforge.tokenizer.chat_templates import NAMED
 
@@ -41,21 +41,21 @@ RAW = """\
   {%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif -%}
 {%- endfor -%}
 """
-_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-KNOWN = {**NAMED, "plain": PLAIN, "raw": RAW}
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TEMPLATES = {**NAMED, "plain": PLAIN, "raw": RAW}
 _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 Messages = Sequence[Mapping[str, Any]]
 
 
-class TemplateRefusal(Exception):
-    """A template does not take these messages; the text is what it says."""
+class TemplateError(Exception):
+    """A template refuses these messages; the text is its error message."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """Jinja that renders messages. `name`: where it is from; `parts`: it wants contents as lists of parts."""
+    """Jinja that renders messages. `name`: where it comes from; `parts`: it expects contents as lists of parts."""
 
     jinja: str
     name: str
@@ -64,90 +64,90 @@ class Template:
     @property
     def tagged(self) -> bool:
         """Whether it marks the answers with {% generation %}."""
-        return bool(_TAG.search(self.jinja))
+        return bool(_GENERATION_TAG.search(self.jinja))
 
     def text(
         self, tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Sequence[Any] = (), *, prompt: bool = False
     ) -> str:
-        """The messages as text; with `prompt`, ready for the assistant's next one. Raises TemplateRefusal."""
-        return self._rendered(tokenizer, messages, tools, add_generation_prompt=prompt)[0]
+        """The rendered messages; with `prompt`, followed by the generation prompt. Raises TemplateError."""
+        return self._render(tokenizer, messages, tools, add_generation_prompt=prompt)[0]
 
     def tagged_text(
         self, tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Sequence[Any] = ()
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The messages as text, and [start, stop) of the characters that are marked. Raises TemplateRefusal."""
-        text, places = self._rendered(tokenizer, messages, tools, return_assistant_tokens_mask=True)
-        return text, [(start, stop) for start, stop in places if stop > start]
+        """The rendered messages, and [start, stop) of the characters it marks as answers. Raises TemplateError."""
+        text, spans = self._render(tokenizer, messages, tools, return_assistant_tokens_mask=True)
+        return text, [(start, stop) for start, stop in spans if stop > start]
 
-    def _rendered(
-        self, tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Sequence[Any], **how: bool
+    def _render(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Sequence[Any], **options: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        settings: dict[str, Any] = {**tokenizer.special_tokens_map, "chat_template": self.jinja, **how}
+        arguments: dict[str, Any] = {**tokenizer.special_tokens_map, "chat_template": self.jinja, **options}
         try:
-            found: Any = render_jinja_template([self._spelled(messages)], list(tools) or None, **settings)
-        except Exception as error:  # Jinja's own, and whatever an expression in it comes upon
-            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise TemplateRefusal(f"the chat template ({self.name}) refuses it: {said}") from None
-        (text,), places = found
+            rendered: Any = render_jinja_template([self._with_parts(messages)], list(tools) or None, **arguments)
+        except Exception as error:  # Jinja's own, and anything that an expression in it raises
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise TemplateError(f"the chat template ({self.name}) rejects it: {reason}") from None
+        (text,), spans = rendered
         if SURROGATE.search(text):
-            raise TemplateRefusal("what the chat template makes of it is not UTF-8 text")
-        return text, places[0] if places else []
+            raise TemplateError(f"the chat template ({self.name}) produces text that is not valid UTF-8")
+        return text, spans[0] if spans else []
 
-    def _spelled(self, messages: Messages) -> list[dict[str, Any]]:
+    def _with_parts(self, messages: Messages) -> list[dict[str, Any]]:
         if not self.parts:
-            return [dict(one) for one in messages]
-        return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+            return [dict(message) for message in messages]
+        return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
-def choose_template(wanted: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template that `template:` means. Raises RecipeError for a name that is not known, SourceError for a file."""
-    own = _own(tokenizer)
-    if wanted in ("auto", "tokenizer") and own:
+def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template that `template: NAME` means. Raises RecipeError for an unknown name, SourceError for a bad file."""
+    own = _tokenizer_template(tokenizer)
+    if name in ("auto", "tokenizer") and own:
         return Template(own, "the tokenizer's own")
-    if wanted == "tokenizer":
-        raise RecipeError("template: the tokenizer has none of its own", hint="template: plain, or another by name")
-    if wanted == "auto":
-        return _fitted(Template(PLAIN, "plain: the tokenizer has none of its own"), tokenizer)
-    if wanted in KNOWN:
-        return _fitted(Template(KNOWN[wanted], wanted), tokenizer)
-    if "{%" in wanted or "{{" in wanted:
-        return _fitted(Template(wanted, "as given"), tokenizer)
-    return _fitted(Template(_file(wanted), wanted), tokenizer)
+    if name == "tokenizer":
+        raise RecipeError("template: the tokenizer has no chat template", hint="template: plain, or another name")
+    if name == "auto":
+        return _with_bos(Template(PLAIN, "plain: the tokenizer has no chat template"), tokenizer)
+    if name in TEMPLATES:
+        return _with_bos(Template(TEMPLATES[name], name), tokenizer)
+    if "{%" in name or "{{" in name:
+        return _with_bos(Template(name, "given as Jinja"), tokenizer)
+    return _with_bos(Template(_read_file(name), name), tokenizer)
 
 
-def _own(tokenizer: PreTrainedTokenizerBase) -> str:
+def _tokenizer_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return ""
     try:
         return str(tokenizer.get_chat_template())
-    except ValueError as error:  # several by name, none of them `default`
+    except ValueError as error:  # several named templates, none of them `default`
         raise SourceError(f"the tokenizer's chat template: {str(error).splitlines()[0]}") from None
 
 
-def _file(path: str) -> str:
-    here = Path(path).expanduser()
-    if not here.is_file():
-        known = ("auto", "tokenizer", *KNOWN)
+def _read_file(path: str) -> str:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        known = ("auto", "tokenizer", *TEMPLATES)
         hint = did_you_mean(path, known) or f"{', '.join(known)}, or a .jinja file"
         raise RecipeError(f"there is no chat template '{path}'", hint=hint)
     try:
-        return here.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read: {error}") from None
 
 
-def _fitted(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """With BOS first where the tokenizer puts it before text and the template does not."""
+def _with_bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template with BOS at its start, if the tokenizer puts BOS before text and the template does not."""
     if "eos_token" in template.jinja and not tokenizer.eos_token:
-        hint = "set its eos_token, or name a template that ends its answers by itself"
-        raise SourceError(f"template {template.name} ends answers with EOS, which the tokenizer has not", hint=hint)
-    first = tokenizer.bos_token
-    if not first or tokenizer.bos_token_id not in added_first(tokenizer):
+        hint = "set its eos_token, or name a template that does not use eos_token"
+        raise SourceError(f"template {template.name} ends answers with EOS, but the tokenizer has no EOS", hint=hint)
+    bos = tokenizer.bos_token
+    if not bos or tokenizer.bos_token_id not in prefix_ids(tokenizer):
         return template
     try:
-        begins = template.text(tokenizer, _PROBE).startswith(first)
-    except TemplateRefusal:
+        starts_with_bos = template.text(tokenizer, _PROBE).startswith(bos)
+    except TemplateError:
         return template
-    return template if begins else Template("{{- bos_token -}}\n" + template.jinja, template.name)
+    return template if starts_with_bos else Template("{{- bos_token -}}\n" + template.jinja, template.name)

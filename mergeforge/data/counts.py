@@ -1,4 +1,4 @@
-"""Counting: what became of every row, and how long the examples are."""
+"""What became of every row, and how long the examples are."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SHOWN = 8  # of each kind, the first that are kept with their place
-KINDS = ("empty", "too_long", "bad")
+MAX_SKIPPED = 8  # rows of each kind that are kept with their place
+SKIP_KINDS = ("empty", "too_long", "bad")
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,12 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Rows by what became of them, and the examples' tokens.
+class DataStats:
+    """Rows by what became of them, and the tokens of the examples.
 
-    rows = used + empty + too_long + bad. `duplicates`: of the used rows, those that are the same as an earlier one
-    (they are trained on like any other). `cut`: examples that lost tokens, or texts cut into pieces. `p50`, `p95`,
-    `p99`, `longest`: tokens of an example. `histogram`: (tokens up to and with, examples). `skipped`: the first of
-    each kind.
+    rows = used + empty + too_long + bad. `duplicates`: used rows equal to an earlier one (trained on like any other).
+    `cut`: examples that lost tokens, or texts cut into chunks. `p50`, `p95`, `p99`, `longest`: tokens of an example.
+    `histogram`: (upper bound in tokens, examples). `skipped`: the first rows of each kind.
     """
 
     rows: int = 0
@@ -50,25 +49,25 @@ class Counts:
     longest: int = 0
     histogram: tuple[tuple[int, int], ...] = ()
     skipped: tuple[Skipped, ...] = ()
-    sources: Mapping[str, Counts] = field(default_factory=dict)
+    sources: Mapping[str, DataStats] = field(default_factory=dict)
 
-    def json(self) -> dict[str, Any]:
-        """As plain values."""
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return asdict(self)
 
 
-def counts_of(value: Mapping[str, Any]) -> Counts:
-    """Counts as `json` gave them."""
-    inner = {
-        "histogram": tuple((upto, count) for upto, count in value["histogram"]),
-        "skipped": tuple(Skipped(**one) for one in value["skipped"]),
-        "sources": {name: counts_of(one) for name, one in value["sources"].items()},
+def stats_from_dict(value: Mapping[str, Any]) -> DataStats:
+    """The inverse of `DataStats.as_dict`."""
+    nested = {
+        "histogram": tuple((bound, count) for bound, count in value["histogram"]),
+        "skipped": tuple(Skipped(**row) for row in value["skipped"]),
+        "sources": {name: stats_from_dict(stats) for name, stats in value["sources"].items()},
     }
-    return Counts(**{**value, **inner})
+    return DataStats(**{**value, **nested})
 
 
-class Tally:
-    """Counts one source's rows as they come."""
+class RecordCounter:
+    """Counts the rows of one source as they come."""
 
     def __init__(self) -> None:
         self.kinds: Counter[str] = Counter()
@@ -76,20 +75,20 @@ class Tally:
 
     def skip(self, place: str, kind: str, why: str) -> None:
         self.kinds[kind] += 1
-        if self.kinds[kind] <= SHOWN:
+        if self.kinds[kind] <= MAX_SKIPPED:
             self.skipped.append(Skipped(place, kind, why))
 
     @property
     def rows(self) -> int:
-        """How many there were so far."""
-        return self.kinds["used"] + sum(self.kinds[kind] for kind in KINDS)
+        """Rows so far."""
+        return self.kinds["used"] + sum(self.kinds[kind] for kind in SKIP_KINDS)
 
-    def counts(self, lengths: NDArray[np.int64], trained: int, keys: NDArray[np.uint64]) -> Counts:
-        """With the lengths of the source's examples, and a key a used row that is the same for equal ones."""
+    def stats(self, lengths: NDArray[np.int64], trained: int, keys: NDArray[np.uint64]) -> DataStats:
+        """The statistics, given the examples' lengths and one key per used row (equal for equal rows)."""
         import numpy as np
 
         used = self.kinds["used"]
-        return Counts(
+        return DataStats(
             rows=self.rows,
             used=used,
             empty=self.kinds["empty"],
@@ -99,17 +98,17 @@ class Tally:
             cut=self.kinds["cut"],
             trained=trained,
             skipped=tuple(self.skipped),
-            **length_counts(lengths),
+            **length_stats(lengths),
         )
 
 
-def length_counts(lengths: NDArray[np.int64]) -> dict[str, Any]:
-    """The counts that lengths alone give."""
+def length_stats(lengths: NDArray[np.int64]) -> dict[str, Any]:
+    """The fields of DataStats that follow from the lengths."""
     import numpy as np
 
     if not len(lengths):
         return {}
-    p50, p95, p99 = (int(one) for one in np.percentile(lengths, [50, 95, 99], method="inverted_cdf"))
+    p50, p95, p99 = (int(value) for value in np.percentile(lengths, [50, 95, 99], method="inverted_cdf"))
     longest = int(lengths.max())
     return {
         "examples": len(lengths),
@@ -123,29 +122,31 @@ def length_counts(lengths: NDArray[np.int64]) -> dict[str, Any]:
 
 
 def histogram(lengths: NDArray[np.int64], longest: int, bars: int = 12) -> tuple[tuple[int, int], ...]:
-    """(tokens up to and with, examples): at most `bars` steps of one width, 1, 2, 2.5 or 5 times a power of ten."""
+    """(upper bound in tokens, examples): at most `bars` equal bins, 1, 2, 2.5 or 5 times a power of ten wide."""
     import numpy as np
 
-    width = next(step for step in _steps() if step * bars >= longest)
+    width = next(width for width in _round_widths() if width * bars >= longest)
     edges = np.arange(0, longest + width, width)
-    counted = np.bincount((lengths - 1) // width, minlength=len(edges) - 1)
-    return tuple((int(edge), int(count)) for edge, count in zip(edges[1:], counted, strict=True))
+    counts = np.bincount((lengths - 1) // width, minlength=len(edges) - 1)
+    return tuple((int(edge), int(count)) for edge, count in zip(edges[1:], counts, strict=True))
 
 
-def _steps() -> Sequence[int]:
-    return [int(part * 10**power) for power in range(1, 12) for part in (1, 2, 2.5, 5)]
+def _round_widths() -> Sequence[int]:
+    return [int(factor * 10**power) for power in range(1, 12) for factor in (1, 2, 2.5, 5)]
 
 
-def total_of(counted: Mapping[str, Counts], lengths: NDArray[np.int64], keys: NDArray[np.uint64]) -> Counts:
-    """All sources together. `keys`: a key a used row, over all of them."""
+def total_stats(sources: Mapping[str, DataStats], lengths: NDArray[np.int64], keys: NDArray[np.uint64]) -> DataStats:
+    """The statistics of all sources together. keys: one per used row."""
     import numpy as np
 
-    parts = list(counted.values())
-    sums = {name: sum(getattr(one, name) for one in parts) for name in ("rows", "used", *KINDS, "cut", "trained")}
-    return Counts(
+    parts = list(sources.values())
+    sums = {
+        name: sum(getattr(part, name) for part in parts) for name in ("rows", "used", *SKIP_KINDS, "cut", "trained")
+    }
+    return DataStats(
         **sums,
         duplicates=sums["used"] - len(np.unique(keys)),
-        skipped=tuple(one for part in parts for one in part.skipped),
-        sources=dict(counted),
-        **length_counts(lengths),
+        skipped=tuple(row for part in parts for row in part.skipped),
+        sources=dict(sources),
+        **length_stats(lengths),
     )

@@ -1,7 +1,7 @@
-"""Detecting: the format of a file from its first rows.
+"""Detects the format of a file from its first rows.
 
-In this order: a list of messages (also under a sharegpt name), a question and its answer, plain text. Where
-two columns could be the same thing nothing is guessed: it is an error that lists the columns and says what to write.
+Tried in this order: a list of messages (also under a ShareGPT name), a question and its answer, plain text. If two
+columns could be the same thing, nothing is guessed: the error lists the columns and says what to write.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergeforge.data.formats import IN_MESSAGES, Format, are_messages
+from mergeforge.data.formats import IN_MESSAGES, Format, is_message_list
 from mergeforge.data.settings import FORMATS, DataSource
-from mergeforge.errors import RecipeError, SourceError, did_you_mean, listing
+from mergeforge.errors import RecipeError, SourceError, did_you_mean, format_list
 
-# our role -> the names that columns have for it, in lower case
+# role -> the column names that it commonly has, in lower case
 ALIASES = {
     "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
     "prompt": ("instruction", "prompt", "question", "query", "input", "user"),
@@ -26,144 +26,149 @@ ALIASES = {
     "tools": ("tools",),
     "text": ("text", "content", "document"),
 }
-# other words for our roles that `columns:` takes
-OTHER_WORDS = {
+# other names of roles that `columns:` accepts
+ROLE_ALIASES = {
     **dict.fromkeys(("instruction", "question", "query", "user"), "prompt"),
     **dict.fromkeys(("output", "answer", "completion", "assistant"), "response"),
     "conversations": "messages",
     "context": "input",
 }
 _PREFERENCE = ("chosen", "rejected")
-_PAIRS = ("alpaca", "prompt_response")  # formats of a question and its answer
+_PAIR_FORMATS = ("alpaca", "prompt_response")  # a question and its answer
 
 
 def detect(rows: Sequence[Mapping[str, Any]], source: DataSource, name: str) -> Format:
-    """The format of a file from its first rows. `name`: the file, for messages.
+    """The format of a file from its first rows. name: the file, for messages.
 
-    Raises SourceError for columns that are not known or could be two things, RecipeError for a mapping that is wrong.
+    Raises SourceError for unknown or ambiguous columns, RecipeError for a wrong `columns:`.
     """
     if source.format not in FORMATS:
         hint = did_you_mean(source.format, FORMATS) or f"one of: {', '.join(FORMATS)}"
         raise RecipeError(f"there is no data format '{source.format}'", hint=hint)
-    seen = list(dict.fromkeys(str(column) for row in rows for column in row))
-    given = _given(source.columns, seen, name)
-    table = _Table(name, rows, given, tuple(column for column in seen if column not in given.values()))
-    table.refuse_preference()
-    for look in table.looks(source.format):
-        found = look()
-        if found is not None:
-            kind = source.format if source.format in _PAIRS else found.name
-            return replace(found, name=kind, unused=tuple(one for one in seen if one not in found.columns.values()))
-    asked = f" for the format {source.format}" if source.format != "auto" else ""
-    raise SourceError(f"{name} has no columns that are known{asked}: it has {listing(seen, 20)}", hint=_fix(seen))
+    columns = list(dict.fromkeys(str(column) for row in rows for column in row))
+    assigned = _assigned_columns(source.columns, columns, name)
+    free = tuple(column for column in columns if column not in assigned.values())
+    guesser = _ColumnGuesser(name, rows, assigned, free)
+    guesser.refuse_preference_data()
+    for guess in guesser.guesses(source.format):
+        format = guess()
+        if format is not None:
+            kind = source.format if source.format in _PAIR_FORMATS else format.name
+            unused = tuple(column for column in columns if column not in format.columns.values())
+            return replace(format, name=kind, unused=unused)
+    wanted = f" for the format {source.format}" if source.format != "auto" else ""
+    raise SourceError(
+        f"{name} has no known columns{wanted} (it has: {format_list(columns, 20)})", hint=_suggestion(columns)
+    )
 
 
 @dataclass(frozen=True)
-class _Table:
-    """A file's first rows. `given`: our role -> a column that is named for it; `free`: the other columns."""
+class _ColumnGuesser:
+    """The first rows of a file. `assigned`: role -> the column that `columns:` names for it; `free`: the others."""
 
     name: str
     rows: Sequence[Mapping[str, Any]]
-    given: Mapping[str, str]
+    assigned: Mapping[str, str]
     free: tuple[str, ...]
 
-    def looks(self, format: str) -> Sequence[Callable[[], Format | None]]:
-        """What is looked for, in order: what the format says, or the named columns, or all there is."""
-        if format in _PAIRS:
+    def guesses(self, format: str) -> Sequence[Callable[[], Format | None]]:
+        """What to look for, in order: what the format says, what `columns:` names, or everything."""
+        if format in _PAIR_FORMATS:
             return (self.pair,)
-        if format == "text" or (format == "auto" and "text" in self.given):
+        if format == "text" or (format == "auto" and "text" in self.assigned):
             return (self.text,)
-        if format == "auto" and {"prompt", "response"} & self.given.keys():
+        if format == "auto" and {"prompt", "response"} & self.assigned.keys():
             return (self.pair,)
-        if format == "auto" and "messages" not in self.given:
+        if format == "auto" and "messages" not in self.assigned:
             return (self.messages, self.pair, self.text)
         return (self.messages,)
 
     def messages(self) -> Format | None:
         """A list of messages."""
-        held = [self.given["messages"]] if "messages" in self.given else self._with_messages()
-        if not held:
+        candidates = [self.assigned["messages"]] if "messages" in self.assigned else self._message_columns()
+        if not candidates:
             return None
-        column = self._only("messages", held)
+        column = self._only("messages", candidates)
         keys = {str(key) for message in _first_messages(self.rows, column) for key in message}
-        columns = {"messages": column} | {role: self.given[role] for role in IN_MESSAGES if role in self.given}
+        columns = {"messages": column} | {role: self.assigned[role] for role in IN_MESSAGES if role in self.assigned}
         kind = "sharegpt" if "from" in keys and "role" not in keys else "messages"
-        why = f"'{column}' is a list of messages ({listing(sorted(keys))})"
-        return Format(kind, columns | self._also(("system", "tools")), why)
+        why = f"'{column}' is a list of messages ({format_list(sorted(keys))})"
+        return Format(kind, columns | self._optional(("system", "tools")), why)
 
     def pair(self) -> Format | None:
         """A question and its answer."""
-        response = self._one("response")
-        asked = [column for column in self._called("prompt") if column != response]
-        main = [column for column in asked if column.strip().lower() != "input"] or asked
-        prompt = self.given.get("prompt") or (self._only("prompt", main) if main else None)
+        response = self._column("response")
+        candidates = [column for column in self._columns_named("prompt") if column != response]
+        candidates = [column for column in candidates if column.strip().lower() != "input"] or candidates
+        prompt = self.assigned.get("prompt") or (self._only("prompt", candidates) if candidates else None)
         if response is None or prompt is None:
             return None
         columns = {"prompt": prompt, "response": response}
-        columns |= self._also(("input", "system", "history", "tools"), taken=(prompt, response))
+        columns |= self._optional(("input", "system", "history", "tools"), taken=(prompt, response))
         kind = "alpaca" if prompt.strip().lower() == "instruction" else "prompt_response"
-        joined = f" (after it '{columns['input']}', an empty line between)" if "input" in columns else ""
-        return Format(kind, columns, f"'{prompt}'{joined} asks, '{response}' answers")
+        appended = f" ('{columns['input']}' follows it after an empty line)" if "input" in columns else ""
+        return Format(kind, columns, f"'{prompt}' is the question{appended}, '{response}' the answer")
 
     def text(self) -> Format | None:
         """Plain text."""
-        column = self._one("text")
+        column = self._column("text")
         if column is None:
             return None
-        return Format("text", {"text": column}, f"'{column}' is plain text, all of it trained on")
+        return Format("text", {"text": column}, f"'{column}' is plain text, trained on in full")
 
-    def refuse_preference(self) -> None:
-        """Raises SourceError for chosen and rejected answers, where nothing says which column is meant."""
-        lower = {column.lower(): column for column in self.free}
-        if self.given or not all(column in lower for column in _PREFERENCE):
+    def refuse_preference_data(self) -> None:
+        """Raise SourceError for chosen and rejected answers, unless `columns:` says which column to use."""
+        by_lower_case = {column.lower(): column for column in self.free}
+        if self.assigned or not all(column in by_lower_case for column in _PREFERENCE):
             return
-        chosen, prompt = lower["chosen"], next((lower[word] for word in ALIASES["prompt"] if word in lower), None)
-        way = f"columns: {{prompt: {prompt}, response: {chosen}}}" if prompt else f"columns: {{messages: {chosen}}}"
-        text = f"{self.name} is preference data (chosen, rejected), which is for DPO and its kin"
-        raise SourceError(text, hint=f"to train on the chosen answers alone: {way}")
+        chosen = by_lower_case["chosen"]
+        prompt = next((by_lower_case[word] for word in ALIASES["prompt"] if word in by_lower_case), None)
+        fix = f"columns: {{prompt: {prompt}, response: {chosen}}}" if prompt else f"columns: {{messages: {chosen}}}"
+        text = f"{self.name} is preference data (chosen, rejected), which DPO and similar methods use"
+        raise SourceError(text, hint=f"to train on the chosen answers only: {fix}")
 
-    def _with_messages(self) -> list[str]:
-        return [column for column in self._called("messages") if _first_messages(self.rows, column)]
+    def _message_columns(self) -> list[str]:
+        return [column for column in self._columns_named("messages") if _first_messages(self.rows, column)]
 
-    def _called(self, role: str) -> list[str]:
+    def _columns_named(self, role: str) -> list[str]:
         return [column for column in self.free if column.strip().lower() in ALIASES[role]]
 
-    def _one(self, role: str, taken: Sequence[str] = ()) -> str | None:
-        found = [column for column in self._called(role) if column not in taken]
-        return self.given.get(role) or (self._only(role, found) if found else None)
+    def _column(self, role: str, taken: Sequence[str] = ()) -> str | None:
+        candidates = [column for column in self._columns_named(role) if column not in taken]
+        return self.assigned.get(role) or (self._only(role, candidates) if candidates else None)
 
-    def _also(self, roles: Sequence[str], taken: Sequence[str] = ()) -> dict[str, str]:
-        found = {role: self._one(role, taken) for role in roles}
-        return {role: column for role, column in found.items() if column is not None}
+    def _optional(self, roles: Sequence[str], taken: Sequence[str] = ()) -> dict[str, str]:
+        columns = {role: self._column(role, taken) for role in roles}
+        return {role: column for role, column in columns.items() if column is not None}
 
     def _only(self, role: str, columns: Sequence[str]) -> str:
         if len(columns) > 1:
-            both = " and ".join(f"'{column}'" for column in columns)
-            hint = f"say which: columns: {{{role}: {columns[0]}}}"
-            raise SourceError(f"{self.name}: {both} could each be the {role}", hint=hint)
+            names = " or ".join(f"'{column}'" for column in columns)
+            hint = f"name it: columns: {{{role}: {columns[0]}}}"
+            raise SourceError(f"{self.name}: the {role} could be {names}", hint=hint)
         return columns[0]
 
 
-def _given(columns: Mapping[str, str], seen: Sequence[str], name: str) -> dict[str, str]:
-    """`columns:` in our own words, each of whose columns the file has."""
-    known = (*ALIASES, *IN_MESSAGES)
-    found: dict[str, str] = {}
+def _assigned_columns(columns: Mapping[str, str], known_columns: Sequence[str], name: str) -> dict[str, str]:
+    """`columns:` by role; the file must have each of the columns."""
+    roles = (*ALIASES, *IN_MESSAGES)
+    assigned: dict[str, str] = {}
     for word, column in columns.items():
-        role = OTHER_WORDS.get(word, word)
-        if role not in known:
-            hint = did_you_mean(word, (*known, *OTHER_WORDS)) or f"known: {', '.join(known)}"
-            raise RecipeError(f"columns: '{word}' is no role of a column", hint=hint)
-        if role in found:
-            raise RecipeError(f"columns: '{word}' and another word name the same thing", hint="keep one of them")
-        if role not in IN_MESSAGES and column not in seen:
-            hint = did_you_mean(column, seen) or f"it has: {listing(seen, 20)}"
+        role = ROLE_ALIASES.get(word, word)
+        if role not in roles:
+            hint = did_you_mean(word, (*roles, *ROLE_ALIASES)) or f"known: {', '.join(roles)}"
+            raise RecipeError(f"columns: there is no role '{word}'", hint=hint)
+        if role in assigned:
+            raise RecipeError(f"columns: '{word}' repeats the role '{role}'", hint="keep one of them")
+        if role not in IN_MESSAGES and column not in known_columns:
+            hint = did_you_mean(column, known_columns) or f"it has: {format_list(known_columns, 20)}"
             raise RecipeError(f"{name} has no column '{column}'", hint=hint)
-        found[role] = column
-    return found
+        assigned[role] = column
+    return assigned
 
 
 def _first_messages(rows: Sequence[Mapping[str, Any]], column: str) -> list[Mapping[str, Any]]:
-    """The messages of the first row in which the column holds any."""
+    """The messages of the first row whose column holds any."""
     for row in rows:
         value = row.get(column)
         if isinstance(value, str) and value.lstrip().startswith("["):
@@ -171,18 +176,18 @@ def _first_messages(rows: Sequence[Mapping[str, Any]], column: str) -> list[Mapp
                 value = json.loads(value)
             except (ValueError, RecursionError):
                 continue
-        if value is not None and are_messages(value):
+        if value is not None and is_message_list(value):
             return list(value)
     return []
 
 
-def _fix(seen: Sequence[str]) -> str:
-    """The nearest thing to write for columns that are not known."""
+def _suggestion(columns: Sequence[str]) -> str:
+    """What to write for unknown columns, as a hint."""
     for role in ("messages", "response", "prompt", "text"):
-        for column in seen:
+        for column in columns:
             if did_you_mean(column.lower(), ALIASES[role]):
-                other = {"prompt": ", response: COLUMN", "response": ", prompt: COLUMN"}.get(role, "")
-                return f"say what they are: columns: {{{role}: {column}{other}}}"
-    if len(seen) == 1:
-        return f"if it is plain text: columns: {{text: {seen[0]}}}"
-    return "say what they are: columns: {prompt: COLUMN, response: COLUMN}, {messages: COLUMN} or {text: COLUMN}"
+                rest = {"prompt": ", response: COLUMN", "response": ", prompt: COLUMN"}.get(role, "")
+                return f"name them: columns: {{{role}: {column}{rest}}}"
+    if len(columns) == 1:
+        return f"if it is plain text: columns: {{text: {columns[0]}}}"
+    return "name them: columns: {prompt: COLUMN, response: COLUMN}, {messages: COLUMN} or {text: COLUMN}"

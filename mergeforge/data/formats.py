@@ -1,4 +1,4 @@
-"""Formats: which columns of a file hold what, and a row read by that. detecting.py finds them out."""
+"""Formats: which column of a file holds what, and how a row is read. format_detection.py finds the format."""
 
 from __future__ import annotations
 
@@ -7,85 +7,86 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergeforge.data.conversation import (
-    BadRow,
     Conversation,
-    EmptyRow,
-    Passage,
-    conversation,
-    exchange,
-    parsed,
-    text_of,
+    EmptyRecord,
+    InvalidRecord,
+    TextSample,
+    cell_text,
+    conversation_from_pair,
+    parse_conversation,
+    parse_json_cell,
 )
-from mergeforge.errors import listing
+from mergeforge.errors import format_list
 
 IN_MESSAGES = ("role", "content")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How rows are read. `columns`: our role -> the file's column; `unused`: columns that are not trained on."""
+    """How rows are read. `columns`: role -> the file's column; `why`: the reason; `unused`: columns not trained on."""
 
     name: str
     columns: Mapping[str, str]
     why: str
     unused: tuple[str, ...] = ()
 
-    def read(self, row: Mapping[str, Any], system: str | None = None) -> Conversation | Passage:
-        """One row. Raises BadRow and EmptyRow."""
+    def read(self, row: Mapping[str, Any], system: str | None = None) -> Conversation | TextSample:
+        """Parse one row. Raises InvalidRecord and EmptyRecord."""
         if self.name == "text":
-            return self._passage(row)
-        return self._conversation(row, system) if "messages" in self.columns else self._exchange(row, system)
+            return self._text_sample(row)
+        return self._conversation(row, system) if "messages" in self.columns else self._pair(row, system)
 
-    def _passage(self, row: Mapping[str, Any]) -> Passage:
-        text = text_of(self._cell(row, "text", needed=True), f"'{self.columns['text']}'")
+    def _text_sample(self, row: Mapping[str, Any]) -> TextSample:
+        text = cell_text(self._cell(row, "text", required=True), f"'{self.columns['text']}'")
         if not text.strip():
-            raise EmptyRow("no text")
-        return Passage(text)
+            raise EmptyRecord("no text")
+        return TextSample(text)
 
     def _conversation(self, row: Mapping[str, Any], system: str | None) -> Conversation:
         column = f"'{self.columns['messages']}'"
-        messages = parsed(self._cell(row, "messages", needed=True), column)
+        messages = parse_json_cell(self._cell(row, "messages", required=True), column)
         if messages is None or messages == []:
-            raise EmptyRow("no messages")
+            raise EmptyRecord("no messages")
         if not isinstance(messages, list | tuple):
-            raise BadRow(f"{column} is no list of messages")
-        inside = {role: name for role, name in self.columns.items() if role in IN_MESSAGES}
-        before = text_of(self._cell(row, "system"), "'system'") or system
-        return conversation(messages, system=before, tools=self._cell(row, "tools"), columns=inside)
+            raise InvalidRecord(f"{column} is not a list of messages")
+        message_keys = {role: name for role, name in self.columns.items() if role in IN_MESSAGES}
+        row_system = cell_text(self._cell(row, "system"), "'system'") or system
+        return parse_conversation(messages, system=row_system, tools=self._cell(row, "tools"), columns=message_keys)
 
-    def _exchange(self, row: Mapping[str, Any], system: str | None) -> Conversation:
-        prompt, response = self._cell(row, "prompt", needed=True), self._cell(row, "response", needed=True)
-        if are_messages(prompt) or are_messages(response):
-            return self._continued(prompt, response, row, system)
-        asked = [text_of(prompt, f"'{self.columns['prompt']}'"), text_of(self._cell(row, "input"), "'input'")]
-        return exchange(
-            "\n\n".join(part for part in asked if part.strip()),
-            text_of(response, f"'{self.columns['response']}'"),
+    def _pair(self, row: Mapping[str, Any], system: str | None) -> Conversation:
+        prompt, response = self._cell(row, "prompt", required=True), self._cell(row, "response", required=True)
+        if is_message_list(prompt) or is_message_list(response):
+            return self._message_pair(prompt, response, row, system)
+        question = [cell_text(prompt, f"'{self.columns['prompt']}'"), cell_text(self._cell(row, "input"), "'input'")]
+        return conversation_from_pair(
+            "\n\n".join(part for part in question if part.strip()),
+            cell_text(response, f"'{self.columns['response']}'"),
             system=system,
-            before=text_of(self._cell(row, "system"), "'system'"),
+            row_system=cell_text(self._cell(row, "system"), "'system'"),
             history=self._cell(row, "history"),
         )
 
-    def _continued(self, prompt: Any, response: Any, row: Mapping[str, Any], system: str | None) -> Conversation:
-        """Prompt and completion as lists of messages (TRL's form): only the completion's answers are trained on."""
-        given = [{**one, "train": False} for one in _turns(prompt, "user")]
-        then = _turns(response, "assistant")
-        return conversation([*given, *then], system=system, tools=self._cell(row, "tools"))
+    def _message_pair(self, prompt: Any, response: Any, row: Mapping[str, Any], system: str | None) -> Conversation:
+        """Prompt and completion as lists of messages (TRL's format): only the completion's answers are trained on."""
+        context = [{**message, "train": False} for message in _as_messages(prompt, "user")]
+        completion = _as_messages(response, "assistant")
+        return parse_conversation([*context, *completion], system=system, tools=self._cell(row, "tools"))
 
-    def _cell(self, row: Mapping[str, Any], role: str, needed: bool = False) -> Any:
+    def _cell(self, row: Mapping[str, Any], role: str, required: bool = False) -> Any:
         name = self.columns.get(role)
         if name is None:
             return None
-        if name not in row:  # a later row may spell it otherwise
+        if name not in row:  # other rows may write it in another case
             name = next((key for key in row if str(key).strip().lower() == name.strip().lower()), name)
-        if needed and name not in row:
-            raise BadRow(f"no column '{name}' (it has: {listing(map(str, row)) or 'none'})")
+        if required and name not in row:
+            raise InvalidRecord(f"no column '{name}' (it has: {format_list(map(str, row)) or 'none'})")
         return row.get(name)
 
 
-def _turns(value: Any, role: str) -> list[Mapping[str, Any]]:
-    return list(value) if are_messages(value) else [{"role": role, "content": value}]
+def _as_messages(value: Any, role: str) -> list[Mapping[str, Any]]:
+    return list(value) if is_message_list(value) else [{"role": role, "content": value}]
 
 
-def are_messages(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, Mapping) for one in value)
+def is_message_list(value: Any) -> bool:
+    """Whether a value is a non-empty list of mappings."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Mapping) for item in value)

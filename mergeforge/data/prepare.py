@@ -1,4 +1,7 @@
-"""Preparing: the rows of all sources -> token stores on disk, once for the same rows, settings and tokenizer."""
+"""Prepares training data: the rows of all sources become token stores on disk.
+
+The stores are reused while rows, settings and tokenizer stay the same.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +14,35 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.counts import Counts, counts_of
-from mergeforge.data.fingerprint import fingerprint_of
-from mergeforge.data.pipeline import HELD_OUT, Filling, Watch
+from mergeforge.data.counts import DataStats, stats_from_dict
+from mergeforge.data.fingerprint import data_fingerprint
+from mergeforge.data.pipeline import HELD_OUT, OnProgress, TokenizePipeline
 from mergeforge.data.render import Renderer, make_renderer
 from mergeforge.data.settings import DataSettings, DataSource
-from mergeforge.data.source_reader import Decision, decisions
-from mergeforge.data.split import held_out
-from mergeforge.data.token_store import StoreWriter, TokenStore
+from mergeforge.data.source_reader import Decision, merge_decisions
+from mergeforge.data.split import validation_mask
+from mergeforge.data.token_store import TokenStore, TokenStoreWriter
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import disk_error, sync_folder, write_durably
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FACTS = "facts.json"
-_STALE = 86400.0  # seconds after which an unfinished folder belongs to nobody
+FACTS = "facts.json"  # written last: a folder with it is complete
+_STALE_SECONDS = 86400.0  # an unfinished folder older than this is abandoned
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data ready to train on. `template`: the Jinja that was used; `folder`: where the stores lie.
+    """Data ready to train on. `template`: the Jinja that was used; `folder`: where the stores are.
 
-    `fingerprint`: of rows, settings, tokenizer and template; the same one means the same tokens. `notes`: what a
-    person should know of it.
+    `fingerprint`: of rows, settings, tokenizer and template; equal fingerprints mean equal tokens. `notes`: facts about
+    the data that the user should know.
     """
 
     train: TokenStore
     validation: TokenStore | None
-    counts: Counts
+    counts: DataStats
     decisions: tuple[Decision, ...]
     template: str
     template_name: str
@@ -53,23 +56,23 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    also: str = "",
-    watch: Watch | None = None,
+    extra_key: str = "",
+    on_progress: OnProgress | None = None,
 ) -> Prepared:
-    """Read, split, render and mask all rows into stores inside `folder`, or take those that are there already.
+    """Read, split, render and mask all rows into stores inside `folder`, or reuse the stores there.
 
-    `also`: text that makes the fingerprint another one. Raises SourceError where next to nothing could be trained on.
+    extra_key: text that also enters the fingerprint. Raises SourceError if almost nothing can be trained on.
     """
     renderer = make_renderer(settings, tokenizer)
-    fingerprint = fingerprint_of(settings, validation_source(settings), renderer, also)
-    home = folder / fingerprint[:16]
-    if not (home / FACTS).is_file():
-        _make(settings, renderer, fingerprint, home, watch or (lambda rows: None))
-    return open_prepared(home)
+    fingerprint = data_fingerprint(settings, validation_source(settings), renderer, extra_key)
+    target = folder / fingerprint[:16]
+    if not (target / FACTS).is_file():
+        _write_atomically(settings, renderer, fingerprint, target, on_progress or (lambda rows: None))
+    return open_prepared(target)
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """What `prepare` left in a folder. Raises SourceError."""
+    """Open a folder that `prepare` wrote. Raises SourceError."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -78,10 +81,10 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(
         train=TokenStore.open(folder, "train"),
         validation=validation,
-        counts=counts_of(facts["counts"]),
+        counts=stats_from_dict(facts["counts"]),
         decisions=tuple(
-            Decision(**{**one, "files": tuple(one["files"]), "unused": tuple(one["unused"])})
-            for one in facts["decisions"]
+            Decision(**{**decision, "files": tuple(decision["files"]), "unused": tuple(decision["unused"])})
+            for decision in facts["decisions"]
         ),
         template=facts["template"],
         template_name=facts["template_name"],
@@ -92,84 +95,86 @@ def open_prepared(folder: Path) -> Prepared:
 
 
 def validation_source(settings: DataSettings) -> tuple[DataSource, ...]:
-    """The source that is held out, where it is data of its own."""
+    """The held-out source, if `val` is the path of other data."""
     return (DataSource(settings.validation),) if isinstance(settings.validation, str) else ()
 
 
-def _make(settings: DataSettings, renderer: Renderer, fingerprint: str, home: Path, watch: Watch) -> None:
-    """Write the stores beside their place, then move them there: they are whole or absent."""
-    part = _part(home)
+def _write_atomically(
+    settings: DataSettings, renderer: Renderer, fingerprint: str, target: Path, on_progress: OnProgress
+) -> None:
+    """Write the stores beside their folder, then rename: they are complete or absent."""
+    temporary = _temporary_folder(target)
     try:
-        facts = _write(settings, renderer, part, watch)
+        facts = _write(settings, renderer, temporary, on_progress)
         facts |= {"fingerprint": fingerprint}
-        write_durably(part / FACTS, json.dumps(facts, indent=1).encode())
-        sync_folder(part)
-        if home.exists() and not (home / FACTS).exists():
-            shutil.rmtree(home)
+        write_durably(temporary / FACTS, json.dumps(facts, indent=1).encode())
+        sync_folder(temporary)
+        if target.exists() and not (target / FACTS).exists():
+            shutil.rmtree(target)
         try:
-            os.rename(part, home)
+            os.rename(temporary, target)
         except OSError:  # another process was faster
-            if not (home / FACTS).is_file():
+            if not (target / FACTS).is_file():
                 raise
-        sync_folder(home.parent)
+        sync_folder(target.parent)
     except OSError as error:
-        raise disk_error(error, str(home)) from error
+        raise disk_error(error, str(target)) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _part(home: Path) -> Path:
+def _temporary_folder(target: Path) -> Path:
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        for left in home.parent.glob("*.part"):
-            if time.time() - left.stat().st_mtime > _STALE:
-                shutil.rmtree(left, ignore_errors=True)
-        return Path(tempfile.mkdtemp(prefix=f"{home.name}.", suffix=".part", dir=home.parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob("*.part"):
+            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent))
     except OSError as error:
-        raise disk_error(error, str(home.parent)) from error
+        raise disk_error(error, str(target.parent)) from error
 
 
-def _write(settings: DataSettings, renderer: Renderer, part: Path, watch: Watch) -> dict[str, Any]:
-    """Write the stores into a folder; what else is known of them."""
-    writer = StoreWriter(part)
-    filling = Filling(settings, renderer, writer, watch)
+def _write(settings: DataSettings, renderer: Renderer, folder: Path, on_progress: OnProgress) -> dict[str, Any]:
+    """Write the stores into a folder and return the facts about them."""
+    writer = TokenStoreWriter(folder)
+    pipeline = TokenizePipeline(settings, renderer, writer, on_progress)
     try:
         for source in settings.sources:
-            filling.add(source, source.path)
-        own = writer.count
+            pipeline.add(source, source.path)
+        train_examples = writer.count
         for source in validation_source(settings):
-            filling.add(source, f"{HELD_OUT}{source.path}")
+            pipeline.add(source, f"{HELD_OUT}{source.path}")
     finally:
         writer.close()
-    notes = [*filling.notes(), *_name_sides(settings, writer, own)]
+    notes = [*pipeline.notes(), *_write_split(settings, writer, train_examples)]
     return {
-        "counts": filling.counts().json(),
-        "decisions": [asdict(one) for one in decisions(filling.formats)],
-        "template": renderer.template.jinja if filling.conversations else "",
-        "template_name": renderer.template.name if filling.conversations else "",
+        "counts": pipeline.counts().as_dict(),
+        "decisions": [asdict(decision) for decision in merge_decisions(pipeline.formats)],
+        "template": renderer.template.jinja if pipeline.conversations else "",
+        "template_name": renderer.template.name if pipeline.conversations else "",
         "notes": notes,
     }
 
 
-def _name_sides(settings: DataSettings, writer: StoreWriter, own: int) -> list[str]:
-    """Make the stores `train` and `validation` of all examples, of which the first `own` are not held out as data.
+def _write_split(settings: DataSettings, writer: TokenStoreWriter, train_examples: int) -> list[str]:
+    """Write the indices `train` and `validation`; examples from `train_examples` on are separate validation data.
 
     Returns notes.
     """
     import numpy as np
 
     keys, notes = writer.keys(), []
-    held = np.arange(writer.count) >= own
+    held_out = np.arange(writer.count) >= train_examples
     if isinstance(settings.validation, int | float):
-        held = held_out(keys, settings.validation)
-    train = ~held
+        held_out = validation_mask(keys, settings.validation)
+    train = ~held_out
     if isinstance(settings.validation, str):
-        train &= ~np.isin(keys, keys[held])
-        if again := int((~held).sum() - train.sum()):
-            notes.append(f"{again} examples are in the validation data too; they are not trained on")
+        train &= ~np.isin(keys, keys[held_out])
+        if shared := int((~held_out).sum() - train.sum()):
+            notes.append(f"{shared} examples are also in the validation data; they are not trained on")
     if not train.any():
-        raise SourceError("every row is in the validation data too: none is left to train on")
-    writer.name("train", np.flatnonzero(train))
-    if held.any():
-        writer.name("validation", np.flatnonzero(held))
+        raise SourceError("every row is also in the validation data: none is left to train on")
+    writer.write_index("train", np.flatnonzero(train))
+    if held_out.any():
+        writer.write_index("validation", np.flatnonzero(held_out))
     return notes

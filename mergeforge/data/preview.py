@@ -1,111 +1,142 @@
-"""Showing: how sources are read and what their first rows become, for a person to look at."""
+"""A preview for people: how sources are read, and what their first rows become, with the trained tokens marked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.conversation import Conversation, Passage
-from mergeforge.data.counts import Skipped, Tally
+from mergeforge.data.conversation import Conversation, TextSample
+from mergeforge.data.counts import RecordCounter, Skipped
 from mergeforge.data.formats import Format
-from mergeforge.data.pipeline import rendered_rows
-from mergeforge.data.preview_spans import Run, marked, runs
-from mergeforge.data.render import Example, Renderer, make_renderer
+from mergeforge.data.pipeline import render_file
+from mergeforge.data.render import IGNORE_INDEX, Example, Renderer, make_renderer
 from mergeforge.data.settings import DataSettings
-from mergeforge.data.source_reader import Decision, OpenFile, decisions, open_files, read_file
+from mergeforge.data.source_reader import Decision, OpenFile, merge_decisions, open_files, parse_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OPEN, CLOSE = "⟦", "⟧"
+
 
 @dataclass(frozen=True)
-class ShownRow:
-    """A row, and its examples where there is a tokenizer. `way`: how the answers were found."""
+class TokenSpan:
+    """The text of adjacent tokens, special ones included, and whether they are trained on."""
+
+    text: str
+    trained: bool
+
+
+def token_spans(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenSpan]:
+    """The example from its first to its last token, as spans that are trained on or not."""
+    ids, before, stop = example.tokens.tolist(), "", 0
+    for trained, group in groupby(label != IGNORE_INDEX for label in example.labels.tolist()):
+        stop += len(list(group))
+        text = str(tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        yield TokenSpan(text[len(before) :], trained)  # decoders strip a leading space, so no span is decoded alone
+        before = text
+
+
+def mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The example as plain text, with what is trained on between ⟦ and ⟧."""
+    spans = token_spans(example, tokenizer)
+    return "".join(f"{OPEN}{span.text}{CLOSE}" if span.trained else span.text for span in spans)
+
+
+@dataclass(frozen=True)
+class PreviewRecord:
+    """A row, and its examples if there is a tokenizer. `strategy`: how the answers were found."""
 
     place: str
-    content: Conversation | Passage
+    content: Conversation | TextSample
     examples: tuple[Example, ...] = ()
-    way: str = ""
+    strategy: str = ""
 
     def lines(self) -> list[str]:
-        """What the row says, as plain text."""
-        if isinstance(self.content, Passage):
+        """The row as plain text."""
+        if isinstance(self.content, TextSample):
             return [self.content.text]
         return [f"{message['role']}: {message['content']}" for message in self.content.messages]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a preview shows. `template`: where the chat template is from ("": none is needed)."""
+class Preview:
+    """What a preview shows. `template`: where the chat template comes from ("": none is needed)."""
 
     decisions: tuple[Decision, ...]
-    rows: tuple[ShownRow, ...]
+    rows: tuple[PreviewRecord, ...]
     skipped: tuple[Skipped, ...]
     template: str
     notes: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase | None
 
-    def runs(self, example: Example) -> list[Run]:
+    def token_spans(self, example: Example) -> list[TokenSpan]:
         assert self.tokenizer is not None
-        return list(runs(example, self.tokenizer))
+        return list(token_spans(example, self.tokenizer))
 
-    def marked(self, example: Example) -> str:
+    def mark_trained(self, example: Example) -> str:
         assert self.tokenizer is not None
-        return marked(example, self.tokenizer)
+        return mark_trained(example, self.tokenizer)
 
-    def spelling(self, token: int) -> str:
-        """One token, so that white space in it is seen."""
+    def token_repr(self, token: int) -> str:
+        """One token, quoted so that white space is visible."""
         assert self.tokenizer is not None
         return repr(self.tokenizer.decode([token]))
 
-    def json(self) -> dict[str, Any]:
-        """As plain values."""
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return {
-            "decisions": [asdict(one) for one in self.decisions],
+            "decisions": [asdict(decision) for decision in self.decisions],
             "template": self.template,
             "notes": list(self.notes),
-            "rows": [self._row(row) for row in self.rows],
-            "skipped": [asdict(one) for one in self.skipped],
+            "rows": [self._row_as_dict(row) for row in self.rows],
+            "skipped": [asdict(row) for row in self.skipped],
         }
 
-    def _row(self, row: ShownRow) -> dict[str, Any]:
+    def _row_as_dict(self, row: PreviewRecord) -> dict[str, Any]:
         content = row.content
-        what = {"text": content.text} if isinstance(content, Passage) else {"messages": list(content.messages)}
+        fields = {"text": content.text} if isinstance(content, TextSample) else {"messages": list(content.messages)}
         examples = [
-            {"tokens": one.tokens.tolist(), "labels": one.labels.tolist(), "text": marked(one, self.tokenizer)}
-            for one in row.examples
+            {
+                "tokens": example.tokens.tolist(),
+                "labels": example.labels.tolist(),
+                "text": mark_trained(example, self.tokenizer),
+            }
+            for example in row.examples
             if self.tokenizer is not None
         ]
-        return {"place": row.place, **what, "way": row.way, "examples": examples}
+        return {"place": row.place, **fields, "way": row.strategy, "examples": examples}
 
 
-def show(settings: DataSettings, count: int, tokenizer: PreTrainedTokenizerBase | None = None) -> Shown:
-    """The first `count` rows of each source that can be used, and what was left out before them.
+def make_preview(settings: DataSettings, count: int, tokenizer: PreTrainedTokenizerBase | None = None) -> Preview:
+    """The first `count` usable rows of each source, and the rows skipped before them.
 
     Raises SourceError and RecipeError as reading does.
     """
     renderer = make_renderer(settings, tokenizer) if tokenizer is not None else None
-    opened: list[tuple[str, str, Format]] = []
-    rows: list[ShownRow] = []
-    tally = Tally()
+    formats: list[tuple[str, str, Format]] = []
+    rows: list[PreviewRecord] = []
+    counter = RecordCounter()
     for source in settings.sources:
-        left = count
+        remaining = count
         for file in open_files(source):
-            opened.append((source.path, file.file.name, file.format))
-            found = list(islice(_rows(file, renderer, settings.system, tally), left))
-            left -= len(found)
-            rows += found
-    conversations = any(isinstance(row.content, Conversation) for row in rows)
-    used = renderer if conversations else None
-    template, notes = (used.template.name, tuple(used.notes())) if used is not None else ("", ())
-    return Shown(decisions(opened), tuple(rows), tuple(tally.skipped), template, notes, tokenizer)
+            formats.append((source.path, file.file.name, file.format))
+            first_rows = list(islice(_preview_records(file, renderer, settings.system, counter), remaining))
+            remaining -= len(first_rows)
+            rows += first_rows
+    template, notes = "", tuple[str, ...]()
+    if renderer is not None and any(isinstance(row.content, Conversation) for row in rows):
+        template, notes = renderer.template.name, tuple(renderer.notes())
+    return Preview(merge_decisions(formats), tuple(rows), tuple(counter.skipped), template, notes, tokenizer)
 
 
-def _rows(file: OpenFile, renderer: Renderer | None, system: str | None, tally: Tally) -> Iterator[ShownRow]:
+def _preview_records(
+    file: OpenFile, renderer: Renderer | None, system: str | None, counter: RecordCounter
+) -> Iterator[PreviewRecord]:
     if renderer is None:
-        yield from (ShownRow(row.place, row.content) for row in read_file(file, tally, system))
+        yield from (PreviewRecord(row.place, row.content) for row in parse_file(file, counter, system))
         return
-    for row in rendered_rows(file, renderer, tally, system):
-        yield ShownRow(row.place, row.content, row.rendered.examples, row.rendered.way)
+    for row in render_file(file, renderer, counter, system):
+        yield PreviewRecord(row.place, row.content, row.rendered.examples, row.rendered.strategy)

@@ -1,7 +1,7 @@
-"""Rendering: a conversation or text -> token ids and labels, cut to a length where it must be.
+"""Rendering: a conversation or text becomes token ids and labels, cut to the maximum length if necessary.
 
-Labels are not shifted: label i belongs to token i, and -100 is not trained on. The first token's label is always -100
-(nothing comes before it), so examples can be laid end to end without one predicting the next one's start.
+Labels are not shifted: label i belongs to token i, and -100 is not trained on. The label of the first token is always
+-100 (nothing precedes it), so examples can be concatenated without one predicting the start of the next.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data.chat_templates import Template, TemplateRefusal, choose_template
-from mergeforge.data.conversation import BadRow, Conversation, EmptyRow, Passage, conversation
-from mergeforge.data.loss_mask import Masked, Masker
+from mergeforge.data.chat_templates import Template, TemplateError, choose_template
+from mergeforge.data.conversation import Conversation, EmptyRecord, InvalidRecord, TextSample, parse_conversation
+from mergeforge.data.loss_mask import LossMasker, MaskedTokens
 from mergeforge.data.settings import DataSettings
-from mergeforge.data.template_probe import ending, fitted, template_notes
-from mergeforge.data.tokenizers import added_first, tokenize
+from mergeforge.data.template_probe import adapt_template, template_notes, turn_ending
+from mergeforge.data.tokenizers import prefix_ids, tokenize
 from mergeforge.errors import SourceError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-UNTRAINED = -100
+IGNORE_INDEX = -100  # torch's cross_entropy skips this label
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class Example:
         return len(self.tokens)
 
     @property
-    def trained(self) -> int:
-        """How many tokens are trained on."""
-        return int((self.labels != UNTRAINED).sum())
+    def trained_tokens(self) -> int:
+        """Number of tokens that are trained on."""
+        return int((self.labels != IGNORE_INDEX).sum())
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """What one row became. `cut`: how many of the examples were cut; `too_long`: how many were dropped for it."""
+class RenderResult:
+    """What one row became. `cut`: examples that were cut; `too_long`: examples dropped for their length."""
 
     examples: tuple[Example, ...]
     cut: int = 0
     too_long: int = 0
-    way: str = ""
+    strategy: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,140 +58,140 @@ class Renderer:
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
-    masker: Masker
+    masker: LossMasker
     loss_on: str
     seq_len: int | None
     too_long: str
-    first: tuple[int, ...]  # what the tokenizer puts before any text: BOS, or nothing
+    prefix: tuple[int, ...]  # what the tokenizer puts before any text: BOS, or nothing
     problem: SourceError | None = None  # why there is no template; texts need none
 
-    def render(self, row: Conversation | Passage) -> Rendered:
-        """The examples of a row: one, or several of a long text or where each answer stands alone.
+    def render(self, row: Conversation | TextSample) -> RenderResult:
+        """The examples of a row: one, or several for a long text or one per answer.
 
-        Raises BadRow and EmptyRow; SourceError for a conversation where there is no template that serves.
+        Raises InvalidRecord and EmptyRecord; SourceError for a conversation if there is no usable template.
         """
-        if isinstance(row, Passage):
-            return self._passage(row)
+        if isinstance(row, TextSample):
+            return self._render_text(row)
         if self.problem is not None:
             raise self.problem
-        kept = cut = 0
-        examples, ways = [], set()
-        masks = list(self._masked(row))
+        cut = 0
+        examples, strategies = [], set()
+        masks = list(self._masks(row))
         for masked in masks:
-            ids, labels = self._labelled(masked)
-            if labels.count(UNTRAINED) == len(labels):
-                raise EmptyRow("nothing in it is trained on")
-            found = self._fitted(ids, labels, masked)
-            if found is not None:
-                kept += 1
-                cut += len(found) < len(ids)
-                examples.append(found)
-            ways.add(masked.way)
-        return Rendered(tuple(examples), cut, len(masks) - kept, ", ".join(sorted(ways)))
+            ids, labels = self._ids_and_labels(masked)
+            if labels.count(IGNORE_INDEX) == len(labels):
+                raise EmptyRecord("nothing in it is trained on")
+            example = self._fit(ids, labels, masked)
+            if example is not None:
+                cut += len(example) < len(ids)
+                examples.append(example)
+            strategies.add(masked.strategy)
+        return RenderResult(tuple(examples), cut, len(masks) - len(examples), ", ".join(sorted(strategies)))
 
     def notes(self) -> list[str]:
-        """What a person should know of the template together with this tokenizer."""
+        """Facts about the template with this tokenizer that the user should know."""
         notes = template_notes(self.template, self.tokenizer)
         if not self.masker.ending.ids and self.loss_on != "all":
-            notes.append("the template ends an answer with no special token: EOS follows the last one of each row")
+            notes.append(
+                "the template ends answers without a special token: EOS is added after the last answer of each row"
+            )
         return notes
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[int]:
-        """Token ids of messages, ready for the assistant's next one. Raises SourceError where the template refuses."""
+        """Token ids of messages with the generation prompt. Raises SourceError if the template refuses them."""
         if self.problem is not None:
             raise self.problem
         try:
             text = self.template.text(self.tokenizer, messages, tools, prompt=True)
-        except TemplateRefusal as error:
+        except TemplateError as error:
             raise SourceError(str(error)) from None
         return tokenize(self.tokenizer, [text])[0].ids
 
-    def _masked(self, row: Conversation) -> Iterator[Masked]:
-        row = row if self.loss_on == "all" else _to_last_answer(row)
-        wanted = _wanted(row, self.loss_on)
+    def _masks(self, row: Conversation) -> Iterator[MaskedTokens]:
+        row = row if self.loss_on == "all" else _through_last_answer(row)
+        indices = _trained_messages(row, self.loss_on)
         if self.loss_on != "all":
-            if not wanted:
-                raise EmptyRow("no answer to train on")
-            yield from self.masker.masks(row, wanted)
+            if not indices:
+                raise EmptyRecord("no answer to train on")
+            yield from self.masker.masks(row, indices)
             return
-        left_out = [at for at, train in enumerate(row.trained) if train is False]
-        if not left_out:
+        excluded = [index for index, train in enumerate(row.train_flags) if train is False]
+        if not excluded:
             ids = self.masker.rendered(row)
-            yield Masked(ids, ((0, len(ids)),), "everything")
+            yield MaskedTokens(ids, ((0, len(ids)),), "everything")
             return
-        (found,) = self.masker.masks(row, left_out, apart=False)
-        yield Masked(found.ids, tuple(_between(found)), "everything but what says train: false")
+        (masked,) = self.masker.masks(row, excluded, split_answers=False)
+        yield MaskedTokens(masked.ids, tuple(_gaps(masked)), "everything except messages with train: false")
 
-    def _labelled(self, masked: Masked) -> tuple[list[int], list[int]]:
-        """(ids, labels), with EOS after a last answer that the template ends with no special token."""
-        ids, labels = list(masked.ids), [UNTRAINED] * len(masked.ids)
+    def _ids_and_labels(self, masked: MaskedTokens) -> tuple[list[int], list[int]]:
+        """(ids, labels), with EOS after a last answer that the template ends without a special token."""
+        ids, labels = list(masked.ids), [IGNORE_INDEX] * len(masked.ids)
         for start, stop in masked.spans:
             labels[start:stop] = ids[start:stop]
         last, eos = max((stop for _, stop in masked.spans), default=0), self.tokenizer.eos_token_id
         if eos is not None and self._lacks_eos(ids, last):
             ids, labels = [*ids[:last], eos], [*labels[:last], eos]
-        return ids, [UNTRAINED, *labels[1:]]
+        return ids, [IGNORE_INDEX, *labels[1:]]
 
     def _lacks_eos(self, ids: list[int], last: int) -> bool:
-        """Whether what is trained on ends before `last` with no special token, and nothing is said after it."""
+        """Whether the trained part ends before `last` without a special token, and only white space follows."""
         if self.masker.ending.ids or not last or ids[last - 1] == self.tokenizer.eos_token_id:
             return False
         return not str(self.tokenizer.decode(ids[last:])).strip()
 
-    def _fitted(self, ids: list[int], labels: list[int], masked: Masked) -> Example | None:
-        """The example in seq_len tokens, or None where it is too long or nothing of it would be trained on."""
-        longest = self.seq_len
-        if longest is None or len(ids) <= longest:
+    def _fit(self, ids: list[int], labels: list[int], masked: MaskedTokens) -> Example | None:
+        """The example in at most seq_len tokens; None if it is too long or nothing of it would be trained on."""
+        if self.seq_len is None or len(ids) <= self.seq_len:
             return _example(ids, labels)
         if self.too_long == "drop":
             return None
         if self.too_long == "cut_prompt":
-            return self._cut_prompt(ids, labels, masked, longest)
-        cut = labels[:longest]
-        return _example(ids[:longest], cut) if any(label != UNTRAINED for label in cut) else None
+            return self._cut_prompt(ids, labels, masked, self.seq_len)
+        labels = labels[: self.seq_len]
+        return _example(ids[: self.seq_len], labels) if any(label != IGNORE_INDEX for label in labels) else None
 
-    def _cut_prompt(self, ids: list[int], labels: list[int], masked: Masked, longest: int) -> Example | None:
-        """Without the oldest tokens after BOS. The last answer stays whole, with one token at least before it."""
-        kept = len(self.first) if tuple(ids[: len(self.first)]) == self.first else 0
-        start = len(ids) - (longest - kept)
-        last = masked.spans[-1][0]
-        if self.loss_on != "all" and start > last - (not kept):
+    def _cut_prompt(self, ids: list[int], labels: list[int], masked: MaskedTokens, seq_len: int) -> Example | None:
+        """Drop the oldest tokens after BOS. The last answer stays whole, after at least one token."""
+        prefix = len(self.prefix) if tuple(ids[: len(self.prefix)]) == self.prefix else 0
+        start = len(ids) - (seq_len - prefix)
+        last_answer = masked.spans[-1][0]
+        if self.loss_on != "all" and start > last_answer - (not prefix):
             return None
-        begun = next((stop for begin, stop in masked.spans if begin < start < stop), start)
-        if self.loss_on != "all":  # half of an earlier answer has lost what it answers
-            labels = [UNTRAINED if start <= at < begun else label for at, label in enumerate(labels)]
-        labels = [*labels[:kept], *labels[start:]]
-        labels[0] = UNTRAINED
-        return _example([*ids[:kept], *ids[start:]], labels)
+        cut_answer_end = next((stop for begin, stop in masked.spans if begin < start < stop), start)
+        if self.loss_on != "all":  # an answer that lost its beginning is not trained on
+            labels = [IGNORE_INDEX if start <= index < cut_answer_end else label for index, label in enumerate(labels)]
+        labels = [*labels[:prefix], *labels[start:]]
+        labels[0] = IGNORE_INDEX
+        return _example([*ids[:prefix], *ids[start:]], labels)
 
-    def _passage(self, row: Passage) -> Rendered:
-        """BOS where the tokenizer puts it, the text, EOS; in pieces of seq_len."""
-        ids = [*self.first, *tokenize(self.tokenizer, [row.text])[0].ids]
+    def _render_text(self, row: TextSample) -> RenderResult:
+        """BOS if the tokenizer adds it, the text, EOS; in chunks of seq_len."""
+        ids = [*self.prefix, *tokenize(self.tokenizer, [row.text])[0].ids]
         eos = self.tokenizer.eos_token_id
         ids += [eos] if eos is not None and ids[-1] != eos else []
-        longest = self.seq_len or len(ids)
-        starts = range(0, len(ids), longest) if self.too_long != "cut_end" else (0,)
-        pieces = [ids[start : start + longest] for start in starts]
-        pieces = [piece for piece in pieces if len(piece) > 1]  # of one token, nothing is predicted
-        if not pieces:
-            raise EmptyRow("a text of one token")
-        examples = tuple(_example(piece, [UNTRAINED, *piece[1:]]) for piece in pieces)
-        return Rendered(examples, int(len(ids) > longest), 0, "text")
+        seq_len = self.seq_len or len(ids)
+        starts = range(0, len(ids), seq_len) if self.too_long != "cut_end" else (0,)
+        chunks = [ids[start : start + seq_len] for start in starts]
+        chunks = [chunk for chunk in chunks if len(chunk) > 1]  # a single token predicts nothing
+        if not chunks:
+            raise EmptyRecord("a text of one token")
+        examples = tuple(_example(chunk, [IGNORE_INDEX, *chunk[1:]]) for chunk in chunks)
+        return RenderResult(examples, int(len(ids) > seq_len), 0, "text")
 
 
 def make_renderer(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    """The renderer that the settings ask for. Raises RecipeError for a template that there is not."""
+    """The renderer that the settings ask for. Raises RecipeError for an unknown template."""
     problem = None
     try:
-        template = fitted(choose_template(settings.template, tokenizer), tokenizer)
+        template = adapt_template(choose_template(settings.template, tokenizer), tokenizer)
     except SourceError as error:
         template, problem = Template("", "none"), error
-    masker = Masker(tokenizer, template, ending(template, tokenizer))
-    first = tuple(added_first(tokenizer))
-    return Renderer(tokenizer, template, masker, settings.loss_on, settings.seq_len, settings.too_long, first, problem)
+    masker = LossMasker(tokenizer, template, turn_ending(template, tokenizer))
+    prefix = tuple(prefix_ids(tokenizer))
+    return Renderer(tokenizer, template, masker, settings.loss_on, settings.seq_len, settings.too_long, prefix, problem)
 
 
-def example(
+def make_example(
     messages: Sequence[Mapping[str, Any]] | str,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -199,45 +199,45 @@ def example(
     system: str | None = None,
     loss_on: str = "assistant",
 ) -> Example:
-    """One conversation (or text), rendered and masked. Raises SourceError where that cannot be done exactly."""
+    """One conversation (or text), rendered and masked. Raises SourceError if that cannot be done exactly."""
     renderer = make_renderer(DataSettings((), template=template, loss_on=loss_on), tokenizer)
     try:
-        row = Passage(messages) if isinstance(messages, str) else conversation(messages, system=system)
-        found = renderer.render(row).examples
-    except (BadRow, EmptyRow) as error:
+        row = TextSample(messages) if isinstance(messages, str) else parse_conversation(messages, system=system)
+        examples = renderer.render(row).examples
+    except (InvalidRecord, EmptyRecord) as error:
         raise SourceError(f"this conversation cannot be trained on: {error}") from None
-    return found[-1]
+    return examples[-1]
 
 
-def _to_last_answer(row: Conversation) -> Conversation:
-    """Without what follows the last message that could be trained on."""
-    stop = max((at + 1 for at in range(len(row.messages)) if _trainable(row, at)), default=0)
-    return Conversation(row.messages[:stop], row.trained[:stop], row.tools)
+def _through_last_answer(row: Conversation) -> Conversation:
+    """The conversation without what follows the last message that could be trained on."""
+    stop = max((index + 1 for index in range(len(row.messages)) if _is_trainable(row, index)), default=0)
+    return Conversation(row.messages[:stop], row.train_flags[:stop], row.tools)
 
 
-def _trainable(row: Conversation, at: int) -> bool:
-    return row.messages[at]["role"] == "assistant" or row.trained[at] is True
+def _is_trainable(row: Conversation, index: int) -> bool:
+    return row.messages[index]["role"] == "assistant" or row.train_flags[index] is True
 
 
-def _wanted(row: Conversation, loss_on: str) -> list[int]:
-    """The messages that are trained on."""
+def _trained_messages(row: Conversation, loss_on: str) -> list[int]:
+    """The indices of the messages that are trained on."""
     if loss_on == "last":
         last = len(row.messages) - 1
-        return [] if last < 0 or row.trained[last] is False else [last]
-    said = [row.trained[at] for at in range(len(row.messages))]
-    answers = [one["role"] == "assistant" for one in row.messages]
+        return [] if last < 0 or row.train_flags[last] is False else [last]
     return [
-        at for at, (says, answer) in enumerate(zip(said, answers, strict=True)) if says or (says is None and answer)
+        index
+        for index, (message, train) in enumerate(zip(row.messages, row.train_flags, strict=True))
+        if train or (train is None and message["role"] == "assistant")
     ]
 
 
-def _between(masked: Masked) -> Iterator[tuple[int, int]]:
+def _gaps(masked: MaskedTokens) -> Iterator[tuple[int, int]]:
     """What lies outside the spans."""
-    here = 0
+    position = 0
     for start, stop in (*masked.spans, (len(masked.ids), len(masked.ids))):
-        if start > here:
-            yield here, start
-        here = stop
+        if start > position:
+            yield position, start
+        position = stop
 
 
 def _example(ids: Sequence[int], labels: Sequence[int]) -> Example:

@@ -1,4 +1,4 @@
-"""What training data is asked for: sources, split, template, what is trained on, what is too long."""
+"""Settings of training data: sources, validation split, template, what is trained on, and what to do if too long."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergeforge.recipe.schema import Choice, ListOf, MapOf, Record, Report, Shape, Text
+from mergeforge.recipe.schema import Enum, ListOf, MapOf, Object, ReportProblem, Schema, String
 from mergeforge.recipe.yaml_reader import Path
 
 FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_response", "text")
@@ -18,8 +18,8 @@ TOO_LONG = ("drop", "cut_prompt", "cut_end")
 class DataSource:
     """One entry of `data:`.
 
-    `path`: a file, folder, glob, `hf://owner/name[@revision][:split or file]` or `sample:chat`. `columns`: our role
-    -> the file's column, over what is detected. `rows`: a Python list instead of a file; `path` is then its name.
+    `path`: a file, folder, glob, `hf://owner/name[@revision][:split or file]` or `sample:chat`. `columns`: role -> the
+    file's column; overrides detection. `rows`: a Python list instead of a file; `path` is then its name.
     """
 
     path: str
@@ -32,12 +32,12 @@ class DataSource:
 class DataSettings:
     """How rows become tokens.
 
-    `validation`: a share of the rows, a number of rows, or the path of other data. The split goes by the content of
-    a row, so equal rows are on one side and a row's side does not depend on its place in the file.
-    `template`: auto (the tokenizer's own, else plain), tokenizer, a name, or the path of a Jinja file.
-    `system`: the system message of conversations that have none. `seq_len` None: as long as the longest row.
-    `too_long`: of conversations longer than that: drop; cut_prompt (cut at the left, keep the last answer whole);
-    cut_end. Texts are cut into pieces of `seq_len` (but cut_end keeps the first one alone).
+    `validation`: a fraction of the rows, a number of rows, or the path of other data. The split depends on the content
+    of a row only: equal rows are on the same side, and the order of the file does not matter.
+    `template`: auto (the tokenizer's own, or plain), tokenizer, a name, or the path of a Jinja file.
+    `system`: the system message for conversations without one. `seq_len` None: no limit.
+    `too_long`: what to do with conversations longer than seq_len: drop; cut_prompt (cut on the left, keep the last
+    answer whole); cut_end. Texts are cut into chunks of `seq_len` (cut_end keeps only the first).
     """
 
     sources: tuple[DataSource, ...]
@@ -51,68 +51,67 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
-class Held:
-    """A share of the rows (0 to 1), a number of rows, or a path."""
+class ValidationSplit:
+    """Schema of `val`: a fraction of the rows (0 to 1), a number of rows, or a path."""
 
-    about: str = ""
+    description: str = ""
 
-    def read(self, value: Any, path: Path, report: Report) -> Any:
+    def read(self, value: Any, path: Path, report: ReportProblem) -> Any:
         if isinstance(value, str) and value:
             try:
                 value = float(value) if "e" in value.lower() else value  # YAML 1.1 reads 1e-2 as text
             except ValueError:
                 return value
         if isinstance(value, bool) or not isinstance(value, int | float | str) or value == "":
-            report(path, f"'val' cannot be {value!r}", "a share such as 0.1, a number of rows such as 200, or a path")
+            hint = "a fraction such as 0.1, a number of rows such as 200, or a path"
+            report(path, f"'val' cannot be {value!r}", hint)
             return None
         if isinstance(value, str) or value == 0:
             return value or None
         if value < 0 or (isinstance(value, float) and not 0 < value < 1):
-            report(path, f"'val' cannot be {value}", "a share between 0 and 1, or a whole number of rows")
+            report(path, f"'val' cannot be {value}", "a fraction between 0 and 1, or a whole number of rows")
             return None
         return value
 
-    def json(self) -> dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         kinds = [
             {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
             {"type": "integer", "minimum": 0},
             {"type": "string", "minLength": 1},
         ]
-        return {"anyOf": kinds} | ({"description": self.about} if self.about else {})
+        return {"anyOf": kinds} | ({"description": self.description} if self.description else {})
 
 
-_SOURCE = Record(
+_SOURCE = Object(
     {
-        "path": Text("a file, folder, glob, hf://owner/name[@revision][:split or file], or sample:chat"),
-        "format": Choice(FORMATS, "auto: detected from the columns"),
-        "columns": MapOf(
-            Text(), "our role (prompt, input, response, system, messages, text, ...) -> the file's column"
-        ),
+        "path": String("a file, folder, glob, hf://owner/name[@revision][:split or file], or sample:chat"),
+        "format": Enum(FORMATS, "auto: detected from the columns"),
+        "columns": MapOf(String(), "role (prompt, input, response, system, messages, text, ...) -> the file's column"),
     },
     required=("path",),
-    short="path",
+    shorthand="path",
 )
-# The keys of train.yaml that are about data.
-FIELDS: dict[str, Shape] = {
-    "data": ListOf(_SOURCE, "what is trained on: files, folders, globs, Hub data sets, samples", lone=True),
-    "val": Held("held out for validation: a share, a number of rows, or the path of other data"),
-    "template": Text("chat template: auto, tokenizer, plain, raw, chatml, llama3, mistral, ..., or a .jinja file"),
-    "system": Text("system message of conversations that have none"),
-    "loss_on": Choice(LOSS_ON, "which tokens are trained on: every answer, the last answer, everything"),
-    "too_long": Choice(TOO_LONG, "conversations longer than seq_len: drop, cut_prompt (from its left) or cut_end"),
+# The keys of train.yaml that describe data.
+FIELDS: dict[str, Schema] = {
+    "data": ListOf(_SOURCE, "training data: files, folders, globs, Hub data sets, samples", allow_scalar=True),
+    "val": ValidationSplit("validation data: a fraction of the rows, a number of rows, or the path of other data"),
+    "template": String("chat template: auto, tokenizer, plain, raw, chatml, llama3, mistral, ..., or a .jinja file"),
+    "system": String("system message for conversations without one"),
+    "loss_on": Enum(LOSS_ON, "which tokens are trained on: every answer, the last answer, everything"),
+    "too_long": Enum(TOO_LONG, "conversations longer than seq_len: drop, cut_prompt (on the left) or cut_end"),
 }
 
 
-def _source_of(value: str | Mapping[str, Any]) -> DataSource:
+def _data_source(value: str | Mapping[str, Any]) -> DataSource:
     if isinstance(value, str):
         return DataSource(value)
     return DataSource(value["path"], value.get("format") or "auto", dict(value.get("columns") or {}))
 
 
-def settings_of(value: Mapping[str, Any], *, seq_len: int | None = None, seed: int = 0) -> DataSettings:
-    """The settings that a checked record of FIELDS gives."""
+def data_settings(value: Mapping[str, Any], *, seq_len: int | None = None, seed: int = 0) -> DataSettings:
+    """Settings from a mapping that was validated against FIELDS."""
     return DataSettings(
-        sources=tuple(_source_of(one) for one in value.get("data") or ()),
+        sources=tuple(_data_source(source) for source in value.get("data") or ()),
         validation=value.get("val"),
         template=value.get("template") or "auto",
         system=value.get("system"),

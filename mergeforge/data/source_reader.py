@@ -1,4 +1,4 @@
-"""Reading: a source's files with their formats, decided from their first rows, and every row by that."""
+"""Reads a source: its files, the format of each from its first rows, and every row in that format."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from mergeforge.data.conversation import BadRow, Conversation, EmptyRow, Passage
-from mergeforge.data.counts import Tally
+from mergeforge.data.conversation import Conversation, EmptyRecord, InvalidRecord, TextSample
+from mergeforge.data.counts import RecordCounter
 from mergeforge.data.format_detection import detect
 from mergeforge.data.formats import Format
-from mergeforge.data.readers.open import Bad, Row, RowFile, files_of, rows_of
+from mergeforge.data.readers.base import Record, UnreadableRecord
+from mergeforge.data.readers.open import DataFile, read_records, source_files
 from mergeforge.data.settings import DataSource
 from mergeforge.errors import SourceError
 
-_LOOKED_AT = 100  # rows that decide the format of a file
-_BAD_BEFORE = 1000  # things that are no rows before a file is given up
+_DETECTION_ROWS = 100  # rows that decide the format of a file
+_MAX_UNREADABLE = 1000  # unreadable records at the start before a file is given up
 
 
 @dataclass(frozen=True)
@@ -33,79 +34,80 @@ class Decision:
 
 @dataclass(frozen=True)
 class OpenFile:
-    """A file, its format, and its rows from the first on (once)."""
+    """A file, its format, and an iterator over all of its rows."""
 
     source: DataSource
-    file: RowFile
+    file: DataFile
     format: Format
-    rows: Iterator[Row | Bad]
+    rows: Iterator[Record | UnreadableRecord]
 
 
 @dataclass(frozen=True)
-class ReadRow:
-    """A row that can be used: where it stands, what it holds, and what that is."""
+class ParsedRecord:
+    """A usable row: its place, its columns, and its content."""
 
     place: str
     value: Mapping[str, Any]
-    content: Conversation | Passage
+    content: Conversation | TextSample
 
 
 def open_files(source: DataSource) -> Iterator[OpenFile]:
-    """The files of a source, each opened when it is asked for; empty ones of several are passed over.
+    """The files of a source, each opened when it is reached; empty files among several are skipped.
 
     Raises SourceError and RecipeError.
     """
-    files = files_of(source)
+    files = source_files(source)
     for file in files:
-        rows = rows_of(source, file)
-        first = list(_first(rows))
-        whole = [row for row in first if isinstance(row, Row)]
+        rows = read_records(source, file)
+        first = list(_first_rows(rows))
+        readable = [row for row in first if isinstance(row, Record)]
         if not first and len(files) > 1:
             continue
-        if not whole:
-            said = f": {first[0].place}: {first[0].why}" if first and isinstance(first[0], Bad) else ""
-            raise SourceError(f"{file.name} holds no rows{said}")
-        yield OpenFile(source, file, detect([row.value for row in whole], source, file.name), chain(first, rows))
+        if not readable:
+            reason = f": {first[0].place}: {first[0].why}" if first and isinstance(first[0], UnreadableRecord) else ""
+            raise SourceError(f"{file.name} holds no rows{reason}")
+        format = detect([row.value for row in readable], source, file.name)
+        yield OpenFile(source, file, format, chain(first, rows))
 
 
-def _first(rows: Iterator[Row | Bad]) -> Iterator[Row | Bad]:
-    good = 0
-    for row in islice(rows, _LOOKED_AT + _BAD_BEFORE):
-        good += isinstance(row, Row)
+def _first_rows(rows: Iterator[Record | UnreadableRecord]) -> Iterator[Record | UnreadableRecord]:
+    readable = 0
+    for row in islice(rows, _DETECTION_ROWS + _MAX_UNREADABLE):
+        readable += isinstance(row, Record)
         yield row
-        if good >= _LOOKED_AT:
+        if readable >= _DETECTION_ROWS:
             return
 
 
-def read_file(file: OpenFile, tally: Tally, system: str | None = None) -> Iterator[ReadRow]:
-    """The rows of a file that can be used; the others are counted."""
+def parse_file(file: OpenFile, counter: RecordCounter, system: str | None = None) -> Iterator[ParsedRecord]:
+    """The usable rows of a file; the others are counted as skipped."""
     for row in file.rows:
-        if isinstance(row, Bad):
-            tally.skip(row.place, "bad", row.why)
+        if isinstance(row, UnreadableRecord):
+            counter.skip(row.place, "bad", row.why)
             continue
         try:
             content = file.format.read(row.value, system)
-        except BadRow as error:
-            tally.skip(row.place, "bad", str(error))
-        except EmptyRow as error:
-            tally.skip(row.place, "empty", str(error))
+        except InvalidRecord as error:
+            counter.skip(row.place, "bad", str(error))
+        except EmptyRecord as error:
+            counter.skip(row.place, "empty", str(error))
         else:
-            yield ReadRow(row.place, row.value, content)
+            yield ParsedRecord(row.place, row.value, content)
 
 
-def decisions(opened: list[tuple[str, str, Format]]) -> tuple[Decision, ...]:
-    """(source, file, format) of every file, those alike in one."""
-    found: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[tuple[str, Format]]] = {}
-    for source, file, format in opened:
-        found.setdefault((source, format.name, tuple(format.columns.items())), []).append((file, format))
+def merge_decisions(formats: list[tuple[str, str, Format]]) -> tuple[Decision, ...]:
+    """One decision per group of equal (source, file, format)."""
+    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[tuple[str, Format]]] = {}
+    for source, file, format in formats:
+        groups.setdefault((source, format.name, tuple(format.columns.items())), []).append((file, format))
     return tuple(
         Decision(
             source,
-            tuple(file for file, _ in alike),
-            kind,
+            tuple(file for file, _ in group),
+            format_name,
             dict(columns),
-            tuple(sorted({name for _, one in alike for name in one.unused})),
-            alike[0][1].why,
+            tuple(sorted({name for _, format in group for name in format.unused})),
+            group[0][1].why,
         )
-        for (source, kind, columns), alike in found.items()
+        for (source, format_name, columns), group in groups.items()
     )

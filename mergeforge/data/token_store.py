@@ -1,8 +1,8 @@
-"""Token stores: examples in flat files, mapped into memory, so that a data set may be larger than it.
+"""Token stores: examples in flat, memory-mapped files, so that a data set may be larger than memory.
 
 A folder holds `tokens.i32`, `labels.i32` and `offsets.i64` of all examples, one after the other, and for each named
-store (`train`, `validation`) the numbers of its examples in `NAME.index`. `keys.u64` holds a hash of the row that
-each example comes from.
+store (`train`, `validation`) the numbers of its examples in `NAME.index`. `keys.u64` holds a hash of the row that each
+example comes from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOKENS, LABELS, OFFSETS, KEYS = "tokens.i32", "labels.i32", "offsets.i64", "keys
 
 
 class TokenStore:
-    """Examples by number. Opened anew in another process, so workers of a data loader share the file's pages."""
+    """Examples by number. Another process reopens the files, so data loader workers share their pages."""
 
     def __init__(self, folder: Path, name: str) -> None:
         import numpy as np
@@ -37,13 +37,13 @@ class TokenStore:
         except (OSError, ValueError) as error:
             raise SourceError(f"{folder} holds no token store '{name}': {error}") from None
         if not len(self._tokens) == len(self._labels) == self._offsets[-1]:
-            raise SourceError(f"{folder}: the files of the token store do not belong together", hint="delete it")
+            raise SourceError(f"{folder}: the token store is damaged: its files do not match", hint="delete the folder")
         starts = self._offsets[self._index]
         self.lengths: NDArray[np.int32] = (self._offsets[self._index + 1] - starts).astype(np.int32)
 
     @classmethod
     def open(cls, folder: str | Path, name: str) -> TokenStore:
-        """The store `name` of a folder. Raises SourceError."""
+        """Open the store `name` in a folder. Raises SourceError."""
         return cls(Path(folder), name)
 
     def __len__(self) -> int:
@@ -60,8 +60,8 @@ class TokenStore:
         return TokenStore, (self.folder, self.name)
 
 
-class StoreWriter:
-    """Writes examples as they come; nothing is held."""
+class TokenStoreWriter:
+    """Writes examples as they come; keeps none in memory."""
 
     def __init__(self, folder: Path) -> None:
         import numpy as np
@@ -79,7 +79,7 @@ class StoreWriter:
 
         self.count += 1
         self.tokens += len(example)
-        self.trained += example.trained
+        self.trained += example.trained_tokens
         self._write(TOKENS, example.tokens)
         self._write(LABELS, example.labels)
         self._write(OFFSETS, np.array([self.tokens], np.int64))
@@ -91,20 +91,20 @@ class StoreWriter:
                 file.flush()
                 sync_file(file.fileno(), str(self.folder / name))
 
-    def lengths(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """The lengths of the examples [start, stop), once closed."""
+    def lengths(self) -> NDArray[np.int64]:
+        """The lengths of all examples, once closed."""
         import numpy as np
 
-        offsets = np.fromfile(self.folder / OFFSETS, np.int64)
-        return np.diff(offsets[start : (self.count if stop is None else stop) + 1])
+        offsets: NDArray[np.int64] = np.fromfile(self.folder / OFFSETS, np.int64)
+        return offsets[1:] - offsets[:-1]
 
-    def keys(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint64]:
-        """The keys of the examples [start, stop), once closed."""
+    def keys(self) -> NDArray[np.uint64]:
+        """The keys of all examples, once closed."""
         import numpy as np
 
-        return np.fromfile(self.folder / KEYS, np.uint64)[start:stop]
+        return np.fromfile(self.folder / KEYS, np.uint64)
 
-    def name(self, name: str, numbers: NDArray[np.int64] | Sequence[int]) -> None:
+    def write_index(self, name: str, numbers: NDArray[np.int64] | Sequence[int]) -> None:
         """Make a store of these examples, once closed."""
         import numpy as np
 

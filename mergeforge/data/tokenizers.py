@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -20,40 +21,38 @@ Offsets = list[tuple[int, int]]
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub repo (`owner/name[@revision]`).
 
-    Raises MissingExtraError without transformers, SourceError where there is no tokenizer that it can read.
+    Raises MissingExtraError without transformers, SourceError if there is no tokenizer that it can read.
     """
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise MissingExtraError("tokens need transformers", hint="pip install 'mergeforge[train]'") from None
-    from pathlib import Path
-
+        raise MissingExtraError("tokenizing needs transformers", hint='pip install "transformers>=5.0"') from None
     if not Path(path).expanduser().exists() and revision is None:
-        path, _, after = path.partition("@")
-        revision = after or None
+        path, _, suffix = path.partition("@")
+        revision = suffix or None
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(Path(path).expanduser()), revision=revision, trust_remote_code=False
         )
-    except Exception as error:  # of a dozen kinds: files that are missing, broken, of a class it does not know
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        hint = "a folder with tokenizer.json and tokenizer_config.json, or a Hub repo id"
-        raise SourceError(f"{path} has no tokenizer that transformers reads: {said}", hint=hint) from None
-    return found
+    except Exception as error:  # of a dozen types: files that are missing, broken, or of an unknown class
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        hint = "give a folder with tokenizer.json and tokenizer_config.json, or a Hub repo id"
+        raise SourceError(f"{path} has no tokenizer that transformers can read: {reason}", hint=hint) from None
+    return tokenizer
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A text's token ids, and the characters that each stands for (None: this tokenizer does not tell)."""
+class TokenizedText:
+    """The token ids of a text, and the characters that each covers (None: this tokenizer does not report them)."""
 
     ids: list[int]
     offsets: Offsets | None
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokens]:
-    """Texts as they stand: no BOS, no EOS, nothing cut."""
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenizedText]:
+    """Tokenize texts as they are: no BOS, no EOS, no truncation."""
     fast = bool(tokenizer.is_fast)
-    found: Any = tokenizer(
+    encoded: Any = tokenizer(
         list(texts),
         add_special_tokens=False,
         return_offsets_mapping=fast,
@@ -61,26 +60,26 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[T
         return_token_type_ids=False,
         verbose=False,
     )
-    offsets = found["offset_mapping"] if fast else [None] * len(texts)
-    return [Tokens(ids, places) for ids, places in zip(found["input_ids"], offsets, strict=True)]
+    offsets = encoded["offset_mapping"] if fast else [None] * len(texts)
+    return [TokenizedText(ids, spans) for ids, spans in zip(encoded["input_ids"], offsets, strict=True)]
 
 
-def added_first(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts before any text by itself (BOS, or none)."""
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before any text (BOS, or nothing)."""
     bare: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
-    at = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
-    return whole[:at]
+    start = next((start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), 0)
+    return whole[:start]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids of special tokens: BOS, EOS, ends of turns, ..."""
-    added = {at for at, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the tokenizer makes of text, in 128 bits. Padding and truncation do not count."""
+    """A 128-bit hash of how the tokenizer encodes text. Padding and truncation do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         facts = json.loads(backend.to_str())
@@ -88,7 +87,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         facts.pop("truncation", None)
     else:
         facts = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    named = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    first = added_first(tokenizer)
-    text = json.dumps([type(tokenizer).__name__ if backend is None else "", facts, named, first], sort_keys=True)
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    class_name = type(tokenizer).__name__ if backend is None else ""
+    text = json.dumps([class_name, facts, special, prefix_ids(tokenizer)], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))

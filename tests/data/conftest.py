@@ -1,4 +1,4 @@
-"""Tokenizers that most data tests use: byte-level, so that the ids of a text can be written by hand."""
+"""The byte-level tokenizer of most data tests: the ids of a text can be written by hand."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tokenizer(folder: Path) -> Any:
-    """Without a chat template, BOS or anything added."""
+    """The tokenizer, without chat template, BOS or added tokens."""
     return load_tokenizer(str(folder))

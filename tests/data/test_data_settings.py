@@ -1,4 +1,4 @@
-"""The data keys of train.yaml: what is read, and what is refused with the way out."""
+"""The data keys of train.yaml: what they become, and what is refused with which hint."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from mergeforge.data import FIELDS, DataSettings, DataSource, settings_of
+from mergeforge.data import FIELDS, DataSettings, DataSource, data_settings
 from mergeforge.errors import Problem
-from mergeforge.recipe.schema import Record
+from mergeforge.recipe.schema import Object
 
 
 def read(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     problems: list[Problem] = []
-    found = Record(FIELDS).read(value, (), lambda path, text, hint: problems.append(Problem(0, 0, text, hint)))
-    return found, [str(one) for one in problems]
+    keys = Object(FIELDS).read(value, (), lambda path, text, hint: problems.append(Problem(0, 0, text, hint)))
+    return keys, [str(problem) for problem in problems]
 
 
 def test_every_key_reaches_the_settings() -> None:
@@ -26,41 +26,41 @@ def test_every_key_reaches_the_settings() -> None:
         "loss_on": "last",
         "too_long": "cut_end",
     }
-    found, problems = read(value)
-    assert not problems and found.keys() == FIELDS.keys()
+    keys, problems = read(value)
+    assert not problems and keys.keys() == FIELDS.keys()
     sources = (DataSource("a.jsonl"), DataSource("hf://o/n", "alpaca", {"prompt": "q"}))
-    want = DataSettings(sources, 0.05, "chatml", "S", "last", 512, "cut_end", 3)
-    assert settings_of(found, seq_len=512, seed=3) == want
+    expected = DataSettings(sources, 0.05, "chatml", "S", "last", 512, "cut_end", 3)
+    assert data_settings(keys, seq_len=512, seed=3) == expected
 
 
-def test_one_source_needs_no_list() -> None:
+def test_a_single_source_needs_no_list() -> None:
     for value in ("a.jsonl", {"path": "a.jsonl"}, ["a.jsonl"]):
-        assert settings_of(read({"data": value})[0]).sources == (DataSource("a.jsonl"),)
+        assert data_settings(read({"data": value})[0]).sources == (DataSource("a.jsonl"),)
 
 
 @pytest.mark.parametrize(
-    ("value", "want"), [(0, None), (200, 200), (0.1, 0.1), ("1e-2", 0.01), ("held.jsonl", "held.jsonl")]
+    ("value", "expected"), [(0, None), (200, 200), (0.1, 0.1), ("1e-2", 0.01), ("held.jsonl", "held.jsonl")]
 )
-def test_what_is_held_out(value: Any, want: Any) -> None:
-    assert read({"val": value}) == ({"val": want}, [])
+def test_values_of_val(value: Any, expected: Any) -> None:
+    assert read({"val": value}) == ({"val": expected}, [])
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
-        ({"val": 1.5}, "'val' cannot be 1.5 (a share between 0 and 1, or a whole number of rows)"),
+        ({"val": 1.5}, "'val' cannot be 1.5 (a fraction between 0 and 1, or a whole number of rows)"),
         ({"val": -1}, "'val' cannot be -1"),
         ({"val": True}, "'val' cannot be True"),
         ({"loss_on": "asistant"}, "did you mean 'assistant'?"),
         ({"too_long": "cut"}, "'too_long' cannot be 'cut'"),
         ({"data": [{"pth": "x"}]}, "unknown key 'pth' (did you mean 'path'?)"),
-        ({"data": []}, "'data' must be a list"),
+        ({"data": []}, "'data' is an empty list"),
     ],
 )
-def test_mistakes_are_told(value: dict[str, Any], said: str) -> None:
-    assert any(said in problem for problem in read(value)[1])
+def test_reports_mistakes(value: dict[str, Any], message: str) -> None:
+    assert any(message in problem for problem in read(value)[1])
 
 
-def test_the_schema_is_one() -> None:
-    held = FIELDS["val"].json()
-    assert [one["type"] for one in held["anyOf"]] == ["number", "integer", "string"]
+def test_val_in_the_json_schema() -> None:
+    schema = FIELDS["val"].json_schema()
+    assert [kind["type"] for kind in schema["anyOf"]] == ["number", "integer", "string"]

@@ -173,7 +173,7 @@ def test_a_chat_template_cannot_reach_the_system(warm: Warm, tmp_path: Path, tem
         ended = warm.run(command, tmp_path)
         assert not (tmp_path / "PWNED").exists()
         assert "Traceback" not in ended.err and "root:" not in ended.out, ended
-        assert command[0] != "data" or "refuses it" in ended.out, ended
+        assert command[0] != "data" or "rejects it" in ended.out, ended
 
 
 @pytest.mark.faults

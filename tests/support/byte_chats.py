@@ -1,7 +1,7 @@
-"""Chats, tokenizers and ids of text by hand, for the data tests.
+"""Chats, tokenizers, and the ids of text computed by hand, for the data tests.
 
-A byte is its own id; the commonest pairs are 259 to 276 (mergeforge/operations/synthetic_models.py);
-added tokens follow from 277 on.
+A byte is its own id; the most common pairs are 259 to 276 (mergeforge/operations/synthetic_models.py); added tokens
+start at 277.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TAGGED = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
-# what Qwen3 and DeepSeek-R1 do: reasoning stands in the last answer alone
+# like Qwen3 and DeepSeek-R1: only the last answer keeps its reasoning
 REASONING = """\
 {%- for m in messages -%}
 {%- set said = m['content'] -%}
@@ -45,24 +45,24 @@ def chatml(folder: Path, template: str = CHATML) -> Any:
 
 
 def with_tokens(folder: Path, *tokens: str, eos: str = "", template: str | None = None, bos: bool = False) -> Any:
-    """The tokenizer with special tokens from 277 on, an end-of-text token, a template, BOS before every text."""
-    made = load_tokenizer(str(folder))
+    """The tokenizer with special tokens from 277 on, and optionally EOS, a template, or BOS before every text."""
+    tokenizer = load_tokenizer(str(folder))
     if tokens:
-        made.add_tokens(list(tokens), special_tokens=True)
+        tokenizer.add_tokens(list(tokens), special_tokens=True)
     if eos:
-        made.eos_token = eos
-    made.chat_template = template
+        tokenizer.eos_token = eos
+    tokenizer.chat_template = template
     if bos:
         from tokenizers.processors import TemplateProcessing
 
-        made.backend_tokenizer.post_processor = TemplateProcessing(
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 256)]
         )
-    return made
+    return tokenizer
 
 
 def ids(text: str) -> list[int]:
-    """The ids of plain text, by hand: bytes, and pairs by their rank."""
+    """The ids of plain text, computed by hand: bytes, and merged pairs by rank."""
     pieces = [bytes([byte]) for byte in text.encode()]
     for pair in PAIRS:
         at = 0
@@ -75,19 +75,19 @@ def ids(text: str) -> list[int]:
 
 
 def trained(example: Example) -> list[int]:
-    """The ids of the trained tokens; each label is its own token's."""
+    """The ids of the trained tokens; asserts that each label equals its token."""
     assert all(label in (token, -100) for token, label in zip(example.tokens, example.labels, strict=True))
     return [int(label) for label in example.labels if label != -100]
 
 
 def chat(*contents: str, system: str = "") -> list[dict[str, Any]]:
-    """Messages that take turns, the user first."""
+    """Alternating messages, the user's first."""
     turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(contents)]
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:
-    """Rows as JSON Lines; text as it stands."""
+    """Write rows as JSON Lines; strings are written as they are."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

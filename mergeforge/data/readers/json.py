@@ -1,208 +1,194 @@
-"""Rows of JSON Lines and JSON files, streamed.
+"""Records of JSON Lines and JSON files, streamed.
 
-A .json file may hold a list of rows, an object with one list of rows, one row, or JSON Lines under a wrong name.
-Bytes that are not UTF-8 are kept as lone surrogates here, so that only the rows that hold them are bad.
+A .json file may hold a list of records, an object with one list of records, one record, or JSON Lines with the wrong
+suffix.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from mergeforge.data.readers.open import LONGEST_ROW, Bad, Row, row_of
-from mergeforge.errors import SourceError, listing
+from mergeforge.data.readers.base import MAX_RECORD_CHARS, Record, UnreadableRecord, as_record, open_text
+from mergeforge.errors import SourceError, format_list
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # characters read at once
 _DECODER = json.JSONDecoder()
 
 
-def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """A file as text: UTF-8 with or without a mark, .gz too. Raises SourceError for UTF-16."""
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    raw = opener(path, "rb")
-    start = raw.peek(2)[:2]
-    if start in (b"\xff\xfe", b"\xfe\xff"):
-        raw.close()
-        raise SourceError(f"{path} is UTF-16", hint="save it as UTF-8")
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
-def read_jsonl(path: Path, name: str) -> Iterator[Row | Bad]:
-    """A row a line; empty lines are none."""
+def read_jsonl(path: Path, name: str) -> Iterator[Record | UnreadableRecord]:
+    """One record per line; empty lines are skipped."""
     with open_text(path, newline="\n") as file:
         for number, line in enumerate(_lines(file, name), start=1):
             if line.strip():
-                yield _line(line, f"{name}:{number}")
+                yield _parse_line(line, f"{name}:{number}")
 
 
 def _lines(file: TextIO, name: str) -> Iterator[str]:
     number = 0
-    while line := file.readline(LONGEST_ROW):
+    while line := file.readline(MAX_RECORD_CHARS):
         number += 1
-        if len(line) == LONGEST_ROW and not line.endswith("\n"):
-            raise SourceError(f"{name}:{number}: a line of more than {LONGEST_ROW:,} characters is no row")
+        if len(line) == MAX_RECORD_CHARS and not line.endswith("\n"):
+            raise SourceError(f"{name}:{number}: the line is longer than {MAX_RECORD_CHARS:,} characters")
         yield line
 
 
-def _line(line: str, place: str) -> Row | Bad:
+def _parse_line(line: str, place: str) -> Record | UnreadableRecord:
     try:
-        return row_of(json.loads(line.rstrip()), place)
+        return as_record(json.loads(line.rstrip()), place)
     except json.JSONDecodeError as error:
-        return Bad(place, f"not JSON: {error.msg} at column {error.colno}")
+        return UnreadableRecord(place, f"not JSON: {error.msg} at column {error.colno}")
     except (RecursionError, ValueError) as error:  # nested too deep; a number of more than 4300 digits
-        return Bad(place, f"not JSON: {str(error).splitlines()[0]}")
+        return UnreadableRecord(place, f"not JSON: {str(error).splitlines()[0]}")
 
 
-def read_json(path: Path, name: str) -> Iterator[Row | Bad]:
-    """The rows of a JSON file, whichever way it holds them. Raises SourceError where it is not JSON."""
+def read_json(path: Path, name: str) -> Iterator[Record | UnreadableRecord]:
+    """The records of a JSON file, however it is laid out. Raises SourceError if it is not JSON."""
     if _is_jsonl(path):
         yield from read_jsonl(path, name)
         return
     with open_text(path) as file:
-        text = _Stream(file, name)
-        first = text.peek()
+        stream = _JsonStream(file, name)
+        first = stream.peek()
         if first == "[":
-            yield from _list(text, name)
+            yield from _read_list(stream, name)
         elif first == "{":
-            yield from _object(text, name)
+            yield from _read_object(stream, name)
         else:
-            raise SourceError(f"{name} is {'empty' if not first else 'no JSON list or object'}")
-        if text.peek():
-            raise text.error("more text after the end")
+            raise SourceError(f"{name} is {'empty' if not first else 'not a JSON list or object'}")
+        if stream.peek():
+            raise stream.error("more text after the end")
 
 
 def _is_jsonl(path: Path) -> bool:
     """Whether the first line is a whole object and another line follows."""
     with open_text(path) as file:
-        line = next((line for line in iter(lambda: file.readline(LONGEST_ROW), "") if line.strip()), "")
+        line = next((line for line in iter(lambda: file.readline(MAX_RECORD_CHARS), "") if line.strip()), "")
         try:
-            whole = line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+            is_object = line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
         except (ValueError, RecursionError):
             return False
-        return whole and any(line.strip() for line in iter(lambda: file.readline(_CHUNK), ""))
+        return is_object and any(line.strip() for line in iter(lambda: file.readline(_CHUNK), ""))
 
 
-def _list(text: _Stream, name: str) -> Iterator[Row | Bad]:
-    """The items of the list that stands next."""
-    text.take("[")
-    while text.peek() != "]":
-        line = text.line
-        yield row_of(text.value(), f"{name}:{line}")
-        if text.peek() != "]":
-            text.take(",")
-    text.take("]")
+def _read_list(stream: _JsonStream, name: str) -> Iterator[Record | UnreadableRecord]:
+    """The items of the list that comes next."""
+    stream.take("[")
+    while stream.peek() != "]":
+        line = stream.line
+        yield as_record(stream.value(), f"{name}:{line}")
+        if stream.peek() != "]":
+            stream.take(",")
+    stream.take("]")
 
 
-def _object(text: _Stream, name: str) -> Iterator[Row | Bad]:
-    """The one list of rows in an object; or, where a list is one of messages, the object as a row."""
-    others: dict[str, Any] = {}
-    found: list[str] = []
-    text.take("{")
-    while text.peek() != "}":
-        key = text.value()
-        text.take(":")
-        if text.peek() == "[" and text.peek(1) == "{" and not text.is_message():
-            found.append(str(key))
-            if len(found) > 1:
-                hint = "keep one of them in a file of its own"
-                raise SourceError(f"{name} holds more than one list: {listing(found)}", hint=hint)
-            yield from _list(text, name)
+def _read_object(stream: _JsonStream, name: str) -> Iterator[Record | UnreadableRecord]:
+    """The one list of records in an object; or the object as one record, if its list holds messages."""
+    other_values: dict[str, Any] = {}
+    lists: list[str] = []
+    stream.take("{")
+    while stream.peek() != "}":
+        key = stream.value()
+        stream.take(":")
+        if stream.peek() == "[" and stream.peek(1) == "{" and not stream.at_message_list():
+            lists.append(str(key))
+            if len(lists) > 1:
+                hint = "put each list into a file of its own"
+                raise SourceError(f"{name} holds more than one list: {format_list(lists)}", hint=hint)
+            yield from _read_list(stream, name)
         else:
-            others[str(key)] = text.value()
-        if text.peek() != "}":
-            text.take(",")
-    text.take("}")
-    if not found:
-        if any(isinstance(value, dict) for value in others.values()) or _is_columnar(others):
-            hint = "pandas: to_json(..., orient='records', lines=True)"
-            raise SourceError(f"{name} holds columns, not rows ({listing(others)})", hint=hint)
-        yield row_of(others, f"{name}:1")
+            other_values[str(key)] = stream.value()
+        if stream.peek() != "}":
+            stream.take(",")
+    stream.take("}")
+    if not lists:
+        if any(isinstance(value, dict) for value in other_values.values()) or _is_columnar(other_values):
+            hint = "with pandas: to_json(..., orient='records', lines=True)"
+            raise SourceError(f"{name} holds columns, not rows ({format_list(other_values)})", hint=hint)
+        yield as_record(other_values, f"{name}:1")
 
 
 def _is_columnar(value: dict[str, Any]) -> bool:
-    lists = [one for one in value.values() if isinstance(one, list) and not (one and isinstance(one[0], dict))]
-    return len(lists) > 1
+    columns = [item for item in value.values() if isinstance(item, list) and not (item and isinstance(item[0], dict))]
+    return len(columns) > 1
 
 
-class _Stream:
-    """JSON values one after the other from a file, of which little is held."""
+class _JsonStream:
+    """JSON values one after the other from a file, with little of it in memory."""
 
     def __init__(self, file: TextIO, name: str) -> None:
         self.file, self.name = file, name
         self.buffer, self.at, self.line = "", 0, 1
         self.ended = False
 
-    def peek(self, further: int = 0) -> str:
-        """The next character that is not white space ("" at the end), or the one after it."""
-        self._skip()
+    def peek(self, skip: int = 0) -> str:
+        """The next character that is not white space ("" at the end), or the one `skip` such characters later."""
+        self._skip_space()
         at = self.at
-        for _ in range(further):
+        for _ in range(skip):
             at += 1
             while at >= len(self.buffer) or self.buffer[at].isspace():
                 if at >= len(self.buffer):
-                    if not self._more():
+                    if not self._read_more():
                         return ""
                 else:
                     at += 1
         return self.buffer[at] if at < len(self.buffer) else ""
 
-    def take(self, sign: str) -> None:
-        if self.peek() != sign:
-            raise self.error(f"expected '{sign}'")
+    def take(self, character: str) -> None:
+        if self.peek() != character:
+            raise self.error(f"expected '{character}'")
         self.at += 1
 
     def value(self) -> Any:
-        """The next value, whole."""
-        self._skip()
+        """The whole next value."""
+        self._skip_space()
         value, end = self._decode(self.at)
         self.line += self.buffer.count("\n", self.at, end)
         self.at = end
         return value
 
-    def is_message(self) -> bool:
-        """Whether the list that stands next begins with a message, not with a row."""
+    def at_message_list(self) -> bool:
+        """Whether the next list starts with a message rather than a record."""
         first, _ = self._decode(self.buffer.index("{", self.at))
         keys = {str(key).lower() for key in first} if isinstance(first, dict) else set()
         return bool(keys & {"role", "from"}) and bool(keys & {"content", "value"})
 
     def _decode(self, at: int) -> tuple[Any, int]:
-        """The value at a place of the buffer, and where it ends; reads on as far as it goes."""
+        """(value, end) of the value that starts at `at` in the buffer; reads on until it is complete."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.buffer, at)
-                if end < len(self.buffer) or not self._more():
+                if end < len(self.buffer) or not self._read_more():
                     return value, end
             except RecursionError:
                 raise self.error("nested too deep") from None
             except json.JSONDecodeError as error:
-                if len(self.buffer) - at > LONGEST_ROW or not self._more():
+                if len(self.buffer) - at > MAX_RECORD_CHARS or not self._read_more():
                     self.line += self.buffer.count("\n", self.at, error.pos)
                     raise self.error(error.msg) from None
             except ValueError as error:  # a number of more than 4300 digits
                 raise self.error(str(error).splitlines()[0]) from None
 
     def error(self, why: str) -> SourceError:
-        return SourceError(
-            f"{self.name}:{self.line}: not JSON: {why}", hint="a row a line (.jsonl) loses only that row"
-        )
+        hint = "in JSON Lines (.jsonl) a broken row costs only that row"
+        return SourceError(f"{self.name}:{self.line}: not JSON: {why}", hint=hint)
 
-    def _skip(self) -> None:
+    def _skip_space(self) -> None:
         if self.at > _CHUNK:
             self.buffer, self.at = self.buffer[self.at :], 0
         while True:
             while self.at < len(self.buffer) and self.buffer[self.at].isspace():
                 self.line += self.buffer[self.at] == "\n"
                 self.at += 1
-            if self.at < len(self.buffer) or not self._more():
+            if self.at < len(self.buffer) or not self._read_more():
                 return
 
-    def _more(self) -> bool:
-        """Read on: as much again as is held, so that a long value costs its length twice and not its square."""
-        piece = "" if self.ended else self.file.read(max(_CHUNK, len(self.buffer) - self.at))
-        self.ended = not piece
-        self.buffer += piece
-        return bool(piece)
+    def _read_more(self) -> bool:
+        """Read as much again as is buffered, so that a long value costs twice its length, not its square."""
+        chunk = "" if self.ended else self.file.read(max(_CHUNK, len(self.buffer) - self.at))
+        self.ended = not chunk
+        self.buffer += chunk
+        return bool(chunk)

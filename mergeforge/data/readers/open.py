@@ -1,162 +1,110 @@
-"""Rows: where they come from, one at a time, each with the file and line that it stands in.
-
-What cannot be read as a row is a Bad one; it is counted and shown, not left out in silence. Nothing is
-held but the row at hand, so files may be larger than memory.
-"""
+"""The files of a data source, and the records of each file by its suffix."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergeforge.data.readers.base import Record, UnreadableRecord, as_record, data_suffix
+from mergeforge.data.readers.hub import hub_files
+from mergeforge.data.readers.json import read_json, read_jsonl
+from mergeforge.data.readers.tables import read_csv, read_parquet
+from mergeforge.data.readers.text import read_text
 from mergeforge.data.settings import DataSource
-from mergeforge.errors import RecipeError, SourceError, did_you_mean, listing
+from mergeforge.errors import RecipeError, SourceError, did_you_mean, format_list
 
-SAMPLES = Path(__file__).parent / "samples"
-ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
-LONGEST_ROW = 1 << 26  # characters; what is longer is no row but a broken file
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row and its place: `train.jsonl:17`, `train.parquet row 17`, `list[17]`."""
-
-    value: Mapping[str, Any]
-    place: str
-
-
-@dataclass(frozen=True)
-class Bad:
-    """What could not be read, and why."""
-
-    place: str
-    why: str
+SAMPLES = Path(__file__).parents[1] / "samples"
+READERS: dict[str, Any] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+    ".txt": read_text,
+    ".md": read_text,
+}
+SUFFIXES = tuple(READERS)
 
 
 @dataclass(frozen=True)
-class RowFile:
-    """A file of rows: what it is called, and where it lies (None: a Python list)."""
+class DataFile:
+    """A file of records: its name for messages, and its path (None: a Python list)."""
 
     name: str
     path: Path | None
 
 
-def files_of(source: DataSource) -> list[RowFile]:
-    """The files of a source, in the order in which they are read. Raises SourceError when there are none."""
+def source_files(source: DataSource) -> list[DataFile]:
+    """The files of a source, in reading order. Raises SourceError if there are none."""
     if source.rows is not None:
-        return [RowFile(source.path, None)]
+        return [DataFile(source.path, None)]
     if source.path.startswith("sample:"):
-        return [RowFile(source.path, sample(source.path.removeprefix("sample:")))]
+        return [DataFile(source.path, sample_path(source.path.removeprefix("sample:")))]
     if source.path.startswith("hf://"):
-        from mergeforge.data.readers.hub import hub_files
-
-        return [RowFile(name, path) for name, path in hub_files(source.path)]
-    return [RowFile(str(path), path) for path in _local(source.path)]
+        return [DataFile(name, path) for name, path in hub_files(source.path)]
+    return [DataFile(str(path), path) for path in _local_files(source.path)]
 
 
-def sample(name: str) -> Path:
-    """One of the data sets that come with the package. Raises RecipeError."""
+def sample_path(name: str) -> Path:
+    """The file of a data set that comes with the package. Raises RecipeError."""
     known = sorted(path.stem for path in SAMPLES.glob("*.jsonl"))
     if name not in known:
-        hint = did_you_mean(name, known) or ", ".join(f"sample:{one}" for one in known)
+        hint = did_you_mean(name, known) or ", ".join(f"sample:{stem}" for stem in known)
         raise RecipeError(f"there is no sample '{name}'", hint=hint)
     return SAMPLES / f"{name}.jsonl"
 
 
-def rows_of(source: DataSource, file: RowFile) -> Iterator[Row | Bad]:
-    """The rows of one file of a source. Raises SourceError for a file that cannot be read at all."""
+def read_records(source: DataSource, file: DataFile) -> Iterator[Record | UnreadableRecord]:
+    """The records of one file of a source. Raises SourceError for a file that cannot be read at all."""
     if file.path is None:
-        for at, value in enumerate(source.rows or ()):
-            yield row_of(value, f"{file.name}[{at}]")
+        for index, value in enumerate(source.rows or ()):
+            yield as_record(value, f"{file.name}[{index}]")
         return
-    ending = ending_of(file.path)
+    reader = READERS.get(data_suffix(file.path), read_text)
     try:
-        yield from _reader(ending)(file.path, file.name)
-    except (OSError, EOFError, zlib.error) as error:  # the last two of a damaged .gz
-        said = (error.strerror if isinstance(error, OSError) else "") or error
-        raise SourceError(f"{file.name} cannot be read: {said}") from None
+        yield from reader(file.path, file.name)
+    except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises the last two
+        reason = (error.strerror if isinstance(error, OSError) else "") or error
+        raise SourceError(f"{file.name} cannot be read: {reason}") from None
 
 
-def _reader(ending: str) -> Any:
-    if ending in (".json", ".jsonl", ".ndjson"):
-        from mergeforge.data.readers import json
-
-        return json.read_json if ending == ".json" else json.read_jsonl
-    if ending in (".csv", ".tsv"):
-        from mergeforge.data.readers.tables import read_csv
-
-        return read_csv
-    if ending == ".parquet":
-        from mergeforge.data.readers.tables import read_parquet
-
-        return read_parquet
-    from mergeforge.data.readers.text import read_text
-
-    return read_text
-
-
-def row_of(value: Any, place: str) -> Row | Bad:
-    """A value as a row: a mapping, a list of messages, or plain text."""
-    if isinstance(value, Mapping):
-        return Row(value, place)
-    if isinstance(value, str):
-        return Row({"text": value}, place)
-    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-        return Row({"messages": value}, place)
-    return Bad(place, f"a row must be a mapping, not {kind_of(value)}")
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, for a message."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    return "text" if isinstance(value, str) else f"{value!r}"[:40]
-
-
-def ending_of(path: Path) -> str:
-    """The file's ending, without .gz."""
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
-
-
-def _local(path: str) -> list[Path]:
+def _local_files(path: str) -> list[Path]:
     try:
-        here = Path(path).expanduser()
-        if here.is_dir():
-            return _in_folder(here)
-        if here.exists():
-            return [_known(here)]
+        local = Path(path).expanduser()
+        if local.is_dir():
+            return _files_in_folder(local)
+        if local.exists():
+            return [_with_known_suffix(local)]
     except (OSError, RuntimeError, ValueError) as error:
         raise SourceError(f"{path} cannot be read: {error}") from None
-    if any(sign in path for sign in "*?["):
-        matches = Path(here.anchor).glob(str(here.relative_to(here.anchor)))
-        found = sorted(path for path in matches if path.is_file() and not path.name.startswith("."))
-        if not found:
+    if any(wildcard in path for wildcard in "*?["):
+        matches = Path(local.anchor).glob(str(local.relative_to(local.anchor)))
+        files = sorted(match for match in matches if match.is_file() and not match.name.startswith("."))
+        if not files:
             raise SourceError(f"no file matches {path}")
-        return [_known(one) for one in found]
-    hint = "data of the Hub is written hf://owner/name" if path.count("/") == 1 and "." not in path else ""
-    raise SourceError(f"there is no data {path}", hint=hint or "a file, folder, glob, hf://owner/name or sample:chat")
+        return [_with_known_suffix(file) for file in files]
+    hint = "for a data set on the Hub write hf://owner/name" if path.count("/") == 1 and "." not in path else ""
+    raise SourceError(
+        f"there is no data at {path}", hint=hint or "give a file, folder, glob, hf://owner/name or sample:chat"
+    )
 
 
-def _known(path: Path) -> Path:
-    if ending_of(path) not in ENDINGS:
-        raise SourceError(f"{path}: no rows are read from '{path.suffix}' files", hint=f"known: {', '.join(ENDINGS)}")
+def _with_known_suffix(path: Path) -> Path:
+    if data_suffix(path) not in SUFFIXES:
+        raise SourceError(f"{path}: '{path.suffix}' files are not supported", hint=f"supported: {', '.join(SUFFIXES)}")
     return path
 
 
-def _in_folder(folder: Path) -> list[Path]:
-    """Every file of a folder that may hold rows; hidden ones and READMEs do not."""
-    inside = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    shown = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    found = [path for path in shown if ending_of(path) in ENDINGS and not path.name.lower().startswith("readme")]
-    if not found:
-        held = listing(path.name for path in shown) or "nothing"
-        raise SourceError(f"{folder} holds no data (it holds: {held})", hint=f"known endings: {', '.join(ENDINGS)}")
-    return found
+def _files_in_folder(folder: Path) -> list[Path]:
+    """Every file in a folder that may hold records, without hidden files and READMEs."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    data = [path for path in visible if data_suffix(path) in SUFFIXES and not path.name.lower().startswith("readme")]
+    if not data:
+        names = format_list(path.name for path in visible) or "nothing"
+        raise SourceError(f"{folder} holds no data (it holds: {names})", hint=f"supported: {', '.join(SUFFIXES)}")
+    return data

@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV and parquet files, streamed."""
+"""Records of CSV, TSV and Parquet files, streamed."""
 
 from __future__ import annotations
 
@@ -6,63 +6,60 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from mergeforge.data.readers.json import open_text
-from mergeforge.data.readers.open import LONGEST_ROW, Bad, Row
-from mergeforge.errors import MissingExtraError, SourceError, listing
+from mergeforge.data.readers.base import MAX_RECORD_CHARS, Record, UnreadableRecord, open_text
+from mergeforge.errors import MissingExtraError, SourceError, format_list
 
-_BATCH = 256  # rows of parquet held at a time
+_BATCH = 256  # Parquet rows in memory at once
 
 
-def read_csv(path: Path, name: str) -> Iterator[Row | Bad]:
-    """A row a record; the first line names the columns. Comma, semicolon, tab or bar, as that line has it."""
-    csv.field_size_limit(LONGEST_ROW)
+def read_csv(path: Path, name: str) -> Iterator[Record | UnreadableRecord]:
+    """One record per row; the header line names the columns and decides the separator: comma, semicolon, tab or |."""
+    csv.field_size_limit(MAX_RECORD_CHARS)
     with open_text(path, newline="") as file:
-        first = file.readline(LONGEST_ROW)
-        if not first.strip():
+        header = file.readline(MAX_RECORD_CHARS)
+        if not header.strip():
             raise SourceError(f"{name} is empty", hint="the first line of a CSV file names its columns")
-        mark = "\t" if ".tsv" in path.name.lower() else max(",;\t|", key=first.count)
+        separator = "\t" if ".tsv" in path.name.lower() else max(",;\t|", key=header.count)
         file.seek(0)
-        records = csv.reader(file, delimiter=mark, strict=True)
+        rows = csv.reader(file, delimiter=separator, strict=True)
         try:
-            columns = [column.strip() for column in next(records)]
+            columns = [column.strip() for column in next(rows)]
         except csv.Error as error:
-            raise SourceError(f"{name}: its first line names no columns: {error}") from None
+            raise SourceError(f"{name}: the header line cannot be parsed: {error}") from None
         if repeated := sorted({column for column in columns if columns.count(column) > 1}):
-            raise SourceError(f"{name} has columns of one name: {listing(repeated)}")
-        yield from _records(records, columns, name)
+            raise SourceError(f"{name}: duplicate column names: {format_list(repeated)}")
+        yield from _csv_records(rows, columns, name)
 
 
-def _records(records: Iterator[list[str]], columns: list[str], name: str) -> Iterator[Row | Bad]:
+def _csv_records(rows: Iterator[list[str]], columns: list[str], name: str) -> Iterator[Record | UnreadableRecord]:
     while True:
-        place = f"{name}:{records.line_num + 1}"  # type: ignore[attr-defined]
+        place = f"{name}:{rows.line_num + 1}"  # type: ignore[attr-defined]
         try:
-            fields = next(records)
+            fields = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            yield Bad(place, f"not CSV: {error}")
+            yield UnreadableRecord(place, f"not CSV: {error}")
             continue
         if len(fields) == len(columns):
-            yield Row(dict(zip(columns, fields, strict=True)), place)
+            yield Record(dict(zip(columns, fields, strict=True)), place)
         elif any(field.strip() for field in fields):
-            yield Bad(place, f"{len(fields)} fields where the first line names {len(columns)} columns")
+            yield UnreadableRecord(place, f"{len(fields)} fields, but the header names {len(columns)} columns")
 
 
-def read_parquet(path: Path, name: str) -> Iterator[Row | Bad]:
-    """A row a record. Raises MissingExtraError without pyarrow, SourceError for what is not parquet."""
+def read_parquet(path: Path, name: str) -> Iterator[Record | UnreadableRecord]:
+    """One record per row. Raises MissingExtraError without pyarrow, SourceError if the file is not Parquet."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise MissingExtraError(
-            f"{name}: reading parquet needs pyarrow", hint="pip install 'mergeforge[data]'"
-        ) from None
+        raise MissingExtraError(f"{name}: Parquet files need pyarrow", hint='pip install "pyarrow>=15"') from None
     try:
         with parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(value, f"{name} row {number}")
+                    yield Record(value, f"{name} row {number}")
     except (pyarrow.ArrowException, ValueError) as error:
-        raise SourceError(f"{name} is not parquet: {str(error).splitlines()[0]}") from None
+        raise SourceError(f"{name} is not a Parquet file: {str(error).splitlines()[0]}") from None

@@ -1,8 +1,8 @@
-"""Rows of plain text files.
+"""Records of plain text files.
 
-A file is one text. Of a file longer than 64 Ki characters, texts of at most that length are made, cut at blank lines
-(at line ends or anywhere where there are none): so a book gives several rows, some of which can be held out for
-validation, and a file larger than memory is read as it is needed.
+A file is one text. A file longer than 64 Ki characters becomes several texts of at most that length, cut at blank lines
+(at line ends, or anywhere, if there are none). So a book gives several rows, some of which can be held out for
+validation, and a file larger than memory is read as needed.
 """
 
 from __future__ import annotations
@@ -10,31 +10,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mergeforge.data.readers.json import open_text
-from mergeforge.data.readers.open import Bad, Row
+from mergeforge.data.readers.base import Record, UnreadableRecord, open_text
 
-LONGEST = 1 << 16
+MAX_TEXT_CHARS = 1 << 16
 
 
-def read_text(path: Path, name: str) -> Iterator[Row | Bad]:
-    """Texts of at most LONGEST characters; each place is the line that it begins on."""
-    line, held = 1, ""
+def read_text(path: Path, name: str) -> Iterator[Record | UnreadableRecord]:
+    """Texts of at most MAX_TEXT_CHARS characters; the place of each is the line it starts on."""
+    line, pending = 1, ""
     with open_text(path) as file:
-        while piece := file.read(LONGEST):
-            held += piece
-            while len(held) > LONGEST:
-                end = _cut(held)
-                yield Row({"text": held[:end].strip("\n")}, f"{name}:{line}")
-                line += held.count("\n", 0, end)
-                held = held[end:]
-    if held.strip():
-        yield Row({"text": held.strip("\n")}, f"{name}:{line}")
+        while chunk := file.read(MAX_TEXT_CHARS):
+            pending += chunk
+            while len(pending) > MAX_TEXT_CHARS:
+                end = _end_of_text(pending)
+                yield Record({"text": pending[:end].strip("\n")}, f"{name}:{line}")
+                line += pending.count("\n", 0, end)
+                pending = pending[end:]
+    if pending.strip():
+        yield Record({"text": pending.strip("\n")}, f"{name}:{line}")
 
 
-def _cut(text: str) -> int:
+def _end_of_text(text: str) -> int:
     """Where the first text ends: after its last blank line, line end or space."""
-    for sign in ("\n\n", "\n", " "):
-        at = text.rfind(sign, LONGEST // 2, LONGEST)
+    for separator in ("\n\n", "\n", " "):
+        at = text.rfind(separator, MAX_TEXT_CHARS // 2, MAX_TEXT_CHARS)
         if at > 0:
-            return at + len(sign)
-    return LONGEST
+            return at + len(separator)
+    return MAX_TEXT_CHARS

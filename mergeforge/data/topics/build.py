@@ -1,6 +1,6 @@
-"""Building: a hierarchy of topic files -> one JSONL file of conversations with their metadata.
+"""Builds one JSONL file of conversations with metadata from a hierarchy of topic files.
 
-mergeforge/data/topics/structure.py and topics.py say what is in the files. A row:
+structure.py and topic_file.py describe the files. A row:
 
     {"messages": [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", ...}],
      "id": "identity.name.qa:1", "category": "identity", "subcategory": "name", "type": "qa",
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.data.topics.structure import Structure, Topic, read_structure
-from mergeforge.data.topics.topic_file import Entry, fill, read_topic, scaffold
-from mergeforge.errors import OutputError, Problem, RecipeError, did_you_mean, listing
+from mergeforge.data.topics.topic_file import Entry, empty_topic_file, fill_placeholders, read_topic
+from mergeforge.errors import OutputError, Problem, RecipeError, did_you_mean, format_list
 from mergeforge.io.disk import disk_error
 
 
 @dataclass(frozen=True)
-class Built:
-    """What was written (nothing where there are no rows yet): rows in all and by category and difficulty.
+class BuildResult:
+    """What was written (nothing if there are no rows yet): rows in total, by category and by difficulty.
 
-    `scaffolded`: topic files that were made; `empty`: those without entries.
+    `scaffolded`: topic files that were created; `empty`: topic files without entries.
     """
 
     out: Path
@@ -39,27 +39,27 @@ class Built:
     empty: tuple[str, ...]
 
 
-def build(structure_file: str | Path, out: str | Path, *, make_missing: bool = False) -> Built:
-    """Write the rows of all topic files; with `make_missing`, topic files that are not there are made first, empty.
+def build(structure_file: str | Path, out: str | Path, *, scaffold: bool = False) -> BuildResult:
+    """Write the rows of all topic files. scaffold: first create the missing topic files, without entries.
 
-    Raises RecipeError with every mistake of the structure or of the topic files, OutputError.
+    Raises RecipeError with every mistake in the structure or the topic files, OutputError.
     """
     structure, out = read_structure(Path(structure_file)), Path(out)
     _check_out(structure, out)
-    made = _scaffolded(structure) if make_missing else ()
+    created = _create_missing(structure) if scaffold else ()
     rows, empty = _rows(structure)
-    if not rows and not made:
+    if not rows and not created:
         raise RecipeError(f"the topic files in {structure.folder} hold no entries", hint="fill in their 'entries'")
     if rows:
         _write(out, rows)
     by_difficulty = Counter(str(row["difficulty"]) for row in rows if "difficulty" in row)
-    return Built(
+    return BuildResult(
         out,
         len(rows),
         len(structure.topics) - len(empty),
         dict(Counter(row["category"] for row in rows)),
         dict(sorted(by_difficulty.items())),
-        made,
+        created,
         empty,
     )
 
@@ -72,7 +72,7 @@ def _rows(structure: Structure) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         problems.append(Problem(0, 0, message, hint))
 
     _check_files(structure, report)
-    system = fill(structure.system, structure.placeholders, f"{structure.path.name}, system", report)
+    system = fill_placeholders(structure.system, structure.placeholders, f"{structure.path.name}, system", report)
     rows: list[dict[str, Any]] = []
     empty: list[str] = []
     for topic in structure.topics if not problems else ():
@@ -82,7 +82,7 @@ def _rows(structure: Structure) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
             empty.append(topic.path.name)
         rows += [_row(entry, topic, structure, system) for entry in entries]
     if problems:
-        raise RecipeError(f"the data of {structure.path} cannot be built:", problems=problems)
+        raise RecipeError(f"{structure.path}: the topic files have mistakes:", problems=problems)
     return rows, tuple(empty)
 
 
@@ -105,22 +105,22 @@ def _row(entry: Entry, topic: Topic, structure: Structure, system: str) -> dict[
 
 
 def _check_files(structure: Structure, report: Any) -> None:
-    """Every file that the structure asks for is there, and no other."""
-    wanted = {topic.path.name for topic in structure.topics}
-    there = {path.name for path in structure.folder.glob("*.json") if path.resolve() != structure.path.resolve()}
-    if missing := sorted(wanted - there):
-        report(f"{structure.folder} lacks {listing(missing)}", "--scaffold makes them")
-    for name in sorted(there - wanted):
-        report(f"{structure.folder / name} belongs to nothing in the structure", did_you_mean(name, wanted))
+    """Report topic files that are missing, and files that the structure does not name."""
+    expected = {topic.path.name for topic in structure.topics}
+    present = {path.name for path in structure.folder.glob("*.json") if path.resolve() != structure.path.resolve()}
+    if missing := sorted(expected - present):
+        report(f"{structure.folder} lacks {format_list(missing)}", "--scaffold creates them")
+    for name in sorted(present - expected):
+        report(f"{structure.folder / name} is not part of the structure", did_you_mean(name, expected))
 
 
-def _scaffolded(structure: Structure) -> tuple[str, ...]:
-    """Make the topic files that are not there; their names."""
+def _create_missing(structure: Structure) -> tuple[str, ...]:
+    """Create the topic files that do not exist, and return their names."""
     missing = [topic for topic in structure.topics if not topic.path.exists()]
     try:
         structure.folder.mkdir(parents=True, exist_ok=True)
         for topic in missing:
-            topic.path.write_text(scaffold(topic), encoding="utf-8")
+            topic.path.write_text(empty_topic_file(topic), encoding="utf-8")
     except OSError as error:
         raise disk_error(error, str(structure.folder)) from error
     return tuple(topic.path.name for topic in missing)
@@ -129,16 +129,16 @@ def _scaffolded(structure: Structure) -> tuple[str, ...]:
 def _check_out(structure: Structure, out: Path) -> None:
     inputs = [structure.path, *(topic.path for topic in structure.topics)]
     if any(out.resolve() == path.resolve() for path in inputs):
-        raise OutputError(f"{out} is an input", hint="name another --out")
+        raise OutputError(f"{out} is an input", hint="choose another --out")
 
 
 def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    part = out.with_name(f"{out.name}.part")
+    temporary = out.with_name(f"{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(part, out)
+        os.replace(temporary, out)
     except OSError as error:
         raise disk_error(error, str(out)) from error

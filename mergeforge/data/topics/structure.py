@@ -1,4 +1,4 @@
-"""The structure file of `mergeforge data build`: which topics there are, and how their entries become rows.
+"""The structure file of `mergeforge data build`: which topics exist, and how their entries become rows.
 
     topics: topics                       # the folder of the topic files (default: topics, beside this file)
     placeholders: {NAME: Aria, MAKER: Example Ltd}
@@ -8,7 +8,7 @@
       identity:
         description: Who the assistant is.
         tags: [self]
-        content_types: [qa]              # of every subcategory that names none itself
+        content_types: [qa]              # default for subcategories that name none
         subcategories:
           name:
             description: What it is called.
@@ -17,10 +17,10 @@
             description: Who made it.
             content_types: [qa, reasoning]
 
-There is one topic file for each type of each subcategory: `identity.name.qa.json`, `identity.origin.qa.json`, ...;
-topic_file.py says what is in them. `spelling`: how an answer is put together, {} stands for the text;
-`think` is only written for entries that have it (default: `<think>`, the text and `</think>` on lines of their own, an
-empty line, then the output as it is). YAML or JSON; unknown keys are errors.
+There is one topic file per type of each subcategory: `identity.name.qa.json`, `identity.origin.qa.json`, ...;
+topic_file.py describes them. `spelling` says how an answer is assembled; {} stands for the text. `think` is written
+only for entries that have it (default: `<think>`, the text and `</think>` on lines of their own, an empty line, then
+the unchanged output). YAML or JSON; unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ STRUCTURE = Object(
 
 @dataclass(frozen=True)
 class Topic:
-    """One topic file: where it lies, and what its rows are told besides what stands in it."""
+    """One topic file: its path, and the metadata that its rows get from the structure."""
 
     path: Path
     category: str
@@ -80,7 +80,7 @@ class Topic:
 
 @dataclass(frozen=True)
 class Structure:
-    """A structure file, read."""
+    """A parsed structure file."""
 
     path: Path
     folder: Path
@@ -93,78 +93,75 @@ class Structure:
 
 def read_structure(path: Path) -> Structure:
     """Read a structure file. Raises RecipeError with every mistake in it."""
-    value, places, problems = _parsed(path)
+    value, positions, problems = _parse(path)
 
     def report(path: yaml_reader.Path, message: str, hint: str = "") -> None:
-        place = path
-        while place and place not in places:
-            place = place[:-1]
-        problems.append(Problem(*places.get(place, (0, 0)), message, hint))
+        known = path
+        while known and known not in positions:
+            known = known[:-1]
+        problems.append(Problem(*positions.get(known, (0, 0)), message, hint))
 
-    read = STRUCTURE.read(value, (), report)
-    folder = path.parent / (read.get("topics") or "topics")
-    topics = list(_topics(read, folder, report)) if not problems else []
-    _check(read, report)
+    checked = STRUCTURE.read(value, (), report)
+    folder = path.parent / (checked.get("topics") or "topics")
+    topics = list(_topics(checked, folder, report)) if not problems else ()
+    _check(checked, report)
     if problems:
         raise RecipeError(f"{path} has mistakes:", problems=sorted(set(problems)))
-    spelling = read.get("spelling") or {}
+    spelling = checked.get("spelling") or {}
     return Structure(
         path,
         folder,
         tuple(topics),
-        read.get("placeholders") or {},
-        read.get("system") or "",
+        checked.get("placeholders") or {},
+        checked.get("system") or "",
         spelling.get("think") or THINK,
         spelling.get("output") or OUTPUT,
     )
 
 
-def _parsed(path: Path) -> yaml_reader.ParsedDocument:
+def _parse(path: Path) -> yaml_reader.ParsedDocument:
     try:
-        written = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"there is no structure file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from None
     if path.suffix.lower() != ".json":
-        documents = yaml_reader.parse(written, str(path))
+        documents = yaml_reader.parse(text, str(path))
         if len(documents) > 1:
-            raise RecipeError(f"{path} holds more than one document")
+            raise RecipeError(f"{path} holds more than one YAML document")
         return documents[0]
     try:
-        return json.loads(written), {}, []
+        return json.loads(text), {}, []
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not JSON: {error}") from None
 
 
-def _topics(read: Mapping[str, Any], folder: Path, report: Any) -> Iterator[Topic]:
+def _topics(structure: Mapping[str, Any], folder: Path, report: Any) -> Iterator[Topic]:
     """Every topic file that the structure asks for, in its order."""
-    for name, category in read["categories"].items():
-        for sub, inner in category["subcategories"].items():
-            here = ("categories", name, "subcategories", sub)
-            kinds = inner.get("content_types") or category.get("content_types") or []
+    for name, category in structure["categories"].items():
+        for subname, subcategory in category["subcategories"].items():
+            path = ("categories", name, "subcategories", subname)
+            kinds = subcategory.get("content_types") or category.get("content_types") or []
             if not kinds:
-                report(here, f"'{sub}' has no content_types, nor has its category", "content_types: [qa]")
-            tags = tuple(dict.fromkeys([*category.get("tags", ()), *inner.get("tags", ())]))
-            about = inner.get("description") or category.get("description") or ""
+                report(path, f"neither '{subname}' nor its category has content_types", "content_types: [qa]")
+            tags = tuple(dict.fromkeys([*category.get("tags", ()), *subcategory.get("tags", ())]))
+            description = subcategory.get("description") or category.get("description") or ""
             for kind in kinds:
-                for part in (name, sub, kind):
+                for part in (name, subname, kind):
                     if not _NAME.fullmatch(part):
-                        report(here, f"'{part}' cannot be part of a file's name", "letters, digits, _ and -")
-                yield Topic(folder / f"{name}.{sub}.{kind}.json", name, sub, kind, about, tags)
+                        report(path, f"'{part}' cannot be part of a file name", "use letters, digits, _ and -")
+                yield Topic(folder / f"{name}.{subname}.{kind}.json", name, subname, kind, description, tags)
 
 
-def _check(read: Mapping[str, Any], report: Any) -> None:
-    """What only the whole file can tell."""
-    for name in read.get("placeholders") or {}:
+def _check(structure: Mapping[str, Any], report: Any) -> None:
+    """Report what the schema cannot check."""
+    for name in structure.get("placeholders") or {}:
         if not _PLACEHOLDER.fullmatch(name):
-            report(("placeholders", name), f"'{name}' cannot be a placeholder's name", "letters, digits and _")
-    for part, spelled in (read.get("spelling") or {}).items():
-        if isinstance(spelled, str) and spelled.count("{}") != 1:
-            report(
-                ("spelling", part),
-                f"'{part}' must have {{}} once, where the text goes",
-                f"such as <{part}>{{}}</{part}>",
-            )
-    if isinstance(read.get("categories"), Mapping) and not read["categories"]:
+            report(("placeholders", name), f"'{name}' is not a valid placeholder name", "use letters, digits and _")
+    for part, pattern in (structure.get("spelling") or {}).items():
+        if isinstance(pattern, str) and pattern.count("{}") != 1:
+            message = f"'{part}' must contain {{}} exactly once, where the text goes"
+            report(("spelling", part), message, f"such as <{part}>{{}}</{part}>")
+    if isinstance(structure.get("categories"), Mapping) and not structure["categories"]:
         report(("categories",), "there are no categories", "")

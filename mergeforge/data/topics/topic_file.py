@@ -5,11 +5,11 @@
        {"question": "Who are you?", "think": "They ask for my name.", "output": "I am ${NAME}.", "difficulty": 1},
        {"question": ["Two lines", "as a list"], "output": "...", "difficulty": "hard", "tags": ["extra"]}]}
 
-A list of entries alone will do too. `question` and `output` are needed. Text may be a list of lines, may hold line
-breaks as they are typed, and is normalised: line ends, white space at the end of lines, empty lines around it, and
-indentation that all lines share. `${NAME}` is filled in from the structure's placeholders (`$${NAME}` stays
-`${NAME}`). Difficulty is 1 to 6, as a number, as "3" or "3/6", or as a word: trivial or very easy (1), easy (2),
-medium or moderate (3), hard or difficult (4), very hard (5), expert (6). Everything else is an error.
+A bare list of entries works too. `question` and `output` are required. Text may be a list of lines and may contain line
+breaks as typed. It is normalized: line ends, white space at the end of lines, empty lines around it, and indentation
+that all lines share. `${NAME}` is replaced by the structure's placeholder (`$${NAME}` becomes `${NAME}`). Difficulty is
+1 to 6, as a number, as "3" or "3/6", or as a word: trivial or very easy (1), easy (2), medium or moderate (3), hard or
+difficult (4), very hard (5), expert (6). Everything else is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mergeforge.errors import did_you_mean
 
 KEYS = ("question", "think", "output", "difficulty", "tags")
 FILE_KEYS = ("description", "entries")
-HARDEST = 6
+MAX_DIFFICULTY = 6
 DIFFICULTIES = {
     **dict.fromkeys(("trivial", "very easy"), 1),
     "easy": 2,
@@ -36,14 +36,14 @@ DIFFICULTIES = {
     "very hard": 5,
     "expert": 6,
 }
-_FILLED = re.compile(r"\$(\$?)\{([^{}]*)\}")
+_PLACEHOLDER = re.compile(r"\$(\$?)\{([^{}]*)\}")
 
 Report = Callable[[str, str], None]  # what is wrong and where; a hint
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A question with its answer, as it will be trained on. `number`: its place in the file, from 1."""
+    """A question with its answer, as it will be trained on. `number`: its position in the file, from 1."""
 
     number: int
     question: str
@@ -54,104 +54,103 @@ class Entry:
 
 
 def read_topic(topic: Topic, placeholders: Mapping[str, str], report: Report) -> list[Entry]:
-    """The entries of a topic file; what is wrong in it is reported, with the number of the entry."""
-    entries = _entries(topic.path, report)
+    """The valid entries of a topic file; mistakes are reported with the number of the entry."""
+    values = _read_entries(topic.path, report)
     return [
-        found
-        for number, value in enumerate(entries, start=1)
-        if (found := _Reader(f"{topic.path.name}, entry {number}", placeholders, report).entry(value, number))
+        entry
+        for number, value in enumerate(values, start=1)
+        if (entry := _EntryReader(f"{topic.path.name}, entry {number}", placeholders, report).entry(value, number))
     ]
 
 
-def scaffold(topic: Topic) -> str:
-    """A topic file without entries."""
+def empty_topic_file(topic: Topic) -> str:
+    """The text of a topic file without entries."""
     return json.dumps({"description": topic.description, "entries": []}, indent=2, ensure_ascii=False) + "\n"
 
 
-def fill(written: str, placeholders: Mapping[str, str], where: str, report: Report) -> str:
-    """Text with its placeholders filled in."""
+def fill_placeholders(text: str, placeholders: Mapping[str, str], where: str, report: Report) -> str:
+    """The text with its placeholders replaced; unknown ones are reported."""
 
     def value(match: re.Match[str]) -> str:
         escaped, name = match[1], match[2]
         if escaped:
             return match[0][1:]
         if name not in placeholders:
-            known = f"known: {', '.join(placeholders) or 'none'}; ${match[0]} stays as it is"
+            known = f"known: {', '.join(placeholders) or 'none'}; write ${match[0]} for a literal {match[0]}"
             report(f"{where}: unknown placeholder {match[0]}", did_you_mean(name, placeholders) or known)
             return match[0]
         return placeholders[name]
 
-    return _FILLED.sub(value, written)
+    return _PLACEHOLDER.sub(value, text)
 
 
-def _entries(path: Path, report: Report) -> list[Any]:
+def _read_entries(path: Path, report: Report) -> list[Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), strict=False)  # lets line breaks stand in text
+        value = json.loads(path.read_text(encoding="utf-8-sig"), strict=False)  # strict=False allows line breaks
     except (OSError, ValueError, RecursionError) as error:
         report(f"{path.name} cannot be read: {error}", "")
         return []
     if isinstance(value, Mapping):
         for key in value:
             if key not in FILE_KEYS:
-                report(
-                    f"{path.name}: unknown key '{key}'", did_you_mean(key, FILE_KEYS) or "known: description, entries"
-                )
+                hint = did_you_mean(key, FILE_KEYS) or f"known: {', '.join(FILE_KEYS)}"
+                report(f"{path.name}: unknown key '{key}'", hint)
         value = value.get("entries")
     if not isinstance(value, list):
-        report(f"{path.name} has no list of entries", '{"entries": [...]}, or the list alone')
+        report(f"{path.name} has no list of entries", 'write {"entries": [...]}, or just the list')
         return []
     return value
 
 
-class _Reader:
+class _EntryReader:
     """Reads one entry and reports its mistakes."""
 
     def __init__(self, where: str, placeholders: Mapping[str, str], report: Report) -> None:
         self.where, self.placeholders, self._report = where, placeholders, report
-        self.good = True
+        self.valid = True
 
     def report(self, message: str, hint: str = "") -> None:
-        self.good = False
+        self.valid = False
         self._report(message, hint)
 
     def entry(self, value: Any, number: int) -> Entry | None:
         if not isinstance(value, Mapping):
-            self.report(f"{self.where} is no object")
+            self.report(f"{self.where} is not an object")
             return None
         for key in value:
             if key not in KEYS:
-                self.report(
-                    f"{self.where}: unknown key '{key}'", did_you_mean(key, KEYS) or f"known: {', '.join(KEYS)}"
-                )
-        found = Entry(
+                hint = did_you_mean(key, KEYS) or f"known: {', '.join(KEYS)}"
+                self.report(f"{self.where}: unknown key '{key}'", hint)
+        entry = Entry(
             number,
-            self._text(value, "question", needed=True),
+            self._text(value, "question", required=True),
             self._text(value, "think"),
-            self._text(value, "output", needed=True),
+            self._text(value, "output", required=True),
             self._difficulty(value.get("difficulty")),
             self._tags(value.get("tags")),
         )
-        return found if self.good else None
+        return entry if self.valid else None
 
-    def _text(self, value: Mapping[str, Any], key: str, needed: bool = False) -> str:
-        written = value.get(key)
-        if isinstance(written, list) and all(isinstance(line, str) for line in written):
-            written = "\n".join(written)
-        if written is not None and not isinstance(written, str):
+    def _text(self, value: Mapping[str, Any], key: str, required: bool = False) -> str:
+        text = value.get(key)
+        if isinstance(text, list) and all(isinstance(line, str) for line in text):
+            text = "\n".join(text)
+        if text is not None and not isinstance(text, str):
             self.report(f"{self.where}: {key} must be text or a list of lines")
             return ""
-        text = normalised(written or "")
-        if needed and not text:
+        text = normalize_text(text or "")
+        if required and not text:
             self.report(f"{self.where}: {key} is {'empty' if key in value else 'missing'}")
-        return fill(text, self.placeholders, f"{self.where}, {key}", self.report)
+        return fill_placeholders(text, self.placeholders, f"{self.where}, {key}", self.report)
 
     def _difficulty(self, value: Any) -> int | None:
         if value is None:
             return None
-        found = difficulty(value)
-        if found is None:
-            self.report(f"{self.where}: difficulty {value!r} is none", f"1 to {HARDEST}, or {', '.join(DIFFICULTIES)}")
-        return found
+        level = parse_difficulty(value)
+        if level is None:
+            hint = f"1 to {MAX_DIFFICULTY}, or {', '.join(DIFFICULTIES)}"
+            self.report(f"{self.where}: unknown difficulty {value!r}", hint)
+        return level
 
     def _tags(self, value: Any) -> tuple[str, ...]:
         tags = [value] if isinstance(value, str) else value or []
@@ -161,19 +160,19 @@ class _Reader:
         return tuple(tags)
 
 
-def difficulty(value: Any) -> int | None:
-    """1 to 6, or None for what is no difficulty."""
+def parse_difficulty(value: Any) -> int | None:
+    """1 to 6, or None if the value is not a difficulty."""
     if isinstance(value, str):
         word = " ".join(value.lower().replace("_", " ").replace("-", " ").split())
         if word in DIFFICULTIES:
             return DIFFICULTIES[word]
-        match = re.fullmatch(rf"(\d+)(?:\s*/\s*{HARDEST})?", word)
+        match = re.fullmatch(rf"(\d+)(?:\s*/\s*{MAX_DIFFICULTY})?", word)
         value = int(match[1]) if match else None
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
-    return int(value) if whole and 1 <= value <= HARDEST else None
+    is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+    return int(value) if is_whole and 1 <= value <= MAX_DIFFICULTY else None
 
 
-def normalised(text: str) -> str:
-    """Text with one kind of line end, nothing at the end of lines, no empty lines around it, no common indentation."""
+def normalize_text(text: str) -> str:
+    """Text with \\n line ends, no white space at the end of lines, no empty lines around it, no common indentation."""
     lines = [line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     return textwrap.dedent("\n".join(lines)).strip("\n").rstrip()

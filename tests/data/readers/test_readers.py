@@ -1,4 +1,4 @@
-"""Rows of every kind of file, and what is no row: with file and line, never left out in silence."""
+"""Records of every kind of file, and what cannot be read: reported with file and line, never dropped silently."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from typing import Any
 import pytest
 from support.byte_chats import write_rows
 
-from mergeforge.data.readers.open import Bad, Row, files_of, rows_of
+from mergeforge.data.readers.base import Record, UnreadableRecord
+from mergeforge.data.readers.open import read_records, source_files
 from mergeforge.data.settings import DataSource
 from mergeforge.errors import MergeforgeError, MissingExtraError, RecipeError, SourceError
 
 ROWS = [{"prompt": f"question {at}", "response": f'says "{at}",\nthen ünïcode 日本'} for at in range(5)]
 
 
-def read(path: Any) -> list[Row | Bad]:
+def read(path: Any) -> list[Record | UnreadableRecord]:
     source = DataSource(str(path))
-    return [row for file in files_of(source) for row in rows_of(source, file)]
+    return [row for file in source_files(source) for row in read_records(source, file)]
 
 
 def values(path: Any) -> list[Any]:
-    return [row.value for row in read(path) if isinstance(row, Row)]
+    return [row.value for row in read(path) if isinstance(row, Record)]
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -33,9 +34,9 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def write_csv(path: Path, mark: str = ",") -> None:
+def write_csv(path: Path, separator: str = ",") -> None:
     with open(path, "w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, list(ROWS[0]), delimiter=mark)
+        writer = csv.DictWriter(file, list(ROWS[0]), delimiter=separator)
         writer.writeheader()
         writer.writerows(ROWS)
 
@@ -47,7 +48,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path) -> None:
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", ROWS)
     write(tmp_path / "a.jsonl.gz", gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     write(tmp_path / "list.json", json.dumps(ROWS))
@@ -58,12 +59,12 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path) -> None:
     write_csv(tmp_path / "semicolons.csv", ";")
     write_csv(tmp_path / "a.tsv", "\t")
     write_parquet(tmp_path / "a.parquet", ROWS)
-    found = {path.name: values(path) for path in tmp_path.iterdir()}
-    assert found == dict.fromkeys(found, ROWS)
-    assert len(found) == 10
+    rows_by_file = {path.name: values(path) for path in tmp_path.iterdir()}
+    assert rows_by_file == dict.fromkeys(rows_by_file, ROWS)
+    assert len(rows_by_file) == 10
 
 
-def test_places_are_the_lines_of_the_file(tmp_path: Path) -> None:
+def test_places_are_lines_of_the_file(tmp_path: Path) -> None:
     jsonl = write_rows(tmp_path / "a.jsonl", [ROWS[0], "", ROWS[1]])
     assert [row.place for row in read(jsonl)] == [f"{jsonl}:1", f"{jsonl}:3"]
     write_csv(tmp_path / "a.csv")
@@ -74,13 +75,13 @@ def test_places_are_the_lines_of_the_file(tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet")[1].place == f"{tmp_path / 'a.parquet'} row 2"
 
 
-def test_json_larger_than_the_pieces_it_is_read_in(tmp_path: Path) -> None:
+def test_json_values_larger_than_the_read_buffer(tmp_path: Path) -> None:
     rows = [{"text": "x" * (length := 3**power), "n": length} for power in range(13)] * 2
     for name, written in (("list", rows), ("object", {"data": rows, "after": [1, 2]})):
         assert values(write(tmp_path / f"{name}.json", json.dumps(written, indent=1))) == rows
 
 
-def test_one_conversation_in_a_file_is_one_row(tmp_path: Path) -> None:
+def test_single_conversation_in_a_file_is_one_row(tmp_path: Path) -> None:
     row = {"id": 1, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     assert values(write(tmp_path / "a.json", json.dumps(row, indent=1))) == [row]
     assert values(write(tmp_path / "b.json", json.dumps({"conversations": [row, row]}))) == [row, row]
@@ -96,45 +97,45 @@ def test_one_conversation_in_a_file_is_one_row(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a"}\n17\n{"text": "c"}\n', 2, "a row must be a mapping, not 17"),
         ("a.jsonl", '{"text": "a"}\nnull\n{"text": "c"}\n', 2, "a row must be a mapping, not nothing"),
         ("a.jsonl", '{"text": "a"}\n' + "[" * 99999 + '\n{"text": "c"}\n', 2, "not JSON"),
-        ("a.csv", "text,id\na,1\nb,2,3\nc,3\n", 3, "3 fields where the first line names 2 columns"),
+        ("a.csv", "text,id\na,1\nb,2,3\nc,3\n", 3, "3 fields, but the header names 2 columns"),
         ("a.csv", 'text,id\na,1\n"b"x,2\nc,3\n', 3, "not CSV"),
     ],
 )
-def test_a_broken_line_is_told_and_the_others_read(
+def test_broken_line_is_reported_and_the_others_are_read(
     tmp_path: Path, name: str, content: str, line: int, why: str
 ) -> None:
     path = write(tmp_path / name, content)
     first, broken, last = read(path)
-    assert isinstance(broken, Bad)
+    assert isinstance(broken, UnreadableRecord)
     assert broken.place == f"{path}:{line}"
     assert broken.why.startswith(why)
-    assert isinstance(first, Row) and isinstance(last, Row)
+    assert isinstance(first, Record) and isinstance(last, Record)
     assert (first.value["text"], last.value["text"]) == ("a", "c")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.json", '[\n{"a": 1},\n{"a": }\n]', r"a.json:3: not JSON: Expecting value"),
         ("a.json", '[{"a": 1} {"a": 2}]', "expected ','"),
         ("a.json", '[{"a": 1}', "expected ','"),
         ("a.json", '[{"a": 1}] x', "more text after the end"),
         ("a.json", "", "is empty"),
-        ("a.json", "17", "no JSON list or object"),
+        ("a.json", "17", "not a JSON list or object"),
         ("a.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', "more than one list: train, test"),
         ("a.json", '{"prompt": {"0": "a"}, "response": {"0": "b"}}', "holds columns, not rows"),
         ("a.json", '{"prompt": ["a", "b"], "response": ["b", "c"]}', "holds columns, not rows"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "is UTF-16"),
         ("a.csv", "", "is empty"),
-        ("a.csv", "a,b,a\n1,2,3\n", "columns of one name: a"),
-        ("a.parquet", "PAR1 but no more", "is not parquet"),
+        ("a.csv", "a,b,a\n1,2,3\n", "duplicate column names: a"),
+        ("a.parquet", "PAR1 but no more", "is not a Parquet file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}', mtime=0)[:-9], "cannot be read"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.xlsx", "x", r"no rows are read from '.xlsx' files"),
+        ("a.xlsx", "x", r"'.xlsx' files are not supported"),
     ],
 )
-def test_files_that_cannot_be_read_are_errors(tmp_path: Path, name: str, content: Any, said: str) -> None:
-    with pytest.raises(SourceError, match=said):
+def test_unreadable_files_are_errors(tmp_path: Path, name: str, content: Any, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
         read(write(tmp_path / name, content))
 
 
@@ -147,28 +148,28 @@ def test_folders_and_globs_in_order(tmp_path: Path) -> None:
     assert values(tmp_path) == [ROWS[1], ROWS[0], ROWS[2]]
     assert [row.place for row in read(tmp_path / "*.jsonl")] == [f"{tmp_path / name}.jsonl:1" for name in "ab"]
     assert values(tmp_path / "**" / "*.jsonl") == values(tmp_path)
-    for path, said in ((tmp_path / "x*", "no file matches"), (tmp_path / "no", "there is no data")):
-        with pytest.raises(SourceError, match=said):
+    for path, message in ((tmp_path / "x*", "no file matches"), (tmp_path / "no", "there is no data")):
+        with pytest.raises(SourceError, match=message):
             read(path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="holds no data"):
         read(tmp_path / "empty")
 
 
-def test_text_files_are_one_text_until_they_are_long(tmp_path: Path) -> None:
+def test_long_text_files_are_split_at_blank_lines(tmp_path: Path) -> None:
     short = write(tmp_path / "short.txt", "\nOne.\n\nTwo.\n")
     assert values(short) == [{"text": "One.\n\nTwo."}]
     blocks = [f"{at}: " + "word " * 3000 for at in range(12)]
-    found = read(write(tmp_path / "book.txt", "\n\n".join(blocks)))
-    texts = [row.value["text"] for row in found if isinstance(row, Row)]
+    records = read(write(tmp_path / "book.txt", "\n\n".join(blocks)))
+    texts = [row.value["text"] for row in records if isinstance(row, Record)]
     assert "\n\n".join(texts).split("\n\n") == blocks
     assert all(len(text) <= 1 << 16 for text in texts)
-    assert [row.place.rpartition(":")[2] for row in found] == ["1", "9", "17"]
+    assert [row.place.rpartition(":")[2] for row in records] == ["1", "9", "17"]
 
 
-def test_rows_from_python(tmp_path: Path) -> None:
+def test_python_rows(tmp_path: Path) -> None:
     source = DataSource("mine", rows=(ROWS[0], {"text": "x"}))
-    assert [row.place for file in files_of(source) for row in rows_of(source, file)] == ["mine[0]", "mine[1]"]
+    assert [row.place for file in source_files(source) for row in read_records(source, file)] == ["mine[0]", "mine[1]"]
 
 
 def test_samples_by_name() -> None:
@@ -180,20 +181,20 @@ def test_samples_by_name() -> None:
     assert error.value.hint == "did you mean 'chat'?"
 
 
-def test_a_hub_id_without_hf(tmp_path: Path) -> None:
+def test_hub_id_without_hf_prefix(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as error:
         read("owner/name")
-    assert error.value.hint == "data of the Hub is written hf://owner/name"
+    assert error.value.hint == "for a data set on the Hub write hf://owner/name"
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError) as error:
         read(write(tmp_path / "a.parquet", "x"))
-    assert "mergeforge[data]" in error.value.hint
+    assert error.value.hint == 'pip install "pyarrow>=15"'
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+def test_symlink_loop_is_an_error(tmp_path: Path) -> None:
     loop = tmp_path / "loop.jsonl"
     loop.symlink_to(loop)
     with pytest.raises(MergeforgeError):

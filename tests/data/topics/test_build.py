@@ -1,4 +1,4 @@
-"""Topic files to rows: every part of an entry, and every mistake with its file and entry."""
+"""Topic files become rows: every part of an entry, and every mistake with its file and entry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mergeforge.data.topics.build import build
-from mergeforge.data.topics.topic_file import difficulty, normalised
+from mergeforge.data.topics.topic_file import normalize_text, parse_difficulty
 from mergeforge.errors import OutputError, RecipeError
 
 STRUCTURE: dict[str, Any] = {
@@ -35,14 +35,14 @@ def write(root: Path, topics: dict[str, Any], **changes: Any) -> Path:
     return root / "structure.yaml"
 
 
-def whole(root: Path, *entries: Any, **changes: Any) -> Path:
+def with_name_entries(root: Path, *entries: Any, **changes: Any) -> Path:
     return write(
         root, {"identity.name.qa": list(entries), "identity.origin.qa": [], "identity.origin.story": []}, **changes
     )
 
 
 def rows(root: Path, *entries: Any, **changes: Any) -> list[Any]:
-    build(whole(root, *entries, **changes), root / "out.jsonl")
+    build(with_name_entries(root, *entries, **changes), root / "out.jsonl")
     return [json.loads(line) for line in (root / "out.jsonl").read_text().splitlines()]
 
 
@@ -65,7 +65,7 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
     ]
 
 
-def test_the_spelling_of_reasoning(tmp_path: Path) -> None:
+def test_spelling_of_reasoning_and_output(tmp_path: Path) -> None:
     entries = [{**ENTRY, "think": "My name."}, ENTRY]
     answers = [row["messages"][-1]["content"] for row in rows(tmp_path, *entries)]
     assert answers == ["<think>\nMy name.\n</think>\n\nI am Aria.", "I am Aria."]
@@ -74,93 +74,96 @@ def test_the_spelling_of_reasoning(tmp_path: Path) -> None:
     assert answers == ["<think>My name.</think><output>I am Aria.</output>", "<output>I am Aria.</output>"]
 
 
-def test_text_is_normalised(tmp_path: Path) -> None:
-    assert normalised("\r\n  a  \r\n    b\t\r\n\r\n") == "a\n  b"
-    assert normalised("def f():\n    return 1") == "def f():\n    return 1"
-    found = rows(tmp_path, {"question": ["one", "two"], "output": "  x\n  y\n"})
-    assert [one["content"] for one in found[0]["messages"]] == ["one\ntwo", "x\ny"]
+def test_text_is_normalized(tmp_path: Path) -> None:
+    assert normalize_text("\r\n  a  \r\n    b\t\r\n\r\n") == "a\n  b"
+    assert normalize_text("def f():\n    return 1") == "def f():\n    return 1"
+    built_rows = rows(tmp_path, {"question": ["one", "two"], "output": "  x\n  y\n"})
+    assert [message["content"] for message in built_rows[0]["messages"]] == ["one\ntwo", "x\ny"]
 
 
-def test_line_breaks_may_stand_in_text_as_they_are_typed(tmp_path: Path) -> None:
-    path = whole(tmp_path)
+def test_literal_line_breaks_in_text(tmp_path: Path) -> None:
+    path = with_name_entries(tmp_path)
     (tmp_path / "topics" / "identity.name.qa.json").write_text('[{"question": "a\nb", "output": "c\n\td"}]')
     build(path, tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_text())["messages"][1]["content"] == "c\n\td"
 
 
-def test_placeholders_and_what_only_looks_like_one(tmp_path: Path) -> None:
-    found = rows(tmp_path, {"question": "${NAME}/${MAKER}?", "output": "$${NAME} $NAME {NAME} $5"})
-    assert [one["content"] for one in found[0]["messages"]] == ["Aria/Example Ltd?", "${NAME} $NAME {NAME} $5"]
+def test_placeholders_and_lookalikes(tmp_path: Path) -> None:
+    built_rows = rows(tmp_path, {"question": "${NAME}/${MAKER}?", "output": "$${NAME} $NAME {NAME} $5"})
+    assert [message["content"] for message in built_rows[0]["messages"]] == [
+        "Aria/Example Ltd?",
+        "${NAME} $NAME {NAME} $5",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("value", "want"),
+    ("value", "expected"),
     [(1, 1), (6, 6), ("4", 4), ("2/6", 2), (3.0, 3), ("easy", 2), ("Very-Hard", 5), ("EXPERT", 6), ("moderate", 3)],
 )
-def test_difficulties(value: Any, want: int) -> None:
-    assert difficulty(value) == want
+def test_difficulties(value: Any, expected: int) -> None:
+    assert parse_difficulty(value) == expected
 
 
 @pytest.mark.parametrize("value", [0, 7, "7/6", "2/10", 2.5, True, "", "so so", -1, [3]])
-def test_what_is_no_difficulty(value: Any) -> None:
-    assert difficulty(value) is None
+def test_invalid_difficulties(value: Any) -> None:
+    assert parse_difficulty(value) is None
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
-        ({**ENTRY, "difficulty": 9}, "identity.name.qa.json, entry 2: difficulty 9 is none"),
+        ({**ENTRY, "difficulty": 9}, "identity.name.qa.json, entry 2: unknown difficulty 9"),
         ({**ENTRY, "ouptut": "x"}, "entry 2: unknown key 'ouptut' (did you mean 'output'?)"),
         ({"question": "x"}, "entry 2: output is missing"),
         ({**ENTRY, "question": " \n"}, "entry 2: question is empty"),
         ({**ENTRY, "output": 3}, "entry 2: output must be text or a list of lines"),
         ({**ENTRY, "think": "${NAEM}"}, "entry 2, think: unknown placeholder ${NAEM} (did you mean 'NAME'?)"),
         ({**ENTRY, "tags": [1]}, "entry 2: tags must be a list of words"),
-        ("text", "entry 2 is no object"),
+        ("text", "entry 2 is not an object"),
     ],
 )
-def test_mistakes_of_entries_name_file_and_entry(tmp_path: Path, entry: Any, said: str) -> None:
+def test_mistakes_in_entries_name_the_file_and_entry(tmp_path: Path, entry: Any, message: str) -> None:
     with pytest.raises(RecipeError) as error:
-        build(whole(tmp_path, ENTRY, entry), tmp_path / "out.jsonl")
-    assert said in str(error.value)
+        build(with_name_entries(tmp_path, ENTRY, entry), tmp_path / "out.jsonl")
+    assert message in str(error.value)
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_reports_all_mistakes_at_once(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
-        build(whole(tmp_path, {"question": "${X}"}, {"output": "${Y}"}), tmp_path / "out.jsonl")
+        build(with_name_entries(tmp_path, {"question": "${X}"}, {"output": "${Y}"}), tmp_path / "out.jsonl")
     assert len(error.value.problems) == 4
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"placeholder": {}}, "column 1: unknown key 'placeholder' (did you mean 'placeholders'?)"),
-        ({"spelling": {"think": "<think>"}}, "'think' must have {} once"),
-        ({"placeholders": {"MY NAME": "x"}}, "'MY NAME' cannot be a placeholder's name"),
+        ({"spelling": {"think": "<think>"}}, "'think' must contain {} exactly once"),
+        ({"placeholders": {"MY NAME": "x"}}, "'MY NAME' is not a valid placeholder name"),
         ({"categories": {}}, "there are no categories"),
-        ({"categories": {"a": {"subcategories": {"b": {}}}}}, "'b' has no content_types"),
+        ({"categories": {"a": {"subcategories": {"b": {}}}}}, "neither 'b' nor its category has content_types"),
         ({"categories": {"a.b": {"content_types": ["qa"], "subcategories": {"c": {}}}}}, "'a.b' cannot be part of"),
         ({"categories": {"a": {}}}, "needs the key 'subcategories'"),
     ],
 )
-def test_mistakes_of_the_structure(tmp_path: Path, changes: Any, said: str) -> None:
+def test_mistakes_in_the_structure(tmp_path: Path, changes: Any, message: str) -> None:
     with pytest.raises(RecipeError) as error:
-        build(whole(tmp_path, ENTRY, **changes), tmp_path / "out.jsonl")
-    assert said in str(error.value)
+        build(with_name_entries(tmp_path, ENTRY, **changes), tmp_path / "out.jsonl")
+    assert message in str(error.value)
 
 
-def test_files_that_are_missing_or_belong_to_nothing(tmp_path: Path) -> None:
+def test_missing_and_unexpected_topic_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         build(write(tmp_path, {"identity.nmae.qa": []}), tmp_path / "out.jsonl")
     assert "lacks identity.name.qa.json" in str(error.value)
-    assert "identity.nmae.qa.json belongs to nothing in the structure" in str(error.value)
+    assert "identity.nmae.qa.json is not part of the structure" in str(error.value)
     assert "did you mean 'identity.name.qa.json'?" in str(error.value)
 
 
-def test_scaffold_makes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
+def test_scaffold_creates_only_missing_files(tmp_path: Path) -> None:
     path = write(tmp_path, {"identity.name.qa": [ENTRY]})
-    built = build(path, tmp_path / "out.jsonl", make_missing=True)
+    built = build(path, tmp_path / "out.jsonl", scaffold=True)
     assert built.scaffolded == ("identity.origin.qa.json", "identity.origin.story.json") == built.empty
     assert (built.rows, built.topics, built.categories) == (1, 1, {"identity": 1})
     made = json.loads((tmp_path / "topics" / "identity.origin.qa.json").read_text())
@@ -169,20 +172,20 @@ def test_scaffold_makes_what_is_missing_and_nothing_else(tmp_path: Path) -> None
     assert (again.rows, again.scaffolded) == (1, ())
 
 
-def test_a_structure_in_json_builds_the_same(tmp_path: Path) -> None:
-    want = rows(tmp_path, ENTRY)
+def test_structure_in_json_builds_the_same(tmp_path: Path) -> None:
+    expected = rows(tmp_path, ENTRY)
     (tmp_path / "structure.json").write_text(json.dumps(STRUCTURE))
     build(tmp_path / "structure.json", tmp_path / "other.jsonl")
-    assert [json.loads(line) for line in (tmp_path / "other.jsonl").read_text().splitlines()] == want
+    assert [json.loads(line) for line in (tmp_path / "other.jsonl").read_text().splitlines()] == expected
 
 
-def test_an_input_is_not_written_over(tmp_path: Path) -> None:
-    path = whole(tmp_path, ENTRY)
+def test_refuses_to_overwrite_an_input(tmp_path: Path) -> None:
+    path = with_name_entries(tmp_path, ENTRY)
     for out in (path, tmp_path / "topics" / "identity.name.qa.json"):
         with pytest.raises(OutputError, match="is an input"):
             build(path, out)
 
 
-def test_no_entries_at_all(tmp_path: Path) -> None:
+def test_no_entries_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="hold no entries"):
-        build(whole(tmp_path), tmp_path / "out.jsonl")
+        build(with_name_entries(tmp_path), tmp_path / "out.jsonl")
