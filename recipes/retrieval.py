@@ -20,7 +20,7 @@ import chromadb
 import torch
 from chromadb.config import Settings
 
-from mergeforge.evaluating import Sampling, open_model
+from mergeforge.eval import Sampling, open_model
 
 WORDS = 120  # words in a passage
 SHARED = 20  # words that neighboring passages share, so that each sentence is whole in one of them
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for place, text in found:
         print(f"[{place}] {text[:100]}")
     asked = PROMPT.format(notes="\n\n".join(text for _, text in found), question=given.texts[0])
-    answer = model.reply([{"role": "user", "content": asked}], Sampling(temperature=0.0, max_tokens=given.max_tokens))
+    answer = model.chat([{"role": "user", "content": asked}], Sampling(temperature=0.0, max_tokens=given.max_tokens))
     print(answer.text)
 
 

@@ -9,146 +9,161 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mergeforge.data import Counts
-    from mergeforge.eval import Comparison, Evaluation, Interval, Smoke
+    from mergeforge.eval import Comparison, ConfidenceInterval, Evaluation, SmokeResult
     from mergeforge.eval.smoke_test import Agreement
 
-SHOWN = 400  # characters of a text in a sample
+MAX_CHARS = 400  # of a text in a sample
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_COMMANDS = {at: "\ufffd" for at in (*range(32), *range(127, 160)) if chr(at) not in "\n\t"}
-COLOURS = {"worse": "red", "better": "green"}
+_CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+COLORS = {"worse": "red", "better": "green"}
 
 
-def show_evaluation(found: Evaluation, metrics: Mapping[str, float]) -> None:
+def show_evaluation(evaluation: Evaluation, metrics: Mapping[str, float]) -> None:
     """The numbers line by line, then the samples."""
-    _show_counts(found)
-    measured = [(name, f"{value:.2f} of {len(found.samples)} answers") for name, value in metrics.items()]
-    for line in _aligned([*_facts(found), *measured]):
+    _show_counts(evaluation)
+    metric_lines = [(name, f"{value:.2f} over {len(evaluation.samples)} answers") for name, value in metrics.items()]
+    for line in _aligned([*_facts(evaluation), *metric_lines]):
         click.echo(line)
-    for sample in found.samples:
-        click.echo(f"\n--- row {sample.row + 1}: {_short(sample.prompt, end=True)}")
-        click.echo(f"expected: {_short(sample.expected.strip())}")
-        click.echo(f"answered: {_short(sample.answer.text.strip())}  [{sample.answer.ended}]")
+    for sample in evaluation.samples:
+        click.echo(f"\n--- row {sample.row + 1}: {_shorten(sample.prompt, end=True)}")
+        click.echo(f"expected: {_shorten(sample.expected.strip())}")
+        click.echo(f"answered: {_shorten(sample.answer.text.strip())}  [{sample.answer.ended}]")
 
 
-def show_comparison(found: Comparison, metrics: Sequence[Mapping[str, float]]) -> None:
-    """A row a model, then samples side by side."""
-    _show_counts(found.evaluations[0])
+def show_comparison(comparison: Comparison, metrics: Sequence[Mapping[str, float]]) -> None:
+    """A table with one row per model, then samples side by side."""
+    _show_counts(comparison.evaluations[0])
+    intervals = [None, *comparison.intervals]
     names = list(metrics[0]) if metrics else []
-    head = ("", "model", "NLL", "perplexity", "bits/byte", "accuracy", "tok/s", *names, f"{found.measure} against A")
+    last = f"{comparison.measure} compared with A"
+    head = ("", "model", "NLL", "perplexity", "bits/byte", "accuracy", "tok/s", *names, last)
     rows = [
-        (letter, one.model, *_columns(one), *(f"{texts[name]:.2f}" for name in names), _difference(interval))
-        for letter, one, texts, interval in zip(
-            LETTERS, found.evaluations, metrics, [None, *found.intervals], strict=False
+        (
+            letter,
+            evaluation.model,
+            *_columns(evaluation),
+            *(f"{values[name]:.2f}" for name in names),
+            _difference(interval),
+        )
+        for letter, evaluation, values, interval in zip(
+            LETTERS, comparison.evaluations, metrics, intervals, strict=False
         )
     ]
     first, *lines = _aligned([head, *rows])
     click.echo(first)
-    for line, interval in zip(lines, [None, *found.intervals], strict=True):
-        click.secho(line, fg=COLOURS.get(interval.verdict) if interval else None)
-    click.echo(f"{found.rows} rows; less is better but for accuracy; intervals: paired bootstrap, 95 %")
-    for note in found.notes:
+    for line, interval in zip(lines, intervals, strict=True):
+        click.secho(line, fg=COLORS.get(interval.verdict) if interval else None)
+    click.echo(f"{comparison.rows} rows; lower is better, except for accuracy; intervals: paired bootstrap, 95 %")
+    for note in comparison.notes:
         click.echo(f"note: {note}", err=True)
-    _show_samples(found)
+    _show_samples(comparison)
 
 
-def _show_samples(found: Comparison) -> None:
-    for at, first in enumerate(found.evaluations[0].samples):
-        click.echo(f"\n--- {_short(first.prompt, end=True)}")
-        click.echo(f"expected: {_short(first.expected.strip())}")
-        for letter, one in zip(LETTERS, found.evaluations, strict=False):
-            if at < len(one.samples):
-                click.echo(f"{letter}: {_short(one.samples[at].answer.text.strip())}  [{one.samples[at].answer.ended}]")
+def _show_samples(comparison: Comparison) -> None:
+    for index, first in enumerate(comparison.evaluations[0].samples):
+        click.echo(f"\n--- {_shorten(first.prompt, end=True)}")
+        click.echo(f"expected: {_shorten(first.expected.strip())}")
+        for letter, evaluation in zip(LETTERS, comparison.evaluations, strict=False):
+            if index < len(evaluation.samples):
+                answer = evaluation.samples[index].answer
+                click.echo(f"{letter}: {_shorten(answer.text.strip())}  [{answer.ended}]")
 
 
-def show_smoke(found: Sequence[Smoke], agreements: Sequence[Agreement]) -> None:
+def show_smoke(results: Sequence[SmokeResult], agreements: Sequence[Agreement]) -> None:
     """Each model's verdict and answers, and how far they agree."""
-    for one in found:
-        click.secho("ok    " if one.ok else "FAILS ", fg="green" if one.ok else "red", bold=True, nl=False)
-        click.echo(f"{one.model} ({one.kind})" if one.kind else one.model)
-        for failure in one.failures:
+    for result in results:
+        click.secho("ok    " if result.ok else "FAILS ", fg="green" if result.ok else "red", bold=True, nl=False)
+        click.echo(f"{result.model} ({result.kind})" if result.kind else result.model)
+        for failure in result.failures:
             click.echo(f"      {failure.check}: {failure.why}")
-        for prompt, answer in zip(one.prompts, one.answers, strict=True):
-            click.echo(f"      > {_short(prompt)}")
-            click.echo(f"        {_short(answer.text.strip())}  [{answer.ended}, {answer.tokens} tokens]")
+        for prompt, answer in zip(result.prompts, result.answers, strict=True):
+            click.echo(f"      > {_shorten(prompt)}")
+            click.echo(f"        {_shorten(answer.text.strip())}  [{answer.ended}, {answer.tokens} tokens]")
     for pair in agreements:
-        same = f"{pair.same} of {pair.prompts} answers are the same"
-        click.echo(f"{pair.other} against {pair.one}: {same}, {pair.share:.0%} of the text before they part")
+        same = f"{pair.same} of {pair.prompts} answers are equal"
+        click.echo(f"{pair.other} compared with {pair.one}: {same}, {pair.share:.0%} of the text before they diverge")
 
 
-def sample_dicts(found: Evaluation) -> list[dict[str, Any]]:
-    """The samples for JSON."""
+def sample_dicts(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The samples, for JSON."""
     return [
-        {"row": one.row, "prompt": one.prompt, "expected": one.expected, "answer": one.answer.text}
-        | {"tokens": one.answer.tokens, "ended": one.answer.ended}
-        for one in found.samples
+        {
+            "row": sample.row,
+            "prompt": sample.prompt,
+            "expected": sample.expected,
+            "answer": sample.answer.text,
+            "tokens": sample.answer.tokens,
+            "ended": sample.answer.ended,
+        }
+        for sample in evaluation.samples
     ]
 
 
-def _facts(found: Evaluation) -> list[tuple[str, str]]:
+def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
     facts = [
-        ("model", f"{found.model} ({found.kind})"),
-        ("rows", f"{len(found.rows)}, {found.tokens} tokens of answers" + _left_out(found)),
-        ("NLL", f"{_number(found.nll)} nats a token"),
-        ("perplexity", _number(found.perplexity)),
-        ("bits per byte", _number(found.bits_per_byte)),
-        ("token accuracy", f"{found.accuracy:.2%}"),
-        ("read", f"{found.speed:,.0f} tokens/s, {found.seconds:.1f} s"),
+        ("model", f"{evaluation.model} ({evaluation.kind})"),
+        ("rows", f"{len(evaluation.rows)}, with {evaluation.tokens} answer tokens" + _left_out(evaluation)),
+        ("NLL", f"{_format_number(evaluation.nll)} nats per token"),
+        ("perplexity", _format_number(evaluation.perplexity)),
+        ("bits per byte", _format_number(evaluation.bits_per_byte)),
+        ("token accuracy", f"{evaluation.accuracy:.2%}"),
+        ("reading", f"{evaluation.speed:,.0f} tokens/s, {evaluation.seconds:.1f} s"),
     ]
-    if found.samples:
-        facts.append(("written", f"{found.answer_speed:,.1f} tokens/s, the first after {found.first_token:.3f} s"))
+    if evaluation.samples:
+        speed = f"{evaluation.answer_speed:,.1f} tokens/s, first token after {evaluation.first_token:.3f} s"
+        facts.append(("generation", speed))
     return facts
 
 
-def _left_out(found: Evaluation) -> str:
-    return f"; {found.left_out} rows left out (too long, or nothing counts)" if found.left_out else ""
+def _left_out(evaluation: Evaluation) -> str:
+    return f"; {evaluation.left_out} rows left out (too long, or without scored tokens)" if evaluation.left_out else ""
 
 
-def _show_counts(found: Evaluation) -> None:
-    """On stderr: how the rows were rendered, and which could not be used."""
-    counts: Counts | None = found.counts
+def _show_counts(evaluation: Evaluation) -> None:
+    """On stderr: how the rows were rendered, and which ones could not be used."""
+    counts = evaluation.counts
     if counts is None:
         return
-    click.echo(f"template: {found.template}" if found.template else "rows are plain text", err=True)
+    click.echo(f"template: {evaluation.template}" if evaluation.template else "rows are plain text", err=True)
     skipped = [f"{getattr(counts, kind)} {kind.replace('_', ' ')}" for kind in ("bad", "empty", "too_long")]
     missing = counts.rows - counts.used
     if missing:
         click.echo(f"{missing} of {counts.rows} rows are not scored ({', '.join(skipped)}):", err=True)
-        for one in counts.skipped[:5]:
-            click.echo(f"  {one.place}: {one.why}", err=True)
+        for row in counts.skipped[:5]:
+            click.echo(f"  {row.place}: {row.why}", err=True)
 
 
-def _columns(one: Evaluation) -> tuple[str, ...]:
-    numbers = (_number(one.nll), _number(one.perplexity), _number(one.bits_per_byte))
-    return (*numbers, f"{one.accuracy:.2%}", f"{one.speed:,.0f}")
+def _columns(evaluation: Evaluation) -> tuple[str, ...]:
+    numbers = [_format_number(value) for value in (evaluation.nll, evaluation.perplexity, evaluation.bits_per_byte)]
+    return (*numbers, f"{evaluation.accuracy:.2%}", f"{evaluation.speed:,.0f}")
 
 
-def _difference(interval: Interval | None) -> str:
+def _difference(interval: ConfidenceInterval | None) -> str:
     if interval is None:
         return ""
     return f"{interval.difference:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]  {interval.verdict}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns of one width; a terminal's width is the terminal's affair."""
+    """Lines with aligned columns; long lines are left to the terminal."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def printable(text: str) -> str:
-    """A text without what a terminal takes as commands (colours, the window's title, the cursor)."""
-    return text.translate(_COMMANDS)
+    """A text without terminal control characters (colors, window title, cursor)."""
+    return text.translate(_CONTROL_CHARACTERS)
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
-def _short(text: str, *, end: bool = False) -> str:
-    """A text in one line, its start or its end."""
+def _shorten(text: str, *, end: bool = False) -> str:
+    """The start or the end of a text, in one line."""
     line = printable(text).replace("\n", "\\n")
-    if len(line) <= SHOWN:
+    if len(line) <= MAX_CHARS:
         return line
-    return f"...{line[-SHOWN:]}" if end else f"{line[:SHOWN]}..."
+    return f"...{line[-MAX_CHARS:]}" if end else f"{line[:MAX_CHARS]}..."

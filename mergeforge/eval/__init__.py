@@ -1,34 +1,34 @@
 """Evaluation: how well models predict answers, what they answer, and which of them is better.
 
-Back ends behind one protocol (answerer.py): transformers (a folder, Hub repo or PEFT adapter, in its own dtype or
-NF4) and llama.cpp (a GGUF file).
+Two backends share one protocol (backend.py): transformers (a folder, Hub repo or PEFT adapter, in its own dtype or NF4)
+and llama.cpp (a GGUF file).
 """
 
-from mergeforge.eval.backend import Answer, Answerer, Row, RowScore, TooLong
-from mergeforge.eval.bootstrap import Interval
+from mergeforge.eval.backend import Answer, ModelBackend, PromptTooLong, ScoredRow, TokenRow
+from mergeforge.eval.bootstrap import ConfidenceInterval
 from mergeforge.eval.compare import Comparison, compare
 from mergeforge.eval.evaluate import Evaluation, RowResult, Sample, evaluate
 from mergeforge.eval.open_model import open_model
 from mergeforge.eval.sampling import GREEDY, PRESETS, Sampling, preset, with_setting
-from mergeforge.eval.smoke_test import Smoke, agreement, smoke
-from mergeforge.eval.transformers_backend import TorchModel
+from mergeforge.eval.smoke_test import SmokeResult, agreement, smoke
+from mergeforge.eval.transformers_backend import TransformersModel
 
 __all__ = [
     "GREEDY",
     "PRESETS",
     "Answer",
-    "Answerer",
     "Comparison",
+    "ConfidenceInterval",
     "Evaluation",
-    "Interval",
-    "Row",
+    "ModelBackend",
+    "PromptTooLong",
     "RowResult",
-    "RowScore",
     "Sample",
     "Sampling",
-    "Smoke",
-    "TooLong",
-    "TorchModel",
+    "ScoredRow",
+    "SmokeResult",
+    "TokenRow",
+    "TransformersModel",
     "agreement",
     "compare",
     "evaluate",

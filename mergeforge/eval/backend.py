@@ -1,12 +1,19 @@
-"""What can be evaluated and talked to: the protocol that every back end keeps, and what it returns."""
+"""What can be evaluated and chatted with: the protocol of every backend, and what the backends share.
+
+The shared parts: what a backend returns, rendering a conversation as a prompt, and importing optional packages.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mergeforge.errors import SourceError
+from mergeforge.data.chat_templates import TemplateError, choose_template
+from mergeforge.data.tokenizers import tokenize
+from mergeforge.errors import MissingExtraError, SourceError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,16 +23,27 @@ if TYPE_CHECKING:
     from mergeforge.eval.sampling import Sampling
 
 Messages = Sequence[Mapping[str, str]]
-Tell = Callable[[str], object]
-UNTRAINED = -100  # the label of a token that does not count
+OnText = Callable[[str], object]  # called with each new piece of an answer
+ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+# module -> what to install for it; the versions are those of pyproject.toml
+REQUIREMENTS = {
+    "accelerate": "accelerate>=1.10",
+    "bitsandbytes": "bitsandbytes>=0.49",
+    "lm_eval": "lm-eval>=0.4.8",
+    "peft": "peft>=0.19",
+    "rouge_score": "rouge-score>=0.1",
+    "sacrebleu": "sacrebleu>=2.4",
+    "transformers": "transformers>=5.0",
+    "xllamacpp": "xllamacpp>=2026.9",
+}
 
 
-class TooLong(SourceError):
+class PromptTooLong(SourceError):
     """A prompt leaves no room for an answer in the model's context."""
 
 
-class Row(Protocol):
-    """Tokens, and for each the label: the token itself where it counts, else -100. Not shifted."""
+class TokenRow(Protocol):
+    """Token ids and labels: the label is the token itself if it is scored, else -100. Not shifted."""
 
     @property
     def tokens(self) -> NDArray[np.int32]: ...
@@ -34,8 +52,8 @@ class Row(Protocol):
 
 
 @dataclass(frozen=True)
-class RowScore:
-    """Sums over a row's counted tokens: negative log-likelihood in nats, tokens, how many were the likeliest one."""
+class ScoredRow:
+    """Sums over the scored tokens of a row: negative log-likelihood in nats, tokens, and top-1 hits."""
 
     nll: float
     tokens: int
@@ -44,9 +62,9 @@ class RowScore:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as it was shown; `ended` by eos, stop, length (of `max_tokens` or the context) or interrupted.
+    """An answer as shown; `ended` by eos, stop, length (of `max_tokens` or the context) or interrupted.
 
-    `first`: seconds until the first token; `leaked`: special tokens that stand in the answer; `finite`: whether every
+    `first`: seconds until the first token; `leaked`: special tokens inside the answer; `finite`: whether every
     probability was a number.
     """
 
@@ -60,12 +78,12 @@ class Answer:
 
     @property
     def speed(self) -> float:
-        """Tokens a second after the first one; nan for fewer than two."""
+        """Tokens per second after the first one; nan for fewer than two."""
         rest = self.seconds - self.first
         return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else float("nan")
 
 
-class Answerer(Protocol):
+class ModelBackend(Protocol):
     """A model that scores rows and answers: transformers (with or without an adapter) or llama.cpp."""
 
     @property
@@ -77,28 +95,68 @@ class Answerer(Protocol):
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Maximum number of tokens of prompt and answer together."""
         ...
 
     @property
     def template(self) -> str:
-        """Its own chat template in Jinja; "" where it has none."""
+        """The model's own chat template in Jinja; "" if it has none."""
         ...
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
-    def scores(self, rows: Sequence[Row], *, batch: int | None = None) -> Iterator[tuple[int, RowScore]]:
-        """(index, score) of every row, in the order that suits the model."""
+    def score_rows(self, rows: Sequence[TokenRow], *, batch: int | None = None) -> Iterator[tuple[int, ScoredRow]]:
+        """(index, score) of every row, in the order that suits the backend."""
         ...
 
-    def reply(self, messages: Messages, sampling: Sampling, tell: Tell | None = None) -> Answer:
-        """Answer a conversation in the model's own template; the rest as `answer`."""
+    def chat(self, messages: Messages, sampling: Sampling, on_text: OnText | None = None) -> Answer:
+        """Answer a conversation, rendered with the model's own template; otherwise like `generate`."""
         ...
 
-    def answer(self, prompt: Sequence[int], sampling: Sampling, tell: Tell | None = None) -> Answer:
-        """Go on from the prompt's tokens; `tell` gets whole characters as they come. Ctrl-C ends the answer.
+    def generate(self, prompt: Sequence[int], sampling: Sampling, on_text: OnText | None = None) -> Answer:
+        """Continue the prompt's tokens. on_text gets whole characters as they come. Ctrl-C ends the answer.
 
-        Raises TooLong when the context has no room for it.
+        Raises PromptTooLong if the context has no room for an answer.
         """
         ...
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str = "auto") -> list[int]:
+    """The tokens of a conversation with the generation prompt. Raises SourceError if the template refuses it."""
+    try:
+        text = choose_template(template, tokenizer).text(tokenizer, messages, prompt=True)
+    except TemplateError as error:
+        raise SourceError(str(error)) from None
+    return tokenize(tokenizer, [text])[0].ids
+
+
+def plain_prompt(messages: Messages, eos: str) -> str:
+    """What the template `plain` (mergeforge/data/chat_templates.py) makes of a conversation, without Jinja."""
+    turns = [
+        f"{ROLES.get(message['role'], 'User')}: {message['content']}{eos if message['role'] == 'assistant' else ''}"
+        for message in messages
+    ]
+    return "\n".join([*turns, "Assistant:"])
+
+
+def require(module: str) -> Any:
+    """Import a module of an optional package. Raises MissingExtraError with the pip command."""
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        hint = f'pip install "{REQUIREMENTS[package]}"'
+        raise MissingExtraError(f"this needs {package}: {error}", hint=hint) from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the warnings of transformers about things that are done on purpose."""
+    logging = require("transformers").utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,4 +1,4 @@
-"""A conversation with a model: turns, settings, and the commands that begin with a slash."""
+"""A conversation with a model: turns, settings, and slash commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import OutputError, RecipeError, did_you_mean
-from mergeforge.eval import Answer, Answerer, Sampling, TooLong, with_setting
+from mergeforge.eval.backend import Answer, ModelBackend, OnText, PromptTooLong
+from mergeforge.eval.sampling import Sampling, with_setting
 
 DEMO = (
     "Hello! Who are you, in one sentence?",
@@ -18,37 +19,36 @@ DEMO = (
     "Give me three tips for learning a language.",
 )
 HELP = """\
-/system TEXT       what the model is told before everything else (alone: shows it; `none` takes it away)
+/system TEXT       set the system message (without TEXT: show it; `none` removes it)
 /reset             forget the conversation
-/regen             answer the last question again
-/set NAME VALUE    temperature, top_p, top_k, max_tokens, repetition_penalty, seed, stop (alone: shows them)
-/save FILE         write the conversation: .md to read; .jsonl appends a row that can be trained on
-/help              this
-/exit              end, as Ctrl-D does; Ctrl-C stops an answer
-//...              a message that begins with a slash"""
+/regen             answer the last message again
+/set NAME VALUE    temperature, top_p, top_k, max_tokens, repetition_penalty, seed, stop (alone: show them)
+/save FILE         save the conversation: .md for reading; .jsonl appends a row for training
+/help              show this list
+/exit              quit, like Ctrl-D; Ctrl-C stops an answer
+//...              send a message that starts with a slash"""
 Message = Mapping[str, str]
-Tell = Callable[[str], object]
 
 
 @dataclass
 class Chat:
-    """A conversation. `note` is told what a person should know, as when turns are dropped."""
+    """A conversation. `on_message` gets notes for the user, such as that turns were dropped."""
 
-    model: Answerer
+    model: ModelBackend
     sampling: Sampling
     system: str = ""
-    note: Tell = lambda text: None
+    on_message: OnText = lambda text: None
     turns: list[Message] = field(default_factory=list)
 
-    def say(self, text: str, tell: Tell | None = None) -> Answer:
-        """Answer a message; both become part of the conversation. Raises TooLong for a message that never fits."""
-        return self._answer([*self.turns, {"role": "user", "content": text}], tell)
+    def send(self, text: str, on_text: OnText | None = None) -> Answer:
+        """Answer a message; both join the conversation. Raises PromptTooLong for a message that never fits."""
+        return self._answer([*self.turns, {"role": "user", "content": text}], on_text)
 
-    def again(self, tell: Tell | None = None) -> Answer:
-        """Answer the last message anew. Raises RecipeError where there is none."""
+    def regenerate(self, on_text: OnText | None = None) -> Answer:
+        """Answer the last message again. Raises RecipeError if there is none."""
         if not self.turns:
-            raise RecipeError("there is no answer to give again")
-        return self._answer(self.turns[:-1], tell)
+            raise RecipeError("there is no answer to regenerate")
+        return self._answer(self.turns[:-1], on_text)
 
     @property
     def messages(self) -> list[Message]:
@@ -56,9 +56,9 @@ class Chat:
         return self._with_system(self.turns)
 
     def save(self, path: Path) -> None:
-        """Write the conversation; the ending says how. Raises OutputError."""
+        """Write the conversation in the format that the suffix names. Raises OutputError."""
         if path.suffix == ".md":
-            text = "\n\n".join(f"**{one['role']}**: {one['content']}" for one in self.messages) + "\n"
+            text = "\n\n".join(f"**{message['role']}**: {message['content']}" for message in self.messages) + "\n"
         else:
             text = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
         try:
@@ -67,62 +67,63 @@ class Chat:
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}") from None
 
-    def _answer(self, turns: list[Message], tell: Tell | None) -> Answer:
-        """Answer the last of these turns, which become the conversation; the oldest go where there is no room."""
+    def _answer(self, turns: list[Message], on_text: OnText | None) -> Answer:
+        """Answer the last of these turns, which become the conversation; drop the oldest ones if they do not fit."""
         dropped = 0
         while True:
             try:
-                answer = self.model.reply(self._with_system(turns), self.sampling, _from_first_word(tell))
+                answer = self.model.chat(self._with_system(turns), self.sampling, _without_leading_space(on_text))
                 break
-            except TooLong:
+            except PromptTooLong:
                 if len(turns) < 3:
                     raise
                 turns, dropped = turns[2:], dropped + 1
         self.turns = [*turns, {"role": "assistant", "content": answer.text.strip()}]
         if dropped:
-            self.note(f"the {dropped} oldest turn{'s were' if dropped > 1 else ' was'} forgotten: no room is left")
+            count = f"{dropped} oldest turns were" if dropped > 1 else "oldest turn was"
+            self.on_message(f"the context is full: the {count} forgotten")
         return answer
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *turns]
 
 
-def command(chat: Chat, line: str) -> str:
-    """Do what a line that begins with a slash says, but for /regen and /exit; what to tell. Raises RecipeError."""
+def run_slash_command(chat: Chat, line: str) -> str:
+    """Execute a slash command (except /regen and /exit) and return the text to show. Raises RecipeError."""
     name, _, rest = line.strip().partition(" ")
-    known: dict[str, Callable[[Chat, str], str]] = {
+    commands: dict[str, Callable[[Chat, str], str]] = {
         "/system": _system,
         "/reset": _reset,
         "/set": _set,
         "/save": _save,
         "/help": lambda chat, rest: HELP,
     }
-    if name not in known:
-        hint = did_you_mean(name, [*known, "/regen", "/exit"]) or "/help lists them"
+    if name not in commands:
+        hint = did_you_mean(name, [*commands, "/regen", "/exit"]) or "/help lists the commands"
         raise RecipeError(f"there is no command {name}", hint=hint)
-    return known[name](chat, rest.strip())
+    return commands[name](chat, rest.strip())
 
 
-def settings(sampling: Sampling) -> str:
-    """The settings, a line each."""
+def format_settings(sampling: Sampling) -> str:
+    """The settings, one per line."""
     values: dict[str, Any] = asdict(sampling)
-    return "\n".join(f"{name:18} {_shown(value)}" for name, value in values.items())
+    return "\n".join(f"{name:18} {_format_value(value)}" for name, value in values.items())
 
 
-def _from_first_word(tell: Tell | None) -> Tell | None:
-    """`tell` without the white space that some templates leave to the answer's start."""
-    if tell is None:
+def _without_leading_space(on_text: OnText | None) -> OnText | None:
+    """`on_text` without the white space that some templates leave to the start of the answer."""
+    if on_text is None:
         return None
-    begun = False
+    started = False
 
-    def after(piece: str) -> None:
-        nonlocal begun
-        piece = piece if begun else piece.lstrip()
-        begun = begun or bool(piece)
+    def strip_first(piece: str) -> None:
+        nonlocal started
+        piece = piece if started else piece.lstrip()
+        started = started or bool(piece)
         if piece:
-            tell(piece)
+            on_text(piece)
 
-    return after
+    return strip_first
 
 
 def _system(chat: Chat, text: str) -> str:
@@ -142,7 +143,7 @@ def _set(chat: Chat, text: str) -> str:
         raise RecipeError(f"/set {name} needs a value", hint="such as /set temperature 0.2")
     if name:
         chat.sampling = with_setting(chat.sampling, name, value.strip())
-    return settings(chat.sampling)
+    return format_settings(chat.sampling)
 
 
 def _save(chat: Chat, text: str) -> str:
@@ -152,7 +153,7 @@ def _save(chat: Chat, text: str) -> str:
     return f"wrote {text}"
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, tuple):
-        return ", ".join(repr(one) for one in value) or "none"
+        return ", ".join(repr(item) for item in value) or "none"
     return "none" if value is None else str(value)

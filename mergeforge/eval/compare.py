@@ -1,4 +1,4 @@
-"""Models side by side on the same rows: which is better than the first, and is that more than chance?"""
+"""Compares models on the same rows: which is better than the first, and is the difference more than chance?"""
 
 from __future__ import annotations
 
@@ -13,53 +13,51 @@ from typing import Any
 import xxhash
 
 from mergeforge.errors import RecipeError, SourceError
-from mergeforge.eval.backend import Answerer
-from mergeforge.eval.bootstrap import FEWEST, Interval, paired
-from mergeforge.eval.dataset import Data, RowList, rows_of
-from mergeforge.eval.evaluate import Evaluation, Progress, RowResult, score
+from mergeforge.eval.backend import ModelBackend
+from mergeforge.eval.bootstrap import MIN_ROWS, ConfidenceInterval, paired_bootstrap
+from mergeforge.eval.dataset import EvalData, RowList, make_rows
+from mergeforge.eval.evaluate import Evaluation, Progress, RowResult, evaluate_rows
 from mergeforge.eval.open_model import open_model
 from mergeforge.eval.sampling import GREEDY, Sampling
 
-PER_TOKEN, PER_BYTE = "nats a token", "bits a byte"
-Tell = Callable[[str], Progress | None]
+PER_TOKEN, PER_BYTE = "nats per token", "bits per byte"
+StartProgress = Callable[[str], Progress | None]  # model name -> the callback for its progress
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Evaluations of the same rows; `intervals`: of each but the first, how far it lies above the first.
+    """Evaluations of the same rows; `intervals`: how far each one after the first is above the first.
 
-    `measure`: nats a token where all models see the very same tokens, else bits a byte.
+    `measure`: nats per token if all models see exactly the same tokens, else bits per byte.
     """
 
     evaluations: tuple[Evaluation, ...]
-    intervals: tuple[Interval, ...]
+    intervals: tuple[ConfidenceInterval, ...]
     measure: str
     rows: int
-    left_out: int  # rows that not all models could take
+    left_out: int  # rows that do not fit all models
 
     @property
     def worse(self) -> list[str]:
         """The models that are worse than the first beyond chance."""
         pairs = zip(self.evaluations[1:], self.intervals, strict=True)
-        return [one.model for one, interval in pairs if interval.verdict == "worse"]
+        return [evaluation.model for evaluation, interval in pairs if interval.verdict == "worse"]
 
     @property
     def notes(self) -> list[str]:
-        """What to know before the numbers are believed."""
-        found = []
+        """What to know before trusting the numbers."""
+        notes = []
         if self.measure == PER_BYTE:
-            found.append("the models cut the rows into different tokens, so bits per byte decide, not NLL")
-        if self.rows < FEWEST:
-            found.append(f"{self.rows} rows are few: an interval of fewer than {FEWEST} is often too narrow")
+            notes.append("the models tokenize the rows differently, so bits per byte are compared, not NLL")
+        if self.rows < MIN_ROWS:
+            notes.append(f"only {self.rows} rows: with fewer than {MIN_ROWS} the interval is often too narrow")
         if self.left_out:
-            found.append(
-                f"{self.left_out} rows are left out: too long for one of the models, or nothing of them counts"
-            )
-        return found
+            notes.append(f"{self.left_out} rows are left out: too long for one of the models, or without scored tokens")
+        return notes
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything for JSON."""
-        models = [one.as_dict() for one in self.evaluations]
+        """Everything, for JSON."""
+        models = [evaluation.as_dict() for evaluation in self.evaluations]
         for model, interval in zip(models[1:], self.intervals, strict=True):
             bounds = {name: value if math.isfinite(value) else None for name, value in asdict(interval).items()}
             model["against_first"] = bounds | {"verdict": interval.verdict}
@@ -69,98 +67,104 @@ class Comparison:
 
 def compare(
     models: Sequence[str | Path],
-    data: Data,
+    data: EvalData,
     *,
     limit: int | None = None,
     batch: int | None = None,
     samples: int = 0,
     sampling: Sampling = GREEDY,
     margin: float = 0.0,
-    tell: Tell | None = None,
-    **opening: Any,
+    start_progress: StartProgress | None = None,
+    **open_options: Any,
 ) -> Comparison:
-    """Evaluate models on the rows that all of them can take, one after another in memory.
+    """Evaluate models on the rows that fit all of them, one model in memory at a time.
 
-    `margin`: smaller differences are none, in nats a token or bits a byte.
-    A single adapter is compared with its own base, which takes no second model. Raises RecipeError and SourceError.
+    margin: differences below it are ties, in nats per token or bits per byte. A single adapter is compared with its own
+    base, without a second model in memory. Raises RecipeError and SourceError.
     """
     if not models:
         raise RecipeError("there is nothing to compare")
-    found: list[Evaluation] = []
-    prints: list[dict[int, str]] = []
-    for answerer in _opened(models, opening):
+    evaluations: list[Evaluation] = []
+    fingerprints: list[dict[int, str]] = []
+    for model in _open_models(models, open_options):
         with tempfile.TemporaryDirectory(prefix="mergeforge-compare-") as folder:
-            rows = rows_of(data, answerer, Path(folder))
-            progress = tell(answerer.name) if tell else None
-            found.append(score(answerer, rows, limit, batch, samples, sampling, progress))
-            prints.append(_fingerprints(rows.rows, found[-1].rows))
-        del answerer, rows  # before the next one is loaded
-    return side_by_side(found, prints, margin)
+            rows = make_rows(data, model, Path(folder))
+            progress = start_progress(model.name) if start_progress else None
+            evaluations.append(evaluate_rows(model, rows, limit, batch, samples, sampling, progress))
+            fingerprints.append(_fingerprints(rows.rows, evaluations[-1].rows))
+        del model, rows  # before the next one is loaded
+    return compare_evaluations(evaluations, fingerprints, margin)
 
 
-def side_by_side(
-    evaluations: Sequence[Evaluation], prints: Sequence[Mapping[int, str]], margin: float = 0.0
+def compare_evaluations(
+    evaluations: Sequence[Evaluation], fingerprints: Sequence[Mapping[int, str]], margin: float = 0.0
 ) -> Comparison:
-    """The comparison of evaluations; `prints`: for each of them, key -> digest of the tokens. Raises SourceError."""
-    units = [_by_key(one.rows) for one in evaluations]
-    common = [key for key in units[0] if all(key in one for one in units)]
+    """Compare finished evaluations. fingerprints: for each, row key -> hash of its tokens. Raises SourceError."""
+    by_key = [_sums_by_key(evaluation.rows) for evaluation in evaluations]
+    common = [key for key in by_key[0] if all(key in rows for rows in by_key)]
     if not common:
-        raise SourceError("there is no row that all models can take")
-    same = all(one[key] == prints[0][key] for one in prints for key in common)
-    if not same and not all(any(one[key].nbytes for key in common) for one in units):
-        raise SourceError("the models cut the rows into different tokens, and there is no text to count bytes of")
-    first, *others = [[_ratio(one[key], same) for key in common] for one in units]
-    intervals = tuple(paired(first, other, margin=margin) for other in others)
-    left_out = len(set().union(*units)) - len(common)
-    kept = tuple(replace(one, rows=tuple(row for row in one.rows if row.key in set(common))) for one in evaluations)
-    return Comparison(kept, intervals, PER_TOKEN if same else PER_BYTE, len(common), left_out)
+        raise SourceError("no row fits all models")
+    same_tokens = all(hashes[key] == fingerprints[0][key] for hashes in fingerprints for key in common)
+    if not same_tokens and not all(any(rows[key].nbytes for key in common) for rows in by_key):
+        raise SourceError("the models tokenize the rows differently, and the rows have no text to count bytes of")
+    first, *others = [[_ratio_terms(rows[key], same_tokens) for key in common] for rows in by_key]
+    intervals = tuple(paired_bootstrap(first, other, margin=margin) for other in others)
+    left_out = len(set().union(*by_key)) - len(common)
+    common_keys = set(common)
+    reduced = tuple(
+        replace(evaluation, rows=tuple(row for row in evaluation.rows if row.key in common_keys))
+        for evaluation in evaluations
+    )
+    return Comparison(reduced, intervals, PER_TOKEN if same_tokens else PER_BYTE, len(common), left_out)
 
 
-def _opened(models: Sequence[str | Path], opening: dict[str, Any]) -> Iterator[Answerer]:
-    """Each model when its turn comes; who takes the next has dropped the last."""
+def _open_models(models: Sequence[str | Path], open_options: dict[str, Any]) -> Iterator[ModelBackend]:
+    """Open each model when it is needed; the caller drops the previous one first."""
     if len(models) == 1:
-        from mergeforge.eval.transformers_backend import TorchModel
+        from mergeforge.eval.transformers_backend import TransformersModel
 
-        one = open_model(models[0], **opening)
-        if not isinstance(one, TorchModel) or one.kind != "adapter":
-            raise RecipeError(f"{models[0]} is alone and no adapter", hint="mergeforge compare A B --data FILE")
-        yield one.base()
-        yield one
+        adapter = open_model(models[0], **open_options)
+        if not isinstance(adapter, TransformersModel) or adapter.kind != "adapter":
+            raise RecipeError(
+                f"{models[0]} is the only model, and not an adapter", hint="mergeforge compare A B --data FILE"
+            )
+        yield adapter.base()
+        yield adapter
         return
     for model in models:
         gc.collect()
-        yield open_model(model, **opening)
+        yield open_model(model, **open_options)
 
 
-def _by_key(rows: Sequence[RowResult]) -> dict[int, RowResult]:
-    """Sums by key: templates may make several examples of one row, and a row may stand there twice."""
-    found: dict[int, RowResult] = {}
+def _sums_by_key(rows: Sequence[RowResult]) -> dict[int, RowResult]:
+    """Sums by row key: a template may make several examples of one row, and a row may occur twice."""
+    sums: dict[int, RowResult] = {}
     for row in rows:
-        old = found.get(row.key)
-        found[row.key] = row if old is None else _sum(old, row)
-    return found
+        previous = sums.get(row.key)
+        sums[row.key] = row if previous is None else _add(previous, row)
+    return sums
 
 
-def _sum(one: RowResult, other: RowResult) -> RowResult:
+def _add(first: RowResult, second: RowResult) -> RowResult:
     return replace(
-        one,
-        nll=one.nll + other.nll,
-        tokens=one.tokens + other.tokens,
-        correct=one.correct + other.correct,
-        nbytes=one.nbytes + other.nbytes,
+        first,
+        nll=first.nll + second.nll,
+        tokens=first.tokens + second.tokens,
+        correct=first.correct + second.correct,
+        nbytes=first.nbytes + second.nbytes,
     )
 
 
-def _ratio(row: RowResult, per_token: bool) -> tuple[float, float]:
+def _ratio_terms(row: RowResult, per_token: bool) -> tuple[float, float]:
     return (row.nll, row.tokens) if per_token else (row.nll / math.log(2), row.nbytes)
 
 
-def _fingerprints(rows: RowList, scored: Sequence[RowResult]) -> dict[int, str]:
-    """Key -> digest of the tokens and labels of all examples that have it."""
-    found: dict[int, str] = {}
-    for one in scored:
-        row = rows[one.row]
-        found[one.key] = xxhash.xxh3_64_hexdigest(
-            found.get(one.key, "").encode() + row.tokens.tobytes() + row.labels.tobytes()
+def _fingerprints(rows: RowList, results: Sequence[RowResult]) -> dict[int, str]:
+    """Row key -> hash of the tokens and labels of all examples with that key."""
+    hashes: dict[int, str] = {}
+    for result in results:
+        row = rows[result.row]
+        hashes[result.key] = xxhash.xxh3_64_hexdigest(
+            hashes.get(result.key, "").encode() + row.tokens.tobytes() + row.labels.tobytes()
         )
-    return found
+    return hashes

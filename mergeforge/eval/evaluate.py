@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeforge.data import Counts
+from mergeforge.data import DataStats
 from mergeforge.errors import SourceError
-from mergeforge.eval.backend import Answer, Answerer, Row, RowScore, TooLong
-from mergeforge.eval.dataset import Data, Rows, counts_anything, nbytes, rows_of, spans
+from mergeforge.eval.backend import Answer, ModelBackend, PromptTooLong, ScoredRow, TokenRow
+from mergeforge.eval.dataset import EvalData, EvalRows, has_scored_tokens, make_rows, scored_nbytes, scored_spans
 from mergeforge.eval.open_model import open_model
 from mergeforge.eval.sampling import GREEDY, Sampling
-from mergeforge.eval.stop_strings import decoded
+from mergeforge.eval.stop_strings import decode
 
-Progress = Callable[[int, int], object]  # rows done, rows in all
-CHARACTERS = 2000  # of a sample's prompt that are kept, from its end
+Progress = Callable[[int, int], object]  # rows done, rows in total
+MAX_PROMPT_CHARS = 2000  # of a sample's prompt that are kept, from its end
 
 
 @dataclass(frozen=True)
 class RowResult:
-    """A row's sums. `row`: its place among the rows; `key`: the same for the same content, whatever the tokenizer.
+    """The sums of one row. `row`: its index; `key`: depends on its content, not on the tokenizer.
 
-    `nbytes`: of the counted tokens' text in UTF-8, marks left out.
+    `nbytes`: of the scored tokens' text in UTF-8, without special tokens.
     """
 
     row: int
@@ -49,26 +49,26 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found over all rows; `seconds` and `read`: time and tokens (prompts too) of scoring."""
+    """The result over all rows; `seconds` and `read`: time and tokens (prompts included) of scoring."""
 
     model: str
     kind: str
     rows: tuple[RowResult, ...]
-    left_out: int  # rows longer than the model's context, or of which nothing counts
+    left_out: int  # rows longer than the model's context, or without scored tokens
     seconds: float
     read: int
     samples: tuple[Sample, ...] = ()
-    counts: Counts | None = None  # what became of the data's rows
-    template: str = ""  # that the rows were rendered with, and where it is from
+    counts: DataStats | None = None  # what became of the data's rows
+    template: str = ""  # where the template of the rows comes from
 
     @property
     def tokens(self) -> int:
-        """Counted tokens: those of the answers."""
+        """Scored tokens: those of the answers."""
         return sum(row.tokens for row in self.rows)
 
     @property
     def nll(self) -> float:
-        """Mean negative log-likelihood of a counted token, in nats."""
+        """Mean negative log-likelihood of a scored token, in nats."""
         return _ratio(math.fsum(row.nll for row in self.rows), self.tokens)
 
     @property
@@ -77,12 +77,12 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model needs for a byte of the answers' text, the marks that end them included."""
+        """Bits that the model needs per byte of the answers' text; the bits include the tokens that end an answer."""
         return _ratio(math.fsum(row.nll for row in self.rows) / math.log(2), sum(row.nbytes for row in self.rows))
 
     @property
     def accuracy(self) -> float:
-        """Share of counted tokens that are the likeliest one after what really stands before them."""
+        """Share of scored tokens that are the most likely ones, given the true tokens before them."""
         return _ratio(sum(row.correct for row in self.rows), self.tokens)
 
     @property
@@ -91,23 +91,23 @@ class Evaluation:
 
     @property
     def speed(self) -> float:
-        """Tokens read a second, prompts included."""
+        """Tokens read per second, prompts included."""
         return _ratio(self.read, self.seconds)
 
     @property
     def answer_speed(self) -> float:
-        """Tokens written a second, the median of the samples; nan without any."""
-        return _median([one.answer.speed for one in self.samples])
+        """Tokens generated per second, the median of the samples; nan without samples."""
+        return _median([sample.answer.speed for sample in self.samples])
 
     @property
     def first_token(self) -> float:
-        """Seconds until a sample's first token, the median; nan without any."""
-        return _median([one.answer.first for one in self.samples if one.answer.tokens])
+        """Seconds to the first token, the median of the samples; nan without samples."""
+        return _median([sample.answer.first for sample in self.samples if sample.answer.tokens])
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything for JSON; what is not a number is None."""
-        sums = {name: _plain(getattr(self, name)) for name in NUMBERS}
-        return {"model": self.model, "kind": self.kind, "rows": len(self.rows), "left_out": self.left_out} | sums
+        """Everything, for JSON; anything that is not a number is None."""
+        numbers = {name: _finite_or_none(getattr(self, name)) for name in NUMBERS}
+        return {"model": self.model, "kind": self.kind, "rows": len(self.rows), "left_out": self.left_out} | numbers
 
 
 NUMBERS = (
@@ -124,90 +124,99 @@ NUMBERS = (
 
 
 def evaluate(
-    model: str | Path | Answerer,
-    data: Data,
+    model: str | Path | ModelBackend,
+    data: EvalData,
     *,
     limit: int | None = None,
     batch: int | None = None,
     samples: int = 0,
     sampling: Sampling = GREEDY,
     progress: Progress | None = None,
-    **opening: Any,
+    **open_options: Any,
 ) -> Evaluation:
-    """Score every row of `data` by `model`, and let it answer `samples` of them.
+    """Score every row of `data` with `model`, and let it answer `samples` of them.
 
-    `model`: an open one, or what open_model takes with `opening` (base, quantise, device, ...). `data`: a file,
-    settings, or rows of tokens and labels made with the model's tokenizer. `limit`: so many rows, always the same ones.
-    Raises SourceError when no row is left.
+    model: an open one, or a path for open_model with `open_options` (base, quantize, device, ...). data: a file,
+    settings, or rows of tokens and labels made with the model's tokenizer. limit: score only this many rows, always the
+    same ones. Raises SourceError if no row is left.
     """
-    answerer = open_model(model, **opening) if isinstance(model, str | Path) else model
+    backend = open_model(model, **open_options) if isinstance(model, str | Path) else model
     with tempfile.TemporaryDirectory(prefix="mergeforge-eval-") as folder:
-        rows = rows_of(data, answerer, Path(folder))
-        return score(answerer, rows, limit, batch, samples, sampling, progress)
+        rows = make_rows(data, backend, Path(folder))
+        return evaluate_rows(backend, rows, limit, batch, samples, sampling, progress)
 
 
-def score(
-    answerer: Answerer,
-    rows: Rows,
+def evaluate_rows(
+    model: ModelBackend,
+    rows: EvalRows,
     limit: int | None = None,
     batch: int | None = None,
     samples: int = 0,
     sampling: Sampling = GREEDY,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The evaluation of rows that are made for this model."""
-    chosen = {at: rows.rows[at] for at in rows.chosen(limit)}
-    fit = {at: row for at, row in chosen.items() if len(row.tokens) <= answerer.context and counts_anything(row)}
-    if not fit:
-        raise SourceError(f"none of {len(chosen)} rows can be scored: too long for {answerer.name}, or nothing counts")
-    places = list(fit)
-    found: dict[int, RowScore] = {}
-    scores = answerer.scores(list(fit.values()), batch=batch)
+    """The evaluation of rows that were made for this model."""
+    selected = {index: rows.rows[index] for index in rows.select(limit)}
+    usable = {
+        index: row for index, row in selected.items() if len(row.tokens) <= model.context and has_scored_tokens(row)
+    }
+    if not usable:
+        raise SourceError(
+            f"none of {len(selected)} rows can be scored: too long for {model.name}, or without scored tokens"
+        )
+    indices = list(usable)
+    scores: dict[int, ScoredRow] = {}
+    scored_rows = model.score_rows(list(usable.values()), batch=batch)
     started = time.monotonic()
-    for at, one in scores:
-        found[places[at]] = one
+    for position, score in scored_rows:
+        scores[indices[position]] = score
         if progress:
-            progress(len(found), len(fit))
+            progress(len(scores), len(usable))
     seconds = time.monotonic() - started
     results = tuple(
-        RowResult(at, rows.keys[at], one.nll, one.tokens, one.correct, nbytes(answerer.tokenizer, fit[at]))
-        for at, one in sorted(found.items())
+        RowResult(
+            row=index,
+            key=rows.keys[index],
+            nll=score.nll,
+            tokens=score.tokens,
+            correct=score.correct,
+            nbytes=scored_nbytes(model.tokenizer, usable[index]),
+        )
+        for index, score in sorted(scores.items())
     )
-    read = sum(len(row.tokens) for row in fit.values())
-    shown = [places[at] for at in spread(len(fit), samples)]
-    answered = tuple(sample for at in shown if (sample := _sample(answerer, at, fit[at], sampling)))
-    left_out = len(chosen) - len(fit)
-    return Evaluation(
-        answerer.name, answerer.kind, results, left_out, seconds, read, answered, rows.counts, rows.template
-    )
+    read = sum(len(row.tokens) for row in usable.values())
+    sampled = [indices[position] for position in evenly_spaced(len(usable), samples)]
+    answered = tuple(sample for index in sampled if (sample := _sample(model, index, usable[index], sampling)))
+    left_out = len(selected) - len(usable)
+    return Evaluation(model.name, model.kind, results, left_out, seconds, read, answered, rows.counts, rows.template)
 
 
-def spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of `count` places, evenly spread."""
-    return [at * count // limit for at in range(limit)] if limit < count else list(range(count))
+def evenly_spaced(count: int, limit: int) -> list[int]:
+    """At most `limit` of `count` indices, evenly spaced."""
+    return [index * count // limit for index in range(limit)] if limit < count else list(range(count))
 
 
-def _sample(answerer: Answerer, at: int, row: Row, sampling: Sampling) -> Sample | None:
-    """The answer to a row's last question; a text's second half. None where the context has no room for it."""
-    start, stop = spans(row)[-1]
+def _sample(model: ModelBackend, index: int, row: TokenRow, sampling: Sampling) -> Sample | None:
+    """The answer to a row's last question, or the second half of a text. None if the context has no room for it."""
+    start, stop = scored_spans(row)[-1]
     cut = start if start > 1 else max(1, (start + stop) // 2)
     tokens = row.tokens.tolist()
-    prompt = decoded(answerer.tokenizer, tokens[:cut], special=True)[-CHARACTERS:]
-    expected = decoded(answerer.tokenizer, tokens[cut:stop], special=False)
+    prompt = decode(model.tokenizer, tokens[:cut], special=True)[-MAX_PROMPT_CHARS:]
+    expected = decode(model.tokenizer, tokens[cut:stop], special=False)
     try:
-        return Sample(at, prompt, expected, answerer.answer(tokens[:cut], sampling))
-    except TooLong:
+        return Sample(index, prompt, expected, model.generate(tokens[:cut], sampling))
+    except PromptTooLong:
         return None
 
 
-def _ratio(one: float, other: float) -> float:
-    return one / other if other else math.nan
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
 
 
 def _median(numbers: list[float]) -> float:
-    known = sorted(one for one in numbers if not math.isnan(one))
+    known = sorted(number for number in numbers if not math.isnan(number))
     return known[len(known) // 2] if known else math.nan
 
 
-def _plain(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None

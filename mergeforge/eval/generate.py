@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.data.tokenizers import special_ids
-from mergeforge.eval.backend import Answer, Tell, TooLong
-from mergeforge.eval.extras import extra, quiet
-from mergeforge.eval.stop_strings import StopText, TokenText, decoded
+from mergeforge.eval.backend import Answer, OnText, PromptTooLong, quiet_transformers, require
+from mergeforge.eval.stop_strings import IncrementalDecoder, StopText, decode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from mergeforge.eval.sampling import Sampling
 
-LEAST = 32  # tokens that a prompt must leave for an answer
+MIN_ANSWER_TOKENS = 32  # that a prompt must leave room for
 
 
 def generate(
@@ -27,68 +26,74 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[int],
     sampling: Sampling,
-    tell: Tell | None,
+    on_text: OnText | None,
     *,
-    room: int,
+    max_new_tokens: int,
     vocabulary: int | None = None,
 ) -> Answer:
-    """Go on from the prompt for `room` tokens at most. `vocabulary`: only so many tokens can come. Raises TooLong."""
+    """Continue the prompt by at most `max_new_tokens` tokens.
+
+    vocabulary: only token ids below it may be drawn. Raises PromptTooLong.
+    """
     import torch
 
-    if room < min(sampling.max_tokens, LEAST):
-        raise TooLong(f"the prompt's {len(prompt)} tokens leave no room for an answer", hint="shorten it, or /reset")
-    watch = _Watch(tokenizer, ends(model, tokenizer), sampling.stop, tell, vocabulary)
-    given = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
+    if max_new_tokens < min(sampling.max_tokens, MIN_ANSWER_TOKENS):
+        raise PromptTooLong(
+            f"the prompt's {len(prompt)} tokens leave no room for an answer", hint="shorten it, or use /reset"
+        )
+    monitor = _StopMonitor(tokenizer, end_tokens(model, tokenizer), sampling.stop, on_text, vocabulary)
+    inputs = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
     try:
-        with quiet(), torch.no_grad(), _seeded(sampling.seed, given.device):
+        with quiet_transformers(), torch.no_grad(), _seeded(sampling.seed, inputs.device):
             model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
-                generation_config=_config(sampling, min(sampling.max_tokens, room), watch.ends),
-                stopping_criteria=[watch],
-                logits_processor=[watch.check],
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=_config(sampling, min(sampling.max_tokens, max_new_tokens), monitor.ends),
+                stopping_criteria=[monitor],
+                logits_processor=[monitor.check],
             )
     except KeyboardInterrupt:
-        watch.ended = "interrupted"
-    return watch.answer()
+        monitor.ended = "interrupted"
+    return monitor.answer()
 
 
-def ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, by the model's generation settings and by its tokenizer."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    found = list(named) if isinstance(named, list | tuple) else [named]
-    return sorted({int(one) for one in [*found, tokenizer.eos_token_id] if one is not None})
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer, from the model's generation settings and its tokenizer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    candidates = list(configured) if isinstance(configured, list | tuple) else [configured]
+    return sorted({int(token) for token in [*candidates, tokenizer.eos_token_id] if token is not None})
 
 
-class _Watch:
-    """Looks at each token as it is made, and says when to stop."""
+class _StopMonitor:
+    """Sees each token as it is generated, and decides when to stop."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         ends: list[int],
         stops: Sequence[str],
-        tell: Tell | None,
+        on_text: OnText | None,
         vocabulary: int | None,
     ) -> None:
         self.ends, self.ended = ends, "length"
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._special = special_ids(tokenizer)
-        self._tokens, self._text = TokenText(tokenizer), StopText(stops)
-        self._tell = tell or (lambda piece: None)
+        self._decoder, self._text = IncrementalDecoder(tokenizer), StopText(stops)
+        self._on_text = on_text or (lambda piece: None)
         self._started = time.monotonic()
         self._first = self._last = 0.0
         self._count, self._finite = 0, True
         self._leaked: dict[str, None] = {}
 
     def __call__(self, tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+        """transformers' StoppingCriteria."""
         import torch
 
-        done = self._take(int(tokens[0, -1]))
+        done = self._add_token(int(tokens[0, -1]))
         return torch.full((1,), done, dtype=torch.bool, device=tokens.device)
 
     def check(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        """Note what is not a number; take away what is not in the vocabulary."""
+        """transformers' LogitsProcessor: notes NaN and infinity, and masks tokens outside the vocabulary."""
         if self._vocabulary is not None:
             scores[:, self._vocabulary :] = float("-inf")
         if bool(scores.isnan().any()) or bool(scores.max().isinf()):
@@ -98,12 +103,12 @@ class _Watch:
 
     def answer(self) -> Answer:
         if self._text.stopped is None:
-            self._show(self._tokens.finish())
-            self._tell_some(self._text.finish())
+            self._add_text(self._decoder.finish())
+            self._show(self._text.finish())
         seconds = (self._last or time.monotonic()) - self._started
         return Answer(self._text.text, self._count, self.ended, seconds, self._first, tuple(self._leaked), self._finite)
 
-    def _take(self, token: int) -> bool:
+    def _add_token(self, token: int) -> bool:
         self._last = time.monotonic()
         self._first = self._first or self._last - self._started
         if token in self.ends:
@@ -111,40 +116,40 @@ class _Watch:
             return True
         self._count += 1
         if token in self._special:
-            self._show(self._tokens.finish())
-            name = decoded(self._tokenizer, [token], special=True)
-            self._show(name, hidden=True)
+            self._add_text(self._decoder.finish())
+            name = decode(self._tokenizer, [token], special=True)
+            self._add_text(name, hidden=True)
             if self._text.stopped is None:
                 self._leaked[name] = None
         else:
-            self._show(self._tokens.feed(token))
+            self._add_text(self._decoder.feed(token))
         if self._text.stopped is not None:
             self.ended = "stop"
         return self._text.stopped is not None
 
-    def _show(self, piece: str, *, hidden: bool = False) -> None:
-        self._tell_some(self._text.feed(piece, hidden=hidden))
+    def _add_text(self, piece: str, *, hidden: bool = False) -> None:
+        self._show(self._text.feed(piece, hidden=hidden))
 
-    def _tell_some(self, shown: str) -> None:
-        if shown:
-            self._tell(shown)
+    def _show(self, text: str) -> None:
+        if text:
+            self._on_text(text)
 
 
-def _config(sampling: Sampling, most: int, ends: list[int]) -> Any:
-    transformers = extra("transformers", "train")
-    settings: dict[str, Any] = {"max_new_tokens": most, "repetition_penalty": sampling.repetition_penalty}
+def _config(sampling: Sampling, max_new_tokens: int, ends: list[int]) -> Any:
+    transformers = require("transformers")
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repetition_penalty": sampling.repetition_penalty}
     settings |= {"eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0, "num_beams": 1}
     if sampling.temperature > 0:
         settings |= {"do_sample": True, "temperature": sampling.temperature}
         settings |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
     else:
-        settings |= {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # its own idea of "not given"
+        settings |= {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults
     return transformers.GenerationConfig(**settings)
 
 
 @contextmanager
 def _seeded(seed: int | None, device: Any) -> Iterator[None]:
-    """Draw from a seed of its own; what others draw afterwards is as if nothing was drawn here."""
+    """Draw from a separate seed, and restore torch's random state afterwards."""
     import torch
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

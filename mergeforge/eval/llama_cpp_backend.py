@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp as an Answerer (extra `engine`)."""
+"""A GGUF file in llama.cpp as a ModelBackend (package xllamacpp)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.eval.backend import UNTRAINED, Answer, Messages, Row, RowScore, Tell, TooLong
+from mergeforge.data import IGNORE_INDEX
+from mergeforge.eval.backend import (
+    Answer,
+    Messages,
+    OnText,
+    PromptTooLong,
+    ScoredRow,
+    TokenRow,
+    plain_prompt,
+    prompt_tokens,
+)
 from mergeforge.eval.gguf_tokenizer import find_tokenizer
 from mergeforge.eval.llama_logprobs_process import ScoringProcess
-from mergeforge.eval.prompts import plain_prompt, prompt_tokens
 from mergeforge.eval.stop_strings import StopText
 from mergeforge.gguf.llama_cpp import ContextError, Engine
 from mergeforge.gguf.reader import GGUFHeader
@@ -24,29 +33,29 @@ if TYPE_CHECKING:
 
     from mergeforge.eval.sampling import Sampling
 
-CONTROL = 3  # llama_token_type of a mark that is no text
+CONTROL = 3  # llama_token_type of special tokens
 
 
 @dataclass(frozen=True)
-class GgufModel:
-    """A GGUF file; llama.cpp loads it when it is first asked.
+class LlamaCppModel:
+    """A GGUF file; llama.cpp loads it on first use.
 
-    `most`: tokens of context to answer in (rows are scored in as many as they have); `tokens_from`: a tokenizer's
-    folder, to score rows; `asked`: a chat template over the file's own.
+    `max_context`: tokens of context for answers (scoring uses as many as the rows need); `tokenizer_path`: the folder
+    of the tokenizer that scores rows; `template_override`: a chat template instead of the file's own.
     """
 
     name: str
     path: Path
     header: GGUFHeader
-    most: int
-    tokens_from: str | None = None
-    asked: str = "auto"
+    max_context: int
+    tokenizer_path: str | None = None
+    template_override: str = "auto"
     kind: str = "gguf"
 
     @property
     def context(self) -> int:
         architecture = self.header.get("general.architecture")
-        return int(self.header.get(f"{architecture}.context_length") or self.most)
+        return int(self.header.get(f"{architecture}.context_length") or self.max_context)
 
     @property
     def template(self) -> str:
@@ -54,133 +63,138 @@ class GgufModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the file was made with. Raises SourceError where there is none that agrees with it."""
-        return find_tokenizer(self.path, self.header, self.tokens_from)
+        """The tokenizer that the file was made with. Raises SourceError if none matches the file."""
+        return find_tokenizer(self.path, self.header, self.tokenizer_path)
 
     @cached_property
     def special(self) -> Mapping[int, str]:
-        """Marks that are no text: id -> name."""
+        """Special tokens: id -> name."""
         kinds = self.header.get("tokenizer.ggml.token_type") or ()
         names = self.header.get("tokenizer.ggml.tokens") or ()
-        return {at: name for at, (kind, name) in enumerate(zip(kinds, names, strict=False)) if kind == CONTROL}
+        pairs = enumerate(zip(kinds, names, strict=False))
+        return {token: name for token, (kind, name) in pairs if kind == CONTROL}
 
-    def scores(self, rows: Sequence[Row], *, batch: int | None = None) -> Iterator[tuple[int, RowScore]]:
-        """See Answerer. One row at a time, in a process of its own; `batch` says nothing here."""
-        return _scores(ScoringProcess(self.path, max((len(row.tokens) for row in rows), default=1)), rows)
+    def score_rows(self, rows: Sequence[TokenRow], *, batch: int | None = None) -> Iterator[tuple[int, ScoredRow]]:
+        """See ModelBackend. One row at a time, in a process of its own; `batch` is ignored."""
+        return _score_rows(ScoringProcess(self.path, max((len(row.tokens) for row in rows), default=1)), rows)
 
-    def answer(self, prompt: Sequence[int], sampling: Sampling, tell: Tell | None = None) -> Answer:
-        """See Answerer."""
-        return self._stream({"prompt": list(prompt), "n_predict": sampling.max_tokens}, sampling, tell, chat=False)
+    def generate(self, prompt: Sequence[int], sampling: Sampling, on_text: OnText | None = None) -> Answer:
+        """See ModelBackend."""
+        request = {"prompt": list(prompt), "n_predict": sampling.max_tokens}
+        return self._stream(request, sampling, on_text, chat=False)
 
-    def reply(self, messages: Messages, sampling: Sampling, tell: Tell | None = None) -> Answer:
-        """See Answerer. llama.cpp renders the file's own template; without one it is the plain one."""
-        if self.asked != "auto":
-            return self.answer(prompt_tokens(self.tokenizer, messages, self.asked), sampling, tell)
+    def chat(self, messages: Messages, sampling: Sampling, on_text: OnText | None = None) -> Answer:
+        """See ModelBackend. llama.cpp renders the file's own template; without one, `plain` is used."""
+        if self.template_override != "auto":
+            return self.generate(prompt_tokens(self.tokenizer, messages, self.template_override), sampling, on_text)
         if not self.template:
-            asked: dict[str, Any] = {"prompt": plain_prompt(messages, self._eos), "n_predict": sampling.max_tokens}
-            return self._stream(asked, sampling, tell, chat=False)
-        asked = {"messages": [dict(message) for message in messages], "max_tokens": sampling.max_tokens}
-        return self._stream(asked | {"logprobs": True, "top_logprobs": 1}, sampling, tell, chat=True)
+            request: dict[str, Any] = {"prompt": plain_prompt(messages, self._eos), "n_predict": sampling.max_tokens}
+            return self._stream(request, sampling, on_text, chat=False)
+        request = {"messages": [dict(message) for message in messages], "max_tokens": sampling.max_tokens}
+        return self._stream(request | {"logprobs": True, "top_logprobs": 1}, sampling, on_text, chat=True)
 
     @property
     def _eos(self) -> str:
-        names, at = self.header.get("tokenizer.ggml.tokens") or (), self.header.get("tokenizer.ggml.eos_token_id")
-        return str(names[at]) if at is not None and at < len(names) else ""
+        names, eos = self.header.get("tokenizer.ggml.tokens") or (), self.header.get("tokenizer.ggml.eos_token_id")
+        return str(names[eos]) if eos is not None and eos < len(names) else ""
 
     @cached_property
     def _engine(self) -> Engine:
-        return Engine(self.path, context=self._room)
+        return Engine(self.path, context=self._answer_context)
 
     @property
-    def _room(self) -> int:
-        return min(self.most, self.context)
+    def _answer_context(self) -> int:
+        return min(self.max_context, self.context)
 
-    def _stream(self, asked: dict[str, Any], sampling: Sampling, tell: Tell | None, *, chat: bool) -> Answer:
-        names = set(self.special.values())
-        asked |= drawn(sampling, self._room) | {"preserved_tokens": [stop for stop in sampling.stop if stop in names]}
-        engine = self._engine  # loaded before the clock runs
-        watch = _Watch(self.special, sampling.stop, tell)
+    def _stream(self, request: dict[str, Any], sampling: Sampling, on_text: OnText | None, *, chat: bool) -> Answer:
+        special_names = set(self.special.values())
+        preserved = [stop for stop in sampling.stop if stop in special_names]
+        request |= sampling_request(sampling, self._answer_context) | {"preserved_tokens": preserved}
+        engine = self._engine  # loaded before the clock starts
+        monitor = _StreamMonitor(self.special, sampling.stop, on_text)
         try:
-            with closing(engine.stream(asked, chat=chat)) as chunks:
+            with closing(engine.stream(request, chat=chat)) as chunks:
                 for chunk in chunks:
-                    if watch.take(chunk):
+                    if monitor.add_chunk(chunk):
                         break
         except ContextError as error:
-            raise TooLong(f"{self.name}: {error}", hint="a larger --context, or /reset") from None
+            raise PromptTooLong(f"{self.name}: {error}", hint="use a larger --context, or /reset") from None
         except KeyboardInterrupt:
-            watch.ended = "interrupted"
-        return watch.answer()
+            monitor.ended = "interrupted"
+        return monitor.answer()
 
 
-def _scores(process: ScoringProcess, rows: Sequence[Row]) -> Iterator[tuple[int, RowScore]]:
-    """The longest rows first, as everywhere; the process ends with them."""
+def _score_rows(process: ScoringProcess, rows: Sequence[TokenRow]) -> Iterator[tuple[int, ScoredRow]]:
+    """Score the longest rows first, as every backend does; the process ends afterwards."""
     try:
-        for at in sorted(range(len(rows)), key=lambda at: -len(rows[at].tokens)):
-            counted = [place for place, label in enumerate(rows[at].labels.tolist()) if place and label != UNTRAINED]
-            nll, correct = process.score(rows[at].tokens.tolist(), counted)
-            yield at, RowScore(nll, len(counted), correct)
+        for index in sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens)):
+            row = rows[index]
+            scored = [place for place, label in enumerate(row.labels.tolist()) if place and label != IGNORE_INDEX]
+            nll, correct = process.score(row.tokens.tolist(), scored)
+            yield index, ScoredRow(nll, len(scored), correct)
     finally:
         process.close()
 
 
-class _Watch:
-    """Takes the chunks of a completion, until a stop string has come."""
+class _StreamMonitor:
+    """Takes the chunks of a streamed completion until a stop string has come."""
 
-    def __init__(self, special: Mapping[int, str], stops: Sequence[str], tell: Tell | None) -> None:
+    def __init__(self, special: Mapping[int, str], stops: Sequence[str], on_text: OnText | None) -> None:
         self.ended = "length"
         self._special = special
         self._text = StopText(stops)
-        self._tell = tell or (lambda piece: None)
+        self._on_text = on_text or (lambda piece: None)
         self._started = time.monotonic()
         self._first = self._last = 0.0
         self._count, self._finite = 0, True
         self._leaked: dict[str, None] = {}
 
-    def take(self, chunk: Any) -> bool:
-        """Whether the answer is at its end."""
+    def add_chunk(self, chunk: Any) -> bool:
+        """Add a chunk; returns whether the answer has ended."""
         self._count = (chunk.get("usage") or {}).get("completion_tokens", self._count)
         for choice in chunk.get("choices", []):
-            self._take(choice)
+            self._add_choice(choice)
         return self._text.stopped is not None
 
-    def _take(self, choice: Any) -> None:
+    def _add_choice(self, choice: Any) -> None:
         if choice.get("finish_reason"):
             self.ended = "eos" if choice["finish_reason"] == "stop" else "length"
-        marks = [mark for one in (choice.get("logprobs") or {}).get("content") or [] for mark in self._token(one)]
+        tokens = (choice.get("logprobs") or {}).get("content") or []
+        special = [name for token in tokens for name in self._add_token(token)]
         piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-        self._show(self._text.feed(piece, hidden=piece in marks))  # a mark is told where a stop string names it
+        self._show(self._text.feed(piece, hidden=piece in special))  # preserved_tokens makes the server send it
         if self._text.stopped is not None:
             self.ended = "stop"
         else:
-            self._leaked |= dict.fromkeys(marks)
+            self._leaked |= dict.fromkeys(special)
 
-    def _token(self, told: Any) -> list[str]:
-        """Count a token; its name where it is a mark."""
+    def _add_token(self, token: Any) -> list[str]:
+        """Count a token; returns its name if it is a special one."""
         self._last = time.monotonic()
         self._first = self._first or self._last - self._started
         self._count += 1
-        self._finite &= told["logprob"] is not None and math.isfinite(told["logprob"])
-        return [self._special[told["id"]]] if told["id"] in self._special else []
+        self._finite &= token["logprob"] is not None and math.isfinite(token["logprob"])
+        return [self._special[token["id"]]] if token["id"] in self._special else []
 
     def answer(self) -> Answer:
         self._show(self._text.finish())
         seconds = (self._last or time.monotonic()) - self._started
         return Answer(self._text.text, self._count, self.ended, seconds, self._first, tuple(self._leaked), self._finite)
 
-    def _show(self, shown: str) -> None:
-        if shown:
-            self._tell(shown)
+    def _show(self, text: str) -> None:
+        if text:
+            self._on_text(text)
 
 
-def drawn(sampling: Sampling, context: int) -> dict[str, Any]:
-    """The request's part that says how tokens are drawn, as llama.cpp's server names it."""
+def sampling_request(sampling: Sampling, context: int) -> dict[str, Any]:
+    """The sampling settings of a request, by the names of llama.cpp's server."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "min_p": 0.0,
         "repeat_penalty": sampling.repetition_penalty,
-        "repeat_last_n": context,  # as far back as transformers looks
+        "repeat_last_n": context,  # like transformers, which looks at all tokens
         "seed": -1 if sampling.seed is None else sampling.seed,
         "n_probs": 1,
     }

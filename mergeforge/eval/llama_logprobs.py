@@ -1,10 +1,10 @@
 """Log-probabilities of given tokens in llama.cpp, in a process of its own, at the speed of reading a prompt.
 
-xllamacpp's server tells the probabilities of tokens that it draws, not of those that it is given, so this calls
-llama.cpp's C interface (include/llama.h) inside the same wheel. Of its structures only what has stood since 2023 is
-used: the first four fields of llama_context_params, and llama_batch; the rest stays as llama.cpp fills it, in blocks
-that are larger than it needs. The sizes that the context tells afterwards show whether the layout was right. A model
-that llama.cpp cannot run ends the process, which is why it is not ours.
+xllamacpp's server reports the probabilities of tokens that it generates, not of those in the prompt, so this calls
+llama.cpp's C interface (include/llama.h) inside the same wheel. It relies only on parts of the structures that have not
+changed since 2023: the first four fields of llama_context_params, and llama_batch. The rest stays as llama.cpp fills
+it, in blocks larger than necessary. The sizes that the context reports afterwards show whether the layout was right. A
+model that llama.cpp cannot run ends the process, hence the separate process.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-BATCH = 512  # tokens that are computed together
+BATCH = 512  # tokens computed together
 _VOID, _INT, _INTS = ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32)
 
 
 class _Block(ctypes.Structure):
-    """A structure that llama.cpp fills; it needs a few hundred bytes."""
+    """A structure that llama.cpp fills. It takes a few hundred bytes; this has room for 2 KiB."""
 
     _fields_ = (("head", ctypes.c_uint32 * 4), ("rest", ctypes.c_uint64 * 254))
 
 
 class _Batch(ctypes.Structure):
-    """llama_batch: arrays of tokens, positions, sequences, and which of them want logits."""
+    """llama_batch: arrays of tokens, positions, sequences, and flags for the tokens whose logits are wanted."""
 
     _fields_ = (
         ("n_tokens", _INT),
@@ -68,12 +68,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-class Unsupported(Exception):
-    """This llama.cpp is not what is expected, or does not take the file."""
+class UnsupportedLlama(Exception):
+    """This llama.cpp has another interface than expected, or refuses the file."""
 
 
-class LlamaScores:
-    """A GGUF file in llama.cpp, with room for rows of `context` tokens. Raises Unsupported."""
+class LlamaScorer:
+    """A GGUF file in llama.cpp, with a context of `context` tokens. Raises UnsupportedLlama."""
 
     def __init__(self, path: str, context: int, threads: int) -> None:
         self._library = _library()
@@ -81,61 +81,61 @@ class LlamaScores:
             path.encode(), self._library.llama_model_default_params()
         )
         if not self._model:
-            raise Unsupported(f"llama.cpp does not load {path}")
+            raise UnsupportedLlama(f"llama.cpp cannot load {path}")
         parameters = self._library.llama_context_default_params()
         rounded = max(BATCH, -(-context // 256) * 256)
         parameters.head[:] = (rounded, BATCH, BATCH, 1)
         self._context = self._library.llama_init_from_model(self._model, parameters)
         if not self._context:
-            raise Unsupported(f"llama.cpp makes no context of {rounded} tokens for {path}")
-        asked = ("n_ctx", "n_batch", "n_ubatch", "n_seq_max")
-        sizes = [getattr(self._library, f"llama_{name}")(self._context) for name in asked]
+            raise UnsupportedLlama(f"llama.cpp cannot create a context of {rounded} tokens for {path}")
+        fields = ("n_ctx", "n_batch", "n_ubatch", "n_seq_max")
+        sizes = [getattr(self._library, f"llama_{name}")(self._context) for name in fields]
         if sizes != [rounded, BATCH, BATCH, 1]:
-            raise Unsupported(f"this llama.cpp lays its parameters out differently: {sizes}")
+            raise UnsupportedLlama(f"this llama.cpp has another layout of llama_context_params: {sizes}")
         self._library.llama_set_n_threads(self._context, threads, threads)
         self._vocab = self._library.llama_model_get_vocab(self._model)
         self._vocabulary = int(self._library.llama_vocab_n_tokens(self._vocab))
         self._batch = self._library.llama_batch_init(BATCH, 0, 1)
 
-    def score(self, tokens: Sequence[int], counted: Sequence[int]) -> tuple[float, int]:
-        """(negative log-likelihood, how many were the likeliest) of the tokens at the places `counted`.
+    def score(self, tokens: Sequence[int], scored: Sequence[int]) -> tuple[float, int]:
+        """(negative log-likelihood, top-1 hits) of the tokens at the positions `scored`.
 
-        Raises Unsupported when llama.cpp refuses the row.
+        Raises UnsupportedLlama if llama.cpp refuses the row.
         """
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
-        before = {at - 1 for at in counted if at > 0}
+        before = {position - 1 for position in scored if position > 0}
         nll, correct = 0.0, 0
         for start in range(0, max(before, default=-1) + 1, BATCH):
             stop = min(start + BATCH, max(before) + 1)
             self._decode(tokens[start:stop], start, before)
-            for at in (at for at in range(start, stop) if at in before):
-                logprob, likeliest = _logprob(self._logits(at - start), tokens[at + 1])
-                nll, correct = nll - logprob, correct + likeliest
+            for position in sorted(before.intersection(range(start, stop))):
+                logprob, hit = _logprob(self._logits(position - start), tokens[position + 1])
+                nll, correct = nll - logprob, correct + hit
         return nll, correct
 
     def tokens(self, text: str) -> list[int]:
-        """A text's tokens, without any that are added; special ones are recognised."""
+        """The tokens of a text; nothing is added, and special tokens are recognized."""
         data = text.encode()
-        room = (_INT * (len(data) + 16))()
-        count = self._library.llama_tokenize(self._vocab, data, len(data), room, len(room), False, True)
-        return list(room[:count])
+        buffer = (_INT * (len(data) + 16))()
+        count = self._library.llama_tokenize(self._vocab, data, len(data), buffer, len(buffer), False, True)
+        return list(buffer[:count])
 
     def _decode(self, tokens: Sequence[int], start: int, before: set[int]) -> None:
         self._batch.n_tokens = len(tokens)
-        for at, token in enumerate(tokens):
+        for index, token in enumerate(tokens):
             if not 0 <= token < self._vocabulary:
-                raise Unsupported(f"token {token} is not in the file's vocabulary of {self._vocabulary}")
-            self._batch.token[at], self._batch.pos[at] = token, start + at
-            self._batch.n_seq_id[at], self._batch.seq_id[at][0] = 1, 0
-            self._batch.logits[at] = start + at in before
-        done = self._library.llama_decode(self._context, self._batch)
-        if done:
-            raise Unsupported(f"llama.cpp failed on a row of {start + len(tokens)} tokens ({done})")
+                raise UnsupportedLlama(f"token {token} is not in the file's vocabulary of {self._vocabulary}")
+            self._batch.token[index], self._batch.pos[index] = token, start + index
+            self._batch.n_seq_id[index], self._batch.seq_id[index][0] = 1, 0
+            self._batch.logits[index] = start + index in before
+        status = self._library.llama_decode(self._context, self._batch)
+        if status:
+            raise UnsupportedLlama(f"llama_decode failed on a row of {start + len(tokens)} tokens (status {status})")
 
-    def _logits(self, at: int) -> NDArray[np.float32]:
+    def _logits(self, index: int) -> NDArray[np.float32]:
         import numpy as np
 
-        return np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, at), (self._vocabulary,))
+        return np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, index), (self._vocabulary,))
 
 
 def _logprob(logits: NDArray[np.float32], token: int) -> tuple[float, int]:
@@ -147,43 +147,43 @@ def _logprob(logits: NDArray[np.float32], token: int) -> tuple[float, int]:
 
 
 def _library() -> ctypes.CDLL:
-    """xllamacpp's shared library with the signatures of what is used."""
+    """xllamacpp's shared library, with the signatures of the functions used here."""
     import xllamacpp
 
-    found = sorted(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))
-    if not found:
-        raise Unsupported("this xllamacpp has no shared library whose functions can be called")
-    library = ctypes.CDLL(str(found[0]))
+    libraries = sorted(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))
+    if not libraries:
+        raise UnsupportedLlama("this xllamacpp has no shared library with callable functions")
+    library = ctypes.CDLL(str(libraries[0]))
     try:
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except AttributeError as error:
-        raise Unsupported(f"this xllamacpp does not show llama.cpp's functions: {error}") from None
+        raise UnsupportedLlama(f"this xllamacpp does not export llama.cpp's functions: {error}") from None
     library.llama_log_set(_silent, None)
     library.llama_backend_init()
     return library
 
 
-def answers(lines: Iterator[str]) -> Iterator[Any]:
-    """What each line of JSON asks for: the first opens the file, others are rows or texts."""
-    opened = json.loads(next(lines))
-    llama = LlamaScores(opened["path"], opened["context"], opened["threads"])
+def respond(lines: Iterator[str]) -> Iterator[Any]:
+    """The response to each line of JSON: the first opens the file, the others are rows or texts."""
+    options = json.loads(next(lines))
+    scorer = LlamaScorer(options["path"], options["context"], options["threads"])
     yield {"ready": True}
     for line in lines:
-        asked = json.loads(line)
-        if "text" in asked:
-            yield {"tokens": llama.tokens(asked["text"])}
+        request = json.loads(line)
+        if "text" in request:
+            yield {"tokens": scorer.tokens(request["text"])}
         else:
-            yield llama.score(asked["tokens"], asked["counted"])
+            yield scorer.score(request["tokens"], request["scored"])
 
 
 def main() -> None:
-    """Answer the lines of stdin on stdout."""
+    """Respond on stdout to the lines of stdin."""
     try:
-        for answer in answers(iter(sys.stdin)):
-            print(json.dumps(answer), flush=True)
-    except Unsupported as error:
+        for response in respond(iter(sys.stdin)):
+            print(json.dumps(response), flush=True)
+    except UnsupportedLlama as error:
         print(json.dumps({"error": str(error)}), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The process in which llama.cpp scores rows (llama_scores.py), seen from here."""
+"""The client of the process in which llama.cpp scores rows (llama_logprobs.py)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.tensors.budget import cores
+from mergeforge.tensors.budget import cpu_count
 
 
 class ScoringProcess:
-    """A GGUF file that scores rows of at most `context` tokens, until it is closed. Raises SourceError."""
+    """A process that scores rows of at most `context` tokens with a GGUF file. Raises SourceError."""
 
     def __init__(self, path: Path, context: int) -> None:
         self._path = path
@@ -24,7 +24,7 @@ class ScoringProcess:
         self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # until close
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr, text=True)
         try:
-            self._ask({"path": str(path), "context": context, "threads": cores()})
+            self._request({"path": str(path), "context": context, "threads": cpu_count()})
         except BaseException:
             self.close()
             raise
@@ -35,32 +35,33 @@ class ScoringProcess:
         self._process.communicate()
         self._stderr.close()
 
-    def score(self, tokens: Sequence[int], counted: Sequence[int]) -> tuple[float, int]:
-        """(negative log-likelihood in nats, how many were the likeliest) of the tokens at the places `counted`."""
-        nll, correct = self._ask({"tokens": list(tokens), "counted": list(counted)})
+    def score(self, tokens: Sequence[int], scored: Sequence[int]) -> tuple[float, int]:
+        """(negative log-likelihood in nats, top-1 hits) of the tokens at the positions `scored`."""
+        nll, correct = self._request({"tokens": list(tokens), "scored": list(scored)})
         return float(nll), int(correct)
 
     def tokens(self, text: str) -> list[int]:
-        """The text's tokens by llama.cpp's own tokenizer; nothing is added, special ones are recognised."""
-        return list(self._ask({"text": text})["tokens"])
+        """The tokens of a text by llama.cpp's tokenizer; nothing is added, and special tokens are recognized."""
+        return list(self._request({"text": text})["tokens"])
 
-    def _ask(self, asked: Any) -> Any:
+    def _request(self, request: Any) -> Any:
         assert self._process.stdin and self._process.stdout
         try:
-            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has said why, or it is gone
-        said = self._process.stdout.readline()
-        if not said:
-            raise SourceError(f"llama.cpp does not run {self._path}; it says: {self._last_words()}")
-        answer = json.loads(said)
-        if isinstance(answer, dict) and "error" in answer:
-            raise SourceError(str(answer["error"]))
-        return answer
+            pass  # it has reported why, or it is gone
+        line = self._process.stdout.readline()
+        if not line:
+            raise SourceError(f"llama.cpp cannot run {self._path}: {self._failure()}")
+        response = json.loads(line)
+        if isinstance(response, dict) and "error" in response:
+            raise SourceError(str(response["error"]))
+        return response
 
-    def _last_words(self) -> str:
+    def _failure(self) -> str:
+        """The last line on stderr, or the exit code."""
         code = self._process.wait()
         self._stderr.seek(0)
-        said = [line.strip() for line in self._stderr.read()[-10_000:].splitlines() if line.strip()]
-        return said[-1][:300] if said else f"nothing, but ended with {code}"
+        lines = [line.strip() for line in self._stderr.read()[-10_000:].splitlines() if line.strip()]
+        return lines[-1][:300] if lines else f"the process ended with exit code {code} and no message"

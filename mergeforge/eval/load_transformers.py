@@ -1,4 +1,4 @@
-"""Opens a model in transformers: a folder or Hub repo, in its own dtype or in NF4, with or without a PEFT adapter."""
+"""Loads a model in transformers: a folder or Hub repo, in its own dtype or NF4, with or without a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.data import load_tokenizer
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
-from mergeforge.eval.extras import extra, quiet
+from mergeforge.eval.backend import quiet_transformers, require
 from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header
 
@@ -22,124 +22,125 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-QUANTISE = ("none", "nf4")
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
-WEIGHTS = ("adapter_model", "model")
-# Kinds that put virtual tokens before a prompt: nothing of the base's weights changes, so there is nothing to merge.
-PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+QUANTIZE = ("none", "nf4")
+CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "config.json", "adapter_config.json", "adapter_model.safetensors"
+WEIGHT_STEMS = ("adapter_model", "model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# PEFT types that prepend virtual tokens to a prompt and change no weights.
+PROMPT_METHODS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 _EMBEDDINGS = (".embed_tokens.", ".wte.", ".word_embeddings.", ".lm_head.", ".embed_out.", "embed_in.")
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model on its device. `rows`: of the base's vocabulary, before an adapter's new tokens made it grow."""
+class LoadedModel:
+    """A model on its device. `base_vocab_size`: rows of the vocabulary before an adapter's new tokens were added."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     adapter: Any  # PeftModel around the model, or None
-    rows: int
+    base_vocab_size: int
     device: str
-    base: str  # where the weights lie
+    base: str  # where the weights are
 
 
-def find(path: str) -> Path:
+def local_path(path: str) -> Path:
     """The local folder or file of a path or Hub repo (owner/name[@revision]). Raises SourceError."""
     if Path(path).expanduser().exists():
         return Path(path).expanduser()
     name, _, revision = path.partition("@")
-    return fetch(name, revision or None, WEIGHTS).path
+    return fetch(name, revision or None, WEIGHT_STEMS).path
 
 
-def load(
+def load_model(
     folder: Path,
     *,
     base: str | None,
-    quantise: str,
+    quantize: str,
     device: str,
     adapter: bool = True,
     tokenizer: str | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """Load a model folder, or an adapter folder with its base. Raises SourceError, RecipeError, MissingExtraError."""
-    if quantise not in QUANTISE:
-        raise RecipeError(f"--quantise {quantise}: it is {' or '.join(QUANTISE)}")
-    if not (folder / ADAPTER).is_file():
+    if quantize not in QUANTIZE:
+        raise RecipeError(f"--quantize {quantize}: must be {' or '.join(QUANTIZE)}")
+    if not (folder / ADAPTER_CONFIG).is_file():
         if not (folder / CONFIG).is_file():
             raise SourceError(
-                f"{folder} holds neither {CONFIG} nor {ADAPTER}", hint="give a model, an adapter or a GGUF"
+                f"{folder} holds neither {CONFIG} nor {ADAPTER_CONFIG}", hint="give a model, an adapter or a GGUF file"
             )
         if base:
-            raise RecipeError(f"{folder} is no adapter, so it takes no --base", hint="it is a whole model")
-        return _loaded(folder, tokenizer or str(folder), quantise, device)
-    found = find(base) if base else base_of(folder)
+            raise RecipeError(f"--base does not apply to {folder}: it is a whole model, not an adapter")
+        return _load_base(folder, tokenizer or str(folder), quantize, device)
+    base_folder = local_path(base) if base else base_of(folder)
     if not adapter:
-        return _loaded(found, tokenizer or str(found), quantise, device)
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
-    return _adapted(folder, _loaded(found, tokenizer or str(folder if own else found), quantise, device))
+        return _load_base(base_folder, tokenizer or str(base_folder), quantize, device)
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = tokenizer or str(folder if has_tokenizer else base_folder)
+    return _add_adapter(folder, _load_base(base_folder, tokenizer, quantize, device))
 
 
 def base_of(folder: Path) -> Path:
     """The base model that an adapter's configuration names. Raises SourceError."""
-    named = _read(folder / ADAPTER).get("base_model_name_or_path")
-    if not named:
-        raise SourceError(f"{folder / ADAPTER} names no base model", hint="--base MODEL says which it is")
-    beside = folder / str(named)
+    name = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise SourceError(f"{folder / ADAPTER_CONFIG} names no base model", hint="name it: --base MODEL")
+    relative = folder / str(name)
     try:
-        return beside if beside.is_dir() else find(str(named))
+        return relative if relative.is_dir() else local_path(str(name))
     except MergeforgeError as error:
-        text = f"the base of {folder} is not to be had: {error}"
-        raise SourceError(text, hint="--base MODEL says where it lies") from None
+        raise SourceError(f"the base of {folder} was not found: {error}", hint="name it: --base MODEL") from None
 
 
-def choose_device(wanted: str) -> str:
-    """`auto` is the first of cuda, mps and cpu that is there. Raises RecipeError for one that is not."""
+def choose_device(device: str) -> str:
+    """`auto` is the first available of cuda, mps and cpu. Raises RecipeError for a device that is not available."""
     import torch
 
-    known = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return next(name for name, there in known.items() if there)
-    if not known.get(wanted.partition(":")[0]):
-        raise RecipeError(f"there is no device '{wanted}' here", hint="auto, cpu, cuda, cuda:N or mps")
-    return wanted
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, is_available in available.items() if is_available)
+    if not available.get(device.partition(":")[0]):
+        raise RecipeError(f"the device '{device}' is not available", hint="use auto, cpu, cuda, cuda:N or mps")
+    return device
 
 
-def keep_gradients_whole(model: Any) -> None:
+def disable_bnb_repack(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU at the first forward pass without gradients.
 
-    On processors with AVX512-BF16 the repacked weights have no gradient, give wrong values when they are dequantised,
-    and rounded scales (bitsandbytes 0.50, Linear4bit.forward).
+    On processors with AVX512-BF16 the repacked weights have no gradient, give wrong values when dequantized, and have
+    rounded scales (bitsandbytes 0.50, Linear4bit.forward).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def hush() -> None:
-    """Keep bitsandbytes from advising to install `kernels`, which fetches code from the Hub, when it is imported."""
+def silence_bitsandbytes_hint() -> None:
+    """Hide the advice of bitsandbytes, at import, to install `kernels`, which downloads code from the Hub."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def _loaded(folder: Path, tokenizer: str, quantise: str, device: str) -> Loaded:
-    transformers = extra("transformers", "train")
+def _load_base(folder: Path, tokenizer: str, quantize: str, device: str) -> LoadedModel:
+    transformers = require("transformers")
     transformers.utils.logging.disable_progress_bar()
-    hush()
+    silence_bitsandbytes_hint()
     device = choose_device(device)
     options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
-    if quantise == "nf4" and not _read(folder / CONFIG).get("quantization_config"):
-        options["quantization_config"] = _nf4(transformers)
-    if quantise == "nf4" or device != "cpu":
-        extra("accelerate", "train")
+    if quantize == "nf4" and not _read_json(folder / CONFIG).get("quantization_config"):
+        options["quantization_config"] = _nf4_config(transformers)
+    if quantize == "nf4" or device != "cpu":
+        require("accelerate")
         options["device_map"] = {"": device}
-    with _source_errors(folder), quiet():
+    with _as_source_errors(folder), quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
-    keep_gradients_whole(model)
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    return Loaded(model, load_tokenizer(tokenizer), None, rows, device, str(folder))
+    disable_bnb_repack(model)
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    return LoadedModel(model, load_tokenizer(tokenizer), None, vocab_size, device, str(folder))
 
 
-def _nf4(transformers: Any) -> Any:
+def _nf4_config(transformers: Any) -> Any:
     import torch
 
-    extra("bitsandbytes", "train")
+    require("bitsandbytes")
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -148,73 +149,74 @@ def _nf4(transformers: Any) -> Any:
     )
 
 
-def _adapted(folder: Path, loaded: Loaded) -> Loaded:
-    """The adapter in its base; the base's vocabulary grows first where the adapter brings tokens of its own."""
-    peft = extra("peft", "train")
-    kind = _read(folder / ADAPTER).get("peft_type")
-    if kind in PROMPTS:
-        raise SourceError(
-            f"{folder} is a {kind} adapter, which changes prompts and no weights", hint="it cannot be run"
-        )
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise SourceError(f"{folder} holds no adapter_model.safetensors", hint="pickled weights are not read here")
-    _grow(loaded, max(len(loaded.tokenizer), _rows(folder)))
-    with _source_errors(folder), warnings.catch_warnings(record=True) as said:
+def _add_adapter(folder: Path, loaded: LoadedModel) -> LoadedModel:
+    """Add the adapter to its base; the vocabulary is resized first if the adapter has new tokens."""
+    peft = require("peft")
+    kind = _read_json(folder / ADAPTER_CONFIG).get("peft_type")
+    if kind in PROMPT_METHODS:
+        raise SourceError(f"{folder} is a {kind} adapter: it changes prompts, not weights, and cannot be loaded here")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise SourceError(f"{folder} has no {ADAPTER_WEIGHTS}", hint="pickled weights are not supported here")
+    _resize_embeddings(loaded, max(len(loaded.tokenizer), _stored_vocab_size(folder)))
+    with _as_source_errors(folder), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         adapted = peft.PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False).eval()
-    missing = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]
+    missing = [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
     if missing:
-        text = f"{folder} is no adapter of {loaded.base}: {missing[0][:300]}"
-        raise SourceError(text, hint="--base MODEL says which model it was trained on")
-    keep_gradients_whole(adapted)
-    return Loaded(loaded.model, loaded.tokenizer, adapted, loaded.rows, loaded.device, loaded.base)
+        text = f"{folder} does not fit {loaded.base}: {missing[0][:300]}"
+        raise SourceError(text, hint="name the model that it was trained on: --base MODEL")
+    disable_bnb_repack(adapted)
+    return LoadedModel(loaded.model, loaded.tokenizer, adapted, loaded.base_vocab_size, loaded.device, loaded.base)
 
 
-def _grow(loaded: Loaded, rows: int) -> None:
-    """Give the vocabulary `rows` rows if it has fewer; new ones start as the mean, so that every load is the same."""
+def _resize_embeddings(loaded: LoadedModel, vocab_size: int) -> None:
+    """Extend the vocabulary to `vocab_size` rows; new rows are the mean of the old ones, so every load is the same."""
     import torch
 
-    if rows <= loaded.rows:
+    old_size = loaded.base_vocab_size
+    if vocab_size <= old_size:
         return
-    with quiet():
-        loaded.model.resize_token_embeddings(rows, mean_resizing=False)
+    with quiet_transformers():
+        loaded.model.resize_token_embeddings(vocab_size, mean_resizing=False)
     model: Any = loaded.model
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if module is not None and module.weight.shape[0] == rows:
-                module.weight[loaded.rows :] = module.weight[: loaded.rows].float().mean(0).to(module.weight.dtype)
+            if module is not None and module.weight.shape[0] == vocab_size:
+                module.weight[old_size:] = module.weight[:old_size].float().mean(0).to(module.weight.dtype)
 
 
-def _rows(folder: Path) -> int:
-    """The vocabulary's rows as an adapter stores them; 0 where it stores none."""
-    path = folder / "adapter_model.safetensors"
+def _stored_vocab_size(folder: Path) -> int:
+    """Rows of the embeddings that an adapter stores; 0 if it stores none."""
+    path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         return 0
     tensors = [info for info, _ in read_header(path).tensors.values()]
-    held = [info for info in tensors if any(part in info.name for part in _EMBEDDINGS) and ".lora_" not in info.name]
-    return max((info.shape[0] for info in held if info.name.endswith(".weight")), default=0)
+    embeddings = [
+        info for info in tensors if any(part in info.name for part in _EMBEDDINGS) and ".lora_" not in info.name
+    ]
+    return max((info.shape[0] for info in embeddings if info.name.endswith(".weight")), default=0)
 
 
 @contextmanager
-def _source_errors(folder: Path) -> Iterator[None]:
-    """What transformers and peft raise about files, as our error: they have no type of their own for it."""
+def _as_source_errors(folder: Path) -> Iterator[None]:
+    """Turn what transformers and peft raise about files into SourceError; they have no error types for it."""
     try:
         yield
     except MergeforgeError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, IndexError, ImportError) as error:
         if type(error).__name__ == "OutOfMemoryError":
-            text, hint = f"{folder} does not fit on this device", "--quantise nf4, or --device cpu"
+            text, hint = f"{folder} does not fit on this device", "use --quantize nf4, or --device cpu"
             raise SourceError(text, hint=hint) from None
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SourceError(f"{folder} cannot be loaded: {first.strip()[:500]}") from error
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SourceError(f"{folder} cannot be loaded: {reason.strip()[:500]}") from error
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise SourceError(f"{path} holds no object")
-    return found
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} is not a JSON object")
+    return value

@@ -1,9 +1,9 @@
-"""Log-probabilities of counted tokens by a transformers model, without ever holding the logits of a batch.
+"""Log-probabilities of scored tokens by a transformers model, without the logits of a whole batch in memory.
 
-The body runs once over a batch of rows, sorted by length and padded at the right, where no token of a causal model
-sees the padding. Of its hidden states only those before a counted token are kept. The model's own forward then makes
-logits of a few of them at a time: its body is replaced meanwhile by one that hands these out, so scales, soft caps
-and biases of the head are as the model has them.
+The body of the model runs once over a batch of rows, sorted by length and padded on the right, where no token of a
+causal model sees the padding. Only the hidden states before a scored token are kept. The model's own forward then
+turns a few of them at a time into logits: its body is temporarily replaced by one that returns them, so scales, soft
+caps and biases of the head apply as usual.
 """
 
 from __future__ import annotations
@@ -12,61 +12,62 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.data import IGNORE_INDEX
 from mergeforge.errors import SourceError
-from mergeforge.eval.backend import UNTRAINED, Row, RowScore
+from mergeforge.eval.backend import ScoredRow, TokenRow
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOGITS = 1 << 24  # logits at a time: 64 MiB in float32
-TOKENS = {"cpu": 2048, "cuda": 16384}  # of a batch, padding included
-ROWS = {"cpu": 8, "cuda": 32}
+MAX_LOGITS = 1 << 24  # at a time: 64 MiB in float32
+MAX_TOKENS = {"cpu": 2048, "cuda": 16384}  # per batch, padding included
+MAX_ROWS = {"cpu": 8, "cuda": 32}
 
 
-def batches(lengths: Sequence[int], rows: int, tokens: int) -> list[list[int]]:
-    """Indices in batches of like length, the longest first, so that what does not fit fails at once."""
-    found: list[list[int]] = []
-    for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
-        last = found[-1] if found else []
+def length_batches(lengths: Sequence[int], rows: int, tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first, so that running out of memory happens at once."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        last = batches[-1] if batches else []
         if last and len(last) < rows and (len(last) + 1) * lengths[last[0]] <= tokens:
-            last.append(at)
+            last.append(index)
         else:
-            found.append([at])
-    return found
+            batches.append([index])
+    return batches
 
 
-def scores(
-    model: Any, rows: Sequence[Row], *, batch: int | None, device: str, vocabulary: int | None = None
-) -> Iterator[tuple[int, RowScore]]:
+def score_rows(
+    model: Any, rows: Sequence[TokenRow], *, batch: int | None, device: str, vocabulary: int | None = None
+) -> Iterator[tuple[int, ScoredRow]]:
     """(index, score) of every row, the longest first.
 
-    `vocabulary`: only so many tokens can come (None: all that the model has). A batch that does not fit on the card
-    is halved. Raises SourceError for tokens that the model has not.
+    vocabulary: only token ids below it are possible (None: all of the model's). A batch that does not fit on the GPU is
+    halved. Raises SourceError for tokens outside the vocabulary.
     """
     _check_tokens(rows, vocabulary or model.get_input_embeddings().weight.shape[0])
     kind = device.partition(":")[0]
-    most = batch or ROWS.get(kind, ROWS["cpu"])
-    tokens = 1 << 40 if batch else TOKENS.get(kind, TOKENS["cpu"])
-    waiting = batches([len(row.tokens) for row in rows], most, tokens)[::-1]
+    max_rows = batch or MAX_ROWS.get(kind, MAX_ROWS["cpu"])
+    max_tokens = 1 << 40 if batch else MAX_TOKENS.get(kind, MAX_TOKENS["cpu"])
+    waiting = length_batches([len(row.tokens) for row in rows], max_rows, max_tokens)[::-1]
     while waiting:
-        some = waiting.pop()
-        found = _attempt(model, [rows[at] for at in some], device, vocabulary)
-        if found is not None:
-            yield from zip(some, found, strict=True)
+        indices = waiting.pop()
+        scores = _try_score(model, [rows[index] for index in indices], device, vocabulary)
+        if scores is not None:
+            yield from zip(indices, scores, strict=True)
         else:
-            half = (len(some) + 1) // 2
-            waiting += [some[half:], some[:half]]
+            half = (len(indices) + 1) // 2
+            waiting += [indices[half:], indices[:half]]
 
 
-def _check_tokens(rows: Sequence[Row], vocabulary: int) -> None:
+def _check_tokens(rows: Sequence[TokenRow], vocabulary: int) -> None:
     largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
     if largest >= vocabulary:
-        text = f"the rows hold token {largest}, and the model knows {vocabulary} of them"
-        raise SourceError(text, hint="rows must be made with the model's own tokenizer")
+        text = f"the rows hold token {largest}, but the model has only {vocabulary} tokens"
+        raise SourceError(text, hint="make the rows with the model's own tokenizer")
 
 
-def _attempt(model: Any, rows: Sequence[Row], device: str, vocabulary: int | None) -> list[RowScore] | None:
-    """The rows' scores; None where memory runs out and there are fewer rows to try."""
+def _try_score(model: Any, rows: Sequence[TokenRow], device: str, vocabulary: int | None) -> list[ScoredRow] | None:
+    """The rows' scores; None if memory runs out and there is more than one row."""
     import torch
 
     try:
@@ -78,105 +79,110 @@ def _attempt(model: Any, rows: Sequence[Row], device: str, vocabulary: int | Non
     return None
 
 
-def _score(model: Any, rows: Sequence[Row], device: str, vocabulary: int | None) -> list[RowScore]:
+def _score(model: Any, rows: Sequence[TokenRow], device: str, vocabulary: int | None) -> list[ScoredRow]:
     import torch
 
     length = max(len(row.tokens) for row in rows)
     tokens = torch.zeros((len(rows), length), dtype=torch.long)
-    labels = torch.full((len(rows), length), UNTRAINED, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.long)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for at, row in enumerate(rows):
+    for index, row in enumerate(rows):
         count = len(row.tokens)
-        tokens[at, :count] = torch.from_numpy(row.tokens.astype("int64"))
-        labels[at, :count] = torch.from_numpy(row.labels.astype("int64"))
-        mask[at, :count] = 1
-    owner, place = torch.nonzero(labels[:, 1:] != UNTRAINED, as_tuple=True)
-    wanted = labels[owner, place + 1].to(device)
-    given = {"input_ids": tokens.to(device), "use_cache": False}
+        tokens[index, :count] = torch.from_numpy(row.tokens.astype("int64"))
+        labels[index, :count] = torch.from_numpy(row.labels.astype("int64"))
+        mask[index, :count] = 1
+    row_index, position = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+    targets = labels[row_index, position + 1].to(device)
+    inputs = {"input_ids": tokens.to(device), "use_cache": False}
     if not bool(mask.all()):
-        given["attention_mask"] = mask.to(device)
-    with torch.no_grad():  # not inference_mode: buffers that a model makes now may be trained with later
-        found, right = _logprobs(model, given, owner.to(device), place.to(device), wanted, vocabulary)
-    return _by_row(len(rows), owner, found.cpu().double(), right.cpu())
+        inputs["attention_mask"] = mask.to(device)
+    with torch.no_grad():  # not inference_mode: buffers that a model creates now may be trained with later
+        logprobs, hits = _logprobs(model, inputs, row_index.to(device), position.to(device), targets, vocabulary)
+    return _sum_by_row(len(rows), row_index, logprobs.cpu().double(), hits.cpu())
 
 
-def _by_row(rows: int, owner: Tensor, logprobs: Tensor, right: Tensor) -> list[RowScore]:
+def _sum_by_row(rows: int, row_index: Tensor, logprobs: Tensor, hits: Tensor) -> list[ScoredRow]:
     import torch
 
-    nll = torch.zeros(rows, dtype=torch.double).index_add_(0, owner, -logprobs)
-    count = torch.bincount(owner, minlength=rows)
-    correct = torch.zeros(rows, dtype=torch.long).index_add_(0, owner, right.long())
-    return [RowScore(*one) for one in zip(nll.tolist(), count.tolist(), correct.tolist(), strict=True)]
+    nll = torch.zeros(rows, dtype=torch.double).index_add_(0, row_index, -logprobs)
+    count = torch.bincount(row_index, minlength=rows)
+    correct = torch.zeros(rows, dtype=torch.long).index_add_(0, row_index, hits.long())
+    return [ScoredRow(*sums) for sums in zip(nll.tolist(), count.tolist(), correct.tolist(), strict=True)]
 
 
 def _logprobs(
-    model: Any, given: dict[str, Any], owner: Tensor, place: Tensor, wanted: Tensor, vocabulary: int | None
+    model: Any, inputs: dict[str, Any], row_index: Tensor, position: Tensor, targets: Tensor, vocabulary: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The log-probability of each wanted token, and whether it was the likeliest."""
+    """The log-probability of each target token, and whether it is the most likely one."""
     import torch
 
-    if not len(wanted):
+    if not len(targets):
         return torch.zeros(0), torch.zeros(0)
-    size = model.get_input_embeddings().weight.shape[0]
-    step = max(1, LOGITS // size)
-    parts = []
-    for start, logits in _logits(model, given, owner, place, step):
-        known = logits[:, :vocabulary].float()
-        label = wanted[start : start + len(known)]
-        chosen = known.gather(1, label[:, None])[:, 0]
-        parts.append((chosen - known.logsumexp(-1), known.argmax(-1) == label))
-    return torch.cat([one for one, _ in parts]), torch.cat([two for _, two in parts])
+    step = max(1, MAX_LOGITS // model.get_input_embeddings().weight.shape[0])
+    logprobs, hits = [], []
+    for start, chunk in _logits(model, inputs, row_index, position, step):
+        logits = chunk[:, :vocabulary].float()
+        target = targets[start : start + len(logits)]
+        target_logits = logits.gather(1, target[:, None])[:, 0]
+        logprobs.append(target_logits - logits.logsumexp(-1))
+        hits.append(logits.argmax(-1) == target)
+    return torch.cat(logprobs), torch.cat(hits)
 
 
-def _logits(model: Any, given: dict[str, Any], owner: Tensor, place: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
-    """(start, logits [n, vocabulary]) of the places, `step` at a time."""
+def _logits(
+    model: Any, inputs: dict[str, Any], row_index: Tensor, position: Tensor, step: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(start, logits [n, vocabulary]) of the given positions, `step` at a time."""
     body = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    kept = _run_body(model, body, given)
-    if kept is None or getattr(kept, "last_hidden_state", None) is None:
-        yield 0, model(**given).logits[owner, place]
+    output = _run_body(model, body, inputs)
+    if output is None or getattr(output, "last_hidden_state", None) is None:
+        yield 0, model(**inputs).logits[row_index, position]
         return
-    hidden = kept.last_hidden_state[owner, place]
+    hidden = output.last_hidden_state[row_index, position]
     for start in range(0, len(hidden), step):
-        part = hidden[None, start : start + step]
-        with _handing_out(body, kept, part) as asked:
-            dummy = given["input_ids"].new_zeros(part.shape[:2])
+        chunk = hidden[None, start : start + step]
+        with _body_returning(body, output, chunk) as calls:
+            dummy = inputs["input_ids"].new_zeros(chunk.shape[:2])
             logits = model(input_ids=dummy, use_cache=False).logits
-        if not asked:  # this model's forward goes around its body
-            yield 0, model(**given).logits[owner, place]
+        if not calls:  # this model's forward bypasses its body
+            yield 0, model(**inputs).logits[row_index, position]
             return
         yield start, logits[0]
 
 
-def _run_body(model: Any, body: Any, given: dict[str, Any]) -> Any:
-    """What the body returns inside the model's own forward, with the logits of one token only; None without one."""
+def _run_body(model: Any, body: Any, inputs: dict[str, Any]) -> Any:
+    """What the body returns within the model's own forward, which computes the logits of one token only.
+
+    None if there is no body.
+    """
     if body is None or body is model:
         return None
-    kept: list[Any] = []
-    hook = body.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    outputs: list[Any] = []
+    hook = body.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     try:
-        model(**given, logits_to_keep=1)
+        model(**inputs, logits_to_keep=1)
     except TypeError:
-        return None  # a forward that keeps all logits
+        return None  # a forward without logits_to_keep
     finally:
         hook.remove()
-    return kept[0] if len(kept) == 1 else None
+    return outputs[0] if len(outputs) == 1 else None
 
 
 @contextmanager
-def _handing_out(body: Any, output: Any, hidden: Tensor) -> Iterator[list[bool]]:
-    """Make the body return these hidden states; the list is filled when it is asked."""
-    asked: list[bool] = []
-    before = body.__dict__.get("forward")  # accelerate puts its own there
+def _body_returning(body: Any, output: Any, hidden: Tensor) -> Iterator[list[bool]]:
+    """Make the body return these hidden states; the list records its calls."""
+    calls: list[bool] = []
+    previous = body.__dict__.get("forward")  # accelerate puts its own there
 
-    def forward(*arguments: Any, **settings: Any) -> Any:
-        asked.append(True)
+    def forward(*arguments: Any, **options: Any) -> Any:
+        calls.append(True)
         output.last_hidden_state = hidden
         return output
 
     body.forward = forward
     try:
-        yield asked
+        yield calls
     finally:
         del body.forward
-        if before is not None:
-            body.forward = before
+        if previous is not None:
+            body.forward = previous

@@ -1,4 +1,4 @@
-"""How an answer is drawn: temperature and its like, limits, stop strings; presets by name."""
+"""How an answer is sampled: temperature and related settings, limits, stop strings, and presets by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mergeforge.errors import RecipeError, did_you_mean
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. `temperature` 0: always the likeliest token; `top_k` 0 and `top_p` 1: no limit."""
+    """Sampling settings. `temperature` 0: always the most likely token; `top_k` 0 and `top_p` 1: no limit."""
 
     max_tokens: int = 512
     temperature: float = 0.7
@@ -24,7 +24,7 @@ class Sampling:
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                raise RecipeError(f"{name} {value:g} is not within {low:g} and {high:g}")
+                raise RecipeError(f"{name} {value:g} must be between {low:g} and {high:g}")
 
 
 LIMITS: dict[str, tuple[float, float]] = {
@@ -45,23 +45,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: str) -> Sampling:
     """A preset by name. Raises RecipeError with the nearest name."""
     if name not in PRESETS:
-        raise RecipeError(f"no preset is called '{name}'", hint=did_you_mean(name, PRESETS) or ", ".join(PRESETS))
+        raise RecipeError(f"there is no preset '{name}'", hint=did_you_mean(name, PRESETS) or ", ".join(PRESETS))
     return Sampling(**PRESETS[name])
 
 
-def with_setting(sampling: Sampling, name: str, written: str) -> Sampling:
-    """`sampling` with one setting as a person writes it; `stop` adds a text, `none` empties. Raises RecipeError."""
+def with_setting(sampling: Sampling, name: str, text: str) -> Sampling:
+    """`sampling` with one setting parsed from text; `stop` adds a stop string, `none` clears. Raises RecipeError."""
     known = [*LIMITS, "seed", "stop"]
     if name not in known:
         raise RecipeError(f"there is no setting '{name}'", hint=did_you_mean(name, known) or ", ".join(known))
     if name == "stop":
-        text = written.encode("latin-1", "backslashreplace").decode("unicode_escape")
-        return replace(sampling, stop=() if written == "none" else (*sampling.stop, text))
-    if name == "seed" and written == "none":
+        stop = text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        return replace(sampling, stop=() if text == "none" else (*sampling.stop, stop))
+    if name == "seed" and text == "none":
         return replace(sampling, seed=None)
     kind = float if name in ("temperature", "top_p", "repetition_penalty") else int
     try:
-        value: Any = kind(written)
+        value: Any = kind(text)
         return replace(sampling, **{name: value})
     except ValueError:
-        raise RecipeError(f"{name} {written}: not a{'n integer' if kind is int else ' number'}") from None
+        raise RecipeError(f"{name} {text}: not {'an integer' if kind is int else 'a number'}") from None

@@ -1,4 +1,4 @@
-"""A quick look whether models answer as they should: the same few prompts, greedily, through each."""
+"""A quick check that models answer as they should: the same few prompts, greedily, through each of them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import MergeforgeError, SourceError
-from mergeforge.eval.backend import Answer, Answerer
+from mergeforge.eval.backend import Answer, ModelBackend
 from mergeforge.eval.sampling import Sampling
 
 PROMPTS = (
     "Say hello in one short sentence.",
     "What is two plus two? Answer with the number alone.",
-    "Name three colours of the rainbow.",
+    "Name three colors of the rainbow.",
     "Write one sentence about the sea.",
 )
-SMOKE = Sampling(max_tokens=256, temperature=0)
-REPEATS = 6  # of one stretch of text, one after another at an answer's end, are a loop
-SHORTEST, LONGEST = 40, 400  # characters that the repeats have together at least, and that one has at most
-# What ends turns in the well-known templates: in a text it says that a mark was not taken as one.
-MARKS = (
+SMOKE_SAMPLING = Sampling(max_tokens=256, temperature=0)
+MIN_REPEATS = 6  # consecutive copies of a text at the end of an answer that count as a loop
+MIN_LOOP_CHARS = 40  # that the copies have together
+MAX_COPY_CHARS = 400  # that one copy has
+# Turn markers of well-known templates: in the text of an answer they mean that a special token was not recognized.
+TURN_MARKERS = (
     "<|im_start|>",
     "<|im_end|>",
     "<|eot_id|>",
@@ -41,15 +42,15 @@ MARKS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A check that a model does not pass, and what was seen."""
+    """A check that a model fails, and the evidence."""
 
     check: str
     why: str
 
 
 @dataclass(frozen=True)
-class Smoke:
-    """What one model answered, and the checks that it fails: of the answers, `template`, or `runs`."""
+class SmokeResult:
+    """What one model answered, and the checks that it fails: those of the answers, `template`, or `runs`."""
 
     model: str
     kind: str
@@ -62,7 +63,7 @@ class Smoke:
         return not self.failures
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything for JSON."""
+        """Everything, for JSON."""
         answers = [
             {"prompt": prompt, **asdict(answer)} for prompt, answer in zip(self.prompts, self.answers, strict=True)
         ]
@@ -72,7 +73,7 @@ class Smoke:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models' greedy answers agree: answers that are the same, and share of the text before they part."""
+    """How far the greedy answers of two models agree: equal answers, and the share of the text before they diverge."""
 
     one: str
     other: str
@@ -82,85 +83,91 @@ class Agreement:
 
 
 def smoke(
-    answerer: Answerer,
+    model: ModelBackend,
     prompts: Sequence[str] = PROMPTS,
-    sampling: Sampling = SMOKE,
+    sampling: Sampling = SMOKE_SAMPLING,
     *,
     system: str | None = None,
-) -> Smoke:
-    """Answer each prompt and look at the answers. Temperature is 0 whatever `sampling` says."""
-    before = [{"role": "system", "content": system}] if system else []
+) -> SmokeResult:
+    """Answer each prompt and check the answers. The temperature is always 0."""
+    context = [{"role": "system", "content": system}] if system else []
     greedy = replace(sampling, temperature=0.0)
-    answers = tuple(answerer.reply([*before, {"role": "user", "content": one}], greedy) for one in prompts)
-    failures = list(_failures(answers))
-    if not answerer.template:
-        failures.append(Failure("template", "it has no chat template, so programs guess how to ask it"))
-    return Smoke(answerer.name, answerer.kind, tuple(prompts), answers, tuple(failures))
+    answers = tuple(model.chat([*context, {"role": "user", "content": prompt}], greedy) for prompt in prompts)
+    failures = list(check_answers(answers))
+    if not model.template:
+        failures.append(Failure("template", "it has no chat template, so programs must guess the prompt format"))
+    return SmokeResult(model.name, model.kind, tuple(prompts), answers, tuple(failures))
 
 
-def agreement(one: Smoke, other: Smoke) -> Agreement:
+def agreement(one: SmokeResult, other: SmokeResult) -> Agreement:
     """How far the answers to the same prompts agree."""
     pairs = [(a.text.strip(), b.text.strip()) for a, b in zip(one.answers, other.answers, strict=True)]
-    common = sum(_common(a, b) for a, b in pairs)
+    common = sum(_common_prefix(a, b) for a, b in pairs)
     longest = sum(max(len(a), len(b)) for a, b in pairs)
     same = sum(a == b for a, b in pairs)
     return Agreement(one.model, other.model, same, len(pairs), common / longest if longest else 1.0)
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """A prompt a line; empty lines and those after # are none. Raises SourceError."""
+    """One prompt per line; empty lines and lines that start with # are skipped. Raises SourceError."""
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read: {error}") from None
-    found = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not found:
-        raise SourceError(f"{path} holds no prompts", hint="one a line")
-    return found
+    prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not prompts:
+        raise SourceError(f"{path} holds no prompts", hint="write one per line")
+    return prompts
 
 
-def repeated(text: str) -> str:
-    """What stands again and again at the end of a text; "" where nothing does."""
-    for size in range(1, min(len(text) // REPEATS, LONGEST) + 1):
+def repeated_ending(text: str) -> str:
+    """What is repeated over and over at the end of a text; "" if nothing is."""
+    for size in range(1, min(len(text) // MIN_REPEATS, MAX_COPY_CHARS) + 1):
         part = text[-size:]
-        times = max(REPEATS, -(-SHORTEST // size))
-        if part.strip() and text.endswith(part * times):
+        repeats = max(MIN_REPEATS, -(-MIN_LOOP_CHARS // size))
+        if part.strip() and text.endswith(part * repeats):
             return part
     return ""
 
 
-def _failures(answers: Sequence[Answer]) -> list[Failure]:
-    found = []
-    empty = [at for at, one in enumerate(answers, 1) if not one.text.strip()]
+def check_answers(answers: Sequence[Answer]) -> list[Failure]:
+    """The checks that these answers fail."""
+    failures = []
+    empty = [number for number, answer in enumerate(answers, 1) if not answer.text.strip()]
     if empty:
-        found.append(Failure("not empty", f"the answer to {_places(empty)} is empty"))
-    endless = [at for at, one in enumerate(answers, 1) if one.ended == "length"]
+        failures.append(Failure("not empty", f"the answer to {_prompt_numbers(empty)} is empty"))
+    endless = [number for number, answer in enumerate(answers, 1) if answer.ended == "length"]
     if endless:
-        most = max(answers[at - 1].tokens for at in endless)
-        found.append(Failure("ends by itself", f"the answer to {_places(endless)} does not end in {most} tokens"))
-    loops = {at: part for at, one in enumerate(answers, 1) if (part := repeated(one.text))}
+        tokens = max(answers[number - 1].tokens for number in endless)
+        why = f"the answer to {_prompt_numbers(endless)} does not end within {tokens} tokens"
+        failures.append(Failure("ends by itself", why))
+    loops = {number: part for number, answer in enumerate(answers, 1) if (part := repeated_ending(answer.text))}
     if loops:
-        at, part = next(iter(loops.items()))
-        found.append(
-            Failure("no repetition", f"the answer to {_places(list(loops))} repeats {part[:40]!r} (prompt {at})")
-        )
-    if any(not one.finite for one in answers):
-        found.append(Failure("finite", "probabilities are not numbers (NaN or infinite)"))
-    marks = {mark: None for one in answers for mark in (*one.leaked, *(m for m in MARKS if m in one.text))}
-    if marks:
-        found.append(Failure("no marks in the text", f"answers hold {', '.join(marks)}"))
-    return found
+        number, part = next(iter(loops.items()))
+        why = f"the answer to {_prompt_numbers(list(loops))} repeats {part[:40]!r} (prompt {number})"
+        failures.append(Failure("no repetition", why))
+    if any(not answer.finite for answer in answers):
+        failures.append(Failure("finite", "probabilities are NaN or infinite"))
+    markers = dict.fromkeys(
+        marker
+        for answer in answers
+        for marker in (*answer.leaked, *(marker for marker in TURN_MARKERS if marker in answer.text))
+    )
+    if markers:
+        failures.append(Failure("no marks in the text", f"answers contain {', '.join(markers)}"))
+    return failures
 
 
-def _places(places: Sequence[int]) -> str:
-    numbers = ", ".join(str(at) for at in places)
-    return f"prompt{'s' if len(places) > 1 else ''} {numbers}"
+def _prompt_numbers(numbers: Sequence[int]) -> str:
+    return f"prompt{'s' if len(numbers) > 1 else ''} {', '.join(str(number) for number in numbers)}"
 
 
-def _common(one: str, other: str) -> int:
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _common_prefix(first: str, second: str) -> int:
+    """The length of the common prefix."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def failed(model: str, error: MergeforgeError) -> Smoke:
-    """The outcome of a model that could not be run at all."""
-    return Smoke(model, "", (), (), (Failure("runs", str(error)),))
+def could_not_run(model: str, error: MergeforgeError) -> SmokeResult:
+    """The result of a model that could not be run at all."""
+    return SmokeResult(model, "", (), (), (Failure("runs", str(error)),))

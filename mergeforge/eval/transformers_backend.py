@@ -1,4 +1,4 @@
-"""A transformers model, or one with a PEFT adapter, as an Answerer."""
+"""A transformers model, with or without a PEFT adapter, as a ModelBackend."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ from typing import TYPE_CHECKING
 from mergeforge.data import load_tokenizer
 from mergeforge.errors import SourceError
 from mergeforge.eval import logprobs
-from mergeforge.eval.backend import Answer, Messages, Row, RowScore, Tell
+from mergeforge.eval.backend import Answer, Messages, OnText, ScoredRow, TokenRow, prompt_tokens
 from mergeforge.eval.generate import generate
-from mergeforge.eval.load_transformers import Loaded
-from mergeforge.eval.prompts import prompt_tokens
+from mergeforge.eval.load_transformers import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mergeforge.eval.sampling import Sampling
 
-CONTEXT = 4096  # where the configuration names none
+CONTEXT = 4096  # if the configuration names none
 
 
 @dataclass(frozen=True)
-class TorchModel:
-    """A loaded model under the name that it was asked for; `disabled`: without its adapter."""
+class TransformersModel:
+    """A loaded model and the name it was opened by.
+
+    `adapter_disabled`: run without its adapter; `template_override`: a chat template instead of its own, as `template:`
+    in the settings of training data.
+    """
 
     name: str
-    loaded: Loaded
+    loaded: LoadedModel
     template: str
-    disabled: bool = False
-    asked: str = "auto"  # the template to answer with, as `template:` of the data
+    adapter_disabled: bool = False
+    template_override: str = "auto"
 
     @property
     def kind(self) -> str:
-        return "adapter" if self.loaded.adapter is not None and not self.disabled else "model"
+        return "adapter" if self.loaded.adapter is not None and not self.adapter_disabled else "model"
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -46,44 +49,51 @@ class TorchModel:
         config = self.loaded.model.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or CONTEXT)
 
-    def base(self) -> TorchModel:
-        """The base alone, in the same memory: the adapter is disabled, its new tokens cannot come."""
+    def base(self) -> TransformersModel:
+        """The base model in the same memory: the adapter is disabled, and its new tokens cannot be drawn."""
         if self.loaded.adapter is None:
-            raise SourceError(f"{self.name} is no adapter", hint="a model has no base to compare with")
-        grown = len(self.tokenizer) > self.loaded.rows
-        tokenizer = load_tokenizer(self.loaded.base) if grown else self.tokenizer
-        return replace(self, name=self.loaded.base, loaded=replace(self.loaded, tokenizer=tokenizer), disabled=True)
+            raise SourceError(f"{self.name} is not an adapter", hint="only an adapter has a base to compare with")
+        resized = len(self.tokenizer) > self.loaded.base_vocab_size
+        tokenizer = load_tokenizer(self.loaded.base) if resized else self.tokenizer
+        loaded = replace(self.loaded, tokenizer=tokenizer)
+        return replace(self, name=self.loaded.base, loaded=loaded, adapter_disabled=True)
 
-    def scores(self, rows: Sequence[Row], *, batch: int | None = None) -> Iterator[tuple[int, RowScore]]:
-        """See Answerer."""
-        model = self.loaded.model
-        found = logprobs.scores(model, rows, batch=batch, device=self.loaded.device, vocabulary=self._vocabulary)
+    def score_rows(self, rows: Sequence[TokenRow], *, batch: int | None = None) -> Iterator[tuple[int, ScoredRow]]:
+        """See ModelBackend."""
+        scores = logprobs.score_rows(
+            self.loaded.model, rows, batch=batch, device=self.loaded.device, vocabulary=self._vocabulary
+        )
         while True:
-            with self._adapter():  # not across a yield: who takes the scores may use the adapter meanwhile
-                one = next(found, None)
-            if one is None:
+            with self._adapter():  # not across a yield: the caller may use the adapter in between
+                score = next(scores, None)
+            if score is None:
                 return
-            yield one
+            yield score
 
-    def reply(self, messages: Messages, sampling: Sampling, tell: Tell | None = None) -> Answer:
-        """See Answerer."""
-        return self.answer(prompt_tokens(self.tokenizer, messages, self.asked), sampling, tell)
+    def chat(self, messages: Messages, sampling: Sampling, on_text: OnText | None = None) -> Answer:
+        """See ModelBackend."""
+        return self.generate(prompt_tokens(self.tokenizer, messages, self.template_override), sampling, on_text)
 
-    def answer(self, prompt: Sequence[int], sampling: Sampling, tell: Tell | None = None) -> Answer:
-        """See Answerer."""
-        room = self.context - len(prompt)
+    def generate(self, prompt: Sequence[int], sampling: Sampling, on_text: OnText | None = None) -> Answer:
+        """See ModelBackend."""
         with self._adapter():
             return generate(
-                self.loaded.model, self.tokenizer, prompt, sampling, tell, room=room, vocabulary=self._vocabulary
+                self.loaded.model,
+                self.tokenizer,
+                prompt,
+                sampling,
+                on_text,
+                max_new_tokens=self.context - len(prompt),
+                vocabulary=self._vocabulary,
             )
 
     @property
     def _vocabulary(self) -> int | None:
-        return self.loaded.rows if self.disabled else None
+        return self.loaded.base_vocab_size if self.adapter_disabled else None
 
     @contextmanager
     def _adapter(self) -> Iterator[None]:
-        if not self.disabled:
+        if not self.adapter_disabled:
             yield
             return
         with self.loaded.adapter.disable_adapter():

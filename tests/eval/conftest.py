@@ -1,4 +1,4 @@
-"""Tiny models for evaluation, made once: random ones, an adapter on them, and one that was taught to answer."""
+"""Tiny models for evaluation, created once: a random one, an adapter for it, and one that was taught to answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def adapter(base: Path) -> Path:
-    """A LoRA adapter of `base` by PEFT, with both factors random."""
+    """A LoRA adapter for `base` by PEFT, with both factors random."""
     return make_adapter(base, base.parent / "adapter")
 
 
@@ -44,7 +44,7 @@ def merged(base: Path, adapter: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def taught(base: Path) -> Path:
-    """The tiny Llama, taught the four answers to the prompts of the smoke test; with a chat template and a GGUF."""
+    """The tiny Llama, taught the four answers to the smoke test's prompts, with a chat template and a GGUF."""
     folder = base.parent / "taught"
     teach(base, folder)
     mergeforge.merge(

@@ -1,4 +1,4 @@
-"""Adapters that bring tokens of their own: the base's vocabulary grows for them, and its own answers stay."""
+"""Adapters with new tokens: the base's vocabulary grows for them, and the base's own answers stay the same."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from support.small_models import random_rows
 
 from mergeforge import eval
 from mergeforge.errors import SourceError
-from mergeforge.eval import Row
+from mergeforge.eval import TokenRow
 
 NEW = ["<think>", "</think>"]
-WAYS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "trainable tokens": {"trainable_token_indices": {"embed_tokens": [320, 321], "lm_head": [320, 321]}},
     "modules_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
 }
 
 
 def make(base: Path, folder: Path, rows: int, settings: dict[str, Any]) -> object:
-    """An adapter with two new tokens, as peft saves it; the model that it was saved from."""
+    """Save an adapter with two new tokens by peft; returns the model that it was saved from."""
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,7 +43,7 @@ def make(base: Path, folder: Path, rows: int, settings: dict[str, Any]) -> objec
     return wrapped.eval()
 
 
-def rows_with_new_tokens() -> list[Row]:
+def rows_with_new_tokens() -> list[TokenRow]:
     rows = random_rows(6)
     for row in rows:
         row.tokens[1], row.tokens[-2] = 320, 321
@@ -52,38 +52,38 @@ def rows_with_new_tokens() -> list[Row]:
 
 
 @pytest.mark.parametrize("rows", [322, 384])
-@pytest.mark.parametrize("way", WAYS)
-def test_new_tokens_score_as_in_peft(base: Path, tmp_path: Path, way: str, rows: int) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_new_tokens_score_as_in_peft(base: Path, tmp_path: Path, variant: str, rows: int) -> None:
     from test_logprobs_against_transformers import losses
 
-    wrapped = make(base, tmp_path / "adapter", rows, WAYS[way])
+    wrapped = make(base, tmp_path / "adapter", rows, VARIANTS[variant])
     model = eval.open_model(tmp_path / "adapter")
     data = rows_with_new_tokens()
-    found = eval.evaluate(model, data)
-    assert [row.nll for row in found.rows] == pytest.approx(losses(wrapped, data), rel=1e-5)
+    evaluation = eval.evaluate(model, data)
+    assert [row.nll for row in evaluation.rows] == pytest.approx(losses(wrapped, data), rel=1e-5)
     assert len(model.tokenizer) == 322 and model.tokenizer.encode("<think>") == [320]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_base_is_what_it_was(base: Path, tmp_path: Path, way: str) -> None:
-    make(base, tmp_path / "adapter", 322, WAYS[way])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_base_is_unchanged(base: Path, tmp_path: Path, variant: str) -> None:
+    make(base, tmp_path / "adapter", 322, VARIANTS[variant])
     model = eval.open_model(tmp_path / "adapter")
-    assert isinstance(model, eval.TorchModel)
+    assert isinstance(model, eval.TransformersModel)
     data = random_rows(6)
-    wanted = eval.evaluate(base, data)
-    found = eval.evaluate(model.base(), data)
-    assert [row.nll for row in found.rows] == pytest.approx([row.nll for row in wanted.rows], rel=1e-6)
+    expected = eval.evaluate(base, data)
+    evaluation = eval.evaluate(model.base(), data)
+    assert [row.nll for row in evaluation.rows] == pytest.approx([row.nll for row in expected.rows], rel=1e-6)
     messages = [{"role": "user", "content": "the hen"}]
     greedy = eval.Sampling(12, 0)
-    assert model.base().reply(messages, greedy).text == eval.open_model(base).reply(messages, greedy).text
+    assert model.base().chat(messages, greedy).text == eval.open_model(base).chat(messages, greedy).text
     assert len(model.base().tokenizer) < 322
     with pytest.raises(SourceError, match="token 321"):
         eval.evaluate(model.base(), rows_with_new_tokens())
 
 
-def test_every_load_is_the_same(base: Path, tmp_path: Path) -> None:
-    """Rows that the adapter does not hold start as the mean, not at random."""
-    make(base, tmp_path / "adapter", 384, WAYS["trainable tokens"])
+def test_loading_twice_gives_the_same_scores(base: Path, tmp_path: Path) -> None:
+    """Embedding rows that the adapter does not store start as the mean, not at random."""
+    make(base, tmp_path / "adapter", 384, VARIANTS["trainable tokens"])
     data = rows_with_new_tokens()
     one, two = (eval.evaluate(tmp_path / "adapter", data) for _ in range(2))
     assert [row.nll for row in one.rows] == [row.nll for row in two.rows]

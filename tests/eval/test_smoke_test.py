@@ -1,4 +1,4 @@
-"""eval --smoke: the taught model passes through every back end; each check has a model that fails it."""
+"""eval --smoke: the taught model passes in every backend, and every check has a model that fails it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from support.small_models import ANSWERS, make_adapter
 
 from mergeforge import eval
 from mergeforge.cli import run_command
-from mergeforge.eval import Answer, Smoke
-from mergeforge.eval.smoke_test import PROMPTS, read_prompts, repeated
+from mergeforge.eval import Answer, SmokeResult
+from mergeforge.eval.smoke_test import PROMPTS, check_answers, read_prompts, repeated_ending
 
 STOP = ("--stop", "</output>")
 
 
-def checks(found: Smoke) -> set[str]:
+def checks(found: SmokeResult) -> set[str]:
     return {failure.check for failure in found.failures}
 
 
@@ -40,44 +40,44 @@ def test_folder_adapter_and_gguf_pass_and_agree(
     adapter = make_adapter(taught, tmp_path / "adapter", std=0.0)
     models = [str(adapter), str(taught), str(taught_gguf)]
     assert run_command(["eval", "--smoke", *models, *STOP, "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
-    assert found["ok"] and [one["kind"] for one in found["models"]] == ["adapter", "model", "gguf"]
-    for model in found["models"]:
+    result = json.loads(capfd.readouterr().out)
+    assert result["ok"] and [one["kind"] for one in result["models"]] == ["adapter", "model", "gguf"]
+    for model in result["models"]:
         assert [one["text"].strip() for one in model["answers"]] == [answer.partition("</")[0] for answer in ANSWERS]
         assert [one["ended"] for one in model["answers"]] == ["eos", "eos", "stop", "eos"]
-    assert [(one["same"], one["share"]) for one in found["agreement"]] == [(4, 1.0)] * 2
+    assert [(one["same"], one["share"]) for one in result["agreement"]] == [(4, 1.0)] * 2
 
 
-def test_what_is_printed(taught: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_printed_report(taught: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command(["eval", "--smoke", str(taught), str(base), "gone", "--max-tokens", "12", *STOP]) == 1
-    said = capfd.readouterr().out
-    assert f"FAILS {base} (model)" in said and "FAILS gone" in said and "of 4 answers are the same" in said
-    assert "does not end in 12 tokens" in said and "it has no chat template" in said
+    message = capfd.readouterr().out
+    assert f"FAILS {base} (model)" in message and "FAILS gone" in message and "of 4 answers are equal" in message
+    assert "does not end within 12 tokens" in message and "it has no chat template" in message
 
 
-def test_an_answer_that_never_ends(base: Path) -> None:
-    found = eval.smoke(eval.open_model(base), ["the hen"], eval.Sampling(8, 0))
-    assert {"ends by itself", "template"} <= checks(found)
+def test_answer_that_never_ends(base: Path) -> None:
+    result = eval.smoke(eval.open_model(base), ["the hen"], eval.Sampling(8, 0))
+    assert {"ends by itself", "template"} <= checks(result)
 
 
-def test_no_numbers(taught: Path, tmp_path: Path) -> None:
+def test_nan_weights(taught: Path, tmp_path: Path) -> None:
     broken = changed(taught, tmp_path / "nan", "model.norm.weight", lambda one: one * float("nan"))
-    found = eval.smoke(eval.open_model(broken), PROMPTS[:1], eval.Sampling(4, 0))
-    assert "finite" in checks(found)
+    result = eval.smoke(eval.open_model(broken), PROMPTS[:1], eval.Sampling(4, 0))
+    assert "finite" in checks(result)
     assert not eval.evaluate(broken, taught_rows(taught)).finite
 
 
-def test_a_gguf_without_numbers(taught: Path, tmp_path: Path) -> None:
+def test_gguf_with_infinite_values(taught: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     broken = changed(taught, tmp_path / "nan", "model.norm.weight", lambda one: one * 1e38)
     assert run_command(["gguf", str(broken), "--type", "f32", "--out", str(tmp_path / "nan.gguf"), "-q"]) == 0
     model = eval.open_model(tmp_path / "nan.gguf", tokenizer=str(taught))
-    found = eval.smoke(model, PROMPTS[:1], eval.Sampling(4, 0))
-    assert "finite" in checks(found), found
+    result = eval.smoke(model, PROMPTS[:1], eval.Sampling(4, 0))
+    assert "finite" in checks(result), result
     assert not eval.evaluate(model, taught_rows(taught)).finite
 
 
-def test_an_empty_answer(taught: Path, tmp_path: Path) -> None:
+def test_empty_answer(taught: Path, tmp_path: Path) -> None:
     def only_eos(head: torch.Tensor) -> torch.Tensor:
         head = head.clone()
         head[257] = 0
@@ -87,12 +87,12 @@ def test_an_empty_answer(taught: Path, tmp_path: Path) -> None:
     silent = changed(taught, tmp_path / "silent", "lm_head.weight", only_eos)
     config = json.loads((silent / "generation_config.json").read_text())
     (silent / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [0, 257]}))
-    found = eval.smoke(eval.open_model(silent), PROMPTS[:2])
-    assert checks(found) == {"not empty"} and [one.ended for one in found.answers] == ["eos", "eos"]
+    result = eval.smoke(eval.open_model(silent), PROMPTS[:2])
+    assert checks(result) == {"not empty"} and [one.ended for one in result.answers] == ["eos", "eos"]
 
 
-def test_a_mark_in_the_answer(taught: Path, tmp_path: Path) -> None:
-    """A model whose end of turn is not its EOS goes on past it: the mark is in the answer, though never shown."""
+def test_special_token_in_the_answer(taught: Path, tmp_path: Path) -> None:
+    """A model whose EOS is not its end of turn continues past it: the token leaks into the answer, but is not shown."""
     other = tmp_path / "other"
     shutil.copytree(taught, other)
     for name in ("generation_config.json", "config.json"):
@@ -100,23 +100,21 @@ def test_a_mark_in_the_answer(taught: Path, tmp_path: Path) -> None:
         (other / name).write_text(json.dumps(config | {"eos_token_id": 256}))
     tokenizer = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": "<s>"}))
-    found = eval.smoke(eval.open_model(other), PROMPTS[1:2], eval.Sampling(8, 0))
-    assert "no marks in the text" in checks(found) and found.answers[0].leaked == ("</s>",)
-    assert "</s>" not in found.answers[0].text
+    result = eval.smoke(eval.open_model(other), PROMPTS[1:2], eval.Sampling(8, 0))
+    assert "no marks in the text" in checks(result) and result.answers[0].leaked == ("</s>",)
+    assert "</s>" not in result.answers[0].text
 
 
-def test_marks_that_are_written_out() -> None:
-    from mergeforge.eval.smoke_test import _failures
-
+def test_turn_markers_written_as_text() -> None:
     def answer(text: str, ended: str = "eos") -> Answer:
         return Answer(text, 9, ended, 1, 0.1)
 
-    assert [one.check for one in _failures([answer("ok<|im_end|>\n<|im_start|>user")])] == ["no marks in the text"]
-    assert [one.check for one in _failures([answer("so it is. " * 20, "length")])] == [
+    assert [one.check for one in check_answers([answer("ok<|im_end|>\n<|im_start|>user")])] == ["no marks in the text"]
+    assert [one.check for one in check_answers([answer("so it is. " * 20, "length")])] == [
         "ends by itself",
         "no repetition",
     ]
-    assert not _failures([answer("Fine.")])
+    assert not check_answers([answer("Fine.")])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +130,7 @@ def test_marks_that_are_written_out() -> None:
     ],
 )
 def test_repetition(text: str, part: str) -> None:
-    assert sorted(repeated(text)) == sorted(part)
+    assert sorted(repeated_ending(text)) == sorted(part)
 
 
 def test_prompts_from_a_file(tmp_path: Path) -> None:
@@ -140,7 +138,7 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "p.txt") == ("one", "two")
 
 
-def taught_rows(taught: Path) -> list[eval.Row]:
+def taught_rows(taught: Path) -> list[eval.TokenRow]:
     from support.small_models import random_rows
 
     return random_rows(2)

@@ -1,4 +1,4 @@
-"""How the tests' models are made, and rows of random tokens."""
+"""Creates the small models of the tests, and rows of random tokens."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 
 from mergeforge.data import Example
 from mergeforge.data.chat_templates import PLAIN
-from mergeforge.eval import Row
+from mergeforge.eval import TokenRow
 from mergeforge.eval.smoke_test import PROMPTS
 
-# What the taught model answers to the smoke test's prompts: characters of several bytes, and a stop string.
+# What the taught model answers to the smoke test's prompts: with multi-byte characters and a stop string.
 ANSWERS = ("Hello, née Ünal 😀!", "4", "red, green, blue</output> and more", "The sea is wide.")
 
 
 def make_adapter(base: Path, folder: Path, *, std: float = 0.05, **settings: Any) -> Path:
-    """A LoRA adapter by PEFT, with both factors random (the second of deviation `std`)."""
+    """A LoRA adapter by PEFT with both factors random; B has the standard deviation `std`."""
     import peft
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    asked: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that goes away
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(**(asked | settings)))
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated call of transformers
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**(options | settings)))
     torch.manual_seed(0)
     for name, tensor in wrapped.named_parameters():
         if "lora_B" in name:
@@ -37,7 +37,7 @@ def make_adapter(base: Path, folder: Path, *, std: float = 0.05, **settings: Any
 
 
 def teach(base: Path, folder: Path) -> None:
-    """Train all weights on the answers until they are known by heart."""
+    """Train all weights on the answers until the loss is below 0.05."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -65,10 +65,10 @@ def teach(base: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def random_rows(count: int = 12, longest: int = 90, seed: int = 0) -> list[Row]:
-    """Rows of random tokens; the second half of each counts."""
+def random_rows(count: int = 12, longest: int = 90, seed: int = 0) -> list[TokenRow]:
+    """Rows of random tokens; the second half of each is scored."""
     random = np.random.default_rng(seed)
-    rows: list[Row] = []
+    rows: list[TokenRow] = []
     for length in random.integers(4, longest, count):
         tokens = random.integers(0, 256, length).astype(np.int32)
         labels = tokens.copy()
