@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.gguf_keys import as_read, differences, some
+from support.gguf_keys import as_read, differences, with_prefix
 from support.llama_cpp_tools import convert, needs_converter, read
 from support.tokenizer_folders import config, sentencepiece_model, tokenizer_files, write_model
 
@@ -93,7 +93,7 @@ def test_against_the_converter(tmp_path: Path) -> None:
     assert convert(jobs) == {}
     wrong = {}
     for folder, file, *_ in jobs:
-        theirs = some(read(file).keys, "general.")
+        theirs = with_prefix(read(file).keys, "general.")
         for key in ("architecture", "type", "file_type", "quantization_version"):
             theirs.pop(f"general.{key}")
         shapes = {"token_embd.weight": (420, 32)}

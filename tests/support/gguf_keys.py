@@ -1,4 +1,4 @@
-"""Key/values as a GGUF reader gives them back, so that ours and a file's can be compared."""
+"""Key/values as a GGUF reader returns them, so that ours and those of a file can be compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Key = tuple[tuple[str, ...], Any]
 
 
 def as_read(keys: Mapping[str, Value]) -> dict[str, Key]:
-    """Key -> (type names, value): what reading a file with these keys gives."""
+    """Key -> (type names, value), as read from a file with these keys."""
     return {key: (_types(value), _value(value)) for key, value in keys.items()}
 
 
@@ -24,32 +24,36 @@ def _types(value: Value) -> tuple[str, ...]:
 
 def _value(value: Value) -> Any:
     if value.kind == "array":
-        return [_one(value.items, one) for one in value.value]
-    return _one(value.kind, value.value)
+        return [_item(value.items, item) for item in value.value]
+    return _item(value.kind, value.value)
 
 
-def _one(kind: str, value: Any) -> Any:
+def _item(kind: str, value: Any) -> Any:
     return float(np.float32(value)) if kind == "f32" else value
 
 
-def some(keys: Mapping[str, Key], prefix: str) -> dict[str, Key]:
+def with_prefix(keys: Mapping[str, Key], prefix: str) -> dict[str, Key]:
     return {key: value for key, value in keys.items() if key.startswith(prefix)}
 
 
 def differences(ours: Mapping[str, Key], theirs: Mapping[str, Key]) -> dict[str, str]:
-    """Key -> what differs, short; "order" when only that does. Names of chat templates are a set there."""
-    found: dict[str, str] = {}
+    """Key -> how ours and theirs differ, abridged; "order" if only the order does.
+
+    llama.cpp's converter writes the names of chat templates as a set, so their order does not count.
+    """
+    differing: dict[str, str] = {}
     for key in {**theirs, **ours}:
-        one, two = ours.get(key), theirs.get(key)
-        if key == "tokenizer.chat_templates" and one and two:
-            one, two = (one[0], sorted(one[1])), (two[0], sorted(two[1]))
-        if one != two:
-            found[key] = _shown(one, two)
-    return found or ({} if list(ours) == list(theirs) else {"order": f"{list(ours)} / {list(theirs)}"})
+        our_value, their_value = ours.get(key), theirs.get(key)
+        if key == "tokenizer.chat_templates" and our_value and their_value:
+            our_value, their_value = ((types, sorted(names)) for types, names in (our_value, their_value))
+        if our_value != their_value:
+            differing[key] = _describe(our_value, their_value)
+    return differing or ({} if list(ours) == list(theirs) else {"order": f"{list(ours)} / {list(theirs)}"})
 
 
-def _shown(one: Key | None, two: Key | None) -> str:
-    if one is None or two is None or one[0] != two[0] or not isinstance(one[1], list):
-        return f"ours {str(one)[:200]}, theirs {str(two)[:200]}"
-    at = [i for i, (a, b) in enumerate(zip(one[1], two[1], strict=False)) if a != b][:3]
-    return f"lengths {len(one[1])}, {len(two[1])}; " + "; ".join(f"{i}: {one[1][i]!r}, {two[1][i]!r}" for i in at)
+def _describe(ours: Key | None, theirs: Key | None) -> str:
+    if ours is None or theirs is None or ours[0] != theirs[0] or not isinstance(ours[1], list):
+        return f"ours {str(ours)[:200]}, theirs {str(theirs)[:200]}"
+    items = list(zip(ours[1], theirs[1], strict=False))
+    first = [f"{i}: {a!r}, {b!r}" for i, (a, b) in enumerate(items) if a != b][:3]
+    return f"lengths {len(ours[1])}, {len(theirs[1])}; " + "; ".join(first)

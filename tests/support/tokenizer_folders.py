@@ -1,6 +1,6 @@
-"""Folders of tiny models with tokenizers of every kind; what a test wants to differ, it overwrites.
+"""Folders of tiny models with tokenizers of every kind; a test overrides what it needs to differ.
 
-The weights are one embedding: llama.cpp's converter takes a model with fewer tensors than its config says.
+The weights are a single embedding: llama.cpp's converter accepts a model with fewer tensors than its config implies.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ TEXTS = [
 ]
 
 
-def config(kind: str, rows: int, **changes: Any) -> dict[str, Any]:
-    """config.json of a tiny model; `kind` is its architecture."""
+def config(architecture: str, rows: int, **changes: Any) -> dict[str, Any]:
+    """config.json of a tiny model."""
     sizes = {"vocab_size": rows, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "head_dim": 16}
     model_type = {
@@ -39,12 +39,12 @@ def config(kind: str, rows: int, **changes: Any) -> dict[str, Any]:
         "BertModel": "bert",
         "Phi3ForCausalLM": "phi3",
         "MistralForCausalLM": "mistral",
-    }[kind]
-    return {"architectures": [kind], "model_type": model_type, "rms_norm_eps": 1e-5, **sizes, **changes}
+    }[architecture]
+    return {"architectures": [architecture], "model_type": model_type, "rms_norm_eps": 1e-5, **sizes, **changes}
 
 
 def write_model(folder: Path, settings: Mapping[str, Any], files: Mapping[str, Any]) -> Path:
-    """A model's folder: config.json, an embedding, and the files (objects as JSON, bytes and text as they are)."""
+    """Write a model's folder: config.json, an embedding, and the files (objects as JSON; bytes and text unchanged)."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "embeddings.word_embeddings.weight" if settings["model_type"] == "bert" else "model.embed_tokens.weight"
     rows, columns = settings["vocab_size"], settings["hidden_size"]
@@ -60,19 +60,20 @@ def write_model(folder: Path, settings: Mapping[str, Any], files: Mapping[str, A
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """All files of a folder but its weights, by name."""
-    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path for name, path in found.items() if not name.endswith(".safetensors")}
+    """All files in a folder except the weights, by name."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path for name, path in paths.items() if not name.endswith(".safetensors")}
 
 
-def special(number: int, text: str, *, on: bool = True, normalized: bool = False) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": normalized, "special": on}
-    return {"id": number, "content": text, **flags}
+def added_token(token_id: int, text: str, *, special: bool = True, normalized: bool = False) -> dict[str, Any]:
+    """An entry of tokenizer.json's added_tokens."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": normalized, "special": special}
+    return {"id": token_id, "content": text, **flags}
 
 
 @lru_cache(maxsize=1)
 def sentencepiece_model() -> bytes:
-    """A tiny sentencepiece BPE model with byte fallback, as Llama 2's."""
+    """A tiny sentencepiece BPE model with byte fallback, like Llama 2's."""
     import sentencepiece
 
     out = io.BytesIO()
@@ -95,7 +96,7 @@ def sentencepiece_model() -> bytes:
 
 @lru_cache(maxsize=1)
 def byte_level_model() -> tuple[dict[str, int], list[str]]:
-    """Vocabulary and merges of a byte-level BPE, trained on words as GPT-2 cuts them."""
+    """Vocabulary and merges of a byte-level BPE, trained on words as GPT-2 splits them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -107,22 +108,22 @@ def byte_level_model() -> tuple[dict[str, int], list[str]]:
     return model["vocab"], [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
-def byte_level(
+def byte_level_tokenizer(
     steps: Sequence[Mapping[str, Any]] = (GPT2_BYTE_LEVEL,),
     *,
     added: Sequence[Mapping[str, Any]] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE that splits in these steps; <|end|> is its one added token."""
+    """tokenizer.json of a byte-level BPE that splits in these steps; <|endoftext|> is the default added token."""
     vocab, merges = byte_level_model()
-    end = [special(len(vocab), "<|endoftext|>")]
+    default_added = [added_token(len(vocab), "<|endoftext|>")]
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": list(end if added is None else added),
+        "added_tokens": list(default_added if added is None else added),
         "normalizer": None,
         "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": list(steps)},
         "post_processor": GPT2_BYTE_LEVEL,
@@ -132,40 +133,42 @@ def byte_level(
     }
 
 
-def split(regex: str, behavior: str = "Isolated", invert: bool = False) -> dict[str, Any]:
+def split_step(regex: str, behavior: str = "Isolated", invert: bool = False) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}
 
 
-def template(first: str | None, last: str | None = None, ids: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """A post-processor that puts tokens around a text."""
+def template_processor(
+    first: str | None, last: str | None = None, ids: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """A post-processor that puts tokens before and after a text."""
     texts = [token for token in (first, last) if token]
-    table = {token: {"id": token, "ids": [(ids or {}).get(token, 0)], "tokens": [token]} for token in texts}
+    entries = {token: {"id": token, "ids": [(ids or {}).get(token, 0)], "tokens": [token]} for token in texts}
     start = [{"SpecialToken": {"id": first, "type_id": 0}}] if first else []
     stop = [{"SpecialToken": {"id": last, "type_id": 0}}] if last else []
-    one, two = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    text_a, text_b = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
     return {
         "type": "TemplateProcessing",
-        "single": [*start, one, *stop],
-        "pair": [*start, one, *stop, *start, two, *stop],
-        "special_tokens": table,
+        "single": [*start, text_a, *stop],
+        "pair": [*start, text_a, *stop, *start, text_b, *stop],
+        "special_tokens": entries,
     }
 
 
-def of_sentencepiece(**changes: Any) -> dict[str, Any]:
-    """tokenizer.json as transformers makes it of the sentencepiece model: a merge for each way to make a piece."""
+def sentencepiece_tokenizer(**changes: Any) -> dict[str, Any]:
+    """tokenizer.json as transformers makes it from sentencepiece_model(): a merge for each way to compose a piece."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     pieces = [processor.IdToPiece(i) for i in range(processor.vocab_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = [
-        (processor.GetScore(number), vocab[piece[:at]], vocab[piece[at:]], [piece[:at], piece[at:]])
-        for piece, number in vocab.items()
-        if not (processor.IsControl(number) or processor.IsByte(number) or processor.IsUnknown(number))
+        (processor.GetScore(token_id), vocab[piece[:at]], vocab[piece[at:]], [piece[:at], piece[at:]])
+        for piece, token_id in vocab.items()
+        if not (processor.IsControl(token_id) or processor.IsByte(token_id) or processor.IsUnknown(token_id))
         for at in range(1, len(piece))
         if piece[:at] in vocab and piece[at:] in vocab
     ]
-    merges.sort(key=lambda one: (-one[0], one[1], one[2]))
+    merges.sort(key=lambda merge: (-merge[0], merge[1], merge[2]))
     model = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
     spaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     decoders: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
@@ -174,18 +177,18 @@ def of_sentencepiece(**changes: Any) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [special(number, pieces[number]) for number in range(3)],
+        "added_tokens": [added_token(token_id, pieces[token_id]) for token_id in range(3)],
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaced]},
         "pre_tokenizer": None,
-        "post_processor": template("<s>", ids={"<s>": 1}),
+        "post_processor": template_processor("<s>", ids={"<s>": 1}),
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {**model, "ignore_merges": False, "vocab": vocab, "merges": [one[3] for one in merges]},
+        "model": {**model, "ignore_merges": False, "vocab": vocab, "merges": [merge[3] for merge in merges]},
         **changes,
     }
 
 
-def word_pieces() -> dict[str, Any]:
-    """tokenizer.json of a tiny BERT."""
+def wordpiece_tokenizer() -> dict[str, Any]:
+    """tokenizer.json of a tiny BERT (WordPiece)."""
     texts = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,!?'"]
     texts += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"] + ["the", "quick", "##own", "over"]
     bert = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None}
@@ -195,10 +198,10 @@ def word_pieces() -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [special(i, text) for i, text in enumerate(texts[:5])],
+        "added_tokens": [added_token(i, text) for i, text in enumerate(texts[:5])],
         "normalizer": {**bert, "lowercase": True},
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": template("[CLS]", "[SEP]", ids),
+        "post_processor": template_processor("[CLS]", "[SEP]", ids),
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {**model, "max_input_chars_per_word": 100},
     }

@@ -1,4 +1,4 @@
-"""Chat templates: the default one and named ones, from every place where a model may keep them."""
+"""Chat templates, the default one and named ones, from every file in which a model may store them."""
 
 from __future__ import annotations
 
@@ -10,40 +10,43 @@ from mergeforge.gguf.key_values import Keys, Value, array, string
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.tokenizer.hf_files import read_object, read_text
 
-_NAMED = re.compile(r"additional_chat_templates/([^/]+)\.jinja")
+_NAMED_TEMPLATE = re.compile(r"additional_chat_templates/([^/]+)\.jinja")
 
 
-def template_keys(files: AuxFiles, tokenizer_config: Mapping[str, Any] | None) -> Keys:
-    """tokenizer.chat_template and, for named templates, tokenizer.chat_template.NAME and the list of names.
+def chat_template_keys(paths: AuxFiles, tokenizer_config: Mapping[str, Any] | None) -> Keys:
+    """tokenizer.chat_template; for named templates tokenizer.chat_template.NAME and the list of names.
 
-    tokenizer_config.json's `chat_template` comes before chat_template.jinja, as in llama.cpp's converter.
+    `chat_template` in tokenizer_config.json wins over chat_template.jinja, as in llama.cpp's converter.
     """
-    found = (tokenizer_config or {}).get("chat_template")
-    if found is None:
-        found = _beside(files)
-    if isinstance(found, str):
-        return {"tokenizer.chat_template": string(found)} if found else {}
-    return _named(found) if isinstance(found, list) else {}
+    templates = (tokenizer_config or {}).get("chat_template")
+    if templates is None:
+        templates = _template_files(paths)
+    if isinstance(templates, str):
+        return {"tokenizer.chat_template": string(templates)} if templates else {}
+    return _named_keys(templates) if isinstance(templates, list) else {}
 
 
-def _beside(files: AuxFiles) -> Any:
-    default = read_text(files, "chat_template.jinja")
+def _template_files(paths: AuxFiles) -> Any:
+    """The templates in files of their own, in the form of tokenizer_config.json's `chat_template`."""
+    default = read_text(paths, "chat_template.jinja")
     if default is None:
-        return (read_object(files, "chat_template.json") or {}).get("chat_template")
-    named = [(found[1], name) for name in sorted(files) if (found := _NAMED.fullmatch(name))]
-    if not named:
+        return (read_object(paths, "chat_template.json") or {}).get("chat_template")
+    names = {path: match[1] for path in sorted(paths) if (match := _NAMED_TEMPLATE.fullmatch(path))}
+    if not names:
         return default
-    extra = [{"name": short, "template": read_text(files, name)} for short, name in named]
-    return [{"name": "default", "template": default}, *extra]
+    named = [{"name": name, "template": read_text(paths, path)} for path, name in names.items()]
+    return [{"name": "default", "template": default}, *named]
 
 
-def _named(choices: list[Any]) -> Keys:
+def _named_keys(entries: list[Any]) -> Keys:
     keys: dict[str, Value] = {}
     names: list[str] = []
     default = ""
-    for choice in filter(lambda one: isinstance(one, dict), choices):
-        name = re.sub("[^A-Za-z0-9]", "_", choice.get("name") or "")
-        template = choice.get("template")
+    for entry in entries:
+        if not isinstance(entry, dict):
+            continue
+        name = re.sub("[^A-Za-z0-9]", "_", entry.get("name") or "")
+        template = entry.get("template")
         if name == "default" and template is not None:
             default = template
         elif name and template is not None:

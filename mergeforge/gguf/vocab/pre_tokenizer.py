@@ -1,10 +1,9 @@
-r"""Which pre-tokenizer of llama.cpp splits text as a tokenizer.json does: `tokenizer.ggml.pre`.
+r"""Find the pre-tokenizer of llama.cpp that splits text as a tokenizer.json does: `tokenizer.ggml.pre`.
 
-llama.cpp's converter knows about a hundred tokenizers by the hash of a text tokenised with them, so it
-refuses every tokenizer that was trimmed, extended or trained anew. Here the structure decides: the
-steps of `pre_tokenizer` become a list of regexes in one spelling, and that list is looked up among
-those of the engine (mergeforge.gguf.vocab.pre_tokenizer_table). Nothing is guessed: an unknown list is an error,
-since the engine's `default` would load and tokenise wrongly.
+llama.cpp's converter recognizes about a hundred tokenizers by the hash of a text tokenized with them, so it refuses
+every tokenizer that was trimmed, extended or retrained. Here the structure decides: the steps of `pre_tokenizer` become
+a list of regexes in a canonical form, which is looked up among the engine's (pre_tokenizer_table.py). Nothing is
+guessed: an unknown list is an error, because the engine's `default` would load and then tokenize wrongly.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from mergeforge.gguf.vocab.pre_tokenizer_table import (
     PreTokenizer,
 )
 
-# Spellings of one and the same: tiktoken's, tokenizer.json's and llama.cpp's own.
-_SPELLINGS = (
+# Different ways to write the same regex, in tiktoken, tokenizer.json and llama.cpp: (variant, canonical form).
+_EQUIVALENT_REGEXES = (
     ("\r", r"\r"),
     ("\n", r"\n"),
     ("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", CONTRACTION),
@@ -35,14 +34,14 @@ _SPELLINGS = (
     ("'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])", CONTRACTION),
     (r"\p{N}{1}", r"\p{N}"),
     (r"\/", "/"),
-    (r"]?+\p{L}+", r"]?\p{L}+"),  # possessive, which changes nothing before a disjoint class
+    (r"]?+\p{L}+", r"]?\p{L}+"),  # possessive: no difference before a disjoint class
     (r"]++[\r\n]*", r"]+[\r\n]*"),
 )
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is known of a tokenizer besides its splits; decides between names with the same ones."""
+class TokenizerTraits:
+    """What is known about a tokenizer besides its splits; decides between names with the same splits."""
 
     family: str = ""  # config.json's model_type
     adds_bos: bool = False
@@ -51,77 +50,84 @@ class Wanted:
     roberta: bool = False
 
 
-def asked_for(name: str) -> PreTokenizer:
-    """The pre-tokenizer of a name that the user gave; raises RecipeError for one that the engine lacks."""
+def pre_tokenizer_named(name: str) -> PreTokenizer:
+    """The pre-tokenizer that the user chose by name. Raises RecipeError if the engine has none of that name."""
     if name not in PRE_TOKENIZERS:
-        known = ", ".join(sorted(PRE_TOKENIZERS))
-        hint = did_you_mean(name, PRE_TOKENIZERS) or f"one of {known}"
+        hint = did_you_mean(name, PRE_TOKENIZERS) or f"use one of {', '.join(sorted(PRE_TOKENIZERS))}"
         raise RecipeError(f"llama.cpp has no pre-tokenizer {name!r}", hint=hint)
     return PRE_TOKENIZERS[name]
 
 
-def pre_tokenizer(tokenizer: Mapping[str, Any], wanted: Wanted, file: str) -> PreTokenizer:
-    """The engine's pre-tokenizer that splits as tokenizer.json does. Raises SourceError when none does."""
-    splits = splits_of(tokenizer.get("pre_tokenizer"))
-    alike = [row for row in PRE_TOKENIZERS.values() if row.splits and row.splits == splits]
-    able = [row for row in alike if not row.only_families or wanted.family in row.families or _is(row, wanted)]
-    if not able:
-        raise SourceError(_unknown(splits, file), hint=_hint(splits))
-    return min(able, key=lambda row: _distance(row, wanted))
+def match_pre_tokenizer(tokenizer: Mapping[str, Any], traits: TokenizerTraits, file: str) -> PreTokenizer:
+    """The engine's pre-tokenizer that splits as tokenizer.json does. Raises SourceError if there is none."""
+    splits = split_regexes(tokenizer.get("pre_tokenizer"))
+    matches = [row for row in PRE_TOKENIZERS.values() if row.splits and row.splits == splits]
+    candidates = [
+        row for row in matches if not row.only_families or traits.family in row.families or _is_roberta(row, traits)
+    ]
+    if not candidates:
+        shown = "\n".join(f"    {split}" for split in splits) or "    (no pre_tokenizer)"
+        raise SourceError(
+            f"{file} splits text in a way that no pre-tokenizer of llama.cpp does:\n{shown}",
+            hint=f"the most similar ones are {', '.join(_most_similar(splits))}: if this tokenizer was made from one "
+            "of them, use --pre NAME",
+        )
+    return min(candidates, key=lambda row: _mismatch(row, traits))
 
 
-def unapplied(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Notes on what tokenizer.json does to a text that llama.cpp's BPE does not do.
+def unsupported_step_notes(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Notes on what tokenizer.json does to a text and llama.cpp's BPE does not.
 
-    NFC is not noted: llama.cpp lacks it, and nearly all texts are in it.
+    NFC is left out: llama.cpp lacks it, but nearly all texts are in NFC already.
     """
     normalizer = tokenizer.get("normalizer") or {}
-    found = [one.get("type") for one in normalizer.get("normalizers") or [normalizer]]
-    kinds = [str(kind) for kind in found if kind not in (None, "NFC")]
-    notes = [f"llama.cpp does not normalise text for BPE, tokenizer.json does: {', '.join(kinds)}"] if kinds else []
-    steps = _steps(tokenizer.get("pre_tokenizer"))
+    types = [step.get("type") for step in normalizer.get("normalizers") or [normalizer]]
+    names = [str(name) for name in types if name not in (None, "NFC")]
+    notes = [f"tokenizer.json normalizes text ({', '.join(names)}); llama.cpp's BPE does not"] if names else []
+    steps = _flatten(tokenizer.get("pre_tokenizer"))
     if any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in steps):
-        notes.append("tokenizer.json puts a space before a text, llama.cpp's BPE does not")
+        notes.append("tokenizer.json puts a space before a text; llama.cpp's BPE does not")
     return notes
 
 
-def _is(row: PreTokenizer, wanted: Wanted) -> bool:
-    return row.name == "roberta-bpe" and wanted.roberta
+def _is_roberta(row: PreTokenizer, traits: TokenizerTraits) -> bool:
+    return row.name == "roberta-bpe" and traits.roberta
 
 
-def _distance(row: PreTokenizer, wanted: Wanted) -> int:
-    """How much of the tokenizer a name gets wrong; the first of the least is taken.
+def _mismatch(row: PreTokenizer, traits: TokenizerTraits) -> int:
+    """How much of the tokenizer this name gets wrong. The first name with the smallest mismatch is used.
 
-    A BOS can be set right by a key of its own, so it weighs less than merges that are not ignored.
-    Where tokenizer.json does not ignore merges but the engine would, that is Llama 3 saved by an old
-    transformers: BOS tells.
+    A key of its own can correct BOS, so BOS weighs less than merges that the engine would not ignore. Where the engine
+    would ignore merges and tokenizer.json does not, the tokenizer is Llama 3's, saved by an old transformers: then BOS
+    decides.
     """
-    merges = 40 if wanted.ignore_merges and not row.ignore_merges else 0
-    merges += 10 if row.ignore_merges and not wanted.ignore_merges else 0
-    bos = 20 if row.bos != wanted.adds_bos else 0
-    family = 0 if wanted.family in row.families or _is(row, wanted) else 5
-    return merges + bos + family + (2 if wanted.clean_spaces not in (None, row.clean_spaces) else 0)
+    merges = 40 if traits.ignore_merges and not row.ignore_merges else 0
+    merges += 10 if row.ignore_merges and not traits.ignore_merges else 0
+    bos = 20 if row.bos != traits.adds_bos else 0
+    family = 0 if traits.family in row.families or _is_roberta(row, traits) else 5
+    return merges + bos + family + (2 if traits.clean_spaces not in (None, row.clean_spaces) else 0)
 
 
-def splits_of(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The regexes by which a `pre_tokenizer` splits, in one spelling; what is no regex as `<Type ...>`."""
-    steps = _steps(pre_tokenizer)
-    splits = tuple(split for step in steps if (split := _split(step)))
+def split_regexes(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The regexes by which a `pre_tokenizer` splits, in canonical form; a step that is no regex as `<Type ...>`."""
+    steps = _flatten(pre_tokenizer)
+    splits = tuple(split for step in steps if (split := _split_regex(step)))
     if not any(step.get("type") == "ByteLevel" for step in steps):
         splits += ("<no ByteLevel>",)
     return splits
 
 
-def _steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def _flatten(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a nested Sequence in order."""
     if step is None:
         return []
     if step.get("type") != "Sequence":
         return [step]
-    return [inner for one in step.get("pretokenizers") or () for inner in _steps(one)]
+    return [inner for child in step.get("pretokenizers") or () for inner in _flatten(child)]
 
 
-def _split(step: Mapping[str, Any]) -> str:
-    """One step as a regex; "" for a step that does not split."""
+def _split_regex(step: Mapping[str, Any]) -> str:
+    """A step as a regex; "" for a step that does not split."""
     kind = step.get("type")
     if kind == "ByteLevel":
         return GPT2 if step.get("use_regex", True) else ""
@@ -129,32 +135,30 @@ def _split(step: Mapping[str, Any]) -> str:
         return DIGIT if step.get("individual_digits") else DIGITS
     if kind == "Punctuation" and step.get("behavior", "Isolated") == "Contiguous":
         return PUNCTUATION
-    if kind == "Split" and _keeps_all(step):
+    if kind == "Split" and _keeps_all_text(step):
         pattern = step["pattern"]
-        return canonical(pattern["Regex"]) if "Regex" in pattern else re.escape(pattern["String"])
+        return canonical_regex(pattern["Regex"]) if "Regex" in pattern else re.escape(pattern["String"])
     return "<" + " ".join(f"{key}={value!r}" if key != "type" else str(value) for key, value in step.items()) + ">"
 
 
-def _keeps_all(step: Mapping[str, Any]) -> bool:
-    """Whether a Split only cuts: matches isolated, or (the same for a regex that matches all) the rest removed."""
+def _keeps_all_text(step: Mapping[str, Any]) -> bool:
+    """Whether a Split only cuts: matches are isolated, or the rest is removed (the same if the regex matches all)."""
     return (step.get("behavior"), bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
 
 
-def canonical(regex: str) -> str:
-    """A regex in the spelling of the table."""
-    for other, ours in _SPELLINGS:
-        regex = regex.replace(other, ours)
+def canonical_regex(regex: str) -> str:
+    """A regex as the table writes it."""
+    for variant, canonical in _EQUIVALENT_REGEXES:
+        regex = regex.replace(variant, canonical)
     return regex
 
 
-def _unknown(splits: tuple[str, ...], file: str) -> str:
-    shown = "\n".join(f"    {split}" for split in splits) or "    (no pre_tokenizer)"
-    return f"{file} splits text as no pre-tokenizer of llama.cpp does:\n{shown}"
-
-
-def _hint(splits: tuple[str, ...]) -> str:
+def _most_similar(splits: tuple[str, ...]) -> list[str]:
+    """The names of the three pre-tokenizers with the most similar regexes."""
     text = "\n".join(splits)
-    rows = {row.splits: row.name for row in reversed(PRE_TOKENIZERS.values()) if row.splits}
-    near = sorted(rows, key=lambda row: -SequenceMatcher(None, "\n".join(row), text, autojunk=False).ratio())
-    names = ", ".join(rows[one] for one in near[:3])
-    return f"the nearest are {names}: if the model was made with one of them, give --pre NAME"
+    names = {row.splits: row.name for row in reversed(PRE_TOKENIZERS.values()) if row.splits}
+
+    def similarity(candidate: tuple[str, ...]) -> float:
+        return SequenceMatcher(None, "\n".join(candidate), text, autojunk=False).ratio()
+
+    return [names[candidate] for candidate in sorted(names, key=similarity, reverse=True)[:3]]

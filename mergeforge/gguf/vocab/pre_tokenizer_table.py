@@ -1,12 +1,12 @@
-r"""What every `tokenizer.ggml.pre` makes llama.cpp do (src/llama-vocab.cpp of b11549): how it splits text.
+r"""How llama.cpp splits text for every `tokenizer.ggml.pre` (src/llama-vocab.cpp, b11549).
 
-One row a name. `splits`: the regexes that cut a text one after another, in the canonical spelling of
-mergeforge.gguf.vocab.pre_tokenizer; () where the name has code of its own that no tokenizer.json can be compared
-with, so it can only be asked for. Names with equal rows are the same to the engine; `families` are the
-model types whose files llama.cpp's converter gives that name, which decides between equals.
+One row per name. `splits`: the regexes that cut a text one after another, in the canonical form of pre_tokenizer.py; ()
+if llama.cpp has custom code for the name, which no tokenizer.json can be compared with, so only the user can choose it.
+Names with equal rows are the same to the engine. `families`: the model types whose files get that name from llama.cpp's
+converter, which decides between equal rows.
 """
 
-# ruff: noqa: RUF001  (look-alike letters are what these regexes are about)
+# ruff: noqa: RUF001  (these regexes need the look-alike letters)
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -68,10 +68,10 @@ LOOK_AHEAD_THREES = r"\d{1,3}(?=(?:\d{3})*\b)"
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """A name that the engine knows, and what it does under it.
+    """A name that the engine knows, and what the engine does under it.
 
-    `ignore_merges`: a word that is a token is that token. `bos`: BOS is added unless the file says not.
-    `clean_spaces`: spaces before punctuation vanish when tokens become text.
+    `ignore_merges`: a word that is a token becomes that token, whatever the merges say. `bos`: BOS is added unless the
+    file says otherwise. `clean_spaces`: spaces before punctuation are removed when tokens become text.
     """
 
     name: str
@@ -80,18 +80,18 @@ class PreTokenizer:
     ignore_merges: bool = False
     bos: bool = False
     clean_spaces: bool = False
-    only_families: bool = False  # never chosen for other models: it means more than its splits
+    only_families: bool = False  # never matched for other families: the name implies more than the splits
 
 
 def _row(name: str, *splits: str, families: str = "", flags: str = "") -> PreTokenizer:
-    """`flags`: i ignore_merges, b bos, c clean_spaces, o only_families."""
-    on = {
+    """`flags`: i = ignore_merges, b = bos, c = clean_spaces, o = only_families."""
+    options = {
         "ignore_merges": "i" in flags,
         "bos": "b" in flags,
         "clean_spaces": "c" in flags,
         "only_families": "o" in flags,
     }
-    return PreTokenizer(name, splits, tuple(families.split()), **on)
+    return PreTokenizer(name, splits, tuple(families.split()), **options)
 
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {

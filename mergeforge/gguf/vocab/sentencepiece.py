@@ -1,8 +1,7 @@
-"""tokenizer.model: a sentencepiece model, which is a protobuf message. Only what GGUF wants is read.
+"""Read tokenizer.model, a sentencepiece model, without the sentencepiece or protobuf packages.
 
-Field numbers are those of sentencepiece_model.proto: ModelProto {1 pieces, 2 trainer_spec,
-3 normalizer_spec}, SentencePiece {1 piece, 2 score, 3 type}. Reading them by hand (a varint, a tag,
-three wire types) spares a dependency on protobuf and on sentencepiece.
+The file is a protobuf message. Only what GGUF needs is read. The field numbers are those of sentencepiece_model.proto:
+ModelProto {1 pieces, 2 trainer_spec, 3 normalizer_spec}, SentencePiece {1 piece, 2 score, 3 type}.
 """
 
 from __future__ import annotations
@@ -15,49 +14,49 @@ from mergeforge.errors import SourceError
 from mergeforge.gguf.vocab.tokens import NORMAL, USER_DEFINED
 from mergeforge.io.aux_files import AuxFile
 
-UNIGRAM, BPE = 1, 2
+UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A token: its text, score and type, the types being GGUF's."""
+class SentencePiece:
+    """A token of a sentencepiece model; `token_type` is numbered as in GGUF."""
 
     text: str
     score: float
-    kind: int
+    token_type: int
 
 
 @dataclass(frozen=True)
-class PieceModel:
-    """A sentencepiece model; `charsmap` is the normalizer's compiled map of characters."""
+class SentencePieceModel:
+    """A sentencepiece model. `algorithm`: UNIGRAM or BPE; `charsmap`: the normalizer's compiled character map."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SentencePiece, ...]
     algorithm: int
     charsmap: bytes
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
 
 
-def piece_model(path: AuxFile) -> PieceModel:
+def read_sentencepiece(path: AuxFile) -> SentencePieceModel:
     """Read a sentencepiece model. Raises SourceError."""
     try:
-        return _model(path.read_bytes())
+        return _parse_model(path.read_bytes())
     except (OSError, ValueError, IndexError, struct.error) as error:
         raise SourceError(
             f"{path} is not a sentencepiece model: {error}",
-            hint="a file of a few hundred bytes is a Git LFS pointer: fetch the real one, or delete it to use "
-            "tokenizer.json",
+            hint="if the file has only a few hundred bytes, it is a Git LFS pointer: download the real file, or delete "
+            "the pointer so that tokenizer.json is used",
         ) from error
 
 
-def _model(data: bytes) -> PieceModel:
+def _parse_model(data: bytes) -> SentencePieceModel:
     fields = list(_fields(data))
-    pieces = tuple(_piece(value) for number, value in fields if number == 1 and isinstance(value, bytes))
+    pieces = tuple(_parse_piece(value) for number, value in fields if number == 1 and isinstance(value, bytes))
     if not pieces:
-        raise ValueError("it holds no pieces")
-    trainer, normalizer = (_last(fields, number) for number in (2, 3))
+        raise ValueError("it contains no pieces")
+    trainer, normalizer = (_last_message(fields, number) for number in (2, 3))
     charsmap = normalizer.get(2, b"")
-    return PieceModel(
+    return SentencePieceModel(
         pieces,
         algorithm=int(trainer.get(3, UNIGRAM)),
         charsmap=charsmap if isinstance(charsmap, bytes) else b"",
@@ -66,51 +65,54 @@ def _model(data: bytes) -> PieceModel:
     )
 
 
-def _piece(data: bytes) -> Piece:
+def _parse_piece(data: bytes) -> SentencePiece:
     fields = dict(_fields(data))
-    text, kind = fields.get(1, b""), fields.get(3, NORMAL)
+    text, token_type = fields.get(1, b""), fields.get(3, NORMAL)
     assert isinstance(text, bytes)
-    # llama.cpp's converter takes sentencepiece's own user-defined pieces for normal ones.
-    return Piece(text.decode("utf-8"), float(fields.get(2, 0.0)), NORMAL if kind == USER_DEFINED else int(kind))
+    # llama.cpp's converter writes sentencepiece's own user-defined pieces as normal tokens.
+    token_type = NORMAL if token_type == USER_DEFINED else int(token_type)
+    return SentencePiece(text.decode("utf-8"), float(fields.get(2, 0.0)), token_type)
 
 
-def _last(fields: list[tuple[int, int | float | bytes]], wanted: int) -> dict[int, int | float | bytes]:
-    found = [value for number, value in fields if number == wanted and isinstance(value, bytes)]
-    return dict(_fields(found[-1])) if found else {}
+def _last_message(fields: list[tuple[int, int | float | bytes]], number: int) -> dict[int, int | float | bytes]:
+    """The fields of the last submessage with this number: protobuf lets the last one win."""
+    messages = [value for field, value in fields if field == number and isinstance(value, bytes)]
+    return dict(_fields(messages[-1])) if messages else {}
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """(number, value) of every field of a message; raises ValueError at anything else."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        wire, number = tag & 7, tag >> 3
-        if wire == 0:
-            value, at = _varint(data, at)
+    """The (number, value) of every field of a protobuf message. Raises ValueError if `data` is not one."""
+    offset = 0
+    while offset < len(data):
+        tag, offset = _varint(data, offset)
+        wire_type, number = tag & 7, tag >> 3
+        if wire_type == 0:
+            value, offset = _varint(data, offset)
             yield number, value
-        elif wire == 5:
-            yield number, struct.unpack_from("<f", data, at)[0]
-            at += 4
-        elif wire == 1:
-            yield number, struct.unpack_from("<d", data, at)[0]
-            at += 8
-        elif wire == 2:
-            size, at = _varint(data, at)
-            if at + size > len(data):
+        elif wire_type == 5:
+            yield number, struct.unpack_from("<f", data, offset)[0]
+            offset += 4
+        elif wire_type == 1:
+            yield number, struct.unpack_from("<d", data, offset)[0]
+            offset += 8
+        elif wire_type == 2:
+            size, offset = _varint(data, offset)
+            if offset + size > len(data):
                 raise ValueError("it ends inside a field")
-            yield number, data[at : at + size]
-            at += size
+            yield number, data[offset : offset + size]
+            offset += size
         else:
-            raise ValueError(f"wire type {wire} at byte {at}")
+            raise ValueError(f"unknown wire type {wire_type} at byte {offset}")
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, offset: int) -> tuple[int, int]:
+    """A variable-length integer, and the offset after it."""
     value = shift = 0
     while True:
-        byte = data[at]
+        byte = data[offset]
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+        offset, shift = offset + 1, shift + 7
         if byte < 0x80:
-            return value, at
+            return value, offset
         if shift > 63:
-            raise ValueError(f"an endless number at byte {at}")
+            raise ValueError(f"a varint before byte {offset} has more than 10 bytes")

@@ -1,4 +1,4 @@
-"""The tokenizer files of one model, read and put together."""
+"""The tokenizer files of one model, each read at most once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.vocab.bpe import merges_of_text
-from mergeforge.gguf.vocab.sentencepiece import PieceModel, piece_model
+from mergeforge.gguf.vocab.sentencepiece import SentencePieceModel, read_sentencepiece
+from mergeforge.gguf.vocab.tokens import check_rows
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.tokenizer.hf_files import AddedToken, added_tokens, named_tokens, read_object, read_text
 
@@ -18,78 +18,90 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a model's tokenizer files say, its config.json, and the rows of its token embedding."""
+    """A model's tokenizer files, its config.json, and the number of rows of its token embedding.
 
-    files: AuxFiles
+    `pre`: the pre-tokenizer's name, if the user set one.
+    """
+
+    paths: AuxFiles
     config: Mapping[str, Any]
     rows: int
     pre: str | None = None
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
-        return read_object(self.files, "tokenizer_config.json") or {}
+        return read_object(self.paths, "tokenizer_config.json") or {}
 
     @cached_property
     def special_map(self) -> dict[str, Any]:
-        return read_object(self.files, "special_tokens_map.json") or {}
+        """special_tokens_map.json."""
+        return read_object(self.paths, "special_tokens_map.json") or {}
 
     @cached_property
     def added_json(self) -> dict[str, Any]:
-        return read_object(self.files, "added_tokens.json") or {}
+        """added_tokens.json."""
+        return read_object(self.paths, "added_tokens.json") or {}
 
     @cached_property
     def hparams(self) -> dict[str, Any]:
-        """config.json with its text_config, if any, on top."""
+        """config.json; its text_config, if there is one, wins."""
         return {**self.config, **(self.config.get("text_config") or {})}
 
     @property
     def family(self) -> str:
+        """config.json's model_type."""
         return str(self.hparams.get("model_type") or "")
 
+    @property
+    def tokenizer_class(self) -> str:
+        """tokenizer_config.json's tokenizer_class without `Fast`."""
+        return str(self.tokenizer_config.get("tokenizer_class") or "").removesuffix("Fast")
+
     @cached_property
-    def pieces(self) -> PieceModel | None:
-        return piece_model(self.files["tokenizer.model"]) if "tokenizer.model" in self.files else None
+    def sentencepiece(self) -> SentencePieceModel | None:
+        """tokenizer.model, if there is one."""
+        return read_sentencepiece(self.paths["tokenizer.model"]) if "tokenizer.model" in self.paths else None
 
     @cached_property
     def tokenizer_json(self) -> dict[str, Any] | None:
-        """tokenizer.json, when there is one."""
-        found = read_object(self.files, "tokenizer.json")
-        if found is not None and not (isinstance(found.get("model"), dict) and found["model"].get("vocab")):
-            raise SourceError(f"{self.files['tokenizer.json']} has no model.vocab", hint="save the tokenizer again")
-        return found
+        """tokenizer.json, if there is one."""
+        content = read_object(self.paths, "tokenizer.json")
+        if content is not None and not (isinstance(content.get("model"), dict) and content["model"].get("vocab")):
+            raise SourceError(
+                f"{self.paths['tokenizer.json']} has no model.vocab",
+                hint="save the tokenizer again with transformers, or copy tokenizer.json from the base model",
+            )
+        return content
 
     @cached_property
     def tokenizer(self) -> dict[str, Any]:
-        """tokenizer.json, or what vocab.json and merges.txt say in its form. Raises SourceError without either."""
-        found = self.tokenizer_json if self.tokenizer_json is not None else self._of_vocab_and_merges()
-        if found is None:
+        """tokenizer.json, or vocab.json and merges.txt in the same form. Raises SourceError if there is neither."""
+        tokenizer = self.tokenizer_json if self.tokenizer_json is not None else self._from_vocab_and_merges()
+        if tokenizer is None:
             raise SourceError(
-                f"the model has no tokenizer: none of tokenizer.json, tokenizer.model, vocab.json with merges.txt "
-                f"is among its files ({', '.join(sorted(self.files)) or 'there are none'})",
-                hint="copy the base model's tokenizer files beside config.json",
+                "the model has no tokenizer: its folder has neither tokenizer.json, nor tokenizer.model, nor "
+                f"vocab.json with merges.txt (it has {', '.join(sorted(self.paths)) or 'no such files at all'})",
+                hint="copy the base model's tokenizer files into the model's folder",
             )
-        if not found["model"].get("merges") and "merges.txt" in self.files:
-            found["model"]["merges"] = merges_of_text(read_text(self.files, "merges.txt") or "")
-        return found
+        if not tokenizer["model"].get("merges") and "merges.txt" in self.paths:
+            tokenizer["model"]["merges"] = _parse_merges(read_text(self.paths, "merges.txt") or "")
+        return tokenizer
 
-    def _of_vocab_and_merges(self) -> dict[str, Any] | None:
-        vocab = read_object(self.files, "vocab.json")
-        if vocab is None or "merges.txt" not in self.files:
+    def _from_vocab_and_merges(self) -> dict[str, Any] | None:
+        vocab = read_object(self.paths, "vocab.json")
+        if vocab is None or "merges.txt" not in self.paths:
             return None
-        listed = self.tokenizer_config.get("added_tokens_decoder") or {}
-        texts = {**{text: int(number) for text, number in self.added_json.items()}}
-        texts |= {entry["content"]: int(number) for number, entry in listed.items()}
+        decoder_entries = self.tokenizer_config.get("added_tokens_decoder") or {}
+        added_ids = {text: int(token_id) for text, token_id in self.added_json.items()}
+        added_ids |= {entry["content"]: int(token_id) for token_id, entry in decoder_entries.items()}
+        tokenizer_class = self.tokenizer_class or ("GPT2Tokenizer" if self.family == "gpt2" else "")
         return {
-            "added_tokens": [{"id": number, "content": text} for text, number in texts.items()],
-            "pre_tokenizer": _BYTE_LEVEL if self._says_gpt2() else None,
+            "added_tokens": [{"id": token_id, "content": text} for text, token_id in added_ids.items()],
+            "pre_tokenizer": _BYTE_LEVEL if tokenizer_class == "GPT2Tokenizer" else None,
             "decoder": _BYTE_LEVEL,
             "post_processor": _BYTE_LEVEL,
             "model": {"type": "BPE", "vocab": vocab, "merges": []},
         }
-
-    def _says_gpt2(self) -> bool:
-        name = self.tokenizer_config.get("tokenizer_class") or ("GPT2Tokenizer" if self.family == "gpt2" else "")
-        return str(name).removesuffix("Fast") == "GPT2Tokenizer"
 
     @cached_property
     def added(self) -> dict[int, AddedToken]:
@@ -101,10 +113,28 @@ class TokenizerFiles:
         return {token.number: token for token in tokens.values()}
 
     @cached_property
-    def named(self) -> set[str]:
-        """The texts of the tokens that the configuration names."""
+    def named_texts(self) -> set[str]:
+        """The texts of the special tokens that the configuration names."""
         return named_tokens(self.tokenizer_config, self.special_map).texts
 
+    def model_texts(self) -> dict[int, str]:
+        """The texts of the tokenizer's model by id, without added tokens.
+
+        Raises SourceError if the token embedding has no row for one of them or for a token in `added_tokens`.
+        """
+        texts = {token_id: text for text, token_id in self.tokenizer["model"]["vocab"].items()}
+        stored = {token_id: token.text for token_id, token in self.added.items() if token.stored}
+        check_rows({**texts, **stored}, self.rows, self.tokenizer_name)
+        return texts
+
+    @property
     def tokenizer_name(self) -> str:
-        """Which file an error should name."""
-        return str(self.files.get("tokenizer.json") or self.files.get("vocab.json") or "tokenizer.json")
+        """The file to name in an error about `tokenizer`."""
+        return str(self.paths.get("tokenizer.json") or self.paths.get("vocab.json") or "tokenizer.json")
+
+
+def _parse_merges(content: str) -> list[str]:
+    """The merges in a merges.txt: one pair per line, after an optional first line that starts with #."""
+    lines = content.splitlines()
+    pairs = [line.split() for line in (lines[1:] if lines and lines[0].startswith("#") else lines)]
+    return [" ".join(pair) for pair in pairs if len(pair) == 2]

@@ -1,4 +1,4 @@
-"""tokenizer.* keys against llama.cpp's converter: names, order, types and values, for every kind of tokenizer."""
+"""The tokenizer.* keys equal those of llama.cpp's converter: names, order, types and values, for every kind."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.gguf_keys import as_read, differences, some
+from support.gguf_keys import as_read, differences, with_prefix
 from support.llama_cpp_tools import TREE, convert, needs_converter, read
-from support.pre_tokenizer_splits import steps_of
-from support.special_token_cases import BASE, Case, any_case, listed
+from support.pre_tokenizer_splits import pre_tokenizer_steps
+from support.special_token_cases import BASE, Case, decoder_entries, random_case
 from support.tokenizer_folders import (
-    byte_level,
+    added_token,
     byte_level_model,
+    byte_level_tokenizer,
     config,
-    of_sentencepiece,
     sentencepiece_model,
-    special,
-    template,
+    sentencepiece_tokenizer,
+    template_processor,
     tokenizer_files,
-    word_pieces,
+    wordpiece_tokenizer,
     write_model,
 )
 
@@ -30,35 +30,39 @@ pytestmark = needs_converter
 PIECES = 420
 
 
-def compared(cases: Mapping[str, Case], root: Path) -> dict[str, dict[str, str]]:
-    """Convert all cases at once; the differences of each that has any."""
+def differences_by_case(cases: Mapping[str, Case], root: Path) -> dict[str, dict[str, str]]:
+    """Convert all cases in one run; the differences of each case that has any."""
     jobs = [
         (write_model(root / name, case.settings, case.files), root / f"{name}.gguf", "f16", case.pre or "")
         for name, case in cases.items()
     ]
     assert convert(jobs) == {}
-    found = {}
+    by_case = {}
     for (name, case), (folder, file, *_) in zip(cases.items(), jobs, strict=True):
         settings = {**case.settings, **({"model_type": case.family} if case.family else {})}
         rows = int(settings["vocab_size"])
         keys = vocabulary(tokenizer_files(folder), settings, case.kind, rows=rows, pre=case.pre).keys
-        ours, theirs = as_read(keys), some(read(file).keys, "tokenizer.")
-        for key in case.better:
+        ours, theirs = as_read(keys), with_prefix(read(file).keys, "tokenizer.")
+        for key in case.improved_keys:
             ours.pop(key, None)
             theirs.pop(key, None)
-        if wrong := differences(ours, theirs):
-            found[name] = wrong
-    return found
+        if differing := differences(ours, theirs):
+            by_case[name] = differing
+    return by_case
 
 
-OWN = listed(special(0, "<unk>"), special(1, "<s>"), special(2, "</s>"))
-MORE = listed(special(PIECES, "<|im_start|>", on=False), special(PIECES + 1, "▁▁x", on=False), special(9, "<new>"))
+OWN_TOKENS = decoder_entries(added_token(0, "<unk>"), added_token(1, "<s>"), added_token(2, "</s>"))
+FURTHER_TOKENS = decoder_entries(
+    added_token(PIECES, "<|im_start|>", special=False),
+    added_token(PIECES + 1, "▁▁x", special=False),
+    added_token(9, "<new>"),
+)
 GEMMA = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.0, "sliding_window": 8}
 PHI = {"sliding_window": None, "original_max_position_embeddings": 64}
 
 
-def with_pieces() -> dict[str, Case]:
-    """tokenizer.model with padding, added tokens of both files, special tokens, in four families."""
+def cases_with_tokenizer_model() -> dict[str, Case]:
+    """tokenizer.model with padding, added tokens from both files and special tokens, in five families."""
     model = {"tokenizer.model": sentencepiece_model()}
     names = {"add_bos_token": True, "add_eos_token": False, "bos_token": "<s>"}
     return {
@@ -74,12 +78,12 @@ def with_pieces() -> dict[str, Case]:
         ),
         "listed": Case(
             config("LlamaForCausalLM", PIECES + 12, bos_token_id=1, eos_token_id=2, pad_token_id=5000),
-            {**model, "tokenizer_config.json": {"added_tokens_decoder": {**OWN, **MORE}}},
+            {**model, "tokenizer_config.json": {"added_tokens_decoder": {**OWN_TOKENS, **FURTHER_TOKENS}}},
             "llama",
         ),
         "with-json": Case(
             config("LlamaForCausalLM", PIECES),
-            {**model, "tokenizer.json": of_sentencepiece(), "tokenizer_config.json": {"eos_token": "</s>"}},
+            {**model, "tokenizer.json": sentencepiece_tokenizer(), "tokenizer_config.json": {"eos_token": "</s>"}},
             "llama",
         ),
         "gemma2": Case(config("Gemma2ForCausalLM", PIECES + 2, **GEMMA), model, "gemma"),
@@ -88,8 +92,13 @@ def with_pieces() -> dict[str, Case]:
             config("Phi3ForCausalLM", PIECES + 12, bos_token_id=1, **PHI),
             {
                 **model,
-                "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": {**OWN, **MORE}},
-                "tokenizer.json": of_sentencepiece(added_tokens=[special(7, "<|x|>", on=False), special(8, "<y>")]),
+                "tokenizer_config.json": {
+                    "tokenizer_class": "LlamaTokenizer",
+                    "added_tokens_decoder": {**OWN_TOKENS, **FURTHER_TOKENS},
+                },
+                "tokenizer.json": sentencepiece_tokenizer(
+                    added_tokens=[added_token(7, "<|x|>", special=False), added_token(8, "<y>")]
+                ),
             },
             "phi3",
         ),
@@ -97,43 +106,52 @@ def with_pieces() -> dict[str, Case]:
     }
 
 
-def without_pieces() -> dict[str, Case]:
-    """tokenizer.json alone: all but the scores, which are better, is as the converter writes it."""
+def cases_without_tokenizer_model() -> dict[str, Case]:
+    """tokenizer.json alone: equal to the converter's except for the scores, which are better."""
     settings = config("LlamaForCausalLM", PIECES + 1, bos_token_id=1, eos_token_id=2)
-    added = [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>"), special(PIECES, "<tool>", on=False)]
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_prefix_space": True}
-    files = {"tokenizer.json": of_sentencepiece(added_tokens=added), "tokenizer_config.json": names}
-    return {"rebuilt": Case(settings, files, "llama", better=("tokenizer.ggml.scores",))}
-
-
-def with_added_tokens() -> dict[str, Case]:
-    """Padding, ids with holes, normalised or not, special-looking, named by tokenizer_config.json only."""
     added = [
-        special(BASE, "<|endoftext|>"),
-        special(BASE + 1, "ĠĠ x", on=False),
-        special(BASE + 3, "norm Ġ", on=False, normalized=True),
-        special(BASE + 6, "<|fim|>", on=False),
-        special(BASE + 7, "a▁b", on=False),
-        special(90, byte_level_text(90), on=False),
+        added_token(0, "<unk>"),
+        added_token(1, "<s>"),
+        added_token(2, "</s>"),
+        added_token(PIECES, "<tool>", special=False),
+    ]
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_prefix_space": True}
+    files = {"tokenizer.json": sentencepiece_tokenizer(added_tokens=added), "tokenizer_config.json": names}
+    return {"rebuilt": Case(settings, files, "llama", improved_keys=("tokenizer.ggml.scores",))}
+
+
+def cases_with_added_tokens() -> dict[str, Case]:
+    """Padding, gaps between ids, normalized or not, special-looking, named only by tokenizer_config.json."""
+    added = [
+        added_token(BASE, "<|endoftext|>"),
+        added_token(BASE + 1, "ĠĠ x", special=False),
+        added_token(BASE + 3, "norm Ġ", special=False, normalized=True),
+        added_token(BASE + 6, "<|fim|>", special=False),
+        added_token(BASE + 7, "a▁b", special=False),
+        added_token(90, byte_level_text(90), special=False),
     ]
     names = {"eos_token": "<|endoftext|>", "pad_token": "<|fim|>", "mask_token": "<nowhere>", "image_token": "a▁b"}
-    files = {"tokenizer.json": byte_level(added=added)}
-    some_rows = config("LlamaForCausalLM", BASE + 9)
-    listing = {"added_tokens_decoder": listed(special(BASE, "<|endoftext|>", on=False), special(BASE + 5, "<listed>"))}
+    files = {"tokenizer.json": byte_level_tokenizer(added=added)}
+    settings = config("LlamaForCausalLM", BASE + 9)
+    decoder = {
+        "added_tokens_decoder": decoder_entries(
+            added_token(BASE, "<|endoftext|>", special=False), added_token(BASE + 5, "<listed>")
+        )
+    }
     return {
-        "bare": Case(some_rows, files, "llama", pre="gpt-2"),
-        "named": Case(some_rows, {**files, "tokenizer_config.json": names}, "llama", pre="gpt-2"),
-        "listed": Case(some_rows, {**files, "tokenizer_config.json": {**names, **listing}}, "llama", pre="gpt-2"),
+        "bare": Case(settings, files, "llama", pre="gpt-2"),
+        "named": Case(settings, {**files, "tokenizer_config.json": names}, "llama", pre="gpt-2"),
+        "listed": Case(settings, {**files, "tokenizer_config.json": {**names, **decoder}}, "llama", pre="gpt-2"),
     }
 
 
-def byte_level_text(number: int) -> str:
-    return next(text for text, one in byte_level_model()[0].items() if one == number)
+def byte_level_text(token_id: int) -> str:
+    return {known_id: text for text, known_id in byte_level_model()[0].items()}[token_id]
 
 
-def with_word_pieces() -> dict[str, Case]:
+def cases_with_wordpiece() -> dict[str, Case]:
     """BERT."""
-    tokenizer = word_pieces()
+    tokenizer = wordpiece_tokenizer()
     rows = len(tokenizer["model"]["vocab"])
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
     settings = config("BertModel", rows, layer_norm_eps=1e-12, type_vocab_size=2)
@@ -141,20 +159,25 @@ def with_word_pieces() -> dict[str, Case]:
     return {"bert": Case(settings, files, "bert", pre="bert-bge")}
 
 
-def test_every_kind(tmp_path: Path) -> None:
-    """SPM with its model and without, BPE, WordPiece; then special tokens in all places that can have them."""
-    cases = {**with_pieces(), **without_pieces(), **with_added_tokens(), **with_word_pieces()}
-    assert compared({**cases, **{f"seed-{seed}": any_case(seed) for seed in range(50)}}, tmp_path) == {}
+def test_every_kind_of_vocabulary(tmp_path: Path) -> None:
+    """SPM with tokenizer.model and without, BPE, WordPiece; then special tokens in random places."""
+    cases = {
+        **cases_with_tokenizer_model(),
+        **cases_without_tokenizer_model(),
+        **cases_with_added_tokens(),
+        **cases_with_wordpiece(),
+    }
+    assert differences_by_case({**cases, **{f"seed-{seed}": random_case(seed) for seed in range(50)}}, tmp_path) == {}
 
 
 @pytest.mark.slow
-def test_special_tokens(tmp_path: Path) -> None:
-    """Roles, ids, flags, templates and chat templates at random, 300 times."""
-    assert compared({f"seed-{seed}": any_case(seed) for seed in range(100, 400)}, tmp_path) == {}
+def test_random_special_tokens(tmp_path: Path) -> None:
+    """Random roles, ids, flags, post-processors and chat templates, 300 times."""
+    assert differences_by_case({f"seed-{seed}": random_case(seed) for seed in range(100, 400)}, tmp_path) == {}
 
 
-# name -> the family whose model it is, what else tokenizer.json has, the BOS
-REAL: dict[str, tuple[str, dict[str, Any], str]] = {
+# pre-tokenizer name -> the model family, what else tokenizer.json has, the BOS
+REAL_TOKENIZERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama-bpe": ("llama", {"model": {"ignore_merges": True}}, "<|begin_of_text|>"),
     "qwen2": ("qwen2", {"normalizer": {"type": "NFC"}}, ""),
     "gpt-2": ("gpt2", {}, ""),
@@ -166,50 +189,54 @@ REAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "deepseek-llm": ("llama", {}, "<\uff5cbegin▁of▁sentence\uff5c>"),
     "deepseek-coder": ("llama", {}, "<\uff5cbegin▁of▁sentence\uff5c>"),
 }
-STEPS_OF = {"refact": "starcoder", "mpt": "gpt-2"}
+SAME_STEPS = {"refact": "starcoder", "mpt": "gpt-2"}
 
 
 def real_tokenizer(name: str) -> tuple[dict[str, Any], int]:
-    """tokenizer.json of a real model, from the vocabulary that llama.cpp's source has of it; and its size."""
+    """tokenizer.json of a real model, made from its vocabulary in llama.cpp's source tree; and its size."""
     keys = read(Path(TREE) / "models" / f"ggml-vocab-{name}.gguf").keys
     texts, types = keys["tokenizer.ggml.tokens"][1], keys["tokenizer.ggml.token_type"][1]
-    _, changes, bos = REAL[name]
-    first = {"post_processor": template(bos, ids={bos: texts.index(bos)})} if bos else {}
-    kept = [i for i, (text, kind) in enumerate(zip(texts, types, strict=True)) if text != f"[PAD{i}]" or kind == 1]
-    added = [special(i, texts[i], on=types[i] == 3, normalized=types[i] == 4) for i in kept if types[i] != 1]
-    tokenizer = byte_level(steps_of(STEPS_OF.get(name, name)), added=added, **{**changes, **first})
-    tokenizer["model"] |= {"vocab": {texts[i]: i for i in kept}, "merges": keys["tokenizer.ggml.merges"][1]}
+    _, changes, bos = REAL_TOKENIZERS[name]
+    post_processor = {"post_processor": template_processor(bos, ids={bos: texts.index(bos)})} if bos else {}
+    token_ids = [i for i, (text, kind) in enumerate(zip(texts, types, strict=True)) if text != f"[PAD{i}]" or kind == 1]
+    added = [
+        added_token(i, texts[i], special=types[i] == 3, normalized=types[i] == 4) for i in token_ids if types[i] != 1
+    ]
+    tokenizer = byte_level_tokenizer(
+        pre_tokenizer_steps(SAME_STEPS.get(name, name)), added=added, **{**changes, **post_processor}
+    )
+    tokenizer["model"] |= {"vocab": {texts[i]: i for i in token_ids}, "merges": keys["tokenizer.ggml.merges"][1]}
     return tokenizer, len(texts)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL_TOKENIZERS)
 def test_real_vocabularies(name: str, tmp_path: Path) -> None:
-    """Ten models' own vocabularies: the converter knows them by their hash, we by their structure; all keys equal."""
+    """Ten real vocabularies: the converter recognizes them by hash, mergeforge by structure; all keys are equal."""
     tokenizer, rows = real_tokenizer(name)
-    family, _, bos = REAL[name]
+    family, _, bos = REAL_TOKENIZERS[name]
     names = {"tokenizer_class": "PreTrainedTokenizerFast", **({"bos_token": bos} if bos else {})}
     files = {"tokenizer.json": tokenizer, "tokenizer_config.json": names}
     settings = config("LlamaForCausalLM", rows, eos_token_id=1)
-    assert compared({name: Case(settings, files, "llama", family=family)}, tmp_path) == {}
+    assert differences_by_case({name: Case(settings, files, "llama", family=family)}, tmp_path) == {}
 
 
 @pytest.mark.slow
-def test_the_engines_table(tmp_path: Path) -> None:
-    """Every name that llama.cpp's source knows is known, with its flags."""
+def test_pre_tokenizer_table_equals_llama_cpp_source(tmp_path: Path) -> None:
+    """The table has every name in llama.cpp's source, with the same flags."""
     import re
 
     from mergeforge.gguf.vocab.pre_tokenizer_table import PRE_TOKENIZERS
 
     source = (Path(TREE) / "src" / "llama-vocab.cpp").read_text("utf-8")
     start = source.index("only BPE models have pre-tokenizers")
-    part = source[start : source.index("unknown pre-tokenizer type", start)]
-    found = {}
-    for names, body in re.findall(r"if \(([^{}]*?tokenizer_pre ==.*?)\) \{(.*?)\}", part, re.DOTALL):
+    branches = source[start : source.index("unknown pre-tokenizer type", start)]
+    theirs = {}
+    for names, body in re.findall(r"if \(([^{}]*?tokenizer_pre ==.*?)\) \{(.*?)\}", branches, re.DOTALL):
         flags = ("ignore_merges = true" in body, "add_bos = true" in body, "clean_spaces = false" not in body)
-        found |= dict.fromkeys(re.findall(r'tokenizer_pre == "([^"]+)"', names), flags)
+        theirs |= dict.fromkeys(re.findall(r'tokenizer_pre == "([^"]+)"', names), flags)
     ours = {row.name: (row.ignore_merges, row.bos, row.clean_spaces) for row in PRE_TOKENIZERS.values()}
-    assert set(ours) == set(found)
-    compared_rows = {name for name, row in PRE_TOKENIZERS.items() if row.splits}
-    assert {name: ours[name] for name in compared_rows} == {name: found[name] for name in compared_rows}
+    assert set(ours) == set(theirs)
+    matchable = {name for name, row in PRE_TOKENIZERS.items() if row.splits}
+    assert {name: ours[name] for name in matchable} == {name: theirs[name] for name in matchable}

@@ -1,4 +1,4 @@
-"""Families with vocabularies of their own against llama.cpp's converter: names, order, types and values."""
+"""The tokenizer.* keys of special families equal those of llama.cpp's converter: names, order, types and values."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from support.llama_cpp_tools import needs_converter
-from support.special_token_cases import BASE, Case, listed
+from support.special_token_cases import BASE, Case, decoder_entries
 from support.tokenizer_folders import (
     TEXTS,
-    byte_level,
+    added_token,
+    byte_level_tokenizer,
     config,
-    of_sentencepiece,
     sentencepiece_model,
-    special,
-    template,
+    sentencepiece_tokenizer,
+    template_processor,
 )
-from test_vocab_against_converter import compared
+from test_vocab_against_converter import differences_by_case
 
-from mergeforge.gguf.vocab.sentencepiece import piece_model
+from mergeforge.gguf.vocab.sentencepiece import read_sentencepiece
 
 pytestmark = needs_converter
 PIECES = 420
@@ -31,8 +31,8 @@ ROLES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "cls": "<s
 NAMES = {f"{role}_token": text for role, text in ROLES.items()}
 
 
-def settings(architecture: str, model_type: str, rows: int, **more: Any) -> dict[str, Any]:
-    return config("LlamaForCausalLM", rows, **{"architectures": [architecture], "model_type": model_type, **more})
+def settings(architecture: str, model_type: str, rows: int, **changes: Any) -> dict[str, Any]:
+    return config("LlamaForCausalLM", rows, **{"architectures": [architecture], "model_type": model_type, **changes})
 
 
 @lru_cache(maxsize=1)
@@ -52,40 +52,46 @@ def unigram_model() -> bytes:
     return out.getvalue()
 
 
-def unigram(folder: Path) -> dict[str, Any]:
-    """tokenizer.json as XLM-RoBERTa has it."""
+def unigram_tokenizer(folder: Path) -> dict[str, Any]:
+    """tokenizer.json in the form of XLM-RoBERTa's."""
     path = folder / "unigram.model"
     path.write_bytes(unigram_model())
-    model = piece_model(path)
-    texts = [[text, 0.0] for text in SPECIAL] + [[one.text, one.score] for one in model.pieces[3:]] + [["<mask>", 0.0]]
-    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    model = read_sentencepiece(path)
+    texts = (
+        [[text, 0.0] for text in SPECIAL]
+        + [[piece.text, piece.score] for piece in model.pieces[3:]]
+        + [["<mask>", 0.0]]
+    )
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     charsmap = base64.b64encode(model.charsmap).decode()
-    return of_sentencepiece(
-        added_tokens=[special(i, text) for i, text in enumerate(SPECIAL)] + [special(len(texts) - 1, "<mask>")],
+    return sentencepiece_tokenizer(
+        added_tokens=[added_token(i, text) for i, text in enumerate(SPECIAL)] + [added_token(len(texts) - 1, "<mask>")],
         normalizer={"type": "Precompiled", "precompiled_charsmap": charsmap},
-        pre_tokenizer=spaces,
-        decoder=spaces,
-        post_processor=template("<s>", "</s>", {"<s>": 0, "</s>": 2}),
+        pre_tokenizer=metaspace,
+        decoder=metaspace,
+        post_processor=template_processor("<s>", "</s>", {"<s>": 0, "</s>": 2}),
         model={"type": "Unigram", "unk_id": 3, "vocab": texts, "byte_fallback": False},
     )
 
 
-def encoders(folder: Path) -> dict[str, Case]:
-    """XLM-RoBERTa from both of its files, RoBERTa."""
-    sizes = {"layer_norm_eps": 1e-5, "type_vocab_size": 1, "pad_token_id": 1}
-    tokenizer = unigram(folder)
+def encoder_cases(folder: Path) -> dict[str, Case]:
+    """XLM-RoBERTa from either of its files, and RoBERTa."""
+    options = {"layer_norm_eps": 1e-5, "type_vocab_size": 1, "pad_token_id": 1}
+    tokenizer = unigram_tokenizer(folder)
     rows = len(tokenizer["model"]["vocab"])
     files = {"tokenizer.json": tokenizer, "tokenizer_config.json": {"tokenizer_class": "XLMRobertaTokenizer", **NAMES}}
-    added = [special(BASE, "<s>"), special(BASE + 1, "</s>"), special(BASE + 2, "<mask>")]
-    around = {"type": "RobertaProcessing", "sep": ["</s>", BASE + 1], "cls": ["<s>", BASE]}
-    bpe = byte_level(added=added, post_processor={**around, "trim_offsets": True, "add_prefix_space": False})
+    added = [added_token(BASE, "<s>"), added_token(BASE + 1, "</s>"), added_token(BASE + 2, "<mask>")]
+    processor = {"type": "RobertaProcessing", "sep": ["</s>", BASE + 1], "cls": ["<s>", BASE]}
+    bpe = byte_level_tokenizer(
+        added=added, post_processor={**processor, "trim_offsets": True, "add_prefix_space": False}
+    )
     names = {"tokenizer_class": "RobertaTokenizer", **NAMES, "pad_token": "<s>", "unk_token": "<s>"}
-    xlm = settings("XLMRobertaModel", "xlm-roberta", rows, **sizes)
+    xlm = settings("XLMRobertaModel", "xlm-roberta", rows, **options)
     return {
         "unigram": Case(xlm, files, "unigram"),
         "unigram-model": Case(xlm, {**files, "sentencepiece.bpe.model": unigram_model()}, "unigram"),
         "roberta": Case(
-            settings("RobertaModel", "roberta", BASE + 3, **sizes),
+            settings("RobertaModel", "roberta", BASE + 3, **options),
             {"tokenizer.json": bpe, "tokenizer_config.json": names},
             "roberta",
             pre="roberta-bpe",
@@ -93,16 +99,18 @@ def encoders(folder: Path) -> dict[str, Case]:
     }
 
 
-def decoders() -> dict[str, Case]:
-    """Gemma 1 and 3, InternLM 2 and 3, GLM-4 and 4.5, StableLM."""
+def decoder_cases() -> dict[str, Case]:
+    """Gemma 1 and 3, InternLM 2 and 3, GLM-4 and GLM-4.5, StableLM."""
     model = {"tokenizer.model": sentencepiece_model()}
-    own = [special(i, text) for i, text in enumerate(("<unk>", "<s>", "</s>"))]
-    chat = {"tokenizer_config.json": {"added_tokens_decoder": listed(*own, special(77, "<|im_end|>"))}}
+    own_tokens = [added_token(i, text) for i, text in enumerate(("<unk>", "<s>", "</s>"))]
+    chat = {
+        "tokenizer_config.json": {"added_tokens_decoder": decoder_entries(*own_tokens, added_token(77, "<|im_end|>"))}
+    }
     spaced = {"tokenizer_config.json": {**chat["tokenizer_config.json"], "add_prefix_space": True}}
     texts = ("<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>")
-    tokenizer = byte_level(added=[special(BASE + i, text) for i, text in enumerate(texts)])
+    tokenizer = byte_level_tokenizer(added=[added_token(BASE + i, text) for i, text in enumerate(texts)])
     glm = {"tokenizer.json": tokenizer, "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
-    half = {"partial_rotary_factor": 0.5, "eos_token_id": BASE, "use_parallel_residual": False}
+    rope = {"partial_rotary_factor": 0.5, "eos_token_id": BASE, "use_parallel_residual": False}
     experts = {"n_routed_experts": 2, "num_nextn_predict_layers": 0}
     rows = BASE + len(texts)
     return {
@@ -112,13 +120,13 @@ def decoders() -> dict[str, Case]:
         ),
         "internlm2": Case(settings("InternLM2ForCausalLM", "internlm2", PIECES, **IDS), {**model, **chat}, "internlm2"),
         "internlm3": Case(settings("InternLM3ForCausalLM", "llama", PIECES, **IDS), {**model, **spaced}, "internlm3"),
-        "glm4": Case(settings("Glm4ForCausalLM", "glm4", rows, **half), glm, "glm4", pre="glm4"),
+        "glm4": Case(settings("Glm4ForCausalLM", "glm4", rows, **rope), glm, "glm4", pre="glm4"),
         "glm4-moe": Case(
-            settings("Glm4MoeForCausalLM", "glm4_moe", rows, **half, **experts), glm, "glm4_moe", pre="glm4"
+            settings("Glm4MoeForCausalLM", "glm4_moe", rows, **rope, **experts), glm, "glm4_moe", pre="glm4"
         ),
-        "stablelm": Case(settings("StableLmForCausalLM", "stablelm", rows, **half), glm, "stablelm", pre="stablelm2"),
+        "stablelm": Case(settings("StableLmForCausalLM", "stablelm", rows, **rope), glm, "stablelm", pre="stablelm2"),
     }
 
 
-def test_families(tmp_path: Path) -> None:
-    assert compared({**encoders(tmp_path), **decoders()}, tmp_path) == {}
+def test_vocabularies_of_families(tmp_path: Path) -> None:
+    assert differences_by_case({**encoder_cases(tmp_path), **decoder_cases()}, tmp_path) == {}
