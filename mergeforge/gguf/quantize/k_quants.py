@@ -1,6 +1,6 @@
 """Shared by the K-quants, partly by the 32-column types: importance weights, levels for rounded scales, bit packing.
 
-The torch functions take x as size x groups (see ggml_rounding) and levels of blocks as N x 256. A kernel takes as many
+The torch functions take x as size x groups (see ggml_math) and levels of blocks as N x 256. A kernel takes as many
 blocks at a time as fill LANES groups, so its buffers need a few tens of KiB.
 """
 
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize.ggml_rounding import LANES, exact_sqrt, levels, nearest_int_numba, ordered_sum, to_groups
+from mergeforge.gguf.quantize.ggml_math import LANES, exact_sqrt, levels, nearest_int_numba, ordered_sum, to_groups
 from mergeforge.gguf.quantize.numba_kernel import kernel
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from mergeforge.gguf.quantize.ggml_rounding import Bytes, Floats
+    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
 
 BLOCK = 256  # ggml's QK_K
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize.ggml_rounding import (
+from mergeforge.gguf.quantize.ggml_math import (
     LANES,
     const_divided_by,
     divided_by_const,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from mergeforge.gguf.quantize.ggml_rounding import Bytes, Floats
+    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
 
 
 def quantize_torch(bits: int, with_min: bool, rows: Tensor, importance: Tensor | None) -> Tensor:

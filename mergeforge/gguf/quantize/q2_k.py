@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize.ggml_rounding import (
+from mergeforge.gguf.quantize.ggml_math import (
     LANES,
     const_divided_by,
     divided_by_const,
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from mergeforge.gguf.quantize.ggml_rounding import Bytes, Floats
+    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
 
 UNWEIGHTED = ScaleMinSearch(3, -0.5, 0.1, 15, absolute=True)
 WEIGHTED = importance_search(3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize.ggml_rounding import (
+from mergeforge.gguf.quantize.ggml_math import (
     LANES,
     const_divided_by,
     divided_by_const,
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from mergeforge.gguf.quantize.ggml_rounding import Bytes, Floats
+    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
 
 SEARCHES = {4: ScaleMinSearch(15, -1.0, 0.1, 20), 5: ScaleMinSearch(31, -0.5, 0.1, 15)}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize.ggml_rounding import (
+from mergeforge.gguf.quantize.ggml_math import (
     GROUP_MAX_EPS,
     LANES,
     const_divided_by,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from mergeforge.gguf.quantize.ggml_rounding import Bytes, Floats
+    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
 
 
 def quantize_torch(rows: Tensor, importance: Tensor | None) -> Tensor:

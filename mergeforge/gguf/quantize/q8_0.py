@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize.ggml_rounding import const_divided_by, divided_by_const, half_bytes, store_half
+from mergeforge.gguf.quantize.ggml_math import const_divided_by, divided_by_const, half_bytes, store_half
 from mergeforge.gguf.quantize.numba_kernel import kernel
 from mergeforge.gguf.quantize.quant_type import QuantType, register
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from mergeforge.gguf.quantize.ggml_rounding import Bytes, Floats
+    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
 
 BELOW_HALF = 0.49999997  # the float32 before 0.5: trunc(x + it) rounds as C's roundf(), halves away from zero
 

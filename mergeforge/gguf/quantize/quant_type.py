@@ -17,7 +17,7 @@ from mergeforge.core.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergeforge.gguf.quantize.ggml_rounding import Bytes, Floats
+    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
 
     QuantizeTorch = Callable[[Tensor, Tensor | None], Tensor]
     QuantizeNumba = Callable[[Floats, Floats, Bytes], None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize.ggml_rounding import (
+from mergeforge.gguf.quantize.ggml_math import (
     GROUP_MAX_EPS,
     const_divided_by,
     nearest_int,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from mergeforge.gguf.quantize.ggml_rounding import Floats
+    from mergeforge.gguf.quantize.ggml_math import Floats
 
 
 def fit_block_scales(x: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize.ggml_rounding import (
+from mergeforge.gguf.quantize.ggml_math import (
     GROUP_MAX_EPS,
     LANES,
     ROUNDING_MAGIC,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from mergeforge.gguf.quantize.ggml_rounding import Floats
+    from mergeforge.gguf.quantize.ggml_math import Floats
 
 OFFSETS = [*range(-9, 0), *range(1, 10)]  # the element of the largest magnitude at level -(top + offset / 10)
 

@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 
 from mergeforge.gguf import quantize
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, encode, iq4, numba_kernel
-from mergeforge.gguf.quantize.ggml_rounding import float_from_half, half_from_float
+from mergeforge.gguf.quantize.ggml_math import float_from_half, half_from_float
 
 BLOCK_TYPES = [quant_type for quant_type in QUANT_TYPES.values() if quant_type.block > 1]
 block_types = pytest.mark.parametrize("quant_type", BLOCK_TYPES, ids=lambda quant_type: quant_type.name)
