@@ -146,10 +146,10 @@ def test_eval_of_adapter_folder_and_gguf(
 ) -> None:
     pytest.importorskip("xllamacpp")
     models = (adapter, merged, merged / "m-F16.gguf")
-    found = [run(capfd, "eval", model, "--data", questions, "--limit", 10) for model in models]
-    assert [one["kind"] for one in found] == ["adapter", "model", "gguf"]
-    assert [one["nll"] for one in found] == pytest.approx([found[0]["nll"]] * 3, abs=1e-3)
-    assert len({one["tokens"] for one in found}) == 1
+    results = [run(capfd, "eval", model, "--data", questions, "--limit", 10) for model in models]
+    assert [result["kind"] for result in results] == ["adapter", "model", "gguf"]
+    assert [result["nll"] for result in results] == pytest.approx([results[0]["nll"]] * 3, abs=1e-3)
+    assert len({result["tokens"] for result in results}) == 1
     quantized = run(capfd, "eval", base, "--data", questions, "--quantize", "nf4", "--limit", 10)
     plain = run(capfd, "eval", base, "--data", questions, "--limit", 10)
     assert 0 < abs(quantized["nll"] - plain["nll"]) < 0.1
@@ -190,8 +190,8 @@ def test_mistakes(base: Path, questions: Path, tmp_path: Path, capfd: pytest.Cap
     }
     for command, (code, text) in message.items():
         assert run_command(list(command)) == code, command
-        told = capfd.readouterr().err
-        assert text in told, (command, told)
+        err = capfd.readouterr().err
+        assert text in err, (command, err)
 
 
 def test_base_of_an_adapter(adapter: Path, base: Path, tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from mergeforge.eval import TokenRow, logprobs
 
 def losses(model: object, rows: list[TokenRow]) -> list[float]:
     """Sum of negative log-likelihoods of each row, alone, from transformers' logits in float64."""
-    found = []
+    nlls = []
     for row in rows:
         tokens, labels = torch.from_numpy(row.tokens).long(), torch.from_numpy(row.labels).long()
         with torch.no_grad():
             logprobs = model(tokens[None]).logits[0].double().log_softmax(-1)  # type: ignore[operator]
         at = torch.nonzero(labels[1:] >= 0)[:, 0]
-        found.append(-logprobs[at, labels[1:][at]].sum().item())
-    return found
+        nlls.append(-logprobs[at, labels[1:][at]].sum().item())
+    return nlls
 
 
 def test_model_scores_equal_transformers(base: Path) -> None:
@@ -89,12 +89,12 @@ def test_adapter_scores_equal_peft_and_its_base_transformers(base: Path, adapter
         wrapped = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     model = eval.open_model(str(adapter))
     assert isinstance(model, eval.TransformersModel) and model.kind == "adapter"
-    found = [row.nll for row in eval.evaluate(model, rows).rows]
-    assert found == pytest.approx(losses(wrapped, rows), rel=1e-6)
-    assert max(abs(a - b) for a, b in zip(found, plain, strict=True)) > 0.1, "the adapter has an effect"
+    nlls = [row.nll for row in eval.evaluate(model, rows).rows]
+    assert nlls == pytest.approx(losses(wrapped, rows), rel=1e-6)
+    assert max(abs(a - b) for a, b in zip(nlls, plain, strict=True)) > 0.1, "the adapter has an effect"
     assert [row.nll for row in eval.evaluate(model.base(), rows).rows] == pytest.approx(plain, rel=1e-6)
     again = [row.nll for row in eval.evaluate(model, rows).rows]
-    assert again == found, "the adapter is enabled again"
+    assert again == nlls, "the adapter is enabled again"
     alone = eval.open_model(str(adapter), adapter=False)
     assert [row.nll for row in eval.evaluate(alone, rows).rows] == pytest.approx(plain, rel=1e-6)
 

@@ -52,6 +52,8 @@ def teach(base: Path, folder: Path) -> None:
         [[-100] * len(before) + whole[len(before) :] + [-100] * (length - len(whole)) for before, whole in rows]
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny: more threads are far slower on a busy machine
     for _ in range(200):
         loss = model(tokens, labels=labels).loss
         loss.backward()
@@ -59,6 +61,7 @@ def teach(base: Path, folder: Path) -> None:
         optimizer.zero_grad()
         if loss < 0.02:
             break
+    torch.set_num_threads(threads)
     assert loss < 0.05
     model.save_pretrained(folder)
     tokenizer.chat_template = PLAIN
