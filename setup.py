@@ -1,4 +1,4 @@
-"""The kernels in C: compiled where there is a compiler; without them torch does the same, slower."""
+"""The C library: compiled where there is a compiler. Without it torch computes the same bytes, more slowly."""
 
 import hashlib
 from pathlib import Path

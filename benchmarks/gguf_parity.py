@@ -40,9 +40,9 @@ def main() -> None:
         made = folders(chosen, Path(root) / "models")
         theirs = converted(chosen, made, Path(root))
         rows = [row(tiny, made[tiny.name][0], theirs, Path(root)) for tiny in chosen]
-    quantised = sum(int(one[5].split()[0]) for one in rows if one[5])
+    quantized = sum(int(one[5].split()[0]) for one in rows if one[5])
     print(table(["model", *CONVERTED, f"{len(whole.LLAMA_QUANTIZE_TYPES)} mixes", "engine: max |d log p|"], rows))
-    print(f"\n{quantised} quantised files are equal to llama-quantize's.")
+    print(f"\n{quantized} quantized files are equal to llama-quantize's.")
 
 
 def converted(chosen: list[Tiny], made: dict[str, tuple[Path, Path]], root: Path) -> dict[tuple[str, str], Path]:
@@ -62,7 +62,7 @@ def row(tiny: Tiny, folder: Path, theirs: dict[tuple[str, str], Path], root: Pat
     except MergeforgeError:
         return [tiny.name, "refused", "", "", "", "", ""]
     cells = [against_converter(tiny, kind, ours[kind], theirs.get((tiny.name, kind))) for kind in CONVERTED]
-    return [tiny.name, *cells, against_quantiser(ours, root), in_engine(tiny, folder, ours["f32"])]
+    return [tiny.name, *cells, against_quantizer(ours, root), in_engine(tiny, folder, ours["f32"])]
 
 
 def against_converter(tiny: Tiny, kind: str, ours: Path, theirs: Path | None) -> str:
@@ -72,10 +72,10 @@ def against_converter(tiny: Tiny, kind: str, ours: Path, theirs: Path | None) ->
     return f"{len(found)} differ" if found else "equal"
 
 
-def against_quantiser(ours: dict[str, Path], root: Path) -> str:
+def against_quantizer(ours: dict[str, Path], root: Path) -> str:
     if not llama_cpp.LIBLLAMA:
         return ""
-    target, equal = root / "quantised.gguf", 0
+    target, equal = root / "quantized.gguf", 0
     for kind in whole.LLAMA_QUANTIZE_TYPES:
         try:
             llama_cpp.quantize(ours["f32"], target, FILE_TYPES[kind].number)

@@ -4,7 +4,7 @@
     python benchmarks/gguf_speed.py --dir DIR [--llama-cpp TREE --libllama FILE] [--types q4_k_m,q6_k,q8_0] [--rounds 1]
 
 The model has the shape of Llama 3.2 1B (1.24 G parameters). TREE is a llama.cpp source tree, whose
-converter writes a bf16 file first; FILE is a libllama.so, whose llama_model_quantize then quantises it
+converter writes a bf16 file first; FILE is a libllama.so, whose llama_model_quantize then quantizes it
 with as many threads as there are cores. Whole processes, the checkpoint not in the page cache.
 """
 
@@ -24,7 +24,7 @@ PLAIN = "import sys; sys.modules['numba'] = None; from mergeforge.__main__ impor
 IMPORTS = "import sys, os; from pathlib import Path; from support import llama_cpp_tools as llama_cpp\n"
 IMPORTS += "a = sys.argv[1:]\n"
 CONVERT = IMPORTS + "assert not llama_cpp.convert([(Path(a[0]), Path(a[1]), 'bf16', 'gpt-2')])"
-QUANTISE = IMPORTS + "llama_cpp.quantize(Path(a[0]), Path(a[1]), int(a[2]), threads=len(os.sched_getaffinity(0)))"
+QUANTIZE = IMPORTS + "llama_cpp.quantize(Path(a[0]), Path(a[1]), int(a[2]), threads=len(os.sched_getaffinity(0)))"
 
 
 def main() -> None:
@@ -47,21 +47,21 @@ def main() -> None:
 
 
 def types(given: argparse.Namespace) -> str:
-    """Each type: llama.cpp's conversion and quantisation, ours with numba and in plain torch."""
+    """Each type: llama.cpp's conversion and quantization, ours with numba and in plain torch."""
     rows = []
     for kind in given.types.split(","):
         cases = {"numba": lambda kind=kind: ours(given, kind), "torch": lambda kind=kind: ours(given, kind, plain=True)}
         if given.llama_cpp:
-            cases |= {"convert": lambda: convert(given), "quantise": lambda kind=kind: quantise(given, kind)}
+            cases |= {"convert": lambda: convert(given), "quantize": lambda kind=kind: quantize(given, kind)}
         found = in_turn(given.rounds, cases)
         middle = {name: median(runs, lambda run: run.seconds) for name, runs in found.items()}
-        theirs = middle.get("convert", 0) + middle.get("quantise", 0)
+        theirs = middle.get("convert", 0) + middle.get("quantize", 0)
         ratios = [f"{middle[name] / theirs:.2f}" if theirs else "" for name in ("numba", "torch")]
         peak = median(found["numba"], lambda run: run.peak) / 2**20
-        names = ("convert", "quantise", "numba", "torch")
+        names = ("convert", "quantize", "numba", "torch")
         seconds = [f"{middle[name]:.1f}" if name in middle else "" for name in names]
         rows.append([kind, *seconds, *ratios, f"{peak:.0f}"])
-    head = ["type", "convert s", "quantise s", "numba s", "torch s", "numba / both", "torch / both", "peak MiB"]
+    head = ["type", "convert s", "quantize s", "numba s", "torch s", "numba / both", "torch / both", "peak MiB"]
     return table(head, rows)
 
 
@@ -116,12 +116,12 @@ def convert(given: argparse.Namespace) -> Measured:
     return measure([PYTHON, "-c", CONVERT, str(model(given.dir, "llama-1b")), str(given.dir / "theirs-bf16.gguf")])
 
 
-def quantise(given: argparse.Namespace, kind: str) -> Measured:
+def quantize(given: argparse.Namespace, kind: str) -> Measured:
     from mergeforge.gguf.file_types import FILE_TYPES
 
     target = given.dir / "theirs.gguf"
     source = given.dir / "theirs-bf16.gguf"
-    measured = measure([PYTHON, "-c", QUANTISE, str(source), str(target), str(FILE_TYPES[kind].number)])
+    measured = measure([PYTHON, "-c", QUANTIZE, str(source), str(target), str(FILE_TYPES[kind].number)])
     target.unlink()
     return measured
 

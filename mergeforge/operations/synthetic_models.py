@@ -207,7 +207,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a byte-level BPE tokenizer: 256 bytes, three special tokens, and the most common pairs of English letters."""
+    """Write a byte-level BPE tokenizer: 256 bytes, three special tokens, and the most common English letter pairs."""
     vocabulary = {character: at for at, character in enumerate(_byte_characters())}
     specials = {"<s>": 256, "</s>": 257, "<pad>": 258}
     vocabulary |= {pair: 259 + at for at, pair in enumerate(PAIRS)}

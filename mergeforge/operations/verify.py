@@ -186,7 +186,7 @@ def _check_encoded(out: Path, receipt: Mapping[str, Any]) -> list[str]:
 
     def check(task: tuple[str, str, Mapping[str, Any]]) -> str:
         name, key, facts = task
-        sums = _strip_sums(opened[facts["file"]], facts["strips"])
+        sums = _chunk_digests(opened[facts["file"]], facts["strips"])
         return "" if tensor_checksum(sums) == facts["xxh3"] else f"{name} is damaged in {facts['file']} ({key})"
 
     tasks = [
@@ -204,23 +204,25 @@ def _encoded(tensor: Mapping[str, Any]) -> dict[str, Any]:
     return {**tensor.get("gguf", {}), **tensor.get("fp8", {})}
 
 
-def _strip_sums(file: InputFile, strips: list[Any]) -> Iterator[str]:
-    """Digests of strips as the receipt lists them (receipt.py, _strips)."""
-    if strips and isinstance(strips[0], int):
-        first, whole, step = strips
-        every: Iterable[Any] = ([[first + at, min(step, whole - at), 1, 0]] for at in range(0, whole, step))
+def _chunk_digests(file: InputFile, chunks: list[Any]) -> Iterator[str]:
+    """Digests of chunks as the receipt lists them (receipt.py, _chunks)."""
+    if chunks and isinstance(chunks[0], int):
+        first, total, step = chunks
+        ranges_of_chunks: Iterable[Any] = (
+            [[first + start, min(step, total - start), 1, 0]] for start in range(0, total, step)
+        )
     else:
-        every = strips
+        ranges_of_chunks = chunks
     left = file.size
-    for runs in every:
+    for ranges in ranges_of_chunks:
         digest = xxhash.xxh3_128()
-        for offset, nbytes, times, distance in runs:
+        for offset, nbytes, times, distance in ranges:
             left -= nbytes * times
             if left < 0 or nbytes < 0 or times < 0:
-                raise ValueError(f"strips of more than the {file.size} bytes of {file.path}")
-            for at in range(times):
+                raise ValueError(f"chunks of more than the {file.size} bytes of {file.path}")
+            for repetition in range(times):
                 buffer = bytearray(nbytes)
-                file.read_into(memoryview(buffer), offset + at * distance)
+                file.read_into(memoryview(buffer), offset + repetition * distance)
                 digest.update(buffer)
         yield digest.hexdigest()
 
@@ -237,29 +239,31 @@ def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], every
     chosen = list(plan.tensor_plans)
     if not everything and len(chosen) > SAMPLE:
         chosen = random.Random(receipt["fingerprint"]).sample(chosen, SAMPLE)
-    worker = Worker("cpu", max(piece.staging_nbytes for piece in plan.tensor_plans))
+    worker = Worker("cpu", max(tensor_plan.staging_nbytes for tensor_plan in plan.tensor_plans))
     with torch.inference_mode(), single_torch_thread():
-        for piece in chosen:
-            if _computed(piece, worker) != _noted(receipt["tensors"][piece.info.name]):
-                problems.append(f"{piece.info.name} comes out differently when recomputed from the inputs")
+        for tensor_plan in chosen:
+            if _compute_checksums(tensor_plan, worker) != _recorded_checksums(
+                receipt["tensors"][tensor_plan.info.name]
+            ):
+                problems.append(f"{tensor_plan.info.name} comes out differently when recomputed from the inputs")
     _note_changed_inputs(plan, receipt, problems)
     return len(chosen)
 
 
-def _computed(piece: TensorPlan, worker: Worker) -> dict[str, str]:
+def _compute_checksums(tensor_plan: TensorPlan, worker: Worker) -> dict[str, str]:
     """The checksum of a tensor for each of its encoders, computed from the inputs."""
     sums: dict[str, list[str]] = {}
-    for tile, encoded, _ in compute_tiles(piece, piece.tiles, worker, allow_nonfinite=True):
-        for outlet, raw in encoded:
-            sizes = [outlet.chunk_nbytes(*strip) for strip in chunk_ranges(tile.start, tile.stop, outlet)]
-            sums.setdefault(outlet.key, []).extend(chunk_checksums(raw, sizes))
-    return {key: tensor_checksum(some) for key, some in sums.items()}
+    for tile, encoded, _ in compute_tiles(tensor_plan, tensor_plan.tiles, worker, allow_nonfinite=True):
+        for encoder, raw in encoded:
+            sizes = [encoder.chunk_nbytes(*rows) for rows in chunk_ranges(tile.start, tile.stop, encoder)]
+            sums.setdefault(encoder.key, []).extend(chunk_checksums(raw, sizes))
+    return {key: tensor_checksum(digests) for key, digests in sums.items()}
 
 
-def _noted(facts: Mapping[str, Any]) -> dict[str, str]:
+def _recorded_checksums(facts: Mapping[str, Any]) -> dict[str, str]:
     """The checksums in the receipt for a tensor."""
-    noted = {key: encoded["xxh3"] for key, encoded in _encoded(facts).items()}
-    return noted | ({KEY: facts["xxh3"]} if "xxh3" in facts else {})
+    checksums = {key: encoded["xxh3"] for key, encoded in _encoded(facts).items()}
+    return checksums | ({KEY: facts["xxh3"]} if "xxh3" in facts else {})
 
 
 def _note_changed_inputs(plan: Plan, receipt: Mapping[str, Any], problems: list[str]) -> None:

@@ -32,7 +32,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 RECIPE = {"base_model": "base", "adapters": ["legal"]}
 
 
-def test_the_bits_are_the_quantisers(models: Path) -> None:
+def test_the_bits_equal_the_quantizers(models: Path) -> None:
     wide = load_file(mergeforge.merge(RECIPE | {"dtype": "float32"}, out="wide") / "model.safetensors")
     out = mergeforge.merge(RECIPE | {"output": {"fp8": True, "shard_size": 400_000}}, out="small")
     shards = [load_file(path) for path in sorted(out.glob("*.safetensors"))]

@@ -3,7 +3,7 @@
 Made by transformers' own classes, so that names, shapes and configs are what it saves. Weights are
 integers over 2048, seeded by the tensor's name: exact in every 16-bit type and on every machine.
 The configs obey what llama.cpp takes for granted (Gemma's query_pre_attn_scalar is the head's size,
-Qwen 3 normalises the experts' weights, DeepSeek has q_lora_rank), so the engine can run them.
+Qwen 3 normalizes the experts' weights, DeepSeek has q_lora_rank), so the engine can run them.
 """
 
 from __future__ import annotations

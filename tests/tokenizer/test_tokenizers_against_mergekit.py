@@ -1,6 +1,6 @@
 """The same tokenizer settings through mergekit 0.1.5 and through mergeforge: every token's row, and what texts become.
 
-The merge is linear with weights of 1, so the result is the sum (not normalised) of the models' embeddings for the
+The merge is linear with weights of 1, so the result is the sum (not normalized) of the models' embeddings for the
 output's tokenizer. Ids are compared by their tokens: mergekit numbers a union's new ones anew in each process.
 """
 

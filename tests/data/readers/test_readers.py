@@ -53,7 +53,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl.gz", gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     write(tmp_path / "list.json", json.dumps(ROWS))
     write(tmp_path / "indented.json", json.dumps(ROWS, indent=2, ensure_ascii=False))
-    write(tmp_path / "object.json", json.dumps({"version": "1", "data": ROWS, "licence": None}, indent=1))
+    write(tmp_path / "object.json", json.dumps({"version": "1", "data": ROWS, "license": None}, indent=1))
     write(tmp_path / "lines.json", (tmp_path / "a.jsonl").read_bytes())
     write_csv(tmp_path / "a.csv")
     write_csv(tmp_path / "semicolons.csv", ";")
