@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergeforge.operations.synthetic_models import shape_named, write_adapter, write_model
+from mergeforge.operations.synthetic_models import model_shape, write_adapter, write_model
 
 PYTHON = sys.executable
 # A small process in between: the system counts a parent's memory as its child's (exec_mmap, vfork).
@@ -98,7 +98,7 @@ def model(root: Path, shape: str, *, seed: int = 0, near: int | None = None) -> 
     """A random model of a shape, made once."""
     folder = root / (f"{shape}-{seed}" if near is None else f"{shape}-{near}-tuned-{seed}")
     if not (folder / "config.json").exists():
-        write_model(folder, shape_named(shape), seed=seed, near=near)
+        write_model(folder, model_shape(shape), seed=seed, near=near)
     return folder
 
 
@@ -106,7 +106,7 @@ def adapter(root: Path, shape: str, *, rank: int = 16) -> Path:
     """A random all-linear adapter of a shape, made once."""
     folder = root / f"{shape}-adapter-{rank}"
     if not (folder / "adapter_config.json").exists():
-        write_adapter(folder, shape_named(shape), str(root / f"{shape}-0"), rank=rank)
+        write_adapter(folder, model_shape(shape), str(root / f"{shape}-0"), rank=rank)
     return folder
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from measure import Measured, adapter, machine, mergeforge, model, table
 
-from mergeforge.operations.synthetic_models import SHAPES, Shape
+from mergeforge.operations.synthetic_models import SHAPES, ModelShape
 
-SHAPES["embedding"] = Shape(4096, 1024, 1, 32, 8, 128256)  # the embedding of an 8B, and little else
+SHAPES["embedding"] = ModelShape(4096, 1024, 1, 32, 8, 128256)  # the embedding of an 8B, and little else
 INTERPRETER = 350  # MiB that a bar allows for Python with torch beside the memory given
 
 

@@ -23,7 +23,7 @@ import yaml
 from measure import Measured, in_turn, machine, measure, median, mergeforge, prepare_cache, synced, table
 
 from mergeforge.methods import METHODS
-from mergeforge.operations.synthetic_models import shape_named, write_model
+from mergeforge.operations.synthetic_models import model_shape, write_model
 
 TRIMMING = ("ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce")
 BARS = {True: 1 / 8, False: 1 / 4}  # of mergekit's time, by whether the method trims
@@ -112,7 +112,7 @@ def _model(root: Path, layers: int | None, seed: int) -> Path:
     """The base (seed 0) or a fine-tune of it, made once; without a number of layers, a tiny one."""
     folder = root / f"{f'1.1b-{layers}-layers' if layers else 'tiny'}-{seed}"
     if not (folder / "config.json").exists():
-        shape = replace(shape_named("1.1b"), layers=layers) if layers else shape_named("tiny")
+        shape = replace(model_shape("1.1b"), layers=layers) if layers else model_shape("tiny")
         write_model(folder, shape, seed=seed, near=0 if seed else None)
     return folder
 

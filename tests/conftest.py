@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("needs_kernels") is None or bindings.available():
+    if item.get_closest_marker("needs_kernels") is None or bindings.is_available():
         return
     if os.environ.get(REQUIRE_NATIVE) == "1":
         pytest.fail(f"{REQUIRE_NATIVE}=1, but kernels.c is not compiled, or was compiled from another source")

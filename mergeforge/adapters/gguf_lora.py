@@ -56,8 +56,8 @@ def _lora_targets(targets: Mapping[str, tuple[TensorTarget, ...]]) -> dict[str, 
         tensor_targets[0].tensor: (name, tensor_targets[0])
         for name, tensor_targets in targets.items()
         if len(tensor_targets) == 1
-        and not tensor_targets[0].turn
-        and not tensor_targets[0].first
+        and not tensor_targets[0].transpose
+        and not tensor_targets[0].first_row
         and len(tensor_targets[0].shape) == 2
     }
 

@@ -110,7 +110,7 @@ class DequantizedGGUFTensor:
 
         units_of = []
         for target, _ in self.sources:
-            first = target.first * target.shape[-1] // self.info.columns
+            first = target.first_row * target.shape[-1] // self.info.columns
             units = np.full(self.info.rows, -1, dtype=np.int64)
             chosen = np.arange(self.info.rows) if target.rows is None else target.rows
             units[chosen] = first + np.arange(len(chosen))
@@ -165,7 +165,7 @@ def _dequantized_tensor(
         stored = by_name.get(target.tensor)
         if stored is None:
             raise SourceError(f"{path} lacks {target.tensor}, the GGUF name of {info.name}")
-        if target.turn:
+        if target.transpose:
             hint = "use the model that the GGUF file was made from"
             raise SourceError(f"{path}: {target.tensor} is transposed in GGUF and cannot be read back", hint=hint)
         if stored.shape != target.shape:

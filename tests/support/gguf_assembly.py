@@ -35,7 +35,7 @@ def assembled(spelling: GGUFModelSpec, tensors: Mapping[str, TensorInfo], stored
             shapes[place.tensor] = place.shape
             whole = flat.setdefault(place.tensor, np.full(int(np.prod(place.shape)), np.nan, dtype=np.float32))
             part = arranged(place, stored[name].reshape(tensors[name].rows, tensors[name].columns)).reshape(-1)
-            start = place.first * place.shape[-1]
+            start = place.first_row * place.shape[-1]
             whole[start : start + part.size] = part
     return {name: flat[name].reshape(shapes[name]) for name in flat} | dict(spelling.constants)
 
@@ -43,8 +43,8 @@ def assembled(spelling: GGUFModelSpec, tensors: Mapping[str, TensorInfo], stored
 def arranged(place: TensorTarget, rows: np.ndarray) -> np.ndarray:
     if place.rows is not None:
         rows = rows[place.rows]
-    if place.turn:
-        matrices = rows.reshape(-1, place.turn, rows.shape[1])
+    if place.transpose:
+        matrices = rows.reshape(-1, place.transpose, rows.shape[1])
         rows = matrices[:, :, place.columns or slice(None)].swapaxes(1, 2)
     return rows + np.float32(place.add) if place.add else rows
 
