@@ -22,7 +22,7 @@ from difflib import get_close_matches
 # Options whose value follows them in a hint; every other option is a flag.
 _VALUED = (
     "out|memory|device|threads|set|type|pre|base|rank|energy|svd|embeddings|exclude|revision|data|seq-len|quantize"
-    "|tokenizer|context|columns"
+    "|tokenizer|context|columns|resume|extend-epochs"
 )
 _OPTION = re.compile(rf"--(?:({_VALUED})(?: (?=[\w.{{])([\w.-]+))?|([a-z][a-z-]+))")
 

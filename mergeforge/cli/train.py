@@ -10,35 +10,47 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergeforge.cli import _options
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import RecipeError
 
 if TYPE_CHECKING:
     from mergeforge.train.plan import TrainPlan
+    from mergeforge.train.post_training import PostTrainingResult
     from mergeforge.train.run import Trained
 
 
 @click.command()
 @click.argument("config", required=False)
-@click.option("--out", metavar="DIR", help="The run's folder, over `output`.")
-@click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Override a key of the file (repeatable).")
-@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
-@click.option("--plan", "only_plan", is_flag=True, help="Show data, memory, time and cost, and train nothing.")
-@click.option("--price-per-hour", type=float, metavar="PRICE", help="Of the machine, for the plan's cost.")
-@click.option("--resume", default="auto", metavar="auto|never|PATH", help="Where to go on.", show_default=True)
-@click.option("--extend-epochs", type=float, default=0.0, metavar="N", help="Train a finished run on.")
-@click.option("--overwrite", is_flag=True, help="Throw a finished run in the folder away.")
-@click.option("--then", metavar="STEPS", help="merge,gguf,publish: what follows, besides the file's `after`.")
-@click.option("--memory", metavar="SIZE", help="Working memory of the merge that follows.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("--out", metavar="DIR", help="The run's folder; overrides `output`.")
+@_options.set_keys
+@_options.device
+@click.option("--plan", "plan_only", is_flag=True, help="Show data, memory, time and cost; train nothing.")
+@click.option("--price-per-hour", type=float, metavar="PRICE", help="Price of the machine, for the plan's cost.")
+@click.option(
+    "--resume",
+    default="auto",
+    metavar="auto|never|PATH",
+    help="Start from the newest checkpoint, from the beginning, or from this checkpoint.",
+    show_default=True,
+)
+@click.option("--extend-epochs", type=float, default=0.0, metavar="N", help="Train a finished run for N more epochs.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished run.")
+@click.option(
+    "--then",
+    metavar="STEPS",
+    help="What to do after training: merge, gguf, publish (comma-separated); adds to `after`.",
+)
+@click.option("--memory", metavar="SIZE", help="Working memory of the merge after training, e.g. 2GiB.")
+@_options.as_json
+@_options.quiet
 def train(
     config: str | None,
     *,
     out: str | None,
     sets: tuple[str, ...],
     device: str,
-    only_plan: bool,
+    plan_only: bool,
     price_per_hour: float | None,
     resume: str,
     extend_epochs: float,
@@ -48,135 +60,138 @@ def train(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Train an adapter (QLoRA, LoRA, DoRA) or a whole model, as CONFIG says. Needs the extra `train`.
+    """Train an adapter (QLoRA, LoRA, DoRA) or a whole model, as CONFIG says.
 
-    Without CONFIG, --then goes on from the newest finished run of runs/.
+    If it is interrupted or killed, run the same command again to resume. Without CONFIG, --then uses the newest
+    finished run in runs/. Training needs transformers, peft and accelerate.
 
     \b
-    mergeforge train recipes/train-demo.yaml
-    mergeforge train train.yaml --plan
-    mergeforge train train.yaml --then merge,gguf
-    mergeforge train --then merge
-    torchrun --nproc-per-node 2 -m mergeforge train train.yaml
+    Examples:
+      mergeforge train recipes/train-demo.yaml
+      mergeforge train train.yaml --plan
+      mergeforge train train.yaml --then merge,gguf
+      mergeforge train --then merge
+      torchrun --nproc-per-node 2 -m mergeforge train train.yaml
     """
     if extend_epochs < 0:
         raise RecipeError("--extend-epochs must not be negative")
     if config is None and not then:
-        raise RecipeError("which run? give its train.yaml", hint="`mergeforge recipes cp train-demo` writes one")
-    from mergeforge.train import distributed, post_training, run, run_folder
-    from mergeforge.train import plan as planning
+        hint = "`mergeforge recipes cp train-demo` writes one"
+        raise RecipeError("give the train.yaml of the run", hint=hint)
+    from mergeforge.train import environment, post_training, run, run_folder
+    from mergeforge.train.plan import make_plan
     from mergeforge.train.resume import Resume
 
-    quiet = quiet or not distributed.is_main()
-    with distributed.main_first():
+    quiet = quiet or not environment.is_main()
+    with environment.main_first():
         source = config or run_folder.newest_run().settings()
-        plan = planning.make_plan(source, sets=sets, out=out, device=device)
+        plan = make_plan(source, sets=sets, out=out, device=device)
     after = post_training.steps_from_names(plan.settings.after, then) if then else plan.settings.after
-    if after.publish and not only_plan:
+    if after.publish and not plan_only:
         from mergeforge.hub.publish import check_access
 
-        check_access(after.publish["repo"])  # before the work, not after it
+        check_access(after.publish["repo"])  # now, so that a missing token does not waste the training
     if not quiet:
-        _show(plan, price_per_hour, whole=only_plan)
-    if only_plan:
+        _show_plan(plan)
+        if plan_only:
+            _show_estimates(plan, price_per_hour)
+    if plan_only:
         if as_json:
-            click.echo(json.dumps(_plan_facts(plan), default=str))
+            click.echo(json.dumps(_plan_as_json(plan), default=str))
         return 0
     trained = None if overwrite or extend_epochs or not after.merge else run.trained_before(plan)
     if trained is None:
-        with _bar(plan, quiet=quiet) as listener:
+        with _progress_bar(plan, quiet=quiet) as listener:
             trained = run.train(plan, Resume(resume, extend_epochs, overwrite), [listener])
     if trained.interrupted:
-        click.echo(f"interrupted after step {trained.steps}; the same command goes on from there", err=True)
+        _echo(f"Interrupted after step {trained.steps}. Run the same command again to resume.")
         return 130
-    followed = post_training.PostTrainingResult()
-    if distributed.is_main():
-        followed = post_training.run_post_training(
-            plan, after, memory=memory, tell=lambda line: None if quiet else click.echo(line, err=True)
+    result = post_training.PostTrainingResult()
+    if environment.is_main():
+        result = post_training.run_post_training(
+            plan, after, memory=memory, on_message=lambda text: None if quiet else _echo(text)
         )
     if not quiet:
-        _tell(trained, followed)
-    if as_json and distributed.is_main():
-        click.echo(
-            json.dumps(asdict(trained) | {"folder": trained.folder.root, "followed": asdict(followed)}, default=str)
-        )
+        _show_result(trained, result)
+    if as_json and environment.is_main():
+        entries = asdict(trained) | {"folder": trained.folder.root, "followed": asdict(result)}
+        click.echo(json.dumps(entries, default=str))
     return 0
 
 
-def _plan_facts(plan: TrainPlan) -> dict[str, Any]:
+def _plan_as_json(plan: TrainPlan) -> dict[str, Any]:
     return {"choices": asdict(plan.resolved), "counts": plan.data.counts.as_dict(), "parameters": plan.stats.parameters}
 
 
-def _show(plan: TrainPlan, price: float | None, *, whole: bool) -> None:
-    """The plan on stderr: data, model, choices and what was given up; with `whole`, memory by part and time too."""
-    from mergeforge.train.requirements import describe_machine
+def _show_plan(plan: TrainPlan) -> None:
+    """Print the plan on stderr: data, model, resolved settings and the fallbacks that memory made necessary."""
+    from mergeforge.train.environment import describe_machine
 
-    counts, way, choices = plan.data.counts, plan.resolved.setup, plan.resolved
-    what = plan.settings.method if plan.settings.trains_adapter else "all weights"
-    _say(f"{what} of {plan.base} ({plan.stats.parameters / 1e6:,.0f} M parameters) on {describe_machine(plan.machine)}")
-    skipped = counts.empty + counts.too_long + counts.bad
-    lost = f" ({counts.empty} empty, {counts.too_long} too long, {counts.bad} bad)" if skipped else ""
-    held = f", {len(plan.data.validation)} of them for validation" if plan.data.validation else ""
-    trained = f"{counts.trained:,} of {counts.tokens:,} tokens trained on"
-    _say(f"data     {counts.used} of {counts.rows} rows{lost}{held}; {trained}")
-    for one in counts.skipped:
-        _say(f"  skipped {one.place}: {one.why}")
+    counts, resolved, setup = plan.data.counts, plan.resolved, plan.resolved.setup
+    method = plan.settings.method if plan.settings.trains_adapter else "full training"
+    size = f"{plan.stats.parameters / 1e6:,.0f} M parameters"
+    _echo(f"{method} of {plan.base} ({size}) on {describe_machine(plan.machine)}")
+    has_skipped = counts.empty + counts.too_long + counts.bad
+    skipped = f" ({counts.empty} empty, {counts.too_long} too long, {counts.bad} bad)" if has_skipped else ""
+    validation = f", {len(plan.data.validation)} of them for validation" if plan.data.validation else ""
+    trained = f"{counts.trained:,} of {counts.tokens:,} tokens are trained on"
+    _echo(f"data     {counts.used} of {counts.rows} rows{skipped}{validation}; {trained}")
+    for row in counts.skipped:
+        _echo(f"  skipped {row.place}: {row.why}")
     for note in plan.data.notes:
-        _say(f"  {note}")
-    packs = plan.packs(packed=choices.pack)
+        _echo(f"  {note}")
+    packs = plan.packs(packed=resolved.pack)
     schedule = plan.schedule(len(packs))
-    packed = f"{len(packs)} sequences of at most {way.seq_len} tokens{', packed' if choices.pack else ''}"
-    each = f"{schedule.micro_batch} x {schedule.accumulation_steps} a step"
-    _say(f"steps    {schedule.total} in {schedule.epochs:.3g} epochs: {packed}, {each}")
-    rank = f"rank {way.lora.r} on {len(plan.stats.adapted(way.lora))} modules, " if plan.settings.trains_adapter else ""
-    _say(f"learns   {rank}rate {choices.lr:g}, {way.optimizer}")
-    _say(f"memory   about {format_size(choices.estimate.total)}")
-    for note in choices.notes:
-        _say(f"  {note}")
-    if whole:
-        _whole(plan, price, int(counts.tokens * schedule.epochs))
+    sequences = f"{len(packs)} sequences of at most {setup.seq_len} tokens{', packed' if resolved.pack else ''}"
+    batch = f"{schedule.micro_batch} x {schedule.accumulation_steps} per step"
+    _echo(f"steps    {schedule.total_steps} in {schedule.epochs:.3g} epochs: {sequences}, {batch}")
+    modules = len(plan.stats.adapted(setup.lora))
+    adapter = f"rank {setup.lora.r} on {modules} modules, " if plan.settings.trains_adapter else ""
+    _echo(f"training {adapter}learning rate {resolved.lr:g}, {setup.optimizer}")
+    _echo(f"memory   about {format_size(resolved.estimate.total)}")
+    for note in resolved.notes:
+        _echo(f"  {note}")
 
 
-def _whole(plan: TrainPlan, price: float | None, tokens: int) -> None:
-    from mergeforge.train.time_estimate import estimate_seconds
+def _show_estimates(plan: TrainPlan, price: float | None) -> None:
+    """Print memory by part, time, and cost where a price is given."""
+    from mergeforge.train.estimate import estimate_seconds
 
-    for name, size in plan.resolved.estimate.parts.items():
-        _say(f"  {format_size(size):>9}  {name}")
-    took = estimate_seconds(plan.stats, plan.resolved, tokens)
-    _say(f"time     about {_duration(took)} (an estimate, from this device's speed at matrix products)")
+    resolved = plan.resolved
+    for name, size in resolved.estimate.parts.items():
+        _echo(f"  {format_size(size):>9}  {name}")
+    schedule = plan.schedule(len(plan.packs(packed=resolved.pack)))
+    tokens = int(plan.data.counts.tokens * schedule.epochs)
+    seconds = estimate_seconds(plan.stats, resolved.setup, tokens, device=resolved.device, dtype=resolved.dtype)
+    _echo(f"time     about {_duration(seconds)} (estimated from this device's speed at matrix products)")
     if price is not None:
-        _say(f"cost     about {took / 3600 * price:.2f} at {price:g} an hour")
+        _echo(f"cost     about {seconds / 3600 * price:.2f} at {price:g} an hour")
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds > 5400
-        else f"{seconds / 60:.0f} min"
-        if seconds > 90
-        else f"{seconds:.0f} s"
-    )
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
-def _say(line: str) -> None:
+def _echo(line: str) -> None:
     click.echo(line, err=True)
 
 
 @contextmanager
-def _bar(plan: TrainPlan, *, quiet: bool) -> Iterator[Any]:
-    """Something that takes metrics and shows them: a bar on a terminal, a line now and then elsewhere."""
+def _progress_bar(plan: TrainPlan, *, quiet: bool) -> Iterator[Any]:
+    """A listener that shows metrics: a bar on a terminal, occasional lines elsewhere."""
     from mergeforge.cli import _progress
 
     if quiet:
         yield lambda line: None
         return
-    total = plan.schedule(len(plan.packs(packed=plan.resolved.pack))).total
+    total = plan.schedule(len(plan.packs(packed=plan.resolved.pack))).total_steps
     with _progress.steps(total, _progress.console()) as step:
-        yield lambda line: step(int(line.get("step", 0)), _words(line))
+        yield lambda line: step(int(line.get("step", 0)), _metrics_as_text(line))
 
 
-def _words(line: Mapping[str, Any]) -> str:
-    """A line of metrics as a person reads it."""
+def _metrics_as_text(line: Mapping[str, Any]) -> str:
     if "note" in line:
         return str(line["note"])
     if "eval_loss" in line:
@@ -184,14 +199,14 @@ def _words(line: Mapping[str, Any]) -> str:
     return f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s, {format_size(line['memory'])}"
 
 
-def _tell(trained: Trained, followed: Any) -> None:
+def _show_result(trained: Trained, result: PostTrainingResult) -> None:
     losses = [("loss", trained.loss), ("validation loss", trained.validation_loss)]
     numbers = ", ".join(f"{name} {loss:.4f}" for name, loss in losses if loss is not None)
     peak = format_size(trained.peak_memory)
-    _say(f"trained {trained.steps} steps in {_duration(trained.seconds)}: {numbers}; peak memory {peak}")
-    _say(f"wrote {trained.result} and {trained.folder.report}")
-    if followed.merged:
-        names = "".join(f", {path.name}" for path in followed.ggufs)
-        _say(f"merged into {followed.merged} (base_numerics: {followed.base_numerics}){names}")
+    _echo(f"trained {trained.steps} steps in {_duration(trained.seconds)}: {numbers}; peak memory {peak}")
+    _echo(f"wrote {trained.result} and {trained.folder.report}")
+    if result.merged:
+        names = "".join(f", {path.name}" for path in result.ggufs)
+        _echo(f"merged into {result.merged} (base_numerics: {result.base_numerics}){names}")
     elif trained.folder.recipe.exists():
-        _say(f"next: mergeforge run {trained.folder.recipe}")
+        _echo(f"next: mergeforge run {trained.folder.recipe}")

@@ -1,7 +1,7 @@
-"""The companion: trains the adapters that the engine merges. Needs the training packages (`pip install -e ".[train]"`).
+"""Trains adapters for merges. Needs transformers, peft and accelerate.
 
-settings.py -> plan.py -> run.py -> post_training.py: what is asked for, what is decided, the run, and what follows it.
-`loop/` holds everything that needs torch.
+settings.py -> plan.py -> run.py -> post_training.py: what the user asks for, the resolved plan, the run, and merging,
+GGUF and publishing afterwards. Only `loop/` imports torch at module level.
 
     from mergeforge.train import make_plan, run_post_training, train
     plan = make_plan("train.yaml")

@@ -1,6 +1,7 @@
-"""Choices: everything that train.yaml leaves `auto`, decided from the model, the data and the device's memory.
+"""ResolvedSettings: a value for every setting that train.yaml leaves at `auto`.
 
-It starts from what trains fastest and gives things up in a fixed order until the estimate fits. Each step is told.
+Starts from what trains fastest and applies memory fallbacks in a fixed order until the estimate fits the device. Each
+fallback that was needed is a note.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from typing import Any
 
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, RecipeError
-from mergeforge.train.memory_estimate import MemoryEstimate, TrainingSetup, estimate_memory
+from mergeforge.train.estimate import MemoryEstimate, TrainingSetup, estimate_memory
 from mergeforge.train.model_stats import ModelStats
 from mergeforge.train.settings import LoraOptions, TrainSettings
 
-LONGEST = 2048  # of `seq_len: auto`; a longer one is asked for by name
-SHORTEST = 64
+LONGEST_AUTO = 2048  # tokens; a longer seq_len must be set explicitly
+LENGTH_MULTIPLE = 64  # an automatic seq_len is a multiple of this
 CHUNK, SMALL_CHUNK = 1024, 256  # rows of logits at once
 LARGE = 20_000_000_000  # parameters from which a lower learning rate is usual (QLoRA's README: 33B and 65B)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that trains: torch's name, bytes that may be used, computing dtype."""
+    """The device that trains: its name in torch, the bytes that may be used, and the dtype to compute in."""
 
     device: str
     memory: int
@@ -36,7 +37,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class LengthStats:
-    """Tokens of the data's rows: of 95 and 99 of 100, and of the longest; how many rows."""
+    """Tokens per row of the training data: 95th and 99th percentile and maximum; the number of rows."""
 
     p95: int
     p99: int
@@ -46,7 +47,7 @@ class LengthStats:
 
 @dataclass(frozen=True)
 class ResolvedSettings:
-    """A way that fits, with what was given up for it."""
+    """Settings without any `auto`, which fit the device. `notes`: the fallbacks that were needed, and remarks."""
 
     setup: TrainingSetup
     pack: bool
@@ -58,9 +59,12 @@ class ResolvedSettings:
     notes: tuple[str, ...] = field(default=())
 
     def from_manifest(self, before: Mapping[str, Any], epochs: float) -> ResolvedSettings:
-        """The settings that a resumed run began with (`dataclasses.asdict` of them): free memory may differ by now."""
+        """The settings that a resumed run began with (`dataclasses.asdict` of them).
+
+        They are not resolved again, because the free memory may differ by now.
+        """
         setup = {_FORMER_KEYS.get(key, key): value for key, value in (before.get("setup") or before["way"]).items()}
-        setup["lora"] = LoraOptions(**_tuples(setup["lora"]))
+        setup["lora"] = LoraOptions(**_with_tuples(setup["lora"]))
         unchanged = {key: before[key] for key in ("pack", "lr", "dtype")}
         return replace(self, setup=TrainingSetup(**setup), epochs=epochs, **unchanged)
 
@@ -69,54 +73,52 @@ class ResolvedSettings:
 _FORMER_KEYS = {"micro": "micro_batch", "width": "dtype_bytes", "on_card": "on_gpu"}
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists, as JSON has them, as the tuples that they were."""
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with JSON's lists turned into tuples."""
     return {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
 
 
-MemoryFallback = Callable[
-    [TrainingSetup], "tuple[TrainingSetup, str] | None"
-]  # a smaller way and what it costs; None: nothing more to give
+# setup -> (a setup that needs less memory, a note on what it costs); None where it saves nothing more
+MemoryFallback = Callable[[TrainingSetup], "tuple[TrainingSetup, str] | None"]
 
 
 def resolve_settings(
-    settings: TrainSettings, facts: ModelStats, lengths: LengthStats, machine: Machine
+    settings: TrainSettings, stats: ModelStats, lengths: LengthStats, machine: Machine
 ) -> ResolvedSettings:
-    """The choices. Raises BudgetError, with the estimate by part, when nothing fits."""
-    if settings.seq_len and settings.seq_len > facts.longest:
-        text = f"seq_len: the model knows positions for {facts.longest} tokens, not {settings.seq_len}"
-        raise RecipeError(text, hint=f"seq_len: {facts.longest}, or a model for longer texts")
-    way, notes = _first(settings, facts, lengths, machine), _notes(settings, facts, machine)
-    for give_up in _memory_fallbacks(settings, lengths, machine):
+    """Resolve every `auto`. Raises BudgetError, with the estimate by part, when nothing fits."""
+    if settings.seq_len and settings.seq_len > stats.max_positions:
+        text = f"seq_len: {settings.seq_len} is more than the model's maximum of {stats.max_positions} tokens"
+        raise RecipeError(text, hint=f"set seq_len: {stats.max_positions}, or use a model with a longer context")
+    setup, notes = _fastest_setup(settings, stats, lengths, machine), _notes(settings, stats, machine)
+    for fallback in _memory_fallbacks(settings, lengths, machine):
         note = ""
-        while estimate_memory(facts, way).total > machine.memory and (smaller := give_up(way)):
-            way, note = smaller
+        while estimate_memory(stats, setup).total > machine.memory and (smaller := fallback(setup)):
+            setup, note = smaller
         notes += [note] if note else []
-    if estimate_memory(facts, way).total > machine.memory:
-        raise _does_not_fit(facts, way, machine)
+    if estimate_memory(stats, setup).total > machine.memory:
+        raise _does_not_fit(stats, setup, machine)
     return ResolvedSettings(
-        setup=way,
-        pack=settings.pack if settings.pack is not None else lengths.p95 * 2 <= way.seq_len,
-        lr=settings.lr if settings.lr is not None else _lr(settings, facts),
+        setup=setup,
+        pack=settings.pack if settings.pack is not None else lengths.p95 * 2 <= setup.seq_len,
+        lr=settings.lr if settings.lr is not None else _lr(settings, stats),
         epochs=settings.epochs if settings.epochs is not None else _epochs(lengths.rows),
         dtype=machine.dtype,
         device=machine.device,
-        estimate=estimate_memory(facts, way),
+        estimate=estimate_memory(stats, setup),
         notes=tuple(notes),
     )
 
 
-def _first(settings: TrainSettings, facts: ModelStats, lengths: LengthStats, machine: Machine) -> TrainingSetup:
-    """The way to begin with: what the file says, and for the rest what is fastest."""
+def _fastest_setup(settings: TrainSettings, stats: ModelStats, lengths: LengthStats, machine: Machine) -> TrainingSetup:
+    """The setup to start from: what the file sets, and otherwise what is fastest."""
     memory, lora = settings.memory, settings.lora
-    width = 4 if machine.dtype == "fp32" else 2
     return TrainingSetup(
         method="lora" if settings.method == "dora" else settings.method,
         lora=lora if lora.r else replace(lora, r=16),
-        seq_len=settings.seq_len or _seq_len(facts, lengths, settings),
+        seq_len=settings.seq_len or _seq_len(stats, lengths, settings),
         micro_batch=settings.micro_batch or min(8 if machine.on_gpu else 4, settings.batch_size),
         optimizer=settings.optimizer or "adamw",
-        dtype_bytes=width,
+        dtype_bytes=4 if machine.dtype == "fp32" else 2,
         ce_chunk=CHUNK if memory.ce_chunk is None else memory.ce_chunk,
         checkpointing=machine.on_gpu if memory.checkpointing is None else memory.checkpointing,
         offload=bool(memory.offload_activations),
@@ -125,15 +127,18 @@ def _first(settings: TrainSettings, facts: ModelStats, lengths: LengthStats, mac
     )
 
 
-def _seq_len(facts: ModelStats, lengths: LengthStats, settings: TrainSettings) -> int:
-    """Room for the longest row; where rows are short and may be packed, for several."""
-    wanted = lengths.longest if settings.pack is False else max(lengths.longest, min(8 * lengths.p95, 1024))
-    wanted = -(-wanted // SHORTEST) * SHORTEST
-    return max(8, min(wanted, LONGEST, facts.longest))
+def _seq_len(stats: ModelStats, lengths: LengthStats, settings: TrainSettings) -> int:
+    """Long enough for the longest row; where rows are short and may be packed, for several."""
+    length = lengths.longest if settings.pack is False else max(lengths.longest, min(8 * lengths.p95, 1024))
+    return max(8, min(_round_up(length), LONGEST_AUTO, stats.max_positions))
+
+
+def _round_up(length: int) -> int:
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 def _memory_fallbacks(settings: TrainSettings, lengths: LengthStats, machine: Machine) -> Iterator[MemoryFallback]:
-    """What may be given up, in this order; what the file sets stays."""
+    """The fallbacks in the order in which they are tried. What the file sets is not changed."""
     memory = settings.memory
     if settings.micro_batch is None:
         yield _smaller_batch
@@ -144,8 +149,8 @@ def _memory_fallbacks(settings: TrainSettings, lengths: LengthStats, machine: Ma
     if memory.ce_chunk is None:
         yield _smaller_chunk
     if settings.seq_len is None:
-        yield lambda way: _shorter(way, lengths.p99, "99")
-        yield lambda way: _shorter(way, lengths.p95, "95")
+        yield lambda setup: _shorter_sequences(setup, lengths.p99, 99)
+        yield lambda setup: _shorter_sequences(setup, lengths.p95, 95)
     if memory.embed_on_cpu is None and machine.on_gpu and settings.method != "full":
         yield _embedding_on_cpu
     if memory.offload_activations is None and machine.on_gpu:
@@ -154,73 +159,72 @@ def _memory_fallbacks(settings: TrainSettings, lengths: LengthStats, machine: Ma
         yield _smaller_rank
 
 
-def _smaller_batch(way: TrainingSetup) -> tuple[TrainingSetup, str] | None:
-    if way.micro_batch == 1:
-        return None
-    return replace(
-        way, micro_batch=way.micro_batch // 2
-    ), f"{way.micro_batch // 2} sequence(s) a pass, with more passes for a step"
+def _smaller_batch(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
+    half = setup.micro_batch // 2
+    note = f"micro-batch of {half}, with more gradient accumulation"
+    return (replace(setup, micro_batch=half), note) if half else None
 
 
-def _checkpointing(way: TrainingSetup) -> tuple[TrainingSetup, str] | None:
-    note = "activations are computed again in the backward pass (a third more time)"
-    return None if way.checkpointing else (replace(way, checkpointing=True), note)
+def _checkpointing(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
+    note = "activations are recomputed in the backward pass (a third more time)"
+    return None if setup.checkpointing else (replace(setup, checkpointing=True), note)
 
 
-def _paged_optimizer(way: TrainingSetup) -> tuple[TrainingSetup, str] | None:
-    note = "the optimizer's state is kept in 8 bit, in pages that may leave the card"
-    return None if way.optimizer != "adamw" else (replace(way, optimizer="paged_adamw_8bit"), note)
+def _paged_optimizer(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
+    note = "the optimizer state is 8-bit and paged: it can move to host memory"
+    return (replace(setup, optimizer="paged_adamw_8bit"), note) if setup.optimizer == "adamw" else None
 
 
-def _smaller_chunk(way: TrainingSetup) -> tuple[TrainingSetup, str] | None:
-    note = f"the loss is computed {SMALL_CHUNK} rows of logits at a time"
-    return None if way.ce_chunk == SMALL_CHUNK else (replace(way, ce_chunk=SMALL_CHUNK), note)
+def _smaller_chunk(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
+    note = f"the loss is computed from {SMALL_CHUNK} rows of logits at a time"
+    return None if setup.ce_chunk == SMALL_CHUNK else (replace(setup, ce_chunk=SMALL_CHUNK), note)
 
 
-def _shorter(way: TrainingSetup, most: int, share: str) -> tuple[TrainingSetup, str] | None:
-    length = -(-most // SHORTEST) * SHORTEST
-    note = f"sequences of {length} tokens, which hold {share} % of the rows"
-    return None if length >= way.seq_len else (replace(way, seq_len=length), note)
+def _shorter_sequences(setup: TrainingSetup, longest: int, percent: int) -> tuple[TrainingSetup, str] | None:
+    length = _round_up(longest)
+    note = f"sequences of {length} tokens, long enough for {percent} % of the rows"
+    return None if length >= setup.seq_len else (replace(setup, seq_len=length), note)
 
 
-def _embedding_on_cpu(way: TrainingSetup) -> tuple[TrainingSetup, str] | None:
+def _embedding_on_cpu(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
     note = "the input embedding stays in host memory"
-    return None if way.embed_on_cpu else (replace(way, embed_on_cpu=True), note)
+    return None if setup.embed_on_cpu else (replace(setup, embed_on_cpu=True), note)
 
 
-def _offload(way: TrainingSetup) -> tuple[TrainingSetup, str] | None:
+def _offload(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
     note = "activations are kept in host memory (slower)"
-    return None if way.offload else (replace(way, offload=True, checkpointing=True), note)
+    return None if setup.offload else (replace(setup, offload=True, checkpointing=True), note)
 
 
-def _smaller_rank(way: TrainingSetup) -> tuple[TrainingSetup, str] | None:
-    rank = (way.lora.r or 16) // 2
-    return None if rank < 4 else (replace(way, lora=replace(way.lora, r=rank)), f"adapters of rank {rank}")
+def _smaller_rank(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
+    rank = (setup.lora.r or 16) // 2
+    return None if rank < 4 else (replace(setup, lora=replace(setup.lora, r=rank)), f"adapters of rank {rank}")
 
 
-def _notes(settings: TrainSettings, facts: ModelStats, machine: Machine) -> list[str]:
+def _notes(settings: TrainSettings, stats: ModelStats, machine: Machine) -> list[str]:
     notes = []
-    if facts.stacks and settings.method == "qlora":
-        notes.append("its experts are no linear modules: they stay in 16 bit")
+    if stats.expert_stacks and settings.method == "qlora":
+        notes.append("the experts are not linear modules: they stay in 16 bit")
     if settings.method == "qlora" and not machine.on_gpu:
-        notes.append("4 bit on a CPU saves memory, not time")
+        notes.append("on a CPU, 4 bit saves memory but no time")
     return notes
 
 
-def _lr(settings: TrainSettings, facts: ModelStats) -> float:
-    """QLoRA's README: 2e-4, and 1e-4 for 33B and 65B; full training a tenth."""
+def _lr(settings: TrainSettings, stats: ModelStats) -> float:
+    """QLoRA's README: 2e-4, and 1e-4 for 33B and 65B; a tenth of that for full training."""
     if settings.method == "full":
         return 2e-5
-    return 1e-4 if facts.parameters > LARGE else 2e-4
+    return 1e-4 if stats.parameters > LARGE else 2e-4
 
 
 def _epochs(rows: int) -> float:
     return 3 if rows < 5000 else 2 if rows < 20_000 else 1
 
 
-def _does_not_fit(facts: ModelStats, way: TrainingSetup, machine: Machine) -> BudgetError:
-    found = estimate_memory(facts, way)
-    parts = "\n".join(f"  {format_size(size):>9}  {name}" for name, size in found.parts.items())
-    text = f"training takes about {format_size(found.total)}, and {machine.device} has {format_size(machine.memory)}:\n{parts}"
-    hint = "a smaller model, a shorter seq_len, or a lower lora.r; memory.budget says how much may be used"
+def _does_not_fit(stats: ModelStats, setup: TrainingSetup, machine: Machine) -> BudgetError:
+    estimate = estimate_memory(stats, setup)
+    parts = "\n".join(f"  {format_size(size):>9}  {name}" for name, size in estimate.parts.items())
+    free = format_size(machine.memory)
+    text = f"training needs about {format_size(estimate.total)}, but {machine.device} has {free}:\n{parts}"
+    hint = "use a smaller model, a shorter seq_len or a lower lora.r; memory.budget sets how much may be used"
     return BudgetError(text, hint=hint)

@@ -1,4 +1,4 @@
-"""train.yaml's language: which keys there are, and what each may hold."""
+"""The keys of train.yaml and the values that each takes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NUMERICS = ("auto", "original", "dequant_nf4")
 
 @dataclass(frozen=True)
 class Auto:
-    """`auto` (decided from the model and the machine), or a value of another shape."""
+    """`auto` (resolved from the model and the machine; read as None), or a value of another schema."""
 
     item: Schema
 
@@ -47,21 +47,21 @@ class Auto:
         return None if value == AUTO else self.item.read(value, path, report)
 
     def json_schema(self) -> dict[str, Any]:
-        described = self.item.json_schema()
-        about = {"description": described.pop("description")} if "description" in described else {}
-        return {"anyOf": [{"const": AUTO}, described]} | about
+        item = self.item.json_schema()
+        description = {"description": item.pop("description")} if "description" in item else {}
+        return {"anyOf": [{"const": AUTO}, item]} | description
 
 
 @dataclass(frozen=True)
 class FractionOrSteps:
-    """How often: a share of an epoch or run below 1, or a whole number of steps."""
+    """An interval: a fraction of an epoch or of the run below 1, or a whole number of steps."""
 
     description: str = ""
 
     def read(self, value: Any, path: Path, report: ReportProblem) -> Any:
-        number = not isinstance(value, bool) and isinstance(value, int | float)
-        if not number or not 0 <= value < math.inf or (value >= 1 and value != int(value)):
-            report(path, f"'{path[-1]}' must be a share below 1 or a whole number of steps, not {value!r}", "")
+        is_number = not isinstance(value, bool) and isinstance(value, int | float)
+        if not is_number or not 0 <= value < math.inf or (value >= 1 and value != int(value)):
+            report(path, f"'{path[-1]}' must be a fraction below 1 or a whole number of steps, not {value!r}", "")
             return None
         return value
 
@@ -71,7 +71,7 @@ class FractionOrSteps:
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of two shapes: lists and mappings go to the second, all else to the first."""
+    """One of two schemas: lists and mappings are read by `nested`, everything else by `plain`."""
 
     plain: Schema
     nested: Schema
@@ -87,15 +87,15 @@ _LORA = Object(
     {
         "r": Auto(Integer(1, "rank (default 16)")),
         "alpha": Number(0, None, "the delta is B A alpha / r (default 2 r)"),
-        "dropout": Number(0, 1, "of the adapter's input (default 0)"),
-        "targets": OneOf(String("all-linear, or a regular expression"), ListOf(String("a module's name"))),
-        "rslora": Boolean("alpha / sqrt(r) instead of alpha / r"),
-        "dora": Boolean("weight-decomposed: a trained magnitude for each output"),
-        "init": Enum(("default", "gaussian", "pissa", "olora"), "how A and B start"),
+        "dropout": Number(0, 1, "dropout on the adapter's input (default 0)"),
+        "targets": OneOf(String("all-linear, or a regular expression"), ListOf(String("a module name"))),
+        "rslora": Boolean("scale by alpha / sqrt(r) instead of alpha / r"),
+        "dora": Boolean("DoRA: train a magnitude for each output as well"),
+        "init": Enum(("default", "gaussian", "pissa", "olora"), "how A and B are initialized"),
         "rank_pattern": MapOf(Integer(1), "module name or regular expression -> rank"),
         "alpha_pattern": MapOf(Number(0, None), "module name or regular expression -> alpha"),
-        "layers": ListOf(Integer(0), "only these layers"),
-        "modules_to_save": ListOf(String(), "modules trained whole and saved with the adapter"),
+        "layers": ListOf(Integer(0), "adapt only these layers"),
+        "modules_to_save": ListOf(String(), "modules trained in full and saved with the adapter"),
     }
 )
 _TOKENS = Object(
@@ -105,48 +105,56 @@ _TOKENS = Object(
 )
 _BATCH = Object(
     {
-        "size": Integer(1, "rows of data for one optimiser step, on all devices together (default 16)"),
+        "size": Integer(1, "rows of data in one optimizer step, over all devices (default 16)"),
         "micro": Auto(Integer(1, "sequences in one forward pass")),
     }
 )
 _MEMORY = Object(
     {
-        "budget": Auto(Size("of the device; default: what is free")),
-        "ce_chunk": Auto(Integer(0, "rows of logits that exist at once; 0: all")),
-        "checkpointing": Auto(Boolean("compute activations again in the backward pass")),
+        "budget": Auto(Size("device memory to use (default: what is free)")),
+        "ce_chunk": Auto(Integer(0, "rows of logits held at once; 0: all")),
+        "checkpointing": Auto(Boolean("recompute activations in the backward pass")),
         "offload_activations": Auto(Boolean("keep checkpointed activations in host memory")),
         "embed_on_cpu": Auto(Boolean("keep the frozen input embedding in host memory")),
     }
 )
 _EVAL = Object(
     {
-        "every": FractionOrSteps("validate this often: a share of an epoch, or steps; 0: at the end (default 0.5)"),
-        "samples": OneOf(String("a file with a prompt on each line"), ListOf(String("a prompt"))),
-        "max_tokens": Integer(1, "of a sample (default 128)"),
-        "stop": ListOf(String(), "texts that end a sample", allow_scalar=True),
+        "every": FractionOrSteps("validate this often: a fraction of an epoch, or steps; 0: at the end (default 0.5)"),
+        "samples": OneOf(String("a file with one prompt per line"), ListOf(String("a prompt"))),
+        "max_tokens": Integer(1, "length of a sample (default 128)"),
+        "stop": ListOf(String(), "strings that end a sample", allow_scalar=True),
     }
 )
 _SAVE = Object(
     {
-        "every": FractionOrSteps("a checkpoint this often: a share of an epoch, or steps; 0: at the end (default 0.5)"),
-        "keep": Integer(1, "checkpoints that stay (default 2)"),
-        "best": Boolean("end with the checkpoint of the lowest validation loss (default: where there is validation)"),
+        "every": FractionOrSteps(
+            "write a checkpoint this often: a fraction of an epoch, or steps; 0: at the end (default 0.5)"
+        ),
+        "keep": Integer(1, "number of checkpoints to keep (default 2)"),
+        "best": Boolean("end with the checkpoint of the lowest validation loss (default: if there is validation data)"),
     }
 )
 _MERGE = Object(
     {
-        "path": String("the folder (default: merged/ in the run)"),
-        "base_numerics": Enum(NUMERICS, "what the adapter is folded into; auto: what validates better"),
-        "dtype": String("of the merged model"),
+        "path": String("output folder (default: merged/ in the run's folder)"),
+        "base_numerics": Enum(
+            NUMERICS, "which form of the base the adapter is folded into; auto: the one that validates better"
+        ),
+        "dtype": String("dtype of the merged model"),
         "evaluate": Boolean("measure the merged model's validation loss (default true)"),
     }
 )
 _AFTER = Object(
     {
         "merge": OneOf(Boolean("fold the adapter into its base"), _MERGE),
-        "gguf": ListOf(String("q4_k_m, q8_0, ..."), "GGUF files written in the same pass", allow_scalar=True),
+        "gguf": ListOf(String("q4_k_m, q8_0, ..."), "GGUF files to write in the same pass", allow_scalar=True),
         "publish": Object(
-            {"repo": String("owner/name"), "private": Boolean("default true"), "revision": String("the branch")},
+            {
+                "repo": String("owner/name"),
+                "private": Boolean("create a private repo (default true)"),
+                "revision": String("branch"),
+            },
             required=("repo",),
             shorthand="repo",
         ),
@@ -155,25 +163,25 @@ _AFTER = Object(
 FIELDS: dict[str, Schema] = {
     "model": String("a folder, a Hub repo id with optional @revision, or sample:tiny"),
     **DATA_FIELDS,
-    "seq_len": Auto(Integer(8, "tokens of the longest sequence")),
-    "pack": Auto(Boolean("put several rows into one sequence; they do not see each other")),
+    "seq_len": Auto(Integer(8, "tokens in the longest sequence")),
+    "pack": Auto(Boolean("put several rows into one sequence; they do not attend to each other")),
     "method": Enum(("qlora", "lora", "dora", "full"), "what is trained (default qlora)"),
     "lora": _LORA,
     "tokens": _TOKENS,
     "batch": _BATCH,
     "lr": Auto(Number(0, None, "learning rate")),
-    "schedule": Enum(("cosine", "linear", "constant"), "of the learning rate (default cosine)"),
-    "warmup": FractionOrSteps("a share of all steps, or steps (default 0.03)"),
-    "epochs": Auto(Number(0, None, "how often the data is seen")),
-    "max_steps": Integer(1, "stop after so many optimiser steps"),
+    "schedule": Enum(("cosine", "linear", "constant"), "learning rate schedule (default cosine)"),
+    "warmup": FractionOrSteps("a fraction of all steps, or steps (default 0.03)"),
+    "epochs": Auto(Number(0, None, "passes over the data")),
+    "max_steps": Integer(1, "stop after this many optimizer steps"),
     "weight_decay": Number(0, None, "default 0"),
-    "max_grad_norm": Number(0, None, "gradients are scaled down to this norm (default 1)"),
+    "max_grad_norm": Number(0, None, "clip gradients to this norm (default 1)"),
     "optimizer": Auto(Enum(OPTIMIZERS)),
-    "dtype": Auto(Enum(("bf16", "fp16", "fp32"), "of the computation")),
+    "dtype": Auto(Enum(("bf16", "fp16", "fp32"), "dtype to compute in")),
     "attention": Enum(("sdpa", "eager", "flash_attention_2"), "default: the model's own choice"),
     "memory": _MEMORY,
     "loss": String("module.function(logits, labels, count) instead of cross-entropy"),
-    "loop": Enum(("trainer", "simple"), "transformers' Trainer, or the short readable loop"),
+    "loop": Enum(("trainer", "simple"), "transformers' Trainer, or a short loop to read and compare with"),
     "eval": _EVAL,
     "save": _SAVE,
     "early_stop": Object({"patience": Integer(1, "validations without improvement"), "threshold": Number(0, None)}),

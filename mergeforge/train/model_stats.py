@@ -1,7 +1,7 @@
-"""ModelFacts: what memory and time depend on, counted on the model's own modules without any weight.
+"""ModelStats: the sizes that memory and time depend on, counted on the model's own modules without its weights.
 
-The model is built on torch's meta device from its config.json alone, so this holds for every architecture and
-needs no download of weights.
+The model is built from its config.json on torch's meta device, so this works for every architecture that transformers
+has, and downloads no weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from mergeforge.train.settings import LoraOptions
 
 if TYPE_CHECKING:
     from torch import nn
+
+ALL_LINEAR = (None, "all-linear")  # values of lora.targets that adapt every linear module
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,12 @@ class LinearModule:
 
 @dataclass(frozen=True)
 class ModelStats:
-    """Sizes in elements. `linears`: what 4 bit quantises and all-linear adapts; `others`: norms, biases, experts.
+    """Sizes in elements.
 
-    `stacks`: the parameters that hold all experts of a layer, (experts, in and out); all-linear adapts these too.
-    `left`: last names of modules that get no adapter by themselves.
+    `linears`: the modules that 4 bit quantizes and all-linear adapts; `other_parameters`: norms, biases, experts.
+    `expert_stacks`: for each parameter that holds all experts of a layer, (experts, inputs + outputs, where a fused
+    gate and up counts twice); all-linear adapts these too. `not_adapted`: last names of modules that get no adapter by
+    default.
     """
 
     linears: tuple[LinearModule, ...]
@@ -46,40 +50,42 @@ class ModelStats:
     hidden: int
     intermediate: int
     layers: int
-    longest: int  # tokens that positions are known for
-    stacks: tuple[tuple[int, int], ...] = ()
-    left_alone: frozenset[str] = frozenset()
+    max_positions: int
+    expert_stacks: tuple[tuple[int, int], ...] = ()
+    not_adapted: frozenset[str] = frozenset()
 
     @property
     def parameters(self) -> int:
-        return sum(one.numel for one in self.linears) + self.embedding + self.head + self.other_parameters
+        return sum(module.numel for module in self.linears) + self.embedding + self.head + self.other_parameters
 
     def adapted(self, lora: LoraOptions) -> list[LinearModule]:
         """The linear modules that get an adapter."""
         targets = lora.targets
-        if targets is None or targets == "all-linear":
-            left = self.left_alone if targets is None else ()
-            return [one for one in self.linears if one.name.rpartition(".")[2] not in left]
+        if targets is None:
+            return [module for module in self.linears if module.name.rpartition(".")[2] not in self.not_adapted]
+        if targets == "all-linear":
+            return list(self.linears)
         if isinstance(targets, str):
-            return [one for one in self.linears if re.fullmatch(targets, one.name)]
-        return [
-            one for one in self.linears if any(one.name == name or one.name.endswith(f".{name}") for name in targets)
-        ]
+            return [module for module in self.linears if re.fullmatch(targets, module.name)]
+        return [module for module in self.linears if any(_is_named(module, name) for name in targets)]
 
     def adapter_parameters(self, lora: LoraOptions) -> int:
-        """Elements of A, B (and DoRA's magnitudes)."""
+        """Elements of A and B (and of DoRA's magnitudes)."""
         rank = lora.r or 16
-        experts = (
-            sum(count * rank * sizes for count, sizes in self.stacks) if lora.targets in (None, "all-linear") else 0
-        )
+        experts = sum(count * rank * size for count, size in self.expert_stacks) if lora.targets in ALL_LINEAR else 0
         return experts + sum(
-            rank * (one.in_features + one.out_features) + (one.out_features if lora.dora else 0)
-            for one in self.adapted(lora)
+            rank * (module.in_features + module.out_features) + (module.out_features if lora.dora else 0)
+            for module in self.adapted(lora)
         )
+
+
+def _is_named(module: LinearModule, name: str) -> bool:
+    """Whether PEFT counts the module as a target of that name."""
+    return module.name == name or module.name.endswith(f".{name}")
 
 
 def model_stats(folder: str) -> ModelStats:
-    """The facts of a folder that holds a config.json. Raises SourceError where transformers does not know the model."""
+    """The stats of a folder with a config.json. Raises SourceError where transformers cannot build the model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -88,47 +94,51 @@ def model_stats(folder: str) -> ModelStats:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (ValueError, OSError, KeyError) as error:
-        raise SourceError(f"{folder} is no causal language model: {str(error).splitlines()[0]}") from None
+        raise SourceError(f"{folder} is not a causal language model: {str(error).splitlines()[0]}") from None
     return _stats(model, config.get_text_config())
 
 
 def _stats(model: Any, config: Any) -> ModelStats:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    linears = tuple(_linear(name, one) for name, one in model.named_modules() if _is_linear(one) and one is not head)
-    tied = head is None or getattr(config, "tie_word_embeddings", False)
-    heads = 0 if tied else head.weight.numel()
-    everything = sum(one.numel() for one in model.parameters()) - (
-        head.weight.numel() if tied and head is not None and head.weight is not embedding.weight else 0
+    linears = tuple(
+        _linear(name, module) for name, module in model.named_modules() if _is_linear(module) and module is not head
     )
-    rest = everything - sum(one.numel for one in linears) - embedding.weight.numel() - heads
-    layers = int(getattr(config, "num_hidden_layers", 0))
+    tied = head is None or getattr(config, "tie_word_embeddings", False)
+    head_numel = 0 if tied else head.weight.numel()
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    if tied and head is not None and head.weight is not embedding.weight:
+        numel -= head.weight.numel()
+    others = numel - sum(module.numel for module in linears) - embedding.weight.numel() - head_numel
     hidden = int(getattr(config, "hidden_size", embedding.weight.shape[1]))
     return ModelStats(
         linears=linears,
         embedding=embedding.weight.numel(),
-        head=heads,
-        other_parameters=max(rest, 0),
+        head=head_numel,
+        other_parameters=max(others, 0),
         vocabulary=embedding.weight.shape[0],
         hidden=hidden,
         intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
-        layers=layers,
-        longest=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
-        left_alone=frozenset(left_alone(config.model_type)),
-        stacks=tuple(
-            (one.shape[0], _ranks(name) * sum(one.shape[1:]))
-            for name, one in model.named_parameters()
-            if one.dim() == 3 and "expert" in name
+        layers=int(getattr(config, "num_hidden_layers", 0)),
+        max_positions=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
+        not_adapted=frozenset(modules_without_adapter(config.model_type)),
+        expert_stacks=tuple(
+            (parameter.shape[0], _rank_factor(name) * sum(parameter.shape[1:]))
+            for name, parameter in model.named_parameters()
+            if parameter.dim() == 3 and "expert" in name
         ),
     )
 
 
-def left_alone(model_type: str) -> set[str]:
-    """Linear modules that get no adapter: Mamba's kernels read these weights themselves, past it, and PEFT refuses."""
+def modules_without_adapter(model_type: str) -> set[str]:
+    """Last names of linear modules that cannot have an adapter.
+
+    Mamba's kernels read the weight of out_proj themselves, without calling the module, and PEFT refuses it.
+    """
     return {"out_proj"} if "mamba" in model_type else set()
 
 
-def _ranks(name: str) -> int:
-    """Of what an adapter gives a linear module, as a multiple: gate and up are two in one (PEFT doubles its rank)."""
+def _rank_factor(name: str) -> int:
+    """PEFT doubles the rank for gate and up fused into one parameter."""
     return 2 if name.endswith("gate_up_proj") else 1
 
 
@@ -137,5 +147,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _linear(name: str, module: Any) -> LinearModule:
-    out, into = module.weight.shape
-    return LinearModule(name, into, out) if type(module).__name__ == "Linear" else LinearModule(name, out, into)
+    """A Linear's weight is (outputs, inputs), a Conv1D's (inputs, outputs)."""
+    rows, columns = module.weight.shape
+    return LinearModule(name, columns, rows) if type(module).__name__ == "Linear" else LinearModule(name, rows, columns)

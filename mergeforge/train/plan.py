@@ -1,4 +1,4 @@
-"""TrainPlan: a run that is wholly decided, with its data tokenised, before a weight is read."""
+"""TrainPlan: a run with every setting resolved and its data tokenized, before any weight is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergeforge.data import Prepared, load_tokenizer, prepare
 from mergeforge.errors import OutputError, SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.operations.synthetic_models import ModelShape, write_model
-from mergeforge.train import distributed, requirements
+from mergeforge.train import environment
 from mergeforge.train.auto_config import LengthStats, Machine, ResolvedSettings, resolve_settings
 from mergeforge.train.model_stats import ModelStats, model_stats
 from mergeforge.train.packing import pack
@@ -27,18 +27,22 @@ if TYPE_CHECKING:
 
 SAMPLE = "sample:tiny"
 TINY = ModelShape(256, 704, 4, 4, 2, 320)  # 3 M parameters, untrained: learns the samples in seconds on a CPU
-TINY_STD = 256**-0.5  # of its weights: what goes in comes out as large, so that adapters alone can teach it
+TINY_STD = 256**-0.5  # of its weights: layers keep the magnitude of their input, so adapters alone can teach it
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What will be trained, on what, how, where. `small`: config and tokenizer of the base, no weights."""
+    """What will be trained, on what data, with which settings, on which device.
+
+    `base`: the base model's name in adapter_config.json and merge.yaml; `config_folder`: the base's config and
+    tokenizer, without weights.
+    """
 
     settings: TrainSettings
     folder: RunFolder
-    base: str  # as adapter_config.json and merge.yaml name it
+    base: str
     revision: str | None
-    is_generated: Path
+    config_folder: Path
     tokenizer: PreTrainedTokenizerBase
     new_tokens: tuple[int, ...]
     data: Prepared
@@ -48,23 +52,23 @@ class TrainPlan:
     devices: int = 1
 
     @property
-    def template_is_own(self) -> bool:
+    def uses_base_template(self) -> bool:
         """Whether the chat template is the one that the base came with."""
         return not self.data.template or self.data.template == getattr(self.tokenizer, "chat_template", None)
 
     @property
     def stored_transposed(self) -> bool:
-        """Whether the base is one of GPT-2's kind, whose NF4 form cannot be told from its files."""
-        config = json.loads((self.is_generated / "config.json").read_text(encoding="utf-8"))
+        """Whether the base stores transposed weights, as GPT-2 does: its files do not determine its NF4 form."""
+        config = json.loads((self.config_folder / "config.json").read_text(encoding="utf-8"))
         return config.get("model_type") in CONV1D_MODELS
 
     def packs(self, *, packed: bool) -> list[list[int]]:
-        """Rows of each training sequence."""
+        """The row indices of each training sequence."""
         lengths = self.data.train.lengths
         return pack(lengths, self.resolved.setup.seq_len) if packed else [[row] for row in range(len(lengths))]
 
     def validation_packs(self, *, packed: bool) -> list[list[int]]:
-        """Rows of each validation sequence; the longest first where each has its own."""
+        """The row indices of each validation sequence; without packing, the longest rows come first."""
         assert self.data.validation is not None
         lengths = self.data.validation.lengths
         if packed:
@@ -72,7 +76,7 @@ class TrainPlan:
         return [[row] for row in sorted(range(len(lengths)), key=lambda row: -int(lengths[row]))]
 
     def schedule(self, sequences: int) -> Schedule:
-        """Steps of a run over so many sequences."""
+        """The schedule of a run over this many sequences."""
         rows = len(self.data.train)
         return make_schedule(
             self.settings, sequences, rows, self.resolved.setup.micro_batch, self.resolved.epochs, self.devices
@@ -87,60 +91,60 @@ def make_plan(
     device: str = "auto",
     devices: int | None = None,
 ) -> TrainPlan:
-    """Decide a run: reads the data, the tokenizer and the model's configuration.
+    """Plan a run: read the data, the tokenizer and the model's configuration, and resolve every setting.
 
-    Raises MergeforgeError's children: settings, data, a model that is not known, memory that does not suffice.
+    Raises a MergeforgeError for mistakes in the settings or the data, an unknown model, or too little memory.
     """
     if out is not None:
         sets = (*sets, f"output={out}")
     settings = source if isinstance(source, TrainSettings) else read(source, sets)
-    requirements.check_packages(quantise=settings.method == "qlora", track=settings.track)
+    environment.check_packages(quantize=settings.method == "qlora", track=settings.track)
     folder = RunFolder(settings.output)
-    base, revision, small = _base(settings, folder)
-    tokenizer = load_tokenizer(str(small))
+    base, revision, config_folder = _base(settings, folder)
+    tokenizer = load_tokenizer(str(config_folder))
     new_tokens = _add_tokens(tokenizer, settings.added_tokens)
-    machine = requirements.machine(settings, device)
-    facts = model_stats(str(small))
-    with folder.lock() if distributed.is_main() else contextlib.nullcontext():
-        data, choices = _fit_to_memory(settings, tokenizer, folder, facts, machine)
+    machine = environment.find_machine(settings, device)
+    stats = model_stats(str(config_folder))
+    with folder.lock() if environment.is_main() else contextlib.nullcontext():
+        data, resolved = _fit_to_memory(settings, tokenizer, folder, stats, machine)
     return TrainPlan(
         settings,
         folder,
         base,
         revision,
-        small,
+        config_folder,
         tokenizer,
         new_tokens,
         data,
-        facts,
+        stats,
         machine,
-        choices,
-        devices or distributed.process_count(),
+        resolved,
+        devices or environment.process_count(),
     )
 
 
 def _base(settings: TrainSettings, folder: RunFolder) -> tuple[str, str | None, Path]:
-    """The base's name, its Hub commit, and where its config and tokenizer lie."""
+    """The base's name, its Hub commit, and the folder with its config and tokenizer."""
     if settings.model == SAMPLE:
         if not (folder.base / "config.json").is_file():
             write_model(folder.base, TINY, seed=settings.seed, std=TINY_STD)
         return str(folder.base), None, folder.base
     if settings.model.startswith("sample:"):
-        raise SourceError(f"there is no {settings.model}", hint=SAMPLE)
+        raise SourceError(f"there is no sample model {settings.model}", hint=f"use {SAMPLE}")
     name, _, revision = settings.model.partition("@")
     local = fetch(name, revision or None, ())
     if not local.path.is_dir() or not (local.path / "config.json").is_file():
-        hint = "give the folder of a model, with its config.json"
+        hint = "give a model's folder, with its config.json"
         raise SourceError(f"{settings.model} has no config.json", hint=hint)
     if local.path.resolve() == settings.output.resolve():
-        raise OutputError(f"{settings.output} is the base model", hint="name another output")
+        raise OutputError(f"the output {settings.output} is the base model's folder", hint="choose another output")
     return name, local.revision, local.path
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> tuple[int, ...]:
-    """Special tokens that the vocabulary lacks are added; the ids of those that were."""
-    known = tokenizer.get_vocab()
-    missing = [token for token in tokens if token not in known]
+    """Add the special tokens that the vocabulary lacks, and return their ids."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in tokens if token not in vocabulary]
     tokenizer.add_tokens(missing, special_tokens=True)
     ids = tokenizer.get_vocab()
     return tuple(ids[token] for token in missing)
@@ -150,23 +154,24 @@ def _fit_to_memory(
     settings: TrainSettings,
     tokenizer: PreTrainedTokenizerBase,
     folder: RunFolder,
-    facts: ModelStats,
+    stats: ModelStats,
     machine: Machine,
 ) -> tuple[Prepared, ResolvedSettings]:
-    """The data, and choices that fit it: rows longer than the chosen length are treated as `too_long` says."""
+    """The tokenized data and settings that fit it; `too_long` applies to rows longer than the resolved seq_len."""
     data = prepare(settings.data, tokenizer, folder.data, extra_key="\n".join(settings.added_tokens))
-    choices = resolve_settings(settings, facts, lengths_of(data), machine)
-    if int(data.train.lengths.max()) > choices.setup.seq_len:
-        shorter = replace(settings.data, seq_len=choices.setup.seq_len)
+    resolved = resolve_settings(settings, stats, length_stats(data), machine)
+    seq_len = resolved.setup.seq_len
+    if int(data.train.lengths.max()) > seq_len:
+        shorter = replace(settings.data, seq_len=seq_len)
         data = prepare(shorter, tokenizer, folder.data, extra_key="\n".join(settings.added_tokens))
-        choices = resolve_settings(replace(settings, seq_len=choices.setup.seq_len), facts, lengths_of(data), machine)
-    return data, choices
+        resolved = resolve_settings(replace(settings, seq_len=seq_len), stats, length_stats(data), machine)
+    return data, resolved
 
 
-def lengths_of(data: Prepared) -> LengthStats:
+def length_stats(data: Prepared) -> LengthStats:
     """The lengths of the training rows."""
     import numpy as np
 
     lengths = np.asarray(data.train.lengths)
-    p95, p99, longest = (int(np.quantile(lengths, share, method="higher")) for share in (0.95, 0.99, 1.0))
+    p95, p99, longest = (int(np.quantile(lengths, fraction, method="higher")) for fraction in (0.95, 0.99, 1.0))
     return LengthStats(p95, p99, longest, len(lengths))

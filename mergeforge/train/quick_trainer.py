@@ -40,21 +40,21 @@ class QuickTrainer:
         self._trained: Trained | None = None
 
     def plan(self) -> TrainPlan:
-        """What would be done; reads the data, and of the model its configuration and tokenizer."""
+        """The plan of the run. Reads the data, and the model's configuration and tokenizer."""
         self._plan = self._plan or make_plan(self.settings, device=self.device)
         return self._plan
 
     def train(
         self, *, resume: str = "auto", overwrite: bool = False, listeners: Sequence[MetricCallback] = ()
     ) -> Trained:
-        """Train; the adapter lies in `.result` of what comes back. Goes on where an earlier run stopped."""
+        """Train, or resume an earlier run. The adapter is in the result's `.result` folder."""
         self._trained = train(self.plan(), Resume(resume, overwrite=overwrite), listeners)
         return self._trained
 
     def merge(
         self, *, gguf: Sequence[str] = (), base_numerics: str = "auto", memory: str | None = None
     ) -> PostTrainingResult:
-        """Fold the trained adapter into its base; GGUF files come out of the same pass."""
+        """Fold the trained adapter into its base, and write GGUF files in the same pass. Trains first where needed."""
         if self._trained is None:
             self.train()
         return run_post_training(

@@ -1,4 +1,4 @@
-"""How a run begins: anew, or from the newest checkpoint of the same run; with other settings or data not at all."""
+"""Where a run starts: from the beginning, or from a checkpoint of the same run. Other settings or data are refused."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import OutputError, RecipeError, SourceError
-from mergeforge.train import requirements
-from mergeforge.train.distributed import is_main
+from mergeforge.train import environment
 from mergeforge.train.plan import TrainPlan
 from mergeforge.train.run_folder import FINISHED, RUNNING, RunFolder
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Where to start: auto (the newest checkpoint), never, or a checkpoint's path.
+    """Where to start. `how`: auto (the newest checkpoint), never, or a checkpoint's path.
 
-    `extend_epochs` are added to a finished run; with `overwrite` one may be thrown away.
+    `extend_epochs`: epochs to add to a finished run. `overwrite`: whether a finished run may be discarded.
     """
 
     how: str = "auto"
@@ -27,34 +26,34 @@ class Resume:
 
 
 def start(plan: TrainPlan, resume: Resume) -> tuple[TrainPlan, Path | None]:
-    """The plan, with the choices of the run that goes on if one does, and the checkpoint to go on from.
+    """The plan, with the resolved settings of the run that is resumed, and the checkpoint to resume from, if any.
 
     Raises OutputError for a finished run, and for one that began with other settings or data.
     """
     folder, manifest = plan.folder, plan.folder.manifest()
     finished = manifest is not None and manifest.get("state") == FINISHED
     if finished and not resume.overwrite and not resume.extend_epochs:
-        hint = "--extend-epochs N trains on, --overwrite starts over, another output keeps both"
-        raise OutputError(f"{folder.root} holds a finished run", hint=hint)
+        hint = "--extend-epochs N trains it further, --overwrite replaces it, or choose another output"
+        raise OutputError(f"{folder.root} already holds a finished run", hint=hint)
     if manifest is None or resume.how == "never" or (finished and resume.overwrite):
-        if is_main():
+        if environment.is_main():
             folder.clear()
             folder.record(run_manifest(plan, RUNNING))
         return plan, None
     if resume.extend_epochs and plan.settings.max_steps:
-        raise RecipeError("--extend-epochs: max_steps ends this run", hint="take max_steps out of the file")
+        raise RecipeError("a run with max_steps cannot be extended by epochs", hint="remove max_steps")
     _check_unchanged(plan, manifest)
     checkpoint = _checkpoint(folder, resume)
     before = manifest["choices"]
     plan = replace(plan, resolved=plan.resolved.from_manifest(before, float(before["epochs"]) + resume.extend_epochs))
-    if is_main():
+    if environment.is_main():
         folder.record(run_manifest(plan, RUNNING))
         folder.cut_metrics(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     return plan, checkpoint
 
 
 def run_manifest(plan: TrainPlan, state: str) -> dict[str, Any]:
-    """run.json as far as the plan tells it."""
+    """The part of run.json that is known before training."""
     return {
         "state": state,
         "settings": plan.settings.raw,
@@ -65,7 +64,7 @@ def run_manifest(plan: TrainPlan, state: str) -> dict[str, Any]:
         "counts": asdict(plan.data.counts),
         "template": plan.data.template_name,
         "choices": asdict(plan.resolved),
-        "versions": requirements.versions(),
+        "versions": environment.versions(),
     }
 
 
@@ -73,7 +72,8 @@ def _checkpoint(folder: RunFolder, resume: Resume) -> Path | None:
     if resume.how != "auto":
         path = Path(resume.how)
         if not (path / "trainer_state.json").is_file():
-            raise SourceError(f"{path} is no checkpoint", hint=f"one of {folder.checkpoints}/, or --resume auto")
+            hint = f"give a folder in {folder.checkpoints}/, or --resume auto"
+            raise SourceError(f"{path} is not a checkpoint", hint=hint)
         return path
     steps = folder.steps()
     return folder.checkpoint(steps[-1]) if steps else None
@@ -81,10 +81,10 @@ def _checkpoint(folder: RunFolder, resume: Resume) -> Path | None:
 
 def _check_unchanged(plan: TrainPlan, manifest: Mapping[str, Any]) -> None:
     before, now = manifest.get("settings") or {}, plan.settings.raw
-    hint = "put it back, or --resume never starts over"
+    hint = "restore it to resume, or start over with --resume never"
     if manifest.get("fingerprint") != plan.settings.fingerprint:
         changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         text = f"{plan.folder.root} began with other settings: {', '.join(changed) or 'unknown'}"
         raise OutputError(text, hint=hint)
     if manifest.get("data") != plan.data.fingerprint:
-        raise OutputError(f"the data is not what {plan.folder.root} began with", hint=hint)
+        raise OutputError(f"the data has changed since {plan.folder.root} began", hint=hint)

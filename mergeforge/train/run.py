@@ -1,4 +1,4 @@
-"""TrainPlan -> a finished run: trains, keeps the best, writes adapter, recipe and report."""
+"""Run a TrainPlan: train, keep the best step, write the adapter, the recipe and the report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, OutputError
 from mergeforge.tensors.budget import resident_memory
-from mergeforge.train import requirements
-from mergeforge.train.distributed import is_main
+from mergeforge.train.environment import is_main, silence_libraries
 from mergeforge.train.html_report import write_report
 from mergeforge.train.plan import TrainPlan
 from mergeforge.train.post_training import write_recipe
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that has come to its end, or was interrupted; losses in nats a token, memory in bytes."""
+    """A run that finished or was interrupted. Losses are in nats per token, memory in bytes."""
 
     folder: RunFolder
     steps: int
@@ -44,42 +43,43 @@ class Trained:
 
     @property
     def result(self) -> Path:
-        """The adapter's folder; the model's, where all of it was trained."""
+        """The folder of the adapter, or of the model after full training."""
         return self.folder.model if self.folder.model.exists() else self.folder.adapter
 
 
 def train(plan: TrainPlan, resume: Resume | None = None, listeners: Sequence[MetricCallback] = ()) -> Trained:
-    """Train as planned; goes on from the newest checkpoint where an earlier run of the same settings stopped.
+    """Train as planned, or resume from the newest checkpoint of an earlier run with the same settings.
 
-    Ctrl-C ends the step, writes a checkpoint and returns with `interrupted`. Raises OutputError when the folder holds
-    a finished run or one with other settings or data, BudgetError when the device's memory runs out twice.
+    `listeners` are called with every line of metrics. Ctrl-C finishes the step, writes a checkpoint and returns with
+    `interrupted` set. Raises OutputError when the folder holds a finished run or one with other settings or data,
+    and BudgetError when the device runs out of memory twice.
     """
-    with requirements.silence_libraries(), plan.folder.lock() if is_main() else contextlib.nullcontext():
+    with silence_libraries(), plan.folder.lock() if is_main() else contextlib.nullcontext():
         plan, checkpoint = start(plan, resume or Resume())
         return _train(plan, checkpoint, listeners)
 
 
 def trained_before(plan: TrainPlan) -> Trained | None:
-    """The finished run that lies in the plan's folder, if its settings and data are the plan's."""
-    facts = plan.folder.manifest() or {}
-    if facts.get("state") != FINISHED or (facts["fingerprint"], facts["data"]) != (
+    """The finished run in the plan's folder, if it has the plan's settings and data."""
+    manifest = plan.folder.manifest() or {}
+    if manifest.get("state") != FINISHED or (manifest["fingerprint"], manifest["data"]) != (
         plan.settings.fingerprint,
         plan.data.fingerprint,
     ):
         return None
-    return _trained(plan.folder, facts)
+    return _trained(plan.folder, manifest)
 
 
-def _trained(folder: RunFolder, facts: Mapping[str, Any]) -> Trained:
+def _trained(folder: RunFolder, manifest: Mapping[str, Any]) -> Trained:
     return Trained(
         folder,
-        facts["step"],
-        facts["loss"],
-        facts.get("validation_loss"),
-        facts["best_step"],
-        facts["interrupted"],
-        facts["seconds"],
-        facts["peak_memory"],
+        manifest["step"],
+        manifest["loss"],
+        manifest.get("validation_loss"),
+        manifest["best_step"],
+        manifest["interrupted"],
+        manifest["seconds"],
+        manifest["peak_memory"],
     )
 
 
@@ -89,107 +89,109 @@ def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[MetricC
 
     started = time.monotonic()
     shutil.rmtree(plan.folder.partial, ignore_errors=True)
-    job, notes = make_context(plan, listeners)
+    context, notes = make_context(plan, listeners)
     for note in notes:
-        job.report({"note": note})
-    if job.device.startswith("cuda"):
-        _probe(job, plan)
-    samples = SampleGenerator(plan, job)
+        context.report({"note": note})
+    if context.device.startswith("cuda"):
+        _probe_memory(context, plan)
+    samples = SampleGenerator(plan, context)
     if checkpoint is None and is_main():
-        plan.folder.record_samples(samples.take())
-    with _stoppable() as stop:
-        outcome = _steps(plan, job, checkpoint, stop)
-    facts = run_manifest(plan, INTERRUPTED if outcome.interrupted else FINISHED) | asdict(outcome) | {"notes": notes}
-    facts |= {"loss": _last_loss(plan.folder)}
+        plan.folder.record_samples(samples.generate())
+    with _stop_signal() as stop:
+        outcome = _run_loop(plan, context, checkpoint, stop)
+    manifest = run_manifest(plan, INTERRUPTED if outcome.interrupted else FINISHED)
+    manifest |= asdict(outcome) | {"notes": notes, "loss": _last_loss(plan.folder)}
     if is_main() and not outcome.interrupted:
-        facts |= _finish(plan, job, outcome, samples)
-    facts |= {"seconds": round(time.monotonic() - started, 3), "peak_memory": _peak(job)}
+        manifest |= _write_results(plan, context, outcome, samples)
+    manifest |= {"seconds": round(time.monotonic() - started, 3), "peak_memory": _peak_memory(context)}
     if is_main():
-        plan.folder.record(facts)
+        plan.folder.record(manifest)
         write_report(plan.folder)
-    return _trained(plan.folder, facts)
+    return _trained(plan.folder, manifest)
 
 
-def _probe(job: TrainingContext, plan: TrainPlan) -> None:
-    """Try the largest batch; with less memory than was estimated, half of it."""
+def _probe_memory(context: TrainingContext, plan: TrainPlan) -> None:
+    """Try the largest batch, and halve the batch if it does not fit."""
     import torch
 
-    from mergeforge.train.loop.memory_probe import probe_memory
+    from mergeforge.train.loop.setup import probe_memory
 
     try:
-        peak = probe_memory(job, plan.resolved.setup.seq_len)
+        peak = probe_memory(context, plan.resolved.setup.seq_len)
     except torch.OutOfMemoryError as error:
-        _halve_batch(job, error)
+        _halve_batch(context, error)
         return
-    estimated = plan.resolved.estimate.total
-    job.report({"note": f"a full batch takes {format_size(peak)}; {format_size(estimated)} was the estimate"})
+    estimate = plan.resolved.estimate.total
+    context.report({"note": f"a full batch takes {format_size(peak)}; the estimate was {format_size(estimate)}"})
 
 
-def _steps(plan: TrainPlan, job: TrainingContext, checkpoint: Path | None, stop: StopSignal) -> TrainingOutcome:
-    """The loop; when memory runs out, once more with half as many sequences in a pass, from the last step."""
+def _run_loop(plan: TrainPlan, context: TrainingContext, checkpoint: Path | None, stop: StopSignal) -> TrainingOutcome:
+    """Run the loop. When memory runs out, resume once from the last step with half the micro-batch."""
     import torch
 
     from mergeforge.train.loop import hf_trainer, reference_loop
 
     if plan.settings.loop == "simple":
         if checkpoint is not None:
-            raise OutputError("the simple loop cannot go on from a checkpoint", hint="loop: trainer, or --resume never")
-        return reference_loop.train(job, stop)
+            hint = "set loop: trainer, or start over with --resume never"
+            raise OutputError("the simple loop cannot resume from a checkpoint", hint=hint)
+        return reference_loop.train(context, stop)
     try:
-        return hf_trainer.train(job, checkpoint, stop)
+        return hf_trainer.train(context, checkpoint, stop)
     except torch.OutOfMemoryError as error:
-        _halve_batch(job, error)
+        _halve_batch(context, error)
     steps = plan.folder.steps()
     try:
-        return hf_trainer.train(job, plan.folder.checkpoint(steps[-1]) if steps else None, stop)
+        return hf_trainer.train(context, plan.folder.checkpoint(steps[-1]) if steps else None, stop)
     except torch.OutOfMemoryError as error:
         raise _memory_error(error) from None
 
 
-def _halve_batch(job: TrainingContext, error: Exception) -> None:
-    """Half as many sequences a pass, twice as many passes a step. Raises BudgetError where there is no half."""
+def _halve_batch(context: TrainingContext, error: Exception) -> None:
+    """Halve the micro-batch and double the accumulation steps. Raises BudgetError for a micro-batch of 1."""
     import torch
 
-    micro = job.schedule.micro_batch // 2
-    if not micro:
+    schedule = context.schedule
+    micro_batch = schedule.micro_batch // 2
+    if not micro_batch:
         raise _memory_error(error) from None
-    job.schedule = replace(job.schedule, micro_batch=micro, accumulation_steps=job.schedule.accumulation_steps * 2)
-    if job.device.startswith("cuda"):
+    context.schedule = replace(schedule, micro_batch=micro_batch, accumulation_steps=schedule.accumulation_steps * 2)
+    if context.device.startswith("cuda"):
         torch.cuda.empty_cache()
-    text = f"memory ran out: {micro} sequence(s) a pass from here, and twice as many passes a step"
-    job.report({"note": text})
+    text = f"out of memory: continuing with a micro-batch of {micro_batch} and twice the gradient accumulation"
+    context.report({"note": text})
 
 
 def _memory_error(error: Exception) -> BudgetError:
-    said = str(error).splitlines()[0]
-    return BudgetError(
-        f"the device's memory ran out: {said}", hint="a shorter seq_len, a lower lora.r, a smaller model"
-    )
+    hint = "use a shorter seq_len, a lower lora.r or a smaller model"
+    return BudgetError(f"the device ran out of memory: {str(error).splitlines()[0]}", hint=hint)
 
 
-def _finish(
-    plan: TrainPlan, job: TrainingContext, outcome: TrainingOutcome, samples: SampleGenerator
+def _write_results(
+    plan: TrainPlan, context: TrainingContext, outcome: TrainingOutcome, samples: SampleGenerator
 ) -> dict[str, Any]:
-    """Write what the run was for; the facts that only its end tells."""
+    """Write the adapter (or model) and its recipe; returns the entries of run.json that are known only at the end."""
     from mergeforge.train.loop.context import load_weights, save_model, validation_sums
 
-    folder, facts = plan.folder, dict[str, Any]()
-    best, wanted = outcome.best_step, plan.settings.save.best
-    if best not in (None, outcome.step) and wanted is not False and folder.checkpoint(int(best or 0)).exists():
-        load_weights(job, folder.checkpoint(int(best or 0)))
-        facts["kept_step"] = best
-    if job.validation is not None:
-        total, count = validation_sums(job.model, job)
-        facts["validation_loss"] = total / count
+    folder, entries = plan.folder, dict[str, Any]()
+    best = outcome.best_step
+    if best not in (None, outcome.step) and plan.settings.save.best is not False:
+        checkpoint = folder.checkpoint(int(best or 0))
+        if checkpoint.exists():
+            load_weights(context, checkpoint)
+            entries["kept_step"] = best
+    if context.validation is not None:
+        total, count = validation_sums(context.model, context)
+        entries["validation_loss"] = total / count
     result = folder.adapter if plan.settings.trains_adapter else folder.model
-    work = result.with_name(f".{result.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    save_model(job, work)
+    partial = result.with_name(f".{result.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(context, partial)
     shutil.rmtree(result, ignore_errors=True)
-    os.replace(work, result)
+    os.replace(partial, result)
     if plan.settings.trains_adapter:
         write_recipe(plan)
-    return facts | {"samples": _before_and_after(folder, samples.take())}
+    return entries | {"samples": _before_and_after(folder, samples.generate())}
 
 
 def _before_and_after(folder: RunFolder, after: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -198,36 +200,36 @@ def _before_and_after(folder: RunFolder, after: Mapping[str, str]) -> list[dict[
 
 
 def _last_loss(folder: RunFolder) -> float | None:
-    """The mean of the last ten steps."""
+    """The mean loss of the last ten steps."""
     losses = folder.metric_values("loss")[-10:]
     return sum(losses) / len(losses) if losses else None
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[StopSignal]:
-    """The first Ctrl-C or SIGTERM asks to stop after this step, the second ends at once."""
+def _stop_signal() -> Iterator[StopSignal]:
+    """A signal that the first Ctrl-C or SIGTERM sets: stop after this step. The second one raises KeyboardInterrupt."""
     from mergeforge.train.loop.hf_trainer import StopSignal
 
     stop = StopSignal()
 
-    def ask(number: int, frame: Any) -> None:
+    def request_stop(number: int, frame: Any) -> None:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
 
-    kept = {}
+    handlers = {}
     with contextlib.suppress(ValueError):  # not in the main thread
-        kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in kept.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _peak(job: TrainingContext) -> int:
+def _peak_memory(context: TrainingContext) -> int:
     import torch
 
-    if job.device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(job.device))
+    if context.device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(context.device))
     return resident_memory()

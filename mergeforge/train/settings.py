@@ -1,6 +1,6 @@
-"""TrainSettings: what a training run is to do, read strictly from train.yaml or a dict.
+"""TrainSettings: what a training run should do, read strictly from train.yaml or a dict.
 
-None stands for `auto`: deciding.py fills it from the model and the machine.
+None means `auto`: auto_config.py resolves it from the model, the data and the machine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
 from mergeforge.train.keys import TRAIN
 
-DURING = ("output", "after", "track", "max_steps", "epochs")  # not part of the fingerprint
-SAME: tuple[str, ...] = (
+NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs")  # a resumed run may change these
+SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same name and value
     "model",
     "method",
     "seq_len",
@@ -30,13 +30,19 @@ SAME: tuple[str, ...] = (
     "epochs",
     "max_steps",
     "weight_decay",
+    "max_grad_norm",
+    "optimizer",
+    "dtype",
+    "attention",
+    "loss",
+    "loop",
+    "seed",
 )
-SAME += ("max_grad_norm", "optimizer", "dtype", "attention", "loss", "loop", "seed")  # called alike in TrainSettings
 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """peft.LoraConfig's settings under their short names; `targets` None: by the architecture."""
+    """Settings of peft.LoraConfig under short names. `targets` None: chosen by the architecture."""
 
     r: int | None = None
     alpha: float | None = None
@@ -53,7 +59,7 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """The device's memory in bytes, and what may be given up for it."""
+    """The device memory to use in bytes, and the measures that save memory."""
 
     budget: int | None = None
     ce_chunk: int | None = None
@@ -64,7 +70,7 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How often to validate (share of an epoch, or steps), and the samples taken before and after."""
+    """How often to validate (a fraction of an epoch, or steps), and the samples generated before and after training."""
 
     every: float = 0.5
     samples: tuple[str, ...] = ()
@@ -74,7 +80,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class SaveSettings:
-    """How often a checkpoint is written (share of an epoch, or steps), how many stay, whether the best one counts."""
+    """How often to write a checkpoint (fraction of an epoch, or steps), how many to keep, whether the best one wins."""
 
     every: float = 0.5
     keep: int = 2
@@ -91,7 +97,7 @@ class EarlyStopSettings:
 
 @dataclass(frozen=True)
 class MergeAfterTraining:
-    """How the adapter is folded into its base when training is done."""
+    """How to fold the adapter into its base after training."""
 
     path: str | None = None
     base_numerics: str = "auto"
@@ -101,7 +107,7 @@ class MergeAfterTraining:
 
 @dataclass(frozen=True)
 class PostTraining:
-    """What follows a finished run."""
+    """What to do after a finished run."""
 
     merge: MergeAfterTraining | None = None
     gguf: tuple[str, ...] = ()
@@ -110,7 +116,7 @@ class PostTraining:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """A training run as its file asks for it."""
+    """A training run as its file describes it. `raw`: the file's own keys and values."""
 
     model: str
     data: DataSettings
@@ -149,9 +155,9 @@ class TrainSettings:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides the trained weights; a resumed run must have the same."""
-        kept = {key: value for key, value in self.raw.items() if key not in DURING}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of all settings that determine the trained weights; a resumed run must have the same."""
+        determining = {key: value for key, value in self.raw.items() if key not in NOT_FINGERPRINTED}
+        return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
 
 
 def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> TrainSettings:
@@ -167,83 +173,80 @@ def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Tr
         name = str(source)
         parsed, *more = yaml_reader.parse(read_recipe_file(Path(source)), name)
         if more:
-            raise RecipeError(f"{name} holds more than one document", hint="a file for each run")
-    value, places, problems = parsed
+            raise RecipeError(f"{name} has more than one YAML document", hint="write one file for each run")
+    raw, positions, problems = parsed
     for override in sets:
-        value = apply_override(value, override)
-    found = _checked(value, places, problems)
+        raw = apply_override(raw, override)
+    values = _check(raw, positions, problems)
     if problems:
         raise RecipeError(f"{name} has mistakes:", problems=sorted(set(problems)))
-    return _settings(found, value, name)
+    return _settings(values, raw, name)
 
 
-def _checked(value: Any, places: yaml_reader.Positions, problems: list[Problem]) -> dict[str, Any]:
-    """The values read by the language; adds to `problems`."""
+def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) -> dict[str, Any]:
+    """The checked values; appends every mistake to `problems`."""
 
     def report(path: yaml_reader.Path, message: str, hint: str = "") -> None:
-        at = path
-        while at and at not in places:
-            at = at[:-1]
-        problems.append(Problem(*places.get(at, (0, 0)), message.replace("the recipe", "train.yaml"), hint))
+        parent = path
+        while parent and parent not in positions:
+            parent = parent[:-1]
+        problems.append(Problem(*positions.get(parent, (0, 0)), message.replace("the recipe", "train.yaml"), hint))
 
-    found: dict[str, Any] = TRAIN.read(value, (), report)
+    values: dict[str, Any] = TRAIN.read(raw, (), report)
     if problems:
-        return found
-    lora, method = found.get("lora", {}), found.get("method", "qlora")
+        return values
+    lora, method = values.get("lora", {}), values.get("method", "qlora")
     if method == "full" and lora:
-        report(("lora",), "full training has no adapter", "take 'lora' out, or take method: lora")
+        report(("lora",), "full training has no adapter", "remove 'lora', or set method: lora")
     if method == "qlora" and lora.get("init") in ("pissa", "olora"):
-        report(("lora", "init"), f"{lora['init']} needs the base in 16 bit", "method: lora")
-    if method == "full" and (found.get("after") or {}).get("merge"):
-        report(("after", "merge"), "full training leaves a whole model: there is nothing to merge", "take it out")
-    if found.get("early_stop") and not found.get("val"):
+        report(("lora", "init"), f"{lora['init']} needs the base in 16 bit", "set method: lora")
+    if method == "full" and (values.get("after") or {}).get("merge"):
+        report(("after", "merge"), "full training makes a whole model: there is nothing to merge", "remove 'merge'")
+    if values.get("early_stop") and not values.get("val"):
         report(("early_stop",), "early_stop needs validation data", "add val: 0.05")
-    if (found.get("save") or {}).get("best") and not found.get("val"):
+    if (values.get("save") or {}).get("best") and not values.get("val"):
         report(("save", "best"), "'best' needs validation data", "add val: 0.05")
-    if found.get("loop") == "simple" and found.get("track"):
-        report(("track",), "the simple loop writes metrics.jsonl only", "loop: trainer")
-    return found
+    if values.get("loop") == "simple" and values.get("track"):
+        report(("track",), "the simple loop writes metrics.jsonl only", "set loop: trainer")
+    return values
 
 
-def _settings(found: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> TrainSettings:
-    """The settings that checked values stand for; keys that mean the same under another name are moved."""
-    lora: dict[str, Any] = {key: _tuple(item) for key, item in found.get("lora", {}).items()}
-    if found.get("method") == "dora":
+def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> TrainSettings:
+    """The settings for checked values; renames the keys whose fields have other names."""
+    lora: dict[str, Any] = {
+        key: tuple(item) if isinstance(item, list) else item for key, item in values.get("lora", {}).items()
+    }
+    if values.get("method") == "dora":
         lora["dora"] = True
-    batch, stop = found.get("batch", {}), found.get("early_stop")
+    batch, early_stop = values.get("batch", {}), values.get("early_stop")
     return TrainSettings(
-        **{key: found[key] for key in SAME if key in found},
-        data=data_settings(found, seq_len=found.get("seq_len"), seed=found.get("seed", 0)),
-        output=Path(found.get("output") or Path("runs") / Path(name).stem.replace(" ", "-")),
+        **{key: values[key] for key in SAME_NAME if key in values},
+        data=data_settings(values, seq_len=values.get("seq_len"), seed=values.get("seed", 0)),
+        output=Path(values.get("output") or Path("runs") / Path(name).stem.replace(" ", "-")),
         lora=LoraOptions(**lora),
-        added_tokens=tuple((found.get("tokens") or {}).get("add", ())),
+        added_tokens=tuple((values.get("tokens") or {}).get("add", ())),
         batch_size=batch.get("size", 16),
         micro_batch=batch.get("micro"),
-        memory=MemorySettings(**found.get("memory", {})),
-        eval=_evaluation(found.get("eval", {})),
-        save=SaveSettings(**found.get("save", {})),
-        early_stop=EarlyStopSettings(**stop) if stop else None,
-        track=tuple(found.get("track", ())),
-        after=after_of(found.get("after") or {}),
+        memory=MemorySettings(**values.get("memory", {})),
+        eval=_eval_settings(values.get("eval", {})),
+        save=SaveSettings(**values.get("save", {})),
+        early_stop=EarlyStopSettings(**early_stop) if early_stop else None,
+        track=tuple(values.get("track", ())),
+        after=_post_training(values.get("after") or {}),
         raw=raw,
     )
 
 
-def _tuple(item: Any) -> Any:
-    return tuple(item) if isinstance(item, list) else item
-
-
-def _evaluation(found: Mapping[str, Any]) -> EvalSettings:
-    samples = found.get("samples", ())
+def _eval_settings(values: Mapping[str, Any]) -> EvalSettings:
+    samples = values.get("samples", ())
     if isinstance(samples, str):
         samples = [line for line in read_recipe_file(Path(samples)).splitlines() if line.strip()]
-    return EvalSettings(**{**found, "samples": tuple(samples), "stop": tuple(found.get("stop", ()))})
+    return EvalSettings(**{**values, "samples": tuple(samples), "stop": tuple(values.get("stop", ()))})
 
 
-def after_of(found: Mapping[str, Any]) -> PostTraining:
-    """What follows, from a checked `after` record."""
-    merge = found.get("merge")
-    if merge is None and (found.get("gguf") or found.get("publish")):
+def _post_training(values: Mapping[str, Any]) -> PostTraining:
+    merge = values.get("merge")
+    if merge is None and (values.get("gguf") or values.get("publish")):
         merge = True  # both need a merged model
-    wanted = MergeAfterTraining(**merge) if isinstance(merge, Mapping) else MergeAfterTraining() if merge else None
-    return PostTraining(merge=wanted, gguf=tuple(found.get("gguf", ())), publish=found.get("publish"))
+    options = MergeAfterTraining(**merge) if isinstance(merge, Mapping) else MergeAfterTraining() if merge else None
+    return PostTraining(merge=options, gguf=tuple(values.get("gguf", ())), publish=values.get("publish"))

@@ -1,14 +1,15 @@
-"""What lies beside an adapter or a checkpoint: tokenizer and chat template, readable by transformers 4 and 5.
+"""The tokenizer and chat template beside an adapter or a checkpoint, readable by transformers 4 and 5.
 
 transformers 5 saves `tokenizer_class: TokenizersBackend`, which 4.5x, vLLM and llama.cpp's converter do not know. So
-the base's own files are copied as they are; only a tokenizer that got tokens is written anew, under a class name
-that all know.
+the base's own files are copied unchanged; only a tokenizer that got new tokens is saved again, under a class name
+that all of them know.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,20 +30,20 @@ COPIED = (
     "chat_template.json",
     TEMPLATE,
 )
-KNOWN_BY_ALL = "PreTrainedTokenizerFast"
-LEAKED = ("is_local", "local_files_only")  # how it was loaded: nobody else's business
+COMMON_CLASS = "PreTrainedTokenizerFast"
+LOCAL_KEYS = ("is_local", "local_files_only")  # how it was loaded on this machine
 
 
 def write_tokenizer_files(
     folder: Path, base: Path, tokenizer: PreTrainedTokenizerBase, *, changed: bool, template: str | None
 ) -> None:
-    """The tokenizer's files into `folder`.
+    """Write the tokenizer's files into `folder`.
 
-    `changed`: it has tokens that the base lacks. `template`: in place of the base's own.
+    `changed`: the tokenizer has tokens that the base lacks. `template`: a chat template to use instead of the base's.
     """
     if changed:
         tokenizer.save_pretrained(str(folder))
-        _edit(folder / CONFIG, _for_all)
+        _edit_json(folder / CONFIG, _use_common_class)
     else:
         for name in COPIED:
             if (base / name).is_file():
@@ -50,17 +51,17 @@ def write_tokenizer_files(
     if template:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
         (folder / "chat_template.json").unlink(missing_ok=True)
-        _edit(folder / CONFIG, lambda config: config.pop("chat_template", None))
+        _edit_json(folder / CONFIG, lambda config: config.pop("chat_template", None))
 
 
-def _for_all(config: dict[str, Any]) -> None:
+def _use_common_class(config: dict[str, Any]) -> None:
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = KNOWN_BY_ALL
-    for name in LEAKED:
+        config["tokenizer_class"] = COMMON_CLASS
+    for name in LOCAL_KEYS:
         config.pop(name, None)
 
 
-def _edit(path: Path, change: Any) -> None:
+def _edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
         change(config)

@@ -1,4 +1,4 @@
-"""CUDA against the CPU: the same merge, within a declared difference and the memory given."""
+"""Merges on a GPU against the same merges on the CPU: a bounded difference, within the memory limit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_cuda_and_cpu_agree_to_a_rounding_of_bfloat16(name: str, models: Path) -> None:
+def test_cuda_and_cpu_agree_within_one_bfloat16_rounding(name: str, models: Path) -> None:
     for device in ("cpu", "cuda"):
         mergeforge.merge(RECIPES[name], out=device, device=device)
     cpu, cuda = (load_file(f"{device}/model.safetensors") for device in ("cpu", "cuda"))

@@ -1,4 +1,4 @@
-"""Tiny random models of several families, by transformers."""
+"""Tiny random models of several families, made by transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-OWN = {
+FAMILY_KEYS = {
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,
@@ -36,10 +36,10 @@ OWN = {
 }
 
 
-def write_tiny(folder: Path, family: str, **changed: object) -> Path:
-    """A model of the family, in float32, with weights large enough to make a difference."""
+def write_tiny(folder: Path, family: str, **config: object) -> Path:
+    """Write a float32 model of the family, with weights large enough to make a difference."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **OWN.get(family, {}), **changed}, initializer_range=0.2)
-    model = AutoModelForCausalLM.from_config(config)
+    keys = {**SIZES, **FAMILY_KEYS.get(family, {}), **config}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **keys, initializer_range=0.2))
     model.save_pretrained(folder / family)
     return folder / family

@@ -1,4 +1,4 @@
-"""Runs a training and reads what it left."""
+"""Run a training and read what it wrote."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from mergeforge.train.resume import Resume
 from mergeforge.train.run import Trained, train
 
 
-def run(settings: dict[str, Any], resume: Resume | None = None, listeners: Any = (), **changed: Any) -> Trained:
-    return train(make_plan(settings | changed, device="cpu"), resume, listeners)
+def run(settings: dict[str, Any], resume: Resume | None = None, listeners: Any = (), **changes: Any) -> Trained:
+    """Train on the CPU with these settings and changes to them."""
+    return train(make_plan(settings | changes, device="cpu"), resume, listeners)
 
 
-def adapter(trained: Trained) -> dict[str, Tensor]:
-    return load_file(trained.folder.adapter / "adapter_model.safetensors")
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the adapter in a run's folder."""
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def lines(trained: Trained, key: str = "loss") -> list[float]:
-    """The values of a key in metrics.jsonl, in order."""
-    return values(trained.folder.metrics, key)
+def metric_values(folder: Path, key: str = "loss") -> list[float]:
+    """The values of a key in the metrics.jsonl of a run's folder, in order."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
 
 
-def values(path: Path, key: str) -> list[float]:
-    every = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line[key] for line in every if key in line]
+def losses(trained: Trained, key: str = "loss") -> list[float]:
+    return metric_values(trained.folder.root, key)
 
 
-def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
-    return one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
+def have_same_adapter(first: Trained, second: Trained) -> bool:
+    """Whether the adapters of two runs are equal bit for bit."""
+    tensors, others = (adapter_tensors(trained.folder.root) for trained in (first, second))
+    return tensors.keys() == others.keys() and all(tensors[name].equal(others[name]) for name in tensors)

@@ -1,4 +1,4 @@
-"""What train.yaml may say, and what is said of its mistakes."""
+"""train.yaml: the values it takes, and the errors for mistakes in it."""
 
 from __future__ import annotations
 
@@ -18,49 +18,51 @@ MISTAKES = [
     ("model: m\ndata: d\nmethod: full\nlora: {r: 8}", "line 4, column 1: full training has no adapter"),
     ("model: m\ndata: d\nlora: {init: pissa}", "pissa needs the base in 16 bit"),
     ("model: m\ndata: d\nearly_stop: {patience: 2}", "early_stop needs validation data"),
-    ("model: m\ndata: d\nwarmup: 1.5", "'warmup' must be a share below 1 or a whole number of steps"),
+    ("model: m\ndata: d\nwarmup: 1.5", "'warmup' must be a fraction below 1 or a whole number of steps"),
     ("model: m\ndata: d\noptimizer: adam", "'optimizer' cannot be 'adam'"),
     ("model: m\ndata: d\nval: 2.5", "'val' cannot be 2.5"),
     ("model: m\ndata: d\nmethod: full\nafter: {merge: true}", "there is nothing to merge"),
     ("model: m\ndata: d\nloop: simple\ntrack: [tensorboard]", "the simple loop writes metrics.jsonl only"),
-    ("model: m\ndata: d\n---\nmodel: n\ndata: d", "more than one document"),
+    ("model: m\ndata: d\n---\nmodel: n\ndata: d", "more than one YAML document"),
 ]
 
 
-@pytest.mark.parametrize(("text", "said"), MISTAKES)
-def test_mistakes_are_named_with_their_place(text: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text", "message"), MISTAKES)
+def test_mistakes_are_reported_with_line_and_column(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError) as error:
         read(path)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_auto_is_none_and_the_rest_has_defaults(tmp_path: Path) -> None:
-    found = read({"model": "m", "data": ["a.jsonl", {"path": "b.csv"}], "lr": "auto", "lora": {"r": "auto"}})
-    assert found.lr is None and found.lora.r is None and found.method == "qlora" and found.batch_size == 16
-    assert [one.path for one in found.data.sources] == ["a.jsonl", "b.csv"]
+def test_auto_is_none_and_other_keys_have_defaults(tmp_path: Path) -> None:
+    settings = read({"model": "m", "data": ["a.jsonl", {"path": "b.csv"}], "lr": "auto", "lora": {"r": "auto"}})
+    assert settings.lr is None and settings.lora.r is None
+    assert settings.method == "qlora" and settings.batch_size == 16
+    assert [source.path for source in settings.data.sources] == ["a.jsonl", "b.csv"]
 
 
 def test_overrides_are_typed() -> None:
-    found = read({"model": "m", "data": "d"}, ("lora.r=8", "lr=1e-3", "after.gguf=[q8_0]", "output=x"))
-    assert (found.lora.r, found.lr, found.after.gguf, found.output) == (8, 1e-3, ("q8_0",), Path("x"))
-    assert found.after.merge is not None  # GGUF needs a merged model
+    settings = read({"model": "m", "data": "d"}, ("lora.r=8", "lr=1e-3", "after.gguf=[q8_0]", "output=x"))
+    assert (settings.lora.r, settings.lr) == (8, 1e-3)
+    assert (settings.after.gguf, settings.output) == (("q8_0",), Path("x"))
+    assert settings.after.merge is not None  # GGUF needs a merged model
 
 
-def test_the_fingerprint_is_of_what_decides_the_weights() -> None:
+def test_the_fingerprint_covers_what_determines_the_weights() -> None:
     plain = {"model": "m", "data": "d"}
-    one, two = read(plain), read(plain | {"output": "elsewhere", "after": {"gguf": "q8_0"}, "epochs": 5})
-    assert one.fingerprint == two.fingerprint != read(plain | {"seed": 1}).fingerprint
+    elsewhere = plain | {"output": "elsewhere", "after": {"gguf": "q8_0"}, "epochs": 5}
+    assert read(plain).fingerprint == read(elsewhere).fingerprint != read(plain | {"seed": 1}).fingerprint
 
 
 def test_dora_is_lora_with_a_flag() -> None:
-    found = read({"model": "m", "data": "d", "method": "dora", "lora": {"r": 8}})
-    assert found.lora.dora and found.lora.r == 8
+    settings = read({"model": "m", "data": "d", "method": "dora", "lora": {"r": 8}})
+    assert settings.lora.dora and settings.lora.r == 8
 
 
-def test_every_key_is_in_the_schema_and_read() -> None:
+def test_every_key_is_in_the_schema_and_in_the_settings() -> None:
     keys: dict[str, Any] = json_schema()["properties"]
     fields = {*read({"model": "m", "data": "d"}).__dataclass_fields__}
-    elsewhere = {"tokens", "batch", "val", "template", "system", "loss_on", "too_long"}  # under other names
-    assert set(keys) - elsewhere <= fields
+    named_otherwise = {"tokens", "batch", "val", "template", "system", "loss_on", "too_long"}
+    assert set(keys) - named_otherwise <= fields

@@ -1,5 +1,5 @@
-"""Training itself: what runs once torch, transformers and peft are there.
+"""Training itself, on torch, transformers and peft.
 
-Modules of this package import these at their head, unlike all others: they are loaded only after
-`mergeforge.train.requirements.check` has found the extra `train`.
+Unlike all others, modules of this package import these at module level. They are loaded only after
+`mergeforge.train.environment.check_packages` has found the packages.
 """

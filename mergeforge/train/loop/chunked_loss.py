@@ -1,8 +1,8 @@
-"""Cross-entropy of the labels without ever holding all logits.
+"""Cross-entropy of the labels without holding all logits at once.
 
-Of a batch only the rows that have a label go through lm_head, `chunk` rows at a time, and their logits are computed
-again in the backward pass. For 4096 tokens and a vocabulary of 64,000 that is 0.4 GB at the peak instead of 3 GB.
-The forward method of the model itself is replaced, so that DDP, FSDP and PEFT wrap it as they wrap any other.
+Only the rows of a batch that have a label go through lm_head, `chunk` rows at a time, and their logits are recomputed
+in the backward pass. For 4096 tokens and a vocabulary of 64,000 the peak is 0.4 GB instead of 3 GB.
+The model's own forward method is replaced, so that DDP, FSDP and PEFT wrap the model like any other.
 """
 
 from __future__ import annotations
@@ -21,65 +21,67 @@ from mergeforge.errors import RecipeError
 
 IGNORE_INDEX = -100
 Loss = Callable[[Tensor, Tensor, Any], Tensor]  # logits (n, vocabulary), labels (n), count -> the loss
-LossHead = Callable[[Tensor], Tensor]
+LossHead = Callable[[Tensor], Tensor]  # hidden states (n, hidden) -> logits (n, vocabulary)
 
 
 def install_chunked_loss(model: PreTrainedModel, *, chunk: int, custom: Loss | None = None) -> str:
-    """Make `model(input_ids, position_ids, labels, num_items_in_batch)` give {"loss": sum / count}.
+    """Make `model(input_ids, position_ids, labels, num_items_in_batch)` return {"loss": sum / count}.
 
-    `chunk`: rows of logits at once, 0 for all of them. Returns a note where the model's head is one that cannot be
-    taken apart, so that all logits are held; "" otherwise.
+    `chunk`: rows of logits at once, 0 for all of them. Returns a note where the model's head cannot be computed apart
+    from the model, so that all logits are held at once; "" otherwise.
     """
     head = None if custom or not chunk else find_head(model)
-    stock = model.forward
+    model_forward = model.forward
 
     def forward(
         input_ids: Tensor | None = None,
         *,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **given: Any,
+        **inputs: Any,
     ) -> Any:
         if labels is None:
-            return stock(input_ids=input_ids, **given)
+            return model_forward(input_ids=input_ids, **inputs)
         targets = labels[:, 1:].reshape(-1)
-        trained = targets != IGNORE_INDEX
-        targets = targets[trained]
+        is_trained = targets != IGNORE_INDEX
+        targets = targets[is_trained]
         count = num_items_in_batch if num_items_in_batch is not None else max(len(targets), 1)
         if head is not None:
-            hidden = model.base_model(input_ids=input_ids, use_cache=False, **given).last_hidden_state
-            rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[trained]
-            return {"loss": _in_chunks(rows, targets, head, chunk) / count + hidden.sum() * 0}
-        logits = stock(input_ids=input_ids, use_cache=False, **given).logits
-        rows = logits[:, :-1].reshape(-1, logits.shape[-1])[trained]
-        loss = custom(rows, targets, count) if custom else _summed_loss(rows, targets) / count
+            hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+            rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[is_trained]
+            return {"loss": summed_loss_in_chunks(rows, targets, head, chunk) / count + hidden.sum() * 0}
+        logits = model_forward(input_ids=input_ids, use_cache=False, **inputs).logits
+        rows = logits[:, :-1].reshape(-1, logits.shape[-1])[is_trained]
+        loss = custom(rows, targets, count) if custom else summed_loss(rows, targets) / count
         return {"loss": loss + logits.sum() * 0}
 
     model.forward = forward
-    return "" if head is not None or not chunk else "its logits are held whole"
+    return "" if head is not None or not chunk else "this model's loss cannot be chunked: all logits are held at once"
 
 
-def _in_chunks(rows: Tensor, targets: Tensor, head: LossHead, chunk: int) -> Tensor:
-    """The sum over all rows; an empty batch gives a zero that has no gradient but a graph."""
+def summed_loss_in_chunks(rows: Tensor, targets: Tensor, head: LossHead, chunk: int) -> Tensor:
+    """The summed cross-entropy of all rows of hidden states. An empty batch gives a zero that is part of the graph."""
     total = rows.sum() * 0.0
-    for at in range(0, len(rows), chunk):
-        part, wanted = rows[at : at + chunk], targets[at : at + chunk]
-        total = total + checkpoint(_head_loss, head, part, wanted, use_reentrant=False)
+    for start in range(0, len(rows), chunk):
+        stop = start + chunk
+        total = total + checkpoint(_head_loss, head, rows[start:stop], targets[start:stop], use_reentrant=False)
     return total
 
 
 def _head_loss(head: LossHead, rows: Tensor, targets: Tensor) -> Tensor:
-    return _summed_loss(head(rows), targets)
+    return summed_loss(head(rows), targets)
 
 
-def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed cross-entropy, in float32."""
     return cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def find_head(model: Any) -> LossHead | None:
-    """Hidden states -> logits, found by trying; None where no known form gives the model's own logits.
+    """The function from hidden states to logits, found by comparing candidates with the model's own logits.
 
-    lm_head alone, or with the soft cap of Gemma 2, the scale of Cohere, the divisor of Granite.
+    The candidates: lm_head alone, or with the soft cap of Gemma 2, the scale of Cohere, the divisor of Granite. None
+    where no candidate matches.
     """
     config = model.config.get_text_config()
     if model.get_output_embeddings() is None or getattr(config, "output_router_logits", False):
@@ -89,33 +91,34 @@ def find_head(model: Any) -> LossHead | None:
     divisor = getattr(config, "logits_scaling", None)
 
     def lm_head(hidden: Tensor) -> Tensor:
-        logits: Tensor = model.get_output_embeddings()(hidden)  # asked for anew: an adapter may wrap it later
+        logits: Tensor = model.get_output_embeddings()(hidden)  # looked up on every call: an adapter may wrap it later
         return logits
 
-    forms: list[LossHead] = [lm_head]
+    candidates: list[LossHead] = [lm_head]
     if cap:
-        forms.append(lambda hidden: torch.tanh(lm_head(hidden) / cap) * cap)
+        candidates.append(lambda hidden: torch.tanh(lm_head(hidden) / cap) * cap)
     if scale:
-        forms.append(lambda hidden: lm_head(hidden) * scale)
+        candidates.append(lambda hidden: lm_head(hidden) * scale)
     if divisor:
-        forms.append(lambda hidden: lm_head(hidden) / divisor)
-    return next((form for form in forms if _returns_full_logits(model, form)), None)
+        candidates.append(lambda hidden: lm_head(hidden) / divisor)
+    return next((head for head in candidates if _matches_model(model, head)), None)
 
 
 @torch.no_grad()
-def _returns_full_logits(model: Any, form: LossHead) -> bool:
+def _matches_model(model: Any, head: LossHead) -> bool:
+    """Whether the head turns the model's last hidden states into the model's logits."""
     device = model.get_output_embeddings().weight.device
     ids = torch.arange(1, 9, device=device)[None] % model.get_input_embeddings().weight.shape[0]
     training = model.training
     model.eval()
     try:
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        found = form(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+        logits = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     except (AttributeError, TypeError, RuntimeError):
         return False
     finally:
         model.train(training)
-    return found.shape == expected.shape and bool(torch.allclose(found, expected, rtol=1e-3, atol=1e-3))
+    return logits.shape == expected.shape and bool(torch.allclose(logits, expected, rtol=1e-3, atol=1e-3))
 
 
 def custom_loss(dotted: str | None) -> Loss | None:
@@ -124,11 +127,11 @@ def custom_loss(dotted: str | None) -> Loss | None:
         return None
     module, _, name = dotted.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        hint = "write module.function; its module must be importable (PYTHONPATH)"
-        raise RecipeError(f"there is no loss {dotted}: {error}", hint=hint) from None
-    if not callable(found):
+        hint = "write module.function; the module must be importable (PYTHONPATH)"
+        raise RecipeError(f"there is no loss function {dotted}: {error}", hint=hint) from None
+    if not callable(function):
         raise RecipeError(f"{dotted} is not a function", hint="loss(logits, labels, count) -> the loss")
-    checked: Loss = found
-    return checked
+    loss: Loss = function
+    return loss

@@ -1,8 +1,8 @@
 """Rows of tokens -> the tensors of one forward pass.
 
-A batch has no attention mask: every row starts at position 0, and transformers keeps rows of one sequence apart by
-these positions (with no cache and no mask given, its masking_utils.find_packed_sequence_indices). Padding is a row
-of its own, without labels.
+A batch has no attention mask: every row starts at position 0, and transformers keeps the rows of one sequence apart by
+these positions (without a cache and a mask; its masking_utils.find_packed_sequence_indices). Padding is a row of its
+own, without labels.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch.utils.data import Dataset, Sampler
 
 from mergeforge.train.loop.chunked_loss import IGNORE_INDEX
 
-MULTIPLE = 8  # of a batch's width: tensor cores like it
+WIDTH_MULTIPLE = 8  # of a batch's width, for tensor cores
 
 
 class SequenceStore(Protocol):
-    """Rows of tokens and labels, as mergeforge.data.TokenStore keeps them."""
+    """Rows of tokens and labels, as mergeforge.data.TokenStore stores them."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, at: int) -> Any: ...
+    def __getitem__(self, index: int) -> Any: ...
 
 
 Rows = list[tuple[Tensor, Tensor]]  # tokens and labels of the rows of one sequence
 
 
 class PackedSequences(Dataset[Rows]):
-    """What a sequence of the training set holds: rows of the store, by index."""
+    """The sequences of a data set: each holds the rows of the store that its pack names by index."""
 
     def __init__(self, store: SequenceStore, packs: Sequence[Sequence[int]]) -> None:
         self.store = store
@@ -40,13 +40,13 @@ class PackedSequences(Dataset[Rows]):
     def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitem__(self, at: int) -> Rows:
-        rows = (self.store[row] for row in self.packs[at])
-        return [(torch.tensor(one.tokens), torch.tensor(one.labels)) for one in rows]
+    def __getitem__(self, index: int) -> Rows:
+        examples = (self.store[row] for row in self.packs[index])
+        return [(torch.tensor(example.tokens), torch.tensor(example.labels)) for example in examples]
 
 
 class EpochShuffler(Sampler[int]):
-    """0..n-1 in an order that depends on (seed, epoch) alone: a resumed run sees the rows it would have seen."""
+    """0..n-1 in an order that depends on (seed, epoch) alone, so that a resumed run sees the same rows."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
@@ -66,20 +66,20 @@ class EpochShuffler(Sampler[int]):
 
 
 def collate(sequences: Sequence[Rows], *, pad: int, width: int | None = None) -> dict[str, Tensor]:
-    """input_ids, position_ids and labels, each (sequences, width); `width` None: of the longest sequence."""
+    """input_ids, position_ids and labels, each (sequences, width). `width` None: the longest sequence, rounded up."""
     longest = max(sum(len(tokens) for tokens, _ in rows) for rows in sequences)
-    width = width or -(-longest // MULTIPLE) * MULTIPLE
-    lines = [_line(rows, pad, width) for rows in sequences]
-    return {name: torch.stack([line[name] for line in lines]) for name in ("input_ids", "position_ids", "labels")}
+    width = width or -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    padded = [_padded_sequence(rows, pad, width) for rows in sequences]
+    return {name: torch.stack([tensors[name] for tensors in padded]) for name in padded[0]}
 
 
-def _line(rows: Rows, pad: int, width: int) -> dict[str, Tensor]:
-    empty = width - sum(len(tokens) for tokens, _ in rows)
-    if empty:
-        rows = [*rows, (torch.full((empty,), pad), torch.full((empty,), IGNORE_INDEX))]
+def _padded_sequence(rows: Rows, pad: int, width: int) -> dict[str, Tensor]:
+    padding = width - sum(len(tokens) for tokens, _ in rows)
+    if padding:
+        rows = [*rows, (torch.full((padding,), pad), torch.full((padding,), IGNORE_INDEX))]
     labels = torch.cat([labels for _, labels in rows]).long()
     starts = torch.tensor([0, *(len(tokens) for tokens, _ in rows[:-1])]).cumsum(0)
-    labels[starts] = IGNORE_INDEX  # the token before it is another row's
+    labels[starts] = IGNORE_INDEX  # the token before it belongs to another row
     return {
         "input_ids": torch.cat([tokens for tokens, _ in rows]).long(),
         "position_ids": torch.cat([torch.arange(len(tokens)) for tokens, _ in rows]),
@@ -89,27 +89,25 @@ def _line(rows: Rows, pad: int, width: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def separates_packed_rows(model: Any) -> bool:
-    """Whether two rows in one sequence get the logits that each gets alone. Tried, since not every model can."""
-    size = model.get_input_embeddings().weight.shape[0]
+    """Whether two rows in one sequence get the logits that each gets alone. Not every model can, so it is tried."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     device = model.get_input_embeddings().weight.device
-    one, two = (torch.arange(low, low + 6) % size for low in (3, 17))
-    rows: Rows = [(tokens, tokens) for tokens in (one, two)]
+    rows: Rows = [(tokens, tokens) for tokens in (torch.arange(first, first + 6) % vocabulary for first in (3, 17))]
     training = model.training
     model.eval()
     try:
-        apart = [_logits(model, [[row]], device)[0, : len(row[0])] for row in rows]
-        together = _logits(model, [rows], device)[0, : len(one) + len(two)]
+        alone = torch.cat([_logits(model, [[row]], device)[0, : len(row[0])] for row in rows])
+        packed = _logits(model, [rows], device)[0, : len(alone)]
     except (TypeError, ValueError, RuntimeError):
         return False
     finally:
         model.train(training)
-    expected = torch.cat(apart)
-    spread = expected.std().item() or 1.0
-    return bool((together - expected).abs().max() < 0.05 * spread)
+    spread = alone.std().item() or 1.0
+    return bool((packed - alone).abs().max() < 0.05 * spread)
 
 
 def _logits(model: Any, sequences: Sequence[Rows], device: torch.device) -> Tensor:
     batch = collate(sequences, pad=0)
-    given = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
-    logits: Tensor = model(**given, use_cache=False).logits
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
+    logits: Tensor = model(**inputs, use_cache=False).logits
     return logits.float()

@@ -1,4 +1,4 @@
-"""Job: all that a loop needs to train; and what both loops share: optimizer, validation, metrics."""
+"""TrainingContext: everything that a loop needs; and what both loops share: metrics, validation, saving."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Batch = dict[str, Tensor]
 
 
 class MetricCallback(Protocol):
-    """Is told every line of metrics as it is written."""
+    """Called with every line of metrics as it is written."""
 
     def __call__(self, line: Mapping[str, Any]) -> None: ...
 
 
 @dataclass
 class TrainingContext:
-    """A run that is decided: nothing in it is `auto` any more."""
+    """A run with every setting resolved and the model loaded."""
 
     settings: TrainSettings
     model: Any  # PreTrainedModel or PeftModel
@@ -42,111 +42,117 @@ class TrainingContext:
     schedule: Schedule
     folder: RunFolder
     lr: float
-    optimizer: str  # by transformers' name
+    optimizer: str  # transformers' name
     dtype: str
     device: str
     pad: int
     write_tokenizer_files: Callable[[Path], None]  # tokenizer and chat template into a folder
     callbacks: list[MetricCallback] = field(default_factory=list)
-    is_main: bool = True  # of several processes, the one that writes
+    is_main: bool = True  # of several processes, the one that writes files
 
     @property
-    def inner(self) -> Any:
+    def base_model(self) -> Any:
         """The transformers model inside the adapter."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def report(self, line: Mapping[str, Any]) -> None:
-        """Tell the listeners."""
-        for listener in self.callbacks:
-            listener(line)
+        """Pass a line of metrics to the callbacks."""
+        for callback in self.callbacks:
+            callback(line)
 
     def collator(self) -> Callable[..., Batch]:
         return partial(collate, pad=self.pad)
 
 
 class MetricLogger:
-    """metrics.jsonl: step, loss, lr, gradient norm, tokens a second, memory; told to the listeners too."""
+    """Writes metrics.jsonl: step, loss, lr, gradient norm, tokens per second, memory. Callbacks get each line too."""
 
-    def __init__(self, job: TrainingContext) -> None:
-        self._job = job
+    def __init__(self, context: TrainingContext) -> None:
+        self._context = context
         self._tokens = 0
-        self._last = time.monotonic()
-        self._aside = 0.0
+        self._last_step = time.monotonic()
+        self._excluded_seconds = 0.0
 
     def add_batch(self, tokens: int) -> None:
         """Count tokens that went through the model."""
         self._tokens += tokens
 
-    def excluded_time(self, seconds: float) -> None:
-        """Time that was not training: validation, checkpoints."""
-        self._aside += seconds
+    def exclude_time(self, seconds: float) -> None:
+        """Leave time that was not training (validation, checkpoints) out of the speed."""
+        self._excluded_seconds += seconds
 
     def step(self, step: int, loss: float, lr: float, norm: float | None) -> None:
-        """Note one optimiser step. Raises MergeforgeError for a loss that is no number."""
+        """Write one optimizer step. Raises MergeforgeError for a loss that is infinite or NaN."""
         if not math.isfinite(loss):
-            hint = "a lower lr, dtype: bf16 instead of fp16, or look at the rows of this step"
+            hint = "try a lower lr, or dtype: bf16 instead of fp16, or check the rows of this step"
             raise MergeforgeError(f"the loss of step {step} is {loss}", hint=hint)
         now = time.monotonic()
-        seconds = max(now - self._last - self._aside, 1e-9)
-        line = {"step": step, "epoch": step / self._job.schedule.per_epoch, "loss": loss, "lr": lr}
+        seconds = max(now - self._last_step - self._excluded_seconds, 1e-9)
+        line = {"step": step, "epoch": step / self._context.schedule.steps_per_epoch, "loss": loss, "lr": lr}
         line |= {} if norm is None else {"grad_norm": norm}
-        self.note(line | {"tokens_per_second": self._tokens / seconds, "memory": memory_used(self._job.device)})
-        self._tokens, self._last, self._aside = 0, now, 0.0
+        memory = memory_used(self._context.device)
+        self.write(line | {"tokens_per_second": self._tokens / seconds, "memory": memory})
+        self._tokens, self._last_step, self._excluded_seconds = 0, now, 0.0
 
-    def note(self, line: Mapping[str, Any]) -> None:
+    def validation(self, step: int, loss: float) -> None:
+        """Write the validation loss after a step."""
+        self.write({"step": step, "epoch": step / self._context.schedule.steps_per_epoch, "eval_loss": loss})
+
+    def write(self, line: Mapping[str, Any]) -> None:
         """Write a line as it is."""
-        if not self._job.is_main:
+        if not self._context.is_main:
             return
-        with open(self._job.folder.metrics, "a", encoding="utf-8") as file:
+        with open(self._context.folder.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self._job.report(line)
+        self._context.report(line)
 
 
 def memory_used(device: str) -> int:
-    """Bytes: the card's peak, or this process's memory."""
+    """Bytes: the GPU's peak, or this process's resident memory."""
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident_memory()
 
 
-def validation_sums(model: nn.Module, job: TrainingContext, part: tuple[int, int] = (0, 1)) -> tuple[float, int]:
-    """The sum of the losses of all validation tokens, and their number; `part` (i, n): of every n-th batch from i.
+def validation_sums(model: nn.Module, context: TrainingContext, part: tuple[int, int] = (0, 1)) -> tuple[float, int]:
+    """The summed loss of all validation tokens and their number. `part` (i, n): only every n-th batch, from batch i.
 
-    Changes nothing that training depends on: no random number is drawn, and the mode is put back.
+    Changes nothing that training depends on: it draws no random number and restores the model's mode.
     """
-    assert job.validation is not None
+    assert context.validation is not None
+    sequences, size = context.validation, context.schedule.micro_batch
     training = model.training
     model.eval()
     total, count = 0.0, 0
-    with torch.no_grad(), autocast(job):
-        for at in range(part[0] * job.schedule.micro_batch, len(job.validation), part[1] * job.schedule.micro_batch):
-            rows = [job.validation[one] for one in range(at, min(at + job.schedule.micro_batch, len(job.validation)))]
-            batch = {name: value.to(job.device) for name, value in job.collator()(rows).items()}
+    with torch.no_grad(), autocast(context):
+        for start in range(part[0] * size, len(sequences), part[1] * size):
+            rows = [sequences[index] for index in range(start, min(start + size, len(sequences)))]
+            batch = {name: tensor.to(context.device) for name, tensor in context.collator()(rows).items()}
             total += float(model(**batch, num_items_in_batch=1)["loss"])
             count += int((batch["labels"] != IGNORE_INDEX).sum())
     model.train(training)
     return total, count
 
 
-def autocast(job: TrainingContext) -> Any:
-    """The precision in which transformers' Trainer computes with bf16 or fp16."""
-    kind = torch.device(job.device).type
-    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.dtype)
-    return torch.autocast(kind, dtype=wanted or torch.bfloat16, enabled=wanted is not None)
+def autocast(context: TrainingContext) -> Any:
+    """The autocast that transformers' Trainer uses for bf16 and fp16."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(context.dtype)
+    device_type = torch.device(context.device).type
+    return torch.autocast(device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def save_model(job: TrainingContext, folder: Path, model: Any = None) -> None:
-    """The adapter (or, fully trained, the model) with tokenizer and chat template."""
-    model = model or job.model
-    whole = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(folder, **whole)
-    job.write_tokenizer_files(folder)
+def save_model(context: TrainingContext, folder: Path, model: Any = None) -> None:
+    """Save the adapter (or, after full training, the model) with tokenizer and chat template."""
+    model = model or context.model
+    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, **options)
+    context.write_tokenizer_files(folder)
 
 
-def load_weights(job: TrainingContext, folder: Path) -> None:
-    """Put a checkpoint's weights into the model."""
-    if hasattr(job.model, "peft_config"):
-        job.model.load_adapter(str(folder), "default", is_trainable=True)
+def load_weights(context: TrainingContext, folder: Path) -> None:
+    """Load a checkpoint's weights into the model."""
+    if hasattr(context.model, "peft_config"):
+        context.model.load_adapter(str(folder), "default", is_trainable=True)
         return
     from safetensors.torch import load_file
 
-    weights = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
-    job.model.load_state_dict(weights, strict=False)  # tied weights are stored once
+    weights = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    context.model.load_state_dict(weights, strict=False)  # tied weights are stored once

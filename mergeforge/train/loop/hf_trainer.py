@@ -22,14 +22,14 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 @dataclasses.dataclass
 class StopSignal:
-    """Asked for from outside, by Ctrl-C: finish the step, write a checkpoint, end."""
+    """Set by Ctrl-C: finish the step, write a checkpoint, end."""
 
     requested: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOutcome:
-    """How a run ended: its last step, the best validation loss and its step, whether it was stopped early."""
+    """How a run ended: its last step, the best validation loss and its step, and whether it ended before its time."""
 
     step: int
     best_loss: float | None
@@ -38,45 +38,45 @@ class TrainingOutcome:
     stopped_early: bool = False
 
 
-def train(job: TrainingContext, checkpoint: Path | None, stop: StopSignal) -> TrainingOutcome:
+def train(context: TrainingContext, checkpoint: Path | None, stop: StopSignal) -> TrainingOutcome:
     """Train to the end, from a checkpoint if there is one.
 
-    Raises torch.OutOfMemoryError; then the newest state is in a checkpoint of its own.
+    Raises torch.OutOfMemoryError after writing the state of the last complete step to a checkpoint.
     """
-    run: Any = _Trainer(job, stop)
+    trainer: Any = _Trainer(context, stop)
     try:
-        run.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
-        run.model.zero_grad(set_to_none=True)
-        run.save_state()
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.save_last_step()
         raise
-    state = run.state
+    state = trainer.state
     return TrainingOutcome(
         state.global_step,
         state.best_metric,
         state.best_global_step,
         interrupted=stop.requested and state.global_step < state.max_steps,
-        stopped_early=run.timing.ended_early,
+        stopped_early=trainer.progress.stopped_early,
     )
 
 
-def arguments(job: TrainingContext) -> TrainingArguments:
-    """transformers' TrainingArguments of a job. Fails loudly where this version lacks one of them."""
-    settings, schedule = job.settings, job.schedule
-    wanted: dict[str, Any] = {
-        "output_dir": str(job.folder.root),
+def arguments(context: TrainingContext) -> TrainingArguments:
+    """transformers' TrainingArguments for a run. Raises RuntimeError where this version lacks one of them."""
+    settings, schedule = context.settings, context.schedule
+    values: dict[str, Any] = {
+        "output_dir": str(context.folder.root),
         "per_device_train_batch_size": schedule.micro_batch,
         "gradient_accumulation_steps": schedule.accumulation_steps,
-        "max_steps": schedule.total,
-        "learning_rate": job.lr,
+        "max_steps": schedule.total_steps,
+        "learning_rate": context.lr,
         "lr_scheduler_type": SCHEDULES[settings.schedule],
-        "warmup_steps": schedule.warmup,
+        "warmup_steps": schedule.warmup_steps,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "optim": job.optimizer,
-        "bf16": job.dtype == "bf16",
-        "fp16": job.dtype == "fp16",
-        "use_cpu": job.device == "cpu",
+        "optim": context.optimizer,
+        "bf16": context.dtype == "bf16",
+        "fp16": context.dtype == "fp16",
+        "use_cpu": context.device == "cpu",
         "seed": settings.seed,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -85,44 +85,44 @@ def arguments(job: TrainingContext) -> TrainingArguments:
         "eval_strategy": "no",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": job.device != "cpu",
+        "dataloader_pin_memory": context.device != "cpu",
         "average_tokens_across_devices": True,
     }
-    missing = wanted.keys() - {one.name for one in dataclasses.fields(TrainingArguments)}
+    missing = values.keys() - {argument.name for argument in dataclasses.fields(TrainingArguments)}
     if missing:
-        raise RuntimeError(f"this transformers has no TrainingArguments {', '.join(sorted(missing))}")
-    return TrainingArguments(**wanted)
+        raise RuntimeError(f"this version of transformers has no TrainingArguments {', '.join(sorted(missing))}")
+    return TrainingArguments(**values)
 
 
 class _Trainer(Trainer):
-    """transformers' loop over a job."""
+    """transformers' Trainer with our sampler, metrics, validation and checkpoints."""
 
-    def __init__(self, job: TrainingContext, stop: StopSignal) -> None:
-        self.job = job
-        self.metrics_file = MetricLogger(job)
-        self.sampler = EpochShuffler(len(job.train), job.settings.seed)
-        self.timing = _TrainerCallback(self, stop, job.settings.early_stop)
-        callbacks: list[TrainerCallback] = [self.timing]
+    def __init__(self, context: TrainingContext, stop: StopSignal) -> None:
+        self.context = context
+        self.metrics_file = MetricLogger(context)
+        self.sampler = EpochShuffler(len(context.train), context.settings.seed)
+        self.progress = _TrainerCallback(self, stop, context.settings.early_stop)
+        callbacks: list[TrainerCallback] = [self.progress]
         super().__init__(
-            model=job.model,
-            args=arguments(job),
-            train_dataset=job.train,
-            data_collator=job.collator(),
+            model=context.model,
+            args=arguments(context),
+            train_dataset=context.train,
+            data_collator=context.collator(),
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True  # the loss is a sum over the tokens of all passes of a step
-        for one in list(self.callback_handler.callbacks):
-            if type(one).__name__ == "PrinterCallback":
-                self.remove_callback(one)
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback).__name__ == "PrinterCallback":
+                self.remove_callback(callback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochShuffler:
         return self.sampler
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self.job.folder.partial)
+        return str(self.context.folder.partial)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self.metrics_file.add_batch(int((inputs["input_ids"] != self.job.pad).sum()) * self.args.world_size)
+        self.metrics_file.add_batch(int((inputs["input_ids"] != self.context.pad).sum()) * self.args.world_size)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -130,94 +130,96 @@ class _Trainer(Trainer):
         """The mean over all validation tokens, not over batches."""
         started = time.monotonic()
         part = (self.args.process_index, self.args.world_size)
-        sums = torch.tensor(validation_sums(self.model_wrapped, self.job, part), dtype=torch.float64)
+        sums = torch.tensor(validation_sums(self.model_wrapped, self.context, part), dtype=torch.float64)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         loss = float(sums[0] / sums[1])
-        self.timing.judge(loss, self.state)
-        step = self.state.global_step
-        self.metrics_file.note({"step": step, "epoch": step / self.job.schedule.per_epoch, "eval_loss": loss})
+        self.progress.add_validation(loss, self.state)
+        self.metrics_file.validation(self.state.global_step, loss)
         self.log({"eval_loss": loss})
-        self.metrics_file.excluded_time(time.monotonic() - started)
+        self.metrics_file.exclude_time(time.monotonic() - started)
         return {"eval_loss": loss}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As transformers does it, but into a folder of another name, which is given its own when it is whole."""
+        """Write transformers' checkpoint under a temporary name, and rename it when it is complete."""
         started = time.monotonic()
-        folder, step = self.job.folder, self.state.global_step
-        if self.job.is_main:
+        folder, step = self.context.folder, self.state.global_step
+        if self.context.is_main:
             shutil.rmtree(folder.partial, ignore_errors=True)
             folder.partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        if self.job.is_main:
+        if self.context.is_main:
             folder.commit_checkpoint(folder.partial / f"checkpoint-{step}", step)
             shutil.rmtree(folder.partial)
-            folder.drop_old(self.job.settings.save.keep, self.state.best_global_step)
+            folder.drop_old(self.context.settings.save.keep, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
-        self.metrics_file.excluded_time(time.monotonic() - started)
+        self.metrics_file.exclude_time(time.monotonic() - started)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save and output_dir:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_model(self.job, Path(output_dir), self.accelerator.unwrap_model(self.model))
+            save_model(self.context, Path(output_dir), self.accelerator.unwrap_model(self.model))
 
-    def save_state(self) -> None:
-        """A checkpoint of the last whole step."""
-        if self.state.global_step and self.state.global_step not in self.job.folder.steps():
-            self._save_checkpoint(self.job.model, None)
+    def save_last_step(self) -> None:
+        """Write a checkpoint of the last complete step, unless there is one."""
+        if self.state.global_step and self.state.global_step not in self.context.folder.steps():
+            self._save_checkpoint(self.context.model, None)
 
 
 class _TrainerCallback(TrainerCallback):
-    """When to validate, to write a checkpoint and to stop; passes each step's numbers on."""
+    """Decides when to validate, to write a checkpoint and to stop; logs each step's numbers."""
 
-    def __init__(self, run: _Trainer, stop: StopSignal, early: EarlyStopSettings | None) -> None:
-        self._run, self._stop, self._early = run, stop, early
-        self._losses = run.job.folder.metric_values("eval_loss")
-        self.ended_early = False
+    def __init__(self, trainer: _Trainer, stop: StopSignal, early_stop: EarlyStopSettings | None) -> None:
+        self._trainer, self._stop, self._early_stop = trainer, stop, early_stop
+        self._losses = trainer.context.folder.metric_values("eval_loss")
+        self.stopped_early = False
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._run.sampler.set_epoch(state.global_step // self._run.job.schedule.per_epoch)
+        schedule = self._trainer.context.schedule
+        self._trainer.sampler.set_epoch(state.global_step // schedule.steps_per_epoch)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        schedule, step = self._run.job.schedule, state.global_step
-        last = step >= state.max_steps
-        within = step % schedule.per_epoch or schedule.per_epoch
+        schedule, step = self._trainer.context.schedule, state.global_step
+        is_last = step >= state.max_steps
+        step_of_epoch = step % schedule.steps_per_epoch or schedule.steps_per_epoch
         control.should_log = True
-        if self._run.job.validation is not None:
-            control.should_evaluate = last or within % schedule.evaluate == 0
-        control.should_save = last or within % schedule.save == 0
+        if self._trainer.context.validation is not None:
+            control.should_evaluate = is_last or step_of_epoch % schedule.eval_steps == 0
+        control.should_save = is_last or step_of_epoch % schedule.save_steps == 0
         if self._stop.requested:
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        control.should_log = control.should_evaluate = control.should_save = False  # the last step did it all
+        control.should_log = control.should_evaluate = control.should_save = False  # on_step_end did all of these
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        logs = given["logs"]
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         if "loss" in logs:
             norm = logs.get("grad_norm")
-            self._run.metrics_file.step(state.global_step, logs["loss"], logs["learning_rate"], norm)
+            self._trainer.metrics_file.step(state.global_step, logs["loss"], logs["learning_rate"], norm)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.ended_early:
+        if self.stopped_early:
             control.should_save = control.should_training_stop = True
 
-    def judge(self, loss: float, state: TrainerState) -> None:
-        """Whether a validation loss is the best one yet, and whether there were too many that were not."""
+    def add_validation(self, loss: float, state: TrainerState) -> None:
+        """Note whether a validation loss is the best so far, and stop after too many without improvement."""
         self._losses.append(loss)
         if state.best_metric is None or loss < state.best_metric:
             state.best_metric, state.best_global_step = loss, state.global_step
-            self._run.control.should_save = True
-        if self._early and evaluations_without_gain(self._losses, self._early.threshold) >= self._early.patience:
-            self.ended_early = self._run.control.should_training_stop = self._run.control.should_save = True
+            self._trainer.control.should_save = True
+        early_stop = self._early_stop
+        if early_stop and evaluations_without_gain(self._losses, early_stop.threshold) >= early_stop.patience:
+            control = self._trainer.control
+            self.stopped_early = control.should_training_stop = control.should_save = True
 
 
 def evaluations_without_gain(losses: Sequence[float], threshold: float) -> int:
-    """How many of the last losses in a row are not lower than the best before by more than `threshold`."""
-    best, since = float("inf"), 0
+    """How many of the last losses in a row are not lower than the best one before them by more than `threshold`."""
+    best, count = float("inf"), 0
     for loss in losses:
-        since = 0 if loss < best - threshold else since + 1
+        count = 0 if loss < best - threshold else count + 1
         best = min(best, loss)
-    return since
+    return count

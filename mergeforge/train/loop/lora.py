@@ -1,4 +1,4 @@
-"""The adapter that is trained: which modules get one, with which settings, and which token rows."""
+"""The adapter to train: which modules get one, with which settings, and which token rows are trained."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mergeforge.errors import RecipeError, format_list
-from mergeforge.train.model_stats import left_alone
+from mergeforge.train.model_stats import modules_without_adapter
 from mergeforge.train.settings import LoraOptions
 
 ALL = "all-linear"
-PLAIN = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
-INITS: dict[str, Any] = {"default": True}
+LINEAR_CLASSES = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+INITS: dict[str, Any] = {"default": True}  # PEFT's init_lora_weights, where it differs from our name
 
 
 def with_adapter(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int]) -> PeftModel:
-    """The model with a LoRA adapter; of `new_tokens` (ids) the embedding and lm_head rows are trained too.
+    """The model with a LoRA adapter; the embedding and lm_head rows of `new_tokens` (ids) are trained too.
 
-    Adapters are float32 whatever the base is. Raises RecipeError where no module is called as `targets` say.
+    Adapters are float32 whatever the base is. Raises RecipeError where no module matches `targets`.
     """
     try:
         adapted = get_peft_model(model, lora_config(model, lora, new_tokens))
     except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if _is_linear(one)})
-        hint = f"its linear modules: {format_list(names, 12)}"
+        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+        hint = f"the model's linear modules: {format_list(names, 12)}"
         raise RecipeError(f"the adapter does not fit the model: {str(error).splitlines()[0]}", hint=hint) from None
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -37,19 +37,19 @@ def with_adapter(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence
 
 
 def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int]) -> LoraConfig:
-    """PEFT's configuration of the settings."""
+    """PEFT's configuration for the settings."""
     rank = lora.r or 16
     targets: Any = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets or ALL
-    left = left_alone(model.config.model_type) if lora.targets is None else set()
-    if targets == ALL and (lora.layers or left):  # PEFT takes layers with names only
-        targets = sorted(linear_names(model) - left)
+    excluded = modules_without_adapter(model.config.model_type) if lora.targets is None else set()
+    if targets == ALL and (lora.layers or excluded):  # PEFT takes layers only together with module names
+        targets = sorted(linear_names(model) - excluded)
     return LoraConfig(
         r=rank,
         lora_alpha=lora.alpha if lora.alpha is not None else 2 * rank,  # type: ignore[arg-type]  # PEFT takes floats
         lora_dropout=lora.dropout,
-        fan_in_fan_out=any(type(one).__name__ == "Conv1D" for one in model.modules()),
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
         target_modules=targets,
-        exclude_modules=sorted(_others(model)) or None if targets == ALL else None,
+        exclude_modules=sorted(_linear_subclasses(model)) or None if targets == ALL else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights=INITS.get(lora.init, lora.init),
@@ -63,25 +63,30 @@ def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[
 
 
 def linear_names(model: PreTrainedModel) -> set[str]:
-    """The last names of all linear modules but the head: what `all-linear` stands for."""
+    """The last names of all linear modules but the head: what `all-linear` means."""
     head = model.get_output_embeddings()
-    return {name.rpartition(".")[2] for name, one in model.named_modules() if _is_linear(one) and one is not head}
+    return {
+        name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module) and module is not head
+    }
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module).__name__ in PLAIN
+    return type(module).__name__ in LINEAR_CLASSES
 
 
-def _others(model: PreTrainedModel) -> set[str]:
-    """Last names of what is made from nn.Linear and does something else (PhiMoE's router returns a tuple)."""
-    odd = (name for name, one in model.named_modules() if isinstance(one, nn.Linear) and not _is_linear(one))
-    return {name.rpartition(".")[2] for name in odd}
+def _linear_subclasses(model: PreTrainedModel) -> set[str]:
+    """Last names of modules that inherit from nn.Linear but do something else (PhiMoE's router returns a tuple)."""
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not _is_linear(module)
+    }
 
 
 def _token_rows(model: PreTrainedModel, new_tokens: Sequence[int]) -> dict[str, list[int]]:
-    """PEFT's trainable_token_indices: rows of the embedding, and of lm_head where it is a tensor of its own.
+    """PEFT's trainable_token_indices: rows of the embedding, and of lm_head where that is a tensor of its own.
 
-    With the embedding's rows alone an untied lm_head keeps arbitrary rows, and the model never says the tokens.
+    With the embedding's rows alone, an untied lm_head keeps arbitrary rows, and the model never generates the tokens.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]

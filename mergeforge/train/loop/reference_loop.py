@@ -1,4 +1,4 @@
-"""The run as a short loop, to read and to compare with: same order, loss, optimizer and rates as trainer.py.
+"""The run as a short loop, to read and to compare with: same order, loss, optimizer and schedule as hf_trainer.py.
 
 One device, no checkpoints.
 """
@@ -19,23 +19,25 @@ from mergeforge.train.loop.context import Batch, MetricLogger, TrainingContext, 
 from mergeforge.train.loop.hf_trainer import SCHEDULES, StopSignal, TrainingOutcome, arguments
 
 
-def train(job: TrainingContext, stop: StopSignal) -> TrainingOutcome:
+def train(context: TrainingContext, stop: StopSignal) -> TrainingOutcome:
     """Train to the end."""
-    settings, schedule, metrics = job.settings, job.schedule, MetricLogger(job)
-    trained = [one for one in job.model.parameters() if one.requires_grad]
-    kind, given = Trainer.get_optimizer_cls_and_kwargs(arguments(job))
-    optimizer = kind(trained, **given, weight_decay=settings.weight_decay)
-    rates = get_scheduler(SCHEDULES[settings.schedule], optimizer, schedule.warmup, schedule.total)
-    scaler = torch.amp.GradScaler(torch.device(job.device).type, enabled=job.dtype == "fp16")
-    sampler = EpochShuffler(len(job.train), settings.seed)
-    loader: DataLoader[Any] = DataLoader(job.train, schedule.micro_batch, sampler=sampler, collate_fn=job.collator())
+    settings, schedule, metrics = context.settings, context.schedule, MetricLogger(context)
+    trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments(context))
+    optimizer = optimizer_class(trained, **options, weight_decay=settings.weight_decay)
+    rates = get_scheduler(SCHEDULES[settings.schedule], optimizer, schedule.warmup_steps, schedule.total_steps)
+    scaler = torch.amp.GradScaler(torch.device(context.device).type, enabled=context.dtype == "fp16")
+    sampler = EpochShuffler(len(context.train), settings.seed)
+    loader: DataLoader[Any] = DataLoader(
+        context.train, schedule.micro_batch, sampler=sampler, collate_fn=context.collator()
+    )
     step, best = 0, (float("inf"), 0)
-    job.model.train()
-    while step < schedule.total and not stop.requested:
-        sampler.set_epoch(step // schedule.per_epoch)
-        for at, passes in enumerate(_all_reduce(loader, schedule.accumulation_steps), start=1):
+    context.model.train()
+    while step < schedule.total_steps and not stop.requested:
+        sampler.set_epoch(step // schedule.steps_per_epoch)
+        for step_of_epoch, passes in enumerate(_grouped(loader, schedule.accumulation_steps), start=1):
             rate = rates.get_last_lr()[0]
-            loss = _accumulate(job, passes, metrics, scaler)
+            loss = _accumulate(context, passes, metrics, scaler)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm or float("inf"))
             scaler.step(optimizer)
@@ -43,35 +45,36 @@ def train(job: TrainingContext, stop: StopSignal) -> TrainingOutcome:
             rates.step()
             optimizer.zero_grad()
             step += 1
+            is_last = step == schedule.total_steps
             metrics.step(step, loss, rate, float(norm))
-            if job.validation is not None and (at % schedule.evaluate == 0 or step == schedule.total):
-                total, count = validation_sums(job.model, job)
+            if context.validation is not None and (step_of_epoch % schedule.eval_steps == 0 or is_last):
+                total, count = validation_sums(context.model, context)
                 best = min(best, (total / count, step))
-                metrics.note({"step": step, "epoch": step / schedule.per_epoch, "eval_loss": total / count})
-            if step == schedule.total or stop.requested:
+                metrics.validation(step, total / count)
+            if is_last or stop.requested:
                 break
-    known = best[1] > 0
-    return TrainingOutcome(step, best[0] if known else None, best[1] if known else None, step < schedule.total)
+    best_loss, best_step = best if best[1] else (None, None)
+    return TrainingOutcome(step, best_loss, best_step, interrupted=step < schedule.total_steps)
 
 
 def _accumulate(
-    job: TrainingContext, passes: list[Batch], metrics: MetricLogger, scaler: torch.amp.GradScaler
+    context: TrainingContext, passes: list[Batch], metrics: MetricLogger, scaler: torch.amp.GradScaler
 ) -> float:
-    """The gradient of the mean loss of all trained tokens of these passes; that loss."""
+    """Accumulate the gradient of the mean loss over all trained tokens of these passes; returns that loss."""
     count = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in passes)
     loss = 0.0
     for batch in passes:
-        metrics.add_batch(int((batch["input_ids"] != job.pad).sum()))
-        given = {name: value.to(job.device) for name, value in batch.items()}
-        with autocast(job):
-            part = job.model(**given, num_items_in_batch=count)["loss"]
-        scaler.scale(part).backward()
-        loss += part.item()
+        metrics.add_batch(int((batch["input_ids"] != context.pad).sum()))
+        inputs = {name: tensor.to(context.device) for name, tensor in batch.items()}
+        with autocast(context):
+            pass_loss = context.model(**inputs, num_items_in_batch=count)["loss"]
+        scaler.scale(pass_loss).backward()
+        loss += pass_loss.item()
     return loss
 
 
-def _all_reduce(loader: DataLoader[Any], size: int) -> Iterator[list[Batch]]:
+def _grouped(loader: DataLoader[Any], size: int) -> Iterator[list[Batch]]:
     """The batches of an epoch, `size` at a time."""
     batches = iter(loader)
-    while some := list(islice(batches, size)):
-        yield some
+    while group := list(islice(batches, size)):
+        yield group

@@ -1,4 +1,4 @@
-"""A plan -> a job: the base is loaded, its loss and adapter installed, rows put into sequences."""
+"""TrainPlan -> TrainingContext: loads the base, installs loss and adapter, packs the rows, probes the memory."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ import torch
 from transformers import set_seed
 
 from mergeforge.hub.download import fetch
-from mergeforge.train.distributed import is_main
+from mergeforge.train.environment import is_main
 from mergeforge.train.loop import chunked_loss, collate, load_base, lora
-from mergeforge.train.loop.context import MetricCallback, TrainingContext
+from mergeforge.train.loop.context import MetricCallback, TrainingContext, autocast, memory_used
 from mergeforge.train.plan import TrainPlan
 from mergeforge.train.tokenizer_files import write_tokenizer_files
 
-SMALL = 20_000_000  # parameters below which one thread beats several: 0.1 s a step instead of 0.3 to 1.0 s on two cores
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_32bit": "adamw_torch"}  # the others are called as transformers calls them
+SMALL = 20_000_000  # parameters below which one thread is faster: 0.1 s a step instead of 0.3 to 1.0 s on two cores
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_32bit": "adamw_torch"}  # transformers' names, where they differ from ours
 
 
-def make_context(plan: TrainPlan, listeners: Sequence[MetricCallback] = ()) -> tuple[TrainingContext, list[str]]:
-    """Everything that a loop takes, and notes on what this model cannot do."""
-    settings, way = plan.settings, plan.resolved.setup
+def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> tuple[TrainingContext, list[str]]:
+    """Everything that a loop needs, and notes on what this model cannot do."""
+    settings, setup = plan.settings, plan.resolved.setup
     set_seed(settings.seed)
     if plan.resolved.device == "cpu" and plan.stats.parameters < SMALL:
         torch.set_num_threads(1)
     base = _load(plan)
     packed = plan.resolved.pack and collate.separates_packed_rows(base)
-    note = chunked_loss.install_chunked_loss(base, chunk=way.ce_chunk, custom=chunked_loss.custom_loss(settings.loss))
-    if way.checkpointing:
-        load_base.checkpoint_activations(base, offload=way.offload)
+    loss = chunked_loss.custom_loss(settings.loss)
+    loss_note = chunked_loss.install_chunked_loss(base, chunk=setup.ce_chunk, custom=loss)
+    if setup.checkpointing:
+        load_base.checkpoint_activations(base, offload=setup.offload)
     model: Any = base
     if settings.trains_adapter:
-        model = lora.with_adapter(base, way.lora, plan.new_tokens)
-        model.peft_config["default"].base_model_name_or_path = named(plan.base)
+        model = lora.with_adapter(base, setup.lora, plan.new_tokens)
+        model.peft_config["default"].base_model_name_or_path = _base_name(plan.base)
         model.peft_config["default"].revision = plan.revision
     packs, validation = plan.packs(packed=packed), plan.data.validation
-    job = TrainingContext(
+    context = TrainingContext(
         settings=settings,
         model=model,
         train=collate.PackedSequences(plan.data.train, packs),
@@ -45,29 +46,29 @@ def make_context(plan: TrainPlan, listeners: Sequence[MetricCallback] = ()) -> t
         schedule=plan.schedule(len(packs)),
         folder=plan.folder,
         lr=plan.resolved.lr,
-        optimizer=_optimizer(way.optimizer, plan.resolved.device),
+        optimizer=_optimizer(setup.optimizer, plan.resolved.device),
         dtype=plan.resolved.dtype,
         device=plan.resolved.device,
-        pad=_pad(plan.tokenizer),
-        write_tokenizer_files=lambda into: _tokenizer_files(plan, into),
-        callbacks=list(listeners),
+        pad=_pad_token(plan.tokenizer),
+        write_tokenizer_files=lambda folder: _write_tokenizer_files(plan, folder),
+        callbacks=list(callbacks),
         is_main=is_main(),
     )
-    apart = "this model does not keep packed rows apart: each row has a sequence of its own"
-    return job, [one for one in (apart if plan.resolved.pack and not packed else "", note) if one]
+    unpacked = "this model cannot keep packed rows apart: each row gets a sequence of its own"
+    notes = [unpacked if plan.resolved.pack and not packed else "", loss_note]
+    return context, [note for note in notes if note]
 
 
-def named(base: str) -> str:
-    """A base as adapters and recipes name it: a Hub id, or an absolute path."""
+def _base_name(base: str) -> str:
+    """The base as adapter_config.json names it: a Hub id, or an absolute path."""
     return str(Path(base).resolve()) if Path(base).exists() else base
 
 
 def _load(plan: TrainPlan) -> Any:
-    """The base on its device, with rows for the tokens that were added."""
+    """The base on its device, with embedding rows for the added tokens."""
     settings = plan.settings
-    folder = fetch(plan.base, plan.revision, ("model",)).path
-    how = load_base.LoadOptions(
-        str(folder),
+    options = load_base.LoadOptions(
+        str(fetch(plan.base, plan.revision, ("model",)).path),
         plan.resolved.dtype,
         plan.resolved.device,
         quantize=settings.method == "qlora",
@@ -75,22 +76,50 @@ def _load(plan: TrainPlan) -> Any:
         attention=settings.attention,
         embed_on_cpu=plan.resolved.setup.embed_on_cpu,
     )
-    model = load_base.load_base(how)
+    model = load_base.load_base(options)
     load_base.resize_embeddings(model, len(plan.tokenizer))
     return model
 
 
 def _optimizer(name: str, device: str) -> str:
-    """An optimizer as transformers calls it; only a card has pages to move."""
+    """transformers' name of an optimizer. Paged ones exist on GPUs only."""
     name = name if device.startswith("cuda") else name.removeprefix("paged_")
     return OPTIMIZERS.get(name, name)
 
 
-def _pad(tokenizer: Any) -> int:
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(found or 0)
+def _pad_token(tokenizer: Any) -> int:
+    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(token or 0)
 
 
-def _tokenizer_files(plan: TrainPlan, into: Path) -> None:
-    template = None if plan.template_is_own else plan.data.template
-    write_tokenizer_files(into, plan.is_generated, plan.tokenizer, changed=bool(plan.new_tokens), template=template)
+def _write_tokenizer_files(plan: TrainPlan, folder: Path) -> None:
+    template = None if plan.uses_base_template else plan.data.template
+    write_tokenizer_files(folder, plan.config_folder, plan.tokenizer, changed=bool(plan.new_tokens), template=template)
+
+
+def probe_memory(context: TrainingContext, seq_len: int) -> int:
+    """Run forward and backward of a full batch of `seq_len` tokens, all with a label; returns the peak in bytes.
+
+    Run before training, so that memory runs out at once or not at all. Leaves no gradient and no random number drawn.
+    Raises torch.OutOfMemoryError.
+    """
+    size = context.schedule.micro_batch
+    vocabulary = int(context.base_model.get_input_embeddings().weight.shape[0])
+    tokens = torch.arange(size * seq_len, device=context.device).view(size, seq_len) % vocabulary
+    positions = torch.arange(seq_len, device=context.device).expand_as(tokens)
+    cpu_state = torch.random.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    if context.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(context.device)
+    try:
+        with autocast(context):
+            output = context.model(
+                input_ids=tokens, position_ids=positions, labels=tokens, num_items_in_batch=tokens.numel()
+            )
+        output["loss"].backward()
+        return memory_used(context.device)
+    finally:
+        context.model.zero_grad(set_to_none=True)
+        torch.random.set_rng_state(cpu_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)

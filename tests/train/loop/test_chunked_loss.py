@@ -1,4 +1,4 @@
-"""The packed, chunked path against transformers' own loss on each row alone."""
+"""The packed, chunked loss against transformers' own loss on each row alone."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ ROWS = [(torch.arange(5, 5 + n) * 7 % 251, torch.arange(5, 5 + n) * 7 % 251) for
 
 
 def masked(rows: collate.Rows) -> collate.Rows:
-    """The first third of each row is a prompt."""
-    found = []
+    """The rows with the first third of each as its prompt."""
+    masked_rows = []
     for tokens, labels in rows:
         labels = labels.clone()
         labels[: len(labels) // 3] = chunked_loss.IGNORE_INDEX
-        found.append((tokens, labels))
-    return found
+        masked_rows.append((tokens, labels))
+    return masked_rows
 
 
-def gradients(model: Any) -> dict[str, torch.Tensor]:
-    found = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+def take_gradients(model: Any) -> dict[str, torch.Tensor]:
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
-    return found
+    return gradients
 
 
-def plainly(model: Any, rows: collate.Rows) -> torch.Tensor:
-    """Each row by itself through the stock model, its logits whole."""
+def plain_loss(model: Any, rows: collate.Rows) -> torch.Tensor:
+    """Each row by itself through the stock model, all of its logits at once."""
     total, count = torch.zeros(()), 0
     for tokens, labels in rows:
         logits = model(input_ids=tokens[None]).logits[0]
@@ -43,33 +43,33 @@ def plainly(model: Any, rows: collate.Rows) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "granite", "cohere", "gpt2"])
 @pytest.mark.parametrize("chunk", [0, 4])
-def test_packed_and_chunked_against_plain(family: str, chunk: int, tmp_path: Path) -> None:
+def test_packed_and_chunked_loss_equals_the_plain_one(family: str, chunk: int, tmp_path: Path) -> None:
     rows, model = masked(ROWS), AutoModelForCausalLM.from_pretrained(write_tiny(tmp_path, family)).float()
-    expected = plainly(model, rows)
-    expected.backward()
-    wanted = gradients(model)
+    plain = plain_loss(model, rows)
+    plain.backward()
+    plain_gradients = take_gradients(model)
     assert collate.separates_packed_rows(model)
     assert chunked_loss.install_chunked_loss(model, chunk=chunk) == ""
     packed = collate.collate([rows[:3], rows[3:]], pad=0)
     count = (packed["labels"] != chunked_loss.IGNORE_INDEX).sum()
-    found = model(**packed, num_items_in_batch=count)["loss"]
-    found.backward()
-    assert abs(found.item() - expected.item()) < 1e-6
-    for name, gradient in gradients(model).items():
-        assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
+    loss = model(**packed, num_items_in_batch=count)["loss"]
+    loss.backward()
+    assert abs(loss.item() - plain.item()) < 1e-6
+    for name, gradient in take_gradients(model).items():
+        assert (gradient - plain_gradients[name]).norm() <= 1e-5 * plain_gradients[name].norm() + 1e-9, name
 
 
-def test_no_label_gives_a_loss_of_zero_that_has_a_graph(tmp_path: Path) -> None:
+def test_a_batch_without_labels_has_a_loss_of_zero_with_a_graph(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_tiny(tmp_path, "llama"))
     chunked_loss.install_chunked_loss(model, chunk=4)
     batch = collate.collate([[(torch.arange(6), torch.full((6,), chunked_loss.IGNORE_INDEX))]], pad=0)
-    found = model(**batch, num_items_in_batch=1)["loss"]
-    found.backward()
-    assert found.item() == 0
+    loss = model(**batch, num_items_in_batch=1)["loss"]
+    loss.backward()
+    assert loss.item() == 0
 
 
-def test_a_model_that_sees_other_rows_is_found_out(tmp_path: Path) -> None:
+def test_a_model_that_mixes_packed_rows_is_detected(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_tiny(tmp_path, "llama")).eval()
-    stock = model.forward
-    model.forward = lambda input_ids, position_ids, **given: stock(input_ids=input_ids, **given)
+    model_forward = model.forward
+    model.forward = lambda input_ids, position_ids, **inputs: model_forward(input_ids=input_ids, **inputs)
     assert not collate.separates_packed_rows(model)

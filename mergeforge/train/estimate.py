@@ -1,0 +1,128 @@
+"""Estimates of a run before it starts: device memory of a step by part, and time.
+
+Memory is fitted to LLaMA-Factory's table for LLaMA 2 7B with QLoRA (README, "Hardware Requirement": 6, 7, 9, 12, 19,
+32 GB at 1k to 32k tokens with FlashAttention 2). The formula is 3 to 10 % below that table, hence MARGIN.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from mergeforge.train.model_stats import ModelStats
+from mergeforge.train.settings import LoraOptions
+
+MARGIN = 1.08
+NF4_NBYTES = 0.5161  # per weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
+CUDA_NBYTES = 550_000_000  # CUDA context and libraries
+PYTHON_NBYTES = 450_000_000  # an interpreter with torch and transformers
+# optimizer state in bytes per trained weight; paged state may leave the GPU
+STATE_NBYTES: dict[str, float] = {
+    "adamw": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 0,
+    "paged_adamw_32bit": 0,
+    "lion_8bit": 1,
+    "paged_lion_8bit": 0,
+    "adafactor": 0.1,
+    "sgd": 0,
+}
+LOGIT_NBYTES = 10  # per logit: 16 bit, float32, its gradient
+MATRIX_SIZE = 1024  # of the matrix products that measure the device's speed; 4 times as large on a GPU
+UTILIZATION = 0.4  # of a matrix product's speed that training reaches
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """How a model is trained, as far as memory depends on it. `ce_chunk`: rows of logits held at once, 0 for all."""
+
+    method: str
+    lora: LoraOptions
+    seq_len: int
+    micro_batch: int
+    optimizer: str
+    dtype_bytes: int
+    ce_chunk: int
+    checkpointing: bool
+    offload: bool = False
+    embed_on_cpu: bool = False
+    on_gpu: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one forward pass."""
+        return self.micro_batch * self.seq_len
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by part."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return int(sum(self.parts.values()) * MARGIN)
+
+
+def estimate_memory(stats: ModelStats, setup: TrainingSetup) -> MemoryEstimate:
+    """Estimate the peak memory of one training step."""
+    linear_numel = sum(module.numel for module in stats.linears)
+    embedding_numel = 0 if setup.embed_on_cpu else stats.embedding
+    if setup.method == "full":
+        weights = {"weights": stats.parameters * 4}
+        training = stats.parameters * (4 + STATE_NBYTES[setup.optimizer])
+    else:
+        linear_nbytes = NF4_NBYTES if setup.method == "qlora" else setup.dtype_bytes
+        weights = {"weights": int(linear_numel * linear_nbytes + stats.other_parameters * setup.dtype_bytes)}
+        weights["embeddings"] = (embedding_numel + stats.head) * setup.dtype_bytes
+        training = stats.adapter_parameters(setup.lora) * (4 + 4 + STATE_NBYTES[setup.optimizer])
+    return MemoryEstimate(
+        {
+            **weights,
+            "trained weights, gradients, optimizer": int(training),
+            "activations": _activations(stats, setup),
+            "logits": min(setup.ce_chunk or setup.tokens, setup.tokens) * stats.vocabulary * LOGIT_NBYTES,
+            "dequantized weight": max((module.numel for module in stats.linears), default=0) * setup.dtype_bytes,
+            "CUDA" if setup.on_gpu else "Python": CUDA_NBYTES if setup.on_gpu else PYTHON_NBYTES,
+        }
+    )
+
+
+def _activations(stats: ModelStats, setup: TrainingSetup) -> int:
+    """One layer's activations, plus what is stored for the other layers: their inputs, or everything."""
+    layer = setup.tokens * setup.dtype_bytes * (10 * stats.hidden + 6 * stats.intermediate)
+    if not setup.checkpointing:
+        return layer * stats.layers
+    return layer + (0 if setup.offload else setup.tokens * stats.layers * stats.hidden * setup.dtype_bytes)
+
+
+def estimate_seconds(stats: ModelStats, setup: TrainingSetup, tokens: int, *, device: str, dtype: str) -> float:
+    """Estimate how long training on `tokens` takes, from the measured speed of a matrix product on the device."""
+    return _operations(stats, setup, tokens) / (UTILIZATION * _matmul_speed(device, dtype))
+
+
+def _operations(stats: ModelStats, setup: TrainingSetup, tokens: int) -> float:
+    """Multiplications and additions for `tokens`: 2 forward, 2 for the input gradients, 2 for the weight gradients.
+
+    Frozen weights need no gradient; checkpointed activations are computed once more.
+    """
+    per_weight = 2 + 2 + (2 if setup.method == "full" else 0) + (2 if setup.checkpointing else 0)
+    return per_weight * (stats.parameters - stats.embedding) * tokens
+
+
+def _matmul_speed(device: str, dtype: str) -> float:
+    """Operations per second of a matrix product, measured for a quarter of a second."""
+    import torch
+
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+    size = MATRIX_SIZE * (4 if device.startswith("cuda") else 1)
+    matrix = torch.randn(size, size, device=device).to(torch_dtype)
+    products, started = 0, 0.0
+    while products < 2 or time.monotonic() - started < 0.25:
+        started = started or time.monotonic()
+        matrix @ matrix
+        products += 1
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+    return 2 * size**3 * products / (time.monotonic() - started)
