@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / name) for name in ("", "adapters/peft/kinds")]
+sys.path.extend([str(Path(__file__).parents[1] / "tests" / name) for name in ("", "adapters/peft/kinds")])
 
 from measure import machine, table
 from safetensors.torch import load_file

@@ -19,7 +19,7 @@ from typing import Any
 
 from measure import table
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / name) for name in ("", "planner")]
+sys.path.extend([str(Path(__file__).parents[1] / "tests" / name) for name in ("", "planner")])
 
 from support.tiny_architectures import ARCHITECTURES, Architecture, cnn, unet
 from test_any_architecture import STEM, half, mean, saved, stored

@@ -21,7 +21,14 @@ from mergeforge.lora.combine.plan import Combination, LoraSum, Terms, folded_ter
 from mergeforge.lora.combine.report import REPORT, CombinedModule, adapter_card, adapter_config, report_json
 from mergeforge.recipe import OUT_DTYPES
 from mergeforge.tensors.worker import single_torch_thread
-from mergeforge.writers.peft_adapter import ADAPTER_CONFIG, SPOOL, ADAPTER_WEIGHTS, Spool, staged_folder, write_peft_adapter
+from mergeforge.writers.peft_adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    SPOOL,
+    Spool,
+    staged_folder,
+    write_peft_adapter,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -32,7 +32,9 @@ class CombinedModule:
 
 
 def adapter_config(plan: Combination, modules: Sequence[CombinedModule]) -> dict[str, Any]:
-    configs = [read_json(item.folder / ADAPTER_CONFIG) for item in plan.adapters if (item.folder / ADAPTER_CONFIG).is_file()]
+    configs = [
+        read_json(item.folder / ADAPTER_CONFIG) for item in plan.adapters if (item.folder / ADAPTER_CONFIG).is_file()
+    ]
     return lora_config(
         {item.module: item.rank for item in modules},
         _tensor_names(plan),
