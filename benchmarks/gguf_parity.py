@@ -5,8 +5,8 @@
 
 For every tiny model of the tests: are key/values, tensors and their order those of the converter (f32,
 f16, bf16, q8_0)? How many of llama-quantize's mixes come out equal to its file, byte for byte? How far are the
-engine's next-token log-probabilities (F32 file) from those of transformers in float32? Reasons for what differs
-stand in tests/gguf/test_whole_files.py.
+engine's next-token log-probabilities (F32 file) from those of transformers in float32? tests/gguf/test_whole_files.py
+says why some differ.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Merging on a CUDA card with its memory capped to 8 GB: speed, memory, and agreement with the CPU.
+"""Merging on a CUDA GPU with its memory capped to 8 GB: speed, memory, and agreement with the CPU.
 
     python benchmarks/gpu.py [--dir DIR] [--cap 8] [--quick]
 
@@ -87,7 +87,7 @@ def _cases(quick: bool) -> Iterator[tuple[str, str]]:
 def _row(root: Path, shape: str, name: str, threads: int) -> list[str]:
     for other in root.glob("*"):
         if other.is_dir() and not other.name.startswith(shape):
-            shutil.rmtree(other)  # so that the inputs of one shape lie on the disk at a time
+            shutil.rmtree(other)  # only one shape's inputs are on the disk at a time
     recipe = _recipe(root, shape, name)
     out = root / f"{shape}-out"
     raw = copy(model(root, shape), out, threads)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: one run of a command measured by the system, inputs made once, a table."""
+"""What the benchmarks share: running a command and measuring it, making inputs once, printing a table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ open(sys.argv[1], "w").write(json.dumps(facts))
 
 @dataclass(frozen=True)
 class Measured:
-    """One finished process: wall and processor seconds, peak resident memory in bytes."""
+    """A finished process: wall-clock and CPU seconds, peak resident memory in bytes."""
 
     seconds: float
     cpu: float
@@ -42,7 +42,7 @@ class Measured:
 def measure(command: Sequence[str]) -> Measured:
     """Run a command to its end. Raises CalledProcessError with its output when it fails.
 
-    Python may keep its bytecode, as it does for packages that pip has installed.
+    Python may write bytecode caches, as it does for packages that pip has installed.
     """
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.NamedTemporaryFile("r") as facts:
@@ -57,12 +57,12 @@ def measure(command: Sequence[str]) -> Measured:
 
 
 def synced(command: Sequence[str], out: Path) -> list[str]:
-    """A command that ends when the folder that it writes is on the disk, as mergeforge's runs do by themselves."""
+    """The command, and then sync: it ends when its output is on the disk, as mergeforge's own runs do."""
     return ["sh", "-c", f"{shlex.join(command)} && sync -f {shlex.quote(str(out))}"]
 
 
 def prepare_cache(folders: Iterable[Path], *, cached: bool) -> None:
-    """Read weights into the page cache, or let it drop them: before each run, so that all begin alike."""
+    """Read weights into the page cache or drop them from it, so that every run starts alike."""
     for path in (path for folder in folders for path in folder.glob("*.safetensors")):
         with open(path, "rb", buffering=0) as file:
             if cached:
@@ -74,14 +74,14 @@ def prepare_cache(folders: Iterable[Path], *, cached: bool) -> None:
 
 
 def import_seconds() -> float:
-    """What importing torch alone takes, median of three processes."""
+    """Seconds that importing torch alone takes: the median of three processes."""
     return statistics.median(measure([PYTHON, "-c", "import torch"]).seconds for _ in range(3))
 
 
 def in_turn(
     rounds: int, cases: dict[str, Callable[[], Measured]], before: Callable[[], None] = lambda: None
 ) -> dict[str, list[Measured]]:
-    """Every case once a round, so that the machine's drift meets all alike; `before` each the same is done."""
+    """Run every case once per round, so that slow spells of the machine hit all alike; call `before` ahead of each."""
     found: dict[str, list[Measured]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
@@ -121,7 +121,7 @@ def mergeforge(recipe: dict[str, object], out: Path, *options: str) -> Measured:
 
 
 def machine() -> str:
-    """The machine in a line."""
+    """The machine in one line."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -18,8 +18,8 @@ from measure import Measured, adapter, machine, mergeforge, model, table
 
 from mergeforge.operations.synthetic_models import SHAPES, ModelShape
 
-SHAPES["embedding"] = ModelShape(4096, 1024, 1, 32, 8, 128256)  # the embedding of an 8B, and little else
-INTERPRETER = 350  # MiB that a bar allows for Python with torch beside the memory given
+SHAPES["embedding"] = ModelShape(4096, 1024, 1, 32, 8, 128256)  # the embedding of an 8B model and little else
+INTERPRETER = 350  # MiB allowed for Python and torch on top of --memory
 
 
 def fold(root: Path, shape: str, memory: str) -> Measured:

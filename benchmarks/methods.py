@@ -6,9 +6,10 @@
 VENV is a virtual environment with mergekit 0.1.5 (tools/peers makes it). The models are three fine-tunes of
 one base in the 1.1B shape, cut to `--layers` of its 22 layers (8: 0.48 G parameters, some 20 minutes for all
 methods; --layers 22 is the whole shape). Their weights are in the page cache before each run, or not (--cold).
-Each figure is a whole process. The fewer layers, the more of it is the
-start, the same for every method: it is measured with a tiny model and taken off in `share less start`, which is what
-the share tends to as models grow. The same of processor time moves less where disk and cores are shared.
+Each figure is a whole process. Start-up takes the same
+time for every method and weighs more the fewer layers there are; it is measured with a tiny model and subtracted in
+the columns `without start-up`, which is what the ratio tends to as models grow. Ratios of CPU time vary less on
+machines whose disk and cores are shared.
 """
 
 from __future__ import annotations
@@ -33,7 +34,16 @@ PARAMETERS = {
     "sce": {"select_topk": 0.5},
     "passthrough": {"scale": 0.9},  # without a scale it is a copy
 }
-HEAD = ["method", "inputs", "mergekit s", "mergeforge s", "share", "bar", "share less start", "of CPU less start"]
+HEAD = [
+    "method",
+    "inputs",
+    "mergekit s",
+    "mergeforge s",
+    "ratio",
+    "bar",
+    "without start-up",
+    "CPU time without start-up",
+]
 HEAD += ["mergekit GB", "mergeforge GB"]
 Runs = dict[str, list[Measured]]
 NAMES = [name for name in METHODS if name != "fold"]  # task_arithmetic's other name
@@ -47,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--memory", default="256MiB")
     parser.add_argument("--threads", type=int, help="of both programs; theirs by OMP_NUM_THREADS")
-    parser.add_argument("--cold", action="store_true", help="read the weights from the disk")
+    parser.add_argument("--cold", action="store_true", help="read the weights from the disk, not from the page cache")
     parser.add_argument("--only", default=",".join(NAMES))
     given = parser.parse_args()
     given.dir.mkdir(parents=True, exist_ok=True)
@@ -69,7 +79,7 @@ def _row(given: argparse.Namespace, name: str, start: Runs) -> list[str]:
 
 
 def _both(given: argparse.Namespace, recipe: dict[str, Any]) -> Runs:
-    """A recipe through both programs."""
+    """Run a recipe with both programs."""
     options = ["--memory", given.memory, *(["--threads", str(given.threads)] if given.threads else [])]
     cases = {
         "ours": lambda: mergeforge(recipe, given.dir / "out", *options),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The limit: copy a checkpoint's weights as fast as this machine can, and fsync the result.
+"""The lower bound: copy a checkpoint's weights as fast as this machine can, and fsync the result.
 
-Two threads, recycled 8 MB buffers, preadv and pwrite at known offsets, pages dropped behind the
+Two threads, reused 8 MB buffers, preadv and pwrite at known offsets, pages dropped behind the
 reader, and windowed write-back (sync_file_range, then drop) behind the writer.
 
     python benchmarks/raw_copy.py FROM_DIR TO_DIR

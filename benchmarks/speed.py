@@ -4,7 +4,7 @@
     python benchmarks/speed.py --dir DIR [--shapes 3b,7b] [--rounds 3]
 
 Whole processes, results fsynced, each method once a round in turn, the inputs not in the page cache.
-From mergeforge's time the time of importing torch is taken off, as measured in the same run.
+The time of importing torch, measured in the same run, is subtracted from mergeforge's time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from measure import (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, required=True, help="a folder on the disk to measure")
+    parser.add_argument("--dir", type=Path, required=True, help="a folder on the disk to be measured")
     parser.add_argument("--shapes", default="3b,7b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", default="256MiB")

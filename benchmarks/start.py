@@ -19,7 +19,7 @@ from mergeforge.writers.safetensors import INDEX, index_content, lay_out
 
 
 def sparse_model(folder: Path, shape_name: str) -> Path:
-    """Headers of the real sizes, no data blocks."""
+    """Sparse files with headers of the real sizes."""
     shape = model_shape(shape_name)
     tensors = shape.tensors()
     layout = lay_out(tensors, 5 * 10**9)

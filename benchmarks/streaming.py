@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Merges that read from a Hub and write to one, against merges from and to files; the Hub stands on the loopback.
+"""Merges that read from a Hub and write to one, against merges from and to files; the Hub is a local server.
 
     python benchmarks/streaming.py --dir DIR [--shape 1.1b] [--memory 256MiB] [--rounds 3]
 
-Needs disk for two models of the shape, and memory for three (the Hub keeps everything there). The bars: reading where
-the inputs lie takes at most 1.3 times the merge from files and the bare transfer one after the other; memory as given;
-and at most 1.2 shards on the disk when files are sent as they are finished.
+Needs disk for two models of the shape, and memory for three (the Hub keeps everything there). The bars: reading from
+the Hub takes at most 1.3 times the bare download plus the merge from files; memory stays within --memory; and at most
+1.2 shards are on the disk when files are uploaded as they are finished.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from measure import Measured, adapter, in_turn, machine, measure, median, mergef
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.fake_hub import FakeHub
 
-INTERPRETER = 350  # MiB beside the memory given: Python with torch and an HTTP client
+INTERPRETER = 350  # MiB on top of --memory: Python, torch and an HTTP client
 SHARD = 500_000_000
 MB = 1e6
 TRANSFER = """
@@ -50,7 +50,7 @@ for repo in sys.argv[1:]:
 
 
 def serve(folder: Path, names: list[str]) -> None:
-    """A Hub with each folder as repo org/NAME; prints its environment, then answers until it is ended."""
+    """A Hub that serves each folder as repo org/NAME; prints its environment, then answers until it is stopped."""
     hub = FakeHub()
     for name in names:
         hub.add_repo(f"org/{name}", {path.name: path.read_bytes() for path in (folder / name).iterdir()})
@@ -62,7 +62,7 @@ def serve(folder: Path, names: list[str]) -> None:
 
 @contextmanager
 def hub_of(folder: Path, names: list[str]) -> Iterator[None]:
-    """The Hub in a process of its own, and this process's environment showing it."""
+    """Run the Hub in its own process, with this process's environment pointing to it."""
     command = [sys.executable, __file__, "--dir", str(folder), "--serve", *names]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -78,7 +78,7 @@ def hub_of(folder: Path, names: list[str]) -> Iterator[None]:
 
 
 class Disk:
-    """The most bytes that a folder's files took while something ran."""
+    """The most bytes that a folder's files took up during a block."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -162,7 +162,7 @@ def compare(root: Path, about: str, shape: str, memory: str, rounds: int) -> lis
 
 
 def sent(root: Path, about: str, shape: str, memory: str) -> list[str]:
-    """Both ends on the Hub: what lay on the disk at once."""
+    """Read from the Hub and write to it: how much is on the disk at any time."""
     fresh_home(root)
     disk, hub = Disk(root / "sent"), recipes(root, shape)[about][1]
     options = ("--memory", memory, "--stream-inputs", "--stream-to-hub", f"fake/{int(time.time())}")
