@@ -658,9 +658,9 @@ def test_directions_of_equal_models(peers: Peers) -> None:
 
 
 def test_base_without_a_weight(peers: Peers) -> None:
-    """mergekit wants a weight for a base that is not listed; here it then takes no part."""
+    """mergekit wants a weight for a base that is not listed; here its weights are then not merged."""
     name = "linear base without a weight"
     assert re.search("Missing required parameter weight", peers.errors[name])
-    assert any("take no part" in note for note in peers.plan(name).notes)
+    assert any("its weights are not merged" in note for note in peers.plan(name).notes)
     ours, without = peers.ours(name), peers.theirs("linear two")
     assert all(torch.equal(ours[key], without[key]) for key in without)
