@@ -10,26 +10,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import RecipeError
-from mergeforge.hub.publish import Publication
-from mergeforge.hub.publish import publish as publish_folder
-from mergeforge.hub.split_gguf_repo import publications
-from mergeforge.lora import extract
 from mergeforge.methods import METHODS
-from mergeforge.operations import convert_gguf as gguf_conversion
-from mergeforge.operations import diff as checkpoint_diff
-from mergeforge.operations import inspect as inspection
 from mergeforge.operations import merge as merging
-from mergeforge.operations import verify as verification
-from mergeforge.operations.diff import TensorDifference
-from mergeforge.operations.merge import RunResult
-from mergeforge.operations.verify import Verdict
 from mergeforge.planner import Options, Plan, RecipeLike, make_plan
 from mergeforge.planner.options import refuse_unknown
 from mergeforge.recipe import json_schema
+
+if TYPE_CHECKING:
+    from mergeforge.hub.publish import Publication
+    from mergeforge.operations.diff import TensorDifference
+    from mergeforge.operations.merge import RunResult
+    from mergeforge.operations.verify import Verdict
 
 Message = Callable[[str], None]
 _OPTIONS = [field.name for field in fields(Options)]
@@ -111,6 +106,8 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
     deep: also recompute a sample of tensors from the inputs; everything: recompute all. Raises SourceError if there is
     no receipt; the Verdict lists all other problems.
     """
+    from mergeforge.operations import verify as verification
+
     return verification.verify(out, deep=deep or everything, everything=everything)
 
 
@@ -119,12 +116,16 @@ def inspect(path: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
 
     Reads headers only. Raises SourceError for any other path.
     """
+    from mergeforge.operations import inspect as inspection
+
     return inspection.inspect(str(path), allow_pickle=allow_pickle)
 
 
 def diff(a: str | Path, b: str | Path, *, allow_pickle: bool = False) -> list[TensorDifference]:
     """Compare two checkpoints tensor by tensor; one entry for each tensor of either, `same` where they are equal."""
-    return list(checkpoint_diff.differences(str(a), str(b), allow_pickle=allow_pickle))
+    from mergeforge.operations.diff import differences
+
+    return list(differences(str(a), str(b), allow_pickle=allow_pickle))
 
 
 def convert_to_gguf(
@@ -145,6 +146,8 @@ def convert_to_gguf(
     out: a folder (default: NAME-GGUF), or the file if there is one type. settings: imatrix, tensor_types,
     output_tensor_type, token_embedding_type, pure, split_max_size, pre, as in a recipe's output.gguf.
     """
+    from mergeforge.operations import convert_gguf as gguf_conversion
+
     refuse_unknown("mergeforge.convert_to_gguf", settings, list(gguf_conversion.SETTINGS))
     options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
     types = [types] if isinstance(types, str) else list(types)
@@ -160,6 +163,8 @@ def extract_lora(tuned: str | Path, *, base: str | Path, out: str | Path, **opti
     options: rank, energy, svd, embeddings, save_rest, include, exclude, dtype, memory, device, threads, allow_pickle,
     overwrite (plan_extraction explains them). The report, also in OUT/extraction.json, has every module's error.
     """
+    from mergeforge.lora import extract
+
     return extract.extract_lora(str(tuned), str(base), out, **options)
 
 
@@ -209,9 +214,12 @@ def publish(
     gguf: "beside" keeps GGUF files in the same repo, "apart" puts them into REPO_ID-GGUF. Returns what was uploaded,
     removed and kept in each repo; with dry_run, what would be.
     """
+    from mergeforge.hub import publish as hub_publish
+    from mergeforge.hub.split_gguf_repo import publications
+
     with publications(folder, repo_id, revision=revision, private=private, gguf=gguf) as planned:
         for publication in planned:
-            for uploaded in () if dry_run else publish_folder(publication):
+            for uploaded in () if dry_run else hub_publish.publish(publication):
                 on_message(f"uploaded {uploaded}")
         return planned
 

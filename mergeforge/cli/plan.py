@@ -29,13 +29,14 @@ def plan(recipe: str, **options: Any) -> None:
 def show_plan(recipe: str, *, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Plan a merge and print the plan. Raises BudgetError if the disk is too small."""
     from mergeforge import api
-    from mergeforge.cli import _progress
     from mergeforge.planner import check_disk, plan_as_json
 
     planned = api.plan(recipe, **options)
     if as_json:
         click.echo(json.dumps(plan_as_json(planned), indent=1))
     elif not quiet:
+        from mergeforge.cli import _progress
+
         to = _progress.console(stderr=False)
         _progress.show_plan(planned, to)
         for tensor_plan in planned.tensor_plans if verbose else ():

@@ -41,10 +41,11 @@ def _run(
 ) -> None:
     started = time.monotonic()
     from mergeforge import api
-    from mergeforge.cli import _progress
     from mergeforge.core.sizes import format_size
 
     planned = api.plan(recipe, **options)
+    from mergeforge.cli import _progress  # only now: a mistake in the recipe is reported sooner
+
     to = _progress.console()
     if verbose:
         _progress.show_plan(planned, to)
