@@ -60,7 +60,7 @@ eval_options = _options.options(
         default="assistant",
         show_default=True,
         metavar="WHAT",
-        help="What is scored: assistant, last or all.",
+        help="Which tokens are scored: assistant, last or all.",
     ),
     click.option(
         "--seq-len", type=click.IntRange(8), metavar="N", help="Leave out rows with more tokens. [default: 8192]"

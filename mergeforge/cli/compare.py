@@ -21,7 +21,7 @@ from mergeforge.cli import _eval_options
     metavar="X",
     help="Treat differences below X as ties.",
 )
-@click.option("--fail-if-worse", is_flag=True, help="Exit with 1 if a model is worse than A beyond chance.")
+@click.option("--fail-if-worse", is_flag=True, help="Exit with 1 if a model is significantly worse than A.")
 def compare(models: tuple[str, ...], *, margin: float, fail_if_worse: bool, **options: Any) -> int:
     """Compare models on the same rows. Differences from A come with 95 % intervals (paired bootstrap).
 

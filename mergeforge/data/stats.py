@@ -30,7 +30,7 @@ class CharacterStats:
 def character_stats(settings: DataSettings) -> CharacterStats:
     """Read all rows once. Raises SourceError and RecipeError."""
     if not settings.sources:
-        raise RecipeError("no data is named")
+        raise RecipeError("no data is given")
     import numpy as np
 
     parts = [source_stats(source) for source in settings.sources]
