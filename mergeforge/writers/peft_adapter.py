@@ -159,7 +159,7 @@ def check_adapter_folder(out: Path, written: Iterable[str], *, overwrite: bool =
             with suppress(MergeforgeError), _exclusive_lock(out.absolute()):
                 pass
         raise OutputError(
-            f"{out} already contains an adapter", hint="--overwrite replaces it, --out DIR writes to another folder"
+            f"{out} already holds an adapter", hint="--overwrite replaces it, --out DIR writes to another folder"
         )
 
 

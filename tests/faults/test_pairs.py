@@ -18,7 +18,6 @@ from support.faults.warm import Warm
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 SAID = (
     "another run writes",
-    "already contains",
     "already holds",
     "exists",
     "another merge",

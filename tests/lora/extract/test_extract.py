@@ -333,7 +333,7 @@ def test_out_that_is_an_input_or_has_other_files_is_refused(llama: Pair, tmp_pat
 
 def test_finished_adapter_is_replaced_only_with_overwrite(llama: Pair, tmp_path: Path) -> None:
     first = run_extraction(llama, tmp_path / "out", rank=2)
-    with pytest.raises(OutputError, match="already contains an adapter"):
+    with pytest.raises(OutputError, match="already holds an adapter"):
         run_extraction(llama, tmp_path / "out")
     again = run_extraction(llama, tmp_path / "out", overwrite=True)
     assert first["options"]["rank"] == 2 and again["options"]["rank"] == 8
@@ -350,7 +350,7 @@ def test_interrupted_run_keeps_the_old_adapter(llama: Pair, tmp_path: Path) -> N
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
     assert not (tmp_path / ".out.mergeforge").exists()
     (tmp_path / "out").rename(tmp_path / ".out.mergeforge-old")  # killed between its two renames
-    with pytest.raises(OutputError, match="already contains an adapter"):
+    with pytest.raises(OutputError, match="already holds an adapter"):
         run_extraction(llama, tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
 
