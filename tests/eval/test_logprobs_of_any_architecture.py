@@ -7,7 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from support.tiny_architectures import ARCHITECTURES, Architecture, quiet
+from support.quiet import quiet
+from support.tiny_architectures import ARCHITECTURES, Architecture
 
 from mergeforge.data import Example
 from mergeforge.eval import logprobs

@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from support.paths import PEERS
+from support.peers import peer_program
 
 import mergeforge
 from mergeforge.errors import RecipeError
@@ -356,15 +356,6 @@ DIFFERENT = {
 RECIPES = LINEAR | SLERP | TASK | TIES | KEPT | DROPPED | NEAR | REFUSED | DIFFERENT
 
 
-def peer() -> Path:
-    """mergekit's Python."""
-    folder = PEERS
-    python = Path(folder) / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"mergekit is not there: no {python} (set MERGEFORGE_PEERS to a venv with mergekit 0.1.5)")
-    return python
-
-
 class Peers:
     """The recipes' results from both programs; ours is computed when it is asked for."""
 
@@ -465,7 +456,7 @@ class Peers:
 
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory: pytest.TempPathFactory) -> Peers:
-    python = peer()
+    python = peer_program()
     both = Peers(tmp_path_factory.mktemp("mergekit"))
     both.write()
     both.run_mergekit(python)

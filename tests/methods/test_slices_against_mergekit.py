@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_against_mergekit import BY_KIND, peer
+from support.peers import peer_program
+from test_against_mergekit import BY_KIND
 
 import mergeforge
 from mergeforge.operations.synthetic_models import SHAPES, write_model
@@ -178,7 +179,7 @@ class Both:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
-    python = peer()
+    python = peer_program()
     made = Both(tmp_path_factory.mktemp("stacks"))
     made.run_mergekit(python)
     return made

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_architectures import ARCHITECTURES, Architecture, cnn, quiet, unet
+from support.quiet import quiet
+from support.tiny_architectures import ARCHITECTURES, Architecture, cnn, unet
 
 import mergeforge
 

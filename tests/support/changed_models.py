@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from support.quiet import quiet
 
 VOCABULARY = 48
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
@@ -27,18 +26,6 @@ LINEAR = (
     "c_fc",
     "experts",
 )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warnings and progress bars of transformers and PEFT."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def make_model(kind: str) -> Any:

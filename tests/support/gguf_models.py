@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from support.quiet import quiet
 
 VOCAB = 320
 SPM_PIECES = 316
@@ -309,18 +309,6 @@ def _saved(tiny: Tiny, folder: Path) -> tuple[dict[str, Any], Shapes]:
         shapes["lm_head.weight"] = (VOCAB, 256)
     config = json.loads((folder / "config.json").read_text())
     return _stated(tiny, config), shapes
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without its warnings and progress bars."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _model(tiny: Tiny) -> Any:

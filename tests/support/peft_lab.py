@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.quiet import quiet
+
 VOCABULARY = 48
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warnings and progress bars of transformers and PEFT."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -6,14 +6,14 @@ sizes, and what the model eats. Bare folders and files of tensors that no librar
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from support.quiet import quiet
 
 VOCABULARY = 96
 TOKENS = 7
@@ -145,18 +145,6 @@ def _food(name: str, config: Any) -> torch.Tensor:
     if name == "input_ids" and hasattr(config, "projection_dim"):
         tokens[0, -1] = 2  # CLIP pools at the end of the text
     return tokens
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without its warnings and progress bars."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _a(

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support.paths import PEERS
+from support.peers import peer_program
 from support.tiny_llamas import EMBEDDING, HEAD, TEXTS, loaded, maps, planned, write_all, written
 
 from mergeforge.tokenizer import ModelToken, TokenizerPlan, TokenSetting, Zero
@@ -125,15 +125,6 @@ def ours(root: Path, case: Mapping[str, Any]) -> TokenizerPlan:
     return planned(folders(root, case), case.get("base"), source=case.get("source", "union"), tokens=tokens, **more)
 
 
-def peer() -> Path:
-    """The Python that has mergekit."""
-    folder = PEERS
-    python = Path(folder) / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"mergekit is not there: no {python} (set MERGEFORGE_PEERS to a venv with mergekit 0.1.5)")
-    return python
-
-
 def run_mergekit(root: Path, python: Path) -> None:
     """mergekit's merges of all cases: in one process, since its imports take seconds."""
     jobs = []
@@ -148,7 +139,7 @@ def run_mergekit(root: Path, python: Path) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    python = peer()
+    python = peer_program()
     root = tmp_path_factory.mktemp("mergekit")
     write_all(root)
     run_mergekit(root, python)

@@ -113,7 +113,7 @@ HUB: dict[str, dict[str, Any]] = {
 
 def of_transformers(config: dict[str, Any]) -> dict[str, Any]:
     """The config as llama.cpp's converter gets it: all keys of its class, the text part at the root."""
-    from support.gguf_models import quiet
+    from support.quiet import quiet
     from transformers import AutoConfig
 
     options = copy.deepcopy(config)

@@ -163,7 +163,7 @@ def test_defaults_equal_transformers() -> None:
         installed = "none"
     if not installed.startswith(TRANSFORMERS):
         pytest.skip(f"the table is of transformers {TRANSFORMERS}, installed: {installed}")
-    from support.gguf_models import quiet
+    from support.quiet import quiet
     from transformers import CONFIG_MAPPING
 
     for kind, table in hf_defaults().items():

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.changed_models import load, load_adapted, logits, make_model, merged_by_peft, quiet, tensors
+from support.changed_models import load, load_adapted, logits, make_model, merged_by_peft, tensors
+from support.quiet import quiet
 
 import mergeforge
 from mergeforge.adapters.adapted_tensor import AdaptedTensor

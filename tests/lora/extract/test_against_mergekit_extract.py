@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.changed_models import save_pair, tensors
-from support.paths import PEERS
+from support.peers import peer_program
 
 from mergeforge.lora.extract import extract, plan_extraction, read_report
 
@@ -26,10 +26,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def theirs(pair: tuple[Path, Path]) -> Path:
     """mergekit's adapter of the same two models."""
-    folder = PEERS
-    script, out = Path(folder) / "bin" / "mergekit-extract-lora", pair[0].parent / "theirs"
-    if not script.exists():
-        pytest.skip(f"mergekit is not there: no {script} (set MERGEFORGE_PEERS to a venv with mergekit 0.1.5)")
+    script, out = peer_program("mergekit-extract-lora"), pair[0].parent / "theirs"
     options = ["--model", str(pair[1]), "--base-model", str(pair[0]), "--out-path", str(out), "--max-rank", str(RANK)]
     subprocess.run([script, *options], check=True, capture_output=True)
     return out
