@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from inspect import signature
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import RecipeError
 from mergeforge.methods import METHODS
 from mergeforge.operations import merge as merging
 from mergeforge.planner import Options, Plan, RecipeLike, make_plan
-from mergeforge.planner.options import refuse_unknown
+from mergeforge.planner.options import as_list, refuse_unknown
 from mergeforge.recipe import json_schema
 
 if TYPE_CHECKING:
@@ -91,10 +93,14 @@ def merge(
     settings = {name: value for name, value in keywords.items() if name not in _OPTIONS}
     recipe_keys, output_keys = _recipe_keys()
     refuse_unknown("mergeforge.merge", settings, [*_MERGE_ARGUMENTS, *_OPTIONS, *recipe_keys, *output_keys])
-    is_described = base_model or models or adapters or len(weights) or method or parameters or settings
+    models = _items("models", models, str | PathLike, "paths or repo ids")
+    adapters = _items("adapters", adapters, str | PathLike, "paths or repo ids")
+    weights = _items("weights", weights, SupportsFloat, "numbers")
+    if not isinstance(parameters, Mapping | None):
+        raise TypeError(f"mergeforge.merge(): parameters must be a dict, not {type(parameters).__name__}")
     if recipe is None:
         recipe = _recipe(base_model, models, adapters, weights, method, parameters, settings, output_keys)
-    elif is_described:
+    elif base_model or models or adapters or weights or method or parameters or settings:
         raise RecipeError("give a recipe or its parts, not both")
     plan_ = make_plan(recipe, Options.of("mergeforge.merge", options))
     return merging.run(plan_, fresh=fresh, overwrite=overwrite).folder
@@ -150,7 +156,7 @@ def convert_to_gguf(
 
     refuse_unknown("mergeforge.convert_to_gguf", settings, list(gguf_conversion.SETTINGS))
     options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
-    types = [types] if isinstance(types, str) else list(types)
+    types = as_list("mergeforge.convert_to_gguf", "types", types)
     target = None if out is None else str(out)
     conversion = gguf_conversion.plan_conversion(str(model), types, target, settings, options, overwrite=overwrite)
     deque(gguf_conversion.convert(conversion, fresh=fresh, overwrite=overwrite), maxlen=0)
@@ -165,6 +171,7 @@ def extract_lora(tuned: str | Path, *, base: str | Path, out: str | Path, **opti
     """
     from mergeforge.lora import extract
 
+    refuse_unknown("mergeforge.extract_lora", options, list(signature(extract.plan_extraction).parameters)[3:])
     return extract.extract_lora(str(tuned), str(base), out, **options)
 
 
@@ -275,6 +282,15 @@ def _recipe(
     if output := {name: value for name, value in settings.items() if name in output_keys and name != "name"}:
         recipe["output"] = {**recipe.get("output", {}), **output}
     return {key: value for key, value in recipe.items() if value not in (None, [], {})}
+
+
+def _items(argument: str, values: Any, kind: Any, description: str) -> list[Any]:
+    """The items of a list argument of merge(). Raises TypeError for an item of another kind."""
+    items = as_list("mergeforge.merge", argument, values)
+    for item in items:
+        if not isinstance(item, kind):
+            raise TypeError(f"mergeforge.merge(): {argument} must be {description}, not {item!r}")
+    return items
 
 
 def _weighted_model(model: str | Path, weight: float | None) -> dict[str, Any]:

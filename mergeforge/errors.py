@@ -52,7 +52,7 @@ def _keyword_argument(option: re.Match[str]) -> str:
     name = {"set": "sets", "type": "types"}.get(valued, valued.replace("-", "_"))
     if not value:
         return f"{name}=..."
-    return f"{name}={value}" if value.isupper() or value.isdigit() else f'{name}="{value}"'
+    return f"{name}={value}" if value.isupper() or re.fullmatch(r"\d+(\.\d+)?", value) else f'{name}="{value}"'
 
 
 @dataclass(frozen=True, order=True)

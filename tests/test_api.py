@@ -128,12 +128,75 @@ def test_combine_adapters_is_the_adapter_of_the_merge(models: Path) -> None:
         (lambda: mergeforge.iter_run("r.yaml", dvice="cpu"), "iter_run() has no argument 'dvice'"),
         (lambda: mergeforge.merge(base_model="base", adapter_s=[]), "merge() has no argument 'adapter_s'"),
         (lambda: mergeforge.convert_to_gguf("base", imatrx="x"), "convert_to_gguf() has no argument 'imatrx'"),
+        (lambda: mergeforge.extract_lora("a", base="b", out="c", rnk=8), "extract_lora() has no argument 'rnk'"),
     ],
 )
 def test_an_unknown_argument_names_the_function_that_was_called(call: Any, message: str) -> None:
     with pytest.raises(TypeError) as error:
         call()
     assert str(error.value).startswith(f"mergeforge.{message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"models": 3}, "models must be a list, not int"),
+        ({"models": [None]}, "models must be paths or repo ids, not None"),
+        ({"adapters": [{"adapter": "a"}]}, "adapters must be paths or repo ids, not {'adapter': 'a'}"),
+        ({"weights": 0.5}, "weights must be a list, not float"),
+        ({"weights": ["half"]}, "weights must be numbers, not 'half'"),
+        ({"parameters": [1]}, "parameters must be a dict, not list"),
+        ({"out": 3}, "out must be a path, not int"),
+        ({"recipe": "recipe.yaml", "weights": 1}, "weights must be a list, not int"),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_named(arguments: dict[str, Any], message: str, models: Path) -> None:
+    with pytest.raises(TypeError) as error:
+        mergeforge.merge(**{"base_model": "base", **arguments} if "recipe" not in arguments else arguments)
+    assert str(error.value) == f"mergeforge.merge(): {message}"
+
+
+@pytest.mark.parametrize("recipe", [None, 3])
+def test_what_is_no_recipe_is_refused(recipe: Any) -> None:
+    with pytest.raises(TypeError, match="a recipe is a file, a dict, a list of dicts"):
+        mergeforge.run(recipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": "2"}, "threads must be a whole number of at least 1, not '2'"),
+        ({"memory": "x"}, "memory: 'x' is not a size"),
+        ({"sets": "weight"}, "override 'weight': write PATH=VALUE"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+    ],
+)
+def test_a_wrong_option_is_a_recipe_error_in_the_words_of_both_interfaces(
+    options: dict[str, Any], message: str, models: Path
+) -> None:
+    with pytest.raises(mergeforge.RecipeError) as error:
+        mergeforge.plan(ADAPTERS_AS_RECIPE, out="out", **options)
+    assert str(error.value).startswith(message) and "--" not in str(error.value)
+
+
+def test_extract_and_publish_refuse_wrong_values(models: Path) -> None:
+    with pytest.raises(mergeforge.RecipeError, match="rank must be a whole number of at least 1, not 'x'"):
+        mergeforge.extract_lora("tuned-a", base="base", out="lora", rank="x")
+    with pytest.raises(mergeforge.RecipeError, match=r"energy is a fraction .* not 'x'"):
+        mergeforge.extract_lora("tuned-a", base="base", out="lora", energy="x")
+    with pytest.raises(mergeforge.RecipeError) as error:
+        mergeforge.extract_lora("tuned-a", base="base", out="lora")
+    assert error.value.hint == "set rank=64, or energy=0.95, or both"
+    with pytest.raises(mergeforge.RecipeError, match="gguf must be beside or apart, not 'both'"):
+        mergeforge.publish("base", "owner/name", gguf="both")
+
+
+def test_one_path_may_stand_for_a_list_of_one(models: Path) -> None:
+    mergeforge.merge(base_model="base", adapters="adapters/a", out="one")
+    mergeforge.merge(base_model="base", adapters=["adapters/a"], sets="dtype=float32", out="two")
+    mergeforge.merge(base_model="base", adapters=Path("adapters/a"), dtype="float32", out="three")
+    assert weights_of("two") == weights_of("three")
+    assert mergeforge.verify("one").ok
 
 
 def test_hints_speak_python_in_python_and_options_on_the_command_line(

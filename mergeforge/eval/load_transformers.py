@@ -62,14 +62,14 @@ def load_model(
 ) -> LoadedModel:
     """Load a model folder, or an adapter folder with its base. Raises SourceError, RecipeError, MissingExtraError."""
     if quantize not in QUANTIZE:
-        raise RecipeError(f"--quantize {quantize}: must be {' or '.join(QUANTIZE)}")
+        raise RecipeError(f"quantize must be {' or '.join(QUANTIZE)}, not {quantize}")
     if not (folder / ADAPTER_CONFIG).is_file():
         if not (folder / CONFIG).is_file():
             raise SourceError(
                 f"{folder} holds neither {CONFIG} nor {ADAPTER_CONFIG}", hint="give a model, an adapter or a GGUF file"
             )
         if base:
-            raise RecipeError(f"--base does not apply to {folder}: it is a whole model, not an adapter")
+            raise RecipeError(f"{folder} is a whole model, not an adapter, so it takes no base")
         return _load_base(folder, tokenizer or str(folder), quantize, device)
     base_folder = local_path(base) if base else base_of(folder)
     if not adapter:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mergeforge.core.file_names import MODEL_CARD, RECEIPT
 from mergeforge.core.sizes import format_size
-from mergeforge.errors import MALFORMED_ERRORS, SourceError
+from mergeforge.errors import MALFORMED_ERRORS, RecipeError, SourceError
 from mergeforge.hub.model_card import LICENSE_KEYS, MERGEFORGE, read_front_matter, write_card
 from mergeforge.hub.publish import Publication, plan_publication
 
@@ -110,6 +110,8 @@ def publications(
     folder: str | Path, repo: str, *, revision: str = "main", private: bool = True, gguf: str = "beside"
 ) -> Iterator[tuple[Publication, ...]]:
     """What publishing a folder would do: in one repo, or with gguf="apart" in two. Raises as plan_publication does."""
+    if gguf not in ("beside", "apart"):
+        raise RecipeError(f"gguf must be beside or apart, not {gguf!r}")
     if gguf == "beside":
         yield (plan_publication(folder, repo, revision=revision, private=private),)
         return

@@ -57,7 +57,7 @@ def plan_conversion(
     name = Path(model.partition("@")[0] if not Path(model).exists() else model).expanduser().absolute().name
     to_file = out is not None and out.endswith(".gguf")
     if to_file and (len(types) > 1 or settings.get("split_max_size")):
-        raise RecipeError(f"--out {out} is one file, but there would be several", hint="name a folder")
+        raise RecipeError(f"{out} names one file, but several would be written", hint="name a folder")
     file = Path(str(out)).expanduser().absolute() if to_file else None
     folder = file.with_name(f".{file.name}.mergeforge") if file else Path(out or f"{name}-GGUF")
     if file and file.exists() and not overwrite:

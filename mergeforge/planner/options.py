@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,21 @@ class Options:
 
     @classmethod
     def of(cls, function: str, keywords: Mapping[str, Any]) -> Options:
-        """Options from the keyword arguments of a function. Raises TypeError, naming the function, for others."""
+        """Options from the keyword arguments of a function. Raises TypeError as changed() does."""
         return Options().changed(function, keywords)
 
     def changed(self, function: str, keywords: Mapping[str, Any]) -> Options:
-        """These options with keyword arguments of a function in place of some. Raises TypeError for unknown ones."""
+        """These options with keyword arguments of a function in place of some.
+
+        Raises TypeError, naming the function, for an unknown argument or an `out` that is not a path.
+        """
         names = [field.name for field in fields(self)]
         refuse_unknown(function, keywords, names)
         values = dict(keywords)
+        if not isinstance(values.get("out"), str | PathLike | None):
+            raise TypeError(f"{function}(): out must be a path, not {type(values['out']).__name__}")
         if "sets" in values:
-            values["sets"] = tuple(values["sets"])
+            values["sets"] = tuple(as_list(function, "sets", values["sets"]))
         return replace(self, **values)
 
     def overrides(self, recipe: Recipe) -> tuple[str, ...]:
@@ -58,6 +64,15 @@ class Options:
             rest = {"private": known.private, "revision": known.revision} if known else {}
             sets.append("output.publish=" + json.dumps({"repo": self.stream_to_hub, "stream": True, **rest}))
         return tuple(sets)
+
+
+def as_list(function: str, name: str, value: Any) -> list[Any]:
+    """An argument that takes several values, of which one may be given alone. Raises TypeError for other types."""
+    if isinstance(value, str | PathLike | Mapping):
+        return [value]
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{function}(): {name} must be a list, not {type(value).__name__}")
+    return list(value)
 
 
 def refuse_unknown(function: str, keywords: Mapping[str, Any], known: list[str]) -> None:

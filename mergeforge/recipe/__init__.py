@@ -66,7 +66,7 @@ def read(
     `methods`: the known merge methods. `overrides`: PATH=VALUE overrides (`--set`) of the document that gives the
     result. `gguf_types`: the known GGUF types.
 
-    Raises RecipeError with every mistake.
+    Raises RecipeError with every mistake, and TypeError for anything else.
     """
     if isinstance(source, Recipe):
         source = source.documents
@@ -76,8 +76,11 @@ def read(
     elif isinstance(source, str | FilePath):
         name = str(source)
         documents = yaml_reader.parse(read_recipe_file(FilePath(source)), name)
-    else:
+    elif isinstance(source, Sequence):
         documents = [(plain_value(document), {}, []) for document in source]
+    else:
+        text = "a recipe is a file, a dict, a list of dicts or a mergeforge.Recipe"
+        raise TypeError(f"{text}, not {type(source).__name__}")
     final = _final_document([value for value, _, _ in documents])
     for override in overrides:
         value, positions, problems = documents[final]

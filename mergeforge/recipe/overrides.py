@@ -51,7 +51,7 @@ def apply_override(value: Any, override: str) -> Any:
     """Return `value` with PATH=VALUE set; list items by index (`adapters.0.weight=0.5`)."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise RecipeError(f"--set {override}: write PATH=VALUE, for example --set adapters.0.weight=0.5")
+        raise RecipeError(f"override {override!r}: write PATH=VALUE, for example adapters.0.weight=0.5")
     return _with(value, path.split("."), yaml_reader.scalar(text), override)
 
 
@@ -61,8 +61,8 @@ def _with(value: Any, path: list[str], new: Any, override: str) -> Any:
     key, *rest = path
     if isinstance(value, list):
         if not key.isdecimal() or int(key) >= len(value):
-            raise RecipeError(f"--set {override}: '{key}' is not an item of a list of {len(value)}")
+            raise RecipeError(f"override {override!r}: '{key}' is not an item of a list of {len(value)}")
         return [_with(item, rest, new, override) if at == int(key) else item for at, item in enumerate(value)]
     if value is not None and not isinstance(value, Mapping):
-        raise RecipeError(f"--set {override}: '{key}' is inside {value!r}, which is not a mapping")
+        raise RecipeError(f"override {override!r}: '{key}' is inside {value!r}, which is not a mapping")
     return {**(value or {}), key: _with((value or {}).get(key), rest, new, override)}

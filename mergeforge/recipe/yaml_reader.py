@@ -60,11 +60,11 @@ def scalar(text: str) -> Any:
     """Parse the value of a `--set` option as YAML."""
     if not text.strip():
         return ""
-    (value, _, problems), *rest = parse(text, "--set")
+    (value, _, problems), *rest = parse(text, "the value")
     if rest:
-        raise RecipeError(f"--set: {text!r} is more than one value")
+        raise RecipeError(f"{text!r} is more than one value")
     if problems:
-        raise RecipeError(f"--set: {problems[0]}")
+        raise RecipeError(f"{text!r}: {problems[0]}")
     return value
 
 

@@ -81,11 +81,11 @@ def make_budget(memory: str | int | None = None, device: str = "auto", threads: 
     try:
         nbytes = parse_size(memory) if memory is not None else None
     except ValueError as error:
-        raise RecipeError(f"--memory: {error}") from None
+        raise RecipeError(f"memory: {error}") from None
     if nbytes is not None and nbytes < MIN_MEMORY:
-        raise BudgetError(f"--memory {memory} is too little for any merge", hint="give at least 16MiB")
-    if threads is not None and threads < 1:
-        raise RecipeError(f"--threads must be at least 1, not {threads}")
+        raise BudgetError(f"{memory} of memory is too little for any merge", hint="give at least 16MiB")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise RecipeError(f"threads must be a whole number of at least 1, not {threads!r}")
     device = _device(device)
     return Budget(nbytes or _default_memory(device), device, threads or 0)
 

@@ -70,7 +70,7 @@ def steps_from_names(after: PostTraining, names: str) -> PostTraining:
     steps = [name.strip() for name in names.split(",") if name.strip()]
     for step in steps:
         if step not in STEPS:
-            raise RecipeError(f"--then {step}: there is no such step", hint=f"the steps are {', '.join(STEPS)}")
+            raise RecipeError(f"there is no step {step!r} after training", hint=f"the steps are {', '.join(STEPS)}")
     if "publish" in steps and not after.publish:
         text = "--then publish needs the name of the repo"
         raise RecipeError(text, hint="add after: {publish: owner/name} to train.yaml")

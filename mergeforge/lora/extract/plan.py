@@ -64,7 +64,7 @@ def plan_extraction(
     target = _rank_target(rank, energy, svd)
     tensor_filter = _tensor_filter(embeddings, save_rest, include, exclude)
     if dtype not in OUT_DTYPES or dtype == "float64":
-        raise RecipeError(f"--dtype must be float32, bfloat16 or float16, not {dtype}")
+        raise RecipeError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     budget = make_budget(memory, device, threads)
     out_folder = Path(out).expanduser().absolute()
     check_adapter_folder(out_folder, FILES, overwrite=overwrite)
@@ -80,21 +80,22 @@ def plan_extraction(
 def _rank_target(rank: int | None, energy: float | None, svd: str) -> RankTarget:
     if rank is None and energy is None:
         raise RecipeError("neither a rank nor an energy is given", hint="set --rank 64, or --energy 0.95, or both")
-    if rank is not None and rank < 1:
-        raise RecipeError(f"--rank must be at least 1, not {rank}")
-    if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"--energy is a fraction of the squared difference, above 0 and at most 1, not {energy:g}")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise RecipeError(f"rank must be a whole number of at least 1, not {rank!r}")
+    if energy is not None and not (isinstance(energy, int | float) and 0 < energy <= 1):
+        raise RecipeError(f"energy is a fraction of the squared difference, above 0 and at most 1, not {energy!r}")
     svd = svd.replace("randomised", "randomized")  # the British spelling is an alias
     if svd not in ("auto", "exact", "randomized"):
-        raise RecipeError(f"--svd must be auto, exact or randomized, not {svd}")
+        raise RecipeError(f"svd must be auto, exact or randomized, not {svd}")
     if svd == "randomized" and rank is None:
-        raise RecipeError("--svd randomized needs a --rank", hint="or use --svd exact, which has all singular values")
+        hint = "set --rank 64, or use --svd exact, which has all singular values"
+        raise RecipeError("a randomized SVD needs a rank", hint=hint)
     return RankTarget(rank, energy, svd)
 
 
 def _tensor_filter(embeddings: str, save_rest: bool, include: Sequence[str], exclude: Sequence[str]) -> TensorFilter:
     if embeddings not in ("lora", "save", "skip"):
-        raise RecipeError(f"--embeddings must be lora, save or skip, not {embeddings}")
+        raise RecipeError(f"embeddings must be lora, save or skip, not {embeddings}")
     return TensorFilter(embeddings, save_rest, tuple(include), tuple(exclude))
 
 

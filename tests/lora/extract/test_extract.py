@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.changed_models import load, load_adapted, logits, merged_by_peft, quiet, save_pair, tensors
+from support.changed_models import load, load_adapted, logits, merged_by_peft, save_pair, tensors
+from support.quiet import quiet
 
 import mergeforge
 from mergeforge.cli import run_command
@@ -252,7 +253,7 @@ INVALID_OPTIONS: dict[str, tuple[dict[str, Any], type[MergeforgeError], str]] = 
     "neither": ({"rank": None}, RecipeError, "neither a rank nor an energy"),
     "energy": ({"energy": 1.5}, RecipeError, "not 1.5"),
     "svd": ({"svd": "fast"}, RecipeError, "auto, exact or randomized"),
-    "randomized": ({"rank": None, "energy": 0.9, "svd": "randomized"}, RecipeError, "needs a --rank"),
+    "randomized": ({"rank": None, "energy": 0.9, "svd": "randomized"}, RecipeError, "needs a rank"),
     "embeddings": ({"embeddings": "half"}, RecipeError, "lora, save or skip"),
     "regex": ({"include": ["("]}, RecipeError, "not a regular expression"),
     "dtype": ({"dtype": "int8"}, RecipeError, "float32, bfloat16 or float16"),
