@@ -76,7 +76,7 @@ def plan_tiles(
     largest = max(plans, key=lambda plan: plan.staging_nbytes)
     needed = largest.staging_nbytes * budget.buffer_copies + scratch
     text = (
-        f"{largest.info.name} needs {format_size(needed)} in one worker, which has {format_size(candidate.per_worker)}"
+        f"{largest.info.name} needs {format_size(needed)} for one worker, which has {format_size(candidate.per_worker)}"
     )
     raise BudgetError(text, hint=f"--memory {-(-needed >> 20)}MiB --threads 1, or more")
 
