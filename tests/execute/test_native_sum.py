@@ -118,8 +118,9 @@ def test_change_stats_in_the_receipt_equal_torchs() -> None:
 
 
 def test_does_not_ask_torch_for_a_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(asked.append("cuda")))
     monkeypatch.setattr(budget, "DEVICES", tmp_path)
-    assert budget._device("auto") == "cpu"
-    assert not budget._may_have_gpu()
+    assert budget.make_budget().device == "cpu" and not asked
     (tmp_path / "nvidia0").touch()
-    assert budget._may_have_gpu()
+    assert budget.make_budget().device == "cpu" and asked
