@@ -7,13 +7,14 @@ subclasses for everything that a user can get wrong, and TypeError for an argume
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from mergeforge.core.messages import OnMessage
 from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import RecipeError
 from mergeforge.methods import METHODS
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from mergeforge.operations.merge import RunResult
     from mergeforge.operations.verify import Verdict
 
-Message = Callable[[str], None]
 _OPTIONS = [field.name for field in fields(Options)]
 
 
@@ -46,7 +46,7 @@ def run(
     *,
     fresh: bool = False,
     overwrite: bool = False,
-    on_message: Message = lambda _: None,
+    on_message: OnMessage = lambda _: None,
     **options: Any,
 ) -> RunResult:
     """Do a merge, given its Plan or its recipe (with plan()'s options); resumes an interrupted run of the same merge.
@@ -62,7 +62,7 @@ def iter_run(
     *,
     fresh: bool = False,
     overwrite: bool = False,
-    on_message: Message = lambda _: None,
+    on_message: OnMessage = lambda _: None,
     **options: Any,
 ) -> Iterator[Tile]:
     """The same as run(), tile by tile: yields each tile when it is written. The merge is done when it is exhausted."""
@@ -214,7 +214,7 @@ def publish(
     revision: str = "main",
     gguf: str = "beside",
     dry_run: bool = False,
-    on_message: Message = lambda _: None,
+    on_message: OnMessage = lambda _: None,
 ) -> tuple[Publication, ...]:
     """Upload a finished folder to the Hub as one commit; uploads only the files that changed.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergeforge.core.messages import OnMessage
 from mergeforge.core.tensor_info import Tile
 from mergeforge.execute.executor import run_tiles
 from mergeforge.execute.receipt import peak_rss
@@ -30,7 +31,7 @@ class RunResult:
 
 
 def iter_run(
-    plan: Plan, *, fresh: bool = False, overwrite: bool = False, on_message: Callable[[str], None] = lambda _: None
+    plan: Plan, *, fresh: bool = False, overwrite: bool = False, on_message: OnMessage = lambda _: None
 ) -> Iterator[Tile]:
     """Do a merge, yielding each tile when it is written; publish the result at the end if the recipe says so.
 
@@ -54,7 +55,7 @@ def run(
     fresh: bool = False,
     overwrite: bool = False,
     on_tile: Callable[[Tile], None] = lambda _: None,
-    on_message: Callable[[str], None] = lambda _: None,
+    on_message: OnMessage = lambda _: None,
 ) -> RunResult:
     """Do a merge; iter_run() says what is done and raised."""
     started = time.monotonic()

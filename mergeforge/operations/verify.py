@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,6 @@ from mergeforge.writers.fp8 import SCALE_SUFFIX
 from mergeforge.writers.safetensors import KEY
 
 SAMPLE = 24  # tensors that a deep check recomputes
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

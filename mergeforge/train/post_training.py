@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from mergeforge.core.messages import OnMessage
 from mergeforge.errors import RecipeError, SourceError
 from mergeforge.io.disk import write_durably
 from mergeforge.train.html_report import write_report
@@ -22,7 +23,6 @@ from mergeforge.train.settings import MergeAfterTraining, PostTraining
 STEPS = ("merge", "gguf", "publish")
 NF4 = "dequant_nf4"
 TOLERANCE = 1e-3  # nats per token by which the merge on the original base may be worse than the adapter
-OnMessage = Callable[[str], object]
 
 
 @dataclass(frozen=True)
