@@ -1,7 +1,8 @@
-"""The Python interface: everything that the command line can do, as functions.
+"""The Python interface: the commands that work on models and adapters, as functions.
 
 Options are keyword arguments named as the command line's: `--memory 2GiB` is `memory="2GiB"`. Raises MergeforgeError's
-subclasses for everything that a user can get wrong, and TypeError for an argument that a function does not have.
+subclasses for everything that a user can get wrong, and TypeError for an argument that a function does not have or that
+has the wrong type.
 """
 
 from __future__ import annotations
