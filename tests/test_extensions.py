@@ -90,13 +90,20 @@ import mergeforge
 from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_model
 
 assert mergeforge.__file__.startswith(sys.argv[1]), mergeforge.__file__
-for seed, name in enumerate(("base", "tuned")):
+for seed, name in enumerate(("base", "tuned", "other")):
     write_model(Path(name), SHAPES["tiny"], seed=seed, dtype="F32")
 base, tuned = load_file("base/model.safetensors"), load_file("tuned/model.safetensors")
 name = "model.layers.0.mlp.up_proj.weight"
 
 out = mergeforge.merge(models=["base", "tuned"], weights=[0.5, 1.5], method="half_sum", out="half")
 assert torch.allclose(load_file(out / "model.safetensors")[name], (0.5 * base[name] + 1.5 * tuned[name]) / 2)
+
+def merged(method, **parameters):
+    models = [{"model": "tuned", "parameters": {"weight": 0.7}}, {"model": "other", "parameters": {"weight": 0.3}}]
+    recipe = {"merge_method": method, "base_model": "base", "models": models, "parameters": parameters}
+    return (mergeforge.merge(recipe, out=method) / "model.safetensors").read_bytes()
+
+assert merged("elected_mean") == merged("ties", density=1.0)
 
 Path("adapter").mkdir()
 change = torch.full_like(base[name], 0.25)
@@ -115,12 +122,20 @@ assert other.stat().st_size == plain.stat().st_size and other.read_bytes() != pl
 """
 
 
+def documented_row() -> str:
+    """The row of the example in CONTRIBUTING.md."""
+    example = (PACKAGE.parent / "CONTRIBUTING.md").read_text().split("### Example: a method as a row of the table")[1]
+    return example.split("```python\n")[1].split("```")[0]
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_each_extension_is_one_file(tmp_path: Path, native: bool) -> None:
     copy = tmp_path / "copy"
     ignored = shutil.ignore_patterns("__pycache__", *([] if native else ["_kernels*"]))
     shutil.copytree(PACKAGE, copy / "mergeforge", ignore=ignored)
     (copy / "mergeforge/methods/half_sum.py").write_text(METHOD)
+    table = copy / "mergeforge/methods/task_vectors.py"
+    table.write_text(table.read_text().replace("]  # fmt: skip", f"{documented_row()}]  # fmt: skip"))
     (copy / "mergeforge/adapters/peft/kinds/whole_delta.py").write_text(PEFT_METHOD)
     (copy / "mergeforge/gguf/architectures/alpaca.py").write_text(ARCHITECTURE)
     (copy / "mergeforge/gguf/quantize/q8_x.py").write_text(QUANT_TYPE)

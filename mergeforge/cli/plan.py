@@ -16,7 +16,8 @@ from mergeforge.cli._options import merge_options
 def plan(recipe: str, **options: Any) -> None:
     """Show what `mergeforge run` would do; reads headers only, writes nothing.
 
-    Prints the inputs, what is done to every tensor, bytes to read and write, peak memory, disk space and notes.
+    Prints the inputs, what is done to every tensor and by what, bytes to read and write, peak memory, disk space and
+    notes.
 
     \b
     Examples:
@@ -42,5 +43,6 @@ def show_plan(recipe: str, *, as_json: bool, quiet: bool, verbose: bool, **optio
         for tensor_plan in planned.tensor_plans if verbose else ():
             info = tensor_plan.info
             shape = "x".join(map(str, info.shape))
-            to.print(f"  {info.name}  {info.dtype} {shape}: {planned.summaries[info.name]}", markup=False)
+            action = f"{planned.summaries[info.name]} ({tensor_plan.backend.label})"
+            to.print(f"  {info.name}  {info.dtype} {shape}: {action}", markup=False)
     check_disk(planned)

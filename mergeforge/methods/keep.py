@@ -6,7 +6,7 @@ Each kind is defined twice: `drop` in torch, and masks.h in the C library, which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Words = NDArray[np.uint32]
 
 UNBOUNDED = 0x7FFFFFFF  # bits that no magnitude exceeds
+ALL_TIES = 0x7FFFFFFF  # in place of a number of ties
 
 
 class Keep(Protocol):
@@ -85,6 +86,7 @@ class KeepRanks:
     density: Sequence[float]
     epsilon: Sequence[float]
     first_block: Block
+    native_bits: list[Any] = field(default_factory=list)  # of the first rows, which the C library ranks only once
 
     def drop(self, inputs: Sequence[Tensor], block: Block) -> None:
         for index, (values, mean, spread) in enumerate(zip(inputs, self.density, self.epsilon, strict=True)):
@@ -165,8 +167,13 @@ def _range_row(magnitudes: MagnitudeRange | None) -> list[int]:
     """struct magnitude_range of masks.h; negative bits keep all."""
     if magnitudes is None:
         return [-1, 0, 0, UNBOUNDED, 0, 0]
-    lower, upper = magnitudes.lower, magnitudes.upper
-    return [lower.bits, lower.ties_kept, 0, *([upper.bits, upper.ties_kept, 0] if upper else [UNBOUNDED, 0, 0])]
+    upper = _threshold_row(magnitudes.upper) if magnitudes.upper else [UNBOUNDED, 0, 0]
+    return [*_threshold_row(magnitudes.lower), *upper]
+
+
+def _threshold_row(threshold: Threshold) -> list[int]:
+    """struct threshold of masks.h."""
+    return [threshold.bits, ALL_TIES if threshold.ties_kept >= threshold.ties else threshold.ties_kept, 0]
 
 
 def _mask_words(key: MaskKey) -> list[int]:

@@ -41,9 +41,8 @@ INLINE void draw_mask(const struct random_mask *mask, int64_t element, int64_t c
     }
 }
 
-/* The elements that are kept by magnitude (methods/thresholds.py): those that reach `lower` but not `upper`. Of the
-   magnitudes equal to a threshold, the first `ties` count as reaching it; they are counted from the first element of
-   the tensor. */
+/* The elements that are kept by magnitude (methods/keep.py): those that reach `lower` but not `upper`. Of the magnitudes
+   equal to a threshold, the first `ties` count as reaching it; they are counted from the first element of the tensor. */
 struct threshold {
     int64_t bits, ties, ties_left;
 };
@@ -51,26 +50,53 @@ struct magnitude_range {
     struct threshold lower, upper;
 };
 enum { NO_MAGNITUDE = 0x7fffffff }; /* bits that no magnitude exceeds */
+enum { ALL_TIES = 0x7fffffff };     /* as `ties`: all of them */
 
-/* 1 for each value that reaches the threshold. */
-INLINE void mark_above(struct threshold *threshold, const float *values, int64_t count, uint8_t *above) {
+/* The bits that magnitudes of these values must have at least to reach the threshold; -1 if some of those that are equal
+   to it reach it and some do not. */
+INLINE int32_t reached_from(struct threshold *threshold, const float *values, int64_t count) {
     int32_t equal = 0, bits = (int32_t)threshold->bits;
+    if (threshold->ties == ALL_TIES) return bits;
+    if (!threshold->ties_left) return bits + 1;
     for (int64_t i = 0; i < count; i++) equal += (int32_t)magnitude(values[i]) == bits;
-    int all = equal <= threshold->ties_left;
-    for (int64_t i = 0; i < count; i++) above[i] = (int32_t)magnitude(values[i]) >= bits + !all;
-    for (int64_t i = 0; !all && threshold->ties_left > 0; i++)
-        if ((int32_t)magnitude(values[i]) == bits) above[i] = 1, threshold->ties_left--;
-    if (all) threshold->ties_left -= equal;
+    if (equal > threshold->ties_left) return -1;
+    threshold->ties_left -= equal;
+    return bits;
 }
 
-/* Mark the values inside the range; `is_first`: the values start with the tensor's first element. */
-INLINE void mark_range(struct magnitude_range *range, int is_first, int64_t count, const float *values, uint8_t *kept) {
-    uint8_t too_large[CHUNK];
+/* Zero the values whose magnitudes have bits below `low`, or of `high` at least. */
+INLINE void zero_outside(int32_t low, int32_t high, int64_t count, float *values) {
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits = (int32_t)magnitude(values[i]);
+        values[i] = (bits >= low) & (bits < high) ? values[i] : 0;
+    }
+}
+
+/* Whether a magnitude reaches a threshold, whose ties are counted off one by one. */
+INLINE int reaches(struct threshold *threshold, int32_t bits) {
+    if (bits != threshold->bits || threshold->ties == ALL_TIES) return bits >= threshold->bits;
+    return threshold->ties_left > 0 && threshold->ties_left--;
+}
+
+/* Zero the values outside the range; `is_first`: they start with the tensor's first element. */
+INLINE void trim_range(struct magnitude_range *range, int is_first, int64_t count, float *values) {
     if (is_first) range->lower.ties_left = range->lower.ties, range->upper.ties_left = range->upper.ties;
-    mark_above(&range->lower, values, count, kept);
-    if (range->upper.bits < NO_MAGNITUDE) {
-        mark_above(&range->upper, values, count, too_large);
-        for (int64_t i = 0; i < count; i++) kept[i] &= !too_large[i];
+    struct magnitude_range before = *range;
+    int32_t low = reached_from(&range->lower, values, count), high = NO_MAGNITUDE;
+    if (range->upper.bits < NO_MAGNITUDE) high = reached_from(&range->upper, values, count);
+    if (low >= 0 && high >= 0) {
+        if (high < NO_MAGNITUDE)
+            zero_outside(low, high, count, values);
+        else
+            for (int64_t i = 0; i < count; i++) values[i] = (int32_t)magnitude(values[i]) >= low ? values[i] : 0;
+        return;
+    }
+    *range = before;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits = (int32_t)magnitude(values[i]);
+        int is_kept = reaches(&range->lower, bits);
+        if (range->upper.bits < NO_MAGNITUDE) is_kept &= !reaches(&range->upper, bits);
+        values[i] = is_kept ? values[i] : 0;
     }
 }
 
@@ -128,6 +154,22 @@ INLINE struct rank_buffers make_rank_buffers(char *memory, int64_t columns) {
     buffers.bucket = (uint16_t *)(void *)(buffers.before + columns);
     buffers.draws = buffers.bucket + columns;
     return buffers;
+}
+
+/* Bytes that hold a bit for each element of a row. */
+INLINE int64_t rank_row_nbytes(int64_t columns) { return (columns + 7) / 8; }
+
+/* Eight marks, each 0 or 1, as the bits of a byte, and the other way round. */
+INLINE void pack_marks(const uint8_t *marks, int64_t count, uint8_t *bits) {
+    for (int64_t i = 0; i < count; i += 8) {
+        uint64_t eight = 0;
+        memcpy(&eight, marks + i, (size_t)min_of(8, count - i));
+        bits[i / 8] = (uint8_t)(eight * 0x0102040810204080 >> 56);
+    }
+}
+
+INLINE void unpack_marks(const uint8_t *bits, int64_t count, uint8_t *marks) {
+    for (int64_t i = 0; i < count; i++) marks[i] = bits[i / 8] >> i % 8 & 1;
 }
 
 /* Whether a magnitude is the smallest of its bucket, as most are that were 16-bit numbers. */

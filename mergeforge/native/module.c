@@ -199,6 +199,32 @@ static PyObject *result_of(int64_t failed, PyObject *value) {
 
 /* ---- Reductions ---- */
 
+/* Masks by rank: (ranks, bits that are read or written, or None, the rows that they cover, whether they are read). */
+static int parse_ranks(struct call *call, PyObject *object) {
+    struct reduction *reduction = &call->reduction;
+    int64_t count = call->inputs.count, columns = reduction->row_length, buffers = rank_buffers_nbytes(columns);
+    PyObject *ranks, *bits;
+    long long rows;
+    if (!PyTuple_Check(object)) return PyErr_SetString(PyExc_TypeError, "ranks must be a tuple"), 0;
+    if (!PyArg_ParseTuple(object, "OOLp;ranks are (ranks, bits, rows, is_read)", &ranks, &bits, &rows,
+                          &reduction->reads_rank_bits))
+        return 0;
+    if (rows < 0 || rows > MAX_LENGTH / count / rank_row_nbytes(columns))
+        return PyErr_SetString(PyExc_ValueError, "the rows of the ranks' bits are out of range"), 0;
+    if (!(reduction->ranks = array(call, ranks, UINT32, 0, count * 9, "ranks"))) return 0;
+    if (bits != Py_None) {
+        int64_t nbytes = count * rows * rank_row_nbytes(columns);
+        if (!(reduction->rank_bits = array(call, bits, BYTE, 1, nbytes, "the ranks' bits"))) return 0;
+        reduction->rank_bits_rows = rows;
+    }
+    char *memory = allocate(call, buffers + columns * 4 + count * call->inputs.read_elems, 1);
+    if (!memory) return 0;
+    reduction->buffers = make_rank_buffers(memory, columns);
+    reduction->row = (float *)(void *)(memory + buffers);
+    reduction->kept = (uint8_t *)(reduction->row + columns);
+    return 1;
+}
+
 /* Set the arrays that decide what is kept. */
 static int parse_kept(struct call *call, PyObject *kept) {
     struct reduction *reduction = &call->reduction;
@@ -214,17 +240,7 @@ static int parse_kept(struct call *call, PyObject *kept) {
             reduction->ranges =
                 array(call, kept, INT64, 1, 6 * (reduction->keep == KEEP_VARIANCE ? 1 : count), "ranges");
             return reduction->ranges != NULL;
-        case KEEP_RANKS: {
-            int64_t columns = reduction->row_length, buffers = rank_buffers_nbytes(columns);
-            reduction->ranks = array(call, kept, UINT32, 0, count * 9, "ranks");
-            if (!reduction->ranks) return 0;
-            char *memory = allocate(call, buffers + columns * 4 + count * inputs->read_elems, 1);
-            if (!memory) return 0;
-            reduction->buffers = make_rank_buffers(memory, columns);
-            reduction->row = (float *)(void *)(memory + buffers);
-            reduction->kept = (uint8_t *)(reduction->row + columns);
-            return 1;
-        }
+        case KEEP_RANKS: return parse_ranks(call, kept);
         default: return PyErr_SetString(PyExc_ValueError, "unknown kind of reduction"), 0;
     }
 }
@@ -254,7 +270,7 @@ static int parse_reduction(struct call *call, PyObject *tensors, int has_base, P
         return PyErr_SetString(PyExc_ValueError, "nearswap takes two inputs and no base"), 0;
     if (!(reduction->factors = array(call, factors, FLOAT, 0, call->inputs.count, "factors"))) return 0;
     if (!(reduction->weights = array(call, weights, FLOAT, 0, call->inputs.count, "weights"))) return 0;
-    if (!(reduction->values = allocate(call, (call->inputs.count) * CHUNK, sizeof(float)))) return 0;
+    if (!(reduction->values = allocate(call, call->inputs.count * VALUES_STRIDE, sizeof(float)))) return 0;
     return parse_kept(call, kept);
 }
 
@@ -355,7 +371,7 @@ static PyObject *py_variances(PyObject *module, PyObject *arguments) {
     float *values, *buffer;
     if (parse_inputs(&call, tensors, has_base, length, 0, read_buffer) &&
         (values = array(&call, out, FLOAT, 1, length, "out")) &&
-        (buffer = allocate(&call, (call.inputs.count + 1) * CHUNK, sizeof(float)))) {
+        (buffer = allocate(&call, (call.inputs.count + 1) * VALUES_STRIDE, sizeof(float)))) {
         int64_t failed;
         Py_BEGIN_ALLOW_THREADS;
         failed = variances(&call.inputs, buffer, values);
@@ -429,7 +445,7 @@ static PyObject *py_count_magnitudes(PyObject *module, PyObject *arguments) {
         (totals = array(&call, counts, INT64, 1, 3 * count, "counts")) &&
         (table = allocate(&interval_call, count, sizeof *table)) &&
         (interval_call.memory = allocate(&interval_call, count, sizeof *interval_call.memory)) &&
-        (values = allocate(&interval_call, (call.inputs.count + 1) * CHUNK, sizeof(float)))) {
+        (values = allocate(&interval_call, (call.inputs.count + 1) * VALUES_STRIDE, sizeof(float)))) {
         interval_call.inputs = call.inputs;
         while (parsed < count && parse_interval(&interval_call, PyList_GetItem(intervals, parsed), totals + 3 * parsed,
                                                 table + parsed, interval_call.memory + parsed))

@@ -7,6 +7,8 @@
 
 #include "variance.h"
 
+enum { UNROLLED = 4 }; /* the most inputs for which loops over them are unrolled */
+
 INLINE void axpy_as(const void *data, int64_t dtype, int64_t start, int64_t count, const float *base, float factor,
                     int fused, float *total) {
     if (fused)
@@ -44,13 +46,22 @@ INLINE void rank_step(const struct reduction *reduction, const struct chunks *ch
         if (keeps_all(reduction, k)) continue;
         for (int64_t first = 0; first < chunks->step_count; first += reduction->row_length) {
             int64_t columns = min_of(reduction->row_length, chunks->step_count - first);
+            int64_t element = reduction->element + chunks->step_start + first, row = element / reduction->row_length;
+            uint8_t *kept = reduction->kept + k * inputs->read_elems + first, *bits = NULL;
+            if (row < reduction->rank_bits_rows)
+                bits = reduction->rank_bits +
+                       (k * reduction->rank_bits_rows + row) * rank_row_nbytes(reduction->row_length);
+            if (bits && reduction->reads_rank_bits) {
+                unpack_marks(bits, columns, kept);
+                continue;
+            }
             struct chunks part = *chunks;
             for (int64_t start = 0; start < columns; start += CHUNK) {
                 part.start = first + start, part.count = min_of(CHUNK, columns - start);
                 load_chunk(&part, k, load_base(&part, base), reduction->row + start);
             }
-            rank_row(reduction->ranks + k, &reduction->buffers, reduction->element + chunks->step_start + first,
-                     reduction->row, columns, reduction->kept + k * inputs->read_elems + first);
+            rank_row(reduction->ranks + k, &reduction->buffers, element, reduction->row, columns, kept);
+            if (bits) pack_marks(kept, columns, bits);
         }
     }
 }
@@ -60,10 +71,6 @@ INLINE int next_kept_chunk(const struct reduction *reduction, struct chunks *chu
     if (!next_chunk(chunks)) return 0;
     if (reduction->keep == KEEP_RANKS && starts_step(chunks)) rank_step(reduction, chunks);
     return 1;
-}
-
-INLINE void zero_dropped(const uint8_t *kept, int64_t count, float *values) {
-    for (int64_t i = 0; i < count; i++) values[i] = kept[i] ? values[i] : 0;
 }
 
 /* Zero what is not kept of the chunk's `values` of input `k`: magnitudes or signed values. */
@@ -77,9 +84,7 @@ INLINE void drop(const struct reduction *reduction, const struct chunks *chunks,
         const uint8_t *kept = reduction->kept + k * chunks->inputs->read_elems + chunks->start;
         for (int64_t i = 0; i < count; i++) values[i] *= kept[i];
     } else {
-        uint8_t kept[CHUNK];
-        mark_range(reduction->ranges + k, element == 0, count, values, kept);
-        zero_dropped(kept, count, values);
+        trim_range(reduction->ranges + k, element == 0, count, values);
     }
 }
 
@@ -93,12 +98,14 @@ INLINE void load_kept(const struct reduction *reduction, const struct chunks *ch
 /* What is kept of all inputs, by the variance over them, in reduction->values. */
 INLINE void load_varying(const struct reduction *reduction, const struct chunks *chunks, const float *base) {
     float variance[CHUNK];
-    uint8_t kept[CHUNK];
     int64_t inputs = chunks->inputs->count;
-    for (int64_t k = 0; k < inputs; k++) load_chunk(chunks, k, base, reduction->values + k * CHUNK);
+    for (int64_t k = 0; k < inputs; k++) load_chunk(chunks, k, base, reduction->values + k * VALUES_STRIDE);
     variance_of(reduction->values, inputs, chunks->count, variance);
-    mark_range(reduction->ranges, chunk_element(reduction, chunks) == 0, chunks->count, variance, kept);
-    for (int64_t k = 0; k < inputs; k++) zero_dropped(kept, chunks->count, reduction->values + k * CHUNK);
+    trim_range(reduction->ranges, chunk_element(reduction, chunks) == 0, chunks->count, variance);
+    for (int64_t k = 0; k < inputs; k++) {
+        float *values = reduction->values + k * VALUES_STRIDE;
+        for (int64_t i = 0; i < chunks->count; i++) values[i] = variance[i] != 0 ? values[i] : 0;
+    }
 }
 
 /* What is kept of all inputs, in reduction->values. */
@@ -107,11 +114,11 @@ INLINE void load_all_kept(const struct reduction *reduction, const struct chunks
         load_varying(reduction, chunks, base);
     else
         for (int64_t k = 0; k < chunks->inputs->count; k++)
-            load_kept(reduction, chunks, k, base, reduction->values + k * CHUNK);
+            load_kept(reduction, chunks, k, base, reduction->values + k * VALUES_STRIDE);
 }
 
 INLINE void sum_chunk(const struct reduction *reduction, const struct chunks *chunks, const float *base, float *total) {
-    float kept[CHUNK];
+    float kept[SMALL_CHUNK];
     int64_t count = chunks->count;
     for (int64_t i = 0; i < count; i++) total[i] = -0.0f; /* the neutral element: -0.0 + x is x for every x */
     for (int64_t k = 0; k < chunks->inputs->count; k++) {
@@ -130,51 +137,76 @@ INLINE void sum_chunk(const struct reduction *reduction, const struct chunks *ch
         for (int64_t i = 0; i < count; i++) total[i] *= reduction->scale;
 }
 
-/* The sign of the sum of all values (zero counts as plus). */
-INLINE void elect_sign(const float *values, int64_t inputs, int64_t count, float *sign) {
-    for (int64_t i = 0; i < count; i++) sign[i] = -0.0f;
-    for (int64_t k = 0; k < inputs; k++)
-        for (int64_t i = 0; i < count; i++) sign[i] += values[k * CHUNK + i];
-    for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
+/* TIES: `scale` times the sum of the products that have the elected sign (that of the sum of all; zero counts as plus);
+   with `normalize`, divided by the sum of their weights. `inputs`: a constant, so that the compiler unrolls the loops over
+   them and keeps sums in registers. */
+INLINE void consensus_sum_of(const struct reduction *reduction, int64_t inputs, int64_t count, float *restrict total) {
+    const float *restrict values = reduction->values;
+    float factors[UNROLLED], weights[UNROLLED], scale = reduction->scale;
+    for (int64_t k = 0; k < inputs; k++) factors[k] = reduction->factors[k], weights[k] = reduction->weights[k];
+    int normalize = reduction->normalize;
+    for (int64_t i = 0; i < count; i++) {
+        float elected = -0.0f, sum = 0, divisor = 0;
+        for (int64_t k = 0; k < inputs; k++) elected += values[k * VALUES_STRIDE + i] * factors[k];
+        float sign = elected >= 0 ? 1 : -1;
+        for (int64_t k = 0; k < inputs; k++) {
+            float agreeing = values[k * VALUES_STRIDE + i] * factors[k] * sign;
+            sum += agreeing < 0 ? 0 : agreeing;
+            divisor += agreeing > 0 ? weights[k] : 0;
+        }
+        divisor = !normalize || divisor == 0 ? 1 : divisor;
+        total[i] = sum / divisor * (sign * scale);
+    }
 }
 
-/* TIES: `scale` times the sum of the products that have the elected sign; with `normalize`, divided by the sum of their
-   weights. */
-INLINE void consensus_sum_chunk(const struct reduction *reduction, const struct chunks *chunks, const float *base,
-                                float *total) {
-    float sign[CHUNK], divisor[CHUNK];
-    int64_t inputs = chunks->inputs->count, count = chunks->count;
-    load_all_kept(reduction, chunks, base);
+/* The same for any number of inputs, in one pass over the chunk for each. */
+INLINE void consensus_sum_of_many(const struct reduction *reduction, int64_t inputs, int64_t count, float *total) {
+    float sign[SMALL_CHUNK], divisor[SMALL_CHUNK];
+    for (int64_t i = 0; i < count; i++) sign[i] = -0.0f;
     for (int64_t k = 0; k < inputs; k++) {
-        float *product = reduction->values + k * CHUNK, factor = reduction->factors[k];
+        float *product = reduction->values + k * VALUES_STRIDE, factor = reduction->factors[k];
         for (int64_t i = 0; i < count; i++) product[i] *= factor;
+        for (int64_t i = 0; i < count; i++) sign[i] += product[i];
     }
-    elect_sign(reduction->values, inputs, count, sign);
+    for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
     for (int64_t i = 0; i < count; i++) total[i] = divisor[i] = 0;
     for (int64_t k = 0; k < inputs; k++) {
-        const float *product = reduction->values + k * CHUNK, weight = reduction->weights[k];
+        const float *product = reduction->values + k * VALUES_STRIDE, weight = reduction->weights[k];
         for (int64_t i = 0; i < count; i++) {
-            float value = product[i] * sign[i];
-            float agrees = value > 0;
-            total[i] += value < 0 ? 0 : value;
-            divisor[i] += agrees * weight;
+            float agreeing = product[i] * sign[i];
+            total[i] += agreeing < 0 ? 0 : agreeing;
+            divisor[i] += agreeing > 0 ? weight : 0;
         }
     }
-    if (reduction->normalize)
-        for (int64_t i = 0; i < count; i++) total[i] /= divisor[i] == 0 ? 1 : divisor[i];
+    for (int64_t i = 0; reduction->normalize && i < count; i++) total[i] /= divisor[i] == 0 ? 1 : divisor[i];
     for (int64_t i = 0; i < count; i++) total[i] *= sign[i] * reduction->scale;
 }
 
-/* sce: the weighted mean of the values that have the elected sign. */
+INLINE void consensus_sum_chunk(const struct reduction *reduction, const struct chunks *chunks, const float *base,
+                                float *total) {
+    load_all_kept(reduction, chunks, base);
+    switch (chunks->inputs->count) {
+        case 1: consensus_sum_of(reduction, 1, chunks->count, total); break;
+        case 2: consensus_sum_of(reduction, 2, chunks->count, total); break;
+        case 3: consensus_sum_of(reduction, 3, chunks->count, total); break;
+        case UNROLLED: consensus_sum_of(reduction, UNROLLED, chunks->count, total); break;
+        default: consensus_sum_of_many(reduction, chunks->inputs->count, chunks->count, total);
+    }
+}
+
+/* sce: the mean, weighted by the factors, of the values that have the elected sign. */
 INLINE void consensus_mean_chunk(const struct reduction *reduction, const struct chunks *chunks, const float *base,
                                  float *total) {
-    float sign[CHUNK], divisor[CHUNK], least = reduction->min_divisor;
+    float sign[SMALL_CHUNK], divisor[SMALL_CHUNK], least = reduction->min_divisor;
     int64_t inputs = chunks->inputs->count, count = chunks->count;
     load_all_kept(reduction, chunks, base);
-    elect_sign(reduction->values, inputs, count, sign);
+    for (int64_t i = 0; i < count; i++) sign[i] = -0.0f;
+    for (int64_t k = 0; k < inputs; k++)
+        for (int64_t i = 0; i < count; i++) sign[i] += reduction->values[k * VALUES_STRIDE + i];
+    for (int64_t i = 0; i < count; i++) sign[i] = sign[i] >= 0 ? 1 : -1;
     for (int64_t i = 0; i < count; i++) total[i] = divisor[i] = 0;
     for (int64_t k = 0; k < inputs; k++) {
-        const float *values = reduction->values + k * CHUNK, factor = reduction->factors[k];
+        const float *values = reduction->values + k * VALUES_STRIDE, factor = reduction->factors[k];
         for (int64_t i = 0; i < count; i++) {
             float value = values[i] * sign[i];
             float agrees = value > 0;
@@ -230,9 +262,9 @@ INLINE void measure_change(const float *before, const float *after, int64_t coun
 
 INLINE int64_t reduce_body(const struct inputs *inputs, const struct reduction *reduction, int64_t dtype, void *out,
                            uint32_t *max_bits, double *changes, int64_t measured) {
-    float base[CHUNK], total[CHUNK];
+    float base[SMALL_CHUNK], total[SMALL_CHUNK];
     uint32_t largest = 0;
-    struct chunks chunks = chunks_of(inputs, CHUNK);
+    struct chunks chunks = chunks_of(inputs, SMALL_CHUNK);
     while (next_kept_chunk(reduction, &chunks)) {
         int64_t first = chunks.step_start + chunks.start;
         const float *before = reduce_chunk(reduction, &chunks, base, total);
@@ -313,7 +345,7 @@ INLINE int64_t kept_squares_body(const struct inputs *inputs, const struct reduc
     struct chunks chunks = chunks_of(inputs, CHUNK);
     while (next_kept_chunk(reduction, &chunks)) {
         load_all_kept(reduction, &chunks, load_base(&chunks, buffer));
-        for (int64_t k = 0; k < inputs->count; k++) sums[k] += sum_of(reduction->values + k * CHUNK, chunks.count, 1);
+        for (int64_t k = 0; k < inputs->count; k++) sums[k] += sum_of(reduction->values + k * VALUES_STRIDE, chunks.count, 1);
     }
     return chunks.failed;
 }

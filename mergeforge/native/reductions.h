@@ -32,8 +32,12 @@ struct reduction {
     const struct random_mask *masks;
     struct magnitude_range *ranges; /* ties are counted off in them */
     const struct rank_mask *ranks;
+    uint8_t *rank_bits;      /* with ranks, or NULL: which elements of the first rows are kept, rank_row_nbytes() for each
+                                row of each input; l1_norms() writes them, reduce() reads them */
+    int64_t rank_bits_rows;
+    int reads_rank_bits;
     /* buffers */
-    float *values;               /* CHUNK values of each input: for a consensus, and for the variance */
+    float *values;               /* VALUES_STRIDE for each input: for a consensus, and for the variance */
     uint8_t *kept;               /* with ranks: read_elems marks for each input */
     float *row;                  /* with ranks: row_length values */
     struct rank_buffers buffers; /* with ranks: for row_length columns */
@@ -65,12 +69,13 @@ struct magnitude_count {
     int32_t *inside; /* the bits of those in [low, high), minus `low`: room for `capacity`, at least a chunk */
     int64_t capacity, count;
     int64_t above;   /* how many have bits of at least `high` */
-    int64_t nonzero; /* how many are not zero */
+    int64_t nonzero; /* how many are not zero; only of the variance */
 };
 enum { VARIANCE = -1 };
 
 /* Count magnitudes; the counts are in the order of the inputs. Stops where `inside` has no room for another chunk;
-   `done` receives the number of elements that were counted. `values`: CHUNK values of each input, and CHUNK more. */
+   `done` receives the number of elements that were counted. `values`: VALUES_STRIDE for each input, and once
+   more. */
 int64_t count_magnitudes(const struct inputs *inputs, struct magnitude_count *counts, int64_t count, float *values,
                          int64_t *done);
 

@@ -53,18 +53,19 @@ INLINE int64_t inner_products_body(const struct inputs *inputs, double *values, 
 EVERY_WIDTH(int64_t, inner_products, (const struct inputs *inputs, double *values, double *sums),
             (inputs, values, sums))
 
-/* Count `count` (at most CHUNK) magnitudes. Those inside the interval are few: zeros are skipped eight at a time. */
+/* Count `count` (at most SMALL_CHUNK) magnitudes. Those inside the interval are few: zeros are skipped eight at a time. */
 INLINE void count_chunk(const float *values, int64_t count, struct magnitude_count *counts) {
-    uint8_t marks[CHUNK];
+    uint8_t marks[SMALL_CHUNK];
     int32_t low = counts->low, high = counts->high, above = 0, nonzero = 0;
     int32_t *inside = counts->inside + counts->count;
+    if (counts->input == VARIANCE)
+        for (int64_t i = 0; i < count; i++) nonzero += values[i] != 0;
     for (int64_t i = 0; i < count; i++) {
         int32_t bits = (int32_t)magnitude(values[i]);
         above += bits >= high;
-        nonzero += bits != 0;
         marks[i] = (uint8_t)((bits >= low) & (bits < high));
     }
-    memset(marks + count, 0, (size_t)(CHUNK - count));
+    memset(marks + count, 0, (size_t)(SMALL_CHUNK - count));
     for (int64_t i = 0; i < count; i += 8) {
         uint64_t eight;
         memcpy(&eight, marks + i, sizeof eight);
@@ -79,16 +80,16 @@ INLINE void count_chunk(const float *values, int64_t count, struct magnitude_cou
 /* The chunk's variance over all inputs. `values`: CHUNK values of each input, and of the result, which is returned. */
 INLINE const float *chunk_variance(const struct chunks *chunks, const float *base, float *values) {
     int64_t inputs = chunks->inputs->count;
-    float *variance = values + inputs * CHUNK;
-    for (int64_t k = 0; k < inputs; k++) load_chunk(chunks, k, base, values + k * CHUNK);
+    float *variance = values + inputs * VALUES_STRIDE;
+    for (int64_t k = 0; k < inputs; k++) load_chunk(chunks, k, base, values + k * VALUES_STRIDE);
     variance_of(values, inputs, chunks->count, variance);
     return variance;
 }
 
 INLINE int64_t count_magnitudes_body(const struct inputs *inputs, struct magnitude_count *counts, int64_t count,
                                      float *values, int64_t *done) {
-    float buffer[CHUNK];
-    struct chunks chunks = chunks_of(inputs, CHUNK);
+    float buffer[SMALL_CHUNK];
+    struct chunks chunks = chunks_of(inputs, SMALL_CHUNK);
     *done = 0;
     while (next_chunk(&chunks)) {
         for (int64_t k = 0; k < count; k++)

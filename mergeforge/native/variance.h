@@ -5,12 +5,12 @@
 
 #include "inputs.h"
 
-/* `values`: CHUNK values of each input. */
+/* `values`: VALUES_STRIDE for each input. */
 INLINE void variance_of(const float *values, int64_t inputs, int64_t count, float *out) {
     double total[CHUNK], squares[CHUNK], divisor = (double)inputs, factor = 1 / (divisor * divisor);
     for (int64_t i = 0; i < count; i++) total[i] = squares[i] = 0;
     for (int64_t k = 1; k < inputs; k++) {
-        const float *other = values + k * CHUNK;
+        const float *other = values + k * VALUES_STRIDE;
         for (int64_t i = 0; i < count; i++) {
             double distance = (double)other[i] - values[i];
             total[i] += distance;

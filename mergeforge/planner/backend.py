@@ -38,7 +38,10 @@ class Backend:
 
     @property
     def label(self) -> str:
-        return "native, from file to file" if self.from_files else self.name
+        """In words, for the plan."""
+        return {"copy": "copied", "native": "merged in C", "torch": "computed by torch"}[self.name] + (
+            " from file to file" if self.from_files else ""
+        )
 
 
 def choose_backend(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[TensorEncoder], device: str) -> Backend:

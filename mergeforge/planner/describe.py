@@ -39,6 +39,7 @@ def plan_page(plan: Plan, *, notes: bool = True) -> str:
     workers = f"{plan.budget.threads} worker{'s' if plan.budget.threads > 1 else ''} on {plan.budget.device}"
     lines.append(f"memory   at most {format_size(plan.peak)} of {format_size(plan.budget.memory)}, {workers}")
     free = shutil.disk_usage(existing_folder(plan.out)).free
+    lines.append(f"backend  {_backends(plan)}")
     lines.append(f"disk     {format_size(plan.disk)} needed, {format_size(free)} free")
     return "\n".join(lines + ([f"note     {note}" for note in plan.notes] if notes else []))
 
@@ -76,6 +77,7 @@ def _tensor_as_json(plan: Plan, tensor_plan: TensorPlan) -> Mapping[str, Any]:
         "action": plan.summaries[tensor_plan.info.name],
         "dtype": tensor_plan.info.dtype,
         "shape": list(tensor_plan.info.shape),
+        "backend": tensor_plan.backend.name,
         "tiles": len(tensor_plan.tiles),
     }
 
@@ -99,6 +101,12 @@ def _groups(plan: Plan) -> list[str]:
     rows = [("tensors", "operation", "bytes")]
     rows += [(str(count), summary, format_size(sizes[summary])) for summary, count in counts.most_common()]
     return _aligned(rows)
+
+
+def _backends(plan: Plan) -> str:
+    """What computes the tensors (planner/backend.py)."""
+    counts = Counter(tensor_plan.backend.label for tensor_plan in plan.tensor_plans)
+    return "; ".join(f"{count} tensors {label}" for label, count in counts.most_common())
 
 
 def _written(plan: Plan) -> Iterator[str]:

@@ -12,7 +12,7 @@ from mergeforge.methods import Block, Method, Reduction
 from mergeforge.methods.block_statistics import SAMPLE_BLOCKS, BlockStatistics
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.lazy import LazyTensor, Rows, Span, Stats, StatsPass
-from mergeforge.tensors.native_inputs import ITEMSIZES, NativeInput, NativeInputs
+from mergeforge.tensors.native_inputs import ITEMSIZES, NativeInput, NativeInputs, ranking_nbytes
 from mergeforge.tensors.native_statistics import NativeStatistics, sample_spans
 from mergeforge.tensors.stored import StoredTensor
 from mergeforge.tensors.worker import ALIGNMENT, Worker
@@ -60,7 +60,8 @@ class MergedTensor:
             (part.memory_cost for part in self.inputs), MemoryCost(scratch_blocks=self.method.scratch_blocks + 1)
         )
         alignment = ALIGNMENT * len(self.inputs)
-        return cost + MemoryCost(fixed_nbytes=self.method.stats_nbytes * len(self.sources) + alignment)
+        ranking = ranking_nbytes(self.row_length, len(self.sources)) if self.method.ranks_rows else 0
+        return cost + MemoryCost(fixed_nbytes=self.method.stats_nbytes * len(self.sources) + alignment + ranking)
 
     @property
     def is_native(self) -> bool:
@@ -180,7 +181,8 @@ class MergedTensor:
                 yield self._in_memory(inputs(start, stop)[0], start), start, stop
 
         samples = sample_spans(self.info) if self.inputs_are_stored else sample_blocks(self.info, SAMPLE_BLOCKS)
-        return NativeStatistics(self.info.numel, len(self.sources), self.block(0), blocks, samples)
+        facts = self.info.numel, len(self.sources), self.block(0)
+        return NativeStatistics(*facts, blocks, samples, self.row_length)
 
     def _load_native(self, reduction: Reduction, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
         import numpy as np

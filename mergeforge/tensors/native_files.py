@@ -23,7 +23,7 @@ from mergeforge.tensors.native_inputs import (
     NativeInput,
     NativeInputs,
     UnreadableInput,
-    ranked_row_nbytes,
+    ranking_nbytes,
     read_buffer_nbytes,
 )
 from mergeforge.tensors.native_statistics import MAX_SAMPLES, NativeStatistics, sample_spans
@@ -43,7 +43,7 @@ def staging_nbytes(tensor: MergedTensor) -> int:
     """Bytes that a worker needs beside the written tile: the read buffer, statistics, and the C library's own."""
     count = len(tensor.sources)
     searching = tensor.method.stats_nbytes * count + (4 * MAX_SAMPLES * count if tensor.method.stats_nbytes else 0)
-    ranking = ranked_row_nbytes(tensor.row_length, count) if tensor.method.ranks_rows else 0
+    ranking = ranking_nbytes(tensor.row_length, count) if tensor.method.ranks_rows else 0
     return _read_buffer_nbytes(tensor) + searching + ranking
 
 
@@ -61,16 +61,22 @@ class NativeMerge:
 
     def prepare(self, tiles: Sequence[Tile]) -> Reduction:
         """The reduction. A method that needs statistics of the whole tensor collects them over these tiles."""
-        tensor = self.tensor
+        tensor, opened = self.tensor, (0, 0)
 
         def scan(spans: list[Span] | None) -> Iterator[tuple[NativeInputs, int, int]]:
+            nonlocal opened
             for start, stop in spans or [(tile.start, tile.stop) for tile in tiles]:
+                opened = start, stop
                 with self.open_inputs(start, stop) as inputs:
                     for first in range(start, stop, self.info.block_rows):
                         yield inputs, first, min(first + self.info.block_rows, stop)
 
         facts = self.info.numel, len(tensor.sources), tensor.block(0)
-        reduction = tensor.method.prepare(NativeStatistics(*facts, scan, sample_spans(self.info)), tensor.parameters)
+        statistics = NativeStatistics(*facts, scan, sample_spans(self.info), tensor.row_length)
+        try:
+            reduction = tensor.method.prepare(statistics, tensor.parameters)
+        except UnreadableInput as error:
+            _raise_read_error(tensor.stored_inputs[error.index], *opened)
         assert isinstance(reduction, Reduction)
         return reduction
 
@@ -85,9 +91,11 @@ class NativeMerge:
         with self.open_inputs(tile.start, tile.stop) as inputs:
             for start, stop in pairwise(sorted({tile.start, tile.stop, *rows_from})):
                 part = out[(start - tile.start) * self.info.row_nbytes : (stop - tile.start) * self.info.row_nbytes]
-                magnitudes.append(
-                    inputs.reduce(reduction, start, stop, self.info.dtype, part, changes, rows_from.get(start, 0))
-                )
+                arguments = (reduction, start, stop, self.info.dtype, part, changes, rows_from.get(start, 0))
+                try:
+                    magnitudes.append(inputs.reduce(*arguments))
+                except UnreadableInput as error:
+                    _raise_read_error(self.tensor.stored_inputs[error.index], tile.start, tile.stop)
         for stored in self.tensor.stored_inputs:
             _file(stored).release(*_extent(stored, tile.start, tile.stop))
         return max(magnitudes, key=lambda magnitude: (math.isnan(magnitude), magnitude))
@@ -103,8 +111,6 @@ class NativeMerge:
         ]
         try:
             yield self.tensor.native_inputs(inputs, start, buffer)
-        except UnreadableInput as error:
-            _raise_read_error(stored_inputs[error.index], start, stop)
         finally:
             self.worker.release(mark)
 

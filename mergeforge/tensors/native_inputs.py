@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.methods.keep import KeepRanks
 from mergeforge.methods.kth_largest import KthLargestSearch
 from mergeforge.methods.reduction import Reduction
 from mergeforge.native.bindings import CHUNK, kernels
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 ITEMSIZES = {"BF16": 2, "F16": 2, "F32": 4}  # dtypes that the C library reads and writes
 MAX_ITEMSIZE = 4  # bytes of an element
+MAX_RANK_BITS_NBYTES = 2 << 20  # of each input
 READ_NBYTES = 1 << 20  # bytes of all inputs together that are read at a time
 
 
@@ -80,7 +82,7 @@ class NativeInputs:
         return magnitude
 
     def l1_norms(self, reduction: Reduction, start: int, stop: int) -> Doubles:
-        """The L1 norm of each input, and of what is kept of it: (inputs, 2)."""
+        """The L1 norm of each input, and of what is kept of it: (inputs, 2). Remembers what is kept by rank."""
         import numpy as np
 
         norms = np.zeros((self.input_count, 2))
@@ -139,7 +141,8 @@ class NativeInputs:
     def _reduce(self, name: str, reduction: Reduction, start: int, stop: int, *arguments: Any) -> Any:
         element, length = start * self.columns, self._length(start, stop)
         inputs = self._from_row(start)
-        return self._call(name, inputs, self.has_base, self._arguments(reduction), element, length, *arguments)
+        fields = self._arguments(reduction, is_last=name == "reduce")
+        return self._call(name, inputs, self.has_base, fields, element, length, *arguments)
 
     def _call(self, name: str, *arguments: Any, of: Sequence[int] | None = None) -> Any:
         """Call a kernel on the rows of all tensors, or `of` some of them."""
@@ -149,17 +152,21 @@ class NativeInputs:
         except library.ReadError as error:
             raise UnreadableInput(error.args[0] if of is None else of[error.args[0]]) from None
 
-    def _arguments(self, reduction: Reduction) -> tuple[Any, ...]:
-        """The reduction as module.c takes it."""
+    def _arguments(self, reduction: Reduction, is_last: bool) -> tuple[Any, ...]:
+        """The reduction as module.c takes it; `is_last`: what is kept by rank is known already."""
         import numpy as np
 
         keep, combine = reduction.keep, reduction.combine
+        kept = keep.native_table
+        if isinstance(keep, KeepRanks):
+            bits = keep.native_bits[0] if keep.native_bits else None
+            kept = (kept, bits, 0 if bits is None else bits.shape[1], is_last)
         weights = reduction.weights or [0.0] * self.input_count
         divisor, scale, t, min_divisor = reduction.divisor("F32"), reduction.scale, reduction.t, reduction.min_divisor
         return (
             *(int(combine), keep.native_kind, reduction.fused, reduction.normalize),
             *(divisor, scale, t, min_divisor, self.row_length),
-            *(np.array(reduction.factors, np.float32), np.array(weights, np.float32), keep.native_table),
+            *(np.array(reduction.factors, np.float32), np.array(weights, np.float32), kept),
         )
 
     def _length(self, start: int, stop: int) -> int:
@@ -179,6 +186,15 @@ def read_buffer_nbytes(count: int, row_length: int = 0) -> int:
     return max(READ_NBYTES, count * max(CHUNK, row_length) * MAX_ITEMSIZE)
 
 
-def ranked_row_nbytes(row_length: int, input_count: int) -> int:
-    """Bytes that the C library allocates for masks by rank: buffers for a row, and marks for what is read at a time."""
-    return 48 * max(row_length, 128) + input_count * max(READ_NBYTES, row_length)
+def ranking_nbytes(row_length: int, input_count: int) -> int:
+    """Bytes that ranking takes: buffers for a row, marks for what is read at a time, and the bits of many rows."""
+    return 48 * max(row_length, 128) + input_count * (max(READ_NBYTES, row_length) + MAX_RANK_BITS_NBYTES)
+
+
+def rank_bits(input_count: int, numel: int, row_length: int) -> Bytes:
+    """Room for a bit for each element of the first rows: (inputs, rows, bytes of a row)."""
+    import numpy as np
+
+    row_nbytes = -(-row_length // 8)
+    rows = min(-(-numel // row_length), MAX_RANK_BITS_NBYTES // row_nbytes)
+    return np.empty((input_count, rows, row_nbytes), np.uint8)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.methods.block import Block
 from mergeforge.methods.block_statistics import by_input, symmetric
-from mergeforge.methods.keep import Keep
+from mergeforge.methods.keep import Keep, KeepRanks
 from mergeforge.methods.kth_largest import KthLargestSearch, Threshold
 from mergeforge.methods.reduction import Combine, Reduction
 from mergeforge.methods.statistics import (
@@ -23,7 +23,7 @@ from mergeforge.methods.statistics import (
 )
 from mergeforge.methods.thresholds import VARIANCE, Searches, find_thresholds
 from mergeforge.tensors.lazy import Span
-from mergeforge.tensors.native_inputs import NativeInputs
+from mergeforge.tensors.native_inputs import NativeInputs, rank_bits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ NativeScan = Callable[[list[Span] | None], Iterator[tuple[NativeInputs, int, int
 class NativeStatistics:
     """Answers requests by scanning a tensor in the C library (statistics.Statistics).
 
-    `samples`: the row ranges from which magnitudes are sampled.
+    `samples`: the row ranges from which magnitudes are sampled. `row_length`: elements of a row, for ranking.
     """
 
     numel: int
@@ -51,6 +51,7 @@ class NativeStatistics:
     first_block: Block
     scan: NativeScan
     samples: list[Span]
+    row_length: int
     compute: str = "F32"
 
     def collect(self, request: Request[R]) -> R:
@@ -89,6 +90,8 @@ class NativeStatistics:
             inputs.count_magnitudes(searches, start, stop)
 
     def _l1_norms(self, keep: Keep) -> list[tuple[float, float]]:
+        if isinstance(keep, KeepRanks):
+            keep.native_bits[:] = [rank_bits(self.input_count, self.numel, self.row_length)]
         reduction = Reduction([0.0] * self.input_count, keep=keep)
         by_block = [inputs.l1_norms(reduction, start, stop).tolist() for inputs, start, stop in self.scan(None)]
         return [

@@ -44,6 +44,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": {"weight": 0.3, "density": 0.4, "rescale": True},
     "breadcrumbs": {"weight": 0.3, "density": 0.4},
     "breadcrumbs_ties": {"weight": 0.3, "density": 0.4},
+    "della": {"weight": 0.3, "density": 0.4},
+    "della_linear": {"weight": 0.3, "density": 0.4, "epsilon": 0.2},
+    "sce": {"select_topk": 0.4},
 }
 SINGLE_MODEL = ("passthrough", "slerp", "nearswap")  # one model, with or without a base
 
@@ -78,13 +81,14 @@ def test_plans_torch_for_what_the_c_library_cannot_sum() -> None:
 @pytest.mark.parametrize("method", ["linear", "slerp"])
 def test_names_an_input_that_is_truncated_during_the_merge(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The header was intact when the file was opened."""
-    kernel = bindings.kernels().inner_products if method == "slerp" else bindings.kernels().weighted_sum
+    name = "inner_products" if method == "slerp" else "reduce"
+    kernel = getattr(bindings.kernels(), name)
 
-    def cut(*arguments: Any) -> int:
+    def cut(*arguments: Any) -> Any:
         os.truncate("tuned-a/model.safetensors", 4096)
-        return int(kernel(*arguments))
+        return kernel(*arguments)
 
-    monkeypatch.setattr(bindings.kernels(), kernel.__name__, cut)
+    monkeypatch.setattr(bindings.kernels(), name, cut)
     with pytest.raises(SourceError, match=r"tuned-a/model.safetensors ends at byte \d+; it changed while"):
         mergeforge.merge(recipe(method), out="out", device="cpu", threads=1)
 

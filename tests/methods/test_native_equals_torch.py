@@ -32,6 +32,7 @@ VARIANTS = [{}, {"rescale": True}, {"rescale": False, "normalize": True}, {"norm
 CASES = [
     (name, variant) for name in REDUCTIONS for variant in VARIANTS if variant.keys() <= METHODS[name].parameters.keys()
 ]
+COUNTS = (1, 2, 3, 4, 6)  # of inputs; loops over up to four are unrolled in C
 SHAPES = [(1, 1), (1, 3), (40, 7), (5, 600), (3, 2048), (2, 5633), (1, 20_001), (20_001,)]
 DTYPES = [("BF16", "BF16"), ("F16", "F16"), ("F32", "F32"), ("BF16", "F32")]  # of models, and of the base
 
@@ -41,17 +42,19 @@ def parameters(name: str, count: int, variant: dict[str, Any]) -> dict[str, Any]
     values = {}
     for one in METHODS[name].parameters.values():
         value = (PARAMETERS | variant).get(one.name, one.default)
-        values[one.name] = value[:count] if isinstance(value, list) else [value] * count if one.per_input else value
+        values[one.name] = (
+            (value * 2)[:count] if isinstance(value, list) else [value] * count if one.per_input else value
+        )
     return values
 
 
-def tensors(shape: tuple[int, ...], dtypes: tuple[str, str], seed: int) -> tuple[list[Tensor], Tensor]:
-    """Three models near a base: many equal and zero differences, zeros of both signs, one scale for each row."""
+def tensors(shape: tuple[int, ...], dtypes: tuple[str, str], count: int, seed: int) -> tuple[list[Tensor], Tensor]:
+    """Models near a base: many equal and zero differences, zeros of both signs, one scale for each row."""
     numbers = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=numbers).mul_(0.02)
     base.view(-1)[::9], base.view(-1)[1::9] = 0.0, -0.0
-    models = [base + torch.randn(shape, generator=numbers) * 10.0 ** -(3 + index) for index in range(3)]
-    models[2].view(-1)[::3] = models[0].view(-1)[::3]
+    models = [base + torch.randn(shape, generator=numbers) * 10.0 ** -(3 + index) for index in range(count)]
+    models[-1].view(-1)[::3] = models[0].view(-1)[::3]
     model_dtype, base_dtype = map(torch_dtype, dtypes)
     assert model_dtype and base_dtype
     return [model.to(model_dtype) for model in models], base.to(base_dtype)
@@ -64,10 +67,12 @@ def raw(tensor: Tensor) -> np.ndarray:
 class Both:
     """One merge by both interpreters. `block_rows`: rows of a block."""
 
-    def __init__(self, name: str, variant: dict[str, Any], shape: tuple[int, ...], dtypes: tuple[str, str]) -> None:
+    def __init__(
+        self, name: str, variant: dict[str, Any], shape: tuple[int, ...], dtypes: tuple[str, str], count: int = 3
+    ) -> None:
         self.method = METHODS[name]
-        models, base = tensors(shape, dtypes, seed=len(name))
-        count = min(3, self.method.inputs[1])
+        count = min(count, self.method.inputs[1])
+        models, base = tensors(shape, dtypes, count, seed=len(name))
         inputs = [base.to(models[0].dtype), *models[: count - 1]] if self.method.base_is_input else models[:count]
         self.is_vector = len(shape) == 1
         self.rows, self.columns = (shape[0], 1) if self.is_vector else shape
@@ -109,7 +114,8 @@ class Both:
         def scan(spans: Any) -> Iterator[tuple[NativeInputs, int, int]]:
             return ((inputs, *span) for span in spans or self.blocks())
 
-        known = NativeStatistics(self.rows * self.columns, len(self.inputs), self.block(0), scan, [(0, self.rows)])
+        facts = self.rows * self.columns, len(self.inputs), self.block(0)
+        known = NativeStatistics(*facts, scan, [(0, self.rows)], row_length)
         prepared = self.method.prepare(known, self.parameters)
         assert isinstance(prepared, Reduction)
         merged = torch.empty(self.rows, self.columns)
@@ -130,6 +136,14 @@ def test_both_interpreters_give_the_same_bytes(name: str, variant: dict[str, Any
         (from_torch, expected), (from_c, merged) = both.in_torch(), both.in_c()
         np.testing.assert_allclose(from_c.factors, from_torch.factors, rtol=1e-12, err_msg=str(shape))
         assert torch.equal(merged.view(torch.int32), expected.view(torch.int32)), shape
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_any_number_of_inputs_gives_the_same_bytes(name: str, count: int) -> None:
+    both = Both(name, {}, (5, 600), ("BF16", "BF16"), count)
+    if len(both.inputs) >= METHODS[name].inputs[0]:
+        assert torch.equal(both.in_c()[1].view(torch.int32), both.in_torch()[1].view(torch.int32))
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)

@@ -30,6 +30,10 @@ def reduction(count: int = 2, **changed: Any) -> tuple[Any, ...]:
     return tuple(fields.values())
 
 
+def by_rank(ranks: np.ndarray, bits: Any = None, rows: int = 0, **changed: Any) -> tuple[Any, ...]:
+    return reduction(keep=3, kept=(ranks, bits, rows, False), **changed)
+
+
 def reduce(**changed: Any) -> float:
     arguments: dict[str, Any] = {"inputs": [tensor(), tensor(), tensor()], "has_base": True, "reduction": reduction()}
     arguments |= {"element": 0, "length": LENGTH, "dtype": "F32", "out": np.zeros(4 * LENGTH, np.uint8)}
@@ -48,6 +52,7 @@ SHORT, LONG = np.zeros(4 * LENGTH - 4, np.uint8), np.zeros(4 * LENGTH + 4, np.ui
 READ_ONLY = np.zeros(4 * LENGTH, np.uint8)
 READ_ONLY.flags.writeable = False
 UNALIGNED = np.zeros(4 * LENGTH + 1, np.uint8)[1:]
+RANKS = np.zeros((2, 9), np.uint32)
 RANGES = np.full((2, 6), -1, np.int64)
 WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "out is too short": (ValueError, {"out": SHORT}),
@@ -101,7 +106,11 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "too few ranges": (ValueError, {"reduction": reduction(keep=2, kept=RANGES[:1].copy())}),
     "ranges are int32": (TypeError, {"reduction": reduction(keep=2, kept=RANGES.astype(np.int32))}),
     "ranges are not contiguous": (ValueError, {"reduction": reduction(keep=2, kept=np.full((2, 12), -1)[:, ::2])}),
-    "too few ranks": (ValueError, {"reduction": reduction(keep=3, kept=np.zeros((2, 8), np.uint32))}),
+    "ranks are no tuple": (TypeError, {"reduction": reduction(keep=3, kept=np.zeros((2, 9), np.uint32))}),
+    "too few ranks": (ValueError, {"reduction": by_rank(np.zeros((2, 8), np.uint32))}),
+    "ranks' bits are too short": (ValueError, {"reduction": by_rank(RANKS, np.zeros(2 * 30 * 13 - 1, np.uint8), 30)}),
+    "ranks' bits have negative rows": (ValueError, {"reduction": by_rank(RANKS, np.zeros(0, np.uint8), -1)}),
+    "ranks' bits have too many rows": (ValueError, {"reduction": by_rank(RANKS, np.zeros(0, np.uint8), 1 << 62)}),
 }
 
 
@@ -120,9 +129,9 @@ def test_the_read_buffer_must_hold_a_row_of_each_input(tmp_path: Any) -> None:
     (tmp_path / "file").write_bytes(bytes(4 * LENGTH))
     with (tmp_path / "file").open("rb") as file:
         inputs = [(file.fileno(), 0, "F32")] * 3
-        by_rank = reduction(keep=3, kept=np.full((2, 9), 1, np.uint32), row_length=LENGTH)
+        ranked = by_rank(np.full((2, 9), 1, np.uint32), row_length=LENGTH)
         with pytest.raises(ValueError, match="read buffer is too small"):
-            reduce(inputs=inputs, reduction=by_rank, read_buffer=np.empty(3 * 4 * (LENGTH - 1), np.uint8))
+            reduce(inputs=inputs, reduction=ranked, read_buffer=np.empty(3 * 4 * (LENGTH - 1), np.uint8))
         with pytest.raises(ValueError, match="not aligned"):
             reduce(inputs=inputs, read_buffer=np.empty(3 * 4 * LENGTH + 1, np.uint8)[1:])
 
