@@ -10,5 +10,10 @@ const struct quant_type quant_types[] = {
     {"Q5_0", 32, 22, quantize_q5_0},
     {"Q5_1", 32, 24, quantize_q5_1},
     {"Q8_0", 32, 34, quantize_q8_0},
+    {"Q2_K", 256, 84, quantize_q2_k},
+    {"Q3_K", 256, 110, quantize_q3_k},
+    {"Q4_K", 256, 144, quantize_q4_k},
+    {"Q5_K", 256, 176, quantize_q5_k},
+    {"Q6_K", 256, 210, quantize_q6_k},
     {NULL, 0, 0, NULL},
 };
