@@ -15,5 +15,7 @@ const struct quant_type quant_types[] = {
     {"Q4_K", 256, 144, quantize_q4_k},
     {"Q5_K", 256, 176, quantize_q5_k},
     {"Q6_K", 256, 210, quantize_q6_k},
+    {"IQ4_NL", 32, 18, quantize_iq4_nl},
+    {"IQ4_XS", 256, 136, quantize_iq4_xs},
     {NULL, 0, 0, NULL},
 };
