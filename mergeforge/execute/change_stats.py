@@ -46,7 +46,7 @@ class ChangeStats:
 
     @classmethod
     def from_kernel(cls, elements: int, changes: Sequence[float]) -> ChangeStats:
-        """From the five numbers that NativeInputs.weighted_sum measures."""
+        """From the five numbers that NativeInputs.reduce measures."""
         base_square, change_square, max_change, changed, lost = changes
         return cls(elements, base_square, change_square, max_change, int(changed), int(lost))
 

@@ -13,9 +13,9 @@ from mergeforge.core.tensor_info import TensorInfo, Tile, blocks, torch_dtype
 from mergeforge.errors import SourceError
 from mergeforge.execute.change_stats import ChangeStats, base_of, measure_change, sampled_rows, total_change
 from mergeforge.planner import TensorPlan
-from mergeforge.planner.native_sum import NativeReduction
 from mergeforge.tensors.lazy import Rows, Stats, StatsPass, collect_stats
 from mergeforge.tensors.merged import MergedTensor
+from mergeforge.tensors.native_files import NativeMerge
 from mergeforge.tensors.worker import Worker
 from mergeforge.writers.encoder import TensorEncoder, chunk_ranges
 from mergeforge.writers.safetensors import KEY
@@ -55,11 +55,17 @@ def compute_tiles(
     For a tensor that needs statistics, pass all its tiles, in order. Raises SourceError for values that do not fit
     the output dtype.
     """
-    if plan.is_native:
-        yield from _compute_native(plan, tiles, worker, allow_nonfinite)
+    worker.is_native = plan.backend.name == "native"
+    if plan.backend.from_files:
+        yield from _compute_from_files(plan, tiles, worker, allow_nonfinite)
+        return
+    if plan.backend.name == "copy":
+        for tile in tiles:
+            worker.clear()
+            yield EncodedTile(tile, _copy_tile(plan, tile, worker))
         return
     stats: Stats = {}
-    compute_dtype = torch_dtype(plan.compute)
+    compute_dtype = torch_dtype(plan.backend.compute)
     assert compute_dtype is not None
     all_rows = range(plan.info.rows)
     if plan.needs_stats:
@@ -77,9 +83,6 @@ def compute_tiles(
             worker.release(mark)
         else:
             worker.clear()
-        if plan.is_copy:
-            yield EncodedTile(tile, _copy_tile(plan, tile, worker))
-            continue
         if not plan.fits_in_memory:
             loaded = _load(plan, range(tile.start, tile.stop), worker, stats, compute_dtype)
         yield _compute(plan, tile, worker, loaded, allow_nonfinite)
@@ -93,16 +96,16 @@ def _copy_tile(plan: TensorPlan, tile: Tile, worker: Worker) -> Encoded:
     return [(plan.encoders[0], raw)]
 
 
-def _compute_native(
+def _compute_from_files(
     plan: TensorPlan, tiles: tuple[Tile, ...], worker: Worker, allow_nonfinite: bool
 ) -> Iterator[EncodedTile]:
-    """Compute tiles of a weighted sum in the C library."""
+    """Compute tiles in the C library, from file to file."""
     import numpy as np
 
     assert isinstance(plan.tensor, MergedTensor)
-    reduction, measures = NativeReduction(plan.tensor, plan.info, worker), base_of(plan.tensor) is not None
+    merge, measures = NativeMerge(plan.tensor, plan.info, worker), base_of(plan.tensor) is not None
     worker.clear()
-    terms = reduction.collect_stats(plan.tiles)
+    reduction = merge.prepare(plan.tiles)
     for tile in tiles:
         worker.clear()
         raw = worker.allocate(tile.rows * plan.info.row_nbytes)
@@ -112,7 +115,7 @@ def _compute_native(
             if measures and (count := sampled_rows(plan, start, stop))
         ]
         changes = np.zeros(5)
-        magnitude = reduction.fill(terms, tile, raw, sampled, changes)
+        magnitude = merge.fill(reduction, tile, raw, sampled, changes)
         (encoder,) = plan.encoders
         if encoder.overflows(magnitude) and not allow_nonfinite:
             raise _overflow_error(plan, tile, encoder, raw, magnitude)

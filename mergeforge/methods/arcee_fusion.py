@@ -5,14 +5,14 @@ Arcee AI's method, as mergekit defines it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mergeforge.methods import Block, BlockScan, method
-from mergeforge.methods._kth_largest import SEARCH_NBYTES
-from mergeforge.methods._thresholds import sample_magnitude_bits, sample_whole_tensor, thresholds_of_largest
-from mergeforge.native import bindings
+from mergeforge.methods import Block, Statistics, method
+from mergeforge.methods.block_statistics import count_values
+from mergeforge.methods.kth_largest import SEARCH_NBYTES, KthLargestSearch
+from mergeforge.methods.statistics import EveryBlock
+from mergeforge.methods.thresholds import Searches, find_thresholds, magnitude_array, subsample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 QUARTILES = (0.25, 0.5, 0.75)
 SOFTENING = 1e-8
 CACHED_ROWS = 1 << 18  # rows whose divergence is cached: 1 MB
+SAMPLE_ELEMENTS = 1 << 18  # of the whole tensor: a sample of a few blocks misleads where rows differ
 
 
 @dataclass
@@ -37,16 +38,8 @@ class Importance:
 
     def of(self, models: list[Tensor], block: Block) -> Tensor:
         """The importance of a block's elements."""
-        import torch
-
-        divergence = self.divergence(models, block)
         base, other = models
-        if not bindings.is_supported(base, other):
-            return (other - base).abs_().mul_(divergence)
-        out = torch.empty_like(base)
-        rows = len(divergence)
-        bindings.kernels().importance(base, other, divergence, rows, base.numel() // rows, out)
-        return out
+        return (other - base).abs_().mul_(self.divergence(models, block))
 
     def divergence(self, models: list[Tensor], block: Block) -> Tensor:
         """The divergence of each row, as a column."""
@@ -69,47 +62,66 @@ def _divergence(base: Tensor, other: Tensor) -> Tensor:
     return p.mul_(torch.div(p, q, out=q).log_()).sum(dim=-1, keepdim=True)
 
 
-def importance_threshold(scan: BlockScan, numel: int) -> Importance:
+def importance_threshold(tensor: Statistics) -> Importance:
     """median + 1.5 (third - first quartile) of the importance over the whole tensor, in float32.
 
     Quartiles are those at the ranks floor(q (n - 1)).
     """
     import numpy as np
 
-    importance = Importance()
+    importance, numel = Importance(), tensor.numel
     if not numel:
         return importance
-    negative, samples = sample_whole_tensor(scan(importance.of), numel, lambda values: int(values.lt_(0).sum()))
+    negative, samples = _sample(tensor, importance)
     ranks = [int(quartile * (numel - 1)) for quartile in QUARTILES]
-    is_negative = [rank < negative for rank in ranks]
-    counts = {at: rank + 1 if is_negative[at] else numel - rank for at, rank in enumerate(ranks)}
-    parts = dict(zip(is_negative, _signed_parts(samples, is_negative), strict=True))
-    bits = {sign: sample_magnitude_bits(part, 1, 1) for sign, part in parts.items()}
-    samples_by_rank = {at: bits[sign] for at, sign in enumerate(is_negative)}
-    del samples, parts, bits
-    thresholds = thresholds_of_largest(_importance_scan(scan, importance, is_negative), numel, counts, samples_by_rank)
-    values = (-thresholds[at].value if is_negative[at] else thresholds[at].value for at in range(len(ranks)))
-    first, median, third = map(np.float32, values)
+    # A rank below zero is searched among the magnitudes of the negative numbers, in the other direction.
+    signs = [-1 if rank < negative else 1 for rank in ranks]
+    searches = [
+        (sign, KthLargestSearch(rank + 1 if sign < 0 else numel - rank, numel))
+        for sign, rank in zip(signs, ranks, strict=True)
+    ]
+    thresholds = find_thresholds(
+        searches,
+        lambda numbers: [magnitude_array(_of_sign(samples, sign)) for sign in numbers],
+        lambda pending: _count(tensor, importance, pending),
+    )
+    first, median, third = (
+        np.float32(sign * threshold.value) for sign, threshold in zip(signs, thresholds, strict=True)
+    )
     importance.threshold = float(median + np.float32(1.5) * (third - first))
     return importance
 
 
-def _importance_scan(scan: BlockScan, importance: Importance, is_negative: list[bool]) -> Any:
-    """Scan the importance as one input for each rank: the negative part for a rank below zero, else the positive."""
+def _sample(tensor: Statistics, importance: Importance) -> tuple[int, Tensor]:
+    """The number of negative elements of the importance, and a sample of the whole tensor, flat."""
+    import torch
 
-    def scan_importance(visit: Callable[[list[Tensor], Block], Any], sample: int = 0) -> Iterator[Any]:
-        return scan(
-            lambda models, block: visit(_signed_parts(importance.of(models, block), is_negative), block), sample
-        )
+    samples, used = torch.empty(min(tensor.numel, 2 * SAMPLE_ELEMENTS)), 0
 
-    return scan_importance
+    def visit(models: list[Tensor], block: Block) -> int:
+        nonlocal used
+        values = importance.of(models, block)
+        sampled = subsample(values, tensor.numel, SAMPLE_ELEMENTS)
+        samples[used : used + len(sampled)] = sampled
+        used += len(sampled)
+        return int(values.lt_(0).sum())
+
+    negative = sum(tensor.collect(EveryBlock(visit)))
+    return negative, samples[:used]
 
 
-def _signed_parts(importance: Tensor, is_negative: list[bool]) -> list[Tensor]:
-    """The magnitudes of the negative or of the positive importance, one for each rank; overwrites the importance."""
-    negative = importance.neg().clamp_(min=0) if any(is_negative) else importance
-    positive = importance.clamp_(min=0)
-    return [negative if sign else positive for sign in is_negative]
+def _count(tensor: Statistics, importance: Importance, searches: Searches) -> None:
+    def visit(models: list[Tensor], block: Block) -> None:
+        values = importance.of(models, block)
+        for sign in sorted({sign for sign, _ in searches}):
+            count_values(_of_sign(values, sign), [search for other, search in searches if other == sign])
+
+    tensor.collect(EveryBlock(visit))
+
+
+def _of_sign(values: Tensor, sign: int) -> Tensor:
+    """The magnitudes of the numbers of a sign; 0 for the others."""
+    return values.neg().clamp_(min=0) if sign < 0 else values.clamp(min=0)
 
 
 @method(
@@ -123,10 +135,7 @@ def _signed_parts(importance: Tensor, is_negative: list[bool]) -> list[Tensor]:
 def arcee_fusion(models: list[Tensor], stats: Importance, block: Block) -> Tensor:
     """base + (other - base) where the importance reaches the threshold, else base."""
     base, other = models
-    if bindings.is_supported(base, other):
-        divergence = stats.divergence(models, block)
-        rows = len(divergence)
-        bindings.kernels().important(base, other, divergence, rows, base.numel() // rows, stats.threshold)
-        return other
-    mask = stats.of(models, block).ge_(stats.threshold)
-    return other.sub_(base).mul_(mask).add_(base)
+    divergence = stats.divergence(models, block)
+    change = other.sub_(base)
+    kept = change.abs().mul_(divergence).ge_(stats.threshold)
+    return change.mul_(kept).add_(base)

@@ -6,32 +6,29 @@ import math
 from typing import TYPE_CHECKING
 
 from mergeforge.core.parameters import Interval
-from mergeforge.methods import BlockScan, method
-from mergeforge.methods._inner_products import gram, lengths
-from mergeforge.methods._weighted_sum import WeightedSum
+from mergeforge.methods import Reduction, Statistics, reduction
+from mergeforge.methods.statistics import InnerProducts, norms
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mergeforge.methods._inner_products import Matrix
+    from mergeforge.methods.statistics import Matrix
 
 
-def weights(scan: BlockScan, numel: int, *, max_iter: float, tol: float) -> list[float]:
-    """The weight of each input in the mean, at the inputs' mean length."""
+def factors(tensor: Statistics, max_iter: int, tol: float) -> list[float]:
+    """The factor of each input in the mean, at the inputs' mean length."""
     import numpy as np
 
-    products = gram(scan)
+    products = tensor.collect(InnerProducts())
     count = len(products)
     if count <= 1:
-        return [1.0] * count
-    norms = lengths(products)
-    valid = norms > tol
+        return [1.0] * tensor.input_count
+    lengths = norms(products)
+    valid = lengths > tol
     if not valid.any():
         return [0.0] * count
-    scale = np.where(valid, 1 / np.where(valid, norms, 1), 0)
+    scale = np.where(valid, 1 / np.where(valid, lengths, 1), 0)
     unit_products = products * np.outer(scale, scale)
-    mean = _mean(unit_products, valid / valid.sum(), int(max_iter), tol)
-    return [float(weight) for weight in mean * scale * norms.mean()]
+    mean = _mean(unit_products, valid / valid.sum(), max_iter, tol)
+    return [float(weight) for weight in mean * scale * lengths.mean()]
 
 
 def _mean(unit_products: Matrix, share: Matrix, max_iter: int, tol: float) -> Matrix:
@@ -60,14 +57,10 @@ def _mean(unit_products: Matrix, share: Matrix, max_iter: int, tol: float) -> Ma
 WITHIN = {"max_iter": Interval(0, 1000), "tol": Interval(0, 1, open_low=True)}
 
 
-def as_sum(stats: list[float], **_: object) -> WeightedSum:
-    return WeightedSum(stats, fused=True)
-
-
-@method("karcher", scratch_blocks=1, stats=weights, within=WITHIN, as_sum=as_sum)
-def karcher(models: list[Tensor], stats: list[float], *, max_iter: float = 10, tol: float = 1e-5) -> Tensor:
+@reduction("karcher", scratch_blocks=1, needs_stats=True, within=WITHIN)
+def karcher(tensor: Statistics, *, max_iter: float = 10, tol: float = 1e-5) -> Reduction:
     """The point on the sphere with the least squared distance to all models, at their mean length.
 
     Starts at the mean of the directions; stops after a step shorter than `tol`, or after `max_iter` steps.
     """
-    return as_sum(stats).evaluate(models)
+    return Reduction(factors(tensor, int(max_iter), tol), fused=True)

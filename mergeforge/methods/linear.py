@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from mergeforge.methods import method
-from mergeforge.methods._weighted_sum import WeightedSum
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mergeforge.methods import Reduction, Statistics, reduction
 
 
 def check(*, weight: list[float], normalize: bool) -> None:
@@ -16,15 +10,11 @@ def check(*, weight: list[float], normalize: bool) -> None:
         raise ValueError("the weights sum to zero, and normalize divides by their sum")
 
 
-def as_sum(*, weight: list[float], normalize: bool) -> WeightedSum:
-    return WeightedSum(weight, normalize, fused=True)
-
-
-@method("linear", scratch_blocks=0, check=check, as_sum=as_sum)
-def linear(models: list[Tensor], *, weight: list[float], normalize: bool = True) -> Tensor:
+@reduction("linear", scratch_blocks=0, check=check)
+def linear(tensor: Statistics, *, weight: list[float], normalize: bool = True) -> Reduction:
     """Weighted average of the inputs; with normalize: false, their weighted sum.
 
     Inputs are added one after another with a fused multiply-add, then divided by the weights' float32 sum, as in
     mergekit 0.1.5's linear. The plan refuses weights that sum to zero.
     """
-    return as_sum(weight=weight, normalize=normalize).evaluate(models)
+    return Reduction(weight, normalize=normalize, fused=True)

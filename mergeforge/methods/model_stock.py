@@ -8,10 +8,9 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from mergeforge.methods import BlockScan, method
-from mergeforge.methods._inner_products import gram, is_vector, lengths
-from mergeforge.methods._sub_blocks import by_rows
-from mergeforge.methods._weighted_sum import WeightedSum, fused_weighted_sum
+from mergeforge.methods import Reduction, Statistics, method
+from mergeforge.methods.statistics import InnerProducts, norms
+from mergeforge.methods.sub_blocks import by_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,44 +18,53 @@ if TYPE_CHECKING:
 TINY = 1e-6  # lower limit of a product of norms, and of the denominator
 
 
-def interpolation_ratio(scan: BlockScan, numel: int, *, filter_wise: bool) -> float | None:
-    """The share of the average, from the mean cosine of all pairs; None where each row has its own."""
+def interpolation_ratio(tensor: Statistics) -> float:
+    """The share of the average, from the mean cosine of all pairs."""
     import numpy as np
 
-    if filter_wise and not is_vector(scan):
-        return None
-    products = gram(scan)
+    products = tensor.collect(InnerProducts())
     count = len(products)
     if count < 2:
         return 0.0
-    norms = lengths(products)
-    cosines = np.clip(products / np.maximum(np.outer(norms, norms), TINY), -1, 1)
+    lengths = norms(products)
+    cosines = np.clip(products / np.maximum(np.outer(lengths, lengths), TINY), -1, 1)
     cosine = float(cosines[np.triu_indices(count, 1)].mean())
     denominator = 1 + (count - 1) * cosine
     return count * cosine / denominator if abs(denominator) >= TINY else 0.0
 
 
-def as_sum(stats: float, count: int, **_: object) -> WeightedSum:
-    return WeightedSum([stats / count] * count, fused=True)
+def whole_tensor(tensor: Statistics) -> Reduction:
+    """The step towards the average, with one ratio for the tensor."""
+    count = tensor.input_count
+    return Reduction([interpolation_ratio(tensor) / count] * count, fused=True)
 
 
-def sum_if(*, filter_wise: bool) -> bool:
-    return not filter_wise
+def stats(tensor: Statistics, *, filter_wise: bool) -> Reduction | None:
+    """The step for a tensor that is a single row; None where each row has its own ratio."""
+    return whole_tensor(tensor) if tensor.first_block.is_vector else None
 
 
-@method("model_stock", scratch_blocks=1, inputs=(2, 1 << 16), stats=interpolation_ratio, as_sum=as_sum, sum_if=sum_if)
-def model_stock(deltas: list[Tensor], stats: float | None, *, filter_wise: bool = False) -> Tensor:
+@method(
+    "model_stock",
+    scratch_blocks=1,
+    inputs=(2, 1 << 16),
+    stats=stats,
+    reduce=lambda tensor, **_: whole_tensor(tensor),
+    reduces=lambda *, filter_wise: not filter_wise,
+)
+def model_stock(deltas: list[Tensor], *, filter_wise: bool = False) -> Tensor:
     """base + t * mean(deltas), t = N cos / (1 + (N - 1) cos); with filter_wise a t for each row.
 
     cos is the mean cosine of all pairs of the N task vectors. Where t is undefined (N vectors that
     oppose each other) the result is the base.
     """
     count = len(deltas)
-    if stats is not None:
-        return as_sum(stats, count).evaluate(deltas)
     for rows in by_rows(deltas):
         row_ratios = _row_ratios(rows)
-        fused_weighted_sum(rows, [1 / count] * count).mul_(row_ratios)
+        total = rows[0].mul_(1 / count)
+        for more in rows[1:]:
+            total.add_(more, alpha=1 / count)
+        total.mul_(row_ratios)
     return deltas[0]
 
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from mergeforge.core.parameters import Interval
-from mergeforge.methods import BlockScan, method
-from mergeforge.methods._inner_products import gram, lengths
-from mergeforge.methods._weighted_sum import WeightedSum
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mergeforge.methods import Reduction, Statistics, reduction
+from mergeforge.methods.statistics import InnerProducts, norms
 
 
-def weights(scan: BlockScan, numel: int, *, weight: list[float], normalize_weights: bool, eps: float) -> list[float]:
-    """The weight of each input in the result.
+def factors(tensor: Statistics, weight: list[float], normalize_weights: bool, eps: float) -> list[float]:
+    """The factor of each input in the result.
 
     By definition the result is the mean of the directions plus a step in the tangent space, by the
     weighted mean of the directions there. That step is s - (s.m) m for s the weighted sum and m = s / |s|,
@@ -25,16 +20,16 @@ def weights(scan: BlockScan, numel: int, *, weight: list[float], normalize_weigh
     """
     import numpy as np
 
-    products = gram(scan)
+    products = tensor.collect(InnerProducts())
     if len(products) <= 1:
         return [1.0] * len(weight)
     share = np.array(weight) / (sum(weight) if normalize_weights else 1)
-    norms = lengths(products)
-    scale = 1 / (norms + eps)
+    lengths = norms(products)
+    scale = 1 / (lengths + eps)
     length = math.sqrt(max(float(share @ (products * np.outer(scale, scale)) @ share), 0))
     if length >= eps:
-        return [float(value) for value in share * scale * (norms @ share) / length]
-    if len(weight) > 2 and float(norms.max()) > eps:
+        return [float(value) for value in share * scale * (lengths @ share) / length]
+    if len(weight) > 2 and float(lengths.max()) > eps:
         raise ArithmeticError("the directions cancel: their weighted mean has no length")
     return [float(value) for value in share]
 
@@ -44,29 +39,19 @@ def check(*, weight: list[float], normalize_weights: bool, eps: float) -> None:
         raise ValueError("the weights sum to zero, and normalize_weights divides by their sum")
 
 
-def as_sum(stats: list[float], **_: object) -> WeightedSum:
-    return WeightedSum(stats, fused=True)
-
-
-@method(
+@reduction(
     "multislerp",
     scratch_blocks=1,
     optional_base=True,
-    stats=weights,
+    needs_stats=True,
     check=check,
-    as_sum=as_sum,
     within={"eps": Interval(0, 1, open_low=True)},
 )
 def multislerp(
-    models: list[Tensor],
-    stats: list[float],
-    *,
-    weight: list[float],
-    normalize_weights: bool = True,
-    eps: float = 1e-8,
-) -> Tensor:
+    tensor: Statistics, *, weight: list[float], normalize_weights: bool = True, eps: float = 1e-8
+) -> Reduction:
     """The weighted mean of the models' directions (with a base: their task vectors'), at their mean length.
 
     mergekit's method (https://goddard.blog/posts/multislerp-wow-what-a-cool-idea). A single input is returned as it is.
     """
-    return as_sum(stats).evaluate(models)
+    return Reduction(factors(tensor, weight, normalize_weights, eps), fused=True)

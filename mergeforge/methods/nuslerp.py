@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from mergeforge.methods import BlockScan, method
-from mergeforge.methods._inner_products import gram, is_vector
-from mergeforge.methods._sub_blocks import by_rows
-from mergeforge.methods._weighted_sum import WeightedSum
+from mergeforge.methods import Reduction, Statistics, method
+from mergeforge.methods.statistics import EveryBlock, InnerProducts
+from mergeforge.methods.sub_blocks import by_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,16 +17,7 @@ MIN_NORM = 1e-7
 COLUMNS_NBYTES = 4 * 8 << 18  # for each input, 262,144 columns: more than any vocabulary has
 STRAIGHT = 2.0**-23  # of the squared sine: float32 cannot tell less from a straight line
 
-Coefficients = tuple[float, float] | tuple["Tensor", "Tensor"] | None
-
-
-def coefficients(
-    scan: BlockScan, numel: int, *, weight: list[float], nuslerp_flatten: bool, nuslerp_row_wise: bool
-) -> Coefficients:
-    """The factors of the two inputs: for the whole tensor, or for each column; None where each row has its own."""
-    if nuslerp_flatten or is_vector(scan):
-        return _tensor_coefficients(scan, _t(weight))
-    return _column_coefficients(scan, _t(weight)) if nuslerp_row_wise else None
+Columns = tuple["Tensor", "Tensor"]
 
 
 def _t(weight: list[float]) -> float:
@@ -35,23 +25,38 @@ def _t(weight: list[float]) -> float:
     return 0.5 if abs(total) < 1e-6 else weight[1] / total
 
 
-def _tensor_coefficients(scan: BlockScan, t: float) -> tuple[float, float]:
-    products = gram(scan)
+def whole_tensor(tensor: Statistics, weight: list[float]) -> Reduction:
+    """The interpolation with one angle for the tensor."""
+    t = _t(weight)
+    products = tensor.collect(InnerProducts())
     if not len(products):
-        return 1 - t, t
-    norms = [max(math.sqrt(max(products[at, at], 0)), MIN_NORM) for at in range(2)]
-    cosine = max(-1.0, min(1.0, products[0, 1] / norms[0] / norms[1]))
+        return Reduction([1 - t, t])
+    lengths = [max(math.sqrt(max(products[at, at], 0)), MIN_NORM) for at in range(2)]
+    cosine = max(-1.0, min(1.0, products[0, 1] / lengths[0] / lengths[1]))
     if 1 - cosine * cosine <= STRAIGHT:
-        return 1 - t, t
+        return Reduction([1 - t, t])
     angle = math.acos(cosine)
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    return Reduction([math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)])
 
 
-def _column_coefficients(scan: BlockScan, t: float) -> tuple[Tensor, Tensor] | None:
+def stats(
+    tensor: Statistics, *, weight: list[float], nuslerp_row_wise: bool, **_: object
+) -> Reduction | Columns | None:
+    """For a tensor that is a single row, its interpolation; else the factors of each column, or None for rows."""
+    if tensor.first_block.is_vector:
+        return whole_tensor(tensor, weight)
+    return _column_coefficients(tensor, _t(weight)) if nuslerp_row_wise else None
+
+
+def _column_coefficients(tensor: Statistics, t: float) -> Columns | None:
     """A row of factors for each input, from squares and products summed down the columns."""
     total: list[Tensor] = []
-    for sums in scan(lambda inputs, block: list(_sums(inputs, dim=0))):
-        total = [column.add_(more) for column, more in zip(total, sums, strict=True)] if total else _double(sums)
+
+    def add(inputs: list[Tensor], block: object) -> None:
+        sums = list(_sums(inputs, dim=0))
+        total[:] = [column.add_(more) for column, more in zip(total, sums, strict=True)] if total else _double(sums)
+
+    tensor.collect(EveryBlock(add))
     return _factors(total, t) if total else None
 
 
@@ -81,28 +86,19 @@ def _factors(sums: list[Tensor], t: float) -> tuple[Tensor, Tensor]:
     return first, angle.mul_(t).sin_().div_(sine).masked_fill_(straight, t)
 
 
-def as_sum(stats: tuple[float, float], **_: object) -> WeightedSum:
-    """The merge where the whole tensor has one angle."""
-    return WeightedSum(stats)
-
-
-def sum_if(*, nuslerp_flatten: bool, **_: object) -> bool:
-    return nuslerp_flatten
-
-
 @method(
     "nuslerp",
     scratch_blocks=1,
     inputs=(2, 2),
     optional_base=True,
-    stats=coefficients,
+    stats=stats,
     stats_nbytes=COLUMNS_NBYTES,
-    as_sum=as_sum,
-    sum_if=sum_if,
+    reduce=lambda tensor, *, weight, **_: whole_tensor(tensor, weight),
+    reduces=lambda *, nuslerp_flatten, **_: nuslerp_flatten,
 )
 def nuslerp(
     models: list[Tensor],
-    stats: Coefficients,
+    stats: Columns | None,
     *,
     weight: list[float],
     nuslerp_flatten: bool = True,
@@ -120,8 +116,8 @@ def nuslerp(
     return models[0]
 
 
-def _sum(inputs: list[Tensor], factors: tuple[float, float] | tuple[Tensor, Tensor]) -> Tensor:
-    """The sum of two inputs times their factors (numbers, columns or rows), into the first."""
+def _sum(inputs: list[Tensor], factors: Columns) -> Tensor:
+    """The sum of two inputs times their factors (columns or rows), into the first."""
     first, second = inputs
-    a, b = (factor if isinstance(factor, float) else factor.to(first.dtype) for factor in factors)
+    a, b = (factor.to(first.dtype) for factor in factors)
     return first.mul_(a).add_(second.mul_(b))

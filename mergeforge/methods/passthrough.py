@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from mergeforge.methods import method
-from mergeforge.methods._weighted_sum import WeightedSum
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mergeforge.methods import Reduction, Statistics, reduction
 
 
-def as_sum(*, scale: list[float] | None) -> WeightedSum:
-    return WeightedSum([1.0 if scale is None or scale[0] is None else scale[0]])
-
-
-@method("passthrough", scratch_blocks=0, inputs=(1, 1), as_sum=as_sum)
-def passthrough(models: list[Tensor], *, scale: list[float] | None = None) -> Tensor:
+@reduction("passthrough", scratch_blocks=0, inputs=(1, 1))
+def passthrough(tensor: Statistics, *, scale: list[float] | None = None) -> Reduction:
     """One model unchanged, or multiplied by `scale`."""
-    return as_sum(scale=scale).evaluate(models)
+    return Reduction([1.0 if scale is None or scale[0] is None else scale[0]])

@@ -9,7 +9,8 @@ import math
 from typing import TYPE_CHECKING
 
 from mergeforge.core.parameters import Interval
-from mergeforge.methods import Block, BlockScan, method
+from mergeforge.methods import Block, Statistics, method
+from mergeforge.methods.statistics import EveryBlock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ def ram(deltas: list[Tensor], *, epsilon: float = 1e-5) -> Tensor:
     return total.div_(count.clamp_(min=1))
 
 
-def gains(scan: BlockScan, numel: int, *, epsilon: float, r: float, alpha: float) -> list[float]:
+def gains(tensor: Statistics, *, epsilon: float, r: float, alpha: float) -> list[float]:
     """The factor of each task vector's unique changes: the larger, the more changes it shares."""
 
     def counts(deltas: list[Tensor], block: Block) -> list[tuple[int, int]]:
@@ -47,7 +48,7 @@ def gains(scan: BlockScan, numel: int, *, epsilon: float, r: float, alpha: float
         return [(int(changes.sum()), int(changes.dot(is_unique))) for changes in changed]
 
     factors = []
-    for block_counts in zip(*scan(counts), strict=True):
+    for block_counts in zip(*tensor.collect(EveryBlock(counts)), strict=True):
         changed, unique = (sum(column) for column in zip(*block_counts, strict=True))
         factors.append(1 + r * min((changed - unique) / max(unique, epsilon, 1e-30), alpha))
     return factors

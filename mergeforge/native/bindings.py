@@ -1,120 +1,17 @@
-"""Bindings of kernels.c, a C library that is compiled at installation if there is a C compiler.
+"""Loading the C library, which is compiled at installation if there is a C compiler.
 
-It is a shared library behind ctypes, which releases the GIL, so importing this module costs nothing. Without the
-library, torch computes the same bytes.
+Without it, torch computes the same bytes, more slowly. module.c lists the functions and their arguments.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
+import importlib
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import ModuleType
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-
-class _Array:
-    """An argument that is a contiguous numpy array or tensor; alive while C reads or writes it."""
-
-    @classmethod
-    def from_param(cls, value: Any) -> ctypes.c_void_p:
-        return ctypes.c_void_p(value.data_ptr() if hasattr(value, "data_ptr") else value.ctypes.data)
-
-
-class _OptionalArray(_Array):
-    """An array or None."""
-
-    @classmethod
-    def from_param(cls, value: Any) -> ctypes.c_void_p:
-        return ctypes.c_void_p(None) if value is None else super().from_param(value)
-
-
-class _Struct(ctypes.Structure):
-    """Numbers and arrays for C."""
-
-    def keep_alive(self, **arrays: Any) -> None:
-        """Point fields to numpy arrays, which live as long as this struct; an empty array becomes a null pointer."""
-        self.arrays = arrays
-        for name, array in arrays.items():
-            setattr(self, name, array.ctypes.data if len(array) else None)
-
-
-class ReductionArgs(_Struct):
-    """struct reduction of kernels.c."""
-
-    _fields_: ClassVar = [
-        ("inputs", ctypes.c_int64),
-        ("has_base", ctypes.c_int64),
-        ("fused", ctypes.c_int64),
-        ("is_nearswap", ctypes.c_int64),
-        ("element", ctypes.c_int64),
-        ("factors", ctypes.c_void_p),
-        ("masks", ctypes.c_void_p),
-        ("ranges", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("products", ctypes.c_void_p),
-        ("normalize", ctypes.c_int64),
-        ("divisor", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("nearswap_t", ctypes.c_float),
-    ]
-
-
-class RankMaskArgs(_Struct):
-    """struct rank_mask of kernels.c."""
-
-    _fields_: ClassVar = [
-        ("element", ctypes.c_int64),
-        ("mask", ctypes.c_uint32 * 5),
-        ("lowest", ctypes.c_float),
-        ("step", ctypes.c_float),
-        ("buckets", ctypes.c_int64),
-        ("room", ctypes.c_int64),
-        ("members", ctypes.c_void_p),
-        ("ranks", ctypes.c_void_p),
-        ("sure", ctypes.c_void_p),
-        ("possible", ctypes.c_void_p),
-        ("bucket", ctypes.c_void_p),
-        ("draws", ctypes.c_void_p),
-        ("before", ctypes.c_void_p),
-        ("sorted", ctypes.c_void_p),
-    ]
-
-
-_INT64, _REDUCTION = ctypes.c_int64, ctypes.POINTER(ReductionArgs)
-_READING = [_INT64, _Array, _Array]  # elements per read, read buffer, input pointers
-_FUNCTIONS: dict[str, list[Any]] = {  # argument types
-    "weighted_sum": [
-        _Array,
-        _REDUCTION,
-        _INT64,
-        _INT64,
-        _Array,
-        ctypes.POINTER(ctypes.c_uint32),
-        _OptionalArray,
-        *_READING,
-    ],
-    "l1_norms": [_Array, _REDUCTION, _INT64, _Array, *_READING],
-    "difference": [_Array, _INT64, _INT64, _Array, *_READING],
-    "split_inputs": [_Array, _INT64, _INT64, _INT64, _Array, _INT64, *_READING],
-    "split": [_Array, _INT64, ctypes.c_int32, ctypes.c_int32, _Array, ctypes.POINTER(_INT64)],
-    "sign_consensus_sum": [_Array, _INT64, _Array, _Array, _INT64, ctypes.c_float, _INT64],
-    "variance": [_Array, _INT64, _INT64, _Array],
-    "sign_consensus_mean": [_Array, _INT64, _Array, ctypes.c_float, _INT64],
-    "ranked_mask": [_Array, ctypes.POINTER(RankMaskArgs), _INT64, _INT64, _Array],
-    "importance": [_Array, _Array, _Array, _INT64, _INT64, _Array],
-    "important": [_Array, _Array, _Array, _INT64, _INT64, ctypes.c_float],
-    "inner_products": [_Array, _INT64, _INT64, _INT64, _Array, _Array, *_READING],
-}
-CHUNK, PRODUCT_CHUNK = 2048, 512  # elements that kernels, and inner products, process at a time (kernels.c)
+INTERFACE = 1  # of the functions in module.c; a library with another one is refused
+CHUNK = 2048  # elements that kernels take through all steps at once (floats.h)
 
 
 def is_available() -> bool:
@@ -122,47 +19,40 @@ def is_available() -> bool:
     return load_library() is not None
 
 
-def kernels() -> ctypes.CDLL:
+def kernels() -> ModuleType:
     """The C library. Raises RuntimeError if there is none; check is_available() first."""
     library = load_library()
     if library is None:
-        raise RuntimeError("kernels.c is not compiled")
+        raise RuntimeError(f"the C library {why_unavailable()}")
     return library
 
 
-def data_pointers(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
-    """The addresses of the tensors' elements, for kernels that take several."""
-    import numpy as np
-
-    return np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+def load_library() -> ModuleType | None:
+    return _load()[0]
 
 
-def is_supported(*tensors: Tensor) -> bool:
-    """Whether kernels can take these tensors: float32, on the CPU, contiguous."""
-    return is_available() and all(
-        tensor.device.type == "cpu" and str(tensor.dtype) == "torch.float32" and tensor.is_contiguous()
-        for tensor in tensors
-    )
+def why_unavailable() -> str:
+    """Why there is no C library: the end of a sentence. Empty if there is one."""
+    return _load()[1]
 
 
 @cache
-def load_library() -> ctypes.CDLL | None:
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_kernels{suffix}")
-        if path.exists():
-            try:
-                library = ctypes.CDLL(str(path))
-                for name, arguments in _FUNCTIONS.items():
-                    function = getattr(library, name)
-                    function.argtypes, function.restype = arguments, ctypes.c_int64
-                return library if _matches_source(library) else None
-            except (OSError, AttributeError, ValueError):  # for another system, or of another version
-                return None
-    return None
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        library = importlib.import_module("mergeforge.native._kernels")
+    except ModuleNotFoundError:
+        return None, "is missing: it was not compiled"
+    except ImportError as error:  # for another system or Python
+        return None, f"does not load: {error}"
+    if getattr(library, "INTERFACE", None) != INTERFACE:
+        return None, "is of another version"
+    if _is_outdated(Path(str(library.__file__))):
+        return None, "is older than its source"
+    return library, ""
 
 
-def _matches_source(library: ctypes.CDLL) -> bool:
-    """Whether the library was compiled from the kernels.c next to it, if there is one (wheels have none)."""
-    source = Path(__file__).with_name("kernels.c")
-    compiled = (ctypes.c_char * 65).in_dll(library, "kernels_source").value
-    return not source.exists() or compiled == hashlib.sha256(source.read_bytes()).hexdigest().encode()
+def _is_outdated(library: Path) -> bool:
+    """Whether a C file next to the library, as in a checkout, was changed after it was compiled."""
+    compiled = library.stat().st_mtime
+    sources = [*library.parent.glob("*.c"), *library.parent.glob("*.h")]
+    return any(source.stat().st_mtime > compiled for source in sources)

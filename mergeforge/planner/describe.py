@@ -27,7 +27,7 @@ def tensor_summaries(tensor_plans: Iterable[TensorPlan], graph: MergeGraph) -> d
 def _summary(tensor_plan: TensorPlan, graph: MergeGraph) -> str:
     tensor, info = tensor_plan.tensor, tensor_plan.info
     untouched = f"dequantized from {tensor.layout.label}" if isinstance(tensor, QuantizedTensor) else "cast"
-    summary = graph.summaries.get(info.name, "copied" if tensor_plan.is_copy else untouched)
+    summary = graph.summaries.get(info.name, "copied" if tensor_plan.backend.name == "copy" else untouched)
     return summary if tensor.info.dtype == info.dtype else f"{summary}, {tensor.info.dtype} to {info.dtype}"
 
 

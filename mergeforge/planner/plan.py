@@ -62,8 +62,8 @@ class Plan:
 
     @property
     def needs_torch(self) -> bool:
-        """Whether torch computes any tensor; tensors that are copied, or merged by the C library, do without it."""
-        return not all(tensor_plan.is_copy or tensor_plan.is_native for tensor_plan in self.tensor_plans)
+        """Whether torch computes any tensor; those that are copied, or merged in C from file to file, do without."""
+        return any(tensor_plan.backend.needs_torch for tensor_plan in self.tensor_plans)
 
     @property
     def nbytes_read(self) -> int:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from mergeforge.core.sizes import format_size
 from mergeforge.core.tensor_info import TILE_NBYTES, TensorInfo, Tile, split_into_tiles
 from mergeforge.errors import BudgetError
-from mergeforge.planner.native_sum import is_native, native_staging_nbytes
+from mergeforge.planner.backend import Backend, choose_backend
 from mergeforge.tensors.budget import Budget
 from mergeforge.tensors.lazy import LazyTensor, any_needs_stats
-from mergeforge.tensors.stored import StoredTensor
+from mergeforge.tensors.merged import MergedTensor
+from mergeforge.tensors.native_files import staging_nbytes
 from mergeforge.tensors.worker import ALIGNMENT
 from mergeforge.writers.encoder import TensorEncoder, chunk_alignment
-from mergeforge.writers.safetensors import SafetensorsEncoder
 
 SUM_NBYTES = 4 << 20  # of a tile whose inputs are not staged
 SLACK = 64 * ALIGNMENT  # bytes of a staging buffer that aligning its allocations may take
@@ -24,19 +24,16 @@ SLACK = 64 * ALIGNMENT  # bytes of a staging buffer that aligning its allocation
 class TensorPlan:
     """The work on one output tensor.
 
-    info: name, shape and dtype as written. tensor: how it is computed, in `compute` ("F32" or "F64"). encoders: what
-    writes it. is_copy: its bytes are copied unchanged. is_native: the C library merges it from file to file
-    (native_sum.py). needs_stats: statistics of the whole tensor come first, so one worker takes all its tiles, in
-    order. fits_in_memory: all rows of its inputs are staged at once, and read once for all tiles. staging_nbytes,
+    info: name, shape and dtype as written. tensor: how it is computed. encoders: what writes it. backend: what
+    computes it. needs_stats: statistics of the whole tensor come first, so one worker takes all its tiles, in order.
+    fits_in_memory: all rows of its inputs are staged at once, and read once for all tiles. staging_nbytes,
     scratch_nbytes: the memory of one worker.
     """
 
     info: TensorInfo
     tensor: LazyTensor
     encoders: tuple[TensorEncoder, ...]
-    compute: str
-    is_copy: bool
-    is_native: bool
+    backend: Backend
     needs_stats: bool
     fits_in_memory: bool
     tiles: tuple[Tile, ...]
@@ -61,7 +58,13 @@ def plan_tiles(
     """
     infos = {name: infos[name] for name in encoders}
     scratch = max(
-        (_scratch_nbytes(tensors[name], info, encoders[name], budget.device) for name, info in infos.items()), default=0
+        (
+            _scratch_nbytes(
+                tensors[name], info, encoders[name], choose_backend(tensors[name], info, encoders[name], budget.device)
+            )
+            for name, info in infos.items()
+        ),
+        default=0,
     )
     for threads in [budget.threads] if budget.threads else range(budget.max_threads, 0, -1):
         candidate = replace(budget, threads=threads)
@@ -93,10 +96,11 @@ def plan_tensor(
     tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], free: int, device: str
 ) -> TensorPlan:
     """`free`: bytes of staging memory that one worker has."""
-    if _is_copy(tensor, info, encoders):
-        return _plan_copy(tensor, info, encoders, free)
-    if is_native(tensor, info, encoders, device):
-        return _plan_native(tensor, info, encoders, free)
+    backend = choose_backend(tensor, info, encoders, device)
+    if backend.name == "copy":
+        return _plan_copy(tensor, info, encoders, backend, free)
+    if backend.from_files:
+        return _plan_from_files(tensor, info, encoders, backend, free)
     cost = tensor.memory_cost
     output_row = sum(encoder.row_nbytes for encoder in encoders)
     alignment = chunk_alignment(info.block_rows, encoders, info.rows)
@@ -109,15 +113,15 @@ def plan_tensor(
     tiles = tuple(split_into_tiles(info, max(min(tile_free, TILE_NBYTES) // max(row, 1), 1), alignment))
     tile_rows = max((tile.rows for tile in tiles), default=0)
     staging = (info.rows * cost.row_nbytes if fits else 0) + tile_rows * row + cost.fixed_nbytes + slack
-    compute, scratch = _compute_dtype(tensor, info), _scratch_nbytes(tensor, info, encoders, device)
-    return TensorPlan(info, tensor, encoders, compute, False, False, needs_stats, fits, tiles, staging, scratch)
+    scratch = _scratch_nbytes(tensor, info, encoders, backend)
+    return TensorPlan(info, tensor, encoders, backend, needs_stats, fits, tiles, staging, scratch)
 
 
-def _scratch_nbytes(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[TensorEncoder], device: str) -> int:
+def _scratch_nbytes(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[TensorEncoder], backend: Backend) -> int:
     """Bytes of the blocks that exist at once while a tensor is computed, and of what encoding takes."""
-    if _is_copy(tensor, info, encoders) or is_native(tensor, info, encoders, device):
+    if not backend.needs_torch:
         return 0
-    size = 8 if _compute_dtype(tensor, info) == "F64" else 4
+    size = 8 if backend.compute == "F64" else 4
     block = info.block_rows * info.columns * size
     assembled_rows = sum(height for height in {encoder.chunk_rows for encoder in encoders} if height != info.block_rows)
     encoding = max(encoder.scratch_nbytes for encoder in encoders)
@@ -125,33 +129,24 @@ def _scratch_nbytes(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[Ten
     return (tensor.memory_cost.scratch_blocks + 2) * block + assembled_rows * info.columns * size + encoding
 
 
-def _compute_dtype(tensor: LazyTensor, info: TensorInfo) -> str:
-    return "F64" if "F64" in (info.dtype, *_stored_dtypes(tensor)) else "F32"
-
-
-def _stored_dtypes(tensor: LazyTensor) -> set[str]:
-    return {tensor.info.dtype}.union(*(_stored_dtypes(source) for source in tensor.inputs))
-
-
-def _is_copy(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[TensorEncoder]) -> bool:
-    to_safetensors = len(encoders) == 1 and isinstance(encoders[0], SafetensorsEncoder)
-    return to_safetensors and isinstance(tensor, StoredTensor) and tensor.info.dtype == info.dtype
-
-
-def _plan_copy(tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], free: int) -> TensorPlan:
+def _plan_copy(
+    tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], backend: Backend, free: int
+) -> TensorPlan:
     rows = min(TILE_NBYTES, free - SLACK) // max(info.row_nbytes, 1)
     tiles = tuple(split_into_tiles(info, max(rows, 1)))
     staging = max((tile.rows for tile in tiles), default=0) * info.row_nbytes + SLACK
-    return TensorPlan(info, tensor, encoders, "F32", True, False, False, False, tiles, staging, 0)
+    return TensorPlan(info, tensor, encoders, backend, False, False, tiles, staging, 0)
 
 
-def _plan_native(tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], free: int) -> TensorPlan:
-    fixed = SLACK + native_staging_nbytes(tensor, info)
+def _plan_from_files(
+    tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], backend: Backend, free: int
+) -> TensorPlan:
+    assert isinstance(tensor, MergedTensor)
+    fixed = SLACK + staging_nbytes(tensor)
     rows = min(SUM_NBYTES, free - fixed) // max(info.row_nbytes, 1)
     tiles = tuple(split_into_tiles(info, max(rows, 1)))
     staging = max((tile.rows for tile in tiles), default=0) * info.row_nbytes + fixed
-    needs_stats = any_needs_stats(tensor)
-    return TensorPlan(info, tensor, encoders, "F32", False, True, needs_stats, False, tiles, staging, 0)
+    return TensorPlan(info, tensor, encoders, backend, any_needs_stats(tensor), False, tiles, staging, 0)
 
 
 def _in_running_order(plans: list[TensorPlan]) -> list[TensorPlan]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from mergeforge.core.tensor_info import TensorInfo, sample_blocks
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.worker import Worker
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Rows = Callable[[int, int], "Tensor"]  # computes rows [start, stop) of a loaded tile; the result may be overwritten
+Span = tuple[int, int]  # rows [start, stop)
 Stats = dict[int, Any]  # id of a LazyTensor -> the statistics it collected
 
 
@@ -60,24 +61,19 @@ class StatsPass:
     stats: Stats
     dtype: torch.dtype
 
-    def __call__(self, load: Callable[[range], T], sample: int = 0) -> Iterator[tuple[T, int, int]]:
-        """Yield (loaded tile, start, stop) for every block, or for about `sample` evenly spaced blocks."""
-        if sample:
-            yield from self._sampled(load, sample)
-            return
-        for rows in self.tiles:
-            yield from self._blocks(load, rows)
-
-    def _sampled(self, load: Callable[[range], T], sample: int) -> Iterator[tuple[T, int, int]]:
-        chosen = sample_blocks(self.info, sample)
-        if len(self.tiles) == 1:
+    def __call__(self, load: Callable[[range], T], spans: list[Span] | None = None) -> Iterator[tuple[T, int, int]]:
+        """Yield (loaded tile, start, stop) for every block, or for the given row ranges, each within a block."""
+        if spans is None:
+            for rows in self.tiles:
+                yield from self._blocks(load, rows)
+        elif len(self.tiles) == 1:
             self.worker.reset_scratch()
             loaded = load(self.tiles[0])
-            for start, stop in chosen:
+            for start, stop in spans:
                 yield loaded, start, stop
-            return
-        for start, stop in chosen:
-            yield from self._blocks(load, range(start, stop))
+        else:
+            for start, stop in spans:
+                yield from self._blocks(load, range(start, stop))
 
     def _blocks(self, load: Callable[[range], T], rows: range) -> Iterator[tuple[T, int, int]]:
         if len(self.tiles) == 1:

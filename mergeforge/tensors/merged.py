@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.methods import Block, Method
+from mergeforge.core.tensor_info import TensorInfo, dtype_name, sample_blocks
+from mergeforge.methods import Block, Method, Reduction
+from mergeforge.methods.block_statistics import SAMPLE_BLOCKS, BlockStatistics
 from mergeforge.tensors.budget import MemoryCost
-from mergeforge.tensors.lazy import LazyTensor, Rows, Stats, StatsPass
-from mergeforge.tensors.native_inputs import NATIVE_DTYPES, NativeInput, NativeInputs
+from mergeforge.tensors.lazy import LazyTensor, Rows, Span, Stats, StatsPass
+from mergeforge.tensors.native_inputs import ITEMSIZES, NativeInput, NativeInputs
+from mergeforge.tensors.native_statistics import NativeStatistics, sample_spans
 from mergeforge.tensors.stored import StoredTensor
 from mergeforge.tensors.worker import ALIGNMENT, Worker
 
@@ -21,12 +23,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from mergeforge.methods._weighted_sum import WeightedSum
-
     _BlockInputs = tuple[list[Tensor], Tensor | None]  # a block as the method takes it; the base if it was subtracted
+    _Inputs = Callable[[int, int], _BlockInputs]
 
 T = TypeVar("T")
-MAX_NATIVE_ELEMENTS = 1 << 31  # random masks have one pair of keys per tensor up to this size (methods/_random_mask.py)
+MAX_NATIVE_ELEMENTS = 1 << 31  # random masks have one pair of keys per tensor up to this size (methods/random_mask.py)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class MergedTensor:
 
     @property
     def needs_stats(self) -> bool:
-        return self.method.stats is not None
+        return self.method.needs_stats
 
     @property
     def memory_cost(self) -> MemoryCost:
@@ -61,31 +62,89 @@ class MergedTensor:
         alignment = ALIGNMENT * len(self.inputs)
         return cost + MemoryCost(fixed_nbytes=self.method.stats_nbytes * len(self.sources) + alignment)
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the C library can merge this tensor, however its inputs are computed."""
+        return self.method.is_reduction(self.parameters) and self.info.numel <= MAX_NATIVE_ELEMENTS
+
+    @property
+    def row_length(self) -> int:
+        """Elements of a row, in which magnitudes are ranked; those of a vector's block are one row."""
+        return max(1, self.info.columns * (self.info.block_rows if len(self.info.shape) < 2 else 1))
+
+    @property
+    def stored_inputs(self) -> list[StoredTensor]:
+        """The sources and the base, if `inputs_are_stored`."""
+        return [part for part in self.inputs if isinstance(part, StoredTensor)]
+
+    @property
+    def inputs_are_stored(self) -> bool:
+        """Whether the C library can read the inputs: all stored in files, and the base subtracted from all or none."""
+        if not set(self.subtract) <= {self.base is not None}:
+            return False
+        shape = self.info.shape
+        return all(
+            isinstance(part, StoredTensor) and part.info.dtype in ITEMSIZES and part.info.shape == shape
+            for part in self.inputs
+        )
+
+    def block(self, start: int) -> Block:
+        """The position of the block that starts at row `start`."""
+        return Block(self.info.name, start * self.info.columns, self.seed, len(self.info.shape) < 2)
+
     def collect_stats(self, scan: StatsPass) -> Any:
-        block_scan = _NativeBlockScan if self._reads_natively(scan.worker, scan.dtype) else _BlockScan
-        return self.method.collect_stats(block_scan(self, scan), self.info.numel, self.parameters)
+        statistics: Any = (
+            self._native_statistics(scan) if self._merges_natively(scan.worker) else self._statistics(scan)
+        )
+        return self.method.prepare(statistics, self.parameters)
 
     def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
-        own_stats = stats.get(id(self))
-        if self.is_weighted_sum and self._reads_natively(worker, dtype):
-            return self._native_sum_rows(self.reduction(own_stats), rows, worker, dtype)
-        inputs, base = self.load_inputs(rows, worker, stats, dtype)
+        prepared = stats[id(self)] if self.needs_stats else self._prepare(dtype_name(dtype))
+        if isinstance(prepared, Reduction) and self._merges_natively(worker):
+            return self._load_native(prepared, rows, worker, stats, dtype)
+        inputs, base = self._load_inputs(rows, worker, stats, dtype)
 
-        def block(start: int, stop: int) -> Tensor:
+        def merge(start: int, stop: int) -> Tensor:
             values, subtracted = inputs(start, stop)
-            merged = self.method(values, own_stats, self.block(start), self.parameters)
-            if subtracted is not None:
-                return merged.add_(subtracted)
-            return merged.add_(base(start, stop)) if base else merged
+            merged = self.method.merge_block(values, prepared, self.block(start), self.parameters)
+            return self._on_base(merged, subtracted, base, start, stop)
 
-        return block
+        return merge
 
-    def load_inputs(
+    def native_inputs(
+        self, tensors: list[NativeInput], first_row: int, read_buffer: NDArray[np.uint8] | None = None
+    ) -> NativeInputs:
+        """The sources and the base as the C library reads them, from `first_row` on."""
+        import numpy as np
+
+        buffer = np.empty(0, np.uint8) if read_buffer is None else read_buffer
+        has_base = len(tensors) > len(self.sources)
+        return NativeInputs(tensors, self.info.columns, has_base, first_row, self.row_length, buffer)
+
+    # in torch
+
+    def _prepare(self, compute: str) -> Any:
+        """What the method needs for a tensor of which it needs no statistics."""
+
+        def scan(visit: object, sample: int = 0) -> Any:
+            raise AssertionError(f"{self.method.name} does not declare that it needs statistics")  # a bug
+
+        known = BlockStatistics(scan, self.info.numel, len(self.sources), self.block(0), compute)
+        return self.method.prepare(known, self.parameters)
+
+    def _statistics(self, scan: StatsPass) -> BlockStatistics:
+        def blocks(visit: Callable[[list[Tensor], Block], T], sample: int = 0) -> Iterator[T]:
+            load = partial(self._load_inputs, worker=scan.worker, stats=scan.stats, dtype=scan.dtype)
+            spans = sample_blocks(self.info, sample) if sample else None
+            for (inputs, _), start, stop in scan(load, spans):
+                yield visit(inputs(start, stop)[0], self.block(start))
+
+        return BlockStatistics(blocks, self.info.numel, len(self.sources), self.block(0), dtype_name(scan.dtype))
+
+    def _load_inputs(
         self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype
-    ) -> tuple[Callable[[int, int], _BlockInputs], Rows | None]:
+    ) -> tuple[_Inputs, Rows | None]:
         """Load the sources as the method takes them, and the base if it is subtracted from none of them."""
-        if self._reads_natively(worker, dtype):
-            return self._native_input_rows(rows, worker, dtype), None
         loaded = [source.load(rows, worker, stats, dtype) for source in self.sources]
         base = self.base.load(rows, worker, stats, dtype) if self.base else None
 
@@ -100,87 +159,66 @@ class MergedTensor:
 
         return inputs, base
 
-    def native_inputs(self, rows: range, worker: Worker) -> NativeInputs:
-        """The rows of the sources and the base as they are stored, for the C library."""
-        tensors = [NativeInput(part.info.dtype, part.read_bytes(rows, worker)) for part in self.stored_inputs]
-        return NativeInputs(tensors, self.info.columns, has_base=self.base is not None, first_row=rows.start)
+    def _on_base(self, merged: Tensor, subtracted: Tensor | None, base: Rows | None, start: int, stop: int) -> Tensor:
+        """Add the base back; `subtracted`: its block, if that was loaded."""
+        if subtracted is not None:
+            return merged.add_(subtracted)
+        return merged.add_(base(start, stop)) if base else merged
 
-    def reduction(self, stats: Any, compute: str = "F32") -> WeightedSum:
-        """What the method does with its inputs, if that is a weighted sum (is_weighted_sum)."""
-        return self.method.weighted_sum(stats, len(self.sources), self.block(0), compute, self.parameters)
+    # in the C library
 
-    @property
-    def stored_inputs(self) -> list[StoredTensor]:
-        """The sources and the base, if `inputs_are_stored`."""
-        return [part for part in self.inputs if isinstance(part, StoredTensor)]
+    def _merges_natively(self, worker: Worker) -> bool:
+        return worker.is_native and self.is_native
 
-    @property
-    def inputs_are_stored(self) -> bool:
-        """Whether the C library can read the inputs: all stored in files, and the base subtracted from all or none."""
-        if not set(self.subtract) <= {self.base is not None}:
-            return False
-        shape = self.info.shape
-        return all(
-            isinstance(part, StoredTensor) and part.info.dtype in NATIVE_DTYPES and part.info.shape == shape
-            for part in self.inputs
+    def _native_statistics(self, scan: StatsPass) -> NativeStatistics:
+        def blocks(spans: list[Span] | None) -> Iterator[tuple[NativeInputs, int, int]]:
+            if self.inputs_are_stored:
+                yield from scan(partial(self._staged, worker=scan.worker), spans)
+                return
+            load = partial(self._load_inputs, worker=scan.worker, stats=scan.stats, dtype=scan.dtype)
+            for (inputs, _), start, stop in scan(load, spans):
+                yield self._in_memory(inputs(start, stop)[0], start), start, stop
+
+        samples = sample_spans(self.info) if self.inputs_are_stored else sample_blocks(self.info, SAMPLE_BLOCKS)
+        return NativeStatistics(self.info.numel, len(self.sources), self.block(0), blocks, samples)
+
+    def _load_native(self, reduction: Reduction, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
+        import numpy as np
+
+        changes = np.zeros(5)
+        if self.inputs_are_stored:
+            staged, slot = self._staged(rows, worker), worker.next_slot()
+
+            def merge_stored(start: int, stop: int) -> Tensor:
+                out = worker.scratch(slot, (stop - start, self.info.columns), dtype)
+                staged.reduce(reduction, start, stop, "F32", _bytes_of(out), changes, 0)
+                return out
+
+            return merge_stored
+        inputs, base = self._load_inputs(rows, worker, stats, dtype)
+
+        def merge_loaded(start: int, stop: int) -> Tensor:
+            values, subtracted = inputs(start, stop)
+            merged = values[0]  # every element is read before it is overwritten
+            loaded = self._in_memory(values, start)
+            loaded.reduce(reduction, start, stop, "F32", _bytes_of(merged), changes, 0)
+            return self._on_base(merged, subtracted, base, start, stop)
+
+        return merge_loaded
+
+    def _staged(self, rows: range, worker: Worker) -> NativeInputs:
+        """The rows of the sources and the base as they are stored, in the worker's staging buffer."""
+        stored = self.stored_inputs
+        return self.native_inputs(
+            [NativeInput(part.info.dtype, part.read_bytes(rows, worker)) for part in stored], rows.start
         )
 
-    @property
-    def is_weighted_sum(self) -> bool:
-        """Whether the C library can compute the whole merge of this tensor."""
-        return self.inputs_are_stored and self.method.is_sum(self.parameters) and self.info.numel <= MAX_NATIVE_ELEMENTS
-
-    def block(self, start: int) -> Block:
-        """The position of the block that starts at row `start`."""
-        return Block(self.info.name, start * self.info.columns, self.seed, len(self.info.shape) < 2)
-
-    def _reads_natively(self, worker: Worker, dtype: torch.dtype) -> bool:
-        import torch
-
-        return worker.uses_native and dtype == torch.float32 and self.inputs_are_stored
-
-    def _native_sum_rows(self, reduction: WeightedSum, rows: range, worker: Worker, dtype: torch.dtype) -> Rows:
-        stored, slot = self.native_inputs(rows, worker), worker.next_slot()
-
-        def block(start: int, stop: int) -> Tensor:
-            out = worker.scratch(slot, (stop - start, self.info.columns), dtype)
-            stored.weighted_sum(reduction, start, stop, "F32", out)
-            return out
-
-        return block
-
-    def _native_input_rows(self, rows: range, worker: Worker, dtype: torch.dtype) -> Callable[[int, int], _BlockInputs]:
-        stored = self.native_inputs(rows, worker)
-        slots = [worker.next_slot() for _ in self.inputs]
-
-        def inputs(start: int, stop: int) -> _BlockInputs:
-            shape = (stop - start, self.info.columns)
-            values = [
-                stored.load_rows(index, start, stop, worker.scratch(slot, shape, dtype))
-                for index, slot in enumerate(slots)
-            ]
-            return values[: len(self.sources)], values[-1] if self.base else None
-
-        return inputs
+    def _in_memory(self, values: list[Tensor], start: int) -> NativeInputs:
+        """A block of every source as the method takes it."""
+        return self.native_inputs([NativeInput("F32", _bytes_of(value)) for value in values], start)
 
 
-class _BlockScan:
-    """methods.BlockScan over a merged tensor: its inputs, block by block."""
+def _bytes_of(values: Tensor) -> NDArray[np.uint8]:
+    import torch
 
-    def __init__(self, tensor: MergedTensor, scan: StatsPass) -> None:
-        self.tensor = tensor
-        self.scan = scan
-
-    def __call__(self, visit: Callable[[list[Tensor], Block], T], sample: int = 0) -> Iterator[T]:
-        scan, tensor = self.scan, self.tensor
-        load = partial(tensor.load_inputs, worker=scan.worker, stats=scan.stats, dtype=scan.dtype)
-        for (inputs, _), start, stop in scan(load, sample):
-            yield visit(inputs(start, stop)[0], tensor.block(start))
-
-
-class _NativeBlockScan(_BlockScan):
-    """Adds inner products that the C library computes directly from the inputs' bytes."""
-
-    def inner_products(self) -> Iterator[NDArray[np.float64]]:
-        for stored, start, stop in self.scan(partial(self.tensor.native_inputs, worker=self.scan.worker)):
-            yield stored.inner_products(start, stop)
+    return values.view(-1).view(torch.uint8).numpy()

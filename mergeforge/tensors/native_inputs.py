@@ -1,4 +1,4 @@
-"""Stored inputs of a merge as the C library reads them: straight from their bytes, in memory or in files.
+"""Inputs of a merge as the C library reads them: straight from their bytes, in memory or in files.
 
 torch makes one pass over memory per operation, so an average of three models moves ten times the bytes of its inputs.
 The C library takes a few thousand elements, which stay in the L1 cache, through all steps at once: widen to float32,
@@ -8,32 +8,25 @@ both. Tensors in files are read in steps that stay in the L2 cache.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from mergeforge.methods._weighted_sum import WeightedSum
-from mergeforge.native.bindings import CHUNK, PRODUCT_CHUNK, ReductionArgs, kernels
+from mergeforge.methods.kth_largest import KthLargestSearch
+from mergeforge.methods.reduction import Reduction
+from mergeforge.native.bindings import CHUNK, kernels
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
     Bytes = NDArray[np.uint8]
     Doubles = NDArray[np.float64]
     Floats = NDArray[np.float32]
-    Integers = NDArray[np.int64]
-    Bits = NDArray[np.int32]
 
-F = TypeVar("F", "Tensor", "Floats")
-NATIVE_DTYPES = {"BF16": 0, "F16": 1, "F32": 2}  # dtypes that kernels.c reads and writes, and their numbers there
+ITEMSIZES = {"BF16": 2, "F16": 2, "F32": 4}  # dtypes that the C library reads and writes
 MAX_ITEMSIZE = 4  # bytes of an element
 READ_NBYTES = 1 << 20  # bytes of all inputs together that are read at a time
-IN_MEMORY = -1  # in place of a file descriptor
-# struct magnitude_count of kernels.c
-MAGNITUDE_COUNT = [("input", "i8"), ("low", "i4"), ("high", "i4"), ("inside", "i8"), ("count", "i8"), ("above", "i8")]
 
 
 class UnreadableInput(Exception):
@@ -46,151 +39,146 @@ class UnreadableInput(Exception):
 
 @dataclass(frozen=True)
 class NativeInput:
-    """Consecutive rows of a tensor: bytes in memory, or of a file from `offset` on."""
+    """Consecutive rows of a tensor: bytes in memory, or a file descriptor; from byte `offset` on."""
 
     dtype: str
-    data: Bytes | None = None
-    file: int = IN_MEMORY
+    source: Bytes | int
     offset: int = 0
 
-    @property
-    def as_struct(self) -> tuple[int, int, int]:
-        """The fields of struct input in kernels.c."""
-        start = self.offset if self.data is None else self.data.ctypes.data
-        return self.file, start, NATIVE_DTYPES[self.dtype]
 
-
+@dataclass(frozen=True)
 class NativeInputs:
-    """The same rows of several stored tensors; if there is a base to subtract, it is the last one.
+    """The same rows of several tensors; if there is a base to subtract, it is the last one.
 
-    `first_row`: the number of the row that the tensors' bytes start with; `read_buffer`: read_buffer_nbytes() bytes,
-    needed for tensors in files. Methods that take rows [start, stop) raise UnreadableInput.
+    `first_row`: the number of the row that the tensors' bytes start with. `row_length`: elements of a row, in which
+    magnitudes are ranked. `read_buffer`: read_buffer_nbytes() bytes, needed for tensors in files. Methods that take
+    rows [start, stop) raise UnreadableInput.
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[NativeInput],
-        columns: int,
-        *,
-        has_base: bool,
-        first_row: int,
-        read_buffer: Bytes | None = None,
-    ) -> None:
-        import numpy as np
+    tensors: Sequence[NativeInput]
+    columns: int
+    has_base: bool
+    first_row: int
+    row_length: int
+    read_buffer: Bytes
 
-        self.tensors = tensors  # keeps the bytes alive
-        self.columns = columns
-        self.has_base = has_base
-        self.first_row = first_row
-        self.input_count = len(tensors) - has_base
-        self._structs = np.array([tensor.as_struct for tensor in tensors], np.int64)
-        self._row_nbytes = np.array(
-            [columns * (MAX_ITEMSIZE if tensor.dtype == "F32" else 2) for tensor in tensors], np.int64
-        )
-        self._read_buffer = np.empty(0, np.uint8) if read_buffer is None else read_buffer
-        self._read_elems = len(self._read_buffer) // (len(tensors) * MAX_ITEMSIZE) // CHUNK * CHUNK
-        self._input_ptrs = np.empty(len(tensors), np.int64)
+    @property
+    def input_count(self) -> int:
+        return len(self.tensors) - self.has_base
 
-    def weighted_sum(
-        self, terms: WeightedSum, start: int, stop: int, dtype: str, out: Bytes | Tensor, changes: Doubles | None = None
+    def reduce(
+        self, reduction: Reduction, start: int, stop: int, dtype: str, out: Bytes, changes: Doubles, measured_rows: int
     ) -> float:
-        """Write the weighted sum of the rows, plus the base if there is one, to `out`, rounded to `dtype`.
+        """Write the reduction of the rows, plus the base if there is one, to `out`, rounded to `dtype`.
 
-        Returns the largest magnitude before rounding, or NaN. Adds the effect on the base to `changes`: (sum of the
-        base's squares, sum of the changes' squares, the largest change (a maximum, not a sum), elements that change,
-        those of them whose change is lost to rounding).
+        Returns the largest magnitude before rounding, or NaN. Adds the effect of the first `measured_rows` on the base
+        to `changes`: (sum of the base's squares, sum of the changes' squares, the largest change (a maximum, not a
+        sum), elements that change, those of them whose change is lost to rounding).
         """
-        import numpy as np
+        arguments = (dtype, out, changes, measured_rows * self.columns)
+        magnitude: float = self._reduce("reduce", reduction, start, stop, *arguments)
+        return magnitude
 
-        max_bits = ctypes.c_uint32()
-        args, length = self._reduction_args(terms, start), self._length(start, stop)
-        self._call("weighted_sum", start, stop, args, length, NATIVE_DTYPES[dtype], out, max_bits, changes)
-        return float(np.uint32(max_bits.value).view(np.float32))
-
-    def l1_norms(self, terms: WeightedSum, start: int, stop: int) -> Doubles:
-        """The L1 norm of each input, and of the elements that the masks or ranges keep: (inputs, 2)."""
+    def l1_norms(self, reduction: Reduction, start: int, stop: int) -> Doubles:
+        """The L1 norm of each input, and of what is kept of it: (inputs, 2)."""
         import numpy as np
 
         norms = np.zeros((self.input_count, 2))
-        self._call("l1_norms", start, stop, self._reduction_args(terms, start), self._length(start, stop), norms)
+        self._reduce("l1_norms", reduction, start, stop, norms)
         return norms
 
-    def load_rows(self, index: int, start: int, stop: int, out: F) -> F:
-        """Write rows of input `index`, minus the base if there is one, or of the base itself, to `out` (float32)."""
-        pair = [index, len(self.tensors) - 1]
-        subtract = self.has_base and index < self.input_count
-        self._call("difference", start, stop, subtract, self._length(start, stop), out, of=pair)
-        return out
-
-    def split_magnitudes(self, ranges: Sequence[tuple[int, int, int]], start: int, stop: int) -> list[tuple[int, Bits]]:
-        """Split the inputs' magnitudes by their float32 bits.
-
-        For each (input, low, high), in the order of the inputs: how many magnitudes have bits of at least `high`, and
-        the bits of those in [low, high), minus `low`.
-        """
+    def kept_squares(self, reduction: Reduction, start: int, stop: int) -> Doubles:
+        """The sum of the squares of what is kept of each input."""
         import numpy as np
 
-        length = self._length(start, stop)
-        inside = [np.empty(length, np.int32) for _ in ranges]
-        rows = [(*limits, bits.ctypes.data, 0, 0) for limits, bits in zip(ranges, inside, strict=True)]
-        table = np.array(rows, MAGNITUDE_COUNT)
-        self._call("split_inputs", start, stop, self.input_count, self.has_base, length, table, len(table))
-        counts = zip(table["above"].tolist(), table["count"].tolist(), inside, strict=True)
-        return [(above, bits[:count]) for above, count, bits in counts]
+        squares = np.zeros(self.input_count)
+        self._reduce("kept_squares", reduction, start, stop, squares)
+        return squares
+
+    def load_rows(self, index: int, start: int, stop: int) -> Floats:
+        """Rows of input `index`, minus the base if there is one, as float32."""
+        import numpy as np
+
+        out = np.empty(self._length(start, stop), np.float32)
+        chosen = [index, len(self.tensors) - 1] if self.has_base else [index]
+        self._call("load_values", self._from_row(start, chosen), self.has_base, len(out), out, of=chosen)
+        return out
+
+    def variances(self, start: int, stop: int) -> Floats:
+        """The variance over the inputs of each element."""
+        import numpy as np
+
+        out = np.empty(self._length(start, stop), np.float32)
+        self._call("variances", self._from_row(start), self.has_base, len(out), out)
+        return out
 
     def inner_products(self, start: int, stop: int) -> Doubles:
         """The inner products of each input with itself and the inputs that follow it."""
         import numpy as np
 
-        count = self.input_count
-        buffer, sums = np.empty(count * PRODUCT_CHUNK), np.zeros(count * (count + 1) // 2)
-        self._call("inner_products", start, stop, count, self.has_base, self._length(start, stop), buffer, sums)
+        sums = np.zeros(self.input_count * (self.input_count + 1) // 2)
+        self._call("inner_products", self._from_row(start), self.has_base, self._length(start, stop), sums)
         return sums
 
-    def _call(self, name: str, start: int, stop: int, *arguments: Any, of: Sequence[int] | None = None) -> None:
-        """Call a kernel on the rows of all tensors, or `of` some of them."""
-        read_elems, inputs = self._read_elems or self._length(start, stop), self._structs_from(start)
-        chosen = inputs if of is None else inputs[of]
-        if failed := getattr(kernels(), name)(chosen, *arguments, read_elems, self._read_buffer, self._input_ptrs):
-            raise UnreadableInput(failed - 1 if of is None else of[failed - 1])
-
-    def _reduction_args(self, terms: WeightedSum, start: int) -> ReductionArgs:
-        """The arguments of a reduction whose element 0 is the first of row `start`."""
+    def count_magnitudes(self, searches: Sequence[tuple[int, KthLargestSearch]], start: int, stop: int) -> None:
+        """Add the magnitudes of the rows to each (input, search), in the inputs' order."""
         import numpy as np
 
-        factors, weights = (np.array(values, np.float32) for values in (terms.factors, terms.election_weights))
-        masks = np.array([[*key.upper, *key.lower, key.limit] for key in terms.mask_keys], np.uint32)
-        ranges = np.empty((0, 6), np.int64) if terms.magnitude_ranges is None else terms.magnitude_ranges
-        lengths = [len(array) for array in (factors, masks, ranges, weights)]
-        if lengths[0] != self.input_count or not {*lengths[1:]} <= {0, self.input_count}:  # C would read out of bounds
-            raise AssertionError(f"factors, masks, ranges, weights: {lengths} for {self.input_count} inputs")
-        products = np.empty((len(weights), CHUNK), np.float32)
-        product_ptrs = np.array([product.ctypes.data for product in products], np.int64)
-        args = ReductionArgs(
-            inputs=self.input_count,
-            has_base=self.has_base,
-            fused=terms.fused,
-            element=start * self.columns,
-            normalize=terms.normalize,
-            divisor=terms.divisor("F32"),
-            scale=terms.scale,
-            is_nearswap=terms.nearswap_t is not None,
-            nearswap_t=terms.nearswap_t or 0.0,
+        done, length = 0, self._length(start, stop)
+        while done < length:
+            for _, search in searches:
+                search.make_room(CHUNK)
+            counts = np.array([search.counts for _, search in searches])
+            intervals = [(number, search.low, search.high, search.candidates) for number, search in searches]
+            inputs = self._from_row(start, skipped=done)
+            done += self._call("count_magnitudes", inputs, self.has_base, length - done, intervals, counts)
+            for (_, search), row in zip(searches, counts, strict=True):
+                assert search.counts is not None
+                search.counts[:] = row
+
+    def _reduce(self, name: str, reduction: Reduction, start: int, stop: int, *arguments: Any) -> Any:
+        element, length = start * self.columns, self._length(start, stop)
+        inputs = self._from_row(start)
+        return self._call(name, inputs, self.has_base, self._arguments(reduction), element, length, *arguments)
+
+    def _call(self, name: str, *arguments: Any, of: Sequence[int] | None = None) -> Any:
+        """Call a kernel on the rows of all tensors, or `of` some of them."""
+        library = kernels()
+        try:
+            return getattr(library, name)(*arguments, self.read_buffer)
+        except library.ReadError as error:
+            raise UnreadableInput(error.args[0] if of is None else of[error.args[0]]) from None
+
+    def _arguments(self, reduction: Reduction) -> tuple[Any, ...]:
+        """The reduction as module.c takes it."""
+        import numpy as np
+
+        keep, combine = reduction.keep, reduction.combine
+        weights = reduction.weights or [0.0] * self.input_count
+        divisor, scale, t, min_divisor = reduction.divisor("F32"), reduction.scale, reduction.t, reduction.min_divisor
+        return (
+            *(int(combine), keep.native_kind, reduction.fused, reduction.normalize),
+            *(divisor, scale, t, min_divisor, self.row_length),
+            *(np.array(reduction.factors, np.float32), np.array(weights, np.float32), keep.native_table),
         )
-        args.keep_alive(factors=factors, masks=masks, ranges=ranges, weights=weights, products=product_ptrs)
-        args.chunks = products  # keeps alive what product_ptrs points to
-        return args
 
     def _length(self, start: int, stop: int) -> int:
         return (stop - start) * self.columns
 
-    def _structs_from(self, start: int) -> Integers:
-        """struct input of each tensor, starting at row `start`."""
-        structs = self._structs.copy()
-        structs[:, 1] += (start - self.first_row) * self._row_nbytes
-        return structs
+    def _from_row(
+        self, start: int, chosen: Sequence[int] | None = None, *, skipped: int = 0
+    ) -> list[tuple[Bytes | int, int, str]]:
+        """The tensors from row `start` on, without its first `skipped` elements."""
+        first = (start - self.first_row) * self.columns + skipped
+        tensors = self.tensors if chosen is None else [self.tensors[index] for index in chosen]
+        return [(one.source, one.offset + first * ITEMSIZES[one.dtype], one.dtype) for one in tensors]
 
 
-def read_buffer_nbytes(count: int) -> int:
-    """The size of the read buffer for `count` tensors in files."""
-    return max(READ_NBYTES, count * CHUNK * MAX_ITEMSIZE)
+def read_buffer_nbytes(count: int, row_length: int = 0) -> int:
+    """The size of the read buffer for `count` tensors in files; `row_length`: if rows are read whole."""
+    return max(READ_NBYTES, count * max(CHUNK, row_length) * MAX_ITEMSIZE)
+
+
+def ranked_row_nbytes(row_length: int, input_count: int) -> int:
+    """Bytes that the C library allocates for masks by rank: buffers for a row, and marks for what is read at a time."""
+    return 48 * max(row_length, 128) + input_count * max(READ_NBYTES, row_length)

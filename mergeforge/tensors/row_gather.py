@@ -144,7 +144,7 @@ def _compute(
 def _is_elementwise(tensor: LazyTensor) -> bool:
     """Whether any rows can be computed alone, because nothing depends on where a block starts."""
     if isinstance(tensor, MergedTensor):
-        return "block" not in tensor.method.combine_arguments and all(map(_is_elementwise, tensor.inputs))
+        return not tensor.method.uses_position and all(map(_is_elementwise, tensor.inputs))
     return isinstance(tensor, StoredTensor) or (isinstance(tensor, AliasTensor) and _is_elementwise(tensor.tensor))
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeforge.core.tensor_info import BLOCK_ELEMENTS, torch_dtype
 from mergeforge.io.disk import InputFile, WriteBehind
-from mergeforge.native import bindings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,12 +35,12 @@ class Worker:
     stream, and results come back into the staging buffer. With several workers, the disk time of one overlaps the bus
     and compute time of another.
 
-    `uses_native`: on a CPU with the C library, whatever kernels.c can compute is computed there from the staged bytes.
+    `is_native`: the plan chose the C library for the tensor that is computed now.
     """
 
     def __init__(self, device: str, staging_nbytes: int) -> None:
         self.device = device
-        self.uses_native = device == "cpu" and bindings.is_available()
+        self.is_native = False
         self.write_behind = WriteBehind()
         self.stream: Any = None
         self._staging, self._device_staging = self._buffers(staging_nbytes + ALIGNMENT)

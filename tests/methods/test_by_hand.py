@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from support.method_blocks import combine
+from support.method_blocks import combine, of_scan
 
-from mergeforge.methods import METHODS
-from mergeforge.methods._magnitude_range import MagnitudeRanges
-from mergeforge.methods._random_mask import KEEP_ALL
-from mergeforge.methods._weighted_sum import WeightedSum, sign_consensus_sum, weighted_sum
+from mergeforge.methods import METHODS, Block
 
 UNWEIGHTED = {
     "slerp",
@@ -72,7 +70,7 @@ def test_registered_methods_and_what_they_declare() -> None:
         "nearswap",
         "arcee_fusion",
     }
-    assert METHODS["fold"].combine is METHODS["task_arithmetic"].combine
+    assert METHODS["fold"] == replace(METHODS["task_arithmetic"], name="fold", reduce=METHODS["fold"].reduce)
     without_base = {"linear", "passthrough", "karcher", "nuslerp", "multislerp"}
     assert {name for name in METHODS if METHODS[name].needs_base} == set(METHODS) - without_base
     assert {name for name in METHODS if METHODS[name].optional_base} == {"nuslerp", "multislerp"}
@@ -144,15 +142,9 @@ def test_linear_refuses_weights_that_sum_to_zero(weight: list[float]) -> None:
 def test_one_weight_for_each_input_is_required(name: str) -> None:
     parameters = {parameter.name: parameter.default for parameter in METHODS[name].parameters.values()}
     parameters |= {"weight": [1.0], "density": [1.0, 1.0]} if "density" in parameters else {"weight": [1.0]}
-    stats: Any = METHODS[name].collect_stats(lambda visit, sample=0: iter(()), 0, parameters)
+    prepared = METHODS[name].prepare(of_scan(lambda visit, sample=0: iter(()), 0), parameters)
     with pytest.raises(ValueError, match="zip"):
-        combine_two(name, stats, parameters)
-
-
-def combine_two(name: str, stats: Any, parameters: dict[str, Any]) -> None:
-    from mergeforge.methods import Block
-
-    METHODS[name]([torch.ones(2, 1), torch.ones(2, 1)], stats, Block("w", 0, 0), parameters)
+        METHODS[name].merge_block([torch.ones(2, 1), torch.ones(2, 1)], prepared, Block("w", 0, 0), parameters)
 
 
 # passthrough
@@ -214,16 +206,16 @@ def test_task_arithmetic() -> None:
 
 def test_weights_that_sum_to_zero_divide_by_one() -> None:
     equal(combine("task_arithmetic", [[1.0, 2.0], [3.0, 8.0]], weight=[-1.0, 1.0], normalize=True), [2.0, 6.0])
-    equal(weighted_sum([torch.ones(1), torch.ones(1)], [-1.0, 1.0], True), [0.0])
+    equal(combine("task_arithmetic", [[1.0], [1.0]], weight=[-1.0, 1.0], normalize=True), [0.0])
 
 
 def test_sign_consensus_sum() -> None:
     """Element 0: both agree; 1: minus wins; 2: they cancel, so plus; 3: one is zero; 4: all are."""
-    deltas = [torch.tensor([1.0, 1.0, 2.0, 0.0, 0.0]), torch.tensor([3.0, -4.0, -2.0, -6.0, 0.0])]
-    equal(sign_consensus_sum([one.clone() for one in deltas], [1.0, 1.0], True), [2.0, -4.0, 2.0, -6.0, 0.0])
-    equal(sign_consensus_sum([one.clone() for one in deltas], [1.0, 1.0], False), [4.0, -4.0, 2.0, -6.0, 0.0])
+    deltas = [[1.0, 1.0, 2.0, 0.0, 0.0], [3.0, -4.0, -2.0, -6.0, 0.0]]
+    equal(combine("ties", deltas, weight=[1.0, 1.0]), [2.0, -4.0, 2.0, -6.0, 0.0])
+    equal(combine("ties", deltas, weight=[1.0, 1.0], normalize=False), [4.0, -4.0, 2.0, -6.0, 0.0])
     # the weights vote as well: 3 * 1 against 0.5 * 4, and divide
-    equal(sign_consensus_sum([one.clone() for one in deltas], [3.0, 0.5], True), [4.5 / 3.5, 1.0, 2.0, -6.0, 0.0])
+    equal(combine("ties", deltas, weight=[3.0, 0.5]), [4.5 / 3.5, 1.0, 2.0, -6.0, 0.0])
 
 
 def test_ties() -> None:
@@ -316,19 +308,3 @@ def test_nan_reaches_the_output(name: str) -> None:
     given: dict[str, Any] = {"t": 0.3, "weight": [0.4, 0.7], "density": 0.4}
     merged = combine(name, deltas, **given)
     assert bool(merged[7].isnan())
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"election_weights": [1.0, 1.0]},
-        {"nearswap_t": 0.5},
-        {"mask_keys": [KEEP_ALL, KEEP_ALL]},
-        {"magnitude_ranges": MagnitudeRanges([None, None]).native_table},
-    ],
-    ids=lambda fields: next(iter(fields)),
-)
-def test_evaluate_refuses_sums_that_only_the_native_library_computes(fields: dict[str, Any]) -> None:
-    terms = WeightedSum([1.0, 1.0], **fields)
-    with pytest.raises(NotImplementedError, match=next(iter(fields))):
-        terms.evaluate([torch.tensor([1.0]), torch.tensor([-2.0])])

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.method_blocks import InMemoryScan, combine
+from support.method_blocks import InMemoryScan, combine, of_scan, statistics
 from test_by_hand import equal, near
 
 from mergeforge.methods import METHODS, Block
-from mergeforge.methods._inner_products import gram
-from mergeforge.methods._mask_cache import MaskCache
-from mergeforge.methods._random_mask import random_mask
-from mergeforge.methods._rescale import Rescaled
-from mergeforge.methods._sub_blocks import by_rows
-from mergeforge.methods._thresholds import SAMPLE_BLOCKS, threshold_of_largest_fraction
-from mergeforge.methods.della import drop_probability, magnitude_order, rank_mask, rank_mask_native
-from mergeforge.methods.sce import sign_consensus_mean, variance, variance_scan
-from mergeforge.native import bindings
+from mergeforge.methods.block_statistics import SAMPLE_BLOCKS
+from mergeforge.methods.rank_mask import magnitude_order
+from mergeforge.methods.statistics import InnerProducts, KthVariance
+from mergeforge.methods.sub_blocks import by_rows
+from mergeforge.methods.variance import variance
 
 HALF = math.sqrt(0.5)
 
@@ -32,13 +27,13 @@ def refused(name: str, match: str, **parameters: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 100])
-def test_gram(size: int) -> None:
-    products = gram(InMemoryScan([torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 1.0, 3.0])], size))
-    assert products.tolist() == [[5.0, 2.0], [2.0, 10.0]]
+def test_inner_products(size: int) -> None:
+    known = statistics([torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 1.0, 3.0])], size)
+    assert known.collect(InnerProducts()).tolist() == [[5.0, 2.0], [2.0, 10.0]]
 
 
-def test_gram_of_an_empty_tensor() -> None:
-    assert gram(lambda visit, sample=0: iter(())).shape == (0, 0)
+def test_inner_products_of_an_empty_tensor() -> None:
+    assert of_scan(lambda visit, sample=0: iter(()), 0).collect(InnerProducts()).shape == (0, 0)
 
 
 # directions
@@ -57,13 +52,12 @@ def test_nuslerp_of_rows_and_columns() -> None:
     one, two = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 1.0], [3.0, 3.0]])
     parameters = {"weight": [1.0, 1.0], "nuslerp_flatten": False, "nuslerp_row_wise": False}
     method = METHODS["nuslerp"]
-    equal(method([one.clone(), two.clone()], None, Block("w", 0, 0), parameters)[1], [2.0, 2.0])
-    near(method([one.clone(), two.clone()], None, Block("w", 0, 0), parameters)[0], [HALF, HALF])
+    equal(method.merge_block([one.clone(), two.clone()], None, Block("w", 0, 0), parameters)[1], [2.0, 2.0])
+    near(method.merge_block([one.clone(), two.clone()], None, Block("w", 0, 0), parameters)[0], [HALF, HALF])
     one, two, parameters = one.T.contiguous(), two.T.contiguous(), parameters | {"nuslerp_row_wise": True}
-    stats = method.collect_stats(
-        lambda visit, sample=0: iter([visit([one.clone(), two.clone()], Block("w", 0, 0))]), 4, parameters
-    )
-    near(method([one, two], stats, Block("w", 0, 0), parameters), [[HALF, 2.0], [HALF, 2.0]])
+    known = of_scan(lambda visit, sample=0: iter([visit([one.clone(), two.clone()], Block("w", 0, 0))]), 4)
+    prepared = method.prepare(known, parameters)
+    near(method.merge_block([one, two], prepared, Block("w", 0, 0), parameters), [[HALF, 2.0], [HALF, 2.0]])
 
 
 def test_nuslerp_treats_a_vector_as_one_row() -> None:
@@ -73,7 +67,8 @@ def test_nuslerp_treats_a_vector_as_one_row() -> None:
     def scan(visit: Any, sample: int = 0) -> Any:
         return blocks(lambda inputs, block: visit(inputs, Block("w", block.start, 0, is_vector=True)), sample)
 
-    assert METHODS["nuslerp"].collect_stats(scan, 2, parameters) == pytest.approx((HALF, HALF))
+    known = of_scan(scan, 2, first_block=Block("w", 0, 0, is_vector=True))
+    assert METHODS["nuslerp"].prepare(known, parameters).factors == pytest.approx([HALF, HALF])
 
 
 def test_multislerp() -> None:
@@ -157,8 +152,10 @@ def test_della_keeps_large_elements_more_often(name: str) -> None:
     rows = torch.arange(1.0, 401.0).expand(500, 400).contiguous()
     parameters = {one.name: one.default for one in METHODS[name].parameters.values()}
     parameters |= {"weight": [1.0], "density": [0.5], "epsilon": [0.3], "normalize": False}
-    stats = Rescaled([MaskCache()], [1.0])
-    kept = METHODS[name]([rows.clone()], stats, Block("w", 0, 0), parameters).ne(0).float().mean(dim=0)
+    parameters |= {"rescale": False}
+    method, block = METHODS[name], Block("w", 0, 0)
+    prepared = method.prepare(of_scan(None, rows.numel(), 1), parameters)
+    kept = method.merge_block([rows.clone()], prepared, block, parameters).ne(0).float().mean(dim=0)
     expected = torch.linspace(0.2, 0.8, 400)
     assert float((kept - expected).abs().amax()) < 5 * 0.5 / math.sqrt(500)
     assert float((kept - expected).view(8, 50).mean(dim=1).abs().amax()) < 5 * 0.5 / math.sqrt(500 * 50)
@@ -173,80 +170,10 @@ def test_della_ranks_match_a_stable_sort(shape: tuple[int, int], dtype: torch.dt
         assert torch.equal(magnitude_order(part[0]), part[0].float().abs().sort(dim=1, stable=True).indices)
 
 
-def many(rows: torch.Tensor) -> torch.Tensor:
-    """Continuous: nearly no two are equal."""
-    return rows
-
-
-def differences(rows: torch.Tensor) -> torch.Tensor:
-    """Of bfloat16 models: few different ones, many zeros."""
-    base = rows.roll(1).mul(0.02).bfloat16()
-    return (base + rows * 1e-4).bfloat16().float() - base.float()
-
-
-def halves(rows: torch.Tensor) -> torch.Tensor:
-    """Many of one magnitude, some a little above."""
-    rows[:, ::2] = -1.0
-    rows[:, 1::16] = 1.0 + rows[:, 1::16].abs() * 1e-6
-    return rows
-
-
-def nothing(rows: torch.Tensor) -> torch.Tensor:
-    """Zeros of both signs, and what is not finite."""
-    rows.zero_()[:, ::3] = -0.0
-    rows[:1, :1], rows[-1:, -1:] = math.nan, -math.inf
-    return rows
-
-
-@pytest.mark.needs_kernels
-@pytest.mark.parametrize("density", [0.5, 0.3, 0.9])
-@pytest.mark.parametrize("shape", [(1, 1), (9, 1), (3, 2), (40, 7), (8, 600), (3, 2048), (2, 5633), (1, 100_001)])
-@pytest.mark.parametrize("made", [many, differences, halves, nothing])
-def test_della_native_mask_matches_torch(
-    made: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, int], density: float
-) -> None:
-    """The mask that a sort makes, wherever the block stands."""
-    rows = made(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
-    for is_vector in {False, shape[1] == 1}:
-        block = Block("w", 3 * shape[1] + is_vector, 7, is_vector)
-        expected = random_mask(rows, block, 1, drop_probability(rows, block, density, 0.0999))
-        found = rank_mask_native(rows, block, 1, density, 0.0999)
-        assert found is not None
-        assert torch.equal(found, expected)
-
-
-@pytest.mark.needs_kernels
-def test_della_falls_back_to_sorting_for_nearly_equal_magnitudes() -> None:
-    """Most magnitudes differ less than their buckets do, beside a few that are far away."""
-    rows = 1 + torch.rand(4, 4096, generator=torch.Generator().manual_seed(1)) * 1e-4
-    rows[:, :100] *= 1e6
-    block = Block("w", 0, 7)
-    assert rank_mask_native(rows, block, 0, 0.5, 0.15) is None
-    assert torch.equal(
-        rank_mask(rows, block, 0, 0.5, 0.15), random_mask(rows, block, 0, drop_probability(rows, block, 0.5, 0.15))
-    )
-
-
 def test_della_refuses_probabilities_outside_0_to_1() -> None:
     refused("della", "epsilon 0.15", density=[0.5, 0.1], epsilon=[0.15, 0.15])
     refused("della_linear", "epsilon 0.5", density=[0.5], epsilon=[0.5])
     METHODS["della"].check_parameters({"density": [1.0, 0.5], "epsilon": [0.15, 0.4]})
-
-
-@pytest.mark.needs_kernels
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_sce_native_matches_torch(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variances and means that torch computes, bit for bit; with zeros of both signs and equal elements."""
-    numbers = torch.Generator().manual_seed(3)
-    deltas = [torch.randn(3, 1001, generator=numbers) * 10.0**-at for at in range(count)]
-    deltas[0][:, ::5], deltas[-1][:, 1::5] = 0.0, -0.0
-    deltas[-1][:, ::7] = deltas[0][:, ::7]
-    weights = [0.4, 1e-9, 0.6, 0.2, 0.3][:count]
-    native_variance, native_mean = variance(deltas), sign_consensus_mean([one.clone() for one in deltas], weights)
-    monkeypatch.setattr(bindings, "is_available", lambda: False)
-    assert torch.equal(native_variance, variance(deltas))
-    expected = sign_consensus_mean(deltas, weights)
-    assert torch.equal(native_mean.view(torch.int32), expected.view(torch.int32))
 
 
 # choosing
@@ -273,8 +200,7 @@ def test_sce_selects_a_fraction_of_the_varying_elements(share: float) -> None:
     varying = torch.arange(3000.0).mul(torch.arange(3000) % 3 == 0)
     for start in InMemoryScan([varying], 100).starts(SAMPLE_BLOCKS):
         varying[start : start + 100] *= 1e-3
-    scan = InMemoryScan([torch.zeros(3000), varying], 100)
-    threshold = threshold_of_largest_fraction(variance_scan(scan), 3000, share)
+    threshold = statistics([torch.zeros(3000), varying], 100).collect(KthVariance(share))
     ranked = varying.double().square().div(4).float().sort(descending=True).values
     assert threshold.value == float(ranked[int(share * int(varying.count_nonzero())) - 1])
 
@@ -318,8 +244,8 @@ def test_arcee_fusion() -> None:
     """One of eight changes stands out from the quartiles and is taken over."""
     base, other = [0.0] * 8, [0.1, 0.1, 0.11, 0.12, 0.1, 0.12, 0.11, 1.0]
     scan, inputs, block = vectors(base, other)
-    stats = METHODS["arcee_fusion"].collect_stats(scan, 8, {})
-    equal(METHODS["arcee_fusion"](inputs, stats, block, {}).flatten(), [0.0] * 7 + [1.0])
+    prepared = METHODS["arcee_fusion"].prepare(of_scan(scan, 8), {})
+    equal(METHODS["arcee_fusion"].merge_block(inputs, prepared, block, {}).flatten(), [0.0] * 7 + [1.0])
 
 
 def test_arcee_fusion_of_equal_models_is_the_base() -> None:
@@ -333,4 +259,4 @@ def test_stats_of_an_empty_tensor(name: str) -> None:
     """A tensor without elements."""
     known = METHODS[name].parameters.values()
     values = {one.name: [0.5, 0.5] if one.per_input else one.default for one in known}
-    METHODS[name].collect_stats(lambda visit, sample=0: iter(()), 0, values)
+    METHODS[name].prepare(of_scan(lambda visit, sample=0: iter(()), 0), values)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from mergeforge.methods import Block
-from mergeforge.methods._mask_cache import MaskCache
-from mergeforge.methods._random_mask import (
+from mergeforge.methods.keep import KeepRandom
+from mergeforge.methods.random_mask import (
     _sample_bits,
     _sample_bits_on_device,
     _samples_below,
-    apply_random_masks,
     random_mask,
 )
 
@@ -123,27 +121,8 @@ def test_random_bits_are_uniform() -> None:
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(len(one))
 
 
-def test_apply_random_masks_is_in_place_and_skips_density_1() -> None:
+def test_random_elements_are_dropped_in_place_and_density_1_keeps_all() -> None:
     first, second = torch.ones(50, 2), torch.ones(50, 2)
-    masks = [MaskCache(96), MaskCache()]
-    kept = apply_random_masks([first, second], Block("w", 0, 0), [0.5, 1.0], masks)
-    assert kept[0] is first and kept[1] is second
+    KeepRandom([0.5, 1.0], Block("w", 0, 0)).drop([first, second], Block("w", 0, 0))
     assert torch.equal(first.flatten(), mask(0, 100).float())
     assert bool((second == 1).all())
-
-
-@pytest.mark.parametrize("room", [0, 8, 96, 1 << 10])
-def test_cached_masks_match_redrawn_ones(room: int) -> None:
-    """Two of three blocks fit into 96 elements; the others are drawn again."""
-    masks, drawn = MaskCache(room), []
-
-    def draw(delta: torch.Tensor, block: Block) -> torch.Tensor:
-        drawn.append(block.start)
-        return random_mask(delta, block, 0, 0.5)
-
-    for _ in range(2):
-        for start in (0, 45, 90):
-            delta, block = torch.ones(45, 1), Block("w", start, 0)
-            masks.apply([delta], block, partial(draw, delta, block))
-            assert torch.equal(delta.flatten(), mask(start, 45).float())
-    assert drawn == [0, 45, 90, *{0: [0, 45, 90], 8: [0, 45, 90], 96: [90], 1 << 10: []}[room]]

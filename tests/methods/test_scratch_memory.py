@@ -6,19 +6,18 @@ import gc
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+from support.method_blocks import of_scan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mergeforge.core.tensor_info import BLOCK_ELEMENTS
 from mergeforge.methods import METHODS, Block
-from mergeforge.native import bindings
 
 BLOCK_NBYTES = 4 * BLOCK_ELEMENTS
 BLOCKS = 2  # of the whole tensor
@@ -142,54 +141,28 @@ def imported() -> Iterator[None]:
             count = min(2, METHODS[name].inputs[1])
             given = parameters(name, count)
             inputs = [torch.ones(8, 1) for _ in range(count)]
-            stats = METHODS[name].collect_stats(partial(visit_one_block, inputs), 8, given)
-            METHODS[name](inputs, stats, Block("w", 0, 0), given)
+            prepared = METHODS[name].prepare(of_scan(partial(visit_one_block, inputs), 8, count), given)
+            METHODS[name].merge_block(inputs, prepared, Block("w", 0, 0), given)
     gc.collect()
     gc.freeze()  # what torch has created stays anyway: collecting it takes a third of a second each time
     yield
     gc.unfreeze()
 
 
-@pytest.fixture(autouse=True)
-def in_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Methods declare what torch needs; the native library needs less."""
-    if "in_c" not in request.fixturenames:
-        monkeypatch.setattr(bindings, "is_available", lambda: False)
-
-
-@pytest.fixture
-def in_c() -> None:
-    """With the native library, if it is compiled."""
-
-
-@pytest.mark.usefixtures("in_c")
-@pytest.mark.parametrize(
-    ("name", "columns"), [*((name, 1) for name in sorted(METHODS)), ("della", 64), ("della", BLOCK_ELEMENTS)]
-)
-def test_native_library_needs_no_more_memory_than_torch(name: str, columns: int) -> None:
-    measured(name, random, min(3, METHODS[name].inputs[1]), columns)
-
-
-DRAWN = ("dare_linear", "dare_ties", "della", "della_linear")
 CASES = [(name, data) for name in sorted(METHODS) for data in (random, ties, equal, misleading)]
 
 
 @pytest.mark.parametrize(
-    ("name", "data"), [(name, data) for name, data in CASES if METHODS[name].stats or data is random]
+    ("name", "data"), [(name, data) for name, data in CASES if METHODS[name].needs_stats or data is random]
 )
 def test_temporaries_stay_within_the_declared_scratch_blocks(name: str, data: Callable[[int], list[Tensor]]) -> None:
     stats_blocks, highest = measured(name, data, min(3, METHODS[name].inputs[1]))
-    needed = max(highest, stats_blocks)
-    if name not in DRAWN:
-        tight(name, data, needed)
+    tight(name, data, max(highest, stats_blocks))
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_temporaries_when_masks_are_not_cached(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks of a tensor that is too large for the mask cache."""
-    monkeypatch.setattr(f"{METHODS[name].combine.__module__}.CACHED_ELEMENTS", 0)
-    monkeypatch.setitem(METHODS._entries, name, replace(METHODS[name], stats_nbytes=0))
-    tight(name, random, max(measured(name, random, 3, BLOCK_ELEMENTS if "della" in name else 1)))
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+def test_temporaries_of_long_rows(name: str) -> None:
+    tight(name, random, max(measured(name, random, 3, BLOCK_ELEMENTS)))
 
 
 def tight(name: str, data: Callable[[int], list[Tensor]], needed: float) -> None:
@@ -228,14 +201,14 @@ def measured(
     given = parameters(name, count) | flags
     known = [*engine.wholes, *engine.scratch]
     with Peak(known) as stats_peak:
-        stats = method.collect_stats(engine.scan, BLOCKS * BLOCK_ELEMENTS, given)
+        prepared = method.prepare(of_scan(engine.scan, BLOCKS * BLOCK_ELEMENTS, count), given)
     allowed = method.scratch_blocks * BLOCK_NBYTES + method.stats_nbytes * count
     assert stats_peak.peak <= allowed + SLACK * BLOCK_NBYTES, f"stats: {stats_peak.peak / BLOCK_NBYTES:.2f} blocks"
     highest = 0.0
     for at in range(BLOCKS):
         inputs, block = engine.block(at)
         with Peak(known) as combine_peak:
-            method(inputs, stats, block, given)
+            method.merge_block(inputs, prepared, block, given)
         highest = max(highest, combine_peak.peak / BLOCK_NBYTES)
     assert highest <= method.scratch_blocks + SLACK, f"combining: {highest:.2f} blocks"
     return (stats_peak.peak - method.stats_nbytes * count) / BLOCK_NBYTES, highest

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.method_blocks import InMemoryScan
+from support.method_blocks import InMemoryScan, of_scan
 
-from mergeforge.methods import _kth_largest, _thresholds
-from mergeforge.methods._thresholds import Threshold, density_thresholds
+from mergeforge.methods import block_statistics, kth_largest, thresholds
+from mergeforge.methods.keep import KeepMagnitudes
+from mergeforge.methods.kth_largest import Threshold
+from mergeforge.methods.task_vectors import keep_largest
 
 N = 30_000
 
@@ -25,7 +27,7 @@ def bfloat16_like() -> torch.Tensor:
 def misleading(size: int = 1000) -> torch.Tensor:
     """The blocks that the sample sees hold only small numbers."""
     value = noise(3).mul(100)
-    for start in InMemoryScan([value], size).starts(_thresholds.SAMPLE_BLOCKS):
+    for start in InMemoryScan([value], size).starts(block_statistics.SAMPLE_BLOCKS):
         value[start : start + size] *= 1e-6
     return value
 
@@ -33,7 +35,7 @@ def misleading(size: int = 1000) -> torch.Tensor:
 def misleading_up(size: int = 1000) -> torch.Tensor:
     """The blocks that the sample sees hold only large numbers."""
     value = noise(3).mul(1e-6)
-    for start in InMemoryScan([value], size).starts(_thresholds.SAMPLE_BLOCKS):
+    for start in InMemoryScan([value], size).starts(block_statistics.SAMPLE_BLOCKS):
         value[start : start + size] *= 1e9
     return value
 
@@ -77,7 +79,15 @@ def kept(value: torch.Tensor, density: float) -> np.ndarray:
 
 
 def trim(scan: InMemoryScan, at: int, threshold: Threshold) -> torch.Tensor:
-    return torch.cat([threshold.trim(scan.block(start)[0][at], start == 0).flatten() for start in scan.starts()])
+    trimmed = [thresholds.trim(threshold, scan.block(start)[0][at], start == 0) for start in scan.starts()]
+    return torch.cat([block.flatten() for block in trimmed])
+
+
+def density_thresholds(scan: InMemoryScan, numel: int, density: list[float]) -> list[Threshold | None]:
+    """The thresholds of ties for one density for each input."""
+    keep = keep_largest(of_scan(scan, numel, len(density)), density=density)
+    assert isinstance(keep, KeepMagnitudes)
+    return [magnitudes and magnitudes.lower for magnitudes in keep.ranges]
 
 
 @pytest.mark.parametrize("density", [1e-9, 0.001, 0.3, 0.5, 0.999])
@@ -122,9 +132,9 @@ def test_one_scan_finds_thresholds_of_several_inputs() -> None:
 @pytest.mark.parametrize("values", [8, 1 << 16])
 def test_search_with_more_candidates_than_it_holds(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are counted, and made coarser where there are more than 8; several looks narrow the range."""
-    monkeypatch.setattr(_kth_largest, "MAX_CANDIDATES", 64)
-    monkeypatch.setattr(_kth_largest, "MAX_DISTINCT", values)
-    monkeypatch.setattr(_thresholds, "SAMPLE_ELEMENTS", 4)
+    monkeypatch.setattr(kth_largest, "MAX_CANDIDATES", 64)
+    monkeypatch.setattr(kth_largest, "MAX_DISTINCT", values)
+    monkeypatch.setattr(block_statistics, "SAMPLE_ELEMENTS", 4)
     for name, value in DATA.items():
         scan = InMemoryScan([value], 500)
         (found,) = density_thresholds(scan, len(value), [0.37])
@@ -146,7 +156,7 @@ def test_good_sample_needs_two_scans() -> None:
     for value in (noise(0, 1 << 21), columns):
         looks.clear()
         density_thresholds(Counting([value], 1 << 18), len(value), [0.3])
-        assert looks == [_thresholds.SAMPLE_BLOCKS, 0]
+        assert looks == [block_statistics.SAMPLE_BLOCKS, 0]
 
 
 @pytest.mark.parametrize("share", [1.0, 0.6])
@@ -180,7 +190,7 @@ def test_empty_tensor_and_density_1_have_no_threshold() -> None:
 
 def test_trim_is_in_place() -> None:
     value = torch.tensor([[3.0], [1.0], [2.0]])
-    assert Threshold(magnitude_bits(2.0), 1, 1).trim(value, True) is value
+    assert thresholds.trim(Threshold(magnitude_bits(2.0), 1, 1), value, True) is value
     assert value.flatten().tolist() == [3.0, 0.0, 2.0]
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import mergeforge
-from mergeforge.methods import METHODS, dare, della, sce
+from mergeforge.methods import METHODS
 from mergeforge.native import bindings
 
 pytestmark = pytest.mark.usefixtures("models")
@@ -22,9 +22,6 @@ TRIMMING = [name for name in sorted(METHODS) if {"density", "select_topk"} & set
 @pytest.mark.parametrize("method", TRIMMING)
 def test_a_stage_that_is_looked_at_equals_its_file(method: str, in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """slerp takes inner products of the stage first. The inputs are bfloat16, so that thresholds cut through ties."""
-    monkeypatch.setattr(sce, "CACHED_ELEMENTS", 0)  # as for tensors whose masks are too large to keep
-    monkeypatch.setattr(della, "CACHED_ELEMENTS", 0)
-    monkeypatch.setattr(dare, "CACHED_ELEMENTS", 0)
     if not in_c:
         monkeypatch.setattr(bindings, "is_available", lambda: False)
     known = METHODS[method].parameters

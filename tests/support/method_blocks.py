@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergeforge.methods import METHODS, Block
+from mergeforge.methods.block_statistics import BlockStatistics
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,22 @@ class InMemoryScan:
             yield visit(*self.block(start))
 
 
+def statistics(inputs: list[Tensor], size: int = 1 << 19, seed: int = 0, name: str = "w") -> BlockStatistics:
+    """Statistics of whole tensors in memory, from blocks of `size` elements."""
+    scan = InMemoryScan(inputs, size, seed, name)
+    return of_scan(scan, inputs[0].numel(), len(inputs), Block(name, 0, seed))
+
+
+def of_scan(
+    scan: Any,
+    numel: int,
+    input_count: int = 2,
+    first_block: Block = Block("w", 0, 0),  # noqa: B008
+) -> BlockStatistics:
+    """Statistics that a scan collects."""
+    return BlockStatistics(scan, numel, input_count, first_block)
+
+
 def combine(
     method: str, inputs: list[Any], *, size: int = 1 << 19, seed: int = 0, name: str = "w", **parameters: Any
 ) -> Tensor:
@@ -53,9 +70,11 @@ def combine(
         values[parameter.name] = value
     entry.check_parameters(values)
     scan = InMemoryScan(tensors, size, seed, name)
-    stats = entry.collect_stats(scan, tensors[0].numel(), values)
+    compute = "F64" if tensors[0].dtype == torch.float64 else "F32"
+    known = BlockStatistics(scan, tensors[0].numel(), len(tensors), Block(name, 0, seed), compute)
+    prepared = entry.prepare(known, values)
     merged = []
     for start in scan.starts():
         blocks, block = scan.block(start)
-        merged.append(entry(blocks, stats, block, values).flatten())
+        merged.append(entry.merge_block(blocks, prepared, block, values).flatten())
     return torch.cat(merged).view(tensors[0].shape) if merged else tensors[0].clone()

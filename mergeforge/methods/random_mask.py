@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from mergeforge.methods import Block
-from mergeforge.methods._mask_cache import MaskCache
+from mergeforge.methods.block import Block
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,16 +42,6 @@ class MaskKey(NamedTuple):
 
 
 KEEP_ALL = MaskKey((0, 0), (0, 0), SAMPLE_VALUES)
-
-
-def apply_random_masks(
-    deltas: list[Tensor], block: Block, density: list[float], masks: list[MaskCache]
-) -> list[Tensor]:
-    """Keep each element of the deltas' block with probability `density`, in place."""
-    for index, (delta, probability, mask) in enumerate(zip(deltas, density, masks, strict=True)):
-        if probability < 1:
-            mask.apply([delta], block, partial(random_mask, delta, block, index, probability))
-    return deltas
 
 
 def mask_key(block: Block, index: int, density: float) -> MaskKey:

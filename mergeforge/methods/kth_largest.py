@@ -10,6 +10,7 @@ another scan narrows the bracket, until one number is left.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,34 @@ if TYPE_CHECKING:
     Bits = NDArray[np.int32]
 
 MAX_CANDIDATES = 1 << 19  # magnitudes that a search keeps as they are
+MIN_ROOM = 1 << 12  # candidates that there is room for, whatever MAX_CANDIDATES is
 MAX_DISTINCT = 1 << 16  # distinct values in a histogram
 BITS_LIMIT = 0x7F800001  # one more than the bits of infinity
-INFINITE_THRESHOLD = (BITS_LIMIT - 1, 0, 1)  # the result for k = 0
 SEARCH_NBYTES = 3 * 4 * MAX_CANDIDATES  # one search holds candidates, the positions where their values change, counts
+
+
+@dataclass
+class Threshold:
+    """The k-th largest magnitude: its float32 bits, how many of its ties are kept (the first ones), how many there are.
+
+    `ties_seen`: ties in the blocks that were trimmed since the tensor's first one.
+    """
+
+    bits: int
+    ties_kept: int
+    ties: int
+    ties_seen: int = 0
+
+    @property
+    def value(self) -> float:
+        """The magnitude itself."""
+        value: float = struct.unpack("<f", struct.pack("<I", self.bits))[0]
+        return value
+
+
+def infinite_threshold() -> Threshold:
+    """The threshold for k = 0, which nothing reaches."""
+    return Threshold(BITS_LIMIT - 1, 0, 1)
 
 
 @dataclass
@@ -80,20 +105,21 @@ class KthLargestSearch:
     """Narrows [low, high) to the bits of the k-th largest of `numel` magnitudes.
 
     With a `nonzero_fraction`, k is that fraction of the nonzero magnitudes, which a scan counts too.
-    `result`: these bits, how many of the elements with these bits are among the k, and how many there are.
+
+    A scan adds what it sees with add(), or makes room and appends to `candidates` and `counts` itself, as the C library
+    does: the magnitudes' bits inside the range, minus `low`; and how many these are, how many magnitudes are above the
+    range, and how many are not zero.
     """
 
     k: int
     numel: int
     nonzero_fraction: float | None = None
-    nonzero: int = 0
     low: int = 0
     high: int = BITS_LIMIT
-    above: int = 0
     histogram: _MagnitudeHistogram | None = None
     candidates: Bits | None = None  # one array: small ones between the blocks of a merge would fragment its memory
-    candidate_count: int = 0
-    result: tuple[int, int, int] | None = None
+    counts: NDArray[np.int64] | None = None
+    result: Threshold | None = None
 
     def bracket(self, sample: Bits) -> None:
         """Start with the range that holds the threshold unless the sample (ascending) is unlike the tensor."""
@@ -112,73 +138,87 @@ class KthLargestSearch:
     def start_scan(self) -> None:
         import numpy as np
 
-        self.above, self.nonzero, self.histogram = 0, 0, None
-        self.candidates, self.candidate_count = np.empty(MAX_CANDIDATES, np.int32), 0
+        self.histogram = None
+        self.candidates, self.counts = np.empty(max(MAX_CANDIDATES, MIN_ROOM), np.int32), np.zeros(3, np.int64)
 
-    def add(self, above: int, inside: Bits, nonzero: int = 0) -> None:
-        """Add a chunk: how many bits are above the range, and those inside it, minus `low`."""
-        assert self.candidates is not None
-        self.above += above
-        self.nonzero += nonzero
-        if self.candidate_count + len(inside) > MAX_CANDIDATES:
-            self._count(self.candidates[: self.candidate_count])
-            self.candidate_count = 0
+    def add(self, above: int, inside: Bits, nonzero: int) -> None:
+        """Add a chunk: how many bits are above the range, those inside it, minus `low`, and how many are not zero."""
+        assert self.candidates is not None and self.counts is not None
+        self.counts[1:] += (above, nonzero)
+        if self.counts[0] + len(inside) > MAX_CANDIDATES:
+            self.compact()
         if len(inside) > MAX_CANDIDATES:
             self._count(inside)
         else:
-            self.candidates[self.candidate_count : self.candidate_count + len(inside)] = inside
-            self.candidate_count += len(inside)
+            count = int(self.counts[0])
+            self.candidates[count : count + len(inside)] = inside
+            self.counts[0] += len(inside)
+
+    def make_room(self, count: int) -> None:
+        """Make room for `count` more candidates (at most MIN_ROOM)."""
+        assert self.candidates is not None and self.counts is not None
+        if self.counts[0] + count > len(self.candidates):
+            self.compact()
+
+    def compact(self) -> None:
+        """Move the candidates into the histogram."""
+        assert self.candidates is not None and self.counts is not None
+        self._count(self.candidates[: int(self.counts[0])])
+        self.counts[0] = 0
 
     def finish_scan(self) -> None:
         """Set the result, or narrow the range, or replace a range that does not hold the threshold.
 
         Raises ArithmeticError where the threshold is NaN.
         """
+        assert self.counts is not None
+        candidate_count, above, nonzero = self.counts.tolist()
         if self.nonzero_fraction is not None:
-            self.k = int(self.nonzero_fraction * self.nonzero)
+            self.k = int(self.nonzero_fraction * nonzero)
         if self.k == 0:
-            self.result = INFINITE_THRESHOLD
+            self.result = infinite_threshold()
             return
-        inside = self.candidate_count + (int(self.histogram.counts.sum()) if self.histogram else 0)
-        if self.above >= self.k and self.high >= BITS_LIMIT:
+        inside = candidate_count + (int(self.histogram.counts.sum()) if self.histogram else 0)
+        if above >= self.k and self.high >= BITS_LIMIT:
             raise ArithmeticError("a task vector contains NaN values")
-        if self.above >= self.k:
+        if above >= self.k:
             self.low, self.high = self.high, BITS_LIMIT
-        elif self.above + inside < self.k:
+        elif above + inside < self.k:
             self.low, self.high = 0, self.low
         elif self.histogram:
-            self._narrow()
+            self._narrow(above)
         else:
-            self._select()
-        self.histogram = self.candidates = None
+            self._select(candidate_count, above)
+        self.histogram = self.candidates = self.counts = None
 
     def _count(self, bits: Bits) -> None:
-        """Move candidates into the histogram."""
         import numpy as np
 
-        self.histogram = self.histogram or _MagnitudeHistogram(np.empty(0, np.int32), np.empty(0, np.int64))
-        self.histogram.add(bits)
+        if len(bits):
+            self.histogram = self.histogram or _MagnitudeHistogram(np.empty(0, np.int32), np.empty(0, np.int64))
+            self.histogram.add(bits)
 
-    def _select(self) -> None:
-        """Take the threshold from the candidates, which are complete."""
+    def _select(self, count: int, above: int) -> None:
+        """Take the threshold from the candidates, which are complete: the (k - above)-th largest of them."""
         import numpy as np
 
         assert self.candidates is not None
-        bits = self.candidates[: self.candidate_count]
-        bits.sort()
-        value = bits[len(bits) - (self.k - self.above)]
-        first, end = np.searchsorted(bits, [value, value + 1])
-        self.result = (self.low + int(value), self.k - self.above - (len(bits) - int(end)), int(end - first))
+        bits = self.candidates[:count]
+        position = count - (self.k - above)
+        bits.partition(position)
+        value = int(bits[position])
+        larger, ties = int(np.count_nonzero(bits > value)), int(np.count_nonzero(bits == value))
+        self.result = Threshold(self.low + value, self.k - above - larger, ties)
 
-    def _narrow(self) -> None:
+    def _narrow(self, above: int) -> None:
         """Narrow the range to one value of the histogram."""
-        assert self.histogram is not None and self.candidates is not None
-        self._count(self.candidates[: self.candidate_count])
+        self.compact()
+        assert self.histogram is not None
         counts, shift = self.histogram.counts, self.histogram.shift
-        reached = counts[::-1].cumsum() + self.above  # how many at or above each value, from the top
+        reached = counts[::-1].cumsum() + above  # how many at or above each value, from the top
         index = len(counts) - 1 - int((reached >= self.k).argmax())
         value, count = int(self.histogram.values[index]), int(counts[index])
-        above = int(reached[len(counts) - 1 - index]) - count
+        larger = int(reached[len(counts) - 1 - index]) - count
         if shift == 0:
-            self.result = (self.low + value, self.k - above, count)
+            self.result = Threshold(self.low + value, self.k - larger, count)
         self.low, self.high = self.low + (value << shift), min(self.high, self.low + (value + 1 << shift))

@@ -1,0 +1,71 @@
+"""Backend: what computes a tensor. It is chosen here, once, and shown by `mergeforge plan -v`.
+
+    copy    the stored bytes, unchanged
+    native  the C library, on a CPU; from file to file where every input is stored in local files
+    torch   everything else, on any device
+
+native and torch write the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mergeforge.core.tensor_info import TensorInfo
+from mergeforge.io.disk import DiskFile
+from mergeforge.native import bindings
+from mergeforge.tensors.lazy import LazyTensor
+from mergeforge.tensors.merged import MergedTensor
+from mergeforge.tensors.native_inputs import ITEMSIZES
+from mergeforge.tensors.stored import StoredTensor
+from mergeforge.writers.encoder import TensorEncoder
+from mergeforge.writers.safetensors import SafetensorsEncoder
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes a tensor, in `compute` ("F32" or "F64"); `from_files`: the C library reads the inputs' files."""
+
+    name: Literal["copy", "native", "torch"]
+    compute: str = "F32"
+    from_files: bool = False
+
+    @property
+    def needs_torch(self) -> bool:
+        return not (self.name == "copy" or self.from_files)
+
+    @property
+    def label(self) -> str:
+        return "native, from file to file" if self.from_files else self.name
+
+
+def choose_backend(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[TensorEncoder], device: str) -> Backend:
+    """The backend for an output tensor that these encoders write."""
+    to_safetensors = [type(encoder) for encoder in encoders] == [SafetensorsEncoder]
+    if to_safetensors and isinstance(tensor, StoredTensor) and tensor.info.dtype == info.dtype:
+        return Backend("copy")
+    compute = "F64" if "F64" in (info.dtype, *_stored_dtypes(tensor)) else "F32"
+    if device == "cpu" and compute == "F32" and bindings.is_available() and _has_native(tensor):
+        return Backend("native", from_files=to_safetensors and _is_in_files(tensor, info))
+    return Backend("torch", compute)
+
+
+def _has_native(tensor: LazyTensor) -> bool:
+    """Whether the C library merges the tensor, or one that it is computed from."""
+    return (isinstance(tensor, MergedTensor) and tensor.is_native) or any(map(_has_native, tensor.inputs))
+
+
+def _is_in_files(tensor: LazyTensor, info: TensorInfo) -> bool:
+    return (
+        isinstance(tensor, MergedTensor)
+        and tensor.is_native
+        and tensor.inputs_are_stored
+        and all(isinstance(stored.file, DiskFile) for stored in tensor.stored_inputs)
+        and info.dtype in ITEMSIZES
+    )
+
+
+def _stored_dtypes(tensor: LazyTensor) -> set[str]:
+    return {tensor.info.dtype}.union(*(_stored_dtypes(source) for source in tensor.inputs))

@@ -1,0 +1,127 @@
+"""NativeStatistics: statistics of a tensor in the C library, from the bytes of its inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from mergeforge.core.tensor_info import TensorInfo
+from mergeforge.methods.block import Block
+from mergeforge.methods.block_statistics import by_input, symmetric
+from mergeforge.methods.keep import Keep
+from mergeforge.methods.kth_largest import KthLargestSearch, Threshold
+from mergeforge.methods.reduction import Combine, Reduction
+from mergeforge.methods.statistics import (
+    InnerProducts,
+    KeptSquares,
+    KthMagnitudes,
+    KthVariance,
+    L1Norms,
+    Request,
+)
+from mergeforge.methods.thresholds import VARIANCE, Searches, find_thresholds
+from mergeforge.tensors.lazy import Span
+from mergeforge.tensors.native_inputs import NativeInputs
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mergeforge.methods.kth_largest import Bits
+
+R = TypeVar("R")
+SAMPLE_SPANS, SAMPLE_ELEMENTS = 32, 1 << 14  # a sample: how many places, and about how many elements of each
+MAX_SAMPLES = 1 << 17  # of an input
+
+# Inputs and a row range that they hold, for every block of the tensor or for the given row ranges.
+NativeScan = Callable[[list[Span] | None], Iterator[tuple[NativeInputs, int, int]]]
+
+
+@dataclass(frozen=True)
+class NativeStatistics:
+    """Answers requests by scanning a tensor in the C library (statistics.Statistics).
+
+    `samples`: the row ranges from which magnitudes are sampled.
+    """
+
+    numel: int
+    input_count: int
+    first_block: Block
+    scan: NativeScan
+    samples: list[Span]
+    compute: str = "F32"
+
+    def collect(self, request: Request[R]) -> R:
+        return cast(R, self._answer(request))
+
+    def _answer(self, request: Request[Any]) -> Any:
+        match request:
+            case InnerProducts():
+                return symmetric([inputs.inner_products(start, stop) for inputs, start, stop in self.scan(None)])
+            case KthMagnitudes(counts):
+                return self._thresholds([(number, KthLargestSearch(k, self.numel)) for number, k in counts])
+            case KthVariance(fraction):
+                (threshold,) = self._thresholds([(VARIANCE, KthLargestSearch(0, self.numel, fraction))])
+                return threshold
+            case L1Norms(keep):
+                return self._l1_norms(keep)
+            case KeptSquares(keep):
+                return self._kept_squares(keep)
+        raise TypeError(f"the C library does not answer {request}")  # a reduction that needs blocks: a bug
+
+    def _thresholds(self, searches: Searches) -> list[Threshold]:
+        return find_thresholds(searches, self._sample, self._count)
+
+    def _sample(self, numbers: list[int]) -> list[Bits]:
+        import numpy as np
+
+        step = -(-self.numel // MAX_SAMPLES) | 1 if len(self.samples) == 1 else 0
+        by_span = [
+            [_magnitude_bits(_values(inputs, number, start, stop), step) for number in numbers]
+            for inputs, start, stop in self.scan(self.samples)
+        ]
+        return [np.concatenate(samples) for samples in zip(*by_span, strict=True)]
+
+    def _count(self, searches: Searches) -> None:
+        for inputs, start, stop in self.scan(None):
+            inputs.count_magnitudes(searches, start, stop)
+
+    def _l1_norms(self, keep: Keep) -> list[tuple[float, float]]:
+        reduction = Reduction([0.0] * self.input_count, keep=keep)
+        by_block = [inputs.l1_norms(reduction, start, stop).tolist() for inputs, start, stop in self.scan(None)]
+        return [
+            (math.fsum(before for before, _ in norms), math.fsum(after for _, after in norms))
+            for norms in by_input(by_block, self.input_count)
+        ]
+
+    def _kept_squares(self, keep: Keep) -> list[float]:
+        reduction = Reduction([0.0] * self.input_count, Combine.CONSENSUS_MEAN, keep)
+        by_block = [inputs.kept_squares(reduction, start, stop).tolist() for inputs, start, stop in self.scan(None)]
+        return [math.fsum(squares) for squares in by_input(by_block, self.input_count)]
+
+
+def sample_spans(info: TensorInfo) -> list[Span]:
+    """Evenly spaced row ranges of about SAMPLE_ELEMENTS, first and last rows included; all rows of a small tensor."""
+    rows = max(1, SAMPLE_ELEMENTS // max(info.columns, 1))
+    if info.rows <= rows * SAMPLE_SPANS:
+        return [(0, info.rows)]
+    starts = [index * (info.rows - rows) // (SAMPLE_SPANS - 1) for index in range(SAMPLE_SPANS)]
+    return [(start, start + rows) for start in starts]
+
+
+def _values(inputs: NativeInputs, number: int, start: int, stop: int) -> NDArray[np.float32]:
+    return inputs.variances(start, stop) if number == VARIANCE else inputs.load_rows(number, start, stop)
+
+
+def _magnitude_bits(values: NDArray[np.float32], step: int) -> Bits:
+    """The bits of every `step`-th magnitude, or of so many that there are MAX_SAMPLES / SAMPLE_SPANS.
+
+    The step is odd, so that the samples of a matrix come from every column.
+    """
+    import numpy as np
+
+    step = step or -(-len(values) * SAMPLE_SPANS // MAX_SAMPLES) | 1
+    bits: Bits = np.abs(values[::step]).view(np.int32)
+    return bits
