@@ -20,7 +20,8 @@ from pathlib import Path
 from measure import PYTHON, Measured, in_turn, machine, measure, median, mergeforge, model, table
 
 TESTS = Path(__file__).parents[1] / "tests"
-PLAIN = "import sys; sys.modules['numba'] = None; from mergeforge.__main__ import main; sys.exit(main())"
+PLAIN = "import sys; sys.modules['mergeforge.native._kernels'] = None; "  # as if the C library were not compiled
+PLAIN += "from mergeforge.__main__ import main; sys.exit(main())"
 IMPORTS = "import sys, os; from pathlib import Path; from support import llama_cpp_tools as llama_cpp\n"
 IMPORTS += "a = sys.argv[1:]\n"
 CONVERT = IMPORTS + "assert not llama_cpp.convert([(Path(a[0]), Path(a[1]), 'bf16', 'gpt-2')])"
@@ -47,21 +48,22 @@ def main() -> None:
 
 
 def types(given: argparse.Namespace) -> str:
-    """Each type: llama.cpp's conversion and quantization, ours with numba and in plain torch."""
+    """Each type: llama.cpp's conversion and quantization, ours with the C library and in plain torch."""
     rows = []
     for kind in given.types.split(","):
-        cases = {"numba": lambda kind=kind: ours(given, kind), "torch": lambda kind=kind: ours(given, kind, plain=True)}
+        cases = {"native": lambda kind=kind: ours(given, kind)}
+        cases |= {"torch": lambda kind=kind: ours(given, kind, plain=True)}
         if given.llama_cpp:
             cases |= {"convert": lambda: convert(given), "quantize": lambda kind=kind: quantize(given, kind)}
         found = in_turn(given.rounds, cases)
         middle = {name: median(runs, lambda run: run.seconds) for name, runs in found.items()}
         theirs = middle.get("convert", 0) + middle.get("quantize", 0)
-        ratios = [f"{middle[name] / theirs:.2f}" if theirs else "" for name in ("numba", "torch")]
-        peak = median(found["numba"], lambda run: run.peak) / 2**20
-        names = ("convert", "quantize", "numba", "torch")
+        ratios = [f"{middle[name] / theirs:.2f}" if theirs else "" for name in ("native", "torch")]
+        peak = median(found["native"], lambda run: run.peak) / 2**20
+        names = ("convert", "quantize", "native", "torch")
         seconds = [f"{middle[name]:.1f}" if name in middle else "" for name in names]
         rows.append([kind, *seconds, *ratios, f"{peak:.0f}"])
-    head = ["type", "convert s", "quantize s", "numba s", "torch s", "numba / both", "torch / both", "peak MiB"]
+    head = ["type", "convert s", "quantize s", "native s", "torch s", "native / both", "torch / both", "peak MiB"]
     return table(head, rows)
 
 

@@ -1,9 +1,9 @@
-"""Speed of encoding GGUF types on one core: numba kernels, torch, and llama.cpp's code for comparison.
+"""Speed of encoding GGUF types on one core: the C library, torch, and llama.cpp's code for comparison.
 
     python benchmarks/quants.py [--rows 512] [--columns 4096] [--rounds 5] [TYPE ...]
 
 Millions of elements per second of processor time, the best of several rounds; "*": with an importance vector.
-The C column needs the xllamacpp wheel. The first call of every kernel, which may compile it, is not measured.
+The ggml column needs the xllamacpp wheel. The first call of every encoder is not measured.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = torch.randn(options.rows, options.columns, generator=torch.Generator().manual_seed(0))
-    encoders: dict[str, Callable[..., Any] | None] = {"torch": partial(encode, backend="torch"), "C": reference()}
-    if backend_for("cpu") == "numba":
-        encoders = {"numba": partial(encode, backend="numba"), **encoders}
+    encoders: dict[str, Callable[..., Any] | None] = {"torch": partial(encode, backend="torch"), "ggml": reference()}
+    if backend_for("cpu") == "native":
+        encoders = {"native": partial(encode, backend="native"), **encoders}
     lines = []
     for quant_type in (QUANT_TYPES[name.upper()] for name in options.types):
         for importance in (None, torch.rand(options.columns)):

@@ -78,7 +78,7 @@ from __future__ import annotations
 
 from mergeforge.gguf.quantize import QuantType, q8_0, register
 
-register(QuantType("Q8_X", 99, 32, 34, q8_0.quantize_torch, q8_0.quantize_numba))
+register(QuantType("Q8_X", 99, 32, 34, q8_0.quantize_torch))
 '''
 
 MERGES = """

@@ -18,7 +18,7 @@ from support.paths import PACKAGE, ROOT
 
 MAX_BOXES = 30  # files and folders at the package's top
 MAX_LINES = 400  # of a file
-HEAVY = {"torch", "transformers", "peft", "safetensors", "huggingface_hub", "gguf", "numba", "pyarrow"}
+HEAVY = {"torch", "transformers", "peft", "safetensors", "huggingface_hub", "gguf", "pyarrow"}
 LOOP = PACKAGE / "train" / "loop"  # needs the training packages, and imports them at its modules' heads
 FILES = sorted(PACKAGE.rglob("*.py"))
 LIGHT = [path for path in FILES if LOOP not in path.parents]

@@ -7,6 +7,7 @@ Input = tuple[Any, int, str]  # (array of bytes or file descriptor, byte offset,
 Interval = tuple[int, int, int, Any]  # (input, low, high, inside)
 
 INTERFACE: int
+QUANT_TYPES: dict[str, tuple[int, int]]  # elements and bytes of a block
 
 class ReadError(Exception): ...
 
@@ -49,4 +50,5 @@ def inner_products(inputs: list[Input], has_base: bool, length: int, sums: Any, 
 def count_magnitudes(
     inputs: list[Input], has_base: bool, length: int, intervals: Sequence[Interval], counts: Any, read_buffer: Any, /
 ) -> int: ...
+def quantize(type: str, rows: Any, importance: Any, columns: int, out: Any, /) -> None: ...
 def vector_width(limit: int = ..., /) -> int: ...

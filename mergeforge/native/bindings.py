@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-INTERFACE = 1  # of the functions in module.c; a library with another one is refused
+INTERFACE = 2  # of the functions in module.c; a library with another one is refused
 CHUNK = 2048  # elements that kernels take through all steps at once (floats.h)
 
 

@@ -11,10 +11,11 @@
 
 #include <stdlib.h>
 
+#include "quantize.h"
 #include "reductions.h"
 
 /* Raised by each change of a function's arguments or results; bindings.py refuses a library of another one. */
-enum { INTERFACE = 1 };
+enum { INTERFACE = 2 };
 enum { MAX_ARRAYS = 16, MAX_ALLOCATIONS = 8, STEP_ELEMS = 1 << 16 };
 static const int64_t MAX_LENGTH = (int64_t)1 << 40; /* far below overflows */
 
@@ -465,6 +466,56 @@ static PyObject *py_count_magnitudes(PyObject *module, PyObject *arguments) {
     return result;
 }
 
+/* ---- Quantizers ---- */
+
+static const struct quant_type *find_quant_type(const char *name) {
+    const struct quant_type *type = quant_types;
+    while (type->name && strcmp(type->name, name)) type++;
+    if (type->name) return type;
+    PyErr_Format(PyExc_ValueError, "there is no quantizer for %s", name);
+    return NULL;
+}
+
+static PyObject *py_quantize(PyObject *module, PyObject *arguments) {
+    (void)module;
+    struct call call = {0};
+    const char *name;
+    PyObject *rows, *importance, *out, *result = NULL;
+    long long columns;
+    if (!PyArg_ParseTuple(arguments, "sOOLO:quantize", &name, &rows, &importance, &columns, &out)) return NULL;
+    const struct quant_type *type = find_quant_type(name);
+    if (!type) return NULL;
+    if (columns <= 0 || columns > MAX_LENGTH || columns % type->block)
+        return PyErr_Format(PyExc_ValueError, "columns must be a multiple of %lld, not %lld", (long long)type->block,
+                            columns);
+    const float *x = array(&call, rows, FLOAT, 0, -1, "rows"), *weights = NULL;
+    int64_t length = PyErr_Occurred() ? 0 : last_count(&call), blocks = length / type->block;
+    if (length % columns)
+        PyErr_Format(PyExc_ValueError, "rows are %lld elements, not a multiple of %lld", (long long)length, columns);
+    if (!PyErr_Occurred() && importance != Py_None)
+        weights = array(&call, importance, FLOAT, 0, columns, "importance");
+    uint8_t *bytes = PyErr_Occurred() ? NULL : array(&call, out, BYTE, 1, blocks * type->nbytes, "out");
+    if (!PyErr_Occurred()) { /* an empty array may be NULL */
+        Py_BEGIN_ALLOW_THREADS;
+        type->quantize(x, weights, columns, blocks, bytes);
+        Py_END_ALLOW_THREADS;
+        result = Py_NewRef(Py_None);
+    }
+    release(&call);
+    return result;
+}
+
+/* {name: (elements of a block, bytes of a block)} */
+static PyObject *quant_type_sizes(void) {
+    PyObject *sizes = PyDict_New();
+    for (const struct quant_type *type = quant_types; sizes && type->name; type++) {
+        PyObject *size = Py_BuildValue("(LL)", (long long)type->block, (long long)type->nbytes);
+        if (!size || PyDict_SetItemString(sizes, type->name, size) < 0) Py_CLEAR(sizes);
+        Py_XDECREF(size);
+    }
+    return sizes;
+}
+
 static PyObject *py_vector_width(PyObject *module, PyObject *arguments) {
     (void)module;
     int width = -1;
@@ -497,6 +548,9 @@ static PyMethodDef METHODS[] = {
     {"count_magnitudes", py_count_magnitudes, METH_VARARGS,
      "count_magnitudes(inputs, has_base, length, intervals, counts, read_buffer)\n\n"
      "Count magnitudes by their bits; returns how many elements were counted before a buffer was full."},
+    {"quantize", py_quantize, METH_VARARGS,
+     "quantize(type, rows, importance, columns, out)\n\n"
+     "Encode whole rows of float32 in a type of QUANT_TYPES; importance: a weight for each column, or None."},
     {"vector_width", py_vector_width, METH_VARARGS,
      "vector_width(limit=...)\n\nThe vector width in use (0: baseline, 1: AVX2, 2: AVX-512), after limiting it."},
     {NULL, NULL, 0, NULL}};
@@ -505,7 +559,10 @@ static int execute(PyObject *module) {
     detect_vector_width();
     ReadError = PyErr_NewException("mergeforge.native._kernels.ReadError", NULL, NULL);
     if (!ReadError || PyModule_AddObjectRef(module, "ReadError", ReadError) < 0) return -1;
-    return PyModule_AddIntConstant(module, "INTERFACE", INTERFACE);
+    PyObject *sizes = quant_type_sizes();
+    int failed = !sizes || PyModule_AddObjectRef(module, "QUANT_TYPES", sizes) < 0;
+    Py_XDECREF(sizes);
+    return failed ? -1 : PyModule_AddIntConstant(module, "INTERFACE", INTERFACE);
 }
 
 static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, (void *)execute}, {0, NULL}};

@@ -1,12 +1,14 @@
 /* Quantizers: float32 rows to GGUF's tensor types, with the same bytes as ggml's reference code.
 
-   `x`: `blocks` blocks of the type, flat, from the start of a row on. `importance`: the imatrix's weight of each of a
-   row's `columns` columns, or NULL. `out`: the blocks' bytes. */
+   `x`: `blocks` blocks of the type, flat, whole rows. `importance`: the imatrix's weight of each of a row's `columns`
+   columns, or NULL. `out`: the blocks' bytes. All buffers are on the stack, less than 64 KiB per call. */
 
 #ifndef MERGEFORGE_QUANTIZE_H
 #define MERGEFORGE_QUANTIZE_H
 
 #include <stdint.h>
+
+#include "widths.h"
 
 typedef void quantizer(const float *x, const float *importance, int64_t columns, int64_t blocks, uint8_t *out);
 
@@ -18,5 +20,19 @@ struct quant_type {
 };
 
 extern const struct quant_type quant_types[]; /* ends with a NULL name */
+
+quantizer quantize_q4_0, quantize_q4_1, quantize_q5_0, quantize_q5_1, quantize_q8_0;
+quantizer quantize_q2_k, quantize_q3_k, quantize_q4_k, quantize_q5_k, quantize_q6_k;
+quantizer quantize_iq4_nl, quantize_iq4_xs;
+
+#define QUANTIZER_PARAMETERS (const float *x, const float *importance, int64_t columns, int64_t blocks, uint8_t *out)
+
+/* Define a quantizer. `statements` use the parameters of `quantizer`. */
+#define QUANTIZER(name, statements)                          \
+    INLINE void name##_body QUANTIZER_PARAMETERS {           \
+        (void)importance, (void)columns;                     \
+        statements;                                          \
+    }                                                        \
+    EVERY_WIDTH(void, name, QUANTIZER_PARAMETERS, (x, importance, columns, blocks, out))
 
 #endif

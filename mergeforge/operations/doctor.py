@@ -11,14 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mergeforge.core.sizes import format_size
-from mergeforge.gguf.quantize import backend_for
 from mergeforge.io.disk import WriteBehind, preallocate, write_at
 from mergeforge.native import bindings
 from mergeforge.tensors.budget import cpu_count, free_memory
 
 PACKAGES = ("mergeforge", "torch", "safetensors", "numpy", "huggingface_hub", "gguf", "click", "rich", "pyyaml")
 OPTIONAL = {
-    "fast quantizing": ("numba",),
     "llama.cpp": ("xllamacpp",),
     "remote inputs": ("fsspec",),
     "training": ("transformers", "peft", "accelerate", "bitsandbytes"),
@@ -41,8 +39,7 @@ def report(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tu
     yield "memory", f"{format_size(free_memory())} available"
     yield from _devices()
     missing = "torch only: the C library is missing or outdated; install a C compiler, then install mergeforge again"
-    yield "merging", "C library" if bindings.is_available() else missing
-    yield "quantizing", backend_for("cpu")
+    yield "merging and quantizing", "C library" if bindings.is_available() else missing
     yield from _disk(Path(folder), seconds)
     yield from _hub()
 

@@ -122,25 +122,11 @@ def has_kernels() -> bool:
     return bindings.is_available()
 
 
-def has_numba() -> bool:
-    """Whether numba encodes GGUF types."""
-    from mergeforge.gguf.quantize import numba_kernel
-
-    return numba_kernel.available()
-
-
 def without_kernels() -> Any:
     """A context in which torch replaces the C library."""
     from mergeforge.native import bindings
 
     return patch.object(bindings, "is_available", lambda: False)
-
-
-def without_numba() -> Any:
-    """A context in which torch encodes GGUF types instead of numba."""
-    from mergeforge.gguf.quantize import numba_kernel
-
-    return patch.object(numba_kernel, "available", lambda: False)
 
 
 def interrupt_after(tiles: int, recipe: Path, out: Path) -> None:
@@ -399,7 +385,7 @@ def write_inputs() -> None:
 class Case:
     """A command that runs in the folder of the inputs and writes to a new folder.
 
-    `needs`: "kernels", "numba" or "peft". `torch_linalg`: the last bits depend on the processor and on torch's version:
+    `needs`: "kernels" or "peft". `torch_linalg`: the last bits depend on the processor and on torch's version:
     products of matrices, decompositions, weighted sums and exponentials by torch. These are the cases that differ under
     ATEN_CPU_CAPABILITY=avx2 or default with MKL_CBWR=COMPATIBLE, and all others with a product or a decomposition.
     """
@@ -738,11 +724,11 @@ def ggufs() -> Iterator[Case]:
     merged = {"merge_method": "linear", "models": ["wide", "wide-tuned"], "parameters": {"weight": 0.5}}
     for kind in GGUF_TYPES:
         recipe = merged | {"output": {"gguf": [kind], "safetensors": False}}
-        needs = "" if kind in ("f32", "f16", "bf16") else "numba"
+        needs = "" if kind in ("f32", "f16", "bf16") else "kernels"
         yield Case(f"gguf {kind}", merging(recipe), needs)
     for kind in ("q8_0", "q4_0", "q5_1", "q2_k", "q3_k_m", "q4_k_m", "q6_k", "iq4_nl", "iq4_xs"):
         recipe = merged | {"output": {"gguf": [kind], "safetensors": False}}
-        yield Case(f"gguf {kind} without numba", merging(recipe, context=without_numba))
+        yield Case(f"gguf {kind} in torch", merging(recipe, context=without_kernels))
     folded = {"base_model": "wide", "adapters": ["adapters/wide"], "output": {"gguf": ["q8_0"]}}
     yield Case("gguf of a fold", merging(folded), torch_linalg=True)
     rounded = merged | {"output": {"gguf": ["f32", "q8_0"], "gguf_from": "stored"}}

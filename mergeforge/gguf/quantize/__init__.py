@@ -1,16 +1,16 @@
 """Encoding float32 rows in GGUF's tensor types, with the same bytes as ggml's reference code.
 
-Every type is implemented twice in its file: as kernels for the CPU, which need numba, and in torch for any device. Both
-give the bytes of an x86-64 build of ggml without fused multiply-adds. The bytes do not depend on the device, the
+Every type is implemented twice: in the C library (native/quantize*.c) for the CPU, and here in torch for any device.
+Both give the bytes of an x86-64 build of ggml without fused multiply-adds. The bytes do not depend on the device, the
 threads or how the rows are cut.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mergeforge.gguf.quantize import numba_kernel
 from mergeforge.gguf.quantize.quant_type import QUANT_TYPES, QuantType, register
+from mergeforge.native import bindings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,20 +20,20 @@ __all__ = ["QUANT_TYPES", "QuantType", "backend_for", "encode", "register", "scr
 CPU_CHUNK = 1 << 18  # elements that torch encodes at a time: their temporaries fit into the second-level cache
 CUDA_CHUNK = 1 << 22  # more, because every operation costs a launch
 LIVE_CHUNKS = 24  # float32 temporaries of a chunk: about 12 live, and as many that the allocator keeps; a test measures
-KERNEL_NBYTES = 1 << 17  # all buffers of one kernel call
+NATIVE_NBYTES = 1 << 16  # buffers of one call of the C library, on the thread's stack: at most 48 KiB
 
 
 def backend_for(device: str) -> str:
-    """What encodes on a device: "numba" on the CPU if it is installed, else "torch"."""
-    return "numba" if device.split(":")[0] == "cpu" and numba_kernel.available() else "torch"
+    """What encodes on a device: "native", the C library, on the CPU if there is one; else "torch"."""
+    return "native" if device.split(":")[0] == "cpu" and bindings.is_available() else "torch"
 
 
 def scratch_nbytes(quant_type: QuantType, device: str) -> int:
     """The most memory that encode() uses besides its input and its output."""
     if quant_type.block == 1:
         return 0
-    if quant_type.quantize_numba is not None and backend_for(device) == "numba":
-        return KERNEL_NBYTES
+    if backend_for(device) == "native" and quant_type.has_native:
+        return NATIVE_NBYTES
     return LIVE_CHUNKS * 4 * (CPU_CHUNK if device.split(":")[0] == "cpu" else CUDA_CHUNK)
 
 
@@ -41,8 +41,8 @@ def encode(quant_type: QuantType, rows: Tensor, importance: Tensor | None = None
     """Rows (float32, n x columns, any device) as the type's bytes: uint8, n x row_nbytes, same device.
 
     `importance` (float32, columns): the imatrix's weight of every column. Rows are contiguous and finite. `backend`:
-    "numba" or "torch" (default: backend_for the device). Raises ValueError for another dtype, and for columns that are
-    not a multiple of the type's block.
+    "native" or "torch" (default: backend_for the device); torch encodes types that the C library does not have. Raises
+    ValueError for another dtype, and for columns that are not a multiple of the type's block.
     """
     import torch
 
@@ -56,20 +56,12 @@ def encode(quant_type: QuantType, rows: Tensor, importance: Tensor | None = None
     out = torch.empty((count, quant_type.row_nbytes(columns)), dtype=torch.uint8, device=rows.device)
     if not out.numel():
         return out
-    if quant_type.quantize_numba is not None and (backend or backend_for(rows.device.type)) == "numba":
-        _encode_numba(quant_type, rows, importance, out)
+    if (backend or backend_for(rows.device.type)) == "native" and quant_type.has_native:
+        weights = None if importance is None else importance.numpy()
+        bindings.kernels().quantize(quant_type.name, rows.detach().numpy(), weights, columns, out.numpy())
     else:
         _encode_torch(quant_type, rows, importance, out)
     return out
-
-
-def _encode_numba(quant_type: QuantType, rows: Tensor, importance: Tensor | None, out: Tensor) -> None:
-    import numpy as np
-
-    assert quant_type.quantize_numba is not None
-    weights: Any = np.empty(0, np.float32) if importance is None else importance.numpy()
-    flat_rows, blocks = rows.detach().numpy().reshape(-1), out.numpy().reshape(-1, quant_type.nbytes)
-    quant_type.quantize_numba(flat_rows, weights, blocks)
 
 
 def _encode_torch(quant_type: QuantType, rows: Tensor, importance: Tensor | None, out: Tensor) -> None:

@@ -11,51 +11,32 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mergeforge.gguf.quantize.ggml_math import (
-    LANES,
     const_divided_by,
     divided_by_const,
     exact_sqrt,
     first_min,
     half_bytes,
-    lane_buffer,
     ordered_sum,
     positive_part,
     signed_absmax,
-    store_half,
     to_groups,
 )
 from mergeforge.gguf.quantize.k_quants import (
     importance_groups,
     pack_4bit,
-    sum_of_squares,
-    transpose_groups,
-    transpose_importance,
 )
-from mergeforge.gguf.quantize.numba_kernel import kernel
 from mergeforge.gguf.quantize.quant_type import QuantType, register
 from mergeforge.gguf.quantize.search_scale import (
-    SCALE,
-    SCALE_ROWS,
     fit_scale,
-    fit_scale_lanes,
-    scale_levels_lanes,
 )
 from mergeforge.gguf.quantize.search_scale_min import (
-    MINIMUM,
-    SCALE_MIN_ROWS,
     fit_scale_min,
-    fit_scale_min_lanes,
     importance_search,
     levels_of_fit,
-    scale_min_levels_lanes,
 )
-from mergeforge.gguf.quantize.search_scale_min import SCALE as MINIMUM_SCALE
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
-
-    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
 
 
 def quantize_torch(bits: int, with_min: bool, rows: Tensor, importance: Tensor | None) -> Tensor:
@@ -117,133 +98,8 @@ def _pack_fifth_bits(level: Tensor) -> Tensor:
     return (bit << bit_index).sum(2, dtype=torch.uint8)
 
 
-@kernel
-def quantize_numba(bits: int, with_min: bool, x: Floats, importance: Floats, out: Bytes) -> None:
-    """Quantize flat rows: `out` is blocks x bytes of a block. An empty `importance` means none."""
-    if importance.size:
-        _quantize_with_importance(bits, with_min, x, importance, out)
-        return
-    level = np.empty(32, np.uint8)
-    for b in range(out.shape[0]):
-        values = x[32 * b : 32 * b + 32]
-        if with_min:
-            low, high = _min_max(values)
-            d = (high - low) / np.float32((1 << bits) - 1)
-            store_half(out[b], 2, low)
-            _truncate(values, low, d, np.float32(0.5), (1 << bits) - 1, level)
-        else:
-            d = _signed_absmax(values) / np.float32(-(1 << (bits - 1)))
-            _truncate(values, np.float32(0), d, np.float32((1 << (bits - 1)) + 0.5), (1 << bits) - 1, level)
-        store_half(out[b], 0, d)
-        _store_levels(bits, level, out[b])
-
-
-@kernel
-def _quantize_with_importance(bits: int, with_min: bool, x: Floats, importance: Floats, out: Bytes) -> None:
-    x_t, w_t, wx_t = lane_buffer(32), lane_buffer(32), lane_buffer(32)
-    level_t, level = lane_buffer(32), np.empty(32, np.uint8)
-    min_fit, fit = lane_buffer(SCALE_MIN_ROWS), lane_buffer(SCALE_ROWS)
-    sigma2 = _row_mean_squares(x, importance.size)
-    top = (1 << bits) - 1
-    for first in range(0, out.shape[0], LANES):
-        count = min(LANES, out.shape[0] - first)
-        transpose_groups(x[first * 32 : (first + count) * 32], 32, x_t)
-        transpose_importance(importance, first * 32, 32, w_t)
-        _weigh(sigma2, first * 32, importance.size, x_t, w_t, wx_t)
-        if with_min:
-            fit_scale_min_lanes(x_t, w_t, top, -0.9, 0.05, 36, False, True, level_t, min_fit)
-            scale_min_levels_lanes(x_t, top, True, min_fit, level_t)
-        else:
-            fit_scale_lanes(x_t, w_t, wx_t, (top + 1) // 2, fit)
-            scale_levels_lanes(x_t, (top + 1) // 2, fit, level_t)
-        for b in range(count):
-            store_half(out[first + b], 0, min_fit[MINIMUM_SCALE, b] if with_min else fit[SCALE, b])
-            if with_min:
-                store_half(out[first + b], 2, min_fit[MINIMUM, b])
-            for i in range(32):
-                level[i] = np.uint8(level_t[i, b])
-            _store_levels(bits, level, out[first + b])
-
-
-@kernel
-def _row_mean_squares(x: Floats, columns: int) -> Floats:
-    sigma2 = np.empty(x.size // columns, np.float32)
-    for row in range(sigma2.size):
-        sigma2[row] = sum_of_squares(x[row * columns : (row + 1) * columns]) / np.float32(columns)
-    return sigma2
-
-
-@kernel
-def _weigh(sigma2: Floats, start: int, columns: int, x_t: Floats, w_t: Floats, wx_t: Floats) -> None:
-    of_lane = np.empty(LANES, np.float32)
-    for g in range(LANES):
-        of_lane[g] = sigma2[min((start + 32 * g) // columns, sigma2.size - 1)]
-    for i in range(32):
-        for g in range(LANES):
-            w_t[i, g] *= np.sqrt(of_lane[g] + x_t[i, g] * x_t[i, g])
-            wx_t[i, g] = w_t[i, g] * x_t[i, g]
-
-
-@kernel
-def _signed_absmax(x: Floats) -> np.float32:
-    """The first element of the largest magnitude, with its sign."""
-    bits = x.view(np.int32)
-    largest = np.int32(0)
-    for i in range(32):  # as integers, because numba does not vectorize a maximum of floats
-        magnitude = np.int32(bits[i] & np.int32(0x7FFFFFFF))
-        largest = magnitude if magnitude > largest else largest
-    for i in range(32):
-        if np.int32(bits[i] & np.int32(0x7FFFFFFF)) == largest:
-            return x[i] if largest else np.float32(0)
-    return np.float32(0)
-
-
-@kernel
-def _min_max(x: Floats) -> tuple[np.float32, np.float32]:
-    """The smallest element (the first one if it is zero) and the largest."""
-    bits = x.view(np.int32)
-    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-    for i in range(32):  # as integers in the order of the floats
-        key = np.int32(bits[i] ^ np.int32((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-        low = key if key < low else low
-        high = key if key > high else high
-    lowest = np.int32(low ^ np.int32((low >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
-    highest = np.int32(high ^ np.int32((high >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
-    if lowest == np.float32(0):
-        for i in range(32):
-            if x[i] == np.float32(0):
-                return x[i], highest
-    return lowest, highest
-
-
-@kernel
-def _truncate(x: Floats, low: np.float32, d: np.float32, shift: np.float32, top: int, level: Bytes) -> None:
-    inverse = np.float32(1) / d if d != np.float32(0) else np.float32(0)
-    if abs(inverse) == np.float32(np.inf):  # what C's conversion of inf and NaN gives
-        level[:] = 0
-        return
-    top_level = np.int32(top)
-    for i in range(32):
-        q = np.int32((x[i] - low) * inverse + shift)
-        level[i] = np.uint8(q if q < top_level else top_level)
-
-
-@kernel
-def _store_levels(bits: int, level: Bytes, out: Bytes) -> None:
-    start = out.size - 16
-    for j in range(16):
-        out[start + j] = level[j] & 15 | (level[j + 16] & 15) << 4
-    if bits == 5:
-        for k in range(4):
-            fifth = 0
-            for j in range(8):
-                fifth |= (level[8 * k + j] >> 4) << j
-            out[start - 4 + k] = fifth
-
-
 def _register(name: str, number: int, nbytes: int, bits: int, *, with_min: bool) -> None:
-    torch_function, kernel_function = partial(quantize_torch, bits, with_min), partial(quantize_numba, bits, with_min)
-    register(QuantType(name, number, 32, nbytes, torch_function, kernel_function))
+    register(QuantType(name, number, 32, nbytes, partial(quantize_torch, bits, with_min)))
 
 
 _register("Q4_0", 2, 18, bits=4, with_min=False)

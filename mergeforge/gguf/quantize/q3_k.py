@@ -8,54 +8,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergeforge.gguf.quantize.ggml_math import (
-    LANES,
     const_divided_by,
     half_bytes,
-    lane_buffer,
     nearest_int,
-    nearest_int_numba,
     ordered_sum,
     signed_absmax,
-    store_half,
     to_groups,
 )
 from mergeforge.gguf.quantize.k_quants import (
     BLOCK,
-    MIN,
-    STEP,
-    STEP_LEVEL,
-    WORK_ROWS,
-    apply_importance,
     importance_weights,
     pack_1bit,
     pack_2bit,
-    pack_2bit_numba,
     per_block,
     requantize,
-    requantize_numba,
-    restore_zero_step_levels,
-    sum_weights,
-    transpose_groups,
-    transpose_importance,
 )
-from mergeforge.gguf.quantize.numba_kernel import kernel
 from mergeforge.gguf.quantize.quant_type import QuantType, register
 from mergeforge.gguf.quantize.search_scale import (
-    SCALE,
-    SCALE_ROWS,
     fit_scale,
-    fit_scale_lanes,
-    fit_scale_numba,
     refine_scale,
-    refine_scale_lanes,
-    scale_levels_lanes,
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
-
-    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
 
 
 def quantize_torch(rows: Tensor, importance: Tensor | None) -> Tensor:
@@ -101,95 +76,4 @@ def _pack_scales(level: Tensor) -> Tensor:
     return torch.cat([low, top], 1).to(torch.uint8)
 
 
-@kernel
-def quantize_numba(x: Floats, importance: Floats, out: Bytes) -> None:
-    """Quantize flat rows: `out` is blocks x bytes of a block. An empty `importance` means none."""
-    x_t, w_t, wx_t = lane_buffer(16), lane_buffer(16), lane_buffer(16)
-    level_t, fit = lane_buffer(16), lane_buffer(SCALE_ROWS)
-    total = np.empty(LANES, np.float32)
-    work, level = np.empty((WORK_ROWS, BLOCK), np.float32), np.empty(BLOCK, np.uint8)
-    batch = LANES // 16
-    for first in range(0, out.shape[0], batch):
-        count = min(batch, out.shape[0] - first)
-        values = x[first * 256 : (first + count) * 256]
-        transpose_groups(values, 16, x_t)
-        if importance.size:
-            transpose_importance(importance, first * 256, 16, w_t)
-            apply_importance(values, x_t, 2.0, 256, w_t)
-            sum_weights(w_t, total)
-            for i in range(16):
-                for g in range(LANES):
-                    wx_t[i, g] = w_t[i, g] * x_t[i, g]
-            fit_scale_lanes(x_t, w_t, wx_t, 4, fit)
-            scale_levels_lanes(x_t, 4, fit, level_t)
-        else:
-            refine_scale_lanes(x_t, w_t, wx_t, 4, level_t, fit)
-        for b in range(count):
-            _store_block(
-                values[b * 256 : (b + 1) * 256],
-                16 * b,
-                importance.size > 0,
-                fit,
-                total,
-                level_t,
-                work,
-                level,
-                out[first + b],
-            )
-
-
-@kernel
-def _store_block(
-    x: Floats,
-    lane: int,
-    weighted: bool,
-    fit: Floats,
-    total: Floats,
-    level_t: Floats,
-    work: Floats,
-    level: Bytes,
-    out: Bytes,
-) -> None:
-    step, no_min, scale = work[STEP, :16], work[MIN, :16], work[STEP_LEVEL, :16]
-    no_min[:] = np.float32(0)
-    for g in range(16):
-        step[g] = fit[SCALE, lane + g]
-    d = fit_scale_numba(step, total[lane : lane + 16], 32, scale) if weighted else _scale_levels(step, scale)
-    d = store_half(out, 108, d)
-    _store_scales(scale, out[96:108])
-    for g in range(16):
-        step[g] = d * (scale[g] - np.float32(32))
-    if not requantize_numba(x, step, no_min, -4, 3, work, level):
-        restore_zero_step_levels(step, level_t, lane, level)
-    pack_2bit_numba(level, out[32:96])
-    for j in range(32):
-        third = 0
-        for k in range(8):
-            third |= (level[32 * k + j] >> 2) << k
-        out[j] = third
-
-
-@kernel
-def _scale_levels(value: Floats, level: Floats) -> np.float32:
-    absmax = np.float32(0)
-    for g in range(16):
-        absmax = value[g] if abs(value[g]) > abs(absmax) else absmax
-    level[:] = np.float32(0)
-    if absmax == np.float32(0):
-        return np.float32(0)
-    inverse = np.float32(-32) / absmax
-    for g in range(16):
-        level[g] = np.float32(min(31, max(-32, nearest_int_numba(inverse * value[g]))) + 32)
-    return np.float32(1) / inverse
-
-
-@kernel
-def _store_scales(level: Floats, out: Bytes) -> None:
-    for g in range(8):
-        out[g] = np.int64(level[g]) & 15 | (np.int64(level[g + 8]) & 15) << 4
-    for g in range(4):
-        a, b, c, d = np.int64(level[g]), np.int64(level[g + 4]), np.int64(level[g + 8]), np.int64(level[g + 12])
-        out[8 + g] = a >> 4 | (b >> 4) << 2 | (c >> 4) << 4 | (d >> 4) << 6
-
-
-register(QuantType("Q3_K", 11, BLOCK, 110, quantize_torch, quantize_numba))
+register(QuantType("Q3_K", 11, BLOCK, 110, quantize_torch))

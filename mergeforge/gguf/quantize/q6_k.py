@@ -9,40 +9,25 @@ from typing import TYPE_CHECKING
 
 from mergeforge.gguf.quantize.ggml_math import (
     GROUP_MAX_EPS,
-    LANES,
     const_divided_by,
     half_bytes,
-    lane_buffer,
     nearest_int,
-    nearest_int_numba,
     signed_absmax,
-    store_half,
     to_groups,
 )
 from mergeforge.gguf.quantize.k_quants import (
     BLOCK,
-    MIN,
-    STEP,
-    WORK_ROWS,
     importance_groups,
     pack_2bit,
     pack_4bit,
     per_block,
     requantize,
-    requantize_numba,
-    restore_zero_step_levels,
-    transpose_groups,
-    transpose_importance,
 )
-from mergeforge.gguf.quantize.numba_kernel import kernel
 from mergeforge.gguf.quantize.quant_type import QuantType, register
-from mergeforge.gguf.quantize.search_scale import SCALE, SCALE_ROWS, fit_scale, fit_scale_lanes, scale_levels_lanes
+from mergeforge.gguf.quantize.search_scale import fit_scale
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
-
-    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
 
 
 def quantize_torch(rows: Tensor, importance: Tensor | None) -> Tensor:
@@ -64,63 +49,4 @@ def quantize_torch(rows: Tensor, importance: Tensor | None) -> Tensor:
     return torch.where((absmax.abs() < GROUP_MAX_EPS).unsqueeze(1), torch.zeros_like(packed), packed)
 
 
-@kernel
-def quantize_numba(x: Floats, importance: Floats, out: Bytes) -> None:
-    """Quantize flat rows: `out` is blocks x bytes of a block. An empty `importance` means none."""
-    x_t, w_t, wx_t = lane_buffer(16), lane_buffer(16), lane_buffer(16)
-    level_t, fit = lane_buffer(16), lane_buffer(SCALE_ROWS)
-    work, level = np.empty((WORK_ROWS, BLOCK), np.float32), np.empty(BLOCK, np.uint8)
-    batch = LANES // 16
-    for first in range(0, out.shape[0], batch):
-        count = min(batch, out.shape[0] - first)
-        values = x[first * 256 : (first + count) * 256]
-        transpose_groups(values, 16, x_t)
-        if importance.size:
-            transpose_importance(importance, first * 256, 16, w_t)
-        else:
-            for i in range(16):
-                for g in range(LANES):
-                    w_t[i, g] = x_t[i, g] * x_t[i, g]
-        for i in range(16):
-            for g in range(LANES):
-                wx_t[i, g] = w_t[i, g] * x_t[i, g]
-        fit_scale_lanes(x_t, w_t, wx_t, 32, fit)
-        scale_levels_lanes(x_t, 32, fit, level_t)
-        for b in range(count):
-            _store_block(values[b * 256 : (b + 1) * 256], 16 * b, fit, level_t, work, level, out[first + b])
-
-
-@kernel
-def _store_block(x: Floats, lane: int, fit: Floats, level_t: Floats, work: Floats, level: Bytes, out: Bytes) -> None:
-    absmax = np.float32(0)
-    for g in range(16):
-        scale = fit[SCALE, lane + g]
-        absmax = scale if abs(scale) > abs(absmax) else absmax
-    if abs(absmax) < np.float32(GROUP_MAX_EPS):
-        out[:] = 0
-        return
-    step, no_min = work[STEP, :16], work[MIN, :16]
-    no_min[:] = np.float32(0)
-    inverse = np.float32(-128) / absmax
-    d = store_half(out, 208, np.float32(1) / inverse)
-    for g in range(16):
-        scale_level = min(127, nearest_int_numba(inverse * fit[SCALE, lane + g]))
-        out[192 + g] = scale_level & 0xFF
-        step[g] = d * np.float32(scale_level)
-    if not requantize_numba(x, step, no_min, -32, 31, work, level):
-        restore_zero_step_levels(step, level_t, lane, level)
-    _store_levels(level, out)
-
-
-@kernel
-def _store_levels(level: Bytes, out: Bytes) -> None:
-    for half in range(2):
-        for j in range(32):
-            a, b = level[128 * half + j], level[128 * half + 32 + j]
-            c, d = level[128 * half + 64 + j], level[128 * half + 96 + j]
-            out[64 * half + j] = a & 15 | (c & 15) << 4
-            out[64 * half + 32 + j] = b & 15 | (d & 15) << 4
-            out[128 + 32 * half + j] = a >> 4 | (b >> 4) << 2 | (c >> 4) << 4 | (d >> 4) << 6
-
-
-register(QuantType("Q6_K", 14, BLOCK, 210, quantize_torch, quantize_numba))
+register(QuantType("Q6_K", 14, BLOCK, 210, quantize_torch))

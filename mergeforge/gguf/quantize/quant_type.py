@@ -1,6 +1,6 @@
 """GGUF's tensor types by name. Each type registers itself at the end of its module.
 
-    register(QuantType("Q8_0", 8, 32, 34, quantize_torch, quantize_numba))
+    register(QuantType("Q8_0", 8, 32, 34, quantize_torch))
 
 A new file in this package is enough for a new type: the first lookup in QUANT_TYPES imports every module here. A file
 that also calls `mergeforge.gguf.file_types.register_file_type` adds a file type for `--type`.
@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mergeforge.core.registry import Registry
+from mergeforge.native import bindings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergeforge.gguf.quantize.ggml_math import Bytes, Floats
-
     QuantizeTorch = Callable[[Tensor, Tensor | None], Tensor]
-    QuantizeNumba = Callable[[Floats, Floats, Bytes], None]
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,7 @@ class QuantType:
     """A ggml type: its number in the file, the columns and the bytes of one block, and what encodes it.
 
     `quantize_torch` takes rows (float32, n x columns) and the importance vector or None, and returns the blocks' bytes.
-    `quantize_numba` takes flat rows, the importance vector (empty: none) and the blocks x nbytes to write. Without it,
-    the type is encoded by torch on CPUs too.
+    It encodes the type on CPUs too unless the C library has a type of this name.
     """
 
     name: str
@@ -37,7 +34,12 @@ class QuantType:
     block: int
     nbytes: int
     quantize_torch: QuantizeTorch = field(repr=False, compare=False)
-    quantize_numba: QuantizeNumba | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def has_native(self) -> bool:
+        """Whether the C library encodes this type."""
+        library = bindings.load_library()
+        return library is not None and library.QUANT_TYPES.get(self.name) == (self.block, self.nbytes)
 
     def row_nbytes(self, columns: int) -> int:
         """Bytes of a row; `columns` must be a multiple of the block."""

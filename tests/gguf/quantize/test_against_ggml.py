@@ -10,12 +10,11 @@ import torch
 from support.ggml_reference import ggml_quantize
 from support.quantize_cases import CASES, importances
 
-from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, backend_for, encode
+from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, encode
 
 BLOCK_TYPES = [quant_type for quant_type in QUANT_TYPES.values() if quant_type.block > 1]
 names = pytest.mark.parametrize("quant_type", BLOCK_TYPES, ids=lambda quant_type: quant_type.name)
-BACKENDS = ["torch", *(["numba"] if backend_for("cpu") == "numba" else [])]
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=pytest.mark.needs_kernels)])
 
 
 def encoded(backend: str, quant_type: QuantType, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:

@@ -11,7 +11,8 @@ from support.llama_cpp_tools import read
 
 from mergeforge.operations.synthetic_models import SHAPES, write_model
 
-# Q8_0 under another name, with its number, so that the gguf package can read it. No numba encoder: torch encodes it.
+# Q8_0 under another name, with its number, so that the gguf package can read it. The C library has no type of that
+# name, so torch encodes it.
 MODULE = """
 from mergeforge.gguf.file_types import FileType, register_file_type
 from mergeforge.gguf.quantize import QuantType, register

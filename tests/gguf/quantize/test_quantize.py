@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +13,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from mergeforge.gguf import quantize
-from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, encode, iq4, numba_kernel
-from mergeforge.gguf.quantize.ggml_math import float_from_half, half_from_float
+from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, encode, iq4
+from mergeforge.native import bindings
 
 BLOCK_TYPES = [quant_type for quant_type in QUANT_TYPES.values() if quant_type.block > 1]
 block_types = pytest.mark.parametrize("quant_type", BLOCK_TYPES, ids=lambda quant_type: quant_type.name)
-needs_numba = pytest.mark.skipif(not numba_kernel.available(), reason="numba is not installed")
 # Relative error in percent for normally distributed weights, measured with llama.cpp's quantizer.
 ERRORS = {"Q8_0": 0.54, "Q6_K": 1.77, "Q5_K": 3.61, "Q5_1": 3.78, "Q5_0": 4.27, "Q4_K": 7.13, "IQ4_NL": 7.61}
 ERRORS |= {"IQ4_XS": 7.67, "Q4_1": 7.82, "Q4_0": 8.59, "Q3_K": 15.1, "Q2_K": 29.6}
@@ -61,12 +58,14 @@ def test_importance_lowers_the_weighted_error(quant_type: QuantType) -> None:
 
 
 @block_types
-@needs_numba
+@pytest.mark.needs_kernels
 def test_backends_agree(quant_type: QuantType) -> None:
-    """Kernels against torch, without and with importance."""
+    """The C library against torch, without and with importance."""
+    assert quant_type.has_native
     x, importance = gauss(6, 768), gauss(1, 768, 1)[0].abs()
     for weights in (None, importance):
-        assert torch.equal(encode(quant_type, x, weights), encode(quant_type, x, weights, backend="torch"))
+        native = encode(quant_type, x, weights, backend="native")
+        assert torch.equal(native, encode(quant_type, x, weights, backend="torch"))
 
 
 @block_types
@@ -115,46 +114,32 @@ def test_threads_give_the_same_bytes() -> None:
         )
 
 
-@needs_numba
-def test_torch_encodes_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.needs_kernels
+def test_torch_encodes_without_the_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
     x = gauss(2, 256)
     expected = encode(QUANT_TYPES["Q4_K"], x)
-    assert (quantize.backend_for("cpu"), quantize.backend_for("cuda:1")) == ("numba", "torch")
-    monkeypatch.setattr(numba_kernel, "available", lambda: False)
+    assert (quantize.backend_for("cpu"), quantize.backend_for("cuda:1")) == ("native", "torch")
+    monkeypatch.setattr(bindings, "is_available", lambda: False)
     assert quantize.backend_for("cpu") == "torch"
     assert torch.equal(encode(QUANT_TYPES["Q4_K"], x), expected)
 
 
-@needs_numba
-def test_kernels_compile_without_a_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """numba raises RuntimeError if it finds no folder that it can write to."""
-    import numba
-
-    njit: Callable[..., Any] = numba.njit
-
-    def njit_without_cache(cache: bool = False, **options: Any) -> Any:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
-
-    monkeypatch.setattr(numba, "njit", njit_without_cache)
-    fresh = numba_kernel.Kernel(float_from_half.function)  # type: ignore[attr-defined]
-    assert fresh(0x3C00) == 1.0
-
-
-@needs_numba
+@pytest.mark.needs_kernels
 def test_half_precision_matches_numpy() -> None:
-    """Finite halves in both directions, and floats between and beyond them, against numpy's conversion."""
-    halves = np.arange(1 << 16, dtype=np.uint16)
-    halves = halves[np.isfinite(halves.view(np.float16))][::7]
-    values = halves.view(np.float16).astype(np.float32)
-    assert all(float_from_half(int(h)) == v for h, v in zip(halves, values, strict=True))
-    between = np.concatenate(
-        [values, np.nextafter(values, np.float32(9)), values * np.float32(1.0004883), values * np.float32(1e-4)]
-    )
+    """Finite halves, and floats between and beyond them, against numpy's conversion. Q5_0's d is the largest / -16."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves) & (halves != 0)]
+    values = halves.astype(np.float32)
+    halfway = (values[:-1] + values[1:]) / 2
+    between = np.concatenate([values, halfway, np.nextafter(halfway, np.float32(9)), values * np.float32(1.0004883)])
+    between = np.concatenate([between, values * np.float32(1e-4), values * np.float32(1e4)])
+    between = between[between != 0]
+    x = torch.zeros(len(between), 32)
+    x[:, 7] = torch.from_numpy(between) * -16
+    blocks = encode(QUANT_TYPES["Q5_0"], x, backend="native").numpy()
     with np.errstate(over="ignore"):
         expected = between.astype(np.float16).view(np.uint16)
-    assert [half_from_float(v) for v in between] == expected.tolist()
+    np.testing.assert_array_equal(blocks[:, :2].copy().view(np.uint16)[:, 0], expected)
 
 
 def test_iq4_midpoints_choose_the_level_that_ggmls_bisection_chooses() -> None:
@@ -176,7 +161,7 @@ from mergeforge.gguf import quantize
 torch.set_num_threads(1)
 kind = quantize.QUANT_TYPES[sys.argv[1]]
 if sys.argv[2] == "torch":
-    quantize.numba_kernel.available = lambda: False
+    quantize.bindings.is_available = lambda: False
 x, weights = torch.ones(8, 4096).cumsum(1), torch.ones(4096)
 for importance in (None, weights):
     quantize.encode(kind, x, importance)
@@ -193,7 +178,7 @@ print((after - before) * 1024 - out, quantize.scratch_nbytes(kind, "cpu"))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak memory")
 @block_types
-@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=pytest.mark.needs_kernels)])
 def test_temporaries_stay_within_scratch_nbytes(quant_type: QuantType, backend: str) -> None:
     """Peak memory of a process that encodes 12 MiB, without input and output; 1.5 MiB are the allocator's."""
     done = subprocess.run(
