@@ -40,7 +40,7 @@ def report(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tu
     yield "cores", str(cpu_count())
     yield "memory", f"{format_size(free_memory())} available"
     yield from _devices()
-    missing = "torch only: the C library is missing or outdated; install a C compiler, then install mergeforge again"
+    missing = f"torch, more slowly: the C library {bindings.why_unavailable()}"
     yield "merging", "C library" if bindings.is_available() else missing
     yield "quantizing", backend_for("cpu")
     yield from _disk(Path(folder), seconds)
