@@ -24,6 +24,20 @@ _VALUED = (
     "out|memory|device|threads|set|type|pre|base|rank|energy|svd|embeddings|exclude|revision|data|seq-len|quantize"
     "|tokenizer|context|columns|resume|extend-epochs"
 )
+# of the optional packages; as in pyproject.toml, whose extras only a checkout can install
+MINIMUM_VERSIONS = {
+    "accelerate": "1.10",
+    "bitsandbytes": "0.49",
+    "fsspec": "2024.5",
+    "lm-eval": "0.4.8",
+    "peft": "0.19",
+    "pyarrow": "15",
+    "rouge-score": "0.1",
+    "sacrebleu": "2.4",
+    "tensorboard": "2.15",
+    "transformers": "5.0",
+    "xllamacpp": "2026.9",
+}
 _OPTION = re.compile(rf"--(?:({_VALUED})(?: (?=[\w.{{])([\w.-]+))?|([a-z][a-z-]+))")
 
 
@@ -101,6 +115,12 @@ class MissingExtraError(MergeforgeError):
     """An optional dependency is not installed; the hint is the pip command."""
 
     exit_code = 6
+
+
+def pip_install(*packages: str) -> str:
+    """The command that installs optional packages: `pip install "peft>=0.19"`."""
+    bounds = {name: f">={version}" for name, version in MINIMUM_VERSIONS.items()}
+    return " ".join(["pip install", *(f'"{name}{bounds[name]}"' if name in bounds else name for name in packages)])
 
 
 def out_of_memory(error: BaseException, what: str = "") -> BudgetError | None:

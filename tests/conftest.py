@@ -17,18 +17,25 @@ ADAPTERS = {"loan": 4, "underwriting": 8, "fraud": 2, "a": 4, "b": 8, "legal": 4
 REQUIRE_NATIVE = "MERGEFORGE_REQUIRE_NATIVE"  # set to 1: tests fail, instead of being skipped, without the kernels
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--vector-width", type=int, metavar="N", help="limit kernels to 0: baseline, 1: AVX2, 2: AVX-512")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", f"needs_kernels: skipped where kernels.c is not compiled; with {REQUIRE_NATIVE}=1 it fails"
+        "markers", f"needs_kernels: skipped where there is no C library; with {REQUIRE_NATIVE}=1 it fails"
     )
+    limit = config.getoption("--vector-width")
+    if limit is not None:
+        bindings.kernels().vector_width(limit)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("needs_kernels") is None or bindings.is_available():
         return
     if os.environ.get(REQUIRE_NATIVE) == "1":
-        pytest.fail(f"{REQUIRE_NATIVE}=1, but kernels.c is not compiled, or was compiled from another source")
-    pytest.skip("kernels.c is not compiled")
+        pytest.fail(f"{REQUIRE_NATIVE}=1, but the C library {bindings.why_unavailable()}")
+    pytest.skip(f"the C library {bindings.why_unavailable()}")
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def show_plan(plan: Plan, to: Console) -> None:
 
 
 def show_notes(plan: Plan, to: Console) -> None:
-    for note in plan.notes:
+    for note in (*plan.notes, *plan.machine_notes):
         to.print(f"[yellow]note[/]     {escape(note)}")
 
 

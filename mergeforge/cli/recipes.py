@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import site
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import click
 
 from mergeforge.errors import OutputError, RecipeError, did_you_mean
 
+FOLDER = Path(__file__).parents[1] / "recipe" / "shipped"  # a link to recipes/ in a checkout, a folder in a wheel
 SUMMARY = "# "  # a recipe's first line is a comment that says what it is for
 
 
@@ -66,13 +65,8 @@ def recipes_cp(name: str, file: str) -> None:
 
 
 def shipped_recipes() -> Mapping[str, Path]:
-    """The recipes by name: those of the checkout, or of the installed package."""
-    checkout = Path(__file__).resolve().parents[2] / "recipes"
-    installed = [Path(root) / "share" / "mergeforge" / "recipes" for root in (sys.prefix, site.getuserbase())]
-    for folder in (checkout, *installed):
-        if paths := {path.stem: path for path in sorted(folder.glob("*.yaml"))}:
-            return paths
-    return {}
+    """The recipes by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def copy_recipe(name: str, target: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from mergeforge.errors import MissingExtraError, SourceError
+from mergeforge.errors import MissingExtraError, SourceError, pip_install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise MissingExtraError("tokenizing needs transformers", hint='pip install "transformers>=5.0"') from None
+        raise MissingExtraError("tokenizing needs transformers", hint=pip_install("transformers")) from None
     if not Path(path).expanduser().exists() and revision is None:
         path, _, suffix = path.partition("@")
         revision = suffix or None

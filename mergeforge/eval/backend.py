@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mergeforge.data.chat_templates import TemplateError, choose_template
 from mergeforge.data.tokenizers import tokenize
-from mergeforge.errors import MissingExtraError, SourceError
+from mergeforge.errors import MissingExtraError, SourceError, pip_install
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,17 +25,6 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, str]]
 OnText = Callable[[str], object]  # called with each new piece of an answer
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
-# module -> what to install for it; the versions are those of pyproject.toml
-REQUIREMENTS = {
-    "accelerate": "accelerate>=1.10",
-    "bitsandbytes": "bitsandbytes>=0.49",
-    "lm_eval": "lm-eval>=0.4.8",
-    "peft": "peft>=0.19",
-    "rouge_score": "rouge-score>=0.1",
-    "sacrebleu": "sacrebleu>=2.4",
-    "transformers": "transformers>=5.0",
-    "xllamacpp": "xllamacpp>=2026.9",
-}
 
 
 class PromptTooLong(SourceError):
@@ -146,7 +135,7 @@ def require(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        hint = f'pip install "{REQUIREMENTS[package]}"'
+        hint = pip_install(package.replace("_", "-"))
         raise MissingExtraError(f"this needs {package}: {error}", hint=hint) from None
 
 

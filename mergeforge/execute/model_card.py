@@ -10,7 +10,7 @@ from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.core.file_names import MODEL_CARD
 from mergeforge.core.sizes import format_size
-from mergeforge.hub.model_card import LICENSE_KEYS, MERGEFORGE, read_front_matter, write_card
+from mergeforge.hub.model_card import LICENSE_KEYS, read_front_matter, write_card
 from mergeforge.planner import Plan
 
 
@@ -20,7 +20,7 @@ def model_card(plan: Plan) -> str:
     counts = Counter(plan.summaries.values())
     rows = "\n".join(f"| {count} | {summary} |" for summary, count in counts.most_common())
     sources = "\n".join(f"- {_describe(checkpoint)}" for checkpoint in plan.inputs.checkpoints)
-    body = f"""Merged with {MERGEFORGE} by the method `{plan.recipe.method_name}`.
+    body = f"""Merged with mergeforge by the method `{plan.recipe.method_name}`.
 
 ## Inputs
 

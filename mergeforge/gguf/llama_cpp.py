@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.errors import MissingExtraError, SourceError
+from mergeforge.errors import MissingExtraError, SourceError, pip_install
 from mergeforge.tensors.budget import cpu_count
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def compare_with_transformers(folder: Path, files: Mapping[str, str]) -> list[En
     import numpy as np
     import torch
 
-    transformers = _import_package("transformers", ">=5.0")
+    transformers = _import_package("transformers")
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval()
@@ -199,10 +199,10 @@ def _without_error(reply: Any) -> Any:
     return reply
 
 
-def _import_package(name: str = "xllamacpp", version: str = ">=2026.9") -> Any:
+def _import_package(name: str = "xllamacpp") -> Any:
     import importlib
 
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise MissingExtraError(f"this needs {name}", hint=f'pip install "{name}{version}"') from None
+        raise MissingExtraError(f"this needs {name}", hint=pip_install(name)) from None

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
-MERGEFORGE = "[mergeforge](https://pypi.org/project/mergeforge/)"
 _FENCE = "---"
 
 

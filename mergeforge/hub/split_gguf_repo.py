@@ -17,7 +17,7 @@ from typing import Any
 from mergeforge.core.file_names import MODEL_CARD, RECEIPT
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import MALFORMED_ERRORS, RecipeError, SourceError
-from mergeforge.hub.model_card import LICENSE_KEYS, MERGEFORGE, read_front_matter, write_card
+from mergeforge.hub.model_card import LICENSE_KEYS, read_front_matter, write_card
 from mergeforge.hub.publish import Publication, plan_publication
 
 MODELFILE, CONFIG = "Modelfile", "config.json"
@@ -91,7 +91,7 @@ def _card(folder: Path, names: list[str], model: str, repo: str) -> str:
     ggufs = [name for name in names if name.endswith(".gguf")]
     rows = "\n".join(f"| {name} | {format_size((folder / name).stat().st_size)} |" for name in ggufs)
     label = ggufs[0].removesuffix(".gguf").rpartition("-")[2]
-    body = f"""GGUF files of [{model}](https://huggingface.co/{model}), encoded by {MERGEFORGE}.
+    body = f"""GGUF files of [{model}](https://huggingface.co/{model}), encoded by mergeforge.
 
 | file | size |
 |---|---|

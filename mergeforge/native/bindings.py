@@ -12,6 +12,7 @@ from types import ModuleType
 
 INTERFACE = 2  # of the functions in module.c; a library with another one is refused
 CHUNK = 2048  # elements that kernels take through all steps at once (floats.h)
+REINSTALL = "install mergeforge again"
 
 
 def is_available() -> bool:
@@ -32,7 +33,7 @@ def load_library() -> ModuleType | None:
 
 
 def why_unavailable() -> str:
-    """Why there is no C library: the end of a sentence. Empty if there is one."""
+    """Why there is no C library, and what to do: the end of a sentence. Empty if there is one."""
     return _load()[1]
 
 
@@ -41,13 +42,13 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         library = importlib.import_module("mergeforge.native._kernels")
     except ModuleNotFoundError:
-        return None, "is missing: it was not compiled"
+        return None, f"is missing; install a C compiler, then {REINSTALL}"
     except ImportError as error:  # for another system or Python
-        return None, f"does not load: {error}"
+        return None, f"does not load ({error}); {REINSTALL}"
     if getattr(library, "INTERFACE", None) != INTERFACE:
-        return None, "is of another version"
+        return None, f"is of another version; {REINSTALL}"
     if _is_outdated(Path(str(library.__file__))):
-        return None, "is older than its source"
+        return None, "is older than its source; run tools/build_native"
     return library, ""
 
 

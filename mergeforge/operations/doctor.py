@@ -38,7 +38,7 @@ def report(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tu
     yield "cores", str(cpu_count())
     yield "memory", f"{format_size(free_memory())} available"
     yield from _devices()
-    missing = "torch only: the C library is missing or outdated; install a C compiler, then install mergeforge again"
+    missing = f"torch, more slowly: the C library {bindings.why_unavailable()}"
     yield "merging and quantizing", "C library" if bindings.is_available() else missing
     yield from _disk(Path(folder), seconds)
     yield from _hub()

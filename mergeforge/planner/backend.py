@@ -26,11 +26,16 @@ from mergeforge.writers.safetensors import SafetensorsEncoder
 
 @dataclass(frozen=True)
 class Backend:
-    """What computes a tensor, in `compute` ("F32" or "F64"); `from_files`: the C library reads the inputs' files."""
+    """What computes a tensor, in `compute` ("F32" or "F64").
+
+    from_files: the C library reads the inputs' files. lacks_library: torch computes it only because there is no C
+    library.
+    """
 
     name: Literal["copy", "native", "torch"]
     compute: str = "F32"
     from_files: bool = False
+    lacks_library: bool = False
 
     @property
     def needs_torch(self) -> bool:
@@ -50,9 +55,11 @@ def choose_backend(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[Tens
     if to_safetensors and isinstance(tensor, StoredTensor) and tensor.info.dtype == info.dtype:
         return Backend("copy")
     compute = "F64" if "F64" in (info.dtype, *_stored_dtypes(tensor)) else "F32"
-    if device == "cpu" and compute == "F32" and bindings.is_available() and _has_native(tensor):
-        return Backend("native", from_files=to_safetensors and _is_in_files(tensor, info))
-    return Backend("torch", compute)
+    if not (device == "cpu" and compute == "F32" and _has_native(tensor)):
+        return Backend("torch", compute)
+    if not bindings.is_available():
+        return Backend("torch", lacks_library=True)
+    return Backend("native", from_files=to_safetensors and _is_in_files(tensor, info))
 
 
 def _has_native(tensor: LazyTensor) -> bool:

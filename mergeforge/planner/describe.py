@@ -41,7 +41,7 @@ def plan_page(plan: Plan, *, notes: bool = True) -> str:
     free = shutil.disk_usage(existing_folder(plan.out)).free
     lines.append(f"backend  {_backends(plan)}")
     lines.append(f"disk     {format_size(plan.disk)} needed, {format_size(free)} free")
-    return "\n".join(lines + ([f"note     {note}" for note in plan.notes] if notes else []))
+    return "\n".join(lines + ([f"note     {note}" for note in (*plan.notes, *plan.machine_notes)] if notes else []))
 
 
 def plan_as_json(plan: Plan) -> dict[str, object]:
@@ -67,7 +67,7 @@ def plan_as_json(plan: Plan) -> dict[str, object]:
         "threads": plan.budget.threads,
         "device": plan.budget.device,
         "tensors": {tensor_plan.info.name: _tensor_as_json(plan, tensor_plan) for tensor_plan in plan.tensor_plans},
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *plan.machine_notes],
         "fingerprint": plan.fingerprint,
     }
 

@@ -12,6 +12,7 @@ from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.io.file_layout import Layout, OutputFile
 from mergeforge.lora.combine import Combination
+from mergeforge.native import bindings
 from mergeforge.planner.batches import Batch, batch_per_file, one_batch, peak_disk
 from mergeforge.planner.fp8 import stored_infos
 from mergeforge.planner.gguf import GGUFPlan
@@ -26,9 +27,9 @@ class Plan:
     """A whole merge, decided from headers alone: what is read, computed and written, and in how much memory.
 
     summaries: what is done to each output tensor, in words. checkpoint: the safetensors files. tied_head: whether the
-    output's head is its embedding. aux_files: the files beside the weights. notes: what the user should know before the
-    merge runs. fingerprint: a hash of everything that decides output bytes. combination: the one adapter that the
-    recipe's adapters are combined into, if it asks for one. `print(plan)` shows it as a page.
+    output's head is its embedding. aux_files: the files beside the weights. notes: what the user should know about the
+    result before the merge runs. fingerprint: a hash of everything that decides output bytes. combination: the one
+    adapter that the recipe's adapters are combined into, if it asks for one. `print(plan)` shows it as a page.
     """
 
     recipe: Recipe
@@ -64,6 +65,13 @@ class Plan:
     def needs_torch(self) -> bool:
         """Whether torch computes any tensor; those that are copied, or merged in C from file to file, do without."""
         return any(tensor_plan.backend.needs_torch for tensor_plan in self.tensor_plans)
+
+    @property
+    def machine_notes(self) -> tuple[str, ...]:
+        """What the user should know about this machine; neither the receipt nor the model card holds it."""
+        if not any(tensor_plan.backend.lacks_library for tensor_plan in self.tensor_plans):
+            return ()
+        return (f"torch merges, more slowly: the C library {bindings.why_unavailable()}",)
 
     @property
     def nbytes_read(self) -> int:

@@ -15,13 +15,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from mergeforge.core.sizes import format_size
-from mergeforge.errors import MissingExtraError, RecipeError
+from mergeforge.errors import MissingExtraError, RecipeError, pip_install
 from mergeforge.tensors.budget import free_memory
 from mergeforge.train.auto_config import Machine
 from mergeforge.train.settings import TrainSettings
 
 PACKAGES = ("transformers", "peft", "accelerate")
-INSTALL = 'pip install "transformers>=5" "peft>=0.19" accelerate bitsandbytes'
 BF16_CAPABILITY = (8, 0)  # CUDA compute capability; older GPUs emulate bf16, slowly
 RESERVED = 0.05  # fraction of a GPU's free memory that is left alone
 
@@ -29,14 +28,15 @@ RESERVED = 0.05  # fraction of a GPU's free memory that is left alone
 def check_packages(*, quantize: bool = False, track: Sequence[str] = ()) -> None:
     """Raise MissingExtraError unless everything is installed that training needs and that metrics are sent to."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it asks for a package that fetches code
-    for name in (*PACKAGES, "bitsandbytes") if quantize else PACKAGES:
+    packages = (*PACKAGES, "bitsandbytes") if quantize else PACKAGES
+    for name in packages:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise MissingExtraError(f"training needs {name}: {error}", hint=INSTALL) from None
+            raise MissingExtraError(f"training needs {name}: {error}", hint=pip_install(*packages)) from None
     for name in track:
         if importlib.util.find_spec(name) is None:
-            raise MissingExtraError(f"track: {name} is not installed", hint=f"pip install {name}")
+            raise MissingExtraError(f"track: {name} is not installed", hint=pip_install(name))
 
 
 def versions() -> dict[str, str]:

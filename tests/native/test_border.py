@@ -176,7 +176,7 @@ def test_wrong_intervals_are_refused(intervals: Any, counts: Any) -> None:
 
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bindings, "INTERFACE", bindings.INTERFACE + 1)
-    assert bindings._load.__wrapped__() == (None, "is of another version")
+    assert bindings._load.__wrapped__() == (None, "is of another version; install mergeforge again")
 
 
 def test_a_library_older_than_its_source_is_refused(tmp_path: Any) -> None:

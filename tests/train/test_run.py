@@ -225,7 +225,7 @@ def test_missing_packages_are_named(settings: Settings, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match="training needs peft") as error:
         run(settings)
-    assert error.value.hint == 'pip install "transformers>=5" "peft>=0.19" accelerate bitsandbytes'
+    assert error.value.hint == ('pip install "transformers>=5.0" "peft>=0.19" "accelerate>=1.10"')
     assert error.value.exit_code == 6
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mergeforge.data.readers.base import MAX_RECORD_CHARS, Record, UnreadableRecord, open_text
-from mergeforge.errors import MissingExtraError, SourceError, format_list
+from mergeforge.errors import MissingExtraError, SourceError, format_list, pip_install
 
 _BATCH = 256  # Parquet rows in memory at once
 
@@ -53,7 +53,7 @@ def read_parquet(path: Path, name: str) -> Iterator[Record | UnreadableRecord]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise MissingExtraError(f"{name}: Parquet files need pyarrow", hint='pip install "pyarrow>=15"') from None
+        raise MissingExtraError(f"{name}: Parquet files need pyarrow", hint=pip_install("pyarrow")) from None
     try:
         with parquet.ParquetFile(path) as file:
             number = 0

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergeforge.errors import MissingExtraError, SourceError
+from mergeforge.errors import MissingExtraError, SourceError, pip_install
 from mergeforge.io.remote.ranged_file import RemoteFile
 from mergeforge.io.remote.retry import RetryPolicy, reason
 from mergeforge.io.remote.session import RemoteSession
@@ -122,7 +122,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise MissingExtraError(f"{url} needs fsspec", hint='pip install "fsspec>=2024.5"') from None
+        raise MissingExtraError(f"{url} needs fsspec", hint=pip_install("fsspec")) from None
     try:
         fs, root = url_to_fs(url)
     except ImportError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mergeforge.checkpoints.checkpoint import read_json
 from mergeforge.checkpoints.names import tied_head
-from mergeforge.hub.model_card import MERGEFORGE, write_card
+from mergeforge.hub.model_card import write_card
 from mergeforge.lora.combine.plan import Combination
 from mergeforge.writers.peft_adapter import ADAPTER_CONFIG
 from mergeforge.writers.peft_config import lora_config, task_type
@@ -93,5 +93,5 @@ def adapter_card(plan: Combination, modules: Sequence[CombinedModule]) -> str:
     else:
         how = f"truncated to rank {max(module.rank for module in modules)} (errors in `{REPORT}`)"
     front = {"library_name": "peft", "tags": ["mergeforge", "lora", "merge"]}
-    body = f"{len(modules)} modules, {how}, made with {MERGEFORGE} from\n\n{adapters}\n"
+    body = f"{len(modules)} modules, {how}, made with mergeforge from\n\n{adapters}\n"
     return write_card(front, "A sum of adapters", body)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.checkpoints.checkpoint import Checkpoint
-from mergeforge.hub.model_card import MERGEFORGE, write_card
+from mergeforge.hub.model_card import write_card
 from mergeforge.lora.extract.pairing import TensorPair
 from mergeforge.lora.extract.plan import Extraction
 
@@ -179,7 +179,7 @@ def adapter_card(report: ExtractionReport) -> str:
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     tuned, base = _display_name(plan.tuned), _display_name(plan.base)
     body = f"""The difference of {tuned} and {base} as a LoRA adapter, extracted with
-{MERGEFORGE}: {len(report.factored)} modules of rank {rank},
+mergeforge: {len(report.factored)} modules of rank {rank},
 {len(report.saved)} tensors saved whole.
 
 Folded into {base}, it has an error of {100 * report.error:.3g} % of the change
