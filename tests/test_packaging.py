@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -122,7 +123,7 @@ def test_an_installed_wheel_runs_far_from_the_checkout(
     run(bin / "mergeforge", "demo")
     names = [line.split()[0] for line in run(bin / "mergeforge", "recipes", "ls").splitlines()]
     assert names == sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    assert "merging      C library" in run(bin / "mergeforge", "doctor").splitlines()
+    assert json.loads(run(bin / "mergeforge", "doctor", "--json"))["merging and quantizing"] == "C library"
     run(bin / "mergeforge", "init", "--template", "quickstart", "recipe.yaml")
     run(bin / "mergeforge", "run", "recipe.yaml", "-q")
 

@@ -69,9 +69,11 @@ class Plan:
     @property
     def machine_notes(self) -> tuple[str, ...]:
         """What the user should know about this machine; neither the receipt nor the model card holds it."""
-        if not any(tensor_plan.backend.lacks_library for tensor_plan in self.tensor_plans):
-            return ()
-        return (f"torch merges, more slowly: the C library {bindings.why_unavailable()}",)
+        merges = any(tensor_plan.backend.lacks_library for tensor_plan in self.tensor_plans)
+        in_blocks = any(tensor.quant_type.block > 1 for gguf in self.ggufs for tensor in gguf.tensors)
+        quantizes = in_blocks and self.budget.device == "cpu" and not bindings.is_available()
+        work = " and ".join(["merges"] * merges + ["quantizes"] * quantizes)
+        return (f"torch {work}, more slowly: the C library {bindings.why_unavailable()}",) if work else ()
 
     @property
     def nbytes_read(self) -> int:

@@ -45,21 +45,33 @@ def test_the_plan_says_in_one_line_that_it_is_missing(models: Path, environment:
     assert "C library" not in Path("out/README.md").read_text() + Path("out/mergeforge.json").read_text()
 
 
-def test_the_plan_says_nothing_where_the_library_would_not_help(models: Path, environment: dict[str, str]) -> None:
-    """torch folds adapters, with or without the library."""
+def test_a_printed_plan_says_it_too(models: Path, environment: dict[str, str]) -> None:
+    code = f"import mergeforge; print(mergeforge.plan({MERGE}, out='out', device='cpu'))"
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert f"note     {NOTE}" in printed.stdout.splitlines()
+
+
+def test_the_plan_says_it_only_where_the_library_would_help(models: Path, environment: dict[str, str]) -> None:
+    """torch folds adapters and converts to F16, with or without the library."""
     Path("fold.json").write_text(json.dumps(FOLD))
-    assert "C library" not in run(environment, "mergeforge", "plan", "fold.json", "--out", "out")
+    plan = ("mergeforge", "plan", "fold.json", "--out", "out", "--device", "cpu", "--set")
+    assert "C library" not in run(environment, *plan, "output.gguf=[f16]")
+    assert f"note     torch quantizes, more slowly: {SAID}" in run(environment, *plan, "output.gguf=[f16, q4_0]")
+    both = {**MERGE, "output": {"gguf": ["q8_0"]}}
+    Path("both.json").write_text(json.dumps(both))
+    page = run(environment, "mergeforge", "plan", "both.json", "--out", "out")
+    assert f"note     torch merges and quantizes, more slowly: {SAID}" in page
 
 
 @pytest.mark.needs_kernels
 def test_the_plan_says_nothing_where_there_is_a_library(models: Path) -> None:
-    assert "C library" not in str(mergeforge.plan(MERGE, out="out", device="cpu"))
+    assert "C library" not in str(mergeforge.plan({**MERGE, "output": {"gguf": ["q8_0"]}}, out="out", device="cpu"))
 
 
 def test_doctor_says_that_it_is_missing(environment: dict[str, str], tmp_path: Path) -> None:
-    report = run(environment, "mergeforge", "doctor", "--folder", str(tmp_path))
+    report = json.loads(run(environment, "mergeforge", "doctor", "--folder", str(tmp_path), "--json"))
     said = SAID.removeprefix("the C library ")
-    assert f"C library    not in use, so torch merges and quantizes, more slowly: it {said}" in report.splitlines()
+    assert report["C library"] == f"not in use, so torch merges and quantizes, more slowly: it {said}"
 
 
 @pytest.mark.parametrize(("required", "code", "said"), [("1", 1, "1 error"), ("", 0, "1 skipped")])
