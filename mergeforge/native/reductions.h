@@ -65,10 +65,12 @@ int64_t inner_products(const struct inputs *inputs, double *values, double *sums
 /* Magnitudes in an interval of bits, of one input or of the variance over all inputs. */
 struct magnitude_count {
     int64_t input; /* VARIANCE: of the variance */
-    int32_t low, high;
-    int32_t *inside; /* the bits of those in [low, high), minus `low`: room for `capacity`, at least a chunk */
+    int32_t low, high, guess;
+    int32_t *inside; /* the bits of those in [low, high) but not of `guess`, minus `low`: room for `capacity`, at least a
+                        chunk */
     int64_t capacity, count;
     int64_t above;   /* how many have bits of at least `high` */
+    int64_t equal;   /* how many have the bits of `guess`: often many, because 16-bit models differ in few values */
     int64_t nonzero; /* how many are not zero; only of the variance */
 };
 enum { VARIANCE = -1 };
