@@ -68,7 +68,7 @@ INLINE int32_t reached_from(struct threshold *threshold, const float *values, in
 INLINE void zero_outside(int32_t low, int32_t high, int64_t count, float *values) {
     for (int64_t i = 0; i < count; i++) {
         int32_t bits = (int32_t)magnitude(values[i]);
-        values[i] = (bits >= low) & (bits < high) ? values[i] : 0;
+        values[i] = ((bits >= low) & (bits < high)) ? values[i] : 0;
     }
 }
 
