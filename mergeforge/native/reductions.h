@@ -1,6 +1,6 @@
 /* What a merge does with its inputs, and the facts about whole tensors that it needs first.
 
-   All functions return 0, or 1 + the number of an input that could not be read. */
+   Functions that return a number return 0, or 1 + the number of an input that could not be read. */
 
 #ifndef MERGEFORGE_REDUCTIONS_H
 #define MERGEFORGE_REDUCTIONS_H
@@ -47,6 +47,9 @@ struct reduction {
    rounding. `changes`: receives the effect on the base of the first `measured` elements. */
 int64_t reduce(const struct inputs *inputs, const struct reduction *reduction, int64_t dtype, void *out,
                uint32_t *max_bits, double *changes, int64_t measured);
+
+/* Decide by rank what is kept of every input in a step, which consists of whole rows. */
+void rank_step(const struct reduction *reduction, const struct chunks *chunks);
 
 /* The first input, minus the base if there is one. */
 int64_t load_values(const struct inputs *inputs, float *out);
