@@ -16,7 +16,7 @@ from mergeforge.tensors.native_files import staging_nbytes
 from mergeforge.tensors.worker import ALIGNMENT
 from mergeforge.writers.encoder import TensorEncoder, chunk_alignment
 
-SUM_NBYTES = 4 << 20  # of a tile whose inputs are not staged
+FROM_FILES_NBYTES = 4 << 20  # of a tile whose inputs are not staged
 SLACK = 64 * ALIGNMENT  # bytes of a staging buffer that aligning its allocations may take
 
 
@@ -143,7 +143,7 @@ def _plan_from_files(
 ) -> TensorPlan:
     assert isinstance(tensor, MergedTensor)
     fixed = SLACK + staging_nbytes(tensor)
-    rows = min(SUM_NBYTES, free - fixed) // max(info.row_nbytes, 1)
+    rows = min(FROM_FILES_NBYTES, free - fixed) // max(info.row_nbytes, 1)
     tiles = tuple(split_into_tiles(info, max(rows, 1)))
     staging = max((tile.rows for tile in tiles), default=0) * info.row_nbytes + fixed
     return TensorPlan(info, tensor, encoders, backend, any_needs_stats(tensor), False, tiles, staging, 0)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeforge.core.tensor_info import TensorInfo, dtype_name, sample_blocks
-from mergeforge.methods import Block, Method, Reduction
+from mergeforge.methods import Block, Method, Reduction, Statistics
 from mergeforge.methods.block_statistics import SAMPLE_BLOCKS, BlockStatistics
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.lazy import LazyTensor, Rows, Span, Stats, StatsPass
@@ -94,9 +94,8 @@ class MergedTensor:
         return Block(self.info.name, start * self.info.columns, self.seed, len(self.info.shape) < 2)
 
     def collect_stats(self, scan: StatsPass) -> Any:
-        statistics: Any = (
-            self._native_statistics(scan) if self._merges_natively(scan.worker) else self._statistics(scan)
-        )
+        natively = self._merges_natively(scan.worker)
+        statistics: Statistics = self._native_statistics(scan) if natively else self._statistics(scan)
         return self.method.prepare(statistics, self.parameters)
 
     def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:

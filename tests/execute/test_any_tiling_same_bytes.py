@@ -91,7 +91,7 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
                 patch.setattr(bindings, "is_available", lambda: False)
             patch.setattr(tensor_info, "BLOCK_ELEMENTS", BLOCK)
             patch.setattr(tiling, "TILE_NBYTES", tile)
-            patch.setattr(tiling, "SUM_NBYTES", tile)
+            patch.setattr(tiling, "FROM_FILES_NBYTES", tile)
             patch.setattr(budget, "MIN_MEMORY", 1)
             memory = 1 << 30 if extra_memory is None else threads * (min_memory(method, kind, in_c) + extra_memory)
             plan = mergeforge.plan(recipe(models, method, kind), out=out, memory=memory, threads=threads, device="cpu")

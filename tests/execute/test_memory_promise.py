@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mergeforge.operations.synthetic_models import ModelShape, write_adapter, write_model
-from mergeforge.planner.tiling import SUM_NBYTES
+from mergeforge.planner.tiling import FROM_FILES_NBYTES
 from mergeforge.tensors.native_inputs import READ_NBYTES
 
 SHAPE = ModelShape(1024, 2816, 6, 8, 8, 32000)  # 127 M parameters; an embedding of 64 MB in bfloat16
@@ -47,13 +47,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.needs_kernels
-def test_native_sums_need_memory_only_for_output_tiles(root: Path) -> None:
+def test_merges_from_files_need_memory_only_for_output_tiles(root: Path) -> None:
     """They use neither torch nor staging space for the inputs."""
     models = [{"model": str(root / f"tuned-{seed}"), "parameters": {"weight": 0.5}} for seed in (1, 2)]
     recipe = {"merge_method": "linear", "models": models, "output": {"path": str(root / "sum")}}
     (root / "sum.yaml").write_text(yaml.safe_dump(recipe))
     merging = peak("-m", "mergeforge", "run", str(root / "sum.yaml"), "--device", "cpu", "--threads", "2")
-    assert merging - peak("-c", "import numpy, rich, click") < 2 * (SUM_NBYTES + READ_NBYTES) + OWN
+    assert merging - peak("-c", "import numpy, rich, click") < 2 * (FROM_FILES_NBYTES + READ_NBYTES) + OWN
 
 
 @pytest.mark.parametrize("method", ["fold", "fp8", "ties", "dare_ties", "slerp"])

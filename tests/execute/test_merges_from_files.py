@@ -1,4 +1,4 @@
-"""Weighted sums from disk to disk in C: without torch, but with the same errors."""
+"""Merges from file to file in C: without torch, but with the same errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def recipe(method: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", PARAMETERS)
-def test_native_sums_do_not_import_torch(method: str) -> None:
+def test_merges_from_file_to_file_do_not_import_torch(method: str) -> None:
     Path("recipe.yaml").write_text(json.dumps(recipe(method)))
     command = [sys.executable, "-c", WITHOUT_TORCH, "run", "recipe.yaml", "--out", "out"]
     process = subprocess.run(command, capture_output=True, text=True)
@@ -68,7 +68,7 @@ def test_native_sums_do_not_import_torch(method: str) -> None:
     assert receipt["run"]["peak_rss"] < 100 << 20
 
 
-def test_plans_torch_for_what_the_c_library_cannot_sum() -> None:
+def test_plans_torch_for_what_the_c_library_cannot_merge() -> None:
     plan = mergeforge.plan(recipe("model_stock"), out="out", device="cpu")
     assert not plan.needs_torch
     filter_wise = recipe("model_stock") | {"parameters": {"filter_wise": True}}
