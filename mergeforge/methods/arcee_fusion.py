@@ -5,11 +5,11 @@ Arcee AI's method, as mergekit defines it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mergeforge.methods import Block, Statistics, method
-from mergeforge.methods.block_statistics import count_values
 from mergeforge.methods.kth_largest import SEARCH_NBYTES, KthLargestSearch
 from mergeforge.methods.statistics import EveryBlock
 from mergeforge.methods.thresholds import Searches, find_thresholds, magnitude_array, subsample
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 QUARTILES = (0.25, 0.5, 0.75)
 SOFTENING = 1e-8
 CACHED_ROWS = 1 << 18  # rows whose divergence is cached: 1 MB
+PART_ELEMENTS = 1 << 16  # that are computed at a time
 SAMPLE_ELEMENTS = 1 << 18  # of the whole tensor: a sample of a few blocks misleads where rows differ
 
 
@@ -36,10 +37,19 @@ class Importance:
     used: int = 0
     cached_rows: dict[int, slice] = field(default_factory=dict)
 
-    def of(self, models: list[Tensor], block: Block) -> Tensor:
-        """The importance of a block's elements."""
-        base, other = models
-        return (other - base).abs_().mul_(self.divergence(models, block))
+    def parts(self, models: list[Tensor], block: Block) -> Iterator[Tensor]:
+        """The importance of a block's elements, a few rows at a time, which stay in the cache."""
+        for base, other, divergence in self.row_parts(models, block):
+            yield (other - base).abs_().mul_(divergence)
+
+    def row_parts(self, models: list[Tensor], block: Block) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """A few rows of the base, of the other model and of the divergence at a time."""
+        divergence = self.divergence(models, block)
+        base, other = (model.view(1, -1) if block.is_vector else model for model in models)
+        step = max(1, PART_ELEMENTS // base.shape[1])
+        for start in range(0, len(base), step):
+            rows = slice(start, start + step)
+            yield base[rows], other[rows], divergence[rows]
 
     def divergence(self, models: list[Tensor], block: Block) -> Tensor:
         """The divergence of each row, as a column."""
@@ -100,11 +110,13 @@ def _sample(tensor: Statistics, importance: Importance) -> tuple[int, Tensor]:
 
     def visit(models: list[Tensor], block: Block) -> int:
         nonlocal used
-        values = importance.of(models, block)
-        sampled = subsample(values, tensor.numel, SAMPLE_ELEMENTS)
-        samples[used : used + len(sampled)] = sampled
-        used += len(sampled)
-        return int(values.lt_(0).sum())
+        negative = 0
+        for values in importance.parts(models, block):
+            sampled = subsample(values, tensor.numel, SAMPLE_ELEMENTS)[: len(samples) - used]
+            samples[used : used + len(sampled)] = sampled
+            used += len(sampled)
+            negative += int(values.lt_(0).sum())
+        return negative
 
     negative = sum(tensor.collect(EveryBlock(visit)))
     return negative, samples[:used]
@@ -112,9 +124,9 @@ def _sample(tensor: Statistics, importance: Importance) -> tuple[int, Tensor]:
 
 def _count(tensor: Statistics, importance: Importance, searches: Searches) -> None:
     def visit(models: list[Tensor], block: Block) -> None:
-        values = importance.of(models, block)
-        for sign in sorted({sign for sign, _ in searches}):
-            count_values(_of_sign(values, sign), [search for other, search in searches if other == sign])
+        for values in importance.parts(models, block):
+            for sign in sorted({sign for sign, _ in searches}):
+                tensor.count(_of_sign(values, sign), [search for other, search in searches if other == sign])
 
     tensor.collect(EveryBlock(visit))
 
@@ -134,8 +146,8 @@ def _of_sign(values: Tensor, sign: int) -> Tensor:
 )
 def arcee_fusion(models: list[Tensor], stats: Importance, block: Block) -> Tensor:
     """base + (other - base) where the importance reaches the threshold, else base."""
-    base, other = models
-    divergence = stats.divergence(models, block)
-    change = other.sub_(base)
-    kept = change.abs().mul_(divergence).ge_(stats.threshold)
-    return change.mul_(kept).add_(base)
+    for base, other, divergence in stats.row_parts(models, block):
+        change = other.sub_(base)
+        kept = change.abs().mul_(divergence).ge_(stats.threshold)
+        change.mul_(kept).add_(base)
+    return models[1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from mergeforge.methods.block import Block
-from mergeforge.methods.kth_largest import Threshold
+from mergeforge.methods.kth_largest import KthLargestSearch, Threshold
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,6 +93,9 @@ class Statistics(Protocol):
 
     def collect(self, request: Request[R]) -> R:
         """Answer a request, in one pass over the tensor or a few."""
+
+    def count(self, values: Tensor, searches: Sequence[KthLargestSearch]) -> None:
+        """Add the magnitudes of values that a method computed itself to searches."""
 
 
 def norms(products: Matrix) -> Matrix:

@@ -28,13 +28,14 @@ from mergeforge.writers.safetensors import SafetensorsEncoder
 class Backend:
     """What computes a tensor, in `compute` ("F32" or "F64").
 
-    from_files: the C library reads the inputs' files. lacks_library: torch computes it only because there is no C
-    library.
+    from_files: the C library reads the inputs' files. counts_natively: the C library counts magnitudes for methods
+    that torch computes. lacks_library: torch computes it only because there is no C library.
     """
 
     name: Literal["copy", "native", "torch"]
     compute: str = "F32"
     from_files: bool = False
+    counts_natively: bool = False
     lacks_library: bool = False
 
     @property
@@ -56,7 +57,7 @@ def choose_backend(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[Tens
         return Backend("copy")
     compute = "F64" if "F64" in (info.dtype, *_stored_dtypes(tensor)) else "F32"
     if not (device == "cpu" and compute == "F32" and _has_native(tensor)):
-        return Backend("torch", compute)
+        return Backend("torch", compute, counts_natively=device == "cpu" and bindings.is_available())
     if not bindings.is_available():
         return Backend("torch", lacks_library=True)
     return Backend("native", from_files=to_safetensors and _is_in_files(tensor, info))

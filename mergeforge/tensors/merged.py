@@ -13,7 +13,7 @@ from mergeforge.methods.block_statistics import SAMPLE_BLOCKS, BlockStatistics
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.lazy import LazyTensor, Rows, Span, Stats, StatsPass
 from mergeforge.tensors.native_inputs import ITEMSIZES, NativeInput, NativeInputs, ranking_nbytes
-from mergeforge.tensors.native_statistics import NativeStatistics, sample_spans
+from mergeforge.tensors.native_statistics import NativeStatistics, count_natively, sample_spans
 from mergeforge.tensors.stored import StoredTensor
 from mergeforge.tensors.worker import ALIGNMENT, Worker
 
@@ -139,7 +139,9 @@ class MergedTensor:
             for (inputs, _), start, stop in scan(load, spans):
                 yield visit(inputs(start, stop)[0], self.block(start))
 
-        return BlockStatistics(blocks, self.info.numel, len(self.sources), self.block(0), dtype_name(scan.dtype))
+        compute = dtype_name(scan.dtype)
+        counter = count_natively if scan.worker.counts_natively and compute == "F32" else None
+        return BlockStatistics(blocks, self.info.numel, len(self.sources), self.block(0), compute, counter)
 
     def _load_inputs(
         self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -23,11 +23,12 @@ from mergeforge.methods.statistics import (
 )
 from mergeforge.methods.thresholds import VARIANCE, Searches, find_thresholds
 from mergeforge.tensors.lazy import Span
-from mergeforge.tensors.native_inputs import NativeInputs, rank_bits
+from mergeforge.tensors.native_inputs import NativeInput, NativeInputs, rank_bits
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from mergeforge.methods.kth_largest import Bits
 
@@ -56,6 +57,9 @@ class NativeStatistics:
 
     def collect(self, request: Request[R]) -> R:
         return cast(R, self._answer(request))
+
+    def count(self, values: Tensor, searches: Sequence[KthLargestSearch]) -> None:
+        count_natively(values, searches)
 
     def _answer(self, request: Request[Any]) -> Any:
         match request:
@@ -103,6 +107,17 @@ class NativeStatistics:
         reduction = Reduction([0.0] * self.input_count, Combine.CONSENSUS_MEAN, keep)
         by_block = [inputs.kept_squares(reduction, start, stop).tolist() for inputs, start, stop in self.scan(None)]
         return [math.fsum(squares) for squares in by_input(by_block, self.input_count)]
+
+
+def count_natively(values: Tensor, searches: Sequence[KthLargestSearch]) -> None:
+    """Add the magnitudes of float32 values on a CPU to searches."""
+    import numpy as np
+    import torch
+
+    flat = values.float().reshape(1, -1)
+    data = NativeInput("F32", flat.view(-1).view(torch.uint8).numpy())
+    inputs = NativeInputs([data], flat.shape[1], False, 0, flat.shape[1], np.empty(0, np.uint8))
+    inputs.count_magnitudes([(0, search) for search in searches], 0, 1)
 
 
 def sample_spans(info: TensorInfo) -> list[Span]:
