@@ -125,7 +125,7 @@ assert other.stat().st_size == plain.stat().st_size and other.read_bytes() != pl
 def documented_row() -> str:
     """The row of the example in CONTRIBUTING.md."""
     example = (PACKAGE.parent / "CONTRIBUTING.md").read_text().split("### Example: a method as a row of the table")[1]
-    return example.split("```python\n")[1].split("```")[0]
+    return example.split("```python\n")[1].split("\n```")[0]
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -135,7 +135,7 @@ def test_each_extension_is_one_file(tmp_path: Path, native: bool) -> None:
     shutil.copytree(PACKAGE, copy / "mergeforge", ignore=ignored)
     (copy / "mergeforge/methods/half_sum.py").write_text(METHOD)
     table = copy / "mergeforge/methods/task_vectors.py"
-    table.write_text(table.read_text().replace("]  # fmt: skip", f"{documented_row()}]  # fmt: skip"))
+    table.write_text(table.read_text().replace("]  # fmt: skip", f"{documented_row()},\n]  # fmt: skip"))
     (copy / "mergeforge/adapters/peft/kinds/whole_delta.py").write_text(PEFT_METHOD)
     (copy / "mergeforge/gguf/architectures/alpaca.py").write_text(ARCHITECTURE)
     (copy / "mergeforge/gguf/quantize/q8_x.py").write_text(QUANT_TYPE)

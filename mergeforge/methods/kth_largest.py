@@ -73,6 +73,12 @@ class _MagnitudeHistogram:
             self._coarsen(self.values, 1)
             self._merge(self.values[:0], self.counts[:0])
 
+    def add_equal(self, value: int, count: int) -> None:
+        """Count a number that occurred so often."""
+        import numpy as np
+
+        self._merge(np.array([value >> self.shift], np.int32), np.array([count]))
+
     def _coarsen(self, bits: Bits, by: int) -> None:
         import numpy as np
 
@@ -108,7 +114,7 @@ class KthLargestSearch:
 
     A scan adds what it sees with add(), or makes room and appends to `candidates` and `counts` itself, as the C library
     does: the magnitudes' bits inside the range, minus `low`; and how many these are, how many magnitudes are above the
-    range, and how many are not zero.
+    range, how many have exactly the bits of `guess` (these are not appended), and how many are not zero.
     """
 
     k: int
@@ -116,6 +122,7 @@ class KthLargestSearch:
     nonzero_fraction: float | None = None
     low: int = 0
     high: int = BITS_LIMIT
+    guess: int = 0
     histogram: _MagnitudeHistogram | None = None
     candidates: Bits | None = None  # one array: small ones between the blocks of a merge would fragment its memory
     counts: NDArray[np.int64] | None = None
@@ -134,17 +141,19 @@ class KthLargestSearch:
         low = int(rank + spread)
         self.high = min(int(descending[high]) + 1, BITS_LIMIT) if high >= 0 else BITS_LIMIT
         self.low = min(int(descending[low]), self.high - 1) if low < len(descending) else 0
+        self.guess = int(descending[min(int(rank), len(descending) - 1)])
 
     def start_scan(self) -> None:
         import numpy as np
 
         self.histogram = None
-        self.candidates, self.counts = np.empty(max(MAX_CANDIDATES, MIN_ROOM), np.int32), np.zeros(3, np.int64)
+        self.candidates, self.counts = np.empty(max(MAX_CANDIDATES, MIN_ROOM), np.int32), np.zeros(4, np.int64)
+        self.guess = min(max(self.guess, self.low), self.high - 1)
 
     def add(self, above: int, inside: Bits, nonzero: int) -> None:
         """Add a chunk: how many bits are above the range, those inside it, minus `low`, and how many are not zero."""
         assert self.candidates is not None and self.counts is not None
-        self.counts[1:] += (above, nonzero)
+        self.counts[1:] += (above, 0, nonzero)
         if self.counts[0] + len(inside) > MAX_CANDIDATES:
             self.compact()
         if len(inside) > MAX_CANDIDATES:
@@ -172,13 +181,13 @@ class KthLargestSearch:
         Raises ArithmeticError where the threshold is NaN.
         """
         assert self.counts is not None
-        candidate_count, above, nonzero = self.counts.tolist()
+        candidate_count, above, equal, nonzero = self.counts.tolist()
         if self.nonzero_fraction is not None:
             self.k = int(self.nonzero_fraction * nonzero)
         if self.k == 0:
             self.result = infinite_threshold()
             return
-        inside = candidate_count + (int(self.histogram.counts.sum()) if self.histogram else 0)
+        inside = candidate_count + equal + (int(self.histogram.counts.sum()) if self.histogram else 0)
         if above >= self.k and self.high >= BITS_LIMIT:
             raise ArithmeticError("a task vector contains NaN values")
         if above >= self.k:
@@ -186,9 +195,9 @@ class KthLargestSearch:
         elif above + inside < self.k:
             self.low, self.high = 0, self.low
         elif self.histogram:
-            self._narrow(above)
+            self._narrow(above, equal)
         else:
-            self._select(candidate_count, above)
+            self._select(candidate_count, above, equal)
         self.histogram = self.candidates = self.counts = None
 
     def _count(self, bits: Bits) -> None:
@@ -198,22 +207,27 @@ class KthLargestSearch:
             self.histogram = self.histogram or _MagnitudeHistogram(np.empty(0, np.int32), np.empty(0, np.int64))
             self.histogram.add(bits)
 
-    def _select(self, count: int, above: int) -> None:
-        """Take the threshold from the candidates, which are complete: the (k - above)-th largest of them."""
+    def _select(self, count: int, above: int, equal: int) -> None:
+        """Take the threshold from the candidates and those `equal` to the guess, which are complete."""
         import numpy as np
 
         assert self.candidates is not None
-        bits = self.candidates[:count]
-        position = count - (self.k - above)
-        bits.partition(position)
-        value = int(bits[position])
-        larger, ties = int(np.count_nonzero(bits > value)), int(np.count_nonzero(bits == value))
-        self.result = Threshold(self.low + value, self.k - above - larger, ties)
+        bits, guess, rank = self.candidates[:count], self.guess - self.low, self.k - above
+        larger, ties = int(np.count_nonzero(bits > guess)), int(np.count_nonzero(bits == guess)) + equal
+        value = guess
+        if not larger < rank <= larger + ties:
+            position = count - (rank if rank <= larger else rank - equal)
+            bits.partition(position)
+            value = int(bits[position])
+            larger = int(np.count_nonzero(bits > value)) + (equal if value < guess else 0)
+            ties = int(np.count_nonzero(bits == value))
+        self.result = Threshold(self.low + value, rank - larger, ties)
 
-    def _narrow(self, above: int) -> None:
+    def _narrow(self, above: int, equal: int) -> None:
         """Narrow the range to one value of the histogram."""
         self.compact()
         assert self.histogram is not None
+        self.histogram.add_equal(self.guess - self.low, equal)
         counts, shift = self.histogram.counts, self.histogram.shift
         reached = counts[::-1].cumsum() + above  # how many at or above each value, from the top
         index = len(counts) - 1 - int((reached >= self.k).argmax())

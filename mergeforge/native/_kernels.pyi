@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Input = tuple[Any, int, str]  # (array of bytes or file descriptor, byte offset, dtype)
-Interval = tuple[int, int, int, Any]  # (input, low, high, inside)
+Interval = tuple[int, int, int, int, Any]  # (input, low, high, guess, inside)
 
 INTERFACE: int
 QUANT_TYPES: dict[str, tuple[int, int]]  # elements and bytes of a block

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-INTERFACE = 2  # of the functions in module.c; a library with another one is refused
+INTERFACE = 3  # of the functions in module.c; a library with another one is refused
 CHUNK = 2048  # elements that kernels take through all steps at once (floats.h)
 REINSTALL = "install mergeforge again"
 

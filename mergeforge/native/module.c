@@ -15,7 +15,7 @@
 #include "reductions.h"
 
 /* Raised by each change of a function's arguments or results; bindings.py refuses a library of another one. */
-enum { INTERFACE = 2 };
+enum { INTERFACE = 3 };
 enum { MAX_ARRAYS = 16, MAX_ALLOCATIONS = 8, STEP_ELEMS = 1 << 16 };
 static const int64_t MAX_LENGTH = (int64_t)1 << 40; /* far below overflows */
 
@@ -407,22 +407,24 @@ static PyObject *py_inner_products(PyObject *module, PyObject *arguments) {
     return result;
 }
 
-/* One interval: (input, low, high, inside). Its counts are (inside, above, nonzero). */
+/* One interval: (input, low, high, guess, inside). Its counts are (inside, above, equal, nonzero). */
 static int parse_interval(struct call *call, PyObject *object, const int64_t *counts, struct magnitude_count *interval,
                           Py_buffer *view) {
     PyObject *inside;
     long long input;
     if (!PyTuple_Check(object)) return PyErr_SetString(PyExc_TypeError, "an interval must be a tuple"), 0;
-    if (!PyArg_ParseTuple(object, "LiiO;an interval is (input, low, high, inside)", &input, &interval->low,
-                          &interval->high, &inside))
+    if (!PyArg_ParseTuple(object, "LiiiO;an interval is (input, low, high, guess, inside)", &input, &interval->low,
+                          &interval->high, &interval->guess, &inside))
         return 0;
-    if (input < VARIANCE || input >= call->inputs.count || interval->low < 0)
-        return PyErr_SetString(PyExc_ValueError, "an interval's input or lower end is out of range"), 0;
+    if (input < VARIANCE || input >= call->inputs.count || interval->low < 0 || interval->guess < interval->low ||
+        interval->guess >= interval->high)
+        return PyErr_SetString(PyExc_ValueError, "an interval's input, end or guess is out of range"), 0;
     if (!borrow(inside, INT32, 1, "inside", view)) return 0;
     call->memory_count++;
     interval->input = input, interval->inside = view->buf;
     interval->capacity = view->len / view->itemsize;
-    interval->count = counts[0], interval->above = counts[1], interval->nonzero = counts[2];
+    interval->count = counts[0], interval->above = counts[1];
+    interval->equal = counts[2], interval->nonzero = counts[3];
     if (interval->count < 0 || interval->count + CHUNK > interval->capacity)
         return PyErr_SetString(PyExc_ValueError, "inside has no room for a chunk"), 0;
     return 1;
@@ -443,12 +445,12 @@ static PyObject *py_count_magnitudes(PyObject *module, PyObject *arguments) {
     struct magnitude_count *table = NULL;
     float *values = NULL;
     if (parse_inputs(&call, tensors, has_base, length, 0, read_buffer) &&
-        (totals = array(&call, counts, INT64, 1, 3 * count, "counts")) &&
+        (totals = array(&call, counts, INT64, 1, 4 * count, "counts")) &&
         (table = allocate(&interval_call, count, sizeof *table)) &&
         (interval_call.memory = allocate(&interval_call, count, sizeof *interval_call.memory)) &&
         (values = allocate(&interval_call, (call.inputs.count + 1) * VALUES_STRIDE, sizeof(float)))) {
         interval_call.inputs = call.inputs;
-        while (parsed < count && parse_interval(&interval_call, PyList_GetItem(intervals, parsed), totals + 3 * parsed,
+        while (parsed < count && parse_interval(&interval_call, PyList_GetItem(intervals, parsed), totals + 4 * parsed,
                                                 table + parsed, interval_call.memory + parsed))
             parsed++;
         if (parsed == count) {
@@ -457,7 +459,8 @@ static PyObject *py_count_magnitudes(PyObject *module, PyObject *arguments) {
             failed = count_magnitudes(&call.inputs, table, count, values, &done);
             Py_END_ALLOW_THREADS;
             for (int64_t k = 0; k < count; k++)
-                totals[3 * k] = table[k].count, totals[3 * k + 1] = table[k].above, totals[3 * k + 2] = table[k].nonzero;
+                memcpy(totals + 4 * k, (int64_t[]){table[k].count, table[k].above, table[k].equal, table[k].nonzero},
+                       4 * sizeof *totals);
             result = result_of(failed, PyLong_FromLongLong(done));
         }
     }

@@ -38,8 +38,7 @@ INLINE int64_t chunk_element(const struct reduction *reduction, const struct chu
     return reduction->element + chunks->step_start + chunks->start;
 }
 
-/* Decide by rank what is kept of every input in this step, which consists of whole rows. */
-INLINE void rank_step(const struct reduction *reduction, const struct chunks *chunks) {
+INLINE void rank_step_body(const struct reduction *reduction, const struct chunks *chunks) {
     float base[CHUNK];
     const struct inputs *inputs = chunks->inputs;
     for (int64_t k = 0; k < inputs->count; k++) {
@@ -65,6 +64,10 @@ INLINE void rank_step(const struct reduction *reduction, const struct chunks *ch
         }
     }
 }
+
+/* Not inlined into each kernel, which would take long to compile. */
+EVERY_WIDTH(void, rank_step, (const struct reduction *reduction, const struct chunks *chunks),
+            (reduction, chunks))
 
 /* Move to the next chunk, and decide by rank for a new step. */
 INLINE int next_kept_chunk(const struct reduction *reduction, struct chunks *chunks) {

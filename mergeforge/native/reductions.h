@@ -1,6 +1,6 @@
 /* What a merge does with its inputs, and the facts about whole tensors that it needs first.
 
-   All functions return 0, or 1 + the number of an input that could not be read. */
+   Functions that return a number return 0, or 1 + the number of an input that could not be read. */
 
 #ifndef MERGEFORGE_REDUCTIONS_H
 #define MERGEFORGE_REDUCTIONS_H
@@ -48,6 +48,9 @@ struct reduction {
 int64_t reduce(const struct inputs *inputs, const struct reduction *reduction, int64_t dtype, void *out,
                uint32_t *max_bits, double *changes, int64_t measured);
 
+/* Decide by rank what is kept of every input in a step, which consists of whole rows. */
+void rank_step(const struct reduction *reduction, const struct chunks *chunks);
+
 /* The first input, minus the base if there is one. */
 int64_t load_values(const struct inputs *inputs, float *out);
 
@@ -65,10 +68,12 @@ int64_t inner_products(const struct inputs *inputs, double *values, double *sums
 /* Magnitudes in an interval of bits, of one input or of the variance over all inputs. */
 struct magnitude_count {
     int64_t input; /* VARIANCE: of the variance */
-    int32_t low, high;
-    int32_t *inside; /* the bits of those in [low, high), minus `low`: room for `capacity`, at least a chunk */
+    int32_t low, high, guess;
+    int32_t *inside; /* the bits of those in [low, high) but not of `guess`, minus `low`: room for `capacity`, at least a
+                        chunk */
     int64_t capacity, count;
     int64_t above;   /* how many have bits of at least `high` */
+    int64_t equal;   /* how many have the bits of `guess`: often many, because 16-bit models differ in few values */
     int64_t nonzero; /* how many are not zero; only of the variance */
 };
 enum { VARIANCE = -1 };

@@ -56,14 +56,15 @@ EVERY_WIDTH(int64_t, inner_products, (const struct inputs *inputs, double *value
 /* Count `count` (at most SMALL_CHUNK) magnitudes. Those inside the interval are few: zeros are skipped eight at a time. */
 INLINE void count_chunk(const float *values, int64_t count, struct magnitude_count *counts) {
     uint8_t marks[SMALL_CHUNK];
-    int32_t low = counts->low, high = counts->high, above = 0, nonzero = 0;
+    int32_t low = counts->low, high = counts->high, guess = counts->guess, above = 0, equal = 0, nonzero = 0;
     int32_t *inside = counts->inside + counts->count;
     if (counts->input == VARIANCE)
         for (int64_t i = 0; i < count; i++) nonzero += values[i] != 0;
     for (int64_t i = 0; i < count; i++) {
         int32_t bits = (int32_t)magnitude(values[i]);
         above += bits >= high;
-        marks[i] = (uint8_t)((bits >= low) & (bits < high));
+        equal += bits == guess;
+        marks[i] = (uint8_t)((bits >= low) & (bits < high) & (bits != guess));
     }
     memset(marks + count, 0, (size_t)(SMALL_CHUNK - count));
     for (int64_t i = 0; i < count; i += 8) {
@@ -74,6 +75,7 @@ INLINE void count_chunk(const float *values, int64_t count, struct magnitude_cou
     }
     counts->count = inside - counts->inside;
     counts->above += above;
+    counts->equal += equal;
     counts->nonzero += nonzero;
 }
 

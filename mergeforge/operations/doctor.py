@@ -38,8 +38,8 @@ def report(folder: str | Path = ".", *, seconds: float = SECONDS) -> Iterator[tu
     yield "cores", str(cpu_count())
     yield "memory", f"{format_size(free_memory())} available"
     yield from _devices()
-    missing = f"torch, more slowly: the C library {bindings.why_unavailable()}"
-    yield "merging and quantizing", "C library" if bindings.is_available() else missing
+    unused = f"not in use, so torch merges and quantizes, more slowly: it {bindings.why_unavailable()}"
+    yield "C library", "merges and quantizes" if bindings.is_available() else unused
     yield from _disk(Path(folder), seconds)
     yield from _hub()
 

@@ -19,7 +19,7 @@ from mergeforge.planner.tokenizer import tokenizer_files
 from mergeforge.recipe import Recipe
 from mergeforge.tensors.budget import Budget
 
-NUMERICS = 7  # raised when a version computes other bytes from the same recipe
+NUMERICS = 8  # raised when a version computes other bytes from the same recipe
 _NO_BYTES = ("output", "stream_inputs")  # recipe keys that decide no byte by themselves
 
 

@@ -131,7 +131,9 @@ class NativeInputs:
             for _, search in searches:
                 search.make_room(CHUNK)
             counts = np.array([search.counts for _, search in searches])
-            intervals = [(number, search.low, search.high, search.candidates) for number, search in searches]
+            intervals = [
+                (number, search.low, search.high, search.guess, search.candidates) for number, search in searches
+            ]
             inputs = self._from_row(start, skipped=done)
             done += self._call("count_magnitudes", inputs, self.has_base, length - done, intervals, counts)
             for (_, search), row in zip(searches, counts, strict=True):

@@ -227,8 +227,10 @@ def test_counts_magnitudes(tmp_path: Path, based: bool, in_files: bool) -> None:
         values = variance(inputs) if at == VARIANCE else inputs[at]
         beyond, inside = split_magnitudes(magnitude_bits(values), search.low, search.high)
         assert search.counts is not None and search.candidates is not None
-        assert search.counts.tolist() == [len(inside), beyond, int(values.count_nonzero()) * (at == VARIANCE)]
-        assert search.candidates[: len(inside)].tolist() == inside.tolist()
+        others = inside[inside != search.guess - search.low]
+        nonzero = int(values.count_nonzero()) * (at == VARIANCE)
+        assert search.counts.tolist() == [len(others), beyond, len(inside) - len(others), nonzero]
+        assert search.candidates[: len(others)].tolist() == others.tolist()
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 1000, 4096])
@@ -239,13 +241,14 @@ def test_counts_magnitudes_of_any_content(count: int) -> None:
     bits = magnitude_bits(every)
     edges = sorted({0, *bits[:: max(count // 9, 1)].tolist(), (1 << 31) - 1})
     for low, high in pairwise(edges):
-        search = KthLargestSearch(1, 1, low=low, high=high)
+        search = KthLargestSearch(1, 1, low=low, high=high, guess=low)
         search.start_scan()
         alone("F32", every).count_magnitudes([(0, search)], 0, 1)
         above, inside = split_magnitudes(bits, low, high)
         assert search.counts is not None and search.candidates is not None
-        assert search.counts[:2].tolist() == [len(inside), above]
-        assert search.candidates[: len(inside)].tolist() == inside.tolist()
+        others = inside[inside != search.guess - low]
+        assert search.counts[:3].tolist() == [len(others), above, len(inside) - len(others)]
+        assert search.candidates[: len(others)].tolist() == others.tolist()
 
 
 def test_reports_the_input_whose_file_is_too_short(tmp_path: Path) -> None:
