@@ -123,7 +123,7 @@ def test_an_installed_wheel_runs_far_from_the_checkout(
     run(bin / "mergeforge", "demo")
     names = [line.split()[0] for line in run(bin / "mergeforge", "recipes", "ls").splitlines()]
     assert names == sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    assert json.loads(run(bin / "mergeforge", "doctor", "--json"))["merging and quantizing"] == "C library"
+    assert json.loads(run(bin / "mergeforge", "doctor", "--json"))["C library"] == "merges and quantizes"
     run(bin / "mergeforge", "init", "--template", "quickstart", "recipe.yaml")
     run(bin / "mergeforge", "run", "recipe.yaml", "-q")
 

@@ -24,4 +24,4 @@ def doctor(folder: str, as_json: bool) -> None:
         click.echo(json.dumps(dict(report(folder))))
         return
     for name, value in report(folder):
-        click.echo(f"{name:24} {value}")
+        click.echo(f"{name:14} {value}")
