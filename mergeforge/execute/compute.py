@@ -55,7 +55,7 @@ def compute_tiles(
     For a tensor that needs statistics, pass all its tiles, in order. Raises SourceError for values that do not fit
     the output dtype.
     """
-    worker.is_native, worker.counts_natively = plan.backend.name == "native", plan.backend.counts_natively
+    worker.merges_natively, worker.counts_natively = plan.backend.name == "native", plan.backend.counts_natively
     if plan.backend.from_files:
         yield from _compute_from_files(plan, tiles, worker, allow_nonfinite)
         return

@@ -10,7 +10,7 @@ says what is kept of each input, how the inputs are combined and with which fact
 Methods on task vectors that differ in what they keep and in how they reconcile signs are rows of a table
 (task_vectors.py).
 
-A method that is no reduction is a function on blocks in torch:
+A method that is not a reduction is a function on blocks in torch:
 
     @method("half_sum", scratch_blocks=1)
     def half_sum(models, *, weight: list[float]): ...
@@ -63,7 +63,8 @@ class Method:
     """A merge method and what its registration declares.
 
     `reduce`: (statistics, **parameters) -> Reduction, for parameters that pass `reduces`. `combine`: a function on
-    blocks, for the others. `stats`: (statistics, **parameters) -> what `combine` gets as its argument `stats`.
+    blocks, for the others; `block_arguments`: which of `stats` and `block` it takes. `stats`: (statistics,
+    **parameters) -> what `combine` gets as its argument `stats`.
 
     `inputs`: (fewest, most). `base_is_input`: the base model is the first input (slerp). `optional_base`: it works on
     task vectors if the recipe has a base model (nuslerp). `needs_stats`: statistics of the whole tensor come first;
@@ -87,6 +88,7 @@ class Method:
     reduce: Callable[..., Reduction] | None = None
     reduces: Callable[..., bool] = lambda **_: True
     combine: Callable[..., Tensor] | None = None
+    block_arguments: frozenset[str] = frozenset()
     stats: Callable[..., Any] | None = None
     check: Callable[..., None] | None = None
 
@@ -120,8 +122,7 @@ class Method:
             return prepared.evaluate(inputs, block)
         assert self.combine is not None
         available = {"stats": prepared, "block": block}
-        names = inspect.signature(self.combine).parameters
-        extra = {name: value for name, value in available.items() if name in names}
+        extra = {name: value for name, value in available.items() if name in self.block_arguments}
         return self.combine(inputs, **extra, **_as_arguments(parameters))
 
 
@@ -167,6 +168,7 @@ def method(
             "on_deltas": arguments[0] == "deltas",
             "needs_stats": "stats" in declared,
             "uses_position": "block" in arguments,
+            "block_arguments": frozenset(arguments) & {"stats", "block"},
         }
         for name in names:
             known = parameters_of(function, within or {})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 QUARTILES = (0.25, 0.5, 0.75)
 SOFTENING = 1e-8
 CACHED_ROWS = 1 << 18  # rows whose divergence is cached: 1 MB
-PART_ELEMENTS = 1 << 16  # that are computed at a time
+PART_ELEMENTS = 1 << 16  # that a CPU computes at a time
 SAMPLE_ELEMENTS = 1 << 18  # of the whole tensor: a sample of a few blocks misleads where rows differ
 
 
@@ -38,15 +38,16 @@ class Importance:
     cached_rows: dict[int, slice] = field(default_factory=dict)
 
     def parts(self, models: list[Tensor], block: Block) -> Iterator[Tensor]:
-        """The importance of a block's elements, a few rows at a time, which stay in the cache."""
+        """The importance of a block's elements; on a CPU a few rows at a time, which stay in the cache."""
         for base, other, divergence in self.row_parts(models, block):
             yield (other - base).abs_().mul_(divergence)
 
     def row_parts(self, models: list[Tensor], block: Block) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """A few rows of the base, of the other model and of the divergence at a time."""
+        """Rows of the base, of the other model and of the divergence."""
         divergence = self.divergence(models, block)
         base, other = (model.view(1, -1) if block.is_vector else model for model in models)
-        step = max(1, PART_ELEMENTS // base.shape[1])
+        on_cpu = base.device.type == "cpu"
+        step = max(1, PART_ELEMENTS // base.shape[1]) if on_cpu else len(base)
         for start in range(0, len(base), step):
             rows = slice(start, start + step)
             yield base[rows], other[rows], divergence[rows]

@@ -172,8 +172,10 @@ def _l1_norm(magnitudes: Tensor) -> float:
 
 
 def _sum_of_squares(values: Tensor) -> float:
-    total = 0.0
+    import torch
+
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
     for (part,) in by_elements([values]):
         doubles = part.double()
-        total += float(doubles.dot(doubles))
-    return total
+        total += doubles.dot(doubles)
+    return float(total)

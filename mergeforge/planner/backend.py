@@ -65,13 +65,13 @@ def choose_backend(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[Tens
 
 def _has_native(tensor: LazyTensor) -> bool:
     """Whether the C library merges the tensor, or one that it is computed from."""
-    return (isinstance(tensor, MergedTensor) and tensor.is_native) or any(map(_has_native, tensor.inputs))
+    return (isinstance(tensor, MergedTensor) and tensor.has_native) or any(map(_has_native, tensor.inputs))
 
 
 def _is_in_files(tensor: LazyTensor, info: TensorInfo) -> bool:
     return (
         isinstance(tensor, MergedTensor)
-        and tensor.is_native
+        and tensor.has_native
         and tensor.inputs_are_stored
         and all(isinstance(stored.file, DiskFile) for stored in tensor.stored_inputs)
         and info.dtype in ITEMSIZES

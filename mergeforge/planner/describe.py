@@ -106,7 +106,7 @@ def _groups(plan: Plan) -> list[str]:
 def _backends(plan: Plan) -> str:
     """What computes the tensors (planner/backend.py)."""
     counts = Counter(tensor_plan.backend.label for tensor_plan in plan.tensor_plans)
-    return "; ".join(f"{count} tensors {label}" for label, count in counts.most_common())
+    return "; ".join(f"{count} tensor{'s' if count > 1 else ''} {label}" for label, count in counts.most_common())
 
 
 def _written(plan: Plan) -> Iterator[str]:

@@ -57,13 +57,11 @@ def plan_tiles(
     Raises BudgetError, with the memory that it would take, when a tensor does not fit.
     """
     infos = {name: infos[name] for name in encoders}
+    backends = {
+        name: choose_backend(tensors[name], info, encoders[name], budget.device) for name, info in infos.items()
+    }
     scratch = max(
-        (
-            _scratch_nbytes(
-                tensors[name], info, encoders[name], choose_backend(tensors[name], info, encoders[name], budget.device)
-            )
-            for name, info in infos.items()
-        ),
+        (_scratch_nbytes(tensors[name], info, encoders[name], backends[name]) for name, info in infos.items()),
         default=0,
     )
     for threads in [budget.threads] if budget.threads else range(budget.max_threads, 0, -1):
@@ -71,7 +69,7 @@ def plan_tiles(
         # a worker keeps its largest staging buffer and its scratch blocks
         staging = (candidate.per_worker - scratch) // candidate.buffer_copies
         plans = [
-            plan_tensor(tensors[name], info, tuple(encoders[name]), staging, budget.device)
+            plan_tensor(tensors[name], info, tuple(encoders[name]), staging, backends[name])
             for name, info in infos.items()
         ]
         if all(plan.staging_nbytes <= staging for plan in plans):
@@ -93,10 +91,9 @@ def peak_memory(tensor_plans: Iterable[TensorPlan], budget: Budget) -> int:
 
 
 def plan_tensor(
-    tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], free: int, device: str
+    tensor: LazyTensor, info: TensorInfo, encoders: tuple[TensorEncoder, ...], free: int, backend: Backend
 ) -> TensorPlan:
     """`free`: bytes of staging memory that one worker has."""
-    backend = choose_backend(tensor, info, encoders, device)
     if backend.name == "copy":
         return _plan_copy(tensor, info, encoders, backend, free)
     if backend.from_files:

@@ -64,7 +64,7 @@ class MergedTensor:
         return cost + MemoryCost(fixed_nbytes=self.method.stats_nbytes * len(self.sources) + alignment + ranking)
 
     @property
-    def is_native(self) -> bool:
+    def has_native(self) -> bool:
         """Whether the C library can merge this tensor, however its inputs are computed."""
         return self.method.is_reduction(self.parameters) and self.info.numel <= MAX_NATIVE_ELEMENTS
 
@@ -170,7 +170,7 @@ class MergedTensor:
     # in the C library
 
     def _merges_natively(self, worker: Worker) -> bool:
-        return worker.is_native and self.is_native
+        return worker.merges_natively and self.has_native
 
     def _native_statistics(self, scan: StatsPass) -> NativeStatistics:
         def blocks(spans: list[Span] | None) -> Iterator[tuple[NativeInputs, int, int]]:

@@ -26,7 +26,7 @@ from mergeforge.tensors.native_inputs import (
     ranking_nbytes,
     read_buffer_nbytes,
 )
-from mergeforge.tensors.native_statistics import MAX_SAMPLES, NativeStatistics, sample_spans
+from mergeforge.tensors.native_statistics import NativeStatistics, sample_spans, sampling_nbytes
 from mergeforge.tensors.worker import Worker
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 def staging_nbytes(tensor: MergedTensor) -> int:
     """Bytes that a worker needs beside the written tile: the read buffer, statistics, and the C library's own."""
     count = len(tensor.sources)
-    searching = tensor.method.stats_nbytes * count + (4 * MAX_SAMPLES * count if tensor.method.stats_nbytes else 0)
+    searching = tensor.method.stats_nbytes * count + (
+        sampling_nbytes(tensor.info, count) if tensor.method.stats_nbytes else 0
+    )
     ranking = ranking_nbytes(tensor.row_length, count) if tensor.method.ranks_rows else 0
     return _read_buffer_nbytes(tensor) + searching + ranking
 

@@ -35,13 +35,13 @@ class Worker:
     stream, and results come back into the staging buffer. With several workers, the disk time of one overlaps the bus
     and compute time of another.
 
-    `is_native`, `counts_natively`: the plan chose the C library for the tensor that is computed now, or at least for
-    counting its magnitudes.
+    `merges_natively`, `counts_natively`: the plan chose the C library for the tensor that is computed now, or at least
+    for counting its magnitudes.
     """
 
     def __init__(self, device: str, staging_nbytes: int) -> None:
         self.device = device
-        self.is_native = self.counts_natively = False
+        self.merges_natively = self.counts_natively = False
         self.write_behind = WriteBehind()
         self.stream: Any = None
         self._staging, self._device_staging = self._buffers(staging_nbytes + ALIGNMENT)

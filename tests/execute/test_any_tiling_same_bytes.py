@@ -73,7 +73,7 @@ def merge(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
     def min_memory(method: str, kind: str, in_c: bool) -> int:
         """The memory that one worker needs when every tile is a single block (torch needs more than the C library)."""
         plan = mergeforge.plan(recipe(models, method, kind), out=folder / "planned", device="cpu", threads=1)
-        plans = [tiling.plan_tensor(one.tensor, one.info, one.encoders, 0, "cpu") for one in plan.tensor_plans]
+        plans = [tiling.plan_tensor(one.tensor, one.info, one.encoders, 0, one.backend) for one in plan.tensor_plans]
         assert any(len(tensor_plan.tiles) > 1 for tensor_plan in plans)
         return max(one.staging_nbytes for one in plans) + max(one.scratch_nbytes for one in plans)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import mergeforge
+from mergeforge.methods import METHODS
 from mergeforge.operations.synthetic_models import ModelShape, write_adapter, write_model
 from mergeforge.planner.tiling import FROM_FILES_NBYTES
 from mergeforge.tensors.native_inputs import READ_NBYTES
@@ -46,28 +48,43 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def recipe_of(root: Path, method: str) -> dict[str, object]:
+    """A merge of two models, or of one and the base, into ROOT/METHOD."""
+    per_model = {"weight": 0.5, "density": 0.5}
+    known = METHODS[method].parameters
+    parameters = {name: value for name, value in per_model.items() if name in known}
+    seeds = (1,) if METHODS[method].base_is_input else (1, 2)
+    models = [{"model": str(root / f"tuned-{seed}"), "parameters": parameters} for seed in seeds]
+    recipe: dict[str, object] = {"merge_method": method, "models": models, "output": {"path": str(root / method)}}
+    recipe["parameters"] = {name: value for name, value in {"t": 0.4, "select_topk": 0.5}.items() if name in known}
+    return recipe | ({"base_model": str(root / "base")} if METHODS[method].needs_base else {})
+
+
 @pytest.mark.needs_kernels
-def test_merges_from_files_need_memory_only_for_output_tiles(root: Path) -> None:
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "breadcrumbs", "dare_ties", "della", "sce"])
+def test_merges_from_files_take_no_more_than_the_plan_says(root: Path, method: str) -> None:
     """They use neither torch nor staging space for the inputs."""
-    models = [{"model": str(root / f"tuned-{seed}"), "parameters": {"weight": 0.5}} for seed in (1, 2)]
-    recipe = {"merge_method": "linear", "models": models, "output": {"path": str(root / "sum")}}
-    (root / "sum.yaml").write_text(yaml.safe_dump(recipe))
-    merging = peak("-m", "mergeforge", "run", str(root / "sum.yaml"), "--device", "cpu", "--threads", "2")
-    assert merging - peak("-c", "import numpy, rich, click") < 2 * (FROM_FILES_NBYTES + READ_NBYTES) + OWN
+    recipe = recipe_of(root, method)
+    planned = mergeforge.plan(recipe, threads=2, device="cpu").peak
+    path = root / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    merging = peak("-m", "mergeforge", "run", str(path), "--device", "cpu", "--threads", "2")
+    assert merging - peak("-c", "import numpy, rich, click") < planned + OWN
 
 
-@pytest.mark.parametrize("method", ["fold", "fp8", "ties", "dare_ties", "slerp"])
+@pytest.mark.parametrize("method", ["fold", "fp8", "ram", "arcee_fusion"])
 def test_peak_stays_within_the_memory_limit(root: Path, method: str) -> None:
+    """Merges that torch computes."""
     output = {"path": str(root / method), "fp8": method == "fp8"}
-    recipe: dict[str, object] = {"base_model": str(root / "base"), "output": output}
-    if method in ("fold", "fp8"):
-        recipe["adapters"] = [str(root / "adapter")]
-    else:
-        parameters = {} if method == "slerp" else {"weight": 1.0, "density": 0.5}
-        seeds = (1,) if method == "slerp" else (1, 2)
-        recipe["models"] = [{"model": str(root / f"tuned-{seed}"), "parameters": parameters} for seed in seeds]
-        recipe |= {"merge_method": method, "parameters": {"t": 0.4} if method == "slerp" else {}}
-    (root / f"{method}.yaml").write_text(yaml.safe_dump(recipe))
+    adapters = {"base_model": str(root / "base"), "adapters": [str(root / "adapter")]}
+    recipe = adapters if method in ("fold", "fp8") else recipe_of(root, method)
+    (root / f"{method}.yaml").write_text(yaml.safe_dump(recipe | {"output": output}))
     alone = peak("-c", "import torch, rich, click")
     merging = peak("-m", "mergeforge", "run", str(root / f"{method}.yaml"), "--memory", "64MiB", "--device", "cpu")
     assert merging - alone < (64 << 20) + MARGIN
+
+
+@pytest.mark.needs_kernels
+def test_merges_without_statistics_need_memory_only_for_output_tiles(root: Path) -> None:
+    plan = mergeforge.plan(recipe_of(root, "linear"), threads=2, device="cpu")
+    assert plan.peak < 2 * (FROM_FILES_NBYTES + READ_NBYTES) + (1 << 20)

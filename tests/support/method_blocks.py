@@ -12,6 +12,8 @@ from torch import Tensor
 from mergeforge.methods import METHODS, Block
 from mergeforge.methods.block_statistics import BlockStatistics
 
+FIRST_BLOCK = Block("w", 0, 0)
+
 
 @dataclass(frozen=True)
 class InMemoryScan:
@@ -48,7 +50,7 @@ def of_scan(
     scan: Any,
     numel: int,
     input_count: int = 2,
-    first_block: Block = Block("w", 0, 0),  # noqa: B008
+    first_block: Block = FIRST_BLOCK,
 ) -> BlockStatistics:
     """Statistics that a scan collects."""
     return BlockStatistics(scan, numel, input_count, first_block)
