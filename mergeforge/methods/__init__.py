@@ -164,7 +164,7 @@ def method(
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         arguments = list(inspect.signature(function).parameters)
-        fields = {
+        fields: dict[str, Any] = {
             "on_deltas": arguments[0] == "deltas",
             "needs_stats": "stats" in declared,
             "uses_position": "block" in arguments,

@@ -111,7 +111,8 @@ static void *array(struct call *call, PyObject *object, enum kind kind, int writ
                      (long long)count);
         return NULL;
     }
-    return view->buf;
+    static char nothing[8];  /* an empty buffer may have no address, but NULL means an exception */
+    return view->buf ? view->buf : nothing;
 }
 
 /* The number of elements of the array that was borrowed last. */

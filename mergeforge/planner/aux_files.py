@@ -1,18 +1,12 @@
-"""The files beside the weights: config.json, tokenizer, chat template, license."""
+"""The files beside the weights: tokenizer, chat template, license."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from mergeforge.checkpoints.names import EMBEDDINGS, is_head
-from mergeforge.core.tensor_info import DTYPES, TensorInfo
 from mergeforge.io.aux_files import AuxFile
 from mergeforge.planner.inputs import Inputs, IntermediateModel
-from mergeforge.recipe import OUT_DTYPES, Recipe
 from mergeforge.tokenizer.output_files import TOKENIZER_FILES, tokenizer_files_in
 
 _OTHERS = (
@@ -23,45 +17,6 @@ _OTHERS = (
     "*processor_config.json",
     "*_tokenizer_config.json",
 )
-
-
-def config_json(
-    recipe: Recipe, base: Mapping[str, Any], tensors: Mapping[str, TensorInfo], tied: bool
-) -> dict[str, Any] | None:
-    """The output's config: the base's, with dtype, vocab_size and tie_word_embeddings corrected."""
-    if not base:
-        return None
-    config: dict[str, Any] = dict(base)
-    config.pop("_name_or_path", None)
-    key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
-    config[key] = config_dtype(recipe, tensors)
-    parts = [config]
-    if isinstance(config.get("text_config"), Mapping):
-        config["text_config"] = dict(config["text_config"])
-        parts.append(config["text_config"])
-        for name in ("dtype", "torch_dtype"):
-            if name in config["text_config"]:
-                config["text_config"][name] = config[key]
-    untied = not tied and any(map(is_head, tensors))
-    rows = _embedding_rows(tensors)
-    for part in parts:
-        if rows and "vocab_size" in part and part["vocab_size"] != rows:
-            part["vocab_size"] = rows
-        absent_here = part is config and "tie_word_embeddings" not in config
-        if untied and (part.get("tie_word_embeddings") or absent_here):
-            part["tie_word_embeddings"] = False
-    return config
-
-
-def config_dtype(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> str:
-    """The config's dtype: what the recipe asks for, else the dtype of most bytes."""
-    asked = recipe.out_dtype or recipe.dtype
-    if asked in OUT_DTYPES:
-        return str(asked)
-    sizes: Counter[str] = Counter()
-    for info in tensors.values():
-        sizes[info.dtype] += info.nbytes if info.is_float else 0
-    return DTYPES[sizes.most_common(1)[0][0]][1] if sizes else "float32"
 
 
 def aux_files(inputs: Inputs) -> tuple[dict[str, AuxFile], list[str]]:
@@ -104,13 +59,3 @@ def _differs(path: Path, other: AuxFile | None) -> bool:
         return bool(json.loads(content) != json.loads(other_content))
     except (ValueError, RecursionError):
         return True
-
-
-def _embedding_rows(tensors: Mapping[str, TensorInfo]) -> int:
-    """Rows of the input embedding; 0 where none is recognized."""
-    rows = {
-        info.rows
-        for name, info in tensors.items()
-        if name.endswith(".weight") and name.split(".")[-2:-1] and name.split(".")[-2] in EMBEDDINGS
-    }
-    return rows.pop() if len(rows) == 1 else 0

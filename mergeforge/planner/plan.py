@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergeforge.core.messages import warnings_in
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.io.file_layout import Layout, OutputFile
@@ -28,8 +29,9 @@ class Plan:
 
     summaries: what is done to each output tensor, in words. checkpoint: the safetensors files. tied_head: whether the
     output's head is its embedding. aux_files: the files beside the weights. notes: what the user should know about the
-    result before the merge runs. fingerprint: a hash of everything that decides output bytes. combination: the one
-    adapter that the recipe's adapters are combined into, if it asks for one. `print(plan)` shows it as a page.
+    result before the merge runs, warnings among them. fingerprint: a hash of everything that decides output bytes.
+    combination: the one adapter that the recipe's adapters are combined into, if it asks for one. `print(plan)` shows
+    it as a page.
     """
 
     recipe: Recipe
@@ -65,6 +67,11 @@ class Plan:
     def needs_torch(self) -> bool:
         """Whether torch computes any tensor; those that are copied, or merged in C from file to file, do without."""
         return any(tensor_plan.backend.needs_torch for tensor_plan in self.tensor_plans)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Those of the notes that say that the result is probably not what the user meant."""
+        return warnings_in(self.notes)
 
     @property
     def machine_notes(self) -> tuple[str, ...]:

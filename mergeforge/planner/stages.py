@@ -13,11 +13,12 @@ from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import RecipeError
 from mergeforge.io.aux_files import AuxFile, AuxFiles
 from mergeforge.io.remote import RemoteSession
-from mergeforge.planner.aux_files import aux_files, config_json
+from mergeforge.planner.aux_files import aux_files
 from mergeforge.planner.compose import MergeGraph, compose
 from mergeforge.planner.inputs import Inputs, IntermediateModel, Opener
 from mergeforge.planner.layer_replication import replicate_layers
 from mergeforge.planner.model_tensors import ModelTensors, model_tensors
+from mergeforge.planner.output_config import config_json
 from mergeforge.planner.stacked_config import stacked_config
 from mergeforge.planner.tokenizer import (
     output_chat_template,
