@@ -25,7 +25,7 @@ class Checkpoint:
     """Every stored tensor by name, and the model's config.
 
     `label`: the model's name in the recipe; `revision`: its Hub commit, if it comes from there; `file_hashes`: the
-    name of each weight file -> the sha256 of its header.
+    name of each weight file -> the sha256 of its header. `is_single_file`: the user named a file, not its folder.
     """
 
     label: str
@@ -35,6 +35,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     file_hashes: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    is_single_file: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -77,8 +78,8 @@ def open_checkpoint(
     `stem`: the file name of the weights: `model`, or `adapter_model` in an adapter's folder. `files`: remote weight
     files of the folder. Raises SourceError if something is missing, malformed or refused.
     """
-    shards = _Shards(files)
-    if path.is_file():
+    shards, is_single_file = _Shards(files), path.is_file()
+    if is_single_file:
         _add_shard(shards, path, allow_pickle)
         path = path.parent
     else:
@@ -88,7 +89,7 @@ def open_checkpoint(
     if stem == "model":
         tensors, config, notes = detect_quantization(label, tensors, config)
         shards.warnings.extend(notes)
-    return Checkpoint(label, path, revision, tensors, config, shards.hashes, tuple(shards.warnings))
+    return Checkpoint(label, path, revision, tensors, config, shards.hashes, tuple(shards.warnings), is_single_file)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from mergeforge.core.checksums import file_sha256, git_sha1
 from mergeforge.errors import MergeforgeError, SourceError, format_list
 from mergeforge.io.disk import InputFile, write_durably
+from mergeforge.io.model_files import sort_model_files
 
 if TYPE_CHECKING:
     from mergeforge.io.remote import RemoteSession
@@ -26,9 +27,7 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB = "hf://"
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_AUX_FILES = re.compile(
-    r"[^/]*\.(json|jinja|model|txt|md)|LICENSE[^/]*|NOTICE[^/]*|[^/]*tokenizer[^/]*|[^/]*\.tiktoken"
-)
+_READ_ONLY = ("README.md", "adapter_config.json")  # read, but not copied into a merge
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,11 @@ def _open_url(url: str, revision: str | None, stems: tuple[str, ...], session: R
     names = remote.names(() if single else stems)
     needed = [single, *needed_files(names, (), False)] if single else needed_files(names, stems, False)
     folder = session.temporary_folder()
-    for name in non_weight_files(needed):
+    others = non_weight_files(needed)
+    for name in others:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(remote.read(name))
-    return LocalInput(folder, None, {name: remote.open(name) for name in needed if name.endswith(".safetensors")})
+    return LocalInput(folder, None, {name: remote.open(name) for name in needed if name not in others})
 
 
 def _download(
@@ -139,8 +140,9 @@ def _remote_weights(
 
 
 def non_weight_files(names: list[str]) -> list[str]:
-    """The names of files that are not weights."""
-    return [name for name in names if not name.endswith((".safetensors", ".bin"))]
+    """The names of files that are not weights to merge."""
+    weights = sort_model_files(names).left_out.get("weights", [])
+    return [name for name in names if name not in weights or name.endswith(".json")]
 
 
 def download_verified(repo: str, revision: str | None, needed: list[str], kind: str = "model") -> Path:
@@ -211,7 +213,8 @@ def needed_files(names: list[str], stems: tuple[str, ...], allow_pickle: bool) -
     if stems and not weights:
         weights_there = format_list(name for name in names if name.endswith((".safetensors", ".bin", ".gguf", ".pth")))
         raise SourceError(f"the repo holds no safetensors weights (it holds: {weights_there or 'no weights'})")
-    return weights + [name for name in names if _AUX_FILES.fullmatch(name) and name not in weights]
+    read = [name for name in names if name in _READ_ONLY]
+    return weights + [name for name in (*sort_model_files(names).copied, *read) if name not in weights]
 
 
 def _weights(names: list[str], stem: str, suffix: str) -> list[str]:

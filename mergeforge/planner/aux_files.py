@@ -1,22 +1,24 @@
-"""The files beside the weights: tokenizer, chat template, license."""
+"""The files beside the weights: tokenizer, chat template, license, modules of a sentence-transformers model, code."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
-from mergeforge.io.aux_files import AuxFile
+from mergeforge.checkpoints.checkpoint import Checkpoint
+from mergeforge.checkpoints.model import ModelSource
+from mergeforge.core.messages import WarningText
+from mergeforge.errors import format_list
+from mergeforge.io.aux_files import AuxFile, AuxFiles
+from mergeforge.io.model_files import ModelFiles, names_in, sort_model_files
 from mergeforge.planner.inputs import Inputs, IntermediateModel
+from mergeforge.planner.sentence_transformers import missing_modules
 from mergeforge.tokenizer.output_files import TOKENIZER_FILES, tokenizer_files_in
 
-_OTHERS = (
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "*processor_config.json",
-    "*_tokenizer_config.json",
-)
+_WRITTEN_ANEW = ("config.json", "model.safetensors.index.json")
+_BESIDE_A_FILE = ("generation_config.json", "LICENSE*", "NOTICE*", "*processor_config.json", "*_tokenizer_config.json")
+_UNMENTIONED = ("README.md", "mergeforge.json", "mergeforge.yml", "mergekit_config.yml", "Modelfile", "report.html")
 
 
 def aux_files(inputs: Inputs) -> tuple[dict[str, AuxFile], list[str]]:
@@ -25,7 +27,8 @@ def aux_files(inputs: Inputs) -> tuple[dict[str, AuxFile], list[str]]:
     if isinstance(reference.checkpoint, IntermediateModel):
         files, notes = dict(reference.checkpoint.files), list[str]()
     else:
-        files, notes = files_of(reference.checkpoint.folder)
+        files, notes = files_of(reference.checkpoint)
+        notes += _differing_weights(inputs, files)
     changed = {}
     for adapter in (opened.adapter for opened in (*inputs.adapters, *reference.adapters)):
         own = {name: adapter.folder / name for name in TOKENIZER_FILES if (adapter.folder / name).is_file()}
@@ -40,12 +43,44 @@ def aux_files(inputs: Inputs) -> tuple[dict[str, AuxFile], list[str]]:
     return files, notes
 
 
-def files_of(folder: Path) -> tuple[dict[str, AuxFile], list[str]]:
-    """The files beside a model's weights, and notes on what is left out."""
-    others = {path.name: path for pattern in _OTHERS for path in sorted(folder.glob(pattern)) if path.is_file()}
-    files: dict[str, AuxFile] = {**tokenizer_files_in(folder), **others}
-    notes = [f"{folder} has custom code ({path.name}), which is not copied" for path in sorted(folder.glob("*.py"))[:1]]
-    return files, notes
+def files_of(model: ModelSource) -> tuple[dict[str, AuxFile], list[str]]:
+    """The files beside a model's weights, and notes on what is left out.
+
+    Of the folder around a model that is named as a single file, only files with well-known names belong to it.
+    """
+    folder = model.folder
+    if isinstance(model, Checkpoint) and model.is_single_file:
+        others = {path.name: path for pattern in _BESIDE_A_FILE for path in sorted(folder.glob(pattern))}
+        return {**tokenizer_files_in(folder), **{name: path for name, path in others.items() if path.is_file()}}, []
+    found = sort_model_files(names_in(folder))
+    files = {name: folder / name for name in found.copied if name not in _WRITTEN_ANEW}
+    read = model.file_hashes if isinstance(model, Checkpoint) else {}
+    return dict(files), [*_left_out(model, found, read), *missing_modules(model.label, files)]
+
+
+def _left_out(model: ModelSource, found: ModelFiles, read: Container[str]) -> Iterator[str]:
+    """A note on the files that are neither read nor copied."""
+    for kind, names in found.left_out.items():
+        if kind == "weights":
+            names = [name for name in names if name not in read and not name.endswith(".index.json")]
+        if names := [name for name in names if name not in _UNMENTIONED]:
+            yield f"not copied from {model.label}: {format_list(_by_folder(names))} ({kind})"
+
+
+def _by_folder(names: Iterable[str]) -> list[str]:
+    """The names, or the name of the subfolder of those that are in one."""
+    return list(dict.fromkeys(f"{name.partition('/')[0]}/" if "/" in name else name for name in names))
+
+
+def _differing_weights(inputs: Inputs, files: AuxFiles) -> Iterator[WarningText]:
+    """Warnings about copied files of weights (modules, value heads), which are not merged, where models differ."""
+    reference = inputs.reference_model
+    for name in (name for name in files if name.endswith((".safetensors", ".bin"))):
+        for model in inputs.models:
+            path = model.checkpoint.folder / name
+            if model is not reference and path.is_file() and _differs(path, files[name]):
+                text = f"{name} is not merged: {reference.label}'s is copied, and {model.label} has another one"
+                yield WarningText(text)
 
 
 def _differs(path: Path, other: AuxFile | None) -> bool:

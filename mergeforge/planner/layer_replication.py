@@ -42,7 +42,7 @@ def replicate_layers(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenM
         raise SourceError(f"layer_replication repeats layer {missing[0]}, which {model.label} does not have")
     source = SourceModel(model.label, ModelTensors(model.label, base.config, base.tensors, None), {})
     stack = LayerStack(prefix, tuple((source, layer) for layer in layers))
-    files, notes = files_of(base.folder)
+    files, notes = files_of(base)
     notes = [
         f"layer_replication: {model.label} is written with {len(layers)} layers ({list(map(list, ranges))})",
         *notes,

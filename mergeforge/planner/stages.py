@@ -15,6 +15,7 @@ from mergeforge.io.aux_files import AuxFile, AuxFiles
 from mergeforge.io.remote import RemoteSession
 from mergeforge.planner.aux_files import aux_files
 from mergeforge.planner.compose import MergeGraph, compose
+from mergeforge.planner.custom_code import without_missing_code
 from mergeforge.planner.inputs import Inputs, IntermediateModel, Opener
 from mergeforge.planner.layer_replication import replicate_layers
 from mergeforge.planner.model_tensors import ModelTensors, model_tensors
@@ -90,6 +91,8 @@ def _files_and_config(
         notes = [*(note for note in notes if not note.startswith("tokenizer files")), *tokenizer.notes]
     if template := output_chat_template(recipe, inputs):
         files = with_chat_template(files, template)
+    config, files, about_code = without_missing_code(config, files, inputs.reference_model.label)
+    notes += about_code
     return files, config, notes
 
 

@@ -132,7 +132,7 @@ def sample_spans(info: TensorInfo) -> list[Span]:
 def sampling_nbytes(info: TensorInfo, input_count: int) -> int:
     """Bytes that sampling takes: the samples of every input, twice while they are joined, and rows that are loaded."""
     loaded = max((min(stop - start, info.block_rows) for start, stop in sample_spans(info)), default=0) * info.columns
-    return 4 * (2 * MAX_SAMPLES * input_count + 2 * loaded)
+    return 4 * (2 * min(MAX_SAMPLES, info.numel) * input_count + 2 * loaded)
 
 
 def _values(inputs: NativeInputs, number: int, start: int, stop: int) -> NDArray[np.float32]:

@@ -26,13 +26,24 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    "tokenizer.model",
+    "tokenizer.model*",  # tokenizer.model.v3 of Mistral
     "spiece.model",
+    "sentencepiece*.model",
+    "spm*.model",
+    "*.spm",  # source.spm and target.spm of Marian
+    "*.tiktoken",
+    "tiktoken.model",
+    "bpe.codes",
     "vocab.json",
+    "vocab-*.json",  # of FSMT
+    "vocab.bpe",
     "merges.txt",
     "vocab.txt",
+    "dict.txt",
+    "normalizer.json",  # of Whisper
     "tekken.json",
 )
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece*.model", "spm*.model", "*.spm")
 
 
 def tokenizer_files_in(folder: Path) -> dict[str, AuxFile]:
@@ -82,7 +93,8 @@ def json_file(name: str, value: Mapping[str, Any]) -> InMemoryFile:
 def _tokenizer_config(files: AuxFiles, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """tokenizer_config.json with these added tokens, if it lists any or a slow tokenizer would miss them."""
     config = read_object(files, "tokenizer_config.json") or {}
-    if "tokenizer.model" in files or "added_tokens_decoder" in config:
+    is_slow = any(fnmatch(name, pattern) for name in files for pattern in _SENTENCEPIECE)
+    if is_slow or "added_tokens_decoder" in config:
         decoder = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in entries}
         config["added_tokens_decoder"] = decoder
     return config

@@ -87,7 +87,7 @@ REPO = {
     "original/model.safetensors": b"o" * 3000,
 }
 WANTED = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "README.md"}
-WANTED |= {"LICENSE"}
+WANTED |= {"LICENSE", "modeling_evil.py"}  # code is copied into a merge, and never run
 
 
 def test_downloads_only_what_a_merge_reads_and_only_once(hub: FakeHub, machine: Machine) -> None:

@@ -7,7 +7,7 @@ them) is queried again after reading, before results are recorded as finished.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergeforge.errors import MissingExtraError, SourceError, pip_install
@@ -40,11 +40,19 @@ class FsspecFolder:
     def names(self, stems: Sequence[str]) -> list[str]:
         try:
             self._fs.invalidate_cache()
-            entries = self._fs.ls(self._root, detail=True)
+            return sorted(self._names(self._root, depth=2))
         except Exception as error:  # each file system has its own exceptions
             raise _refused(self.url, error) from None
-        files = [str(entry["name"]) for entry in entries if entry.get("type") != "directory"]
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in files)
+
+    def _names(self, folder: str, depth: int) -> Iterator[str]:
+        """The names of the files in a folder, and in its subfolders to a depth."""
+        for entry in self._fs.ls(folder, detail=True):
+            path = str(entry["name"]).rstrip("/")
+            name = path.rpartition("/")[2]
+            if entry.get("type") != "directory":
+                yield name
+            elif depth > 1 and not name.startswith(".") and path != folder:
+                yield from (f"{name}/{inner}" for inner in self._names(path, depth - 1))
 
     def read(self, name: str) -> bytes:
         file = self.open(name)
