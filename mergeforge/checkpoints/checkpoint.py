@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from mergeforge.checkpoints.pickle_reader import read_pickled
 from mergeforge.checkpoints.quantized import detect_quantization
 from mergeforge.errors import SourceError, format_list
 from mergeforge.io.disk import DiskFile, InputFile
-from mergeforge.io.safetensors_header import parse_header, read_header, require_regular
+from mergeforge.io.model_files import is_complete_set
+from mergeforge.io.safetensors_header import check_is_file, parse_header, read_header
 from mergeforge.tensors.stored import StoredTensor
 
 NO_FILES: Mapping[str, InputFile] = {}
@@ -94,7 +95,7 @@ def open_checkpoint(
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises SourceError."""
-    require_regular(str(path))
+    check_is_file(str(path))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
@@ -123,17 +124,31 @@ def _open_folder(shards: _Shards, folder: Path, stem: str, allow_pickle: bool) -
     if not weights:
         if stem == "model" and (folder / "adapter_config.json").exists():
             raise SourceError(f"{folder} is an adapter, not a model", hint="list it under `adapters`")
-        others = sorted(name for name in names if name.endswith(".safetensors"))
-        if len(others) != 1:
-            expected = f"{stem}.safetensors or {stem}.safetensors.index.json"
-            raise SourceError(f"{folder} holds no {expected}", hint="is it the folder of a model?")
-        weights = others
+        _open_other_names(shards, folder, names, stem)
+        return
     if len(weights) > 1 and weights[1].endswith(".safetensors.index.json"):
         shards.warnings.append(f"{folder} holds both {weights[0]} and {weights[1]}; the index is ignored")
     if weights[0].endswith(".index.json"):
         _open_index(shards, folder, weights[0], allow_pickle)
     else:
         _add_shard(shards, folder / weights[0], allow_pickle)
+
+
+def _open_other_names(shards: _Shards, folder: Path, names: Set[str], stem: str) -> None:
+    """Open weights that are named otherwise: an index, a single file, or shards without an index."""
+    others = sorted(name for name in names if name.endswith(".safetensors"))
+    indices = sorted(name for name in names if name.endswith(".safetensors.index.json"))
+    if len(indices) == 1:
+        _open_index(shards, folder, indices[0], allow_pickle=False)
+    elif len(others) == 1 or is_complete_set(others):
+        for name in others:
+            _add_shard(shards, folder / name, allow_pickle=False)
+        if len(others) > 1:
+            shards.warnings.append(f"{folder} has no index: all of its {len(others)} shards are read")
+    else:
+        expected = f"{stem}.safetensors or {stem}.safetensors.index.json"
+        several = f" (it holds {format_list(others)}: name one of them)" if others else ""
+        raise SourceError(f"{folder} holds no {expected}{several}", hint="is it the folder of a model?")
 
 
 def _open_index(shards: _Shards, folder: Path, name: str, allow_pickle: bool) -> None:
@@ -168,7 +183,7 @@ def _add_shard(shards: _Shards, path: Path, allow_pickle: bool) -> None:
         tensors = {name: StoredTensor(info, header.file, offset) for name, (info, offset) in header.tensors.items()}
         digest = header.sha256
     elif allow_pickle:
-        require_regular(str(path))
+        check_is_file(str(path))
         tensors, digest = read_pickled(path)
     else:
         hint = "--allow-pickle reads it with torch's weights_only loader; a safetensors version is safer"

@@ -17,7 +17,7 @@ from typing import Any
 from mergeforge.errors import SourceError
 from mergeforge.gguf.key_values import VALUE_TYPES, Value
 from mergeforge.io.disk import DiskFile, InputFile
-from mergeforge.io.safetensors_header import require_regular
+from mergeforge.io.safetensors_header import check_is_file
 
 LARGEST_COUNT = 1 << 28  # of keys, tensors, items and bytes of a string: far above any model's
 _KIND_BY_NUMBER = {number: (kind, form) for kind, (number, form) in VALUE_TYPES.items()}
@@ -91,7 +91,7 @@ class _HeaderReader:
     """Reads the header of one file from its start; checks every count against the file's size."""
 
     def __init__(self, path: Path) -> None:
-        require_regular(str(path))
+        check_is_file(str(path))
         self.path = path
         self.file = DiskFile(path)
         self.digest = hashlib.sha256()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from mergeforge.core.checksums import file_sha256, git_sha1
 from mergeforge.errors import MergeforgeError, SourceError, format_list
 from mergeforge.io.disk import InputFile, write_durably
-from mergeforge.io.model_files import sort_model_files
+from mergeforge.io.model_files import is_complete_set, sort_model_files
 
 if TYPE_CHECKING:
     from mergeforge.io.remote import RemoteSession
@@ -210,11 +210,21 @@ def needed_files(names: list[str], stems: tuple[str, ...], allow_pickle: bool) -
     weights = [name for stem in stems for name in _weights(names, stem, ".safetensors")]
     if stems and not weights and allow_pickle:
         weights = [name for stem in stems for name in _weights(names, stem, ".bin")]
+    if "model" in stems and all(name.endswith(".json") for name in weights):
+        weights = [*weights, *_other_names(names)]
     if stems and not weights:
         weights_there = format_list(name for name in names if name.endswith((".safetensors", ".bin", ".gguf", ".pth")))
         raise SourceError(f"the repo holds no safetensors weights (it holds: {weights_there or 'no weights'})")
     read = [name for name in names if name in _READ_ONLY]
     return weights + [name for name in (*sort_model_files(names).copied, *read) if name not in weights]
+
+
+def _other_names(names: list[str]) -> list[str]:
+    """Weights that are not named after model.safetensors: those of an index, of one model, or a single file."""
+    others = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    indices = [name for name in names if name.endswith(".safetensors.index.json") and "/" not in name]
+    known = len(indices) == 1 or len(others) == 1 or is_complete_set(others)
+    return [*others, *(name for name in indices if not name.startswith("model."))] if known else []
 
 
 def _weights(names: list[str], stem: str, suffix: str) -> list[str]:

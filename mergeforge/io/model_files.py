@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -37,6 +37,7 @@ _RECORDS = (
 _KINDS = {"training state": _TRAINING_STATE, "weights": _WEIGHTS, "model card": _CARD, "record": _RECORDS}
 _TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "logs", "wandb")
 _EXTRA_HEADS = ("value_head.*", "v_head.*")  # of LLaMA-Factory and TRL, beside the weights
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 _MODULE = re.compile(r"\d+_[A-Za-z]\w*")  # the folder of a sentence-transformers module, e.g. 1_Pooling
 
 
@@ -71,6 +72,15 @@ def names_in(folder: Path) -> Iterator[str]:
         if in_subfolders > MAX_SUBFOLDER_FILES:
             return
         yield from (str(relative / name) for name in sorted(names) if Path(parent, name).is_file())
+
+
+def is_complete_set(names: Sequence[str]) -> bool:
+    """Whether the names are those of all shards of one model: NAME-00001-of-0000N.safetensors."""
+    shards = [_NUMBERED.fullmatch(name) for name in names]
+    found = {(match["stem"], int(match["number"]), int(match["count"])) for match in shards if match}
+    stems, counts = {stem for stem, _, _ in found}, {count for _, _, count in found}
+    numbers = {number for _, number, _ in found}
+    return all(shards) and len(stems) == len(counts) == 1 and numbers == set(range(1, counts.pop() + 1))
 
 
 def _kind(path: PurePosixPath) -> str:

@@ -22,6 +22,8 @@ from mergeforge.io.disk import DiskFile, InputFile
 
 MAX_HEADER_NBYTES = 100_000_000
 MAX_NUMBER = 1 << 48
+MAX_LFS_POINTER_NBYTES = 1024  # git-lfs/docs/spec.md
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_SHAPE_PRODUCT = 1 << 58  # of leading dimensions: the size in bits fits in 64 bits for every reader
 
 
@@ -41,7 +43,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises SourceError, which names the file, the tensor and the violated rule.
     """
     path = os.fspath(path)
-    require_regular(path)
+    check_is_file(path)
     file = DiskFile(path)
     try:
         return parse_header(file)
@@ -65,16 +67,28 @@ def parse_header(file: InputFile) -> Header:
     return Header(file, tensors, metadata, hashlib.sha256(raw).hexdigest())
 
 
-def require_regular(path: str) -> None:
-    """Refuse a folder, pipe or device before it is opened. Raises SourceError."""
+def check_is_file(path: str) -> None:
+    """Refuse a folder, pipe, device or Git LFS pointer before it is read. Raises SourceError."""
     try:
-        mode = os.stat(path).st_mode
+        status = os.stat(path)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist") from None
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise SourceError(f"{path} is not a regular file")
+    if status.st_size <= MAX_LFS_POINTER_NBYTES and is_lfs_pointer(path):
+        text = f"{path} is a Git LFS pointer: the file itself was not downloaded"
+        raise SourceError(text, hint="run `git lfs pull` in its folder, or download it with `hf download`")
+
+
+def is_lfs_pointer(path: str) -> bool:
+    """Whether a file is what `git clone` without Git LFS leaves in place of a large one."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
 
 
 def _read(file: InputFile, offset: int, length: int) -> bytes:
@@ -113,6 +127,8 @@ def _no_constant(name: str) -> Any:
 
 
 def _metadata(value: Any, path: str) -> dict[str, str]:
+    if value is None:  # safetensors reads it as no metadata
+        return {}
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise SourceError(f"{path}: __metadata__ must map strings to strings")
     return value

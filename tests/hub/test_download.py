@@ -230,6 +230,19 @@ mergeforge.merge({"merge_method": "linear", "models": parts}, out=sys.argv[1])
         ),
         (["xmodel.safetensors", "model.safetensors"], ("model",), False, ["model.safetensors"]),
         (["adapter_model.bin"], ("adapter_model",), True, ["adapter_model.bin"]),
+        (
+            ["part-a.safetensors", "model.safetensors.index.json"],
+            ("model",),
+            False,
+            ["model.safetensors.index.json", "part-a.safetensors"],
+        ),
+        (["unet.safetensors", "model.onnx"], ("model",), False, ["unet.safetensors"]),
+        (
+            ["x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors"],
+            ("model",),
+            False,
+            ["x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors"],
+        ),
     ],
 )
 def test_needed_files(names: list[str], stems: tuple[str, ...], pickled: bool, needed: list[str]) -> None:

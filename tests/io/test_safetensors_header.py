@@ -54,6 +54,46 @@ def refused(path: Path, *words: str) -> None:
         assert word in str(caught.value)
 
 
+def test_names_a_git_lfs_pointer(tmp_path: Path) -> None:
+    """`git clone` without Git LFS leaves a few lines of text in place of each weight file."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4400000000\n"
+    (tmp_path / "model.safetensors").write_bytes(pointer)
+    refused(tmp_path / "model.safetensors", "Git LFS pointer")
+
+
+@pytest.mark.parametrize("metadata", [{}, None, {"format": "pt"}])
+def test_reads_every_metadata_that_safetensors_reads(tmp_path: Path, metadata: Any) -> None:
+    path = file_of(tmp_path / "model.safetensors", {"__metadata__": metadata, "x": F32})
+    assert opens(path) and read_header(path).metadata == (metadata or {})
+
+
+SHARDS = ("first.safetensors", "second.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "index"),
+    [
+        (SHARDS, "model.safetensors.index.json"),
+        (SHARDS, "diffusion_pytorch_model.safetensors.index.json"),
+        (("x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors"), None),
+        (("x.safetensors",), None),
+    ],
+)
+def test_reads_weights_that_are_named_otherwise(tmp_path: Path, names: tuple[str, ...], index: str | None) -> None:
+    for name in names:
+        file_of(tmp_path / name, {name: F32})
+    if index:
+        (tmp_path / index).write_text(json.dumps({"weight_map": {name: name for name in names}}))
+    assert set(open_checkpoint(tmp_path, "x").tensors) == set(names)
+
+
+def test_refuses_to_guess_among_several_files(tmp_path: Path) -> None:
+    for name in ("x-00001-of-00003.safetensors", "x-00002-of-00003.safetensors"):
+        file_of(tmp_path / name, {name: F32})
+    with pytest.raises(SourceError, match="x-00001-of-00003"):
+        open_checkpoint(tmp_path, "x")
+
+
 # --- C1: lengths
 
 
