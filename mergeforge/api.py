@@ -36,8 +36,8 @@ _OPTIONS = [field.name for field in fields(Options)]
 def plan(recipe: RecipeLike, **options: Any) -> Plan:
     """Plan a merge from a recipe file, a dict, a list of dicts (its documents) or a Recipe; reads headers only.
 
-    options: out, sets, memory, device, threads, stream_inputs, stream_to_hub, allow_pickle, allow_nonfinite (Options
-    explains them). Nothing is written; `print(plan)` shows what run() would do.
+    options: out, sets, memory, device, threads, stream_inputs, stream_to_hub, allow_pickle, allow_nonfinite, strict
+    (Options explains them). Nothing is written; `print(plan)` shows what run() would do.
     """
     return make_plan(recipe, Options.of("mergeforge.plan", options))
 

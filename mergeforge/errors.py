@@ -99,6 +99,12 @@ class SourceError(MergeforgeError):
     exit_code = 3
 
 
+def strict_error(warnings: Sequence[str]) -> SourceError:
+    """The error that warnings are with --strict."""
+    text = "\n  ".join(["warnings are errors with --strict:", *warnings])
+    return SourceError(text, hint="correct the recipe or its inputs, or run it without --strict")
+
+
 class BudgetError(MergeforgeError):
     """The merge does not fit into the memory given, or onto the disk."""
 

@@ -66,7 +66,7 @@ def test_run_does_the_work_and_says_what_it_wrote(models: Path) -> None:
     plan = mergeforge.plan(ADAPTERS_AS_RECIPE, out="planned", memory="64MiB")
     result = mergeforge.run(plan)
     assert result.folder == Path("planned") and result.files == (Path("planned/model.safetensors"),)
-    assert result.peak > 0 and result.warnings == plan.notes and result.seconds > 0
+    assert result.peak > 0 and result.warnings == plan.warnings and result.seconds > 0
     assert mergeforge.verify(result.folder, deep=True).ok
     Path("recipe.yaml").write_text(json.dumps(ADAPTERS_AS_RECIPE))
     from_file = mergeforge.run("recipe.yaml", out="from-file")

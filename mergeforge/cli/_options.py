@@ -48,6 +48,7 @@ merge_options = options(
         "--stream-to-hub", metavar="REPO_ID", help="Upload each finished file to this Hub repo and remove it here."
     ),
     allow_pickle,
+    click.option("--strict", is_flag=True, help="Make warnings errors (exit code 3)."),
     click.option("--allow-nonfinite", is_flag=True, help="Write infinite and NaN values instead of refusing them."),
     as_json,
     quiet,

@@ -37,6 +37,8 @@ def verify(folder: str, deep: bool, everything: bool, engine: bool, as_json: boo
         raise SourceError(f"{folder} does not match its receipt:\n{problems}{more}", hint="run the merge again")
     if not as_json:
         recomputed = f", {verdict.recomputed} recomputed" if verdict.recomputed else ""
+        for warning in verdict.warnings:
+            click.secho(f"warning: {warning}", fg="yellow", err=True)
         click.echo(f"{folder}: {verdict.tensors} tensors in {verdict.files} files match the receipt{recomputed}")
     if engine:
         _compare_in_engine(folder)

@@ -14,19 +14,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Set
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergeforge.core.checksums import chunk_checksums
 from mergeforge.core.file_names import MODEL_CARD, RECEIPT, RECIPE
-from mergeforge.core.messages import OnMessage
+from mergeforge.core.messages import OnMessage, WarningText
 from mergeforge.core.tensor_info import Tile
-from mergeforge.errors import MergeforgeError, SourceError, out_of_memory
+from mergeforge.errors import MergeforgeError, SourceError, out_of_memory, strict_error
 from mergeforge.execute.compute import compute_tiles
-from mergeforge.execute.journal import FinishedTile
+from mergeforge.execute.journal import FinishedTile, Journal
 from mergeforge.execute.model_card import model_card
 from mergeforge.execute.receipt import receipt
+from mergeforge.execute.result_warnings import result_warnings
 from mergeforge.execute.streaming_upload import StreamingUpload, open_streaming_upload
 from mergeforge.execute.workspace import Workspace
 from mergeforge.gguf.modelfile import modelfile
@@ -52,16 +53,19 @@ def run_tiles(
 ) -> Iterator[Tile]:
     """Run the merge, yielding each tile when it is written (or found written by an interrupted run).
 
-    Resumes an interrupted run of the same merge. `on_message` is called for each file that is uploaded to the Hub, if
-    the recipe streams them there. Raises OutputError if OUT holds something else, BudgetError if the disk is full and
+    Resumes an interrupted run of the same merge. `on_message` is called with a warning, and for each file that is
+    uploaded to the Hub, if the recipe streams them there. Raises OutputError if OUT holds something else, BudgetError if the disk is full and
     SourceError if an input is bad; what is finished by then is kept for the next run.
     """
     started = time.monotonic()
     workspace = Workspace(plan, fresh=fresh, overwrite=overwrite)
     try:
+        if workspace.replaces_edited_card and workspace.journal.commit is None:
+            _warn_of_edited_card(plan, on_message)
         upload = open_streaming_upload(plan, workspace, on_message) if plan.streams else None
         if workspace.journal.commit is None or (upload and upload.missing_remotely):
             yield from _run_batches(plan, workspace, upload)
+            plan = _with_result_warnings(plan, workspace.journal)
             aux_files = _aux_files(plan) | _combined_adapter(plan, workspace)
             aux_files[RECEIPT] = receipt(plan, workspace.journal, aux_files, time.monotonic() - started)
             workspace.write_aux_files(aux_files)
@@ -72,6 +76,21 @@ def run_tiles(
         workspace.close()
         for file in _input_files(plan):
             file.close()
+
+
+def _warn_of_edited_card(plan: Plan, on_message: OnMessage) -> None:
+    warning = WarningText(f"{plan.out / MODEL_CARD} was edited, and is replaced by a new model card")
+    if plan.strict:
+        raise strict_error([warning])
+    on_message(warning)
+
+
+def _with_result_warnings(plan: Plan, journal: Journal) -> Plan:
+    """The plan with warnings about the result, for the receipt and the card. Raises SourceError if it is strict."""
+    warnings = result_warnings(plan, journal)
+    if plan.strict and warnings:
+        raise strict_error(warnings)
+    return replace(plan, notes=(*plan.notes, *warnings))
 
 
 def run_plan(plan: Plan, *, fresh: bool = False, overwrite: bool = False) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.core.file_names import MODEL_CARD
+from mergeforge.core.messages import warnings_in, without_warnings
 from mergeforge.core.sizes import format_size
 from mergeforge.hub.model_card import LICENSE_KEYS, read_front_matter, write_card
 from mergeforge.planner import Plan
@@ -70,14 +71,16 @@ def _front_matter(plan: Plan) -> dict[str, Any]:
 
 
 def _notes(plan: Plan) -> str:
-    """The plan's notes; inputs with absolute paths are shown by name only."""
-    if not plan.notes:
-        return ""
-    text = "\n".join(f"- {note}" for note in plan.notes)
+    """The plan's warnings and notes; inputs with absolute paths are shown by name only."""
+    lists = {"Warnings": warnings_in(plan.notes), "Notes": without_warnings(plan.notes)}
+    sections = [
+        "\n".join([f"## {title}\n", *(f"- {note}" for note in notes)]) for title, notes in lists.items() if notes
+    ]
+    text = "\n\n".join(sections)
     for checkpoint in sorted(plan.inputs.checkpoints, key=lambda checkpoint: -len(checkpoint.label)):
         if Path(checkpoint.label).is_absolute():
             text = text.replace(checkpoint.label, Path(checkpoint.label).name)
-    return f"## Notes\n\n{text}\n\n"
+    return f"{text}\n\n" if text else ""
 
 
 def _files(plan: Plan) -> str:

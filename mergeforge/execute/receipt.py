@@ -18,6 +18,7 @@ from mergeforge.adapters.expert_deltas import ExpertLoraDelta, RowRangeDelta
 from mergeforge.adapters.peft_delta import PeftDelta
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.core.checksums import file_sha256, tensor_checksum
+from mergeforge.core.messages import warnings_in, without_warnings
 from mergeforge.execute.change_stats import ChangeStats, total_change
 from mergeforge.execute.journal import Journal
 from mergeforge.planner import Plan, TensorPlan
@@ -58,7 +59,8 @@ def receipt(plan: Plan, journal: Journal, aux_files: Mapping[str, bytes | Path],
         "fingerprint": plan.fingerprint,
         "recipe": plan.recipe.documents if plan.recipe.stages else plan.recipe.raw,
         "inputs": [_input(checkpoint) for checkpoint in plan.inputs.checkpoints],
-        "notes": list(plan.notes),
+        "warnings": list(warnings_in(plan.notes)),
+        "notes": list(without_warnings(plan.notes)),
         "checksum": "xxh3-128 of the xxh3-128 digests of the tensor's chunks (mergeforge/core/checksums.py)",
         "tensors": dict(sorted(tensors.items())),
         "files": files,

@@ -16,10 +16,12 @@ import shutil
 import socket
 from pathlib import Path
 
+from mergeforge.core.checksums import file_sha256
 from mergeforge.core.file_names import MODEL_CARD, RECEIPT, RECIPE
 from mergeforge.errors import MergeforgeError, OutputError, format_list
 from mergeforge.execute.journal import JOURNAL_NAME, Commit, Journal, read_journal, start_journal
 from mergeforge.io.disk import disk_error, is_same_file, on_disk, sync_folder, write_at, write_durably
+from mergeforge.io.model_files import MAX_DEPTH
 from mergeforge.planner import WORK, Plan, check_disk
 from mergeforge.writers.safetensors import INDEX
 
@@ -45,6 +47,13 @@ class Workspace:
                     self._remove()  # nothing was started here, or a run was killed during this very step
             os.close(self._lock)
             raise
+
+    @property
+    def replaces_edited_card(self) -> bool:
+        """Whether the finished merge in OUT, which this one replaces, has a model card that was edited."""
+        card = self.out / MODEL_CARD
+        recorded = ((read_receipt(self.out) or {}).get("files") or {}).get(MODEL_CARD, {}).get("sha256")
+        return recorded is not None and card.is_file() and file_sha256(card) != recorded
 
     @property
     def resumed(self) -> bool:
@@ -237,6 +246,6 @@ def read_receipt(out: Path) -> dict | None:  # type: ignore[type-arg]  # any JSO
 
 
 def _is_safe_name(name: str) -> bool:
-    """Whether a file name from a receipt stays in its folder, or one folder below it."""
+    """Whether a file name from a receipt stays in its folder."""
     parts = Path(name).parts
-    return 0 < len(parts) < 3 and not {"/", "..", WORK} & set(parts)
+    return 0 < len(parts) <= MAX_DEPTH + 1 and not {"/", "..", WORK} & set(parts)

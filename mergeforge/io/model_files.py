@@ -33,6 +33,7 @@ _CACHE = (".*", "__pycache__", "*.pyc", "*.lock", "*.incomplete", "*.tmp")
 _RECORDS = (
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"),
     *("mergeforge.json", "mergeforge.yml", "mergekit_config.yml", "Modelfile", "report.html"),
+    *("journal.jsonl", "lock"),  # names that a run uses in its work folder
 )
 _KINDS = {"training state": _TRAINING_STATE, "weights": _WEIGHTS, "model card": _CARD, "record": _RECORDS}
 _TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "logs", "wandb")

@@ -11,6 +11,7 @@ from mergeforge.core.messages import OnMessage
 from mergeforge.core.tensor_info import Tile
 from mergeforge.execute.executor import run_tiles
 from mergeforge.execute.receipt import peak_rss
+from mergeforge.execute.workspace import read_receipt
 from mergeforge.hub.publish import check_access, plan_publication, publish
 from mergeforge.planner import Plan
 
@@ -20,7 +21,7 @@ class RunResult:
     """A finished merge.
 
     folder: the output folder. files: the files of weights in it. peak: this process's peak resident memory in bytes.
-    warnings: what the plan notes about the merge. seconds: the time that it took.
+    warnings: what is probably not what the user meant (the receipt has them too). seconds: the time that it took.
     """
 
     folder: Path
@@ -62,4 +63,10 @@ def run(
     for tile in iter_run(plan, fresh=fresh, overwrite=overwrite, on_message=on_message):
         on_tile(tile)
     files = tuple(plan.out / name for name in plan.files)
-    return RunResult(plan.out, files, peak_rss(), plan.notes, time.monotonic() - started)
+    return RunResult(plan.out, files, peak_rss(), result_warnings(plan), time.monotonic() - started)
+
+
+def result_warnings(plan: Plan) -> tuple[str, ...]:
+    """All warnings about a finished merge: the plan's, and those that the receipt has about the result."""
+    recorded = (read_receipt(plan.out) or {}).get("warnings", [])
+    return tuple(dict.fromkeys([*plan.warnings, *recorded]))

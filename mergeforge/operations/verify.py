@@ -34,12 +34,13 @@ SAMPLE = 24  # tensors that a deep check recomputes
 
 @dataclass(frozen=True)
 class Verdict:
-    """The number of files and tensors checked, of tensors recomputed, and all problems."""
+    """The number of files and tensors checked, of tensors recomputed, all problems, and the merge's own warnings."""
 
     files: int
     tensors: int
     recomputed: int
     problems: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -58,7 +59,8 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
     with malformed_as_source_error(out / RECEIPT):
         problems = _check_all(out, receipt)
     recomputed = _recompute(out, receipt, problems, everything) if deep and not problems else 0
-    return Verdict(len(receipt["files"]), len(receipt["tensors"]), recomputed, tuple(problems))
+    warnings = tuple(receipt.get("warnings", ()))
+    return Verdict(len(receipt["files"]), len(receipt["tensors"]), recomputed, tuple(problems), warnings)
 
 
 def _check_all(out: Path, receipt: Mapping[str, Any]) -> list[str]:

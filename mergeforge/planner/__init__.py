@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mergeforge.errors import strict_error
 from mergeforge.gguf.file_types import ALIASES, FILE_TYPES
 from mergeforge.io.remote import RemoteSession
 from mergeforge.lora.combine import Combination, folded_terms, plan_combination
@@ -61,7 +62,7 @@ def read_recipe(source: RecipeLike, sets: Sequence[str] = ()) -> Recipe:
 def make_plan(source: RecipeLike, options: Options | None = None, **keywords: Any) -> Plan:
     """Plan a merge; reads headers only. `keywords` are fields of Options.
 
-    Raises RecipeError, SourceError, BudgetError or OutputError.
+    Raises RecipeError, SourceError (with `strict`, also for warnings), BudgetError or OutputError.
     """
     options = (options or Options()).changed("make_plan", keywords)
     recipe = _recipe_with_overrides(source, options)
@@ -74,7 +75,7 @@ def make_plan(source: RecipeLike, options: Options | None = None, **keywords: An
     outputs = plan_outputs(recipe.output, stage, recipe.output.name or out.absolute().name, budget.device)
     tensor_plans, budget = plan_tiles(stage.graph.tensors, stage.infos, outputs.encoders, budget)
     check_output_folder(out, stage.inputs)
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         inputs=stage.inputs,
         out=out,
@@ -89,8 +90,12 @@ def make_plan(source: RecipeLike, options: Options | None = None, **keywords: An
         notes=tuple(dict.fromkeys([*stage.notes, *outputs.notes])),
         fingerprint=fingerprint(recipe, stage.inputs, outputs.layouts, budget),
         allow_nonfinite=options.allow_nonfinite,
+        strict=options.strict,
         combination=_combination(recipe, stage, budget),
     )
+    if plan.strict and plan.warnings:
+        raise strict_error(plan.warnings)
+    return plan
 
 
 def _recipe_with_overrides(source: RecipeLike, options: Options) -> Recipe:

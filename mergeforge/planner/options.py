@@ -22,7 +22,7 @@ class Options:
     is less). device: auto, cpu, cuda, cuda:N or mps. threads: number of workers (None: as many as make sense and fit).
     stream_inputs: read Hub repos in place, without downloading them. stream_to_hub: the Hub repo to which each file is
     uploaded as soon as it is finished. allow_pickle: read `.bin` weights with torch's weights_only loader.
-    allow_nonfinite: write infinite and NaN values instead of refusing them.
+    allow_nonfinite: write infinite and NaN values instead of refusing them. strict: make warnings errors.
     """
 
     out: str | Path | None = None
@@ -34,6 +34,7 @@ class Options:
     stream_to_hub: str | None = None
     allow_pickle: bool = False
     allow_nonfinite: bool = False
+    strict: bool = False
 
     @classmethod
     def of(cls, function: str, keywords: Mapping[str, Any]) -> Options:

@@ -16,6 +16,7 @@ from mergeforge.io.remote import RemoteSession
 from mergeforge.planner.aux_files import aux_files
 from mergeforge.planner.compose import MergeGraph, compose
 from mergeforge.planner.custom_code import without_missing_code
+from mergeforge.planner.input_warnings import input_warnings
 from mergeforge.planner.inputs import Inputs, IntermediateModel, Opener
 from mergeforge.planner.layer_replication import replicate_layers
 from mergeforge.planner.model_tensors import ModelTensors, model_tensors
@@ -77,6 +78,7 @@ def _resolve_stage(recipe: Recipe, inputs: Inputs) -> Stage:
     config_out = config_json(recipe, config, infos, graph.tied)
     if config_out and graph.layer_stacks:
         config_out = stacked_config(config_out, graph.layer_stacks)
+    notes += input_warnings(recipe, inputs, files)
     return Stage(recipe, inputs, graph, infos, config_out, files, (*inputs.notes, *graph.notes, *notes))
 
 

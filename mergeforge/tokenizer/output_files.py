@@ -54,17 +54,18 @@ def tokenizer_files_in(folder: Path) -> dict[str, AuxFile]:
 
 def replace_tokenizer_files(files: AuxFiles, tokenizer_files: AuxFiles) -> dict[str, AuxFile]:
     """Return auxiliary files with their tokenizer files replaced by these."""
-    return {**{name: file for name, file in files.items() if not _is_tokenizer_file(name)}, **tokenizer_files}
+    return {**{name: file for name, file in files.items() if not is_tokenizer_file(name)}, **tokenizer_files}
 
 
-def _is_tokenizer_file(name: str) -> bool:
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model's folder belongs to its tokenizer."""
     return any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)
 
 
 def output_files(source: ModelVocabulary, output: OutputVocabulary) -> tuple[dict[str, AuxFile], list[str]]:
     """Every tokenizer file of the output, and notes. Raises SourceError if no file can take the new tokens."""
     source_files = source.model.files
-    files = {name: source_files[name] for name in source_files if _is_tokenizer_file(name)}
+    files = {name: source_files[name] for name in source_files if is_tokenizer_file(name)}
     before = {**source.model_ids, **assign_added_ids(source.model_ids, source.added)}
     if before == output.ids and source.added == output.added:
         return files, []
