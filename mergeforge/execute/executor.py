@@ -54,8 +54,8 @@ def run_tiles(
     """Run the merge, yielding each tile when it is written (or found written by an interrupted run).
 
     Resumes an interrupted run of the same merge. `on_message` is called with a warning, and for each file that is
-    uploaded to the Hub, if the recipe streams them there. Raises OutputError if OUT holds something else, BudgetError if the disk is full and
-    SourceError if an input is bad; what is finished by then is kept for the next run.
+    uploaded to the Hub if the recipe streams them there. Raises OutputError if OUT holds something else, BudgetError if
+    the disk is full and SourceError if an input is bad; what is finished by then is kept for the next run.
     """
     started = time.monotonic()
     workspace = Workspace(plan, fresh=fresh, overwrite=overwrite)

@@ -73,10 +73,8 @@ def _front_matter(plan: Plan) -> dict[str, Any]:
 def _notes(plan: Plan) -> str:
     """The plan's warnings and notes; inputs with absolute paths are shown by name only."""
     lists = {"Warnings": warnings_in(plan.notes), "Notes": without_warnings(plan.notes)}
-    sections = [
-        "\n".join([f"## {title}\n", *(f"- {note}" for note in notes)]) for title, notes in lists.items() if notes
-    ]
-    text = "\n\n".join(sections)
+    sections = [(title, "\n".join(f"- {note}" for note in notes)) for title, notes in lists.items() if notes]
+    text = "\n\n".join(f"## {title}\n\n{listed}" for title, listed in sections)
     for checkpoint in sorted(plan.inputs.checkpoints, key=lambda checkpoint: -len(checkpoint.label)):
         if Path(checkpoint.label).is_absolute():
             text = text.replace(checkpoint.label, Path(checkpoint.label).name)

@@ -30,8 +30,8 @@ class Plan:
     summaries: what is done to each output tensor, in words. checkpoint: the safetensors files. tied_head: whether the
     output's head is its embedding. aux_files: the files beside the weights. notes: what the user should know about the
     result before the merge runs, warnings among them. fingerprint: a hash of everything that decides output bytes.
-    strict: whether warnings are errors. combination: the one adapter that the recipe's adapters are combined into, if it asks for one. `print(plan)` shows
-    it as a page.
+    strict: whether warnings are errors. combination: the one adapter that the recipe's adapters are combined into, if
+    it asks for one. `print(plan)` shows it as a page.
     """
 
     recipe: Recipe

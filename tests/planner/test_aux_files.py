@@ -143,8 +143,8 @@ def test_missing_code_is_removed_from_auto_map(models: Path, tmp_path: Path) -> 
 
 
 def test_weights_that_are_not_merged_and_differ_are_a_warning(models: Path, tmp_path: Path) -> None:
-    one = fresh(models, tmp_path / "one", "2_Dense/model.safetensors", "value_head.safetensors")
-    other = fresh(models, tmp_path / "other", "2_Dense/model.safetensors", "value_head.safetensors")
+    names = ("tokenizer.json", "2_Dense/model.safetensors", "value_head.safetensors")
+    one, other = fresh(models, tmp_path / "one", *names), fresh(models, tmp_path / "other", *names)
     assert not mergeforge.plan(average(one, other), out=tmp_path / "out", device="cpu").warnings
     save_file({"weight": torch.zeros(2)}, other / "2_Dense" / "model.safetensors")
     (warning,) = mergeforge.plan(average(one, other), out=tmp_path / "out", device="cpu").warnings
