@@ -99,6 +99,11 @@ class Plan:
         return {name: file for layout in layouts for name, file in layout.files.items()}
 
     @property
+    def gguf_names(self) -> tuple[str, ...]:
+        """The file of every GGUF output, or the first one of its splits."""
+        return tuple(next(iter(gguf.layout.files)) for gguf in self.ggufs)
+
+    @property
     def nbytes_written(self) -> int:
         """Bytes of all files of weights."""
         return sum(file.nbytes for file in self.files.values())
