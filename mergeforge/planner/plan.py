@@ -60,8 +60,9 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most working memory in bytes that the tiles can take, beside the interpreter's own."""
-        return peak_memory(self.tensor_plans, self.budget) + self.budget.remote_cache
+        """The most working memory in bytes that the tiles, or combining adapters, can take."""
+        combining = max((module.nbytes for module in self.combination.sums), default=0) if self.combination else 0
+        return max(peak_memory(self.tensor_plans, self.budget) + self.budget.remote_cache, combining)
 
     @property
     def needs_torch(self) -> bool:
