@@ -145,6 +145,7 @@ def test_no_module_is_named_by_a_gerund() -> None:
         "mapping",
         "packing",
         "pairing",
+        "pooling",
         "rounding",
         "sampling",
         "supertuning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,82 +10,90 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from mergeforge.core.sizes import format_size
+from mergeforge.cli._byte_count import WIDE, ByteCount
+from mergeforge.core.messages import without_warnings
 from mergeforge.core.tensor_info import Tile
+from mergeforge.execute.unfinished import finished_tiles
 from mergeforge.planner import Plan, plan_page
-from mergeforge.tensors.budget import resident_memory
 
 PLAIN_SECONDS = 10.0  # between two plain lines
+INDENT = 9  # the column of the text of notes and of the plan's lines
 
 
 def console(*, stderr: bool = True) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
-def show_plan(plan: Plan, to: Console) -> None:
+def show_plan(plan: Plan, to: Console, target: str = "") -> None:
     """Print the plan as a page: inputs, what is done to each group of tensors, bytes, memory, disk, notes."""
-    first, _, rest = plan_page(plan, notes=False).partition("\n")
+    first, _, rest = plan_page(plan, notes=False, target=target).partition("\n")
     to.print(first, markup=False, style="bold")
-    to.print(rest, markup=False)
+    for line in rest.splitlines():
+        print_wrapped(to, line)
     show_notes(plan, to)
 
 
 def show_notes(plan: Plan, to: Console) -> None:
-    for note in (*plan.notes, *plan.machine_notes):
-        to.print(f"[yellow]note[/]     {escape(note)}")
+    """Print what the user should know before the merge: warnings, then notes."""
+    show_warnings(plan.warnings, to)
+    for note in (*without_warnings(plan.notes), *plan.machine_notes):
+        print_wrapped(to, f"note     {note}", "yellow", len("note"))
 
 
-def watch(plan: Plan, tiles: Iterable[Tile], to: Console, *, quiet: bool = False) -> Iterator[Tile]:
-    """Pass the tiles on, showing progress."""
+def show_warnings(warnings: Iterable[str], to: Console) -> None:
+    for warning in warnings:
+        print_wrapped(to, f"warning: {warning}", "bold yellow", len("warning:"))
+
+
+def print_wrapped(to: Console, line: str, style: str = "", styled: int = 0) -> None:
+    """Print a line whose text starts in column 10. A terminal gets it broken between words, and indented.
+
+    `style`: of its first `styled` characters.
+    """
+    text = line
+    if to.is_terminal and len(line) > to.width:
+        options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * INDENT}
+        text = textwrap.fill(line, to.width, **options)  # type: ignore[arg-type]  # a dict of its options
+    shown = Text(text)
+    shown.stylize(style, 0, styled)
+    to.print(shown)
+
+
+def watch(
+    plan: Plan, tiles: Iterable[Tile], to: Console, *, quiet: bool = False, fresh: bool = False
+) -> Iterator[Tile]:
+    """Pass the tiles on, showing progress. `fresh`: an interrupted run is not resumed."""
     if quiet:
         yield from tiles
-    elif to.is_terminal:
-        yield from _bar(plan, tiles, to)
-    else:
-        yield from _lines(plan, tiles, to)
+        return
+    count = ByteCount(plan, frozenset() if fresh else finished_tiles(plan))
+    if count.skipped:
+        to.print(f"resuming, {100 * count.share:.0f} % done", markup=False)
+    if not count.total:
+        yield from tiles  # only an adapter is written
+        return
+    yield from _bar(count, tiles, to) if to.is_terminal else _lines(count, tiles, to)
 
 
-class _Count:
-    """How many bytes and tensors are done, and the speed."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.widths = {tensor_plan.info.name: tensor_plan.info.row_nbytes for tensor_plan in plan.tensor_plans}
-        self.left = {tensor_plan.info.name: len(tensor_plan.tiles) for tensor_plan in plan.tensor_plans}
-        self.total = sum(tensor_plan.info.nbytes for tensor_plan in plan.tensor_plans)
-        self.started = time.monotonic()
-        self.nbytes = 0
-
-    def add(self, tile: Tile) -> None:
-        self.nbytes += tile.rows * self.widths[tile.name]
-        self.left[tile.name] -= 1
-
-    def text(self) -> str:
-        done = sum(not left for left in self.left.values())
-        speed = self.nbytes / max(time.monotonic() - self.started, 1e-3)
-        sizes = f"{format_size(self.nbytes)} of {format_size(self.total)}, {format_size(speed)}/s"
-        return f"{sizes}, {done} of {len(self.left)} tensors, {format_size(resident_memory())} memory"
-
-
-def _bar(plan: Plan, tiles: Iterable[Tile], to: Console) -> Iterator[Tile]:
-    count = _Count(plan)
-    columns = (BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+def _bar(count: ByteCount, tiles: Iterable[Tile], to: Console) -> Iterator[Tile]:
+    columns = (BarColumn(bar_width=max(8, min(40, to.width - 60))), TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=to, transient=True) as progress:
-        task = progress.add_task("", total=count.total, text="")
+        task = progress.add_task("", total=count.total, completed=count.done, text=count.line(to.width))
         for tile in tiles:
             count.add(tile)
-            progress.update(task, completed=count.nbytes, text=count.text())
+            progress.update(task, completed=count.done, text=count.line(to.width))
             yield tile
 
 
-def _lines(plan: Plan, tiles: Iterable[Tile], to: Console) -> Iterator[Tile]:
-    count, last = _Count(plan), time.monotonic()
+def _lines(count: ByteCount, tiles: Iterable[Tile], to: Console) -> Iterator[Tile]:
+    last = time.monotonic()
     for tile in tiles:
         count.add(tile)
         if time.monotonic() - last > PLAIN_SECONDS:
             last = time.monotonic()
-            seconds = (last - count.started) * (count.total / max(count.nbytes, 1) - 1)
-            to.print(f"{100 * count.nbytes / max(count.total, 1):3.0f} %  {count.text()}, {seconds:.0f} s left")
+            to.print(count.line(WIDE), markup=False)
         yield tile
 
 

@@ -64,8 +64,7 @@ def gguf(
     given = {key: value for key, value in settings.items() if value}
     if tensor_types:
         given["tensor_types"] = dict(_name_and_type(text) for text in tensor_types)
-    from mergeforge.cli import _progress
-    from mergeforge.core.sizes import format_size
+    from mergeforge.cli import _progress, _result
     from mergeforge.operations.convert_gguf import convert, plan_conversion
     from mergeforge.planner import Options
 
@@ -73,21 +72,20 @@ def gguf(
     conversion = plan_conversion(model, types or ("q8_0",), out, given, options, overwrite=overwrite)
     to = _progress.console()
     if plan_only or verbose:
-        _progress.show_plan(conversion.plan, to)
+        _progress.show_plan(conversion.plan, to, target=out or str(conversion.out))
     elif not quiet:
         _progress.show_notes(conversion.plan, to)
     if plan_only:
         return
     tiles = convert(conversion, fresh=fresh, overwrite=overwrite)
-    for _ in _progress.watch(conversion.plan, tiles, to, quiet=quiet):
+    for _ in _progress.watch(conversion.plan, tiles, to, quiet=quiet, fresh=fresh):
         pass
     seconds = time.monotonic() - started
     files = {str(path): path.stat().st_size for path in conversion.files}
     if as_json:
         click.echo(json.dumps({"files": files, "seconds": round(seconds, 3)}))
     elif not quiet:
-        for path, size in files.items():
-            to.print(f"wrote {path} ({format_size(size)}) in {seconds:.1f} s", markup=False)
+        _result.show_conversion(conversion, to, seconds, out)
 
 
 def _name_and_type(text: str) -> tuple[str, str]:

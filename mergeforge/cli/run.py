@@ -41,10 +41,9 @@ def _run(
 ) -> None:
     started = time.monotonic()
     from mergeforge import api
-    from mergeforge.core.sizes import format_size
 
     planned = api.plan(recipe, **options)
-    from mergeforge.cli import _progress  # only now: a mistake in the recipe is reported sooner
+    from mergeforge.cli import _progress, _result  # only now: a mistake in the recipe is reported sooner
 
     to = _progress.console()
     if verbose:
@@ -61,13 +60,11 @@ def _run(
             to.print(text, markup=False)
 
     tiles = api.iter_run(planned, fresh=fresh, overwrite=overwrite, on_message=on_message)
-    for _ in _progress.watch(planned, tiles, to, quiet=quiet):
+    for _ in _progress.watch(planned, tiles, to, quiet=quiet, fresh=fresh):
         pass
     seconds = time.monotonic() - started
     if as_json:
         result = {"out": str(planned.out), "bytes": planned.nbytes_written, "seconds": round(seconds, 3)}
         click.echo(json.dumps(result | {"files": list(planned.files)}))
     elif not quiet:
-        publish = planned.recipe.output.publish
-        target = publish.repo if publish and publish.stream else planned.out
-        to.print(f"wrote {format_size(planned.nbytes_written)} to {target} in {seconds:.1f} s", markup=False)
+        _result.show_result(planned, to, seconds)

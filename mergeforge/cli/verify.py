@@ -45,9 +45,9 @@ def verify(folder: str, deep: bool, everything: bool, engine: bool, as_json: boo
 
 
 def _compare_in_engine(folder: str) -> None:
-    from mergeforge.operations.verify import compare_in_engine
+    from mergeforge.operations.compare_engine import compare_in_engine
 
-    comparisons = compare_in_engine(folder)
+    comparisons = compare_in_engine(folder, lambda text: click.echo(text, err=True))
     for comparison in comparisons:
         token = "same" if comparison.same_top_token else "different"
         difference = f"largest difference {comparison.max_difference:.4f}, KL {comparison.kl_divergence:.2g}"

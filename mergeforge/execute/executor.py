@@ -30,7 +30,7 @@ from mergeforge.execute.receipt import receipt
 from mergeforge.execute.result_warnings import result_warnings
 from mergeforge.execute.streaming_upload import StreamingUpload, open_streaming_upload
 from mergeforge.execute.workspace import Workspace
-from mergeforge.gguf.modelfile import modelfile
+from mergeforge.gguf.modelfile import MODELFILE, modelfile
 from mergeforge.io.disk import DiskFile, InputFile, WriteBehind
 from mergeforge.io.file_layout import OutputFiles
 from mergeforge.lora import combine
@@ -115,8 +115,8 @@ def _aux_files(plan: Plan) -> dict[str, bytes | Path]:
         files[INDEX] = shard_index
     files[MODEL_CARD] = model_card(plan).encode()
     if plan.ggufs:
-        first = plan.ggufs[0]
-        files["Modelfile"] = modelfile(next(iter(first.layout.files)), first.keys).encode()
+        first, *others = plan.gguf_names
+        files[MODELFILE] = modelfile(first, plan.ggufs[0].keys, others).encode()
     files[RECIPE] = plan.recipe.to_yaml().encode()
     return files
 

@@ -169,6 +169,14 @@ def read_journal(folder: Path) -> Journal | None:
     return Journal(path, records[0]["merge"], done, commit, uploaded)
 
 
+def read_records(folder: Path) -> list[dict]:  # type: ignore[type-arg]  # any JSON
+    """The journal's records up to the first damaged line; none if there is no journal."""
+    try:
+        return _records((folder / JOURNAL_NAME).read_bytes())[0]
+    except OSError:
+        return []
+
+
 def _record(finished: FinishedTile) -> dict[str, object]:
     tile = finished.tile
     record: dict[str, object] = {"tile": [tile.name, tile.start, tile.stop], "sums": finished.checksums}

@@ -6,6 +6,7 @@ recognized here by their markers, as in llama.cpp. For others TEMPLATE is left o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mergeforge.gguf.key_values import Keys
@@ -106,6 +107,7 @@ CHAT_FORMATS = (  # the first one whose markers all occur is used
     ChatFormat("Llama 2", ("[INST]", "<<SYS>>"), "", "[INST] %", " [/INST] %</s>", "</s>"),
     ChatFormat("Mistral", ("[INST]",), "", "[INST] %", " [/INST]%</s>", "</s>", excluded=("[SYSTEM_PROMPT]",)),
 )
+MODELFILE = "Modelfile"
 _ENDS = ("eos", "eot", "eom")
 
 
@@ -117,9 +119,9 @@ def chat_format(template: str) -> ChatFormat | None:
     return None
 
 
-def modelfile(gguf_name: str, keys: Keys) -> str:
-    """The Modelfile of a GGUF file with this name and these key/values."""
-    lines = [f"FROM ./{gguf_name}"]
+def modelfile(gguf_name: str, keys: Keys, others: Sequence[str] = ()) -> str:
+    """The Modelfile of a GGUF file with this name and these key/values; `others` are named in comments."""
+    lines = [f"FROM ./{gguf_name}", *(f"# FROM ./{name}" for name in others)]
     jinja = keys["tokenizer.chat_template"].value if "tokenizer.chat_template" in keys else ""
     chat = chat_format(jinja)
     if chat is not None:

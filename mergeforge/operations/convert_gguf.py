@@ -1,8 +1,11 @@
-"""A finished model to GGUF, without a merge: `mergeforge gguf`."""
+"""A finished model to GGUF, without a merge: `mergeforge gguf`.
+
+A folder that is empty is written as a merge is. Otherwise the files are written in a hidden folder within it, and get
+their names when all of them are complete (operations/add_gguf.py), so that what is there stays as it is until then.
+"""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.core.tensor_info import Tile
-from mergeforge.errors import OutputError, RecipeError, SourceError
+from mergeforge.errors import OutputError, RecipeError, SourceError, format_list
 from mergeforge.execute.executor import run_tiles
-from mergeforge.io.disk import on_disk, sync_folder
+from mergeforge.execute.workspace import read_receipt
+from mergeforge.operations.add_gguf import Addition, add_files, files_of_type
 from mergeforge.planner import WORK, Options, Plan, make_plan
 
 # what may be given beside the types: keys of the recipe's output.gguf entries, and `pre` for output.gguf_pre
@@ -29,15 +33,38 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class GGUFConversion:
-    """A planned conversion. `file`: the single file that was asked for, or None if the output is a folder."""
+    """A planned conversion.
+
+    out: the folder that the files are for. file: the single file that was asked for, or None. options: as given. The
+    plan's own folder is `out`, or a hidden folder within it if `out` holds other files.
+    """
 
     plan: Plan
+    out: Path
     file: Path | None
+    options: Options
 
     @property
     def files(self) -> list[Path]:
         """The files that the conversion writes."""
-        return [self.file] if self.file else [self.plan.out / name for name in self.plan.files]
+        return [self.file] if self.file else [self.out / name for name in self.plan.files]
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether the files are added to what the folder holds."""
+        return self.plan.out != self.out
+
+    @property
+    def is_written(self) -> bool:
+        """Whether an earlier run has written all files, but was interrupted before they had their names."""
+        receipt = read_receipt(self.plan.out) if self.is_beside else None
+        if receipt is None or receipt.get("fingerprint") != self.plan.fingerprint:
+            return False
+        return all(written.exists() or path.exists() for written, path in self.addition.moves.items())
+
+    @property
+    def addition(self) -> Addition:
+        return Addition(self.plan, self.out, self.file, self.options)
 
 
 def plan_conversion(
@@ -51,7 +78,7 @@ def plan_conversion(
 ) -> GGUFConversion:
     """Plan a model's GGUF files; `out` is a folder, or a file if there is one type. `settings`: see SETTINGS.
 
-    Raises RecipeError, SourceError, BudgetError or OutputError.
+    Raises RecipeError, SourceError, BudgetError, and OutputError for files that exist, unless they are to be replaced.
     """
     _refuse_adapters(model)
     name = Path(model.partition("@")[0] if not Path(model).exists() else model).expanduser().absolute().name
@@ -59,28 +86,43 @@ def plan_conversion(
     if to_file and (len(types) > 1 or settings.get("split_max_size")):
         raise RecipeError(f"{out} names one file, but several would be written", hint="name a folder")
     file = Path(str(out)).expanduser().absolute() if to_file else None
-    folder = file.with_name(f".{file.name}.mergeforge") if file else Path(out or f"{name}-GGUF")
-    if file and file.exists() and not overwrite:
-        if folder.is_dir() and not (folder / WORK).exists() and not any(folder.glob("*.gguf")):
-            shutil.rmtree(folder, ignore_errors=True)  # a run was killed in its last step
-        raise OutputError(f"{file} exists", hint="--overwrite replaces it")
+    folder = file.parent if file else Path(out or f"{name}-GGUF").expanduser()
     entry = {key: value for key, value in settings.items() if key != "pre"}
     output = {"safetensors": False, "gguf": [{"type": type_, **entry} for type_ in types], "name": name}
     output |= {"gguf_pre": settings["pre"]} if settings.get("pre") else {}
     recipe = {"merge_method": "passthrough", "models": [{"model": model}], "output": output}
-    return GGUFConversion(make_plan(recipe, replace(options, out=folder)), file)
+    stem = file.name if file else f"{name}-{'+'.join(sorted(types))}"
+    work = folder / f".{stem}{WORK}" if file or _holds_files(folder) else folder
+    conversion = GGUFConversion(make_plan(recipe, replace(options, out=work)), folder, file, options)
+    if not overwrite and conversion.is_beside and not conversion.is_written:
+        _refuse_existing(conversion)
+    return conversion
 
 
 def convert(conversion: GGUFConversion, *, fresh: bool = False, overwrite: bool = False) -> Iterator[Tile]:
-    """Do the conversion, tile by tile; a single file gets its name when it is complete."""
-    replaces = overwrite or conversion.file is not None
-    yield from run_tiles(conversion.plan, fresh=fresh, overwrite=replaces)
-    if conversion.file:
-        (written,) = conversion.plan.files
-        with on_disk(conversion.file):
-            os.replace(conversion.plan.out / written, conversion.file)
-        sync_folder(conversion.file.parent)
+    """Do the conversion, tile by tile; files that are added get their names when all are complete."""
+    if fresh or not conversion.is_written:
+        yield from run_tiles(conversion.plan, fresh=fresh, overwrite=overwrite or conversion.is_beside)
+    if conversion.is_beside:
+        add_files(conversion.addition)
         shutil.rmtree(conversion.plan.out, ignore_errors=True)
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether a folder holds more than an interrupted run."""
+    if not folder.is_dir() or ((folder / WORK).exists() and read_receipt(folder) is None):
+        return False
+    return any(path.name != WORK for path in folder.iterdir())
+
+
+def _refuse_existing(conversion: GGUFConversion) -> None:
+    """Raise OutputError if a file of the same name or type exists."""
+    receipt = None if conversion.file else read_receipt(conversion.out)
+    same_type = [conversion.out / name for name in files_of_type(receipt, conversion.addition.types.values())]
+    if existing := [path for path in dict.fromkeys([*conversion.files, *same_type]) if path.exists()]:
+        verb, them = ("exists", "it") if len(existing) == 1 else ("exist", "them")
+        hint = f"--overwrite replaces {them} and nothing else"
+        raise OutputError(f"{format_list(map(str, existing))} {verb}", hint=hint)
 
 
 def _refuse_adapters(model: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mergeforge.checkpoints.gguf_checkpoint import DequantizedGGUFTensor, open_gguf, open_gguf_alone
 from mergeforge.core.tensor_info import TILE_NBYTES, blocks, split_into_tiles
+from mergeforge.errors import SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.tensors.stored import StoredTensor
 from mergeforge.tensors.worker import Worker
@@ -23,13 +24,15 @@ class TensorDifference:
     """One tensor of two checkpoints.
 
     what: "same", "values differ", or what else differs. relative: |A - B| / |A| (Frobenius norms, in float64).
-    largest: the largest absolute difference of an element.
+    largest: the largest absolute difference of an element. norm: |A|; change: |A - B|.
     """
 
     name: str
     what: str
     relative: float = 0.0
     largest: float = 0.0
+    norm: float = 0.0
+    change: float = 0.0
 
     @property
     def same(self) -> bool:
@@ -40,7 +43,7 @@ def differences(a: str, b: str, *, allow_pickle: bool = False) -> Iterator[Tenso
     """Compare two checkpoints (folders, Hub repos or GGUF files) tensor by tensor.
 
     A GGUF file is compared with a folder under the folder's tensor names, two GGUF files under their own.
-    Raises SourceError for a path that holds no checkpoint.
+    Raises SourceError for a path that holds no checkpoint, and for a model and an adapter.
     """
     first, second = _open_both(a, b, allow_pickle)
     worker = Worker("cpu", 2 * TILE_NBYTES + SCRATCH_NBYTES)
@@ -58,20 +61,42 @@ def _open_both(a: str, b: str, allow_pickle: bool) -> tuple[Checkpoint, Checkpoi
     if _is_gguf(a) and _is_gguf(b):
         return open_gguf_alone(Path(a).expanduser(), a), open_gguf_alone(Path(b).expanduser(), b)
     if _is_gguf(a) or _is_gguf(b):
-        folder = _open(b if _is_gguf(a) else a, allow_pickle)
-        gguf = open_gguf(Path(a if _is_gguf(a) else b).expanduser(), a if _is_gguf(a) else b, folder)
-        return (gguf, folder) if _is_gguf(a) else (folder, gguf)
-    return _open(a, allow_pickle), _open(b, allow_pickle)
+        file, other = (a, b) if _is_gguf(a) else (b, a)
+        folder = _fetch(other, allow_pickle)
+        if _is_adapter(folder):
+            raise _model_and_adapter(file, other)
+        checkpoint = _open(folder, other, allow_pickle)
+        gguf = open_gguf(Path(file).expanduser(), file, checkpoint)
+        return (gguf, checkpoint) if file is a else (checkpoint, gguf)
+    folders = [_fetch(path, allow_pickle) for path in (a, b)]
+    if _is_adapter(folders[0]) != _is_adapter(folders[1]):
+        raise _model_and_adapter(*((b, a) if _is_adapter(folders[0]) else (a, b)))
+    return _open(folders[0], a, allow_pickle), _open(folders[1], b, allow_pickle)
+
+
+def _model_and_adapter(model: str, adapter: str) -> SourceError:
+    hint = (
+        "merge the adapter into its base model, then compare the two models; `mergeforge inspect` describes an adapter"
+    )
+    return SourceError(f"{model} is a model and {adapter} is an adapter: they have no tensors in common", hint=hint)
 
 
 def _is_gguf(path: str) -> bool:
     return path.endswith(".gguf") and Path(path).expanduser().is_file()
 
 
-def _open(path: str, allow_pickle: bool) -> Checkpoint:
-    folder = fetch(path, None, ("model", "adapter_model"), allow_pickle=allow_pickle).path
-    is_adapter = folder.is_dir() and (folder / "adapter_config.json").is_file()
-    return open_checkpoint(folder, path, allow_pickle=allow_pickle, stem="adapter_model" if is_adapter else "model")
+def _fetch(path: str, allow_pickle: bool) -> Path:
+    return fetch(path, None, ("model", "adapter_model"), allow_pickle=allow_pickle).path
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a folder or file holds an adapter."""
+    return path.name.startswith("adapter_model.") or (path.is_dir() and (path / "adapter_config.json").is_file())
+
+
+def _open(folder: Path, label: str, allow_pickle: bool) -> Checkpoint:
+    stem = "adapter_model" if folder.is_dir() and _is_adapter(folder) else "model"
+    return open_checkpoint(folder, label, allow_pickle=allow_pickle, stem=stem)
 
 
 def _compare(left: ComparedTensor, right: ComparedTensor, worker: Worker) -> TensorDifference:
@@ -102,7 +127,8 @@ def _compare(left: ComparedTensor, right: ComparedTensor, worker: Worker) -> Ten
     what = "same" if squared_difference == 0 else "values differ"
     if not same_dtype:
         what = f"dtype {left.info.dtype} and {right.info.dtype}"
-    return TensorDifference(left.info.name, what, relative, largest)
+    norm, change = math.sqrt(squared_norm), math.sqrt(squared_difference)
+    return TensorDifference(left.info.name, what, relative, largest, norm, change)
 
 
 def _compare_bytes(left: StoredTensor, right: StoredTensor, worker: Worker) -> TensorDifference:

@@ -17,8 +17,8 @@ from mergeforge.core.file_names import MODEL_CARD, RECEIPT, RECIPE
 from mergeforge.core.tensor_info import Tile, blocks
 from mergeforge.errors import MergeforgeError, SourceError, malformed_as_source_error
 from mergeforge.execute.compute import compute_tiles
+from mergeforge.execute.unfinished import read_unfinished
 from mergeforge.execute.workspace import read_receipt
-from mergeforge.gguf.llama_cpp import EngineComparison, compare_with_transformers
 from mergeforge.hub.publish import lfs_identity, repo_files
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import Header, read_header
@@ -55,12 +55,20 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
     out = Path(out)
     receipt = read_receipt(out)
     if receipt is None:
-        raise SourceError(f"{out} has no receipt ({RECEIPT})", hint="only finished merges of mergeforge have one")
+        raise _no_receipt(out)
     with malformed_as_source_error(out / RECEIPT):
         problems = _check_all(out, receipt)
     recomputed = _recompute(out, receipt, problems, everything) if deep and not problems else 0
     warnings = tuple(receipt.get("warnings", ()))
     return Verdict(len(receipt["files"]), len(receipt["tensors"]), recomputed, tuple(problems), warnings)
+
+
+def _no_receipt(out: Path) -> SourceError:
+    run = read_unfinished(out)
+    if run is None:
+        return SourceError(f"{out} has no receipt ({RECEIPT})", hint="only finished merges of mergeforge have one")
+    text = f"{out} holds an interrupted merge ({run.method}): {len(run.rows)} tensors are written, none is final yet"
+    return SourceError(text, hint="run the command that started it again to resume, or with --fresh to start over")
 
 
 def _check_all(out: Path, receipt: Mapping[str, Any]) -> list[str]:
@@ -72,21 +80,6 @@ def _check_all(out: Path, receipt: Mapping[str, Any]) -> list[str]:
     headers = {name: _header(out / name, problems) for name in _weight_files(receipt)}
     problems += _check_tensors(receipt["tensors"], headers)
     return problems + _check_encoded(out, receipt)
-
-
-def compare_in_engine(out: str | Path) -> list[EngineComparison]:
-    """Load every GGUF of a finished merge in llama.cpp and compare it with transformers on the merged folder.
-
-    Raises SourceError when there is no such pair, MissingExtraError without llama.cpp or transformers.
-    """
-    out = Path(out)
-    receipt = read_receipt(out)
-    files = [name for name in (receipt or {}).get("files", {}) if name.endswith(".gguf")]
-    if receipt is None or not files or not (out / "config.json").is_file():
-        hint = "merge with output: {safetensors: true, gguf: [...]}"
-        raise SourceError(f"{out} does not contain both a model for transformers and a GGUF", hint=hint)
-    first = [name for name in files if "-of-" not in name or "-00001-of-" in name]
-    return compare_with_transformers(out, {name: receipt["files"][name]["type"] for name in first})
 
 
 def _weight_files(receipt: Mapping[str, Any]) -> list[str]:
@@ -174,7 +167,9 @@ def _check_tensors(tensors: Mapping[str, Any], headers: Mapping[str, Header | No
 def _check_encoded(out: Path, receipt: Mapping[str, Any]) -> list[str]:
     """Compare headers of encoded files (GGUF, FP8) and every tensor's bytes with the receipt, one thread per core."""
     used = {one["file"] for tensor in receipt["tensors"].values() for one in _encoded(tensor).values()}
+    hashed = {name for name, facts in receipt["files"].items() if "sha256" in facts}  # added by `mergeforge gguf`
     files = {name: facts for name, facts in receipt["files"].items() if name.endswith(".gguf") or name in used}
+    files = {name: facts for name, facts in files.items() if name not in hashed}
     opened = {name: DiskFile(out / name) for name, facts in files.items() if _has_size(out / name, facts["size"])}
     problems = []
     for name, file in opened.items():
@@ -243,9 +238,9 @@ def _recompute(out: Path, receipt: Mapping[str, Any], problems: list[str], every
     worker = Worker("cpu", max(tensor_plan.staging_nbytes for tensor_plan in plan.tensor_plans))
     with torch.inference_mode(), single_torch_thread():
         for tensor_plan in chosen:
-            if _compute_checksums(tensor_plan, worker) != _recorded_checksums(
-                receipt["tensors"][tensor_plan.info.name]
-            ):
+            recorded = _recorded_checksums(receipt["tensors"][tensor_plan.info.name])
+            computed = _compute_checksums(tensor_plan, worker)
+            if {key: computed.get(key) for key in recorded} != recorded:
                 problems.append(f"{tensor_plan.info.name} comes out differently when recomputed from the inputs")
     _note_changed_inputs(plan, receipt, problems)
     return len(chosen)

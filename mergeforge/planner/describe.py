@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
+from mergeforge.core.messages import without_warnings
 from mergeforge.core.sizes import format_size
 from mergeforge.gguf.quantize import backend_for
 from mergeforge.lora.combine import Combination
 from mergeforge.planner.compose import MergeGraph
 from mergeforge.planner.output_folder import existing_folder
+from mergeforge.planner.process_memory import library_memory, process_memory
 from mergeforge.planner.tiling import TensorPlan
 
 if TYPE_CHECKING:
@@ -31,17 +33,26 @@ def _summary(tensor_plan: TensorPlan, graph: MergeGraph) -> str:
     return summary if tensor.info.dtype == info.dtype else f"{summary}, {tensor.info.dtype} to {info.dtype}"
 
 
-def plan_page(plan: Plan, *, notes: bool = True) -> str:
-    """Inputs, what is done to each group of tensors, bytes, memory, disk and notes, as lines of text."""
-    lines = [f"{plan.recipe.method_name} -> {plan.out}", *_inputs(plan), "", *_groups(plan), ""]
+def plan_page(plan: Plan, *, notes: bool = True, target: str = "") -> str:
+    """Inputs, what is done to each group of tensors, bytes, memory, disk and notes, as lines of text.
+
+    `target`: what the files are written to, where it is not the plan's folder.
+    """
+    lines = [f"{plan.recipe.method_name} -> {target or plan.out}", *_inputs(plan), "", *_groups(plan)]
     streamed = f", {format_size(plan.nbytes_streamed)} of it streamed" if plan.nbytes_streamed else ""
     lines += [f"reads    {format_size(plan.nbytes_read)}{streamed}", *_written(plan)]
-    workers = f"{plan.budget.threads} worker{'s' if plan.budget.threads > 1 else ''} on {plan.budget.device}"
-    lines.append(f"memory   at most {format_size(plan.peak)} of {format_size(plan.budget.memory)}, {workers}")
+    lines += _memory(plan)
     free = shutil.disk_usage(existing_folder(plan.out)).free
-    lines.append(f"backend  {_backends(plan)}")
+    if plan.tensor_plans:
+        lines.append(f"backend  {_backends(plan)}")
     lines.append(f"disk     {format_size(plan.disk)} needed, {format_size(free)} free")
-    return "\n".join(lines + ([f"note     {note}" for note in (*plan.notes, *plan.machine_notes)] if notes else []))
+    return "\n".join(lines + (_messages(plan) if notes else []))
+
+
+def _messages(plan: Plan) -> list[str]:
+    """Warnings, then notes."""
+    notes = (*without_warnings(plan.notes), *plan.machine_notes)
+    return [*(f"warning  {warning}" for warning in plan.warnings), *(f"note     {note}" for note in notes)]
 
 
 def plan_as_json(plan: Plan) -> dict[str, object]:
@@ -63,11 +74,13 @@ def plan_as_json(plan: Plan) -> dict[str, object]:
             for gguf in plan.ggufs
         ],
         "peak_memory": plan.peak,
+        "process_memory": process_memory(plan),
         "memory": plan.budget.memory,
         "threads": plan.budget.threads,
         "device": plan.budget.device,
         "tensors": {tensor_plan.info.name: _tensor_as_json(plan, tensor_plan) for tensor_plan in plan.tensor_plans},
-        "notes": [*plan.notes, *plan.machine_notes],
+        "warnings": list(plan.warnings),
+        "notes": [*without_warnings(plan.notes), *plan.machine_notes],
         "fingerprint": plan.fingerprint,
     }
 
@@ -92,6 +105,8 @@ def _inputs(plan: Plan) -> list[str]:
 
 def _groups(plan: Plan) -> list[str]:
     """Tensors to which the same is done, as one row."""
+    if not plan.tensor_plans:
+        return []
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for tensor_plan in plan.tensor_plans:
@@ -100,7 +115,19 @@ def _groups(plan: Plan) -> list[str]:
         sizes[summary] += tensor_plan.info.nbytes
     rows = [("tensors", "operation", "bytes")]
     rows += [(str(count), summary, format_size(sizes[summary])) for summary, count in counts.most_common()]
-    return _aligned(rows)
+    return [*_aligned(rows), ""]
+
+
+def _memory(plan: Plan) -> list[str]:
+    """The memory of the process, and what of it the limit is for."""
+    workers = f"{plan.budget.threads} worker{'s' if plan.budget.threads > 1 else ''} on {plan.budget.device}"
+    limit = f"{format_size(plan.budget.memory)}{' (the default)' if plan.budget.is_default else ' allowed'}"
+    libraries = library_memory(plan)
+    total = format_size(plan.peak + libraries)
+    return [
+        f"memory   at most {total}: {format_size(libraries)} for Python and its libraries,",
+        f"         {format_size(plan.peak)} to work in, of {limit}; {workers}",
+    ]
 
 
 def _backends(plan: Plan) -> str:
@@ -113,7 +140,8 @@ def _written(plan: Plan) -> Iterator[str]:
     """What is written, a line for each format."""
     count = len(plan.checkpoint.files)
     if count:
-        yield f"writes   {format_size(plan.checkpoint.nbytes)} in {count} safetensors file{'s' if count > 1 else ''}"
+        size, files = format_size(plan.checkpoint.nbytes), f"{count} safetensors file{'s' if count > 1 else ''}"
+        yield f"writes   {size} in {files}: {_dtypes(plan)}"
     if plan.streams and (publish := plan.recipe.output.publish):
         yield f"uploads  each file to {publish.repo} when it is finished, and removes it here"
     if plan.combination:
@@ -128,6 +156,16 @@ def _written(plan: Plan) -> Iterator[str]:
         yield f"writes   {size} in {first}: {bits} ({types})"
     if plan.ggufs:
         yield f"         encoded by {backend_for(plan.budget.device)} from {plan.recipe.output.gguf_from} values"
+
+
+def _dtypes(plan: Plan) -> str:
+    """The dtypes of the safetensors files; with their bytes if there are several."""
+    sizes: Counter[str] = Counter()
+    for info in plan.tensors:
+        sizes[info.dtype] += info.nbytes
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    return ", ".join(f"{dtype} {format_size(nbytes)}" for dtype, nbytes in sizes.most_common())
 
 
 def _truncation(combination: Combination) -> str:

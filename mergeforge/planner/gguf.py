@@ -23,6 +23,7 @@ from mergeforge.gguf.file_types import (
 from mergeforge.gguf.general_metadata import general_keys, parameter_counts
 from mergeforge.gguf.imatrix import ImatrixFile, read_imatrix
 from mergeforge.gguf.key_values import Keys, Value, string, u32
+from mergeforge.gguf.pooling import Pooling
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.gguf.vocab import vocabulary
 from mergeforge.io.aux_files import AuxFiles
@@ -71,6 +72,7 @@ class GGUFInputs:
     """What GGUF files are made from, beside the weights.
 
     name: the model's name. config, tensors: those of the output. files: the files beside it (tokenizer, model card).
+    pooling: that of the reference model, if it is a sentence-transformers folder.
     """
 
     name: str
@@ -78,6 +80,7 @@ class GGUFInputs:
     tensors: Mapping[str, TensorInfo]
     files: AuxFiles
     device: str
+    pooling: Pooling | None = None
 
 
 def gguf_config(
@@ -102,7 +105,7 @@ def plan_ggufs(output: Output, inputs: GGUFInputs) -> tuple[list[GGUFPlan], dict
         return [], encoders, []
     if not inputs.config:
         raise SourceError("GGUF needs the model's config.json", hint="put it beside the weights")
-    spec = build_spec(inputs.config, inputs.tensors)
+    spec = build_spec(inputs.config, inputs.tensors, inputs.pooling)
     if inputs.config.get("tie_word_embeddings") is False and (
         heads := [name for name in spec.dropped if is_head(name)]
     ):

@@ -35,6 +35,8 @@ def check_output_folder(out: Path, inputs: Inputs) -> None:
             raise OutputError(f"{out} is a file", hint="name a folder to write to")
     except (OSError, ValueError) as error:
         raise OutputError(f"{out} cannot be used as a folder: {error}") from None
+    if out.name.endswith(WORK):
+        return  # a hidden work folder, whose files get other names
     target = out.resolve()
     ancestors = [folder for folder in (target, *target.parents) if folder.exists()]
     for checkpoint in inputs.checkpoints:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergeforge.gguf.pooling import read_pooling
 from mergeforge.io.file_layout import Layout
 from mergeforge.planner.fp8 import checkpoint_encoders, quantization_config, stored_infos
 from mergeforge.planner.gguf import GGUFInputs, GGUFPlan, gguf_config, plan_ggufs
@@ -60,7 +61,9 @@ def plan_outputs(output: Output, stage: Stage, name: str, device: str) -> Output
 def _gguf_inputs(output: Output, stage: Stage, name: str, device: str) -> GGUFInputs:
     reference = stage.inputs.reference_model.checkpoint
     config = gguf_config(stage.config, reference, stage.graph.tensors) if output.gguf else stage.config
-    return GGUFInputs(name, config, stage.infos, {**stage.files, **_model_card(stage.inputs)}, device)
+    files = {**stage.files, **_model_card(stage.inputs)}
+    pooling = read_pooling(reference.folder) if output.gguf else None
+    return GGUFInputs(name, config, stage.infos, files, device, pooling)
 
 
 def _model_card(inputs: Inputs) -> dict[str, Path]:

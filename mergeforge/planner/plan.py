@@ -61,8 +61,9 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most working memory in bytes that the tiles can take, beside the interpreter's own."""
-        return peak_memory(self.tensor_plans, self.budget) + self.budget.remote_cache
+        """The most working memory in bytes that the tiles, or combining adapters, can take."""
+        combining = max((module.nbytes for module in self.combination.sums), default=0) if self.combination else 0
+        return max(peak_memory(self.tensor_plans, self.budget) + self.budget.remote_cache, combining)
 
     @property
     def needs_torch(self) -> bool:
@@ -98,6 +99,11 @@ class Plan:
         """Every file of weights by name."""
         layouts = [self.checkpoint, *(gguf.layout for gguf in self.ggufs)]
         return {name: file for layout in layouts for name, file in layout.files.items()}
+
+    @property
+    def gguf_names(self) -> tuple[str, ...]:
+        """The file of every GGUF output, or the first one of its splits."""
+        return tuple(next(iter(gguf.layout.files)) for gguf in self.ggufs)
 
     @property
     def nbytes_written(self) -> int:

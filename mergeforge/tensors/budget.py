@@ -30,12 +30,14 @@ class Budget:
     """Working memory in bytes, torch device name, number of workers (0: as many as fit).
 
     `remote_cache`: the part of the memory reserved for caching ranges of remote inputs; 0 if all inputs are local.
+    `is_default`: whether the user left the memory to mergeforge.
     """
 
     memory: int
     device: str
     threads: int = 0
     remote_cache: int = 0
+    is_default: bool = False
 
     @property
     def per_worker(self) -> int:
@@ -87,7 +89,7 @@ def make_budget(memory: str | int | None = None, device: str = "auto", threads: 
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise RecipeError(f"threads must be a whole number of at least 1, not {threads!r}")
     device = _device(device)
-    return Budget(nbytes or _default_memory(device), device, threads or 0)
+    return Budget(nbytes or _default_memory(device), device, threads or 0, is_default=memory is None)
 
 
 def cpu_count() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,22 @@ def test_peak_stays_within_the_memory_limit(root: Path, method: str) -> None:
 def test_merges_without_statistics_need_memory_only_for_output_tiles(root: Path) -> None:
     plan = mergeforge.plan(recipe_of(root, "linear"), threads=2, device="cpu")
     assert plan.peak < 2 * (FROM_FILES_NBYTES + READ_NBYTES) + (1 << 20)
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize(
+    ("name", "method", "output"), [("numpy", "ties", {}), ("torch", "fold", {}), ("gguf", "fold", {"gguf": ["q8_0"]})]
+)
+def test_the_process_takes_no_more_than_the_plan_says(
+    root: Path, name: str, method: str, output: dict[str, object]
+) -> None:
+    """The real peak of `run`, against the total that `plan --json` gives; the promise is no more than 120 MB above."""
+    adapters = {"base_model": str(root / "base"), "adapters": [str(root / "adapter")]}
+    recipe = recipe_of(root, method) if method != "fold" else adapters
+    path = root / f"process-{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"output": {**output, "path": str(root / name)}}))
+    options = ("--device", "cpu", "--threads", "2", "--memory", "64MiB")
+    command = [sys.executable, "-m", "mergeforge", "plan", str(path), "--json", *options]
+    planned = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    total = planned["process_memory"]
+    assert total - (120 << 20) < peak("-m", "mergeforge", "run", str(path), *options) <= total

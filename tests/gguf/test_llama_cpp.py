@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,26 @@ def test_verify_compares_with_transformers(merged: Path, capsys: pytest.CaptureF
     assert run_command(["verify", "merged", "--engine"]) == 0
     shown = capsys.readouterr().err
     assert all(f"m-{label}.gguf: largest difference 0." in shown for label in ("F32", "Q8_0", "Q4_K_M"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"merge_method": "passthrough", "models": [{"model": "base"}]},
+        {"base_model": "base", "adapters": ["adapters/a"], "dtype": "bfloat16"},
+    ],
+)
+def test_a_folder_with_only_gguf_is_compared(
+    models: Path, capsys: pytest.CaptureFixture[str], value: dict[str, Any]
+) -> None:
+    """With the converted model, or with the model merged again; nothing is left behind."""
+    output = {"gguf": ["f32", "q8_0"], "safetensors": False, "name": "m"}
+    mergeforge.merge({**value, "output": output}, out="merged", device="cpu")
+    before = set(models.iterdir())
+    assert run_command(["verify", "merged", "--engine"]) == 0
+    shown = capsys.readouterr().err
+    assert all(f"m-{label}.gguf: largest difference 0." in shown for label in ("F32", "Q8_0"))
+    assert set(models.iterdir()) == before
 
 
 def test_comparison_detects_a_wrong_file(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -276,9 +276,9 @@ def test_gguf_files_are_compared(models: Path, capsys: pytest.CaptureFixture[str
     f32, q8_0 = "files/tuned-a-F32.gguf", "files/tuned-a-Q8_0.gguf"
     assert run_command(["diff", "tuned-a", f32]) == 0
     assert run_command(["diff", f32, f32]) == 0
-    assert run_command(["diff", q8_0, "tuned-a"]) == 1
+    assert run_command(["diff", q8_0, "tuned-a", "--all"]) == 1
     assert "model.layers.0.self_attn.q_proj.weight: values differ  relative 0.00" in capsys.readouterr().out
-    assert run_command(["diff", q8_0, f32]) == 1
+    assert run_command(["diff", q8_0, f32, "--all"]) == 1
     assert "blk.0.attn_q.weight: values differ  relative 0.00" in capsys.readouterr().out
     assert run_command(["diff", "base", f32]) == 1
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from mergeforge.core.tensor_info import TensorInfo
     from mergeforge.gguf.architectures.model import HFModel
+    from mergeforge.gguf.pooling import Pooling
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +86,10 @@ def architecture(*names: str) -> Callable[[BuildSpec], BuildSpec]:
     return register
 
 
-def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> GGUFModelSpec:
-    """The GGUF spec of a model, from its config.json and its tensors.
+def build_spec(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], pooling: Pooling | None = None
+) -> GGUFModelSpec:
+    """The GGUF spec of a model, from its config.json, its tensors, and the pooling of an embedder.
 
     Raises SourceError for an unknown model class, a missing key or tensor, a tensor that has no target, and weights
     that are already quantized.
@@ -101,7 +104,7 @@ def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
         text = f"config.json: the architecture {name} is not supported in GGUF"
         raise SourceError(text, hint=f"{near} {hint}" if near else hint)
     try:
-        return ARCHITECTURES[name](HFModel.of(name, config, tensors))
+        return ARCHITECTURES[name](HFModel.of(name, config, tensors, pooling))
     except MALFORMED_ERRORS as error:  # a value of the wrong type
         text = f"config.json does not describe a {name}: {type(error).__name__}: {error}"
         raise SourceError(text, hint="compare it with the original model's config.json") from error

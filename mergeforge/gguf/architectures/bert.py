@@ -1,7 +1,7 @@
 """BERT, RoBERTa and XLM-RoBERTa: encoders that embed or rank.
 
-The pooling type is in a file beside config.json (modules.json), which is not available here: a warning says how to set
-it when the model is run.
+The pooling type comes from a sentence-transformers folder (modules.json); for others a note says how to set it when the
+model is run.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.engine_limits import POOLING
 from mergeforge.gguf.architectures.hparams import hparams
 from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.pooling import pooling_keys, pooling_notes
 from mergeforge.gguf.architectures.tensor_mapping import HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import array, boolean
 
@@ -40,9 +40,8 @@ def _encoder(model: HFModel, vocab: str, unused: int) -> GGUFModelSpec:
     context = int(model.require("max_position_embeddings")) - unused
     labels = _labels(model)
     keys = hparams(replace(model, config={**model.config, "max_position_embeddings": context}))
-    keys |= {"attention.causal": boolean(False)} | (
-        {"classifier.output_labels": array("string", labels)} if labels else {}
-    )
+    keys |= {"attention.causal": boolean(False)} | pooling_keys(model)
+    keys |= {"classifier.output_labels": array("string", labels)} if labels else {}
 
     def target(stored: HFTensor) -> RuleResult:
         plain = replace(stored, name=_plain(stored.name, bool(labels)))
@@ -52,7 +51,7 @@ def _encoder(model: HFModel, vocab: str, unused: int) -> GGUFModelSpec:
             return _positions(plain, unused)
         return (plain.tensor(),)
 
-    notes = () if labels else (POOLING,)
+    notes = pooling_notes(model, embeds=not labels)
     return make_spec(model, "bert", keys, target, vocab=vocab, required_per_block=_NEEDS, required=_ONCE, notes=notes)
 
 

@@ -12,9 +12,6 @@ from typing import Any
 
 from mergeforge.gguf.architectures.model import HFModel
 
-POOLING = (
-    "the file does not contain the pooling type: run the embedder with --pooling mean, cls or last, as its card says"
-)
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3", "su", "longrope", "mrope", "dynamic")
 _FACTORS = ("phi3", "phimoe", "minicpm")  # families whose longrope factors are in the file
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import permute_rope_heads
 from mergeforge.gguf.architectures.constants import rope_freq_factors_llama3
-from mergeforge.gguf.architectures.engine_limits import POOLING
 from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import hparams
 from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.pooling import pooling_keys, pooling_notes
 from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import Value, u32
 
@@ -30,7 +30,7 @@ def llama(model: HFModel) -> GGUFModelSpec:
 
 @architecture("LlamaModel")
 def llama_without_head(model: HFModel) -> GGUFModelSpec:
-    return like_llama(model, "llama", prefix="model.", notes=(POOLING,))
+    return like_llama(model, "llama", prefix="model.", notes=pooling_notes(model, writes_key=False))
 
 
 @architecture("SmolLM3ForCausalLM")
@@ -46,7 +46,8 @@ def smollm3(model: HFModel) -> GGUFModelSpec:
 
 @architecture("ArceeForCausalLM")
 def arcee(model: HFModel) -> GGUFModelSpec:
-    return like_llama(model, "arcee", required_per_block=_SQUARED)
+    keys, notes = llama_keys(model) | pooling_keys(model), pooling_notes(model, embeds=False)
+    return like_llama(model, "arcee", keys, required_per_block=_SQUARED, notes=notes)
 
 
 @architecture("Llama4ForCausalLM", "Llama4ForConditionalGeneration")

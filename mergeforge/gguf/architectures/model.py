@@ -9,6 +9,7 @@ from typing import Any
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures.hf_config import with_hf_defaults
+from mergeforge.gguf.pooling import Pooling
 
 MAX_LAYERS = 1024  # building gguf-py's name map for more takes seconds
 
@@ -18,16 +19,20 @@ class HFModel:
     """A model to convert.
 
     name: its Hugging Face class. original_config: config.json as it is. config: with transformers' defaults.
+    pooling: how sentence-transformers pools its embeddings, if the folder says so.
     """
 
     name: str
     original_config: Mapping[str, Any]
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    pooling: Pooling | None = None
 
     @staticmethod
-    def of(name: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> HFModel:
-        return HFModel(name, config, with_hf_defaults(config), tensors)
+    def of(
+        name: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], pooling: Pooling | None = None
+    ) -> HFModel:
+        return HFModel(name, config, with_hf_defaults(config), tensors, pooling)
 
     def find(self, *keys: str) -> Any:
         """The value of the first key that the config has, or None."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.engine_limits import POOLING
 from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import hparams, optional
 from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.pooling import pooling_keys, pooling_notes
 from mergeforge.gguf.architectures.tensor_mapping import GATED, make_spec
 from mergeforge.gguf.key_values import u32
 
@@ -15,22 +15,22 @@ _NORMED = (*GATED, "attn_q_norm", "attn_k_norm")
 
 @architecture("Qwen2ForCausalLM")
 def qwen2(model: HFModel) -> GGUFModelSpec:
-    return make_spec(model, "qwen2", hparams(model), vocab="spm_or_gpt2")
+    keys, notes = hparams(model) | pooling_keys(model), pooling_notes(model, embeds=False)
+    return make_spec(model, "qwen2", keys, vocab="spm_or_gpt2", notes=notes)
 
 
 @architecture("Qwen3ForCausalLM")
 def qwen3(model: HFModel) -> GGUFModelSpec:
-    return make_spec(model, "qwen3", hparams(model), vocab="spm_or_gpt2", required_per_block=_NORMED)
+    keys, notes = hparams(model) | pooling_keys(model), pooling_notes(model, embeds=False)
+    return make_spec(model, "qwen3", keys, vocab="spm_or_gpt2", required_per_block=_NORMED, notes=notes)
 
 
 @architecture("Qwen2Model", "Qwen3Model")
 def qwen_without_head(model: HFModel) -> GGUFModelSpec:
     """Embedding models: tensors are named as inside a model with a head."""
     arch, needs = ("qwen2", GATED) if model.name == "Qwen2Model" else ("qwen3", _NORMED)
-    keys = hparams(model)
-    return make_spec(
-        model, arch, keys, vocab="spm_or_gpt2", required_per_block=needs, prefix="model.", notes=(POOLING,)
-    )
+    keys, notes = hparams(model) | pooling_keys(model), pooling_notes(model)
+    return make_spec(model, arch, keys, vocab="spm_or_gpt2", required_per_block=needs, prefix="model.", notes=notes)
 
 
 @architecture("Qwen2MoeForCausalLM")

@@ -1,0 +1,186 @@
+"""Add converted GGUF files to a folder that holds other files, and list them in its receipt and Modelfile.
+
+In a folder of earlier conversions of the same model, the receipt, recipe and card become those of one conversion to all
+types. In the folder of a merge, the receipt gets the hash of each added file. A folder without a receipt gets none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mergeforge.core.checksums import file_sha256
+from mergeforge.core.file_names import MODEL_CARD, RECEIPT, RECIPE
+from mergeforge.errors import MALFORMED_ERRORS, MergeforgeError
+from mergeforge.execute.model_card import model_card
+from mergeforge.execute.workspace import read_receipt
+from mergeforge.gguf.file_types import file_type_named
+from mergeforge.gguf.modelfile import MODELFILE, modelfile
+from mergeforge.io.disk import on_disk, sync_folder, write_durably
+from mergeforge.planner import Options, Plan, make_plan
+
+Receipt = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Files to add to the folder `out`: those of a finished conversion (`plan`), or its only file under a new path."""
+
+    plan: Plan
+    out: Path
+    file: Path | None
+    options: Options
+
+    @property
+    def moves(self) -> dict[Path, Path]:
+        """Every written file and its path in the folder."""
+        return {self.plan.out / name: self.file or self.out / name for name in self.plan.files}
+
+    @property
+    def types(self) -> dict[Path, str]:
+        """The type of every file, by its path in the folder."""
+        labels = {name: gguf.file_type.label for gguf in self.plan.ggufs for name in gguf.layout.files}
+        return {path: labels[written.name] for written, path in self.moves.items()}
+
+
+def add_files(addition: Addition) -> None:
+    """Give every file its name, then update the folder's receipt; repeating it after a crash completes it."""
+    old = read_receipt(addition.out)
+    new = read_receipt(addition.plan.out)
+    joined = _joined_plan(addition, old, new) if old and new else None
+    for written, path in addition.moves.items():
+        if written.exists():
+            with on_disk(path):
+                os.replace(written, path)
+    sync_folder(addition.out)
+    if joined and old and new:
+        _write_joined(addition.out, joined, old, new)
+    elif old:
+        _write_listed(addition, old)
+    elif addition.file is None and not (addition.out / MODELFILE).exists():
+        write_durably(addition.out / MODELFILE, _modelfile(addition.plan, list(addition.plan.gguf_names)))
+
+
+def files_of_type(receipt: Receipt | None, labels: Collection[str]) -> list[str]:
+    """The receipt's GGUF files of these types."""
+    files = receipt.get("files") if receipt else None
+    if not isinstance(files, Mapping):
+        return []
+    return [name for name, facts in files.items() if name.endswith(".gguf") and facts.get("type") in labels]
+
+
+# a folder of conversions
+
+
+def _joined_plan(addition: Addition, old: Receipt, new: Receipt) -> Plan | None:
+    """One conversion to the folder's types and the new ones; None if the folder holds something else."""
+    try:
+        if addition.file or _conversion_of(old) != _conversion_of(new):
+            return None
+        kept = [entry for entry in _entries(old) if _label(entry) not in addition.types.values()]
+        recipe = {**new["recipe"], "output": {**new["recipe"]["output"], "gguf": [*kept, *_entries(new)]}}
+        plan = make_plan(recipe, replace(addition.options, out=addition.out))
+    except (MergeforgeError, *MALFORMED_ERRORS):  # its imatrix is gone, or the receipt is from another version
+        return None
+    return plan if plan.files.keys() - new["files"].keys() <= old["files"].keys() else None
+
+
+def _conversion_of(receipt: Receipt) -> dict[str, Any]:
+    """What must be equal in conversions of one model: everything but the types, and the path to the model."""
+    recipe = receipt["recipe"]
+    output = {key: value for key, value in recipe["output"].items() if key != "gguf"}
+    inputs = [{**source, "name": ""} for source in receipt["inputs"]]
+    return {**recipe, "models": len(recipe["models"]), "output": output, "inputs": inputs}
+
+
+def _entries(receipt: Receipt) -> list[Any]:
+    entries = receipt["recipe"]["output"]["gguf"]
+    return list(entries) if isinstance(entries, list) else [entries]
+
+
+def _label(entry: Any) -> str:
+    return file_type_named(entry["type"] if isinstance(entry, Mapping) else str(entry)).label
+
+
+def _write_joined(out: Path, plan: Plan, old: Receipt, new: Receipt) -> None:
+    """The side files and the receipt that one conversion to all types would have written."""
+    aux = {MODELFILE: _modelfile(plan, list(plan.gguf_names)), RECIPE: plan.recipe.to_yaml().encode()}
+    if _is_unchanged(out, MODEL_CARD, old):
+        aux[MODEL_CARD] = model_card(plan).encode()
+    for name, content in aux.items():
+        write_durably(out / name, content)
+    files = {name: (new if name in new["files"] else old)["files"][name] for name in plan.files}
+    files |= {name: facts for name, facts in old["files"].items() if not name.endswith(".gguf")}
+    files |= {name: _hashed(content) for name, content in aux.items()}
+    earlier = old["tensors"]
+    tensors = {name: _joined_tensor(plan, earlier.get(name, {}), facts) for name, facts in new["tensors"].items()}
+    changed = {"fingerprint": plan.fingerprint, "recipe": plan.recipe.raw, "tensors": tensors, "files": files}
+    _write_receipt(out, {**new, **changed})
+    for name in old["files"]:  # other splits of a type that is replaced
+        if name.endswith(".gguf") and name not in files:
+            (out / name).unlink(missing_ok=True)
+
+
+def _joined_tensor(plan: Plan, old: Receipt, new: Receipt) -> dict[str, Any]:
+    """A tensor's entry, with its encoded forms in the files of the plan."""
+    forms = {key: facts for key, facts in old.get("gguf", {}).items() if facts["file"] in plan.files}
+    order = list(plan.files)
+    joined = sorted((forms | new.get("gguf", {})).items(), key=lambda form: order.index(form[1]["file"]))
+    return {**new, "gguf": dict(joined)}
+
+
+# the folder of a merge, or of a model
+
+
+def _write_listed(addition: Addition, old: Receipt) -> None:
+    """List the files in the receipt of a merge, in place of those of the same names."""
+    files = dict(old["files"])
+    for path, label in addition.types.items():
+        files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path), "type": label}
+    if MODELFILE not in files or _is_unchanged(addition.out, MODELFILE, old):
+        content = _extended_modelfile(addition)
+        write_durably(addition.out / MODELFILE, content)
+        files[MODELFILE] = _hashed(content)
+    names = {path.name for path in addition.types}
+    tensors = {name: _without_files(facts, names) for name, facts in old["tensors"].items()}
+    _write_receipt(addition.out, {**old, "tensors": tensors, "files": files})
+
+
+def _without_files(tensor: Receipt, names: Set[str]) -> Receipt:
+    """A tensor's entry without its encoded forms in files that are replaced."""
+    if "gguf" not in tensor:
+        return tensor
+    return {**tensor, "gguf": {key: facts for key, facts in tensor["gguf"].items() if facts["file"] not in names}}
+
+
+def _extended_modelfile(addition: Addition) -> bytes:
+    """The folder's Modelfile, with the new files as comments; a new one if there is none."""
+    path, names = addition.out / MODELFILE, [path.name for path in addition.types]
+    if not path.is_file():
+        return _modelfile(addition.plan, names)
+    with on_disk(path):
+        text = path.read_text("utf-8")
+    return (text + "".join(f"# FROM ./{name}\n" for name in names if f"FROM ./{name}\n" not in text)).encode()
+
+
+def _modelfile(plan: Plan, names: Sequence[str]) -> bytes:
+    return modelfile(names[0], plan.ggufs[0].keys, names[1:]).encode()
+
+
+def _is_unchanged(out: Path, name: str, receipt: Receipt) -> bool:
+    """Whether a file is as the receipt says: the user may have edited it."""
+    path, facts = out / name, receipt["files"].get(name, {})
+    return not path.is_file() or file_sha256(path) == facts.get("sha256")
+
+
+def _hashed(content: bytes) -> dict[str, Any]:
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _write_receipt(out: Path, receipt: Receipt) -> None:
+    write_durably(out / RECEIPT, (json.dumps(receipt, indent=1, default=str) + "\n").encode())
