@@ -76,7 +76,8 @@ def _resolve_stage(recipe: Recipe, inputs: Inputs) -> Stage:
     config_out = config_json(recipe, config, infos, graph.tied)
     if config_out and graph.layer_stacks:
         config_out = stacked_config(config_out, graph.layer_stacks)
-    return Stage(recipe, inputs, graph, infos, config_out, files, (*inputs.notes, *graph.notes, *notes))
+    notes = [*recipe.warnings, *inputs.notes, *graph.notes, *notes]
+    return Stage(recipe, inputs, graph, infos, config_out, files, tuple(notes))
 
 
 def _files_and_config(

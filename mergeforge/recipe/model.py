@@ -179,7 +179,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole merge, as the user wrote it; `raw` is the plain value that was read.
+    """A whole merge, as the user wrote it; `raw` is the plain value that was read, `warnings` what has no effect.
 
     `base_numerics`: what adapters are folded into: the tensors as stored, or rounded to NF4.
     `stream_inputs`: read Hub repos remotely instead of downloading them.
@@ -206,6 +206,12 @@ class Recipe:
     base_numerics: str = "original"
     stream_inputs: bool = False
     stages: tuple[Recipe, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def only_adapters(self) -> bool:
+        """Whether there are adapters and no models: their base model may then be left out."""
+        return bool(self.adapters) and not self.model_lists
 
     @property
     def model_lists(self) -> list[tuple[ModelEntry, ...]]:
