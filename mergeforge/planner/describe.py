@@ -33,7 +33,8 @@ def _summary(tensor_plan: TensorPlan, graph: MergeGraph) -> str:
 
 def plan_page(plan: Plan, *, notes: bool = True) -> str:
     """Inputs, what is done to each group of tensors, bytes, memory, disk and notes, as lines of text."""
-    lines = [f"{plan.recipe.method_name} -> {plan.out}", *_inputs(plan), "", *_groups(plan), ""]
+    out = str(plan.out) if plan.has_output else "(no output folder given)"
+    lines = [f"{plan.recipe.method_name} -> {out}", *_inputs(plan), "", *_groups(plan), ""]
     streamed = f", {format_size(plan.nbytes_streamed)} of it streamed" if plan.nbytes_streamed else ""
     lines += [f"reads    {format_size(plan.nbytes_read)}{streamed}", *_written(plan)]
     workers = f"{plan.budget.threads} worker{'s' if plan.budget.threads > 1 else ''} on {plan.budget.device}"
@@ -48,7 +49,7 @@ def plan_as_json(plan: Plan) -> dict[str, object]:
     """The plan as values for JSON: `mergeforge plan --json`."""
     return {
         "merge_method": plan.recipe.method_name,
-        "out": str(plan.out),
+        "out": str(plan.out) if plan.has_output else None,
         "inputs": [
             {"name": checkpoint.label, "revision": checkpoint.revision, "bytes": checkpoint.nbytes}
             for checkpoint in plan.inputs.checkpoints

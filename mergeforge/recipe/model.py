@@ -179,8 +179,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole merge, as the user wrote it; `raw` is the plain value that was read, `warnings` what has no effect.
+    """A whole merge, as the user wrote it; `raw` is the plain value that was read.
 
+    `notes`: what the user should know about it, such as warnings of parameters without effect.
     `base_numerics`: what adapters are folded into: the tensors as stored, or rounded to NF4.
     `stream_inputs`: read Hub repos remotely instead of downloading them.
     `stages`: the other documents of its file, whose results it may name as models. A `merge_method`
@@ -206,7 +207,7 @@ class Recipe:
     base_numerics: str = "original"
     stream_inputs: bool = False
     stages: tuple[Recipe, ...] = ()
-    warnings: tuple[str, ...] = field(default=(), compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def only_adapters(self) -> bool:

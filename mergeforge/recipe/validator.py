@@ -89,7 +89,7 @@ class Validator:
         known = self._check_methods(recipe, methods)
         if known is not None:
             check_parameters(recipe, known, methods, self.report, self.warn)
-        return replace(recipe, warnings=self.warning_texts())
+        return replace(recipe, notes=self.warning_texts())
 
     def _needs_no_method(self, value: Mapping[str, Any]) -> bool:
         """Whether rules may handle every tensor: there are rules, and something other than adapters to merge."""

@@ -308,7 +308,7 @@ def test_a_parameter_without_effect_is_a_warning_that_names_its_place(
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(PLACED.format(method=method, first=first, second=second, shared=shared))
-    (found,) = read(path, METHODS).warnings
+    (found,) = read(path, METHODS).notes
     assert isinstance(found, WarningText)
     assert found.startswith(warning)
 
@@ -316,16 +316,16 @@ def test_a_parameter_without_effect_is_a_warning_that_names_its_place(
 def test_parameters_of_the_base_model_among_the_models_are_a_warning() -> None:
     models = [{"model": "b", "parameters": {"weight": 1}}, {"model": "a", "parameters": {"weight": 1}}]
     ties = read({"merge_method": "ties", "base_model": "b", "models": models}, METHODS)
-    assert ties.warnings == (
+    assert ties.notes == (
         "'weight' of the base model has no effect: ties takes it for the other models (models.0.parameters.weight)",
     )
-    assert not read({"merge_method": "linear", "base_model": "b", "models": models}, METHODS).warnings
+    assert not read({"merge_method": "linear", "base_model": "b", "models": models}, METHODS).notes
 
 
 def test_keys_that_mergekit_reads_and_never_uses_are_warnings() -> None:
     model = {"model": {"path": "a"}, "override_architecture": "LlamaForCausalLM"}
     slices = [{"sources": [{"model": model, "layer_range": [0, 2]}], "residual_weight": 0.5}]
-    warnings = read({"merge_method": "passthrough", "slices": slices}, METHODS).warnings
+    warnings = read({"merge_method": "passthrough", "slices": slices}, METHODS).notes
     assert [warning.split(":")[0] for warning in warnings] == [
         "'override_architecture' has no effect",
         "'residual_weight' has no effect",
