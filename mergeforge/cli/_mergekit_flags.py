@@ -43,10 +43,7 @@ FLAGS = (
     MergekitFlag("random-seed", metavar="N"),
     MergekitFlag("transformers-cache", metavar="DIR"),
     MergekitFlag("allow-crimes", "models are merged by tensor names and shapes, whatever their architecture is called"),
-    MergekitFlag(
-        "unsafe-truncate-embeddings",
-        "rows are never cut; where vocabularies differ, `tokenizer_source: base` maps them token by token",
-    ),
+    MergekitFlag("unsafe-truncate-embeddings"),
     MergekitFlag("trust-remote-code", "no code of a model is ever run"),
     MergekitFlag(
         "lora-merge-cache", "adapters are folded tensor by tensor, without a merged copy on disk", metavar="DIR"
@@ -76,7 +73,7 @@ def mergekit_flags(command: F) -> F:
     return click.argument("out_path", required=False, metavar="[OUT]")(command)
 
 
-def without_mergekit_flags(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def without_mergekit_flags(recipe: str, options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The options of a command with those of mergekit replaced by ours, and a line for each that does nothing."""
     values = {flag.name: options[flag.key] for flag in FLAGS if options[flag.key] is not None}
     ours = {name: value for name, value in options.items() if not name.startswith("mergekit_") and name != "out_path"}
@@ -89,7 +86,17 @@ def without_mergekit_flags(options: dict[str, Any]) -> tuple[dict[str, Any], lis
     ours["allow_pickle"] = ours["allow_pickle"] or bool(values.get("lazy-unpickle"))
     if "transformers-cache" in values:
         os.environ["HF_HUB_CACHE"] = values["transformers-cache"]  # huggingface_hub is not imported yet
-    return ours, _notes(values)
+    notes = _notes(values)
+    if values.get("unsafe-truncate-embeddings") and not _has_tokenizer(recipe, ours["sets"]):
+        ours["sets"] = (*ours["sets"], "tokenizer_source=base")
+        notes.append("--unsafe-truncate-embeddings cuts no rows: tokenizer_source: base maps them token by token")
+    return ours, notes
+
+
+def _has_tokenizer(recipe: str, sets: tuple[str, ...]) -> bool:
+    from mergeforge.planner import read_recipe
+
+    return read_recipe(recipe, sets).tokenizer is not None
 
 
 def _out(option: str | None, argument: str | None) -> str | None:

@@ -28,7 +28,7 @@ def plan(recipe: str, **options: Any) -> None:
       mergeforge plan recipe.yaml
       mergeforge plan recipe.yaml --memory 2GiB -v
     """
-    options, notes = without_mergekit_flags(options)
+    options, notes = without_mergekit_flags(recipe, options)
     for note in () if options["quiet"] else notes:
         say("note:  ", note, "yellow")
     show_plan(recipe, **options)

@@ -34,7 +34,7 @@ def run(recipe: str, *, fresh: bool, overwrite: bool, plan_only: bool, **options
       mergeforge run recipe.yaml --set adapters.0.weight=0.5
       mergeforge run mergekit-config.yml ./merged --cuda
     """
-    options, notes = without_mergekit_flags(options)
+    options, notes = without_mergekit_flags(recipe, options)
     for note in () if options["quiet"] else notes:
         say("note:  ", note, "yellow")
     if plan_only:
