@@ -39,7 +39,7 @@ def plan(recipe: RecipeLike, **options: Any) -> Plan:
     options: out, sets, memory, device, threads, stream_inputs, stream_to_hub, allow_pickle, allow_nonfinite, strict
     (Options explains them). Nothing is written; `print(plan)` shows what run() would do.
     """
-    return make_plan(recipe, Options.of("mergeforge.plan", options))
+    return make_plan(recipe, Options.of("mergeforge.plan", options), needs_output=False)
 
 
 def run(
@@ -100,7 +100,8 @@ def merge(
     if not isinstance(parameters, Mapping | None):
         raise TypeError(f"mergeforge.merge(): parameters must be a dict, not {type(parameters).__name__}")
     if recipe is None:
-        recipe = _recipe(base_model, models, adapters, weights, method, parameters, settings, output_keys)
+        numbers = [float(weight) for weight in weights]
+        recipe = recipe_of(base_model, models, adapters, numbers, method, parameters, settings, output_keys)
     elif base_model or models or adapters or weights or method or parameters or settings:
         raise RecipeError("give a recipe or its parts, not both")
     plan_ = make_plan(recipe, Options.of("mergeforge.merge", options))
@@ -252,27 +253,29 @@ def _recipe_keys() -> tuple[list[str], list[str]]:
     return list(properties), list(properties["output"]["properties"])
 
 
-def _recipe(
+def recipe_of(
     base_model: str | Path | None,
     models: Sequence[str | Path],
     adapters: Sequence[str | Path],
-    weights: Sequence[float],
+    weights: Sequence[Any],
     method: str | None,
     parameters: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
     output_keys: Sequence[str],
 ) -> dict[str, Any]:
-    """A recipe from the arguments of merge()."""
-    by_input: list[float | None] = [float(weight) for weight in weights]
-    if by_input and len(by_input) != len(models) + len(adapters):
-        raise RecipeError(f"{len(by_input)} weights for {len(models)} models and {len(adapters)} adapters")
-    if not by_input:
-        takes_weight = method is None or method not in METHODS or "weight" in METHODS[method].parameters
-        by_input = [1.0 if takes_weight else None] * (len(models) + len(adapters))
+    """A recipe from the arguments of merge(). A weight of None is 1, where the method takes weights."""
+    if weights and len(weights) != len(models) + len(adapters):
+        raise RecipeError(f"{len(weights)} weights for {len(models)} models and {len(adapters)} adapters")
+    known = METHODS[method] if method and method in METHODS else None
+    default = 1.0 if known is None or "weight" in known.parameters else None
+    by_input = [default if weight is None else weight for weight in weights or [None] * (len(models) + len(adapters))]
     recipe: dict[str, Any] = {
         "merge_method": method,
         "base_model": base_model if base_model is None else str(base_model),
-        "models": [_weighted_model(model, weight) for model, weight in zip(models, by_input, strict=False)],
+        "models": [
+            {"model": str(model)} | ({} if weight is None else {"parameters": {"weight": weight}})
+            for model, weight in zip(models, by_input, strict=False)
+        ],
         "adapters": [
             {"adapter": str(adapter)} | ({} if weight is None else {"weight": weight})
             for adapter, weight in zip(adapters, by_input[len(models) :], strict=True)
@@ -292,7 +295,3 @@ def _items(argument: str, values: Any, kind: Any, description: str) -> list[Any]
         if not isinstance(item, kind):
             raise TypeError(f"mergeforge.merge(): {argument} must be {description}, not {item!r}")
     return items
-
-
-def _weighted_model(model: str | Path, weight: float | None) -> dict[str, Any]:
-    return {"model": str(model)} | ({} if weight is None else {"parameters": {"weight": weight}})

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 # Options whose value follows them in a hint; every other option is a flag.
 _VALUED = (
@@ -154,10 +153,49 @@ def malformed_as_source_error(what: object) -> Iterator[None]:
         raise SourceError(text, hint="download it again; if transformers can read it, please report this") from error
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'weight'?`, or "" when no known word is close."""
-    closest = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean '{closest[0]}'?" if closest else ""
+def did_you_mean(word: str, known: Iterable[str], equivalents: Mapping[str, str] | None = None) -> str:
+    """`did you mean 'weight'?`, or "" if no known word is spelled like `word`.
+
+    equivalents: what other programs call it -> what to write here.
+    """
+    if equivalents and word.lower() in equivalents:
+        return f"did you mean '{equivalents[word.lower()]}'?"
+    closest = nearest_name(word, known)
+    return f"did you mean '{closest}'?" if closest else ""
+
+
+def nearest_name(word: str, known: Iterable[str]) -> str:
+    """The known name that `word` is a misspelling of, or a part of; "" if there is none.
+
+    A misspelling has at most one wrong letter in five; `_`, `-`, spaces and capitals do not count. A part is a whole
+    word between these, of at least four letters and in one name only.
+    """
+    letters, names = _letters(word), {name: _letters(name) for name in known}
+    limit = (len(letters) + 4) // 5 if len(letters) > 2 else 0
+    edits = {name: _edits(letters, other) for name, other in names.items() if abs(len(other) - len(letters)) <= limit}
+    near = [name for name in edits if edits[name] <= limit]
+    if near:  # of equally near names, one with the same letters: `modles` is `models`, not `modules`
+        return min(near, key=lambda name: (edits[name], sorted(names[name]) != sorted(letters)))
+    owners = [name for name in names if letters in re.split(r"[-_ .]", name.lower())] if len(letters) > 3 else []
+    return owners[0] if len(owners) == 1 else ""
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name.lower())
+
+
+def _edits(a: str, b: str) -> int:
+    """The number of letters to insert, remove, replace or swap with their neighbor (optimal string alignment)."""
+    rows = [list(range(len(b) + 1))]
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            costs = [rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != other)]
+            if i > 1 and j > 1 and (letter, a[i - 2]) == (b[j - 2], other):
+                costs.append(rows[-2][j - 2] + 1)
+            row.append(min(costs))
+        rows.append(row)
+    return rows[-1][-1]
 
 
 def format_list(names: Iterable[str], limit: int = 5) -> str:

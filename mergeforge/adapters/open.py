@@ -52,6 +52,9 @@ def open_adapter(
     if config is not None and is_mlx(config):
         checkpoint = open_weights(MLX_STEM)
         return _match_converted(checkpoint, read_mlx(checkpoint.tensors, config, label), label, base, folder)
+    if config is None and weights.is_dir() and _is_model(weights):
+        hint = "list it under 'models'; `mergeforge extract-lora` makes an adapter from a model and its base"
+        raise SourceError(f"{label} is a whole model, not an adapter", hint=hint)
     if config is None and (weights.is_file() or _is_single_file(weights, files)):
         checkpoint = open_weights("adapter_model")
         return _match_converted(
@@ -100,6 +103,11 @@ def _match_converted(
     renamed = replace(checkpoint, tensors=converted.tensors, warnings=(*checkpoint.warnings, *converted.notes))
     matcher = AdapterMatcher(label, base, renamed, converted.settings, converted.method, converted.config)
     return matcher.match(folder, checkpoint.revision)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model: a config.json, and weights under a model's names."""
+    return (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
 
 
 def _is_single_file(folder: Path, files: Mapping[str, InputFile]) -> bool:

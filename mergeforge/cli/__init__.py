@@ -11,11 +11,14 @@ from typing import Any
 
 import click
 
+from mergeforge.cli._suggestions import unknown_command, unknown_option
+from mergeforge.cli._text import say
 from mergeforge.errors import MergeforgeError, out_of_memory
 
 # command -> (module, function, one line for the list), so that --help imports no command
 COMMANDS = {
     "run": ("run", "run", "Merge models and adapters as a recipe says; resumes an interrupted run."),
+    "merge": ("merge", "merge", "Merge models and adapters named on the command line, without a recipe."),
     "plan": ("plan", "plan", "Show what run would do; reads headers only."),
     "verify": ("verify", "verify", "Check a finished merge against its receipt."),
     "gguf": ("gguf", "gguf", "Write a finished model as GGUF, quantized in one pass."),
@@ -56,9 +59,7 @@ class _Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS:
-            from mergeforge.errors import did_you_mean
-
-            raise click.UsageError(f"there is no command '{args[0]}'. {did_you_mean(args[0], COMMANDS)}".strip())
+            raise unknown_command(args[0], list(COMMANDS))
         return super().resolve_command(ctx, args)
 
 
@@ -69,7 +70,8 @@ def cli() -> None:
 
     \b
     Examples:
-      mergeforge demo                            a first merge, in less than a minute
+      mergeforge demo                            a first merge, in a minute
+      mergeforge merge --adapter ./lora -o out   fold an adapter into its base
       mergeforge plan recipe.yaml                show what would be done
       mergeforge run recipe.yaml --memory 2GiB   do it
       mergeforge train train.yaml                train an adapter
@@ -87,7 +89,7 @@ def run_command(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except click.ClickException as error:
-        error.show()
+        _show_usage_error(error)
         return 2
     except MergeforgeError as error:
         show_error(error)
@@ -114,11 +116,17 @@ def _system_error(error: OSError) -> MergeforgeError:
 
 def show_error(error: MergeforgeError) -> None:
     """Print what is wrong and what to do, on stderr."""
-    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    click.echo(str(error), err=True)
+    say("error: ", str(error), "red")
     if error.command_hint:
-        click.secho("hint:  ", fg="yellow", nl=False, err=True)
-        click.echo(error.command_hint, err=True)
+        say("hint:  ", error.command_hint, "yellow")
+
+
+def _show_usage_error(error: click.ClickException) -> None:
+    """Print how the command is used, and what is wrong."""
+    if isinstance(error, click.UsageError) and error.ctx:
+        click.echo(error.ctx.get_usage(), err=True)
+    text = unknown_option(error) if isinstance(error, click.NoSuchOption) else error.format_message()
+    say("error: ", text, "red")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -16,11 +16,12 @@ device = click.option(
     "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", show_default=True
 )
 threads = click.option(
-    "--threads", type=int, metavar="N", help="Number of workers. [default: one per core, if they fit]"
+    "-j", "--threads", type=int, metavar="N", help="Number of workers. [default: one per core, if they fit]"
 )
 allow_pickle = click.option("--allow-pickle", is_flag=True, help="Read .bin weights with torch's weights_only loader.")
 fresh = click.option("--fresh", is_flag=True, help="Discard an unfinished run and start over.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace a finished result.")
+plan_only = click.option("--plan", "--dry-run", "plan_only", is_flag=True, help="Show the plan only; write nothing.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 verbose = click.option("-v", "--verbose", is_flag=True, help="Print the whole plan first.")
@@ -40,7 +41,7 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
 
 resources = options(memory, device, threads)
 merge_options = options(
-    click.option("--out", metavar="DIR", help="Output folder; overrides output.path."),
+    click.option("-o", "--out", metavar="DIR", help="Output folder; overrides output.path."),
     set_keys,
     resources,
     click.option("--stream-inputs", is_flag=True, help="Read Hub repos in place, without downloading them."),

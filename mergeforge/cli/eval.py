@@ -42,7 +42,7 @@ def evaluate(
     Examples:
       mergeforge eval merged --data valid.jsonl --samples 3 --card
       mergeforge eval runs/new/adapter --data valid.jsonl --quantize nf4 --json
-      mergeforge eval --smoke adapter merged merged/merged-Q4_K_M.gguf --stop '</output>'
+      mergeforge eval --smoke merged merged/merged-Q4_K_M.gguf --stop '</output>'
     """
     if update_card and (smoke_test or tasks):
         raise RecipeError("--card records only the results of --data", hint="omit --card")

@@ -51,7 +51,7 @@ def extract_lora(tuned: str, *, out: str, as_json: bool, quiet: bool, verbose: b
     \b
     Examples:
       mergeforge extract-lora ./tuned --base org/model --rank 64 --out ./adapter
-      mergeforge extract-lora ./tuned --base ./model --energy 0.95 --rank 256 --out ./adapter
+      mergeforge extract-lora ./tuned --base ./model --energy 0.95 --out ./lora
     """
     started = time.monotonic()
     from mergeforge.cli import _progress

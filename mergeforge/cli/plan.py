@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
+from mergeforge.cli._mergekit_flags import mergekit_flags, without_mergekit_flags
 from mergeforge.cli._options import merge_options
+from mergeforge.cli._text import say
 
 
 @click.command()
 @click.argument("recipe")
+@mergekit_flags
 @merge_options
 def plan(recipe: str, **options: Any) -> None:
     """Show what `mergeforge run` would do; reads headers only, writes nothing.
@@ -24,10 +28,13 @@ def plan(recipe: str, **options: Any) -> None:
       mergeforge plan recipe.yaml
       mergeforge plan recipe.yaml --memory 2GiB -v
     """
+    options, notes = without_mergekit_flags(recipe, options)
+    for note in () if options["quiet"] else notes:
+        say("note:  ", note, "yellow")
     show_plan(recipe, **options)
 
 
-def show_plan(recipe: str, *, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+def show_plan(recipe: str | Mapping[str, Any], *, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Plan a merge and print the plan. Raises BudgetError if the disk is too small."""
     from mergeforge import api
     from mergeforge.planner import check_disk, plan_as_json

@@ -4,45 +4,63 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from mergeforge.cli import _options
+from mergeforge.cli._mergekit_flags import mergekit_flags, without_mergekit_flags
 from mergeforge.cli._options import merge_options
+from mergeforge.cli._text import say
 
 
 @click.command()
 @click.argument("recipe")
+@mergekit_flags
 @merge_options
 @_options.fresh
 @_options.overwrite
-@click.option("--plan", "--dry-run", "plan_only", is_flag=True, help="Show the plan only, like `mergeforge plan`.")
+@_options.plan_only
 def run(recipe: str, *, fresh: bool, overwrite: bool, plan_only: bool, **options: Any) -> None:
-    """Do the merge that RECIPE describes.
+    """Do the merge that RECIPE describes, and write it to OUT, --out or the recipe's output.path.
 
-    If it is interrupted or killed, run the same command again to resume.
+    If it is interrupted or killed, run the same command again to resume. The options of mergekit-yaml work too:
+    recipes/README.md lists what each does.
 
     \b
     Examples:
       mergeforge run recipe.yaml --out merged --memory 2GiB
       mergeforge run recipe.yaml --set adapters.0.weight=0.5
+      mergeforge run mergekit-config.yml ./merged --cuda
     """
+    options, notes = without_mergekit_flags(recipe, options)
+    for note in () if options["quiet"] else notes:
+        say("note:  ", note, "yellow")
     if plan_only:
         from mergeforge.cli.plan import show_plan
 
         show_plan(recipe, **options)
         return
-    _run(recipe, fresh=fresh, overwrite=overwrite, **options)
+    run_recipe(recipe, fresh=fresh, overwrite=overwrite, **options)
 
 
-def _run(
-    recipe: str, *, fresh: bool, overwrite: bool, as_json: bool, quiet: bool, verbose: bool, **options: Any
+def run_recipe(
+    recipe: str | Mapping[str, Any],
+    *,
+    fresh: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
 ) -> None:
+    """Plan and run a merge, with its progress and its result on the terminal."""
     started = time.monotonic()
     from mergeforge import api
+    from mergeforge.planner import Options, make_plan
 
-    planned = api.plan(recipe, **options)
+    planned = make_plan(recipe, Options.of("mergeforge run", options))
     from mergeforge.cli import _progress, _result  # only now: a mistake in the recipe is reported sooner
 
     to = _progress.console()

@@ -120,14 +120,26 @@ def _download(
         cached = _cached(repo, revision, stems)
         if cached is not None:
             return cached
-        message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
-        hint = (
-            "check the name and revision, log in with `hf auth login` for a private or gated repo, or use a local path"
-        )
         requested = f"{repo}@{revision}" if revision else repo
-        raise SourceError(
-            f"there is no local {requested}, and the Hub says: {message.splitlines()[0]}", hint=hint
-        ) from None
+        raise _not_found(requested, error) from None
+
+
+def _not_found(requested: str, error: Exception) -> SourceError:
+    """The error for a name that is no local path, and that the Hub does not have or could not be asked for."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    local = "give the path of a local folder"
+    response = getattr(error, "response", None)
+    if isinstance(error, HfHubHTTPError) and response is not None:
+        message = (error.server_message or str(error)).strip().splitlines()[0]
+        hint = f"check the name and revision, log in with `hf auth login` for a private or gated repo, or {local}"
+        return SourceError(f"there is no local {requested}, and the Hub says: {message}", hint=hint)
+    if isinstance(error, ValueError):  # HFValidationError: no name of a repo
+        hint = f"check the name and revision, or {local}"
+        return SourceError(f"there is no local {requested}: {str(error).splitlines()[0]}", hint=hint)
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = f"there is no local {requested}, and the Hub could not be reached: {reason}"
+    return SourceError(text, hint=f"check the network, or {local}")
 
 
 def _remote_weights(

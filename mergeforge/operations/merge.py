@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mergeforge.core.messages import OnMessage
 from mergeforge.core.tensor_info import Tile
+from mergeforge.errors import RecipeError
 from mergeforge.execute.executor import run_tiles
 from mergeforge.execute.receipt import peak_rss
 from mergeforge.execute.workspace import read_receipt
@@ -40,6 +41,8 @@ def iter_run(
     `on_message` is called with a line for each upload. Raises OutputError if the output folder holds something else,
     BudgetError if the disk is full, SourceError if an input is bad; what is finished by then is kept for the next run.
     """
+    if not plan.has_output:
+        raise RecipeError("the plan has no output folder", hint="plan it with --out DIR")
     output = plan.recipe.output.publish
     if output:
         check_access(output.repo)  # before the work, not after it

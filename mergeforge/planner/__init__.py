@@ -27,7 +27,14 @@ from mergeforge.planner.batches import Batch
 from mergeforge.planner.describe import plan_as_json, plan_page, tensor_summaries
 from mergeforge.planner.fingerprint import NUMERICS, fingerprint
 from mergeforge.planner.options import Options
-from mergeforge.planner.output_folder import WORK, check_disk, check_output_folder, existing_folder, output_folder
+from mergeforge.planner.output_folder import (
+    WORK,
+    check_disk,
+    check_output_folder,
+    check_output_is_named,
+    existing_folder,
+    output_folder,
+)
 from mergeforge.planner.outputs import plan_outputs
 from mergeforge.planner.plan import Plan
 from mergeforge.planner.stages import Stage, resolve_stages
@@ -59,19 +66,26 @@ def read_recipe(source: RecipeLike, sets: Sequence[str] = ()) -> Recipe:
     return read(source, METHODS, tuple(sets), (*FILE_TYPES, *ALIASES))
 
 
-def make_plan(source: RecipeLike, options: Options | None = None, **keywords: Any) -> Plan:
+def make_plan(
+    source: RecipeLike, options: Options | None = None, *, needs_output: bool = True, **keywords: Any
+) -> Plan:
     """Plan a merge; reads headers only. `keywords` are fields of Options.
+
+    needs_output: refuse a merge without an output folder, which can be planned but not run.
 
     Raises RecipeError, SourceError (with `strict`, also for warnings), BudgetError or OutputError.
     """
     options = (options or Options()).changed("make_plan", keywords)
     recipe = _recipe_with_overrides(source, options)
+    if needs_output:
+        check_output_is_named(recipe, options.out)
     out = output_folder(recipe, options.out)
     budget = make_budget(options.memory, options.device, options.threads)
     remote_cache = min(budget.memory // 8, MAX_REMOTE_CACHE)
     stage = resolve_stages(recipe, allow_pickle=options.allow_pickle, session=RemoteSession(remote_cache))
     if stage.inputs.streamed:
         budget = replace(budget, remote_cache=2 * remote_cache)  # as much again for ranges in flight
+    recipe = stage.recipe
     outputs = plan_outputs(recipe.output, stage, recipe.output.name or out.absolute().name, budget.device)
     tensor_plans, budget = plan_tiles(stage.graph.tensors, stage.infos, outputs.encoders, budget)
     check_output_folder(out, stage.inputs)
@@ -79,6 +93,7 @@ def make_plan(source: RecipeLike, options: Options | None = None, **keywords: An
         recipe=recipe,
         inputs=stage.inputs,
         out=out,
+        has_output=bool(options.out or recipe.output.path),
         budget=budget,
         tensor_plans=tuple(tensor_plans),
         summaries=tensor_summaries(tensor_plans, stage.graph),

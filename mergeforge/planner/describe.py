@@ -38,7 +38,8 @@ def plan_page(plan: Plan, *, notes: bool = True, target: str = "") -> str:
 
     `target`: what the files are written to, where it is not the plan's folder.
     """
-    lines = [f"{plan.recipe.method_name} -> {target or plan.out}", *_inputs(plan), "", *_groups(plan)]
+    target = target or (str(plan.out) if plan.has_output else "(no output folder given)")
+    lines = [f"{plan.recipe.method_name} -> {target}", *_inputs(plan), "", *_groups(plan)]
     streamed = f", {format_size(plan.nbytes_streamed)} of it streamed" if plan.nbytes_streamed else ""
     lines += [f"reads    {format_size(plan.nbytes_read)}{streamed}", *_written(plan)]
     lines += _memory(plan)
@@ -59,7 +60,7 @@ def plan_as_json(plan: Plan) -> dict[str, object]:
     """The plan as values for JSON: `mergeforge plan --json`."""
     return {
         "merge_method": plan.recipe.method_name,
-        "out": str(plan.out),
+        "out": str(plan.out) if plan.has_output else None,
         "inputs": [
             {"name": checkpoint.label, "revision": checkpoint.revision, "bytes": checkpoint.nbytes}
             for checkpoint in plan.inputs.checkpoints

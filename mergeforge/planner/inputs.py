@@ -172,14 +172,19 @@ class Opener:
 
     def _replication(self, entries: Sequence[AdapterEntry]) -> Any:
         """The layer_replication that all adapters of one model share. Raises SourceError where they differ."""
-        replications = [self._adapter_config(entry).get("layer_replication") or None for entry in entries]
+        replications = [self.adapter_config(entry).get("layer_replication") or None for entry in entries]
         for entry, replication in zip(entries, replications, strict=True):
             if replication != replications[0]:
                 text = f"{entry.adapter} and {entries[0].adapter} were trained with different layer_replication"
                 raise SourceError(text, hint="merge each into its own model first")
         return replications[0] if replications else None
 
-    def _adapter_config(self, entry: AdapterEntry) -> dict[str, Any]:
+    def find_model(self, reference: ModelRef) -> None:
+        """Find a model's files, and download them if need be. Raises SourceError."""
+        self._location(reference, ("model",))
+
+    def adapter_config(self, entry: AdapterEntry) -> dict[str, Any]:
+        """The adapter_config.json of an adapter; empty if it has none. Raises SourceError."""
         path = self._location(entry.adapter, ADAPTER_STEMS).path
         config = (path.parent if path.is_file() else path) / "adapter_config.json"
         return read_json(config) if config.is_file() else {}

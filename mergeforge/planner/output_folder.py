@@ -20,11 +20,18 @@ WORK = ".mergeforge"  # the folder inside OUT that holds everything unfinished
 DISK_SLACK = 64 << 20  # bytes kept free for the files beside the weights
 
 
+UNNAMED = "merged"  # the folder that a plan without an output folder is made for
+
+
+def check_output_is_named(recipe: Recipe, out: str | Path | None) -> None:
+    """Raise RecipeError if neither `out` nor the recipe names an output folder."""
+    if not (out or recipe.output.path):
+        raise RecipeError("no output folder is given", hint="give --out DIR, or add output: {path: DIR} to the recipe")
+
+
 def output_folder(recipe: Recipe, out: str | Path | None) -> Path:
-    """The folder to write to: `out`, else the recipe's output.path. Raises RecipeError where neither is given."""
-    path = out or recipe.output.path
-    if not path:
-        raise RecipeError("the recipe has no output.path", hint="add it, or give --out DIR")
+    """The folder to write to: `out`, else the recipe's output.path, else UNNAMED."""
+    path = out or recipe.output.path or UNNAMED
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises for an unknown user's home
 
 

@@ -31,7 +31,8 @@ class Plan:
     output's head is its embedding. aux_files: the files beside the weights. notes: what the user should know about the
     result before the merge runs, warnings among them. fingerprint: a hash of everything that decides output bytes.
     strict: whether warnings are errors. combination: the one adapter that the recipe's adapters are combined into, if
-    it asks for one. `print(plan)` shows it as a page.
+    it asks for one. has_output: whether `out` is the user's; a plan without an output folder cannot be run.
+    `print(plan)` shows it as a page.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class Plan:
     allow_nonfinite: bool
     strict: bool
     combination: Combination | None = None
+    has_output: bool = True
 
     def __str__(self) -> str:
         from mergeforge.planner.describe import plan_page

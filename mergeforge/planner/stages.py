@@ -14,6 +14,7 @@ from mergeforge.errors import RecipeError
 from mergeforge.io.aux_files import AuxFile, AuxFiles
 from mergeforge.io.remote import RemoteSession
 from mergeforge.planner.aux_files import aux_files
+from mergeforge.planner.base_of_adapters import with_base_of_adapters
 from mergeforge.planner.compose import MergeGraph, compose
 from mergeforge.planner.custom_code import without_missing_code
 from mergeforge.planner.input_warnings import input_warnings
@@ -59,6 +60,7 @@ def resolve_stages(recipe: Recipe, *, allow_pickle: bool = False, session: Remot
 
 def _resolve(recipe: Recipe, documents: Mapping[str, Recipe], opener: Opener, path: tuple[str, ...]) -> Stage:
     """Resolve one document; `path`: the names of the documents that led to it."""
+    recipe = with_base_of_adapters(recipe, opener)
     entries = [*([recipe.base_model] if recipe.base_model else []), *recipe.named_models]
     for name in dict.fromkeys(entry.model.path for entry in entries):
         if name in path:
@@ -78,8 +80,8 @@ def _resolve_stage(recipe: Recipe, inputs: Inputs) -> Stage:
     config_out = config_json(recipe, config, infos, graph.tied)
     if config_out and graph.layer_stacks:
         config_out = stacked_config(config_out, graph.layer_stacks)
-    notes += input_warnings(recipe, inputs, files)
-    return Stage(recipe, inputs, graph, infos, config_out, files, (*inputs.notes, *graph.notes, *notes))
+    notes = [*recipe.notes, *inputs.notes, *graph.notes, *notes, *input_warnings(recipe, inputs, files)]
+    return Stage(recipe, inputs, graph, infos, config_out, files, tuple(notes))
 
 
 def _files_and_config(

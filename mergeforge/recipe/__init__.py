@@ -15,6 +15,7 @@ from typing import Any
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.keys import RECIPE, json_schema
+from mergeforge.recipe.method_parameters import WITHOUT_EFFECT, MethodSignature
 from mergeforge.recipe.model import (
     OUT_DTYPES,
     AdapterEntry,
@@ -32,7 +33,7 @@ from mergeforge.recipe.model import (
     TokenizerEntry,
 )
 from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
-from mergeforge.recipe.validator import WITHOUT_EFFECT, KnownNames, MethodSignature, Validator
+from mergeforge.recipe.validator import KnownNames, Validator
 
 __all__ = [
     "OUT_DTYPES",
@@ -82,14 +83,34 @@ def read(
         text = "a recipe is a file, a dict, a list of dicts or a mergeforge.Recipe"
         raise TypeError(f"{text}, not {type(source).__name__}")
     final = _final_document([value for value, _, _ in documents])
+    for value, _, _ in documents:
+        _refuse_mixture_of_experts(value, name)
     for override in overrides:
         value, positions, problems = documents[final]
-        documents[final] = apply_override(value, override), positions, problems
+        documents[final] = apply_override(value, override, RECIPE), positions, problems
     recipes, mistakes = _read_all(documents, methods, gguf_types)
     if mistakes:
-        raise RecipeError(f"{name} has mistakes:", problems=sorted(set(mistakes)))
+        raise RecipeError(f"{name} has mistakes:", problems=_known_keys_once(sorted(set(mistakes))))
     result = recipes.pop(final)
     return replace(result, stages=tuple(recipes)) if recipes else result
+
+
+def _known_keys_once(mistakes: Sequence[Problem]) -> list[Problem]:
+    """The mistakes, without a list of names (`known keys: ...`) that an earlier one has in its hint."""
+    lists: set[str] = set()
+    shown = []
+    for mistake in mistakes:
+        shown.append(replace(mistake, hint="") if mistake.hint in lists else mistake)
+        lists |= {mistake.hint} if mistake.hint.startswith("known") else set()
+    return shown
+
+
+def _refuse_mixture_of_experts(document: Any, name: str) -> None:
+    """A config of mergekit-moe is no recipe, though it looks like one with mistakes in every line."""
+    if isinstance(document, Mapping) and "experts" in document:
+        text = "it describes a mixture of experts, made of dense models"
+        hint = "`mergeforge moe` is to do that, but there is no such command yet; mergekit-moe has it"
+        raise RecipeError(f"{name} is not a recipe of a merge", hint=hint, problems=[Problem(0, 0, text)])
 
 
 def _read_all(

@@ -8,6 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from mergeforge.core.parameters import Parameter
+from mergeforge.recipe.keys import ENTRY_PARAMETERS
 from mergeforge.recipe.model import (
     AdapterEntry,
     AdapterOutput,
@@ -30,10 +31,11 @@ _FOLD_WEIGHT = Parameter("weight", "float", per_input=True, required=False, defa
 
 
 class Builder:
-    """Builds the parts; reports each mistake at its position."""
+    """Builds the parts; reports each mistake at its position, and what has no effect with `warn`."""
 
-    def __init__(self, report: ReportProblem) -> None:
+    def __init__(self, report: ReportProblem, warn: ReportProblem) -> None:
         self.report = report
+        self.warn = warn
 
     def models(self, value: Mapping[str, Any], path: Path) -> tuple[ModelEntry, ...]:
         models = enumerate(value.get("models") or [])
@@ -54,6 +56,10 @@ class Builder:
                 (*path, "sources"),
                 f"the sources of this slice have different numbers of layers: {', '.join(map(str, depths))}",
                 "give each layer_range the same length",
+            )
+        if "residual_weight" in item:
+            self.warn(
+                (*path, "residual_weight"), "'residual_weight' has no effect", "mergekit reads it and never uses it"
             )
         base = item.get("base_model")
         base_entry = self.model({"model": base}, (*path, "base_model")) if base else None
@@ -121,6 +127,9 @@ class Builder:
     def model(self, item: Mapping[str, Any], path: Path) -> ModelEntry:
         """Build a model from a validated {model, adapters, parameters}."""
         reference = item.get("model") or {}
+        if reference.get("override_architecture"):
+            text = "tensors are merged by their names, whatever the architecture"
+            self.warn((*path, "override_architecture"), "'override_architecture' has no effect", text)
         model, adapters = self.ref(reference.get("model") or {}, path)
         lora = reference.get("lora")
         if lora:
@@ -128,14 +137,23 @@ class Builder:
         entries = [AdapterEntry(adapter) for adapter in adapters]
         own_adapters = enumerate(item.get("adapters") or [])
         entries += [self.folded_adapter(adapter, (*path, "adapters", index)) for index, adapter in own_adapters]
-        return ModelEntry(model, tuple(entries), item.get("parameters") or {})
+        return ModelEntry(model, tuple(entries), self._entry_parameters(item, path))
+
+    def _entry_parameters(self, item: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        """The parameters of one model or adapter: those given on the entry itself, and its `parameters`."""
+        parameters, own = item.get("parameters") or {}, {key: item[key] for key in ENTRY_PARAMETERS if key in item}
+        for name in own:
+            if name in parameters:
+                self.report((*path, name), f"'{name}' is also among the parameters of this entry", "keep one of them")
+        return {**parameters, **own}
 
     def adapter(self, item: Mapping[str, Any], path: Path) -> AdapterEntry:
         reference, further = self.ref({"path": item.get("adapter")}, path)
         if further:
             self.report(path, f"'{item['adapter']}' names more than one adapter", "list each adapter separately")
-        residual = bool(item.get("base_is_residual"))
-        return AdapterEntry(reference, item.get("weight", 1.0), item.get("parameters") or {}, residual)
+        parameters = self._entry_parameters(item, path)
+        weight = parameters.pop("weight", 1.0)
+        return AdapterEntry(reference, weight, parameters, bool(item.get("base_is_residual")))
 
     def folded_adapter(self, item: Mapping[str, Any], path: Path) -> AdapterEntry:
         """Build an adapter inside a model. It takes only a weight, because no merge method applies to it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mergeforge.recipe.equivalents import ADAPTER_NAMES, DTYPE_NAMES, MODEL_NAMES, OUTPUT_NAMES, recipe_names
 from mergeforge.recipe.model import OUT_DTYPES
 from mergeforge.recipe.schema import (
     Boolean,
@@ -20,24 +21,44 @@ from mergeforge.recipe.schema import (
     String,
 )
 
+ENTRY_PARAMETERS = ("weight", "density")  # may stand on a model or adapter itself, beside its `parameters`
+_WEIGHT = ParameterValue("a number, a gradient over the layers, or filters (default 1)")
+_DENSITY = ParameterValue("the share of each task vector to keep: a number, a gradient or filters")
 _REVISION = Object({"path": String(), "revision": String()}, required=("path",), shorthand="path")
 _PARAMETERS = MapOf(ParameterValue(), "the method's parameters: numbers, gradients or filters")
 _ADAPTER = Object(
     {
         "adapter": String("a PEFT adapter: a folder or Hub repo id, with an optional @revision"),
-        "weight": ParameterValue("a number, a gradient over the layers, or filters (default 1)"),
+        "weight": _WEIGHT,
+        "density": _DENSITY,
         "parameters": _PARAMETERS,
         "base_is_residual": Boolean("true: base_model is the residual model that PiSSA, OLoRA, CorDA or LoftQ saved"),
     },
     required=("adapter",),
     shorthand="adapter",
+    equivalents=ADAPTER_NAMES,
 )
-_MODEL_REF = Object({"model": _REVISION, "lora": _REVISION}, required=("model",), shorthand="model")
-_ADAPTERS = ListOf(_ADAPTER, "adapters to fold into this model first")
-_MODEL = Object(
-    {"model": _MODEL_REF, "adapters": _ADAPTERS, "parameters": _PARAMETERS},
+_MODEL_REF = Object(
+    {
+        "model": _REVISION,
+        "lora": _REVISION,
+        "override_architecture": String("accepted as mergekit does; it has no effect"),
+    },
     required=("model",),
     shorthand="model",
+)
+_ADAPTERS = ListOf(_ADAPTER, "adapters to fold into this model first")
+_MODEL = Object(
+    {
+        "model": _MODEL_REF,
+        "adapters": _ADAPTERS,
+        "weight": _WEIGHT,
+        "density": _DENSITY,
+        "parameters": _PARAMETERS,
+    },
+    required=("model",),
+    shorthand="model",
+    equivalents=MODEL_NAMES,
 )
 _MODELS = ListOf(_MODEL, "the models to merge")
 _SOURCE = Object(
@@ -45,15 +66,19 @@ _SOURCE = Object(
         "model": _MODEL_REF,
         "layer_range": Range("the layers to take: [first, last + 1]"),
         "adapters": _ADAPTERS,
+        "weight": _WEIGHT,
+        "density": _DENSITY,
         "parameters": _PARAMETERS,
     },
     required=("model", "layer_range"),
+    equivalents=MODEL_NAMES,
 )
 _SLICE = Object(
     {
         "sources": ListOf(_SOURCE, "models and the layers to take from each; all the same number of layers"),
         "base_model": _MODEL_REF,
         "parameters": _PARAMETERS,
+        "residual_weight": ParameterValue("accepted as mergekit does; it has no effect"),
     },
     required=("sources",),
 )
@@ -92,7 +117,7 @@ _TOKENIZER = Object(
         "pad_to_multiple_of": Integer(1, "pad the embedding to a multiple of this many rows"),
     }
 )
-_DTYPE = Enum(tuple(OUT_DTYPES))
+_DTYPE = Enum(tuple(OUT_DTYPES), equivalents=DTYPE_NAMES)
 _GGUF = Object(
     {
         "type": String("q4_k_m, q8_0, f16, ...: see `mergeforge list quants`"),
@@ -140,7 +165,8 @@ _OUTPUT = Object(
         "name": String("the model's name in GGUF file names and metadata (default: the folder's name)"),
         "adapter": _JOINED,
         "publish": _PUBLISH,
-    }
+    },
+    equivalents=OUTPUT_NAMES,
 )
 _FIELDS: dict[str, Schema] = {
     "merge_method": String("fold, linear, slerp, ties, ...: see `mergeforge list methods`"),
@@ -166,7 +192,7 @@ _FIELDS: dict[str, Schema] = {
     "chat_template": String("auto, a template name (alpaca, chatml, exaone, llama3, mistral), or a Jinja template"),
     "name": String("the name by which later documents in the file refer to this result"),
 }
-RECIPE = Object(_FIELDS, description="a mergeforge recipe")
+RECIPE = Object(_FIELDS, description="a mergeforge recipe", equivalents=recipe_names(_OUTPUT.fields))
 
 
 def json_schema() -> dict[str, Any]:

@@ -181,6 +181,7 @@ class Output:
 class Recipe:
     """A whole merge, as the user wrote it; `raw` is the plain value that was read.
 
+    `notes`: what the user should know about it, such as warnings of parameters without effect.
     `base_numerics`: what adapters are folded into: the tensors as stored, or rounded to NF4.
     `stream_inputs`: read Hub repos remotely instead of downloading them.
     `stages`: the other documents of its file, whose results it may name as models. A `merge_method`
@@ -206,6 +207,12 @@ class Recipe:
     base_numerics: str = "original"
     stream_inputs: bool = False
     stages: tuple[Recipe, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def only_adapters(self) -> bool:
+        """Whether there are adapters and no models: their base model may then be left out."""
+        return bool(self.adapters) and not self.model_lists
 
     @property
     def model_lists(self) -> list[tuple[ModelEntry, ...]]:

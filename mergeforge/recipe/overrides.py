@@ -10,6 +10,8 @@ from typing import Any
 
 from mergeforge.errors import RecipeError
 from mergeforge.recipe import yaml_reader
+from mergeforge.recipe.keys import ENTRY_PARAMETERS
+from mergeforge.recipe.schema import ListOf, MapOf, Object, Schema
 
 
 def plain_value(value: Any) -> Any:
@@ -47,22 +49,45 @@ def read_recipe_file(path: FilePath) -> str:
         raise RecipeError(f"{path} cannot be read: {error}") from None
 
 
-def apply_override(value: Any, override: str) -> Any:
-    """Return `value` with PATH=VALUE set; list items by index (`adapters.0.weight=0.5`)."""
+def apply_override(value: Any, override: str, schema: Schema) -> Any:
+    """Return `value` with PATH=VALUE set; list items by index (`adapters.0.weight=0.5`).
+
+    schema: of `value`. A short form on the way (`- ./adapter`) becomes the mapping that it stands for.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"override {override!r}: write PATH=VALUE, for example adapters.0.weight=0.5")
-    return _with(value, path.split("."), yaml_reader.scalar(text), override)
+    return _with(value, path.split("."), yaml_reader.scalar(text), override, schema)
 
 
-def _with(value: Any, path: list[str], new: Any, override: str) -> Any:
+def _with(value: Any, path: list[str], new: Any, override: str, schema: Schema | None) -> Any:
     if not path:
         return new
     key, *rest = path
+    value, inner = _expanded(value, schema), _schema_of(key, schema)
     if isinstance(value, list):
         if not key.isdecimal() or int(key) >= len(value):
             raise RecipeError(f"override {override!r}: '{key}' is not an item of a list of {len(value)}")
-        return [_with(item, rest, new, override) if at == int(key) else item for at, item in enumerate(value)]
+        return [_with(item, rest, new, override, inner) if at == int(key) else item for at, item in enumerate(value)]
     if value is not None and not isinstance(value, Mapping):
         raise RecipeError(f"override {override!r}: '{key}' is inside {value!r}, which is not a mapping")
-    return {**(value or {}), key: _with((value or {}).get(key), rest, new, override)}
+    mapping = dict(value or {})
+    if not rest and key in ENTRY_PARAMETERS and key in (mapping.get("parameters") or {}):
+        return _with(mapping, ["parameters", key], new, override, schema)
+    return {**mapping, key: _with(mapping.get(key), rest, new, override, inner)}
+
+
+def _expanded(value: Any, schema: Schema | None) -> Any:
+    """A short form as what it stands for: `{adapter: ./adapter}` for `./adapter`, a list of one for its only item."""
+    if value is None or isinstance(value, list | Mapping):
+        return value
+    if isinstance(schema, Object) and schema.shorthand:
+        return {schema.shorthand: value}
+    return [value] if isinstance(schema, ListOf) and schema.allow_scalar else value
+
+
+def _schema_of(key: str, schema: Schema | None) -> Schema | None:
+    """The schema of one key or item of a value; None where there is none."""
+    if isinstance(schema, Object):
+        return schema.fields.get(key)
+    return schema.item if isinstance(schema, ListOf | MapOf) else None

@@ -10,7 +10,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mergeforge.core.sizes import parse_size
@@ -116,14 +116,15 @@ class Number:
 
 @dataclass(frozen=True)
 class Enum:
-    """One of a few values."""
+    """One of a few values. `equivalents`: how other programs spell them."""
 
     values: tuple[str, ...]
     description: str = ""
+    equivalents: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, value: Any, path: Path, report: ReportProblem) -> Any:
         if value not in self.values:
-            hint = did_you_mean(str(value), self.values) or "one of: " + ", ".join(self.values)
+            hint = did_you_mean(str(value), self.values, self.equivalents) or "one of: " + ", ".join(self.values)
             report(path, f"{_last(path)} cannot be {_kind(value)}", hint)
             return None
         return value
@@ -306,12 +307,16 @@ class MapOf:
 
 @dataclass(frozen=True)
 class Object:
-    """A mapping with known keys; with a `shorthand`, any other value means {shorthand: value}."""
+    """A mapping with known keys; with a `shorthand`, any other value means {shorthand: value}.
+
+    `equivalents`: unknown keys -> what to write instead (equivalents.py).
+    """
 
     fields: Mapping[str, Schema]
     required: tuple[str, ...] = ()
     shorthand: str = ""
     description: str = ""
+    equivalents: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, value: Any, path: Path, report: ReportProblem) -> Any:
         if self.shorthand and not isinstance(value, Mapping):
@@ -322,7 +327,7 @@ class Object:
             return {}
         for key in value:
             if key not in self.fields:
-                hint = did_you_mean(str(key), self.fields) or "known keys: " + ", ".join(self.fields)
+                hint = did_you_mean(str(key), self.fields, self.equivalents) or "known keys: " + ", ".join(self.fields)
                 report((*path, key), f"unknown key '{key}'", hint)
         for key in self.required:
             if value.get(key) is None:

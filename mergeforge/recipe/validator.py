@@ -1,18 +1,18 @@
-"""Checks of a whole recipe: keys that exclude or require each other, and parameters that its methods take."""
+"""Checks of a whole recipe: keys that exclude or require each other, and what its methods need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
+from mergeforge.core.messages import WarningText
 from mergeforge.core.parameters import Parameter
-from mergeforge.errors import Problem, did_you_mean
-from mergeforge.recipe.builder import Builder, build_output, check_values
+from mergeforge.errors import Problem, did_you_mean, format_list
+from mergeforge.recipe.builder import Builder, build_output
+from mergeforge.recipe.method_parameters import MethodSignature, check_parameters, model_lists
 from mergeforge.recipe.model import ModelEntry, Recipe
 from mergeforge.recipe.yaml_reader import Path, Positions
-
-# Parameters of mergekit that have no effect; accepted for any method.
-WITHOUT_EFFECT = ("int8_mask",)
 
 
 class KnownNames(Protocol):
@@ -23,35 +23,45 @@ class KnownNames(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
 
-class MethodSignature(Protocol):
-    """The facts about a merge method that validation needs."""
-
-    @property
-    def parameters(self) -> Mapping[str, Parameter]: ...
-
-    @property
-    def needs_base(self) -> bool: ...
-
-
 class Validator:
     """Collects mistakes and builds the Recipe from validated values."""
 
     def __init__(self, places: Positions, problems: list[Problem]) -> None:
         self.positions = places
         self.problems = problems
+        self.warnings: dict[tuple[str, str], list[str]] = {}  # a warning and its hint -> the places
 
     def report(self, path: Path, message: str, hint: str = "") -> None:
         """Collect a mistake, at the position of the nearest enclosing value that has one."""
-        known_path = path
+        self.problems.append(Problem(*self._position(path), message, hint))
+
+    def warn(self, path: Path, message: str, hint: str = "") -> None:
+        """Collect a warning; the same one at several places is one warning."""
+        line, _ = self._position(path)
+        place = ".".join(map(str, self._written(path))) + (f" in line {line}" if line else "")
+        self.warnings.setdefault((message, hint), []).append(place)
+
+    def _position(self, path: Path) -> tuple[int, int]:
+        known_path = self._written(path)
         while known_path and known_path not in self.positions:
             known_path = known_path[:-1]
-        line, column = self.positions.get(known_path, (0, 0))
-        self.problems.append(Problem(line, column, message, hint))
+        return self.positions.get(known_path, (0, 0))
+
+    def _written(self, path: Path) -> Path:
+        """The path of a value as the user wrote it: a weight is one of an entry's parameters, or stands beside them."""
+        beside = tuple(part for part in path if part != "parameters")
+        return beside if path not in self.positions and beside in self.positions else path
+
+    def warning_texts(self) -> tuple[WarningText, ...]:
+        return tuple(
+            WarningText(f"{message}: {hint} ({format_list(places)})")
+            for (message, hint), places in self.warnings.items()
+        )
 
     def recipe(self, value: Mapping[str, Any], raw: Any, methods: Mapping[str, MethodSignature]) -> Recipe | None:
         if not isinstance(raw, Mapping):
             return None
-        build, base = Builder(self.report), value.get("base_model")
+        build, base = Builder(self.report, self.warn), value.get("base_model")
         recipe = Recipe(
             merge_method=value.get("merge_method") or ("" if self._needs_no_method(value) else "fold"),
             base_model=build.model({"model": base}, ("base_model",)) if base else None,
@@ -78,8 +88,8 @@ class Validator:
         self._check_whole(value, recipe)
         known = self._check_methods(recipe, methods)
         if known is not None:
-            self._check_parameters(recipe, known, methods)
-        return recipe
+            check_parameters(recipe, known, methods, self.report, self.warn)
+        return replace(recipe, notes=self.warning_texts())
 
     def _needs_no_method(self, value: Mapping[str, Any]) -> bool:
         """Whether rules may handle every tensor: there are rules, and something other than adapters to merge."""
@@ -134,13 +144,13 @@ class Validator:
             self.report((forms[1],), f"the recipe has both {forms[0]} and {forms[1]}", "keep one of them")
         if forms and "merge_method" not in value and not recipe.rules:
             self.report((), "merge_method is missing", "only a recipe with nothing but adapters may omit it")
-        if recipe.adapters and recipe.base_model is None:
+        if recipe.adapters and recipe.base_model is None and not recipe.only_adapters:
             self.report(("adapters",), "adapters need a base_model", "set it to the model that they were trained on")
         if recipe.adapters and (recipe.slices or recipe.modules):
             form = "slices" if recipe.slices else "modules"
             text = f"top-level adapters cannot be used with {form}"
             self.report(("adapters",), text, f"list them under the models of the {form}")
-        for path, entries in _lists(recipe):
+        for path, entries in model_lists(recipe):
             self._check_duplicates(path, entries)
         self._check_same_adapters(recipe)
         for index, rule in enumerate(recipe.rules):
@@ -158,7 +168,7 @@ class Validator:
     def _check_same_adapters(self, recipe: Recipe) -> None:
         """Check that a model which is listed several times has the same adapters each time."""
         first: dict[str, ModelEntry] = {}
-        for path, entries in _lists(recipe):
+        for path, entries in model_lists(recipe):
             for index, entry in enumerate(entries):
                 if first.setdefault(str(entry), entry).adapters != entry.adapters:
                     text = f"the adapters of '{entry}' have different weights here than above"
@@ -183,69 +193,12 @@ class Validator:
             self.report(path, f"unknown merge method '{name}'", hint)
             return False
         slices = [*recipe.slices, *(slice_ for module in recipe.modules for slice_ in module.slices)]
-        has_base = bool(recipe.base_model) or (bool(slices) and all(slice_.base for slice_ in slices))
+        has_base = (
+            bool(recipe.base_model) or recipe.only_adapters or (bool(slices) and all(slice_.base for slice_ in slices))
+        )
         if methods[name].needs_base and not has_base:
             hint = "set it to the model that the others were fine-tuned from"
+            if methods[name].base_is_input:
+                hint = "set it to one of the two models; the merge starts from it"
             self.report(path, f"{name} needs a base_model", hint)
         return True
-
-    def _check_parameters(
-        self, recipe: Recipe, known: Mapping[str, Parameter], methods: Mapping[str, MethodSignature]
-    ) -> None:
-        """`known`: the parameters of every method that the recipe uses."""
-        name = recipe.method_name
-        for path, parameters in _shared_parameters(recipe):
-            self._check_values(parameters, (*path, "parameters"), known, per_input=False, method=name)
-        for path, entries in _lists(recipe):
-            for index, model in enumerate(entries):
-                self._check_values(model.parameters, (*path, index, "parameters"), known, True, name)
-        for index, rule in enumerate(recipe.rules):
-            own = methods[rule.merge_method].parameters if rule.merge_method else known
-            self._check_values(rule.parameters, ("rules", index, "parameters"), own, False, rule.merge_method or name)
-        for index, adapter in enumerate(recipe.adapters):
-            path = ("adapters", index)
-            self._check_values(adapter.parameters, (*path, "parameters"), known, True, name)
-            if "weight" in known:
-                check_values(adapter.weight, (*path, "weight"), known["weight"], self.report)
-            elif adapter.weight != 1:
-                self.report((*path, "weight"), f"{name} has no parameter 'weight'", "remove it")
-            if "weight" in adapter.parameters:
-                text = "an adapter's weight is not one of its parameters"
-                self.report((*path, "parameters", "weight"), text, "move it up one level, next to 'adapter'")
-
-    def _check_values(
-        self, parameters: Mapping[str, Any], path: Path, known: Mapping[str, Parameter], per_input: bool, method: str
-    ) -> None:
-        for name, value in parameters.items():
-            if name not in known and name in WITHOUT_EFFECT:
-                continue
-            if name not in known:
-                hint = did_you_mean(name, known) or f"{method} takes: {', '.join(known) or 'none'}"
-                self.report((*path, name), f"{method} has no parameter '{name}'", hint)
-            elif per_input and not known[name].per_input:
-                text = f"'{name}' is one value for the whole merge"
-                self.report((*path, name), text, "move it to the top-level 'parameters'")
-            else:
-                check_values(value, (*path, name), known[name], self.report)
-
-
-def _lists(recipe: Recipe) -> Iterator[tuple[Path, tuple[ModelEntry, ...]]]:
-    """Yield every list of models that are merged with one another, and its path."""
-    parts: list[tuple[Path, Any]] = [((), recipe)]
-    parts += [(("modules", module.name), module) for module in recipe.modules]
-    for path, part in parts:
-        yield (*path, "models"), part.models
-        for index, slice_ in enumerate(part.slices):
-            yield (*path, "slices", index, "sources"), slice_.sources
-    for index, rule in enumerate(recipe.rules):
-        yield ("rules", index, "models"), rule.models
-
-
-def _shared_parameters(recipe: Recipe) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yield the parameters that apply to more than one model, and their paths: the recipe's, a module's, a slice's."""
-    parts: list[tuple[Path, Any]] = [((), recipe)]
-    parts += [(("modules", module.name), module) for module in recipe.modules]
-    for path, part in parts:
-        yield path, part.parameters
-        for index, slice_ in enumerate(part.slices):
-            yield (*path, "slices", index), slice_.parameters

@@ -176,7 +176,7 @@ def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Tr
             raise RecipeError(f"{name} has more than one YAML document", hint="write one file for each run")
     raw, positions, problems = parsed
     for override in sets:
-        raw = apply_override(raw, override)
+        raw = apply_override(raw, override, TRAIN)
     values = _check(raw, positions, problems)
     if problems:
         raise RecipeError(f"{name} has mistakes:", problems=sorted(set(problems)))

@@ -11,10 +11,12 @@ from typing import Any
 import numpy
 import pytest
 
+from mergeforge.core.messages import WarningText
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.gguf.file_types import FILE_TYPES
 from mergeforge.methods import METHODS
 from mergeforge.recipe import ModelRef, read
+from mergeforge.recipe.equivalents import METHOD_PARAMETERS
 from mergeforge.recipe.yaml_reader import MAX_FILE_NBYTES
 
 SLICED = "merge_method: linear\nslices: [{sources: "
@@ -81,13 +83,12 @@ output: {pth: out, shard_size: large, safetensors: 1}
         ("models: [a, b]", 1, 1, "merge_method is missing", "nothing but adapters"),
         ("base_model: b\nadapters: [a]\nmerge_method: fild", 3, 1, "unknown merge method", "did you mean 'fold'?"),
         ("base_model: b\nadapters: [a]\nmerge_method: zzz", 3, 1, "unknown merge method 'zzz'", "known: "),
-        ("adapters: [a]", 1, 1, "adapters need a base_model", "trained on"),
+        ("merge_method: linear\nmodels: [m]\nadapters: [a]", 3, 1, "need a base_model", "trained on"),
         ("merge_method: ties\nmodels: [a]", 1, 1, "ties needs a base_model", "fine-tuned from"),
-        ("merge_method: slerp\nmodels: [a]\nparameters: {t: 1}", 1, 1, "slerp needs a base_model", "fine-tuned from"),
+        ("merge_method: slerp\nmodels: [a]\nparameters: {t: 1}", 1, 1, "slerp needs a base_model", "one of the two"),
         (GOOD + "- {model: org/a, parameters: {weight: 1}}", 4, 3, "'org/a' is listed twice", "add up its weights"),
         (GOOD + "parameters: {normalise: true}", 4, 14, "linear has no parameter 'normalise'", "'normalize'?"),
         (GOOD + "parameters: {qqq: true}", 4, 14, "linear has no parameter 'qqq'", "linear takes: "),
-        (GOOD + "- {model: b, parameters: {normalize: true}}", 4, 27, "one value for the whole merge", "top"),
         (GOOD + "- {model: b, parameters: {weight: true}}", 4, 27, "'weight' must be a number, not true", ""),
         (GOOD + "- {model: b, parameters: {weight: heavy}}", 4, 27, "must be a number, true or false, not 'heavy'", ""),
         (GOOD + "- {model: b, parameters: {weight: []}}", 4, 27, "'weight' is an empty list", "at least one"),
@@ -182,13 +183,6 @@ output: {pth: out, shard_size: large, safetensors: 1}
             "weight",
         ),
         (
-            SLICED + "[{model: a, layer_range: [0, 2]}], residual_weight: 0.5",
-            2,
-            55,
-            "unknown key 'residual_weight'",
-            "",
-        ),
-        (
             GOOD + "- {model: b, adapters: [{adapter: c, weight: 1}], parameters: {weight: 1}}\nrules:\n"
             "- {match: x, models: [{model: b, adapters: [{adapter: c, weight: 2}]}]}",
             *(6, 23, "the adapters of 'b+c' have different weights here than above", ""),
@@ -202,7 +196,7 @@ output: {pth: out, shard_size: large, safetensors: 1}
         ),
         (GOOD + "rules: [{match: a, merge_method: tise}]", 4, 20, "unknown merge method 'tise'", "'ties'?"),
         (GOOD + "rules: [{match: a, merge_method: slerp}]", 4, 20, "slerp needs a base_model", ""),
-        (GOOD + "rules: [{match: a, parameters: {t: 1}}]", 4, 33, "linear has no parameter 't'", ""),
+        (GOOD + "rules: [{match: a, parameters: {tt: 1}}]", 4, 33, "linear has no parameter 'tt'", ""),
         (
             GOOD + "tokenizer: {source: union}\ntokenizer_source: base",
             5,
@@ -236,13 +230,18 @@ output: {pth: out, shard_size: large, safetensors: 1}
         ("base_model: b\nadapters: [{adapter: a, weigth: 1}]", 2, 25, "unknown key 'weigth'", "'weight'?"),
         ("base_model: b\nadapters: [{adapter: a, weight: true}]", 2, 25, "'weight' must be a number, not true", ""),
         (
-            "base_model: b\nadapters: [{adapter: a, parameters: {weight: 1}}]",
-            *(2, 38, "an adapter's weight is not one of its parameters", "move it up"),
+            "base_model: b\nadapters: [{adapter: a, weight: 1, parameters: {weight: 1}}]",
+            *(2, 25, "'weight' is also among the parameters", "keep one"),
         ),
         (
-            "base_model: b\nmerge_method: slerp\nparameters: {t: 0.5}\nadapters: [{adapter: a, weight: 0.5}, c]",
-            *(4, 25, "slerp has no parameter 'weight'", ""),
+            "base_model: b\nadapters: [{adapter: a, parameters: {weight: true}}]",
+            2,
+            38,
+            "must be a number, not true",
+            "",
         ),
+        (GOOD + "- {model: b, weight: true}", 4, 14, "'weight' must be a number, not true", ""),
+        (GOOD + "- {model: b, weight: 1, parameters: {weight: 1}}", 4, 14, "also among the parameters", "keep one"),
         (GOOD + "- {model: b, adapters: [{adapter: c, weight: true}], parameters: {weight: 1}}", 4, 38, "a number", ""),
         (
             GOOD + "- {model: b, adapters: [{adapter: c, parameters: {x: 1}}], parameters: {weight: 1}}",
@@ -259,6 +258,131 @@ def test_single_mistake_has_line_column_and_hint(
     assert matching, f"not reported; instead: {list(map(str, problems))}"
     assert (matching[0].line, matching[0].column) == (line, column)
     assert hint in matching[0].hint
+
+
+PLACED = """\
+merge_method: {method}
+base_model: org/base
+models:
+  - {{model: org/a, parameters: {{{first}}}}}
+  - {{model: org/b, {second}}}
+parameters: {{{shared}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "second", "shared", "warning"),
+    [
+        (
+            *("sce", "weight: 1", "weight: 2", ""),
+            "'weight' has no effect: sce takes select_topk, int8_mask (models.0.parameters.weight in line 4, "
+            "models.1.weight in line 5)",
+        ),
+        *(
+            (method, "weight: 1", "", "", f"'weight' has no effect: {method} takes ")
+            for method in ("ram", "ramplus_tl", "model_stock", "karcher")
+        ),
+        (
+            *("linear", "weight: 1, density: 5", "weight: 1", ""),
+            "'density' has no effect: linear takes weight, normalize (models.0.parameters.density in line 4)",
+        ),
+        (
+            *("linear", "weight: 1", "weight: 1", "embed_slerp: true"),
+            "'embed_slerp' has no effect: linear takes weight, normalize (parameters.embed_slerp in line 6)",
+        ),
+        ("sce", "", "", "normalize: true", "'normalize' has no effect: sce takes "),
+        (
+            *("task_arithmetic", "weight: 1, lambda: 1", "weight: 1", ""),
+            "'lambda' of a single input has no effect: in task_arithmetic it is one value for the whole merge, in the "
+            "top-level 'parameters' (models.0.parameters.lambda in line 4)",
+        ),
+        *(
+            (method, "weight: 1", "", "t: 1", f"'weight' has no effect: {method} takes ")
+            for method in ("slerp", "nearswap")
+        ),
+        ("arcee_fusion", "weight: 1", "", "", "'weight' has no effect: arcee_fusion takes no parameters"),
+    ],
+)
+def test_a_parameter_without_effect_is_a_warning_that_names_its_place(
+    tmp_path: Path, method: str, first: str, second: str, shared: str, warning: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(PLACED.format(method=method, first=first, second=second, shared=shared))
+    (found,) = read(path, METHODS).notes
+    assert isinstance(found, WarningText)
+    assert found.startswith(warning)
+
+
+def test_parameters_of_the_base_model_among_the_models_are_a_warning() -> None:
+    models = [{"model": "b", "parameters": {"weight": 1}}, {"model": "a", "parameters": {"weight": 1}}]
+    ties = read({"merge_method": "ties", "base_model": "b", "models": models}, METHODS)
+    assert ties.notes == (
+        "'weight' of the base model has no effect: ties takes it for the other models (models.0.parameters.weight)",
+    )
+    assert not read({"merge_method": "linear", "base_model": "b", "models": models}, METHODS).notes
+
+
+def test_keys_that_mergekit_reads_and_never_uses_are_warnings() -> None:
+    model = {"model": {"path": "a"}, "override_architecture": "LlamaForCausalLM"}
+    slices = [{"sources": [{"model": model, "layer_range": [0, 2]}], "residual_weight": 0.5}]
+    warnings = read({"merge_method": "passthrough", "slices": slices}, METHODS).notes
+    assert [warning.split(":")[0] for warning in warnings] == [
+        "'override_architecture' has no effect",
+        "'residual_weight' has no effect",
+    ]
+
+
+def test_weight_and_density_may_stand_on_an_entry_or_among_its_parameters() -> None:
+    weight, density = 0.4, [0.5, 1]
+    forms: list[dict[str, Any]] = [
+        {"weight": weight, "density": density},
+        {"parameters": {"weight": weight, "density": density}},
+        {"weight": weight, "parameters": {"density": density}},
+    ]
+    for form in forms:
+        recipe = read({"merge_method": "ties", "base_model": "b", "models": [{"model": "a", **form}]}, METHODS)
+        assert recipe.models[0].parameters == {"weight": weight, "density": density}
+        recipe = read({"merge_method": "ties", "base_model": "b", "adapters": [{"adapter": "a", **form}]}, METHODS)
+        assert (recipe.adapters[0].weight, recipe.adapters[0].parameters) == (weight, {"density": density})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "hint"),
+    [
+        ("modles: [a]", "modles", "did you mean 'models'?"),
+        ("path: out", "path", "did you mean 'output: {path: ...}'?"),
+        ("shard_size: 5GB", "shard_size", "did you mean 'output: {shard_size: ...}'?"),
+        ("loras: [a]", "loras", "did you mean 'adapters'?"),
+        ("quantize: q4_k_m", "quantize", "did you mean 'output: {gguf: ...}'?"),
+        ("t: 0.5", "t", "did you mean 'parameters: {t: ...}'?"),
+        ("seed: 1", "seed", "did you mean 'random_seed'?"),
+        ("adapters: [{adapter: a, scale: 1}]", "scale", "did you mean 'weight'?"),
+        ("adapters: [{path: a}]", "path", "did you mean 'adapter'?"),
+        ("base_model: a\nzzzz: 1", "zzzz", "known keys: "),
+    ],
+)
+def test_only_near_spellings_and_known_equivalents_are_suggested(
+    tmp_path: Path, recipe: str, key: str, hint: str
+) -> None:
+    problems = [problem for problem in problems_of(recipe, tmp_path) if problem.message == f"unknown key '{key}'"]
+    assert [problem.hint[: len(hint)] for problem in problems] == [hint]
+
+
+def test_every_parameter_of_a_method_is_placed_by_the_hint_of_an_unknown_key() -> None:
+    used = {name for method in METHODS for name in METHODS[method].parameters}
+    assert used <= set(METHOD_PARAMETERS)
+
+
+def test_known_keys_are_listed_once(tmp_path: Path) -> None:
+    problems = problems_of("zzz: 1\nyyy: 2\nxxx: 3\n", tmp_path)
+    assert [bool(problem.hint) for problem in problems if "unknown key" in problem.message] == [True, False, False]
+
+
+def test_a_mixture_of_experts_config_is_named() -> None:
+    with pytest.raises(RecipeError, match="mixture of experts") as caught:
+        read({"base_model": "b", "gate_mode": "hidden", "experts": [{"source_model": "a"}]}, METHODS)
+    assert "mergeforge moe" in caught.value.hint
+    assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize("density", ["0", "-0.1", "1.5", "[0.5, 0]", "{filter: mlp, value: 2}", ".nan"])
@@ -394,6 +518,20 @@ def test_overrides(tmp_path: Path) -> None:
     assert (recipe.dtype, recipe.random_seed) == ("float16", 7)
     whole = read(tmp_path / "recipe.yaml", METHODS, ("models=[{model: x, parameters: {weight: [1, 2]}}]",))
     assert whole.models[0].parameters == {"weight": [1, 2]}
+
+
+def test_overrides_reach_into_short_forms() -> None:
+    source = {"base_model": "org/base", "adapters": ["a", "b"], "output": {"path": "o", "gguf": "q4_k_m"}}
+    sets = ("adapters.1.weight=0.4", "base_model.model.revision=v1", "output.gguf.0.pure=true")
+    recipe = read(source, METHODS, sets, FILE_TYPES)
+    assert [(str(entry.adapter), entry.weight) for entry in recipe.adapters] == [("a", 1.0), ("b", 0.4)]
+    assert str(recipe.base_model) == "org/base@v1"
+    assert (recipe.output.gguf[0].type, recipe.output.gguf[0].pure) == ("q4_k_m", True)
+
+
+def test_an_override_of_a_weight_replaces_the_one_among_the_parameters() -> None:
+    source = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}]}
+    assert read(source, METHODS, ("models.0.weight=0.5",)).models[0].parameters == {"weight": 0.5}
 
 
 @pytest.mark.parametrize(
