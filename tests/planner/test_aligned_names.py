@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.other_names import dump, other_names
 from support.quiet import quiet
 from support.tiny_architectures import ARCHITECTURES, Architecture
 
@@ -17,27 +18,6 @@ from mergeforge import SourceError
 
 QUICK = ("llama", "gpt2", "bert", "mixtral", "llava", "gemma3", "marian", "bloom")
 CASES = [pytest.param(one, id=one.kind, marks=[] if one.kind in QUICK else [pytest.mark.slow]) for one in ARCHITECTURES]
-
-
-def dump(model: Any, tensors: dict[str, torch.Tensor], folder: Path) -> Path:
-    """Save tensors under the names given, tied ones once, with the model's config."""
-    stored = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
-    folder.mkdir(parents=True)
-    save_file({name: tensors[name].clone().contiguous() for name in stored.values()}, folder / "model.safetensors")
-    model.config.save_pretrained(folder)
-    return folder
-
-
-def other_names(model: Any, how: str) -> dict[str, torch.Tensor]:
-    """A state dict as the class in memory names it, or without the prefix of the model under the head."""
-    tensors = dict(model.state_dict())
-    if how == "memory":
-        return tensors
-    inner = model.base_model.state_dict()
-    return {
-        **inner,
-        **{name: value for name, value in tensors.items() if name.split(".")[0] != model.base_model_prefix},
-    }
 
 
 def merged(case: Architecture, folders: list[Path], out: Path) -> dict[str, torch.Tensor]:
