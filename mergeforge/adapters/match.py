@@ -15,7 +15,14 @@ from typing import Any
 from mergeforge.adapters.deltas import AddTensor, LoraDelta, ReplaceRows, ReplaceTensor, WeightDelta
 from mergeforge.adapters.lora import LoraFactors, check_rank, lora_deltas, take_factors
 from mergeforge.adapters.match_experts import ExpertFactors, expert_deltas, is_expert_module, split_module
-from mergeforge.adapters.peft.keys import UNUSED, Key, clean_path, parse_key
+from mergeforge.adapters.peft.keys import (
+    UNUSED,
+    Key,
+    adapter_names,
+    clean_path,
+    parse_key,
+    without_adapter_name,
+)
 from mergeforge.adapters.peft.kind import AdaptedModule, PeftMethod
 from mergeforge.adapters.peft.lora_config import LoraSettings, describe_init
 from mergeforge.adapters.peft_delta import PeftDelta
@@ -68,6 +75,7 @@ class AdapterMatcher:
     parameters: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self._strip_adapter_name()
         self.resolver = TensorResolver(self.label, self.base, self.resized)
         self.tied = self.resolver.tied
 
@@ -103,6 +111,19 @@ class AdapterMatcher:
             (*self.checkpoint.warnings, *self.notes),
             frozenset(self.parameters),
         )
+
+    def _strip_adapter_name(self) -> None:
+        """Rename the tensors of a state_dict() dump, whose keys contain the adapter's name."""
+        names = adapter_names(self.checkpoint.tensors)
+        if len(names) > 1:
+            text = f"{self.label} holds the tensors of several adapters: {format_list(names)}"
+            raise SourceError(text, hint="save each in a folder of its own, with PEFT's save_pretrained")
+        if names and names[0] != "default":
+            tensors = {
+                (clean := without_adapter_name(name, names[0])): replace(stored, info=stored.info.renamed(clean))
+                for name, stored in self.checkpoint.tensors.items()
+            }
+            self.checkpoint = replace(self.checkpoint, tensors=tensors)
 
     def _note_other_base(self) -> None:
         """Add a note if the adapter was trained on another base, or another revision of it."""

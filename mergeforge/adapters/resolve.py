@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import NoReturn
 
-from mergeforge.adapters.peft.hf_renames import LoadedSlice, loaded_name, loaded_tensors
+from mergeforge.adapters.peft.hf_renames import LoadedSlice, canonical_names, loaded_name, loaded_tensors
 from mergeforge.adapters.peft.keys import find_tensor
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, is_head, tied_head
@@ -72,11 +72,23 @@ class TensorResolver:
             return self.find(path.replace(_WRAPPED, "."))
         if not names and len(slices := self._loaded_slices(path)) == 1 and self._is_whole(slices[0]):
             return slices[0].name
+        if not names:
+            names = self._by_canonical_name(path)
         if len(names) > 1:
             raise SourceError(
                 f"{self.label}: {path} is ambiguous in {self.base.label}: it matches {format_list(names)}"
             )
         return names[0] if names else ""
+
+    @cached_property
+    def _canonical(self) -> Mapping[str, str]:
+        """Name in the model that transformers 5 loads -> the base's name, where a checkpoint of any version has it."""
+        return {new: name for name, new in canonical_names(self.base.config, self.base.tensors).items()}
+
+    def _by_canonical_name(self, path: str) -> list[str]:
+        """The base's tensors that another version of transformers names as the path does."""
+        new = canonical_names(self.base.config, [path])[path]
+        return [self._canonical[name] for name in find_tensor(new, self._canonical)]
 
     def require(self, path: str, stored: StoredTensor) -> str:
         """The base's tensor for an adapter's path. Raises MatchError if there is none."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from mergeforge.adapters.adapted_tensor import AdapterDelta
 from mergeforge.adapters.deltas import WeightDelta
+from mergeforge.checkpoints.buffers import is_buffer
 from mergeforge.errors import RecipeError, SourceError, format_list
 from mergeforge.methods import METHODS, Method
 from mergeforge.planner.inputs import Inputs, OpenAdapter
@@ -196,12 +197,28 @@ class _Composer:
             return None
         if rule.use:
             return self._taken_from(output, rule.use)
+        if _is_buffer_of_some(output):
+            return self._buffer(output)
         step = self._merge_step(output, rule)
         sources = [self._source_tensor(source, output) for source in step.sources]
         base = self._source_tensor(step.base, output) if step.base else None
         if None in sources or (step.base and base is None):
             return None
         return self._merged(output, step, [tensor for tensor in sources if tensor], base, rule)
+
+    def _buffer(self, output: OutputTensor) -> LazyTensor | None:
+        """The reference model's buffer; None if it has none, as its class computes it."""
+        reference = output.group.base or output.group.sources[0]
+        tensor = reference.model.tensor(output.name_in(reference))
+        kind = ".".join(output.name.split(".")[-2:])
+        if tensor is None:
+            text = f"buffers ({kind}) that {reference.label} does not store are left out: its class computes them"
+        else:
+            text = f"buffers ({kind}) are taken from {reference.label}: other models do not store them"
+            self.summaries[output.name] = f"taken from {reference.label}"
+        if text not in self.notes:
+            self.notes.append(text)
+        return renamed_tensor(tensor, output.name) if tensor else None
 
     def _source_tensor(self, source: SourceModel, output: OutputTensor) -> LazyTensor | None:
         """A source's tensor, under its output name; records it if the source lacks it."""
@@ -274,6 +291,8 @@ class _Composer:
         owners = [model.label for model in self.models.values() if any(name in model.tensors for name in names)]
         text = f"{label} lacks {format_list(names)}, which {format_list(sorted(owners), 3)} has"
         hint = "merge models of one architecture; or add rules: [{match: ..., use: MODEL}] or drop: true"
+        if any(name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in names):
+            hint = f"list {label} first, or as base_model: stacked experts are split, but single ones are not stacked"
         raise SourceError(text, hint=hint)
 
     def _merged(
@@ -346,6 +365,15 @@ def _stored(tensor: LazyTensor) -> StoredTensor | None:
     while not isinstance(tensor, StoredTensor) and len(tensor.inputs) == 1:
         tensor = tensor.inputs[0]
     return tensor if isinstance(tensor, StoredTensor) else None
+
+
+def _is_buffer_of_some(output: OutputTensor) -> bool:
+    """Whether a tensor is a buffer that some models of its group store and others do not."""
+    tensors = [source.model.tensor(output.name_in(source)) for source in output.group.all_sources]
+    shapes = [tensor.info.shape for tensor in tensors if tensor]
+    if not 0 < len(shapes) < len(tensors):
+        return False
+    return is_buffer(output.name, shapes[0], str(output.group.sources[0].model.config.get("model_type")))
 
 
 def _adapter_input(opened: OpenAdapter, name: str) -> MethodInput:

@@ -17,6 +17,7 @@ from mergeforge.errors import SourceError
 from mergeforge.hub import download
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.io.remote import RemoteSession
+from mergeforge.planner.aligned_names import aligned
 from mergeforge.recipe import AdapterEntry, ModelEntry, ModelRef, Recipe
 from mergeforge.tensors.lazy import LazyTensor
 
@@ -149,7 +150,10 @@ class Opener:
         """Everything that a recipe names. Raises SourceError."""
         self._find_gguf_companion([*([recipe.base_model] if recipe.base_model else []), *recipe.named_models])
         base = self._model(recipe.base_model, recipe.adapters) if recipe.base_model else None
-        models = [self._model(entry) for entry in recipe.named_models]
+        models: list[OpenModel] = []
+        for entry in recipe.named_models:
+            reference = base or next(iter(models), None)
+            models.append(self._model(entry, names_of=reference.checkpoint if reference else None))
         adapters = tuple(self._adapter(entry, base.checkpoint) for entry in recipe.adapters) if base else ()
         return Inputs(base, tuple(models), adapters)
 
@@ -163,9 +167,15 @@ class Opener:
                 raise SourceError("a GGUF file has neither config.json nor tokenizer files", hint=hint)
             self._gguf_companion = self._checkpoint(companion.model)
 
-    def _model(self, entry: ModelEntry, later: Sequence[AdapterEntry] = ()) -> OpenModel:
-        """A model with its adapters. The caller opens `later` adapters, which may repeat its layers too."""
-        model = OpenModel(entry, self._named(entry.model), ())
+    def _model(
+        self, entry: ModelEntry, later: Sequence[AdapterEntry] = (), names_of: ModelSource | None = None
+    ) -> OpenModel:
+        """A model with its adapters, its tensors named as those of `names_of`.
+
+        The caller opens `later` adapters, which may repeat its layers too.
+        """
+        checkpoint = self._named(entry.model)
+        model = OpenModel(entry, aligned(checkpoint, names_of) if names_of else checkpoint, ())
         if ranges := self._replication((*entry.adapters, *later)):
             model = self.replicate(model, ranges)
         return replace(model, adapters=tuple(self._adapter(adapter, model.checkpoint) for adapter in entry.adapters))

@@ -84,6 +84,25 @@ GEMMA3 = {
     "image_token_id": 5,
     "mm_tokens_per_image": 4,
 }
+QWEN_VL = {
+    "text_config": TEXT
+    | {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 32,
+        "embed_dim": 32,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+    },
+}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
@@ -180,6 +199,7 @@ ARCHITECTURES = [
     *(_a(kind, "", "input_ids pixel_values", usual=False, **TOWERS) for kind in ("clip", "siglip")),
     _a("llava", "ImageTextToText", "input_ids pixel_values", usual=False, **LLAVA),
     _a("gemma3", "ImageTextToText", "input_ids pixel_values", usual=False, **GEMMA3),
+    *(_a(kind, "ImageTextToText", usual=False, **QWEN_VL) for kind in ("qwen2_5_vl",)),
 ]
 
 

@@ -121,6 +121,12 @@ def loaded_name(config: Mapping[str, Any], name: str) -> tuple[str, int | None, 
     return (target, int(numbers[-1]) if numbers else None, source) if list(transform.operations) in _EXPERTS else None
 
 
+def canonical_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Name -> its name in the model that transformers 5 loads, without stacking or splitting of tensors."""
+    transforms = transforms_of(config)
+    return {name: _apply_renamings(transforms, name) for name in names}
+
+
 def loaded_tensors(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, tuple[LoadedSlice, ...]]:
     """Tensors of the loaded model that the checkpoint names or stores differently: loaded name -> its slices.
 

@@ -7,13 +7,15 @@ saves; old FSDP and DeepSpeed dumps keep them, and the names of their wrappers.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_ADAPTER_NAME = re.compile(
-    r"(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector|diag|velora_embed)|modules_to_save|trainable_tokens_delta)\.default(?=\.|$)"
+_NAMED = (
+    r"(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector|diag|velora_embed)|modules_to_save|trainable_tokens_delta)"
 )
+_ADAPTER_NAME = re.compile(_NAMED + r"\.default(?=\.|$)")
+_FACTOR = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\.([^.]+)(?:\.weight|\.bias)?$")
 KEY_PREFIX = "base_model.model."  # of every key that PEFT writes
 _ORIGINAL = ".original_module."  # with a resized vocabulary, PEFT also saves the initial values of modules_to_save
 UNUSED = "unused"  # the role of tensors that only training needs
@@ -50,6 +52,17 @@ class Key:
 
     module: str
     role: str
+
+
+def adapter_names(names: Iterable[str]) -> list[str]:
+    """The names of adapters in the keys of a state_dict() dump: "sft" of lora_A.sft.weight; PEFT strips them."""
+    found = dict.fromkeys(match[1] for name in names if (match := _FACTOR.search(name)))
+    return [name for name in found if name not in ("weight", "bias")]
+
+
+def without_adapter_name(name: str, adapter: str) -> str:
+    """A key without the name of its adapter."""
+    return re.sub(rf"{_NAMED}\.{re.escape(adapter)}(?=\.|$)", r"\1", name)
 
 
 def clean_path(name: str) -> str:

@@ -328,6 +328,9 @@ def test_gpt2_without_tie_word_embeddings_in_its_config(lab: Lab, targets: list[
 
 KEY_FORMATS = {
     ".default": lambda key: re.sub(r"(lora_[AB]|lora_magnitude_vector)(?=\.weight|$)", r"\1.default", key),
+    "the adapter's own name": lambda key: KEY_FORMATS["modules_to_save"](KEY_FORMATS[".default"](key)).replace(
+        ".default", ".sft"
+    ),
     "_orig_mod.": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
     "_orig_mod. around all": lambda key: "_orig_mod." + key,
     "module.": lambda key: "module." + key,
@@ -449,6 +452,14 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
             "",
         ),
         (
+            lambda saved: (
+                {key.replace("_A.", "_A.sft."): value for key, value in saved.items()}
+                | {f"{Q0}A.dpo.weight": torch.ones(4, 32)}
+            ),
+            r"tensors of several adapters: (sft, dpo|dpo, sft)",
+            "folder of its own",
+        ),
+        (
             lambda saved: saved | {"base_model.model.model.norm.weight": torch.ones(31)},
             r"norm is made for shape \[31\], but .*\[32\]",
             "",
@@ -471,6 +482,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
         "integers",
         "unknown role",
         "twice",
+        "two adapters",
         "norm",
         "embedding",
         "nothing",
