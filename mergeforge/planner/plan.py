@@ -27,11 +27,10 @@ from mergeforge.tensors.budget import Budget
 class Plan:
     """A whole merge, decided from headers alone: what is read, computed and written, and in how much memory.
 
-    summaries: what is done to each output tensor, in words. checkpoint: the safetensors files. tied_head: whether the
-    output's head is its embedding. aux_files: the files beside the weights. notes: what the user should know about the
-    result before the merge runs, warnings among them. fingerprint: a hash of everything that decides output bytes.
-    combination: the one adapter that the recipe's adapters are combined into, if it asks for one. `print(plan)` shows
-    it as a page.
+    summaries: what is done to each output tensor, in words. checkpoint: the safetensors files. aux_files: the files
+    beside the weights. notes: what the user should know about the result before the merge runs, warnings among them.
+    fingerprint: a hash of everything that decides output bytes. combination: the one adapter that the recipe's adapters
+    are combined into, if it asks for one. `print(plan)` shows it as a page.
     """
 
     recipe: Recipe
@@ -42,7 +41,6 @@ class Plan:
     summaries: Mapping[str, str]
     checkpoint: Layout
     ggufs: tuple[GGUFPlan, ...]
-    tied_head: bool
     config: Mapping[str, Any] | None
     aux_files: AuxFiles
     notes: tuple[str, ...]
