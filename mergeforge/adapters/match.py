@@ -31,6 +31,7 @@ from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
+from mergeforge.checkpoints.ties import Tie
 from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
@@ -41,9 +42,9 @@ class Adapter:
     """An adapter that is ready to fold: deltas by tensor name.
 
     `resized`: tensors that replace the base's before the deltas apply (an embedding saved with a resized
-    vocabulary). `added`: tensors that the base does not have (a new head). `keeps_tied`: the change of the
-    embedding also applies to the tied lm_head. `parameters`: tensors that it changes as parameters of modules
-    that are not linear (fused experts, routers); bitsandbytes leaves these in 16 bits.
+    vocabulary). `added`: tensors that the base does not have (a new head). `breaks_ties`: it changes names of a tied
+    tensor differently; a change of all of them alike is under every name. `parameters`: tensors that it changes as
+    parameters of modules that are not linear (fused experts, routers); bitsandbytes leaves these in 16 bits.
     """
 
     label: str
@@ -52,7 +53,7 @@ class Adapter:
     deltas: Mapping[str, tuple[WeightDelta, ...]]
     resized: Mapping[str, LazyTensor]
     added: Mapping[str, StoredTensor]
-    keeps_tied: bool
+    breaks_ties: bool
     checkpoints: tuple[Checkpoint, ...]
     notes: tuple[str, ...]
     parameters: frozenset[str] = frozenset()
@@ -77,7 +78,6 @@ class AdapterMatcher:
     def __post_init__(self) -> None:
         self._strip_adapter_name()
         self.resolver = TensorResolver(self.label, self.base, self.resized)
-        self.tied = self.resolver.tied
 
     def match(self, folder: Path, revision: str | None) -> Adapter:
         """Match all tensors. Raises SourceError if some match no tensor of the base, or have the wrong shape."""
@@ -95,7 +95,7 @@ class AdapterMatcher:
             with self.resolver.collecting_errors():
                 self._match_module(module, roles)
         self.resolver.check()
-        keeps_tied = self._resolve_tying()
+        stay_tied = [self._stays_tied(tie) for tie in self.resolver.ties.ties]
         if self.method is None and (note := describe_init(self.config, self.settings)):
             self.notes.append(f"{self.label}: {note}")
         self._note_other_base()
@@ -106,7 +106,7 @@ class AdapterMatcher:
             {name: tuple(deltas) for name, deltas in self.deltas.items()},
             self.resized,
             self.added,
-            keeps_tied,
+            not all(stay_tied),
             (self.checkpoint,),
             (*self.checkpoint.warnings, *self.notes),
             frozenset(self.parameters),
@@ -329,30 +329,40 @@ class AdapterMatcher:
     def _add_delta(self, name: str, delta: WeightDelta) -> None:
         self.deltas.setdefault(name, []).append(delta)
 
-    def _resolve_tying(self) -> bool:
-        """Whether head and embedding stay one tensor; drops the head's copy of the embedding's delta."""
-        if self.tied is None:
-            return False
-        head, embedding = self.tied
-        replacements = self._whole_replacement(head), self._whole_replacement(embedding)
-        if replacements[0] and replacements[1] and same_content(replacements[0], replacements[1]):
-            self.deltas.pop(head, None)
-            self.resized.pop(head, None)
+    def _stays_tied(self, tie: Tie) -> bool:
+        """Whether the adapter changes all names of a tied tensor alike; such a change is then under every name."""
+        replacements = [self._whole_replacement(name) for name in tie.names]
+        if replacements[0] and all(value and same_content(replacements[0], value) for value in replacements):
+            for name in tie.names:
+                self.resized.pop(name, None)
+                self.deltas[name] = [ReplaceTensor(replacements[0])]
             return True
-        both_resized = {head, embedding} <= self.resized.keys()
-        if both_resized and same_rows(self.resized[head], self.resized[embedding]):
-            del self.resized[head]
-        deltas, head_deltas = self.deltas.get(embedding, []), self.deltas.get(head, [])
-        if head in self.resized or not (deltas or head_deltas):
-            return head not in self.resized
-        if not head_deltas:  # PEFT applies trained tokens to a tied head too, and nothing else
-            return all(isinstance(delta, ReplaceRows) for delta in deltas)
-        if len(deltas) != 1 or len(head_deltas) != 1 or not _same_delta(deltas[0], head_deltas[0]):
+        if not self._share_resized(tie):
             return False
-        del self.deltas[head]
-        text = f"its change of {head} equals that of the tied {embedding}; applied once, they stay tied"
-        self.notes.append(f"{self.label}: {text}")
+        changed = [name for name in tie.names if self.deltas.get(name)]
+        if not changed:
+            return True
+        deltas = self.deltas[changed[0]]
+        if not all(_same_deltas(deltas, self.deltas[name]) for name in changed[1:]):
+            return False
+        if len(changed) < len(tie.names) and not self._applies_to_all(deltas, changed):
+            return False
+        self.deltas |= dict.fromkeys(tie.names, deltas)
+        if len(changed) > 1:
+            text = f"its changes of {format_list(changed)}, which are tied, are equal; applied once, they stay tied"
+            self.notes.append(f"{self.label}: {text}")
         return True
+
+    def _share_resized(self, tie: Tie) -> bool:
+        """Give a tensor that was saved in another size to every name; False if the adapter has several."""
+        resized = [self.resized[name] for name in tie.names if name in self.resized]
+        if resized and all(same_rows(resized[0], other) for other in resized[1:]):
+            self.resized |= dict.fromkeys(tie.names, resized[0])
+        return not resized or all(name in self.resized and self.resized[name] is resized[0] for name in tie.names)
+
+    def _applies_to_all(self, deltas: list[WeightDelta], changed: list[str]) -> bool:
+        """PEFT applies trained tokens of the input embedding to the tensors tied to it, and nothing else."""
+        return self.resolver.ties.embedding in changed and all(isinstance(delta, ReplaceRows) for delta in deltas)
 
     def _whole_replacement(self, name: str) -> StoredTensor | None:
         """The tensor with which the adapter replaces the base's, if it does nothing else to it."""
@@ -363,8 +373,12 @@ class AdapterMatcher:
         return resized if isinstance(resized, StoredTensor) else None
 
 
+def _same_deltas(first: list[WeightDelta], second: list[WeightDelta]) -> bool:
+    return len(first) == len(second) == 1 and _same_delta(first[0], second[0])
+
+
 def _same_delta(first: WeightDelta, second: WeightDelta) -> bool:
-    """Whether the deltas of an embedding and its head are equal (ensure_weight_tying saves both)."""
+    """Whether the deltas of two tied tensors are equal (ensure_weight_tying saves both)."""
     if isinstance(first, ReplaceRows) and isinstance(second, ReplaceRows):
         return first.indices == second.indices and same_content(first.value, second.value)
     if isinstance(first, LoraDelta) and isinstance(second, LoraDelta):

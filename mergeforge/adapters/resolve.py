@@ -12,7 +12,8 @@ from typing import NoReturn
 from mergeforge.adapters.peft.hf_renames import LoadedSlice, canonical_names, loaded_name, loaded_tensors
 from mergeforge.adapters.peft.keys import find_tensor
 from mergeforge.checkpoints.model import ModelSource
-from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, is_head, tied_head
+from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, is_head
+from mergeforge.checkpoints.ties import ModelTies, model_ties
 from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor
@@ -54,9 +55,14 @@ class TensorResolver:
             raise SourceError(f"{self.label}: {'; '.join(texts[:MAX_LISTED])}{more}", hint=self.errors[0].hint)
 
     @cached_property
-    def tied(self) -> tuple[str, str] | None:
-        """(head, embedding) of the base if these are one tensor."""
-        return tied_head(self.base)
+    def ties(self) -> ModelTies:
+        """What is tied in the base."""
+        return model_ties(self.base)
+
+    @cached_property
+    def _not_stored(self) -> tuple[str, ...]:
+        """The names of tied tensors that the base does not store."""
+        return tuple(name for tie in self.ties.ties for name in tie.names if name not in tie.stored)
 
     @cached_property
     def loaded(self) -> Mapping[str, tuple[LoadedSlice, ...]]:
@@ -66,8 +72,10 @@ class TensorResolver:
     def find(self, path: str) -> str:
         """The base's tensor for an adapter's path; "" if there is none."""
         names = find_tensor(path, self.base.tensors)
-        if not names and self.tied and is_head(path):
-            return self.tied[0]
+        if not names and len(tied := find_tensor(path, self._not_stored)) == 1:
+            return tied[0]
+        if not names and self.ties.head in self._not_stored and is_head(path):
+            return self.ties.head
         if not names and _WRAPPED in path:
             return self.find(path.replace(_WRAPPED, "."))
         if not names and len(slices := self._loaded_slices(path)) == 1 and self._is_whole(slices[0]):
@@ -103,8 +111,9 @@ class TensorResolver:
             return self.resized[name]
         if name in self.base.tensors:
             return self.base.tensors[name]
-        assert self.tied is not None and name == self.tied[0]
-        return self.resized.get(self.tied[1], self.base.tensors[self.tied[1]])
+        tie = self.ties.of(name)
+        assert tie is not None
+        return self.resized.get(tie.origin, self.base.tensors[tie.origin])
 
     def slices(self, path: str) -> tuple[LoadedSlice, ...]:
         """The stored slices of a tensor that the checkpoint holds in pieces, or as a piece of another tensor."""

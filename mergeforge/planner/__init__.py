@@ -99,7 +99,6 @@ def make_plan(
         summaries=tensor_summaries(tensor_plans, stage.graph),
         checkpoint=outputs.checkpoint,
         ggufs=outputs.ggufs,
-        tied_head=stage.graph.tied,
         config=outputs.config,
         aux_files=stage.files if recipe.output.safetensors else {},
         notes=tuple(dict.fromkeys([*stage.notes, *outputs.notes])),

@@ -23,7 +23,6 @@ from mergeforge.planner.model_tensors import (
     check_vocabulary,
     fold_adapters,
     renamed_tensor,
-    tie_head_to_embedding,
 )
 from mergeforge.planner.output_tensors import merge_group, output_tensors
 from mergeforge.planner.parameters import MethodInput, parameters_for
@@ -39,14 +38,15 @@ _NO_RULE = Rule()
 
 @dataclass(frozen=True)
 class MergeGraph:
-    """Every output tensor by name, what is done to it in words, and whether head and embedding end up tied.
+    """Every output tensor by name, and what is done to it in words.
 
-    layer_stacks: the layers of the output, where slices define them.
+    untied: whether tensors that an input ties are written as several. layer_stacks: the layers of the output, where
+    slices define them.
     """
 
     tensors: Mapping[str, LazyTensor]
     summaries: Mapping[str, str]
-    tied: bool
+    untied: bool
     notes: tuple[str, ...]
     layer_stacks: tuple[LayerStack, ...] = ()
 
@@ -70,7 +70,7 @@ def compose(recipe: Recipe, inputs: Inputs, models: Mapping[str, ModelTensors]) 
 
     Raises RecipeError or SourceError when inputs, shapes or parameters do not fit together.
     """
-    return _Composer(recipe, inputs, models).graph()
+    return _Composer(recipe, inputs, _with_same_names(models)).graph()
 
 
 @dataclass
@@ -90,9 +90,9 @@ class _Composer:
             self.notes += model.notes
 
     def graph(self) -> MergeGraph:
-        tensors, tied = self._compose_models() if self.recipe.model_lists else self._compose_adapters()
+        tensors, untied = self._compose_models() if self.recipe.model_lists else self._compose_adapters()
         self._note_parameters_without_effect()
-        return MergeGraph(tensors, self.summaries, tied, tuple(self.notes), self.layer_stacks)
+        return MergeGraph(tensors, self.summaries, untied, tuple(self.notes), self.layer_stacks)
 
     def _note_parameters_without_effect(self) -> None:
         recipe = self.recipe
@@ -130,16 +130,15 @@ class _Composer:
         tensors: dict[str, LazyTensor] = {}
         for output in whole_model_tensors(group, model.tensors):
             rule, tensor = self._rule(output.name), model.tensors[output.name]
-            deltas = [model.deltas(opened, output.name) for opened in self.inputs.adapters]
+            deltas = [opened.adapter.deltas.get(output.name, ()) for opened in self.inputs.adapters]
             if rule.use:
                 tensors[output.name] = self._taken_from(output, rule.use) or tensor
             elif not rule.drop:
                 tensors[output.name] = self._adapted(output, tensor, deltas, rule) if any(deltas) else tensor
         if self.missing:
             self._refuse_missing()
-        tie_head_to_embedding(tensors, model.tied, base.checkpoint)
         check_vocabulary(tensors, base.checkpoint)
-        return tensors, model.tied is not None
+        return tensors, model.untied
 
     def _adapted(
         self, output: OutputTensor, base: LazyTensor, deltas: Sequence[tuple[WeightDelta, ...]], rule: Rule
@@ -178,10 +177,10 @@ class _Composer:
         used = {id(source.model): source.model for output in outputs for source in output.group.sources}
         if self.recipe.base_model:
             used.setdefault(id(self._base()), self._base())
-        tied = all(model.tied and model.tied[0] not in tensors for model in used.values())
-        if tied and self.layer_stacks:
+        untied = any(model.untied or _parts_a_tie(model, tensors) for model in used.values())
+        if self.layer_stacks and not untied and all(model.ties for model in used.values()):
             self._note_tie_across_slices(outputs)
-        return tensors, tied
+        return tensors, untied
 
     def _note_tie_across_slices(self, outputs: Sequence[OutputTensor]) -> None:
         """A tied head follows the first slice's embedding, though the last slice's layers come before it."""
@@ -305,8 +304,7 @@ class _Composer:
             self._check_shape(name, tensor, label, reference)
         if not reference.info.is_float:
             return self._not_float(name, reference, models, labels)
-        adapter_base = self._base() if step.adapters else None
-        deltas = [adapter_base.deltas(opened, name) for opened in step.adapters] if adapter_base else []
+        deltas = [opened.adapter.deltas.get(name, ()) for opened in step.adapters]
         inputs = [MethodInput(source.label, source.parameters, output.name_in(source)) for source in step.sources]
         inputs += [_adapter_input(opened, name) for opened in step.adapters]
         own_first = bool(rule.models) or not rule.parameters
@@ -359,6 +357,19 @@ class _Composer:
             raise SourceError(text, hint=hint)
         self.summaries[name] = "copied (not a float)"
         return reference
+
+
+def _with_same_names(models: Mapping[str, ModelTensors]) -> Mapping[str, ModelTensors]:
+    """The models with tied tensors under all names, where they do not all store the same of these."""
+    tied = {name for model in models.values() for tie in model.ties for name in tie.names}
+    if len({frozenset(tied & model.tensors.keys()) for model in models.values()}) <= 1:
+        return models
+    return {label: model.with_all_names() for label, model in models.items()}
+
+
+def _parts_a_tie(model: ModelTensors, tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether the output has a tied tensor under a name that the model does not store."""
+    return any(name in tensors and name not in tie.stored for tie in model.ties for name in tie.names)
 
 
 def _stored(tensor: LazyTensor) -> StoredTensor | None:

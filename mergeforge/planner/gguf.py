@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.checkpoints.model import ModelSource
-from mergeforge.checkpoints.names import is_head, tied_head
+from mergeforge.checkpoints.names import is_head
+from mergeforge.checkpoints.ties import tied_head
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, malformed_as_source_error
 from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget, build_spec

@@ -40,7 +40,7 @@ def replicate_layers(model: OpenModel, ranges: Sequence[Sequence[int]]) -> OpenM
     existing = {found[1] for name in base.tensors if (found := layer_of(name)) and found[0] == prefix}
     if missing := sorted(set(layers) - existing):
         raise SourceError(f"layer_replication repeats layer {missing[0]}, which {model.label} does not have")
-    source = SourceModel(model.label, ModelTensors(model.label, base.config, base.tensors, None), {})
+    source = SourceModel(model.label, ModelTensors(model.label, base.config, base.tensors), {})
     stack = LayerStack(prefix, tuple((source, layer) for layer in layers))
     files, notes = files_of(base)
     notes = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,9 +11,10 @@ from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.adapters.deltas import ReplaceRows, ReplaceTensor, WeightDelta
 from mergeforge.adapters.resized_embedding import same_rows
 from mergeforge.checkpoints.model import ModelSource
-from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS, is_head, tied_head
+from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS, is_head
 from mergeforge.checkpoints.quantized.fake_nf4 import FakeQuantizedTensor
 from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
+from mergeforge.checkpoints.ties import ModelTies, Tie, model_ties
 from mergeforge.errors import SourceError, format_list
 from mergeforge.planner.inputs import OpenAdapter, OpenModel
 from mergeforge.recipe.parameter_values import layer_positions, value_at
@@ -25,15 +27,15 @@ from mergeforge.tensors.stored import StoredTensor
 class ModelTensors:
     """One model's tensors by name.
 
-    tied: the names of head and embedding while these are one tensor. untied: the same names once an adapter has made
-    them two tensors. summaries, notes: what the model's own adapters did, in words.
+    ties: the names that are one tensor. untied: whether an adapter has made several tensors of such a one, all of which
+    are then in `tensors`. summaries, notes: what the model's own adapters did, in words.
     """
 
     label: str
     config: Mapping[str, Any]
     tensors: Mapping[str, LazyTensor]
-    tied: tuple[str, str] | None
-    untied: tuple[str, str] | None = None
+    ties: tuple[Tie, ...] = ()
+    untied: bool = False
     summaries: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -41,15 +43,14 @@ class ModelTensors:
         """The tensor of that name; a tied head is its embedding under another name."""
         if name in self.tensors:
             return self.tensors[name]
-        if self.tied and name == self.tied[0]:
-            return renamed_tensor(self.tensors[self.tied[1]], name)
-        return None
+        tie = next((tie for tie in self.ties if name in tie.names), None)
+        return renamed_tensor(self.tensors[tie.origin], name) if tie else None
 
-    def deltas(self, opened: OpenAdapter, name: str) -> tuple[WeightDelta, ...]:
-        """An adapter's deltas of a tensor; those of an embedding apply to its tied head too."""
-        if self.untied and name == self.untied[0] and opened.adapter.keeps_tied:
-            name = self.untied[1]
-        return opened.adapter.deltas.get(name, ())
+    def with_all_names(self) -> ModelTensors:
+        """The model with every tied tensor under each of its names."""
+        names = [name for tie in self.ties for name in tie.names if name not in self.tensors]
+        added = {name: tensor for name in names if (tensor := self.tensor(name)) is not None}
+        return replace(self, tensors={**self.tensors, **added})
 
 
 def model_tensors(model: OpenModel, later: Sequence[OpenAdapter] = (), numerics: str = "original") -> ModelTensors:
@@ -64,14 +65,15 @@ def model_tensors(model: OpenModel, later: Sequence[OpenAdapter] = (), numerics:
     checkpoint = model.checkpoint
     tensors: dict[str, LazyTensor] = dict(checkpoint.tensors)
     summaries = _apply_saved_modules(tensors, opened)
-    tied, notes = _resolve_tying(tensors, checkpoint, opened)
+    ties = model_ties(checkpoint)
+    notes = _resolve_ties(tensors, ties, checkpoint, opened)
+    untied = bool(notes)
     if numerics != "original":
         notes += _fake_quantize_adapted(tensors, checkpoint, opened, double_quant=numerics == "dequant_nf4")
-    untied = None if tied else tied_head(checkpoint)
-    result = ModelTensors(model.label, checkpoint.config, tensors, tied, untied, summaries, notes)
+    remaining = () if untied else ties.ties
+    result = ModelTensors(model.label, checkpoint.config, tensors, remaining, untied, summaries, notes)
     if model.adapters:
-        _fold_own_adapters(result, tensors, summaries, model.adapters)
-    tie_head_to_embedding(tensors, tied, checkpoint)
+        _fold_own_adapters(tensors, summaries, model.adapters)
     if not later:
         check_vocabulary(tensors, checkpoint)
     return result
@@ -122,14 +124,6 @@ def renamed_tensor(tensor: LazyTensor, name: str) -> LazyTensor:
     return AliasTensor(tensor, tensor.info.renamed(name))
 
 
-def tie_head_to_embedding(
-    tensors: dict[str, LazyTensor], tied: tuple[str, str] | None, checkpoint: ModelSource
-) -> None:
-    """A tied head that is stored all the same becomes what the embedding becomes."""
-    if tied and tied[0] in tensors and tensors[tied[1]] is not checkpoint.tensors[tied[1]]:
-        tensors[tied[0]] = renamed_tensor(tensors[tied[1]], tied[0])
-
-
 def check_vocabulary(tensors: Mapping[str, LazyTensor], checkpoint: ModelSource) -> None:
     """Raise SourceError when adapters leave head and embedding with different numbers of rows."""
     heads = [name for name in tensors if is_head(name)]
@@ -145,11 +139,11 @@ def check_vocabulary(tensors: Mapping[str, LazyTensor], checkpoint: ModelSource)
 
 
 def _fold_own_adapters(
-    model: ModelTensors, tensors: dict[str, LazyTensor], summaries: dict[str, str], adapters: Sequence[OpenAdapter]
+    tensors: dict[str, LazyTensor], summaries: dict[str, str], adapters: Sequence[OpenAdapter]
 ) -> None:
     positions = layer_positions(tensors)
     for name, tensor in list(tensors.items()):
-        deltas = [model.deltas(opened, name) for opened in adapters]
+        deltas = [opened.adapter.deltas.get(name, ()) for opened in adapters]
         if any(deltas):
             weights = [_weight(opened, name, positions[name]) for opened in adapters]
             tensors[name], summary = fold_adapters(name, tensor, deltas, weights)
@@ -170,23 +164,41 @@ def _apply_saved_modules(tensors: dict[str, LazyTensor], opened: Sequence[OpenAd
     return dict.fromkeys(saved_by, "the adapter's")
 
 
-def _resolve_tying(
-    tensors: dict[str, LazyTensor], checkpoint: ModelSource, opened: Sequence[OpenAdapter]
-) -> tuple[tuple[str, str] | None, tuple[str, ...]]:
-    """(head, embedding) that stay one tensor, or None where an adapter changes only one of them; and notes."""
-    tied = tied_head(checkpoint)
-    if tied is None:
-        return None, ()
-    head, embedding = tied
-    for adapter in (one.adapter for one in opened):
-        changed = {*adapter.deltas, *adapter.resized} & {head, embedding}
-        if changed and not adapter.keeps_tied:
-            if head not in adapter.resized:
-                tensors[head] = renamed_tensor(tensors[embedding], head)
-            names = format_list(sorted(changed))
-            text = f"{adapter.label} changes {names}, but {checkpoint.label} ties head and embedding"
-            return None, (f"{text}: both are written, and tie_word_embeddings becomes false",)
-    return tied, ()
+def _resolve_ties(
+    tensors: dict[str, LazyTensor], ties: ModelTies, checkpoint: ModelSource, opened: Sequence[OpenAdapter]
+) -> tuple[str, ...]:
+    """Put in tied tensors under all their names where an adapter changes only some of them; a note, or none.
+
+    Raises SourceError for a class whose ties are not known.
+    """
+    adapters = [one.adapter for one in opened]
+    breaking = next((adapter for adapter in adapters if adapter.breaks_ties), None)
+    if pattern := next((text for text in ties.patterns for one in adapters if _matches(text, one.deltas)), ""):
+        text = f"{checkpoint.label} ties tensors by the pattern {pattern!r}, and an adapter changes some of these"
+        raise SourceError(text, hint="merging an adapter into tied layers of this class is not supported")
+    for tie in ties.ties:
+        for name in tie.names:
+            if breaking and name not in tensors:
+                tensors[name] = renamed_tensor(tensors[tie.origin], name)
+            elif not breaking and name not in tie.stored:
+                tensors.pop(name, None)
+    if breaking is None:
+        return ()
+    tied = {name for tie in ties.ties for name in tie.names}
+    names = format_list(sorted({*breaking.deltas, *breaking.resized} & tied))
+    others = format_list(sorted(tied - {*breaking.deltas, *breaking.resized}))
+    text = f"{breaking.label} changes {names}, which {checkpoint.label} ties to {others or 'each other'}"
+    if not ties.known:
+        classes = format_list(map(str, checkpoint.config.get("architectures") or ["(none)"]))
+        hint = "save the base with its head as a tensor of its own and tie_word_embeddings: false, and merge into that"
+        raise SourceError(f"{text}; how the class {classes} loads the result is not known", hint=hint)
+    if ties.keeps_flag:
+        return (f"{text}: all are written; transformers before version 5 ties them again",)
+    return (f"{text}: all are written, and tie_word_embeddings becomes false",)
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    return any(re.search(rf"(^|\.){pattern}", name) for name in names)
 
 
 def _fake_quantize_adapted(

@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from mergeforge.checkpoints.names import EMBEDDINGS, is_head
+from mergeforge.checkpoints.names import EMBEDDINGS
 from mergeforge.core.tensor_info import DTYPES, TensorInfo
 from mergeforge.recipe import OUT_DTYPES, Recipe
 
 
 def config_json(
-    recipe: Recipe, base: Mapping[str, Any], tensors: Mapping[str, TensorInfo], tied: bool
+    recipe: Recipe, base: Mapping[str, Any], tensors: Mapping[str, TensorInfo], *, untied: bool
 ) -> dict[str, Any] | None:
-    """The output's config: the base's, with dtype, vocab_size and tie_word_embeddings corrected."""
+    """The output's config: the base's, with dtype and vocab_size corrected; `untied`: nothing is tied any more."""
     if not base:
         return None
     config: dict[str, Any] = dict(base)
@@ -28,13 +28,11 @@ def config_json(
         for name in ("dtype", "torch_dtype"):
             if name in config["text_config"]:
                 config["text_config"][name] = config[key]
-    untied = not tied and any(map(is_head, tensors))
     rows = _embedding_rows(tensors)
     for part in parts:
         if rows and "vocab_size" in part and part["vocab_size"] != rows:
             part["vocab_size"] = rows
-        absent_here = part is config and "tie_word_embeddings" not in config
-        if untied and (part.get("tie_word_embeddings") or absent_here):
+        if untied and part.get("tie_word_embeddings") is not False:
             part["tie_word_embeddings"] = False
     return config
 

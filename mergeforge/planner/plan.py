@@ -27,12 +27,11 @@ from mergeforge.tensors.budget import Budget
 class Plan:
     """A whole merge, decided from headers alone: what is read, computed and written, and in how much memory.
 
-    summaries: what is done to each output tensor, in words. checkpoint: the safetensors files. tied_head: whether the
-    output's head is its embedding. aux_files: the files beside the weights. notes: what the user should know about the
-    result before the merge runs, warnings among them. fingerprint: a hash of everything that decides output bytes.
-    strict: whether warnings are errors. combination: the one adapter that the recipe's adapters are combined into, if
-    it asks for one. has_output: whether `out` is the user's; a plan without an output folder cannot be run.
-    `print(plan)` shows it as a page.
+    summaries: what is done to each output tensor, in words. checkpoint: the safetensors files. aux_files: the files
+    beside the weights. notes: what the user should know about the result before the merge runs, warnings among them.
+    fingerprint: a hash of everything that decides output bytes. strict: whether warnings are errors. combination: the
+    one adapter that the recipe's adapters are combined into, if it asks for one. has_output: whether `out` is the
+    user's; a plan without an output folder cannot be run. `print(plan)` shows it as a page.
     """
 
     recipe: Recipe
@@ -43,7 +42,6 @@ class Plan:
     summaries: Mapping[str, str]
     checkpoint: Layout
     ggufs: tuple[GGUFPlan, ...]
-    tied_head: bool
     config: Mapping[str, Any] | None
     aux_files: AuxFiles
     notes: tuple[str, ...]

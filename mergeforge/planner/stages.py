@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mergeforge.checkpoints.ties import model_ties
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import RecipeError
 from mergeforge.io.aux_files import AuxFile, AuxFiles
@@ -77,7 +78,8 @@ def _resolve_stage(recipe: Recipe, inputs: Inputs) -> Stage:
     graph = compose(recipe, inputs, remap_models(tokenizer, inputs, models) if tokenizer else models)
     infos = _output_infos(recipe, graph, inputs)
     files, config, notes = _files_and_config(recipe, inputs, tokenizer)
-    config_out = config_json(recipe, config, infos, graph.tied)
+    ties = model_ties(inputs.reference_model.checkpoint)
+    config_out = config_json(recipe, config, infos, untied=graph.untied and not ties.keeps_flag)
     if config_out and graph.layer_stacks:
         config_out = stacked_config(config_out, graph.layer_stacks)
     notes = [*recipe.notes, *inputs.notes, *graph.notes, *notes, *input_warnings(recipe, inputs, files)]

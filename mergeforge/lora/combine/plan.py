@@ -10,7 +10,7 @@ from mergeforge.adapters.deltas import LoraDelta, WeightDelta
 from mergeforge.adapters.open import Adapter
 from mergeforge.adapters.peft.keys import parse_key
 from mergeforge.checkpoints.model import ModelSource
-from mergeforge.checkpoints.names import tied_head
+from mergeforge.checkpoints.ties import tied_head
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, RecipeError, SourceError
 from mergeforge.recipe import OUT_DTYPES
@@ -127,7 +127,7 @@ def _check_only_lora(adapter: Adapter, base: ModelSource) -> None:
             text = f"{adapter.label}: its change of {name} ({unsupported.label}) is not a pair of low-rank factors"
             raise SourceError(f"{text}, so it cannot be combined with others", hint=hint)
     tied = tied_head(base)
-    if tied and adapter.keeps_tied and tied[1] in adapter.deltas:
+    if tied and not adapter.breaks_ties and tied[1] in adapter.deltas:
         text = f"{adapter.label} changes {tied[1]}, which is also the output head"
         raise SourceError(f"{text}, so factors of it would be ambiguous", hint=hint)
     if replaced := [*adapter.added, *(name for name in adapter.resized if not _is_base_tensor(name, adapter, base))]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.checkpoints.checkpoint import read_json
-from mergeforge.checkpoints.names import tied_head
+from mergeforge.checkpoints.ties import tied_head
 from mergeforge.hub.model_card import write_card
 from mergeforge.lora.combine.plan import Combination
 from mergeforge.writers.peft_adapter import ADAPTER_CONFIG

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from mergeforge.adapters.peft.keys import find_tensor
 from mergeforge.checkpoints.checkpoint import Checkpoint
-from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, is_head, tied_head
+from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, is_head
+from mergeforge.checkpoints.ties import tied_head
 from mergeforge.errors import RecipeError, SourceError, format_list
 from mergeforge.tensors.stored import StoredTensor
 
