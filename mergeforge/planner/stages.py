@@ -16,6 +16,7 @@ from mergeforge.io.aux_files import AuxFile, AuxFiles
 from mergeforge.io.remote import RemoteSession
 from mergeforge.planner.aux_files import aux_files
 from mergeforge.planner.base_of_adapters import with_base_of_adapters
+from mergeforge.planner.compatibility import check_inputs
 from mergeforge.planner.compose import MergeGraph, compose
 from mergeforge.planner.custom_code import without_missing_code
 from mergeforge.planner.input_warnings import input_warnings
@@ -25,6 +26,7 @@ from mergeforge.planner.model_tensors import ModelTensors, model_tensors
 from mergeforge.planner.output_config import config_json
 from mergeforge.planner.stacked_config import stacked_config
 from mergeforge.planner.tokenizer import (
+    merged_models,
     output_chat_template,
     plan_output_tokenizer,
     remap_models,
@@ -73,6 +75,7 @@ def _resolve(recipe: Recipe, documents: Mapping[str, Recipe], opener: Opener, pa
 
 
 def _resolve_stage(recipe: Recipe, inputs: Inputs) -> Stage:
+    mismatches = check_inputs(recipe, inputs, merged_models(recipe, inputs))
     models = _model_tensors(inputs, recipe.base_numerics)
     tokenizer = plan_output_tokenizer(recipe, inputs, models)
     graph = compose(recipe, inputs, remap_models(tokenizer, inputs, models) if tokenizer else models)
@@ -82,7 +85,8 @@ def _resolve_stage(recipe: Recipe, inputs: Inputs) -> Stage:
     config_out = config_json(recipe, config, infos, untied=graph.untied and not ties.keeps_flag)
     if config_out and graph.layer_stacks:
         config_out = stacked_config(config_out, graph.layer_stacks)
-    notes = [*recipe.notes, *inputs.notes, *graph.notes, *notes, *input_warnings(recipe, inputs, files)]
+    warnings = [*mismatches, *input_warnings(recipe, inputs, files)]
+    notes = [*recipe.notes, *inputs.notes, *graph.notes, *notes, *warnings]
     return Stage(recipe, inputs, graph, infos, config_out, files, tuple(notes))
 
 

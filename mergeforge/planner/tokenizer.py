@@ -91,6 +91,12 @@ def tokenizer_files(model: OpenModel) -> AuxFiles:
     return files
 
 
+def merged_models(recipe: Recipe, inputs: Inputs) -> list[OpenModel]:
+    """The models whose weights are merged, each once; the recipe may name others for their tokens only."""
+    labels = _merged(recipe)
+    return [model for model in _models_in_order(inputs) if model.label in labels]
+
+
 def _models_in_order(inputs: Inputs) -> list[OpenModel]:
     """Every model once, the base where the recipe first names it."""
     models = [*inputs.models, *([inputs.base] if inputs.base else [])]

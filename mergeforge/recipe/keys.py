@@ -183,6 +183,7 @@ _FIELDS: dict[str, Schema] = {
         "double quantization)",
     ),
     "stream_inputs": Boolean("true: read Hub repos remotely, range by range, instead of downloading them"),
+    "allow_mismatch": Boolean("true: merge models whose configs or vocabularies contradict each other"),
     "random_seed": Integer(0, "seed of the random masks of dare and della (default 0)"),
     "output": _OUTPUT,
     "slices": _SLICES,

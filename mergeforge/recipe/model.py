@@ -182,10 +182,10 @@ class Recipe:
     """A whole merge, as the user wrote it; `raw` is the plain value that was read.
 
     `notes`: what the user should know about it, such as warnings of parameters without effect.
-    `base_numerics`: what adapters are folded into: the tensors as stored, or rounded to NF4.
-    `stream_inputs`: read Hub repos remotely instead of downloading them.
-    `stages`: the other documents of its file, whose results it may name as models. A `merge_method`
-    of "" leaves every tensor to the rules.
+    `base_numerics`: what adapters are folded into: the tensors as stored, or rounded to NF4. `allow_mismatch`: merge
+    models that contradict each other. `stream_inputs`: read Hub repos remotely instead of downloading them.
+    `stages`: the other documents of its file, whose results it may name as models. A `merge_method` of "" leaves every
+    tensor to the rules.
     """
 
     merge_method: str
@@ -206,6 +206,7 @@ class Recipe:
     chat_template: str | None = None
     base_numerics: str = "original"
     stream_inputs: bool = False
+    allow_mismatch: bool = False
     stages: tuple[Recipe, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
 

@@ -83,6 +83,7 @@ class Validator:
             chat_template=value.get("chat_template"),
             base_numerics=value.get("base_numerics") or "original",
             stream_inputs=bool(value.get("stream_inputs")),
+            allow_mismatch=bool(value.get("allow_mismatch")),
         )
         self._check_output(recipe)
         self._check_whole(value, recipe)
