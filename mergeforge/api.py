@@ -226,7 +226,7 @@ def publish(
     from mergeforge.hub import publish as hub_publish
     from mergeforge.hub.split_gguf_repo import publications
 
-    with publications(folder, repo_id, revision=revision, private=private, gguf=gguf) as planned:
+    with publications(folder, repo_id, revision=revision, private=private, gguf=gguf, dry_run=dry_run) as planned:
         for publication in planned:
             for uploaded in () if dry_run else hub_publish.publish(publication):
                 on_message(f"uploaded {uploaded}")

@@ -73,8 +73,11 @@ def open_checkpoint(
     allow_pickle: bool = False,
     stem: str = "model",
     files: Mapping[str, InputFile] = NO_FILES,
+    dequantize: bool = True,
 ) -> Checkpoint:
     """Read every header of a checkpoint, but no weights. Quantized tensors are dequantized when they are read.
+
+    With `dequantize` false, its tensors are those that are stored.
 
     `stem`: the file name of the weights: `model`, or `adapter_model` in an adapter's folder. `files`: remote weight
     files of the folder. Raises SourceError if something is missing, malformed or refused.
@@ -87,7 +90,7 @@ def open_checkpoint(
         _open_folder(shards, path, stem, allow_pickle)
     config: Any = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     tensors: Any = shards.tensors
-    if stem == "model":
+    if stem == "model" and dequantize:
         tensors, config, notes = detect_quantization(label, tensors, config)
         shards.warnings.extend(notes)
     return Checkpoint(label, path, revision, tensors, config, shards.hashes, tuple(shards.warnings), is_single_file)

@@ -12,6 +12,7 @@ from mergeforge.core.file_names import RECEIPT
 from mergeforge.core.sizes import format_size
 from mergeforge.execute.receipt import peak_rss
 from mergeforge.execute.workspace import read_receipt
+from mergeforge.operations.merge import result_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,8 +33,20 @@ def show_result(plan: Plan, to: Console, seconds: float) -> None:
     sizes = {name: facts["size"] for name, facts in files.items() if name.endswith(WEIGHTS)}
     show_files(to, _target(plan), {name: (size, _format(plan, name)) for name, size in sizes.items()}, seconds)
     _show_others([*(name for name in files if name not in sizes), RECEIPT], to)
-    show_warnings(receipt.get("warnings") or plan.warnings, to)
+    show_warnings(result_warnings(plan), to)
     show_next(list(next_commands(plan)), to)
+
+
+def result_as_json(plan: Plan, seconds: float) -> dict[str, Any]:
+    """The same as values for JSON."""
+    return {
+        "out": str(plan.out),
+        "bytes": plan.nbytes_written,
+        "seconds": round(seconds, 3),
+        "files": list(plan.files),
+        "peak_memory": peak_rss(),
+        "warnings": list(result_warnings(plan)),
+    }
 
 
 def show_conversion(conversion: GGUFConversion, to: Console, seconds: float, out: str | None) -> None:

@@ -65,7 +65,7 @@ def extract_lora(tuned: str, *, out: str, as_json: bool, quiet: bool, verbose: b
     if quiet or as_json:
         return
     _show(extract.make_report(plan, results), to, verbose=verbose)
-    to.print(f"wrote {plan.out} in {time.monotonic() - started:.1f} s ({plan.dtype} factors)", markup=False)
+    to.print(f"wrote {out} in {time.monotonic() - started:.1f} s ({plan.dtype} factors)", markup=False)
 
 
 def _watched(plan: Extraction, results: Iterable[PairResult], to: Console, *, quiet: bool) -> Iterator[PairResult]:
@@ -97,27 +97,63 @@ def _show(report: ExtractionReport, to: Console, *, verbose: bool) -> None:
     if report.saved:
         nbytes = sum(pair.tuned.info.nbytes for pair in report.saved.values())
         to.print(f"saved whole: {format_list(report.saved)} ({format_size(nbytes)})", markup=False)
-    if left_out := sum(result.left_out for result in report.results):
-        to.print(f"excluded by --include or --exclude: {left_out} tensors", markup=False)
+    to.print(_counts(report), markup=False)
     if report.not_held:
-        to.print(f"[yellow]note[/]     the adapter does not contain {len(report.not_held)} changed tensors:")
-        for result in report.not_held if verbose else report.not_held[:SHOWN]:
-            norm, base_norm = result.norm, result.base_norm
-            relative = f" (changed by {100 * norm / base_norm:.3g} %)" if norm is not None and base_norm else ""
-            to.print(f"           {result.pair.name}{relative}: {result.pair.treatment}", markup=False)
-        to.print(f"         it reproduces all but {100 * report.total_error:.4g} % of the change", markup=False)
+        to.print(f"[yellow]note[/]     the adapter does not contain {_tensors(len(report.not_held))} that changed:")
+        lines = list(_missing(report.not_held, verbose=verbose))
+        for line in lines if verbose else lines[:SHOWN]:
+            to.print(f"           {line}", markup=False)
+        if len(lines) > SHOWN and not verbose:
+            to.print(f"           and {len(lines) - SHOWN} more; -v lists every tensor", markup=False)
+        to.print(f"         error of the whole adapter: {100 * report.total_error:.4g} % of the change", markup=False)
     for note in report.notes:
         to.print(f"[yellow]note[/]     {escape(note)}")
+
+
+def _counts(report: ExtractionReport) -> str:
+    """How many tensors there are, and what became of them; the parts add up to the whole."""
+    factored = len(report.factored)
+    parts = {
+        "in factors": factored,
+        "saved whole": len(report.saved),
+        "changed, but not in the adapter": len(report.not_held),
+        "excluded by --include or --exclude": sum(result.left_out for result in report.results),
+    }
+    parts["unchanged"] = len(report.results) - sum(parts.values())
+    return f"{_tensors(len(report.results))}: " + ", ".join(f"{count} {what}" for what, count in parts.items() if count)
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'' if count == 1 else 's'}"
+
+
+def _missing(results: Sequence[PairResult], *, verbose: bool) -> Iterator[str]:
+    """A line for each tensor that the adapter lacks, or for those of all layers together."""
+    groups: dict[tuple[str, str], list[PairResult]] = {}
+    for result in results:
+        name = result.pair.name if verbose else _pattern(result.pair.name)
+        groups.setdefault((name, result.pair.treatment), []).append(result)
+    for (name, treatment), group in groups.items():
+        known = [result for result in group if result.norm is not None and result.base_norm]
+        changes = [100 * result.norm / result.base_norm for result in known]  # type: ignore[operator]  # not None
+        change = f"changed by {_range(changes, 3)} %" if changes else ""
+        facts = [_tensors(len(group))] * (len(group) > 1) + [change] * bool(change)
+        shown = group[0].pair.name if len(group) == 1 else name
+        yield f"{shown} ({', '.join(facts)}): {treatment}" if facts else f"{shown}: {treatment}"
+
+
+def _pattern(name: str) -> str:
+    return ".".join(part if not part.isdigit() else "*" for part in name.split("."))
 
 
 def _groups(results: Sequence[PairResult], *, verbose: bool) -> dict[str, list[PairResult]]:
     groups: dict[str, list[PairResult]] = {}
     for result in results:
-        parts = [part if not part.isdigit() else "*" for part in result.pair.module.split(".")]
-        groups.setdefault(result.pair.module if verbose else ".".join(parts), []).append(result)
+        module = result.pair.module
+        groups.setdefault(module if verbose else _pattern(module), []).append(result)
     return groups
 
 
-def _range(values: Sequence[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+def _range(values: Sequence[float], digits: int = 4) -> str:
+    low, high = (f"{value:.{digits}g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

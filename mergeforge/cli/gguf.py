@@ -30,7 +30,7 @@ from mergeforge.errors import RecipeError
 @_options.resources
 @_options.allow_pickle
 @_options.fresh
-@_options.overwrite
+@click.option("--overwrite", is_flag=True, help="Replace files of the same name or type; all others stay.")
 @click.option("--plan", "plan_only", is_flag=True, help="Show what would be written, and write nothing.")
 @_options.as_json
 @_options.quiet
@@ -55,9 +55,12 @@ def gguf(
 ) -> None:
     """Write MODEL (a folder or Hub repo) as GGUF, quantized in the same pass.
 
+    Files are added beside those that are in the output folder, which may be the model's own.
+
     \b
     Examples:
       mergeforge gguf ./merged --type q4_k_m --type q8_0
+      mergeforge gguf ./merged --type q4_k_m --out ./merged/small.gguf
       mergeforge gguf org/model --type q4_k_m --out model.gguf --memory 1GiB
     """
     started = time.monotonic()

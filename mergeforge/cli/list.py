@@ -62,14 +62,14 @@ def _architectures() -> list[dict[str, Any]]:
 
 def _quants() -> list[dict[str, Any]]:
     from mergeforge.gguf.file_types import FILE_TYPES
-    from mergeforge.gguf.quantize import QUANT_TYPES
+    from mergeforge.gguf.typical_size import TYPICAL_MODEL, typical_bits_per_weight
 
     rows = []
     for name, file_type in FILE_TYPES.items():
-        quant_type = QUANT_TYPES[file_type.default_type]
-        bits = quant_type.nbytes * 8 / quant_type.block
+        bits = typical_bits_per_weight(file_type)
         source = "llama-quantize" if file_type.by_llama_quantize else "llama.cpp's converter"
-        rows.append({"name": name, "about": f"mostly {quant_type.name}, {bits:g} bits per weight; as {source} writes"})
+        about = f"{bits:.2f} bits per weight in {TYPICAL_MODEL}, mostly {file_type.default_type}; as {source} writes"
+        rows.append({"name": name, "about": about, "bits_per_weight": round(bits, 3)})
     return rows
 
 

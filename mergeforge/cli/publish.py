@@ -43,7 +43,7 @@ def publish(
     """
     from mergeforge.hub.split_gguf_repo import publications
 
-    with publications(folder, repo, revision=revision, private=private, gguf=gguf) as planned:
+    with publications(folder, repo, revision=revision, private=private, gguf=gguf, dry_run=dry_run) as planned:
         results = [_publish(publication, dry_run=dry_run, quiet=quiet or as_json) for publication in planned]
     if as_json:
         click.echo(json.dumps(results[0] if gguf == "beside" else results))

@@ -82,7 +82,6 @@ def run_recipe(
         pass
     seconds = time.monotonic() - started
     if as_json:
-        result = {"out": str(planned.out), "bytes": planned.nbytes_written, "seconds": round(seconds, 3)}
-        click.echo(json.dumps(result | {"files": list(planned.files)}))
+        click.echo(json.dumps(_result.result_as_json(planned, seconds)))
     elif not quiet:
         _result.show_result(planned, to, seconds)

@@ -154,6 +154,8 @@ class _StreamMonitor:
         self._count = (chunk.get("usage") or {}).get("completion_tokens", self._count)
         for choice in chunk.get("choices", []):
             self._add_choice(choice)
+        if self.ended == "length":  # tokens without text, such as parts of a character, have no chunk in a chat
+            self._count = (chunk.get("timings") or {}).get("predicted_n", self._count)
         return self._text.stopped is not None
 
     def _add_choice(self, choice: Any) -> None:

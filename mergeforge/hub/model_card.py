@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ import yaml
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
 _FENCE = "---"
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name is that of a Hub repo (owner/name), and of no local folder."""
+    return bool(_REPO_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def write_card(front: Mapping[str, Any], title: str, body: str) -> str:

@@ -53,17 +53,28 @@ class Publication:
 
 
 def plan_publication(
-    folder: str | Path, repo: str, *, revision: str = "main", private: bool = True, links_into: str | Path | None = None
+    folder: str | Path,
+    repo: str,
+    *,
+    revision: str = "main",
+    private: bool = True,
+    links_into: str | Path | None = None,
+    dry_run: bool = False,
 ) -> Publication:
     """Compare a folder with a repo without uploading anything.
 
-    `links_into`: another folder that its symbolic links may point into. Raises SourceError for an unfinished folder,
-    RecipeError for an invalid repo name, and MergeforgeError if the Hub denies access.
+    `links_into`: another folder that its symbolic links may point into. `dry_run`: it is not going to be published, so
+    no token is needed; a repo that cannot be read without one then counts as new.
+
+    Raises SourceError for an unfinished folder, RecipeError for an invalid repo name, and MergeforgeError if the Hub
+    denies access.
     """
     folder = Path(folder)
     files = _files_of(folder)
     _check_links(files.values(), [folder, *([Path(links_into)] if links_into else [])])
-    check_access(repo)
+    _check_repo_id(repo)
+    if not dry_run or _has_token():
+        check_access(repo)
     parent, remote = repo_files(repo, revision)
     unchanged = {name for name, path in files.items() if name in remote and is_unchanged(path, remote[name])}
     uploads = [Upload(name, path, path.stat().st_size) for name, path in files.items() if name not in unchanged]
@@ -106,14 +117,24 @@ def publish(publication: Publication) -> Iterator[str]:
 
 def check_access(repo: str) -> str:
     """Return the account of the token in use. Raises RecipeError (invalid repo id) or MergeforgeError (no access)."""
-    if not _REPO.fullmatch(repo):
-        raise RecipeError(f"{repo!r} is not a repo id", hint="use OWNER/NAME")
-    from huggingface_hub import HfApi, get_token
+    _check_repo_id(repo)
+    from huggingface_hub import HfApi
 
-    if not get_token():
+    if not _has_token():
         raise MergeforgeError("there is no Hub token", hint="log in with `hf auth login`, or set HF_TOKEN")
     with hub_errors(repo):
         return str(HfApi().whoami()["name"])
+
+
+def _check_repo_id(repo: str) -> None:
+    if not _REPO.fullmatch(repo):
+        raise RecipeError(f"{repo!r} is not a repo id", hint="use OWNER/NAME")
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token
+
+    return bool(get_token())
 
 
 def _files_of(folder: Path) -> dict[str, Path]:

@@ -107,17 +107,23 @@ ollama run hf.co/{repo}:{label}
 
 @contextmanager
 def publications(
-    folder: str | Path, repo: str, *, revision: str = "main", private: bool = True, gguf: str = "beside"
+    folder: str | Path,
+    repo: str,
+    *,
+    revision: str = "main",
+    private: bool = True,
+    gguf: str = "beside",
+    dry_run: bool = False,
 ) -> Iterator[tuple[Publication, ...]]:
     """What publishing a folder would do: in one repo, or with gguf="apart" in two. Raises as plan_publication does."""
     if gguf not in ("beside", "apart"):
         raise RecipeError(f"gguf must be beside or apart, not {gguf!r}")
     if gguf == "beside":
-        yield (plan_publication(folder, repo, revision=revision, private=private),)
+        yield (plan_publication(folder, repo, revision=revision, private=private, dry_run=dry_run),)
         return
     with tempfile.TemporaryDirectory() as work:
         split = split_gguf_repo(Path(folder), Path(work), repo)
         yield tuple(
-            plan_publication(part, name, revision=revision, private=private, links_into=folder)
+            plan_publication(part, name, revision=revision, private=private, links_into=folder, dry_run=dry_run)
             for part, name in ((split.model, repo), (split.ggufs, split.gguf_repo))
         )

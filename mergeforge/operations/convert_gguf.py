@@ -122,7 +122,12 @@ def _refuse_existing(conversion: GGUFConversion) -> None:
     if existing := [path for path in dict.fromkeys([*conversion.files, *same_type]) if path.exists()]:
         verb, them = ("exists", "it") if len(existing) == 1 else ("exist", "them")
         hint = f"--overwrite replaces {them} and nothing else"
-        raise OutputError(f"{format_list(map(str, existing))} {verb}", hint=hint)
+        raise OutputError(f"{format_list(map(_shown, existing))} {verb}", hint=hint)
+
+
+def _shown(path: Path) -> str:
+    """A path without the current folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _refuse_adapters(model: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 from mergeforge.adapters.peft.describe import describe_adapter
 from mergeforge.checkpoints.checkpoint import open_checkpoint, read_json
+from mergeforge.checkpoints.quantized.detect import detect_quantization
+from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
 from mergeforge.core.tensor_info import TensorInfo
+from mergeforge.errors import SourceError, format_list
 from mergeforge.gguf.reader import read_gguf
 from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header
+from mergeforge.planner import WORK
 
 _MODEL_KEYS = [
     "architectures",
@@ -45,6 +50,8 @@ _ADAPTER_KEYS = [
     "peft_version",
 ]
 
+_TEXT = (".json", ".md", ".txt", ".jinja", ".py", ".html")
+
 
 def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Kind, config, bytes by dtype, and every tensor's dtype, shape and size; reads headers only.
@@ -57,6 +64,8 @@ def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     if local.is_file() and local.suffix == ".safetensors":
         header = read_header(local)
         return _summary("safetensors file", [info for info, _ in header.tensors.values()], dict(header.metadata))
+    if local.is_file():
+        _refuse_other_files(local, path)
     folder = fetch(path, None, ("model", "adapter_model"), allow_pickle=allow_pickle).path
     if folder.is_dir() and (folder / "adapter_config.json").is_file():
         checkpoint = open_checkpoint(folder, path, allow_pickle=allow_pickle, stem="adapter_model")
@@ -64,9 +73,49 @@ def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
         infos = [tensor.info for tensor in checkpoint.tensors.values()]
         summary = _summary("adapter", infos, _present(config, _ADAPTER_KEYS))
         return summary | {"in_words": describe_adapter(config, infos)}
-    checkpoint = open_checkpoint(folder, path, allow_pickle=allow_pickle, stem="model")
-    infos = [tensor.info for tensor in checkpoint.tensors.values()]
-    return _summary("checkpoint", infos, _present(checkpoint.config, _MODEL_KEYS))
+    _refuse_other_folders(folder, path)
+    return _inspect_checkpoint(folder, path, allow_pickle)
+
+
+def _inspect_checkpoint(folder: Path, path: str, allow_pickle: bool) -> dict[str, Any]:
+    """The tensors as they are stored; of a quantized model also what they are read as."""
+    stored = open_checkpoint(folder, path, allow_pickle=allow_pickle, stem="model", dequantize=False)
+    infos = [tensor.info for tensor in stored.tensors.values()]
+    summary = _summary("checkpoint", infos, _present(stored.config, [*_MODEL_KEYS, "quantization_config"]))
+    try:
+        tensors, *_ = detect_quantization(path, stored.tensors, stored.config)
+    except SourceError as error:
+        return summary | {"in_words": [f"mergeforge cannot read its weights: {error}"]}
+    quantized = [tensor for tensor in tensors.values() if isinstance(tensor, QuantizedTensor)]
+    if not quantized:
+        return summary
+    labels = Counter((tensor.layout.label, tensor.info.dtype) for tensor in quantized)
+    sentences = [
+        f"{count} weights are stored as {label}; a merge reads them as {dtype}"
+        for (label, dtype), count in labels.items()
+    ]
+    return summary | {"parameters": sum(tensor.info.numel for tensor in tensors.values()), "in_words": sentences}
+
+
+def _refuse_other_files(local: Path, path: str) -> None:
+    """Raise SourceError for a file that holds no tensors, naming what it is."""
+    if local.suffix.lower() in (".yaml", ".yml"):
+        hint = f"`mergeforge plan {shlex.quote(path)}` shows what it would do"
+        raise SourceError(f"{path} is a recipe or another YAML file: it holds no tensors", hint=hint)
+    if local.suffix.lower() in _TEXT:
+        raise SourceError(f"{path} holds no tensors", hint="name the folder of the model or adapter")
+
+
+def _refuse_other_folders(folder: Path, path: str) -> None:
+    """Raise SourceError for a folder whose only weights are GGUF files, or that an interrupted merge has left."""
+    if not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+        return
+    if ggufs := sorted(file.name for file in folder.glob("*.gguf")):
+        command = f"`mergeforge inspect {shlex.quote(str(Path(path) / ggufs[0]))}`"
+        raise SourceError(f"{path} holds only GGUF files: {format_list(ggufs)}", hint=f"name one of them: {command}")
+    if (folder / WORK).is_dir():
+        hint = "run the command that started it again to resume"
+        raise SourceError(f"{path} holds an interrupted merge, and no finished model", hint=hint)
 
 
 def _present(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mergeforge.recipe.model import (
     Slice,
     TokenEntry,
     TokenizerEntry,
+    to_yaml,
 )
 from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
 from mergeforge.recipe.validator import KnownNames, Validator
@@ -53,6 +54,7 @@ __all__ = [
     "TokenizerEntry",
     "json_schema",
     "read",
+    "to_yaml",
 ]
 
 

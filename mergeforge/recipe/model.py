@@ -250,10 +250,11 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """YAML that read() turns into this recipe again."""
-        return "---\n".join(_dumped(document) for document in self.documents)
+        return "---\n".join(to_yaml(document) for document in self.documents)
 
 
-def _dumped(document: Mapping[str, Any]) -> str:
+def to_yaml(document: Mapping[str, Any]) -> str:
+    """One document of a recipe as YAML."""
     text = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
     if not _LINE_BREAKS & set(text):
         return text

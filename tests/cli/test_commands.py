@@ -36,7 +36,9 @@ def test_run_writes_what_the_contract_lists(recipe: str, models: Path) -> None:
 
 def test_run_prints_json_on_stdout_and_the_rest_on_stderr(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["run", recipe, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["out"] == "merged"
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["out"] == "merged" and facts["files"] == ["model.safetensors"]
+    assert facts["warnings"] == [] and facts["peak_memory"] > facts["bytes"]
 
 
 def test_quiet_prints_nothing(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from support.small_models import ANSWERS
 
+import mergeforge
 from mergeforge import eval
 from mergeforge.cli import run_command
 from mergeforge.errors import RecipeError
@@ -112,6 +114,20 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(taught: Path, taught_
         with pytest.raises(eval.PromptTooLong):
             chat.send("the hen in the barn " * 60)
         assert chat.turns[-1]["role"] == "assistant", "a message that could not be answered is not kept"
+
+
+def test_an_answer_cut_by_max_tokens_is_not_a_full_context(talk, base: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Random weights give tokens without text, for which llama.cpp sends nothing in a chat."""
+    pytest.importorskip("xllamacpp")
+    folder = tmp_path / "random"
+    shutil.copytree(base, folder)
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    (file,) = mergeforge.convert_to_gguf(folder, "f16", out=tmp_path / "random.gguf", device="cpu")
+    for model in (file, folder):
+        code, _, err = talk(model, options=("--prompt", "hi", "--max-tokens", "12", "--seed", "1"))
+        assert code == 0 and "context is full" not in err
+        assert "[the answer was cut: max_tokens is 12]" in err, model
 
 
 def test_save_as_text(taught: Path, tmp_path: Path) -> None:

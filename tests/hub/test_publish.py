@@ -97,6 +97,15 @@ def test_a_dry_run_uploads_nothing(hub: FakeHub, publish: Publisher, merged: Pat
     assert "would upload model-00001-of-0000" in output
 
 
+def test_a_dry_run_needs_no_token(hub: FakeHub, publish: Publisher, merged: Path) -> None:
+    """Everything would be uploaded to a new repo; publishing still asks for the token."""
+    done = publish("publish", str(merged), REPO, "--dry-run", "--json", HF_TOKEN="")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)["sent"]) == set(names(merged)) and not publish.put
+    assert publish("publish", str(merged), REPO, HF_TOKEN="").returncode == 1
+    assert publish("publish", str(merged), "no-owner", "--dry-run", HF_TOKEN="").returncode == 2
+
+
 def test_deletes_leftovers_of_an_earlier_publish(
     hub: FakeHub, publish: Publisher, merged: Path, tmp_path: Path
 ) -> None:

@@ -188,11 +188,12 @@ def test_a_finished_model_becomes_the_same_gguf(models: Path) -> None:
         assert read(path).tensors == read(out / path.name).tensors, kind
 
 
-def test_out_can_be_a_single_file(models: Path) -> None:
+def test_out_can_be_a_single_file(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (path,) = converted("base", "x.gguf", "q8_0")
     assert path == Path("x.gguf").absolute() and not Path(".x.gguf.mergeforge").exists()
     assert read(path).keys["general.name"][1] == "Base"
     assert run_command(["gguf", "base", "--type", "q8_0", "--out", "x.gguf"]) == 5
+    assert "error: x.gguf exists\n" in capsys.readouterr().err
     assert run_command(["gguf", "base", "--type", "f16", "--out", "x.gguf", "--overwrite"]) == 0
     assert run_command(["gguf", "base", "--type", "f16", "--type", "q8_0", "--out", "y.gguf"]) == 2
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mergeforge.checkpoints.checkpoint import read_json
 from mergeforge.checkpoints.ties import tied_head
-from mergeforge.hub.model_card import write_card
+from mergeforge.hub.model_card import is_repo_id, write_card
 from mergeforge.lora.combine.plan import Combination
 from mergeforge.writers.peft_adapter import ADAPTER_CONFIG
 from mergeforge.writers.peft_config import lora_config, task_type
@@ -32,17 +32,25 @@ class CombinedModule:
 
 
 def adapter_config(plan: Combination, modules: Sequence[CombinedModule]) -> dict[str, Any]:
-    configs = [
-        read_json(item.folder / ADAPTER_CONFIG) for item in plan.adapters if (item.folder / ADAPTER_CONFIG).is_file()
-    ]
+    configs = _configs(plan)
     return lora_config(
         {item.module: item.rank for item in modules},
         _tensor_names(plan),
-        _common_value(configs, "base_model_name_or_path") or plan.base.label.partition("@")[0],
+        _base(plan),
         task=_common_value(configs, "task_type") or task_type(plan.base.config),
         revision=_common_value(configs, "revision"),
         fan_in_fan_out=any(item.transposed and not item.embedding for item in plan.sums),
     )
+
+
+def _configs(plan: Combination) -> list[dict[str, Any]]:
+    paths = [item.folder / ADAPTER_CONFIG for item in plan.adapters]
+    return [read_json(path) for path in paths if path.is_file()]
+
+
+def _base(plan: Combination) -> str:
+    """The base model as the adapters name it, or as the recipe does if they differ."""
+    return _common_value(_configs(plan), "base_model_name_or_path") or plan.base.label.partition("@")[0]
 
 
 def _common_value(configs: Sequence[Mapping[str, Any]], name: str) -> str | None:
@@ -92,6 +100,9 @@ def adapter_card(plan: Combination, modules: Sequence[CombinedModule]) -> str:
         how = "summed exactly"
     else:
         how = f"truncated to rank {max(module.rank for module in modules)} (errors in `{REPORT}`)"
-    front = {"library_name": "peft", "tags": ["mergeforge", "lora", "merge"]}
+    front: dict[str, Any] = {"library_name": "peft", "tags": ["mergeforge", "lora", "merge"]}
+    base = _base(plan)
+    if is_repo_id(base):
+        front = {"base_model": base, "base_model_relation": "adapter"} | front
     body = f"{len(modules)} modules, {how}, made with mergeforge from\n\n{adapters}\n"
     return write_card(front, "A sum of adapters", body)

@@ -179,13 +179,18 @@ def adapter_card(report: ExtractionReport) -> str:
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     tuned, base = _display_name(plan.tuned), _display_name(plan.base)
     body = f"""The difference of {tuned} and {base} as a LoRA adapter, extracted with
-mergeforge: {len(report.factored)} modules of rank {rank},
-{len(report.saved)} tensors saved whole.
+mergeforge: {_counts(report, rank)}.
 
 Folded into {base}, it has an error of {100 * report.error:.3g} % of the change
 (|D - BA| / |D| over all modules, Frobenius norm). `extraction.json` lists the error of each module.
 {lacks}"""
     return write_card(front, plan.out.name, body)
+
+
+def _counts(report: ExtractionReport, rank: str) -> str:
+    factored, saved = len(report.factored), len(report.saved)
+    modules = f"{factored} module{'' if factored == 1 else 's'} of rank {rank}"
+    return modules + (f", {saved} tensor{'' if saved == 1 else 's'} saved whole" if saved else "")
 
 
 def _module_entry(result: PairResult) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.changed_models import load, load_adapted, logits, merged_by_peft, save_pair, tensors
 from support.quiet import quiet
 
@@ -384,11 +385,38 @@ def test_input_that_changed_during_the_run_is_refused(llama: Pair, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def _sum_of_counts(output: str) -> bool:
+    """Whether the report's counts of tensors add up to all of them."""
+    (line,) = re.findall(r"^(\d+) tensors: (.+)$", output, re.MULTILINE)
+    return int(line[0]) == sum(int(part.split()[0]) for part in re.findall(r"\d+ [a-z]+", line[1]))
+
+
+def test_the_report_counts_every_tensor_once(llama: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Norms change in every layer: one line for all of them, and counts that add up, also with --include."""
+    tuned = tmp_path / "norms"
+    shutil.copytree(llama[1], tuned)
+    stored = load_file(tuned / "model.safetensors")
+    changed = {name: tensor * 1.5 if "norm" in name else tensor for name, tensor in stored.items()}
+    save_file(changed, tuned / "model.safetensors", {"format": "pt"})
+    command = ["extract-lora", str(tuned), "--base", str(llama[0]), "--out", str(tmp_path / "o"), "--rank", "2"]
+    assert run_command([*command, "--device", "cpu"]) == 0
+    output = capsys.readouterr().err
+    norms = sum("norm" in name for name in stored)
+    assert _sum_of_counts(output) and f"{norms} changed, but not in the adapter" in output
+    layers = sum(name.endswith("input_layernorm.weight") for name in stored)
+    assert f"model.layers.*.input_layernorm.weight ({layers} tensors, changed by 50 %)" in output
+    assert run_command([*command, "--device", "cpu", "--include", "q_proj", "--overwrite"]) == 0
+    output = capsys.readouterr().err
+    assert _sum_of_counts(output) and "excluded by --include or --exclude" in output
+    assert "0 tensors" not in (tmp_path / "o" / "README.md").read_text()
+
+
 def test_command_prints_the_report(llama: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["extract-lora", str(llama[1]), "--base", str(llama[0]), "--out", str(tmp_path / "out"), "--rank", "2"]
     assert run_command([*command, "--device", "cpu"]) == 0
     output = capsys.readouterr().err
     assert "model.layers.*.self_attn.q_proj   2       2" in output and f"wrote {tmp_path / 'out'}" in output
+    assert _sum_of_counts(output)
     assert run_command([*command, "--device", "cpu"]) == 5
     assert run_command([*command, "--device", "cpu", "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["modules"]["model.layers.1.mlp.up_proj"]["rank"] == 2
