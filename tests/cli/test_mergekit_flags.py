@@ -101,7 +101,8 @@ def test_the_table_in_the_documentation_lists_every_flag() -> None:
 def test_every_option_of_mergekit_is_an_option_here() -> None:
     """mergekit-yaml's --help against the options of `run`."""
     shown = subprocess.run([peer_program("mergekit-yaml"), "--help"], capture_output=True, text=True, check=True).stdout
-    theirs = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*(?=[ ,/\n])", shown.partition("Options:")[2])) - {"--help"}
+    lines = re.findall(r"^  (-.*?)(?:   |$)", shown, re.MULTILINE)
+    theirs = {option for line in lines for option in re.findall(r"--?[a-z][a-z-]*", line)} - {"--help"}
     ours = {name for param in run.params for name in (*param.opts, *param.secondary_opts)}
     assert "--allow-crimes" in theirs and theirs <= ours
     assert {"-v", "-j", "-o", "-q"} <= ours
