@@ -23,6 +23,7 @@ from mergeforge.operations import merge as merging
 from mergeforge.planner import Options, Plan, RecipeLike, make_plan
 from mergeforge.planner.options import as_list, refuse_unknown
 from mergeforge.recipe import json_schema
+from mergeforge.recipe.parts import recipe_of
 
 if TYPE_CHECKING:
     from mergeforge.hub.publish import Publication
@@ -101,7 +102,7 @@ def merge(
         raise TypeError(f"mergeforge.merge(): parameters must be a dict, not {type(parameters).__name__}")
     if recipe is None:
         numbers = [float(weight) for weight in weights]
-        recipe = recipe_of(base_model, models, adapters, numbers, method, parameters, settings, output_keys)
+        recipe = recipe_of(base_model, models, adapters, numbers, METHODS, method, parameters, settings, output_keys)
     elif base_model or models or adapters or weights or method or parameters or settings:
         raise RecipeError("give a recipe or its parts, not both")
     plan_ = make_plan(recipe, Options.of("mergeforge.merge", options))
@@ -251,41 +252,6 @@ def _recipe_keys() -> tuple[list[str], list[str]]:
     """The keys of a recipe, and those of its `output`."""
     properties = json_schema()["properties"]
     return list(properties), list(properties["output"]["properties"])
-
-
-def recipe_of(
-    base_model: str | Path | None,
-    models: Sequence[str | Path],
-    adapters: Sequence[str | Path],
-    weights: Sequence[Any],
-    method: str | None,
-    parameters: Mapping[str, Any] | None,
-    settings: Mapping[str, Any],
-    output_keys: Sequence[str],
-) -> dict[str, Any]:
-    """A recipe from the arguments of merge(). A weight of None is 1, where the method takes weights."""
-    if weights and len(weights) != len(models) + len(adapters):
-        raise RecipeError(f"{len(weights)} weights for {len(models)} models and {len(adapters)} adapters")
-    known = METHODS[method] if method and method in METHODS else None
-    default = 1.0 if known is None or "weight" in known.parameters else None
-    by_input = [default if weight is None else weight for weight in weights or [None] * (len(models) + len(adapters))]
-    recipe: dict[str, Any] = {
-        "merge_method": method,
-        "base_model": base_model if base_model is None else str(base_model),
-        "models": [
-            {"model": str(model)} | ({} if weight is None else {"parameters": {"weight": weight}})
-            for model, weight in zip(models, by_input, strict=False)
-        ],
-        "adapters": [
-            {"adapter": str(adapter)} | ({} if weight is None else {"weight": weight})
-            for adapter, weight in zip(adapters, by_input[len(models) :], strict=True)
-        ],
-        "parameters": dict(parameters or {}),
-    }
-    recipe |= {name: value for name, value in settings.items() if name not in output_keys or name == "name"}
-    if output := {name: value for name, value in settings.items() if name in output_keys and name != "name"}:
-        recipe["output"] = {**recipe.get("output", {}), **output}
-    return {key: value for key, value in recipe.items() if value not in (None, [], {})}
 
 
 def _items(argument: str, values: Any, kind: Any, description: str) -> list[Any]:

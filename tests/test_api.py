@@ -204,19 +204,23 @@ def test_hints_speak_python_in_python_and_options_on_the_command_line(
 ) -> None:
     Path("recipe.yaml").write_text(json.dumps(ADAPTERS_AS_RECIPE))
     with pytest.raises(mergeforge.RecipeError) as error:
-        mergeforge.plan("recipe.yaml")
+        mergeforge.run("recipe.yaml")
     assert "out=DIR" in error.value.hint and "--" not in error.value.hint
-    assert run_command(["plan", "recipe.yaml"]) == 2
+    with pytest.raises(mergeforge.RecipeError, match="no output folder"):
+        mergeforge.run(mergeforge.plan("recipe.yaml"))
+    assert run_command(["run", "recipe.yaml"]) == 2
     assert "--out DIR" in capsys.readouterr().err
 
 
 def test_every_option_of_run_is_an_argument_of_run() -> None:
-    """Options of `mergeforge run` that have no argument in Python only say what to print."""
+    """But for those that say what to print, and mergekit's, which stand for others."""
     module, function, _ = COMMANDS["run"]
     command = getattr(__import__(f"mergeforge.cli.{module}", fromlist=[function]), function)
     assert isinstance(command, click.Command)
-    printing = {"as_json", "quiet", "verbose", "plan_only", "recipe"}
-    names = {parameter.name for parameter in command.params} - printing
+    printing = {"as_json", "quiet", "verbose", "plan_only", "recipe", "out_path"}
+    names = {
+        parameter.name for parameter in command.params if not str(parameter.name).startswith("mergekit_")
+    } - printing
     from mergeforge.planner import Options
 
     own = set(inspect.signature(mergeforge.run).parameters)

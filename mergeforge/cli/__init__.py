@@ -44,7 +44,7 @@ class _Commands(click.Group):
     """A group that imports a command when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS]  # `list` is a module here: the command's
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
@@ -59,7 +59,7 @@ class _Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS:
-            raise unknown_command(args[0], list(COMMANDS))
+            raise unknown_command(args[0], COMMANDS)
         return super().resolve_command(ctx, args)
 
 

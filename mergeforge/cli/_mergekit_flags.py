@@ -94,7 +94,7 @@ def without_mergekit_flags(recipe: str, options: dict[str, Any]) -> tuple[dict[s
 
 
 def _has_tokenizer(recipe: str, sets: tuple[str, ...]) -> bool:
-    from mergeforge.planner import read_recipe
+    from mergeforge.cli._recipe import read_recipe
 
     return read_recipe(recipe, sets).tokenizer is not None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import click
 
@@ -70,12 +70,12 @@ _OPTIONS = {
 }
 
 
-def unknown_command(name: str, known: Sequence[str]) -> click.UsageError:
+def unknown_command(name: str, known: Iterable[str]) -> click.UsageError:
     """The error for a command that does not exist."""
     text = f"there is no command '{name}'"
     if name.endswith((".yaml", ".yml")):
         return click.UsageError(f"{text}: did you mean 'mergeforge run {name}'?")
-    hint = _ABSENT.get(name) or did_you_mean(name, known, COMMANDS) or "`mergeforge --help` lists them"
+    hint = _ABSENT.get(name) or did_you_mean(name, known, COMMANDS) or "`mergeforge --help` lists the commands"
     return click.UsageError(f"{text}: {hint}")
 
 
@@ -85,7 +85,7 @@ def unknown_option(error: click.NoSuchOption) -> str:
     known = [name for param in command.params for name in (*param.opts, *param.secondary_opts)] if command else []
     text, near = f"there is no option {error.option_name}", _near_option(error.option_name, known)
     path = error.ctx.command_path if error.ctx else "mergeforge"
-    return f"{text}: did you mean {near}?" if near else f"{text}: `{path} --help` lists them"
+    return f"{text}: did you mean {near}?" if near else f"{text}: `{path} --help` lists the options"
 
 
 def _near_option(name: str, known: Iterable[str]) -> str:

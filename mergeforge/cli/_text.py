@@ -12,7 +12,7 @@ import click
 def say(label: str, text: str, color: str) -> None:
     """Print a labeled text on stderr, its further lines indented; wrapped to the width of a terminal."""
     first, *rest = wrapped(text, indent=len(label)).split("\n")
-    click.secho(label, fg=color, bold=color == "red", nl=False, err=True)
+    click.secho(label, fg=color, bold=color == "red" or None, nl=False, err=True)
     click.echo("\n".join([first, *rest]), err=True)
 
 

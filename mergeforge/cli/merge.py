@@ -81,7 +81,7 @@ def merge(*, fresh: bool, overwrite: bool, plan_only: bool, print_recipe: bool, 
     """
     recipe = _recipe(options)
     if print_recipe:
-        from mergeforge.planner import read_recipe
+        from mergeforge.cli._recipe import read_recipe
 
         click.echo(read_recipe(recipe, options["sets"]).to_yaml(), nl=False)
     elif plan_only:
@@ -96,7 +96,7 @@ def merge(*, fresh: bool, overwrite: bool, plan_only: bool, print_recipe: bool, 
 
 def _recipe(options: dict[str, Any]) -> dict[str, Any]:
     """The recipe that the options describe; takes its options out of them."""
-    from mergeforge import api
+    from mergeforge.recipe.parts import recipe_of
 
     base, method = options.pop("base"), options.pop("method")
     models, adapters = (_weighted_inputs(options.pop(name)) for name in ("models", "adapters"))
@@ -110,11 +110,12 @@ def _recipe(options: dict[str, Any]) -> dict[str, Any]:
     settings |= {"gguf": list(output["gguf"]), "shard_size": output["shard_size"], "path": options.pop("out")}
     settings["safetensors"] = False if options.pop("no_safetensors") else None
     options["out"] = None
-    return api.recipe_of(
+    return recipe_of(
         base,
         [name for name, _ in models],
         [name for name, _ in adapters],
         [weight for _, weight in (*models, *adapters)],
+        METHODS,
         method,
         {name: _value(value) for name, value in parameters.items() if value is not None},
         {name: value for name, value in settings.items() if value not in (None, [])},

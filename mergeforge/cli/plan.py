@@ -10,6 +10,7 @@ import click
 
 from mergeforge.cli._mergekit_flags import mergekit_flags, without_mergekit_flags
 from mergeforge.cli._options import merge_options
+from mergeforge.cli._recipe import read_recipe
 from mergeforge.cli._text import say
 
 
@@ -36,6 +37,7 @@ def plan(recipe: str, **options: Any) -> None:
 
 def show_plan(recipe: str | Mapping[str, Any], *, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Plan a merge and print the plan. Raises BudgetError if the disk is too small."""
+    read_recipe(recipe, options["sets"])  # a mistake is reported before the planner is imported
     from mergeforge import api
     from mergeforge.planner import check_disk, plan_as_json
 

@@ -12,6 +12,7 @@ import click
 from mergeforge.cli import _options
 from mergeforge.cli._mergekit_flags import mergekit_flags, without_mergekit_flags
 from mergeforge.cli._options import merge_options
+from mergeforge.cli._recipe import read_recipe
 from mergeforge.cli._text import say
 
 
@@ -57,6 +58,7 @@ def run_recipe(
 ) -> None:
     """Plan and run a merge, with its progress and its result on the terminal."""
     started = time.monotonic()
+    read_recipe(recipe, options["sets"])  # a mistake is reported before the planner is imported
     from mergeforge import api
     from mergeforge.planner import Options, make_plan
 

@@ -98,7 +98,7 @@ def _check(
     if parameter is None and name in WITHOUT_EFFECT:
         return
     if parameter is None and name in elsewhere:
-        warn(path, f"'{name}' has no effect", f"{scope.method} takes {takes or 'no parameters'}")
+        warn(path, f"'{name}' has no effect", f"{scope.method} takes {f'only {takes}' if takes else 'no parameters'}")
     elif parameter is None:
         hint = did_you_mean(name, scope.known) or did_you_mean(name, elsewhere)
         report(path, f"{scope.method} has no parameter '{name}'", hint or f"{scope.method} takes: {takes or 'none'}")

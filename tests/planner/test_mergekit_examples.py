@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import mergeforge
+from mergeforge.methods import METHODS
 from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 EXAMPLES = {
@@ -151,3 +152,33 @@ def test_the_example_runs(models: Path, name: str, monkeypatch: pytest.MonkeyPat
     assert f"model.layers.{depth}.mlp.up_proj.weight" not in tensors
     wanted = torch.float16 if "float16" in EXAMPLES[name].replace("bfloat16", "") else torch.bfloat16
     assert {tensor.dtype for tensor in tensors.values()} == {wanted}
+
+
+WITHOUT_WEIGHTS = {
+    "slerp": {"t": 0.35},
+    "nearswap": {"t": 0.01},
+    "arcee_fusion": {},
+    "sce": {"select_topk": 0.5},
+    "ram": {},
+    "ramplus_tl": {},
+    "model_stock": {},
+    "karcher": {},
+}
+
+
+@pytest.mark.parametrize("method", WITHOUT_WEIGHTS)
+def test_weights_without_effect_change_nothing_and_are_a_warning(
+    models: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As mergekit's own tests give them: the merge with weights against the same merge without."""
+    monkeypatch.chdir(models)
+    inputs = ("base", "tuned-a") if METHODS[method].inputs[1] == 2 else ("tuned-a", "tuned-b")
+    recipe = {"merge_method": method, "base_model": "base", "parameters": WITHOUT_WEIGHTS[method]}
+    results = []
+    for parameters in ({}, {"weight": 0.6}):
+        entries = [{"model": model, "parameters": parameters} for model in inputs]
+        plan = mergeforge.plan({**recipe, "models": entries}, out=f"{method} {len(parameters)}", device="cpu")
+        assert any("'weight' has no effect" in warning for warning in plan.warnings) == bool(parameters)
+        results.append(load_file(mergeforge.run(plan).folder / "model.safetensors"))
+    without, with_weights = results
+    assert all(torch.equal(tensor, with_weights[name]) for name, tensor in without.items())

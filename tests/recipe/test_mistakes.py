@@ -275,29 +275,29 @@ parameters: {{{shared}}}
     [
         (
             *("sce", "weight: 1", "weight: 2", ""),
-            "'weight' has no effect: sce takes select_topk, int8_mask (models.0.parameters.weight in line 4, "
+            "'weight' has no effect: sce takes only select_topk, int8_mask (models.0.parameters.weight in line 4, "
             "models.1.weight in line 5)",
         ),
         *(
-            (method, "weight: 1", "", "", f"'weight' has no effect: {method} takes ")
+            (method, "weight: 1", "", "", f"'weight' has no effect: {method} takes only ")
             for method in ("ram", "ramplus_tl", "model_stock", "karcher")
         ),
         (
             *("linear", "weight: 1, density: 5", "weight: 1", ""),
-            "'density' has no effect: linear takes weight, normalize (models.0.parameters.density in line 4)",
+            "'density' has no effect: linear takes only weight, normalize (models.0.parameters.density in line 4)",
         ),
         (
             *("linear", "weight: 1", "weight: 1", "embed_slerp: true"),
-            "'embed_slerp' has no effect: linear takes weight, normalize (parameters.embed_slerp in line 6)",
+            "'embed_slerp' has no effect: linear takes only weight, normalize (parameters.embed_slerp in line 6)",
         ),
-        ("sce", "", "", "normalize: true", "'normalize' has no effect: sce takes "),
+        ("sce", "", "", "normalize: true", "'normalize' has no effect: sce takes only "),
         (
             *("task_arithmetic", "weight: 1, lambda: 1", "weight: 1", ""),
             "'lambda' of a single input has no effect: in task_arithmetic it is one value for the whole merge, in the "
             "top-level 'parameters' (models.0.parameters.lambda in line 4)",
         ),
         *(
-            (method, "weight: 1", "", "t: 1", f"'weight' has no effect: {method} takes ")
+            (method, "weight: 1", "", "t: 1", f"'weight' has no effect: {method} takes only ")
             for method in ("slerp", "nearswap")
         ),
         ("arcee_fusion", "weight: 1", "", "", "'weight' has no effect: arcee_fusion takes no parameters"),
