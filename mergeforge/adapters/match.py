@@ -15,6 +15,7 @@ from typing import Any
 from mergeforge.adapters.deltas import AddTensor, LoraDelta, ReplaceRows, ReplaceTensor, WeightDelta
 from mergeforge.adapters.lora import LoraFactors, check_rank, lora_deltas, take_factors
 from mergeforge.adapters.match_experts import ExpertFactors, expert_deltas, is_expert_module, split_module
+from mergeforge.adapters.peft.hf_renames import LoadedSlice
 from mergeforge.adapters.peft.keys import (
     UNUSED,
     Key,
@@ -68,6 +69,7 @@ class AdapterMatcher:
     settings: LoraSettings
     method: PeftMethod | None
     config: Mapping[str, Any]
+    aliases: Mapping[str, tuple[LoadedSlice, ...]] = field(default_factory=dict)
     deltas: dict[str, list[WeightDelta]] = field(default_factory=dict)
     resized: dict[str, LazyTensor] = field(default_factory=dict)
     added: dict[str, StoredTensor] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class AdapterMatcher:
 
     def __post_init__(self) -> None:
         self._strip_adapter_name()
-        self.resolver = TensorResolver(self.label, self.base, self.resized)
+        self.resolver = TensorResolver(self.label, self.base, self.resized, self.aliases)
         self.tied = self.resolver.tied
 
     def match(self, folder: Path, revision: str | None) -> Adapter:
