@@ -32,6 +32,7 @@ from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
+from mergeforge.core.messages import WarningText
 from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
@@ -110,7 +111,7 @@ class AdapterMatcher:
             self.added,
             keeps_tied,
             (self.checkpoint,),
-            (*self.checkpoint.warnings, *self.notes),
+            tuple(dict.fromkeys((*self.checkpoint.warnings, *self.notes))),
             frozenset(self.parameters),
         )
 
@@ -242,7 +243,12 @@ class AdapterMatcher:
                 self.resolver.refuse_unknown(next(iter(factors.values())), f"{module}.{leaf}")
             target = weight if leaf == "weight" else self.resolver.target(name)
             rows_per_output = target.info.shape[1] if len(target.info.shape) == 3 else 1
-            self._add_delta(name, PeftDelta(formula, factors, target, rows_per_output))
+            if formula.statistic and len(weight.info.shape) != 2:
+                raise SourceError(f"{self.label}: {method.name} of {module} is supported for linear layers only")
+            if formula.warning:
+                self.notes.append(WarningText(f"{self.label}: {formula.warning}"))
+            beside = weight if leaf == "bias" else None
+            self._add_delta(name, PeftDelta(formula, factors, target, rows_per_output, beside))
 
     def _take_base_weight(self, module: str, roles: dict[str, StoredTensor]) -> None:
         """Take the initial weight if the adapter has it: an embedding of another size."""
