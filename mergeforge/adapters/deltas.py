@@ -56,7 +56,8 @@ class LoraDelta:
 
     For W (out, in), L is lora_B and R is lora_A. For GPT-2's Conv1D (in, out) and embeddings (vocabulary, dim),
     L = A^T and R = B^T (peft/tuners/lora/layer.py, get_delta_weight). `row_order`: the row of the stored L for
-    each row of W, where llama.cpp has reordered them.
+    each row of W, where llama.cpp has reordered them. `right_transposed`: R alone is stored transposed, as llama.cpp
+    does for an embedding.
     """
 
     left: StoredTensor
@@ -64,6 +65,7 @@ class LoraDelta:
     transposed: bool
     scale: float
     row_order: np.ndarray | None = None
+    right_transposed: bool = False
 
     label: str = "LoRA"
     needs_base: bool = False
@@ -72,6 +74,12 @@ class LoraDelta:
     @property
     def rank(self) -> int:
         return self.left.info.shape[0] if self.transposed else self.left.info.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of L R."""
+        left, right = self.left.info.shape, self.right.info.shape
+        return left[self.transposed], right[0 if self.transposed or self.right_transposed else 1]
 
     @property
     def memory_cost(self) -> MemoryCost:
@@ -87,6 +95,7 @@ class LoraDelta:
         """L and R, whole and in float64, without the scale; for planning and for combining adapters."""
         left, right = self.left.read_float64(), self.right.read_float64()
         left = left if self.row_order is None else left[self.row_order]
+        right = right.t() if self.right_transposed else right
         return (left.t(), right.t()) if self.transposed else (left, right)
 
     def factors(self, rows: range, worker: Worker, dtype: torch.dtype, weight: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -94,6 +103,7 @@ class LoraDelta:
         import torch
 
         right = self.right.read_all(worker).to(dtype)
+        right = right.t() if self.right_transposed else right
         if self.transposed:
             left, right = self._columns_of_left(rows, worker).t().to(dtype), right.t()
         elif self.row_order is not None:

@@ -1,7 +1,8 @@
 """Match a llama.cpp LoRA adapter (a GGUF file) to the checkpoint that it is folded into.
 
 The format is that of convert_lora_to_gguf.py: `NAME.lora_a` (r, in) and `NAME.lora_b` (out, r) under the weight's
-GGUF name, with its rows in GGUF's order; the scale is adapter.lora.alpha / r.
+GGUF name, with its rows in GGUF's order; the scale is adapter.lora.alpha / r. Of an embedding, lora_a is
+(vocabulary, r), because llama.cpp gathers the rows of tokens (build_inp_embd).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from mergeforge.adapters.deltas import LoraDelta
 from mergeforge.adapters.open import Adapter
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.model import ModelSource
+from mergeforge.checkpoints.names import EMBEDDINGS, tied_head
 from mergeforge.core.tensor_info import FLOATS, TensorInfo
 from mergeforge.errors import SourceError, format_list
 from mergeforge.gguf.architectures import TensorTarget, build_spec
@@ -47,7 +49,9 @@ def open_gguf_adapter(path: Path, label: str, base: ModelSource) -> Adapter:
         deltas[tensor] = (delta,)
         stored |= {f"{name}.lora_a": delta.right, f"{name}.lora_b": delta.left}
     checkpoint = Checkpoint(label, path, None, stored, {}, header.hashes)
-    return Adapter(label, path, None, deltas, {}, {}, True, (checkpoint,), ())
+    tied = tied_head(base)
+    keeps_tied = tied is None or tied[1] not in deltas
+    return Adapter(label, path, None, deltas, {}, {}, keeps_tied, (checkpoint,), ())
 
 
 def _lora_targets(targets: Mapping[str, tuple[TensorTarget, ...]]) -> dict[str, tuple[str, TensorTarget]]:
@@ -68,6 +72,17 @@ def _lora_delta(header: GGUFHeader, name: str, target: TensorInfo, row_target: T
     a, b = (header.tensors.get(f"{name}.lora_{which}") for which in "ab")
     if a is None or b is None:
         raise SourceError(f"{path} has only one of the two factors of {name}")
+    module = target.name.removesuffix(".weight")
+    alpha = header.get("adapter.lora.alpha")
+    if (
+        module.rpartition(".")[2] in EMBEDDINGS
+        and (a.shape[0], b.shape[0]) == target.shape
+        and a.shape[1:] == b.shape[1:]
+    ):
+        left, right = (
+            _factor(factor, f"{module}.lora_embedding_{which}", path) for factor, which in ((a, "A"), (b, "B"))
+        )
+        return LoraDelta(left, right, False, float(alpha or a.shape[1]) / a.shape[1], right_transposed=True)
     if a.shape[1:] != target.shape[1:] or b.shape != (target.rows, a.shape[0]):
         factors = f"{list(b.shape)} and {list(a.shape)}"
         text = f"{path}: {name} has factors of shapes {factors}, but {target.name} is {list(target.shape)}"
@@ -76,11 +91,12 @@ def _lora_delta(header: GGUFHeader, name: str, target: TensorInfo, row_target: T
     if row_target.rows is not None:
         order = np.empty(target.rows, dtype=np.int64)
         order[row_target.rows] = np.arange(target.rows)
-    scale = float(header.get("adapter.lora.alpha") or a.shape[0]) / a.shape[0]
-    return LoraDelta(_factor(b, path), _factor(a, path), False, scale, order)
+    left, right = (_factor(factor, f"{module}.lora_{which}.weight", path) for factor, which in ((b, "B"), (a, "A")))
+    return LoraDelta(left, right, False, float(alpha or a.shape[0]) / a.shape[0], order)
 
 
-def _factor(tensor: GGUFTensorInfo, path: Path) -> StoredTensor:
+def _factor(tensor: GGUFTensorInfo, name: str, path: Path) -> StoredTensor:
+    """A factor under the key that PEFT has for it."""
     if tensor.ggml_type not in FLOATS:
         raise SourceError(f"{path}: {tensor.name} is {tensor.ggml_type}", hint="convert the adapter to f16 or f32")
-    return StoredTensor(TensorInfo(tensor.name, tensor.ggml_type, tensor.shape), tensor.file, tensor.offset)
+    return StoredTensor(TensorInfo(name, tensor.ggml_type, tensor.shape), tensor.file, tensor.offset)

@@ -15,6 +15,7 @@ from typing import Any
 from mergeforge.adapters.deltas import AddTensor, LoraDelta, ReplaceRows, ReplaceTensor, WeightDelta
 from mergeforge.adapters.lora import LoraFactors, check_rank, lora_deltas, take_factors
 from mergeforge.adapters.match_experts import ExpertFactors, expert_deltas, is_expert_module, split_module
+from mergeforge.adapters.peft.hf_renames import LoadedSlice
 from mergeforge.adapters.peft.keys import (
     UNUSED,
     Key,
@@ -32,6 +33,7 @@ from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.checkpoints.ties import Tie
+from mergeforge.core.messages import WarningText
 from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
@@ -69,6 +71,7 @@ class AdapterMatcher:
     settings: LoraSettings
     method: PeftMethod | None
     config: Mapping[str, Any]
+    aliases: Mapping[str, tuple[LoadedSlice, ...]] = field(default_factory=dict)
     deltas: dict[str, list[WeightDelta]] = field(default_factory=dict)
     resized: dict[str, LazyTensor] = field(default_factory=dict)
     added: dict[str, StoredTensor] = field(default_factory=dict)
@@ -77,7 +80,7 @@ class AdapterMatcher:
 
     def __post_init__(self) -> None:
         self._strip_adapter_name()
-        self.resolver = TensorResolver(self.label, self.base, self.resized)
+        self.resolver = TensorResolver(self.label, self.base, self.resized, self.aliases)
 
     def match(self, folder: Path, revision: str | None) -> Adapter:
         """Match all tensors. Raises SourceError if some match no tensor of the base, or have the wrong shape."""
@@ -108,7 +111,7 @@ class AdapterMatcher:
             self.added,
             not all(stay_tied),
             (self.checkpoint,),
-            (*self.checkpoint.warnings, *self.notes),
+            tuple(dict.fromkeys((*self.checkpoint.warnings, *self.notes))),
             frozenset(self.parameters),
         )
 
@@ -240,7 +243,12 @@ class AdapterMatcher:
                 self.resolver.refuse_unknown(next(iter(factors.values())), f"{module}.{leaf}")
             target = weight if leaf == "weight" else self.resolver.target(name)
             rows_per_output = target.info.shape[1] if len(target.info.shape) == 3 else 1
-            self._add_delta(name, PeftDelta(formula, factors, target, rows_per_output))
+            if formula.statistic and len(weight.info.shape) != 2:
+                raise SourceError(f"{self.label}: {method.name} of {module} is supported for linear layers only")
+            if formula.warning:
+                self.notes.append(WarningText(f"{self.label}: {formula.warning}"))
+            beside = weight if leaf == "bias" else None
+            self._add_delta(name, PeftDelta(formula, factors, target, rows_per_output, beside))
 
     def _take_base_weight(self, module: str, roles: dict[str, StoredTensor]) -> None:
         """Take the initial weight if the adapter has it: an embedding of another size."""

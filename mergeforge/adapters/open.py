@@ -101,7 +101,9 @@ def _match_converted(
     checkpoint: Checkpoint, converted: ConvertedAdapter, label: str, base: ModelSource, folder: Path
 ) -> Adapter:
     renamed = replace(checkpoint, tensors=converted.tensors, warnings=(*checkpoint.warnings, *converted.notes))
-    matcher = AdapterMatcher(label, base, renamed, converted.settings, converted.method, converted.config)
+    matcher = AdapterMatcher(
+        label, base, renamed, converted.settings, converted.method, converted.config, converted.aliases
+    )
     return matcher.match(folder, checkpoint.revision)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,18 @@ class PeftDelta:
     """One formula on one tensor. `base`: W itself, read in whole row groups if the formula needs them.
 
     `rows_per_output`: rows of W per row of the formula; a Conv1d (out, in, width) is stored as out * in rows.
+    `weight`: the weight next to a bias, if W is a bias whose formula depends on it.
     """
 
     formula: Formula
     factors: Mapping[str, StoredTensor]
     base: LazyTensor
     rows_per_output: int = 1
+    weight: LazyTensor | None = None
 
-    needs_stats: bool = False
+    @property
+    def needs_stats(self) -> bool:
+        return self.formula.statistic is not None
 
     @property
     def label(self) -> str:
@@ -48,6 +52,10 @@ class PeftDelta:
     def memory_cost(self) -> MemoryCost:
         stored = sum(factor.info.nbytes + 4 * factor.info.numel + ALIGNMENT for factor in self.factors.values())
         own = MemoryCost(fixed_nbytes=stored + self.formula.scratch_nbytes, scratch_blocks=self.formula.scratch_blocks)
+        if self.weight is not None and self.needs_stats:
+            info, cost = self.weight.info, self.weight.memory_cost
+            block = 4 * info.block_rows * info.columns * (cost.scratch_blocks + 1)
+            own += MemoryCost(fixed_nbytes=cost.fixed_nbytes + cost.row_nbytes * info.block_rows + block)
         if self._row_group == 1:
             return own
         ends = (
@@ -65,12 +73,21 @@ class PeftDelta:
         )
 
     def collect_stats(self, scan: StatsPass, base: LazyTensor) -> Any:
-        return None
+        if self.formula.statistic is None:
+            return None
+        factors = {role: _read_factor(factor, scan.worker, scan.dtype).clone() for role, factor in self.factors.items()}
+
+        def weight_pass() -> Iterator[tuple[int, Tensor]]:
+            if self.weight is not None:
+                return _blocks_of(self.weight, scan)
+            staged = scan(lambda rows: base.load(rows, scan.worker, scan.stats, scan.dtype))
+            return ((start, whole(start, stop)) for whole, start, stop in staged)
+
+        return self.formula.statistic(factors, weight_pass)
 
     def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Any:
-        delta = self.formula.prepare(
-            {role: _read_factor(factor, worker, dtype) for role, factor in self.factors.items()}
-        )
+        factors = {role: _read_factor(factor, worker, dtype) for role, factor in self.factors.items()}
+        delta = self.formula.prepare({**factors, **stats[id(self)]} if self.needs_stats else factors)
         if self._row_group == 1:
             return delta
         wide = range(self._round_down(rows.start), min(self._round_up(rows.stop), self.base.info.rows))
@@ -91,6 +108,14 @@ class PeftDelta:
             return changed.reshape(last - first, -1)[start - first : stop - first]
 
         return grouped
+
+
+def _blocks_of(tensor: LazyTensor, scan: StatsPass) -> Iterator[tuple[int, Tensor]]:
+    """The blocks of another tensor than the one that the pass is over, each read for itself."""
+    for start in range(0, tensor.info.rows, tensor.info.block_rows):
+        stop = min(start + tensor.info.block_rows, tensor.info.rows)
+        scan.worker.clear()
+        yield start, tensor.load(range(start, stop), scan.worker, scan.stats, scan.dtype)(start, stop)
 
 
 def _read_factor(stored: StoredTensor, worker: Worker, dtype: torch.dtype) -> Tensor:

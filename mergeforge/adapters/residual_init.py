@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.adapters.deltas import LoraDelta
 from mergeforge.adapters.peft.kind import Delta
+from mergeforge.core.bottom_triplets import bottom_triplets, read_dense, to_double
 from mergeforge.core.low_rank_svd import svd_dense, svd_gram, svd_gram_nbytes
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.lazy import LazyTensor, Stats, StatsPass
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_BLOCK_COLUMNS = 4096  # columns
 _NAMES = {"pissa": "PiSSA", "olora": "OLoRA", "kasa": "KaSA"}
 
 
@@ -72,17 +72,10 @@ class ResidualInitDelta:
         if self.init == "olora":
             left, right = _qr_of_first_columns(read_blocks, rank)
             left = left.mul_(self.lora.scale)
-        elif self.shape[1] > self.shape[0]:
-            matrix = _read_dense(read_blocks, self.shape)
-            left, right = (
-                _top_triplets_dense(matrix, rank) if self.init == "pissa" else _bottom_triplets_dense(matrix, rank)
-            )
+        elif self.init == "kasa":
+            left, right = bottom_triplets(read_blocks, self.shape, rank)
         else:
-            left, right = (
-                _top_triplets(read_blocks, self.shape, rank)
-                if self.init == "pissa"
-                else _bottom_triplets(read_blocks, rank)
-            )
+            left, right = _top_triplets(read_blocks, self.shape, rank)
         device = scan.worker.device
         return left.to(device, scan.dtype), right.to(device, scan.dtype)
 
@@ -100,68 +93,17 @@ class ResidualInitDelta:
 
 
 def _top_triplets(read_blocks: Any, shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
-    factors = svd_gram(read_blocks, shape, rank)
+    is_wide = shape[1] > shape[0]
+    factors = svd_dense(read_dense(read_blocks, shape), rank) if is_wide else svd_gram(read_blocks, shape, rank)
     return factors.left, factors.right
-
-
-def _top_triplets_dense(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    factors = svd_dense(matrix, rank)
-    return factors.left, factors.right
-
-
-def _bottom_triplets(read_blocks: Any, rank: int) -> tuple[Tensor, Tensor]:
-    """W V V^T, with V the right singular vectors of the smallest singular values. Takes two passes."""
-    import torch
-
-    gram: Any = 0
-    for _, rows in read_blocks():
-        wide = _double(rows)
-        gram = gram + wide.t() @ wide
-    vectors = _bottom_eigenvectors(gram, rank)
-    return torch.cat([_double(rows) @ vectors for _, rows in read_blocks()]), vectors.t()
-
-
-def _bottom_triplets_dense(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U U^T W of a matrix with more columns than rows."""
-    gram: Any = 0
-    for start in range(0, matrix.shape[1], _BLOCK_COLUMNS):
-        wide = _double(matrix[:, start : start + _BLOCK_COLUMNS])
-        gram = gram + wide @ wide.t()
-    vectors = _bottom_eigenvectors(gram, rank).to(matrix)
-    return vectors, vectors.t() @ matrix
-
-
-def _bottom_eigenvectors(gram: Tensor, rank: int) -> Tensor:
-    """Eigenvectors of the smallest eigenvalues, as columns; none if the weights are not finite."""
-    import torch
-
-    if not bool(gram.diagonal().sum().isfinite()):
-        return gram[:, :0]
-    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
-    return vectors[:, :rank].contiguous()
 
 
 def _qr_of_first_columns(read_blocks: Any, rank: int) -> tuple[Tensor, Tensor]:
     """Q_r and R_r of W = Q R: Q_r spans W's first r columns, R_r = Q_r^T W. Takes two passes."""
     import torch
 
-    basis = torch.linalg.qr(torch.cat([_double(rows[:, :rank]) for _, rows in read_blocks()])).Q
+    basis = torch.linalg.qr(torch.cat([to_double(rows[:, :rank]) for _, rows in read_blocks()])).Q
     right: Any = 0
     for start, rows in read_blocks():
-        right = right + basis[start : start + len(rows)].t() @ _double(rows)
+        right = right + basis[start : start + len(rows)].t() @ to_double(rows)
     return basis, right
-
-
-def _double(rows: Tensor) -> Tensor:
-    """In float64, on the CPU if the device has no float64 (MPS)."""
-    return (rows.cpu() if rows.device.type == "mps" else rows).double()
-
-
-def _read_dense(read_blocks: Any, shape: tuple[int, int]) -> Tensor:
-    """All of W in float32."""
-    matrix: Tensor | None = None
-    for start, rows in read_blocks():
-        matrix = rows.new_empty(shape) if matrix is None else matrix
-        matrix[start : start + len(rows)].copy_(rows)
-    assert matrix is not None
-    return matrix

@@ -32,11 +32,16 @@ class MatchError(Exception):
 
 @dataclass
 class TensorResolver:
-    """The base's tensors, by an adapter's paths. `resized`: base tensors that the adapter replaces in another size."""
+    """The base's tensors, by an adapter's paths.
+
+    `resized`: base tensors that the adapter replaces in another size. `aliases`: paths of the adapter's format that
+    are rows of stored tensors.
+    """
 
     label: str
     base: ModelSource
     resized: dict[str, LazyTensor]
+    aliases: Mapping[str, tuple[LoadedSlice, ...]] = field(default_factory=dict)
     errors: list[MatchError] = field(default_factory=list)
 
     @contextmanager
@@ -67,7 +72,8 @@ class TensorResolver:
     @cached_property
     def loaded(self) -> Mapping[str, tuple[LoadedSlice, ...]]:
         """Tensors that transformers 5 names or stores differently than the checkpoint, with their stored slices."""
-        return loaded_tensors(self.base.config, {name: tensor.info.shape for name, tensor in self.base.tensors.items()})
+        shapes = {name: tensor.info.shape for name, tensor in self.base.tensors.items()}
+        return {**loaded_tensors(self.base.config, shapes), **self.aliases}
 
     def find(self, path: str) -> str:
         """The base's tensor for an adapter's path; "" if there is none."""
@@ -162,6 +168,15 @@ class TensorResolver:
 
     def refuse_unknown(self, stored: StoredTensor, path: str) -> NoReturn:
         """Raises MatchError."""
+        if self.slices(path):
+            text = (
+                f"{stored.info.name!r} changes a part of a fused tensor of {self.base.label}, or one stored in pieces"
+            )
+            raise MatchError(text, "only plain LoRA can be folded into such a tensor")
         nearest = get_close_matches(path, list(self.base.tensors), n=3, cutoff=0.5) if not self.errors else []
-        hint = f"nearest: {', '.join(nearest)}" if nearest else "the adapter belongs to another model"
+        hint = (
+            f"nearest: {', '.join(nearest)}"
+            if nearest
+            else "is the adapter for this model, or for another class of it?"
+        )
         raise MatchError(f"{stored.info.name!r} matches no tensor of {self.base.label}", hint)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergeforge.adapters.peft.hf_renames import LoadedSlice
 from mergeforge.adapters.peft.kind import PeftMethod
 from mergeforge.adapters.peft.lora_config import LoraSettings
 from mergeforge.tensors.stored import StoredTensor
@@ -19,7 +20,8 @@ from mergeforge.tensors.stored import StoredTensor
 class ConvertedAdapter:
     """An adapter's tensors under names that peft/keys.py knows, the scale of every module, and notes for the plan.
 
-    `method`: LyCORIS for its methods other than LoRA; it reads `config`.
+    `method`: LyCORIS for its methods other than LoRA; it reads `config`. `aliases`: tensors that the base stores as
+    rows of other tensors.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -27,6 +29,7 @@ class ConvertedAdapter:
     method: PeftMethod | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    aliases: Mapping[str, tuple[LoadedSlice, ...]] = field(default_factory=dict)
 
     @property
     def settings(self) -> LoraSettings:

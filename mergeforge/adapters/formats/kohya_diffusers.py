@@ -11,20 +11,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mergeforge.adapters.formats import ConvertedAdapter
-from mergeforge.adapters.formats.ldm_names import ldm_names
+from mergeforge.adapters.formats.image_resolver import ModuleResolver, NamedTensor, without_other_encoders
+from mergeforge.adapters.peft.keys import KEY_PREFIX
 from mergeforge.adapters.peft.kinds.lycoris import LYCORIS
 from mergeforge.adapters.peft.lora_config import LoraSettings, read_settings
-from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.stored import StoredTensor
 
 METADATA = "lora_adapter_metadata"
 # Suffix -> the suffix that peft/keys.py knows.
+_OTHER_NAMES = "known are the names of diffusers, kohya and the original SD, SDXL and Flux; is it for such a model?"
 _ROLES = {
     "lora_down.weight": "lora_A.weight",
     "lora_up.weight": "lora_B.weight",
@@ -50,19 +51,13 @@ _ROLES = {
     **{f"lokr_{role}": f"lokr_{role}" for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
 _KOHYA = re.compile(r"(lora_(?:te\d?|unet|transformer|prior_unet|prior_te)|lycoris|lora)_(.+)")
-_COMPONENTS = re.compile(r"(unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|diffusion_model)\.(.+)")
+_COMPONENTS = re.compile(r"(?:model\.)?(unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|diffusion_model)\.(.+)")
+_X_FLUX = re.compile(r"(.*)(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight")
+_X_FLUX_MODULES = {"": {"qkv": "linear1.qkv", "proj": "linear2"}}
+_X_FLUX_MODULES |= {
+    at: {part: f"{tower}_attn.{part}" for part in ("qkv", "proj")} for at, tower in (("1", "img"), ("2", "txt"))
+}
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_(?:q|k|v|out))_lora\.(down|up)\.weight")
-
-
-@dataclass(frozen=True)
-class _NamedTensor:
-    """A tensor, its component, its module's path there, and its role; `flattened`: the path has '_' for '.'."""
-
-    component: str
-    module: str
-    role: str
-    stored: StoredTensor
-    flattened: bool
 
 
 def read_kohya_diffusers(
@@ -74,32 +69,38 @@ def read_kohya_diffusers(
     the base has all modules of another component. Raises SourceError for unknown names or settings.
     """
     named = [_parse_name(name, stored, label) for name, stored in tensors.items()]
-    resolver = _ModuleResolver(label, base)
+    resolver = ModuleResolver(label, base)
     components = dict.fromkeys(tensor.component for tensor in named)
     known = [name for name in components if any(resolver.find(tensor) for tensor in named if tensor.component == name)]
+    known = without_other_encoders(known, named, resolver)
     relevant = [tensor for tensor in named if tensor.component in known]
     if not relevant:
         examples = format_list(dict.fromkeys(tensor.stored.info.name for tensor in named), 3)
-        raise SourceError(f"{label}: {base.label} has none of its modules ({examples})", hint="it is for another model")
+        raise SourceError(f"{label}: {base.label} has none of its modules ({examples})", hint=_OTHER_NAMES)
     unmatched = [tensor.stored.info.name for tensor in relevant if tensor.flattened and not resolver.find(tensor)]
     if unmatched:
         text = f"{label}: {format_list(dict.fromkeys(unmatched))} match no tensor of {base.label}"
-        raise SourceError(text, hint="it is for another model")
+        raise SourceError(text, hint=f"other modules of it do match; {_OTHER_NAMES}")
     notes = [_skipped_note(name, named, label, base) for name in components if name not in known]
-    modules: dict[str, dict[str, _NamedTensor]] = {}
+    modules: dict[str, dict[str, NamedTensor]] = {}
     for tensor in relevant:
         roles = modules.setdefault(resolver.find(tensor) or tensor.module, {})
         if tensor.role in roles:
             first = roles[tensor.role].stored.info.name
             raise SourceError(f"{label}: {tensor.stored.info.name!r} duplicates {first!r}")
         roles[tensor.role] = tensor
-    return _convert(modules, _metadata_settings(metadata, known, label), label, tuple(notes))
+    converted = _convert(modules, _metadata_settings(metadata, known, label), label, tuple(notes))
+    return replace(converted, aliases=resolver.aliases)
 
 
-def _parse_name(name: str, stored: StoredTensor, label: str) -> _NamedTensor:
+def _parse_name(name: str, stored: StoredTensor, label: str) -> NamedTensor:
+    name = name.removeprefix(KEY_PREFIX)
     if processor := _PROCESSOR.fullmatch(name):
         leaf = "to_out.0" if processor[2] == "to_out" else processor[2]
         name = f"{processor[1]}.{leaf}.lora_{processor[3]}.weight"
+    if (x_flux := _X_FLUX.fullmatch(name)) and (x_flux[2] == "single") == (x_flux[5] == ""):
+        module = _X_FLUX_MODULES[x_flux[5]][x_flux[4]]
+        name = f"{x_flux[1]}{x_flux[2]}_blocks.{x_flux[3]}.{module}.lora_{x_flux[6]}.weight"
     suffix = next((ending for ending in _ROLES if name.endswith("." + ending)), None)
     if suffix is None:
         raise SourceError(f"{label}: unknown tensor {name!r}", hint="is it a LoRA, LoHa or LoKr adapter?")
@@ -107,43 +108,10 @@ def _parse_name(name: str, stored: StoredTensor, label: str) -> _NamedTensor:
     kohya = _KOHYA.fullmatch(path) if "." not in path else None
     parts = kohya or _COMPONENTS.fullmatch(path)
     component, module = (parts[1], parts[2]) if parts else ("", path)
-    return _NamedTensor(component, module, _ROLES[suffix], stored, kohya is not None)
+    return NamedTensor(component, module, _ROLES[suffix], stored, kohya is not None)
 
 
-class _ModuleResolver:
-    """Finds the base's module for a path of these formats."""
-
-    def __init__(self, label: str, base: ModelSource) -> None:
-        self.label = label
-        self.base = base
-        self.resolver = TensorResolver(label, base, {})
-        self.flattened: dict[str, list[str]] = {}
-        self.cache: dict[str, str] = {}
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in base.tensors)
-        self.ldm_modules = ldm_names(modules, int(base.config.get("layers_per_block") or 2))
-        for module in modules:
-            words = module.split(".")
-            for start in range(len(words)):
-                self.flattened.setdefault("_".join(words[start:]), []).append(module)
-        for name, module in self.ldm_modules.items():
-            self.flattened.setdefault(name.replace(".", "_"), [module])
-
-    def find(self, tensor: _NamedTensor) -> str:
-        """The module's path in the base; "" if the base does not have it."""
-        if not tensor.flattened and tensor.module not in self.cache:
-            weight = self.resolver.find(f"{tensor.module}.weight")
-            self.cache[tensor.module] = tensor.module if weight else self.ldm_modules.get(tensor.module, "")
-        if not tensor.flattened:
-            return self.cache[tensor.module]
-        candidates = self.flattened.get(tensor.module, [])
-        exact = [module for module in candidates if module.replace(".", "_") == tensor.module]
-        if len(exact or candidates) > 1:
-            text = f"{tensor.stored.info.name!r} is ambiguous in {self.base.label}"
-            raise SourceError(f"{self.label}: {text}: it matches {format_list(exact or candidates)}")
-        return (exact or candidates or [""])[0]
-
-
-def _skipped_note(component: str, named: list[_NamedTensor], label: str, base: ModelSource) -> str:
+def _skipped_note(component: str, named: list[NamedTensor], label: str, base: ModelSource) -> str:
     count = sum(tensor.component == component for tensor in named)
     return f"{label}: skipping its {count} tensors for {component or 'another model'}: {base.label} has none of them"
 
@@ -176,7 +144,7 @@ def _component_config(metadata: Mapping[str, Any], component: str) -> dict[str, 
 
 
 def _convert(
-    modules: Mapping[str, Mapping[str, _NamedTensor]],
+    modules: Mapping[str, Mapping[str, NamedTensor]],
     settings: Mapping[str, LoraSettings],
     label: str,
     notes: tuple[str, ...],
@@ -212,7 +180,7 @@ def _scalar(stored: StoredTensor, label: str) -> float:
     return float(stored.read_float64().sum())
 
 
-def _renamed_tensors(module: str, roles: Mapping[str, _NamedTensor]) -> Iterator[tuple[str, StoredTensor]]:
+def _renamed_tensors(module: str, roles: Mapping[str, NamedTensor]) -> Iterator[tuple[str, StoredTensor]]:
     for role, tensor in roles.items():
         if role == "alpha":
             continue

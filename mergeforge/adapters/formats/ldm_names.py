@@ -1,4 +1,6 @@
-"""The original names of a UNet's modules (Stable Diffusion 1, 2 and XL), which kohya's SDXL files use.
+"""The original and diffusers' names of a UNet's modules (Stable Diffusion 1, 2 and XL).
+
+Single-file checkpoints and kohya's SDXL adapters use the original's, other adapters and folders diffusers'.
 
 The original numbers its blocks consecutively: an input block is one layer of diffusers' down blocks, or a
 downsampler; an output block is one layer of the up blocks, the last one of a level with the upsampler
@@ -27,7 +29,9 @@ _IN_RESNETS = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+_RESNETS = {original: name for name, original in _IN_RESNETS.items()}
 _LAYER = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions)\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"(?:(input|output)_blocks\.(\d+)|middle_block)\.(\d+)\.(.+)")
 _RESIZE = re.compile(r"(?:down_blocks\.(\d+)\.downsamplers|up_blocks\.(\d+)\.upsamplers)\.0\.conv")
 
 
@@ -63,3 +67,29 @@ def _ldm_name(module: str, blocks_per_level: int, with_attention: Collection[str
     return (
         f"input_blocks.{index + 1}.{slot}.{inner}" if direction == "down" else f"output_blocks.{index}.{slot}.{inner}"
     )
+
+
+def diffusers_names(modules: Collection[str]) -> dict[str, str]:
+    """diffusers' name -> original name, for the modules of a UNet with the original names."""
+    downsamplers = [int(match[1]) for module in modules if (match := re.match(r"input_blocks\.(\d+)\.0\.op$", module))]
+    blocks_per_level = min(downsamplers, default=3)
+    fixed = {original: name for name, original in _FIXED.items()}
+    names = {module: fixed.get(module) or _diffusers_name(module, blocks_per_level) for module in modules}
+    return {name: module for module, name in names.items() if name}
+
+
+def _diffusers_name(module: str, blocks_per_level: int) -> str:
+    """diffusers' name of one module; "" if it has none."""
+    match = _BLOCK.fullmatch(module)
+    if match is None:
+        return ""
+    direction, block, slot, rest = match.groups()
+    kind, inner = ("resnets", _RESNETS[rest]) if rest in _RESNETS else ("attentions", rest)
+    if direction is None:
+        return f"mid_block.{kind}.{int(slot) // 2}.{inner}"
+    level, layer = divmod(int(block) - (direction == "input"), blocks_per_level)
+    if rest == "op":
+        return f"down_blocks.{level}.downsamplers.0.conv"
+    if rest == "conv":
+        return f"up_blocks.{level}.upsamplers.0.conv"
+    return f"{'down' if direction == 'input' else 'up'}_blocks.{level}.{kind}.{layer}.{inner}"

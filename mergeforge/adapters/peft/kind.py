@@ -31,6 +31,10 @@ Shape = tuple[int, ...]
 # (start, stop, W's rows [start, stop)) -> W' - W of these rows; W's rows are None unless the delta needs them.
 Delta = Callable[[int, int, Any], "Tensor"]
 Prepare = Callable[[Mapping[str, "Tensor"]], Delta]
+# One pass over all of W: (first row, its rows from there), in order; rows may be overwritten after each step.
+WeightPass = Callable[[], Iterator[tuple[int, "Tensor"]]]
+# Factors and W -> further factors, for formulas that depend on all of W.
+Statistic = Callable[[Mapping[str, "Tensor"], WeightPass], Mapping[str, "Tensor"]]
 
 # Fields of adapter_config.json that every method has and that do not change what the tensors mean.
 _COMMON_FIELDS = (
@@ -84,7 +88,8 @@ class Formula:
 
     `label`: its name in the plan. `scratch_nbytes`: memory for the preparation, in addition to the factors in
     float32. `scratch_blocks`: blocks alive at once. `row_group`: W's rows are needed in whole groups of this
-    many. `details`: entries for the receipt, such as the scale.
+    many. `details`: entries for the receipt, such as the scale. `statistic`: computes further factors from all of
+    the weight before `prepare`, in at most `scratch_nbytes`. `warning`: what cannot be known from the adapter.
     """
 
     label: str
@@ -94,6 +99,8 @@ class Formula:
     scratch_blocks: int = 2
     row_group: int = 1
     details: Mapping[str, Any] = field(default_factory=dict)
+    statistic: Statistic | None = None
+    warning: str = ""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class LoraSum:
 
     @property
     def transposed(self) -> bool:
-        return self.terms[0][1].transposed
+        return self.embedding or self.terms[0][1].transposed
 
     @property
     def nbytes(self) -> int:
@@ -149,8 +149,6 @@ def _lora_sum(name: str, terms: Sequence[tuple[float, WeightDelta]]) -> LoraSum 
     if not lora_terms:
         return None
     delta = lora_terms[0][1]
-    left, right = delta.left.info.shape, delta.right.info.shape
-    shape = (left[1], right[0]) if delta.transposed else (left[0], right[1])
     key = parse_key(delta.left.info.name)
     module = key.module if key else name.rpartition(".")[0]
-    return LoraSum(name, module, lora_terms, shape, "lora_embedding_" in delta.left.info.name)
+    return LoraSum(name, module, lora_terms, delta.shape, "lora_embedding_" in delta.left.info.name)

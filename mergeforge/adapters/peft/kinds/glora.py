@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mergeforge.adapters.peft.kind import AdaptedModule, Config, Delta, Formula, adapter
+from mergeforge.adapters.peft.kind import AdaptedModule, Config, Delta, Formula, WeightPass, adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,23 +13,44 @@ if TYPE_CHECKING:
 
 @adapter("GLORA", prefixes=("glora_",), fields="r bias config_A_B config_C config_D_E init_weights")
 def glora(config: Config, module: AdaptedModule) -> dict[str, Formula]:
-    """W + W * A + B and b + b * D + E (peft/tuners/glora/layer.py, merge).
+    """W + W * A + B and b + b * D + E + W C (peft/tuners/glora/layer.py, merge).
 
-    Each of A, B, C, D and E is low-rank, one number per output, one number for all, or absent.
+    Each of A, B, C, D and E is low-rank, one number per row, one number for all, or absent.
     """
-    if "glora_C.X" in module.shapes or "glora_C.Xd" in module.shapes:
-        reason = "its bias depends on the weight (config_C), which is not supported"
-        raise ValueError(f"{module.path}: {reason}; merge it with PEFT")
     for letter in "AB":
         _check(module, letter)
     formulas = {}
     if _has(module, "A") or _has(module, "B"):
         formulas["weight"] = _formula("A", "B")
-    if _has(module, "D") or _has(module, "E"):
+    if any(_has(module, letter) for letter in "CDE"):
         for letter in "DE":
             _check(module, letter)
-        formulas["bias"] = _formula("D", "E")
+        formulas["bias"] = _bias_formula(module) if _has(module, "C") else _formula("D", "E")
     return formulas
+
+
+def _bias_formula(module: AdaptedModule) -> Formula:
+    """b * D + E + W C, with C (in, 1) as two factors or as it is."""
+    if "glora_C.Xd" in module.shapes:
+        rank = module.require("glora_C.Xd", module.in_features, None)[1]
+        module.require("glora_C.Xu", rank, 1)
+    else:
+        module.require("glora_C.X", module.in_features, 1)
+    plain = _formula("D", "E")
+
+    def statistic(factors: Mapping[str, Tensor], weight: WeightPass) -> Mapping[str, Tensor]:
+        import torch
+
+        factored = "glora_C.Xd" in factors
+        column = factors["glora_C.Xd"] @ factors["glora_C.Xu"] if factored else factors["glora_C.X"]
+        return {"W C": torch.cat([rows @ column for _, rows in weight()])}
+
+    def prepare(factors: Mapping[str, Tensor]) -> Delta:
+        change = plain.prepare(factors)
+        return lambda start, stop, base: change(start, stop, base).add_(factors["W C"][start:stop])
+
+    nbytes = 8 * (module.in_features + module.out_features)
+    return Formula("GLoRA", prepare, needs_base=True, scratch_nbytes=nbytes, scratch_blocks=3, statistic=statistic)
 
 
 def _has(module: AdaptedModule, letter: str) -> bool:

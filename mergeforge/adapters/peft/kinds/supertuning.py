@@ -29,11 +29,16 @@ def supertuning(config: Config, module: AdaptedModule) -> dict[str, Formula]:
         scale = (2 * rank if alpha is None else float(alpha)) / rank
 
     def prepare(factors: Mapping[str, Tensor]) -> Delta:
-        places, order = factors["supertuning_indices"].long().sort()
-        values = factors["supertuning_values"][order]
+        import torch
+
+        places, values = factors["supertuning_indices"].long(), factors["supertuning_values"]
+        if not bool((places[1:] >= places[:-1]).all()):
+            places, order = places.sort()
+            values = values[order]
 
         def delta(start: int, stop: int, base: Tensor) -> Tensor:
-            first, last = (int((places < edge * module.in_features).sum()) for edge in (start, stop))
+            edges = torch.tensor([start, stop], device=places.device) * module.in_features
+            first, last = torch.searchsorted(places, edges).tolist()
             change = values.new_zeros(stop - start, module.in_features)
             change.view(-1).index_add_(0, places[first:last] - start * module.in_features, values[first:last])
             if scale:
