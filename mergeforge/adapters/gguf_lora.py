@@ -13,6 +13,7 @@ from mergeforge.adapters.deltas import LoraDelta
 from mergeforge.adapters.open import Adapter
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.model import ModelSource
+from mergeforge.checkpoints.ties import model_ties
 from mergeforge.core.tensor_info import FLOATS, TensorInfo
 from mergeforge.errors import SourceError, format_list
 from mergeforge.gguf.architectures import TensorTarget, build_spec
@@ -39,15 +40,17 @@ def open_gguf_adapter(path: Path, label: str, base: ModelSource) -> Adapter:
     names = sorted({name.removesuffix(".lora_a").removesuffix(".lora_b") for name in header.tensors})
     if unmatched := [name for name in names if name not in targets]:
         raise SourceError(f"{path} changes {format_list(unmatched)}, which {base.label} does not have, or stores fused")
+    ties = model_ties(base)
     deltas: dict[str, tuple[LoraDelta]] = {}
     stored: dict[str, StoredTensor] = {}
     for name in names:
         tensor, row_target = targets[name]
         delta = _lora_delta(header, name, base.tensors[tensor].info, row_target, path)
-        deltas[tensor] = (delta,)
+        tie = ties.of(tensor)  # llama.cpp has one tensor for embedding and tied head
+        deltas |= dict.fromkeys(tie.names if tie else (tensor,), (delta,))
         stored |= {f"{name}.lora_a": delta.right, f"{name}.lora_b": delta.left}
     checkpoint = Checkpoint(label, path, None, stored, {}, header.hashes)
-    return Adapter(label, path, None, deltas, {}, {}, True, (checkpoint,), ())
+    return Adapter(label, path, None, deltas, {}, {}, False, (checkpoint,), ())
 
 
 def _lora_targets(targets: Mapping[str, tuple[TensorTarget, ...]]) -> dict[str, tuple[str, TensorTarget]]:
