@@ -14,7 +14,8 @@ from mergeforge.adapters.deltas import LoraDelta
 from mergeforge.adapters.open import Adapter
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.model import ModelSource
-from mergeforge.checkpoints.names import EMBEDDINGS, tied_head
+from mergeforge.checkpoints.names import EMBEDDINGS
+from mergeforge.checkpoints.ties import model_ties
 from mergeforge.core.tensor_info import FLOATS, TensorInfo
 from mergeforge.errors import SourceError, format_list
 from mergeforge.gguf.architectures import TensorTarget, build_spec
@@ -41,6 +42,7 @@ def open_gguf_adapter(path: Path, label: str, base: ModelSource) -> Adapter:
     names = sorted({name.removesuffix(".lora_a").removesuffix(".lora_b") for name in header.tensors})
     if unmatched := [name for name in names if name not in targets]:
         raise SourceError(f"{path} changes {format_list(unmatched)}, which {base.label} does not have, or stores fused")
+    ties = model_ties(base)
     deltas: dict[str, tuple[LoraDelta]] = {}
     stored: dict[str, StoredTensor] = {}
     for name in names:
@@ -49,9 +51,9 @@ def open_gguf_adapter(path: Path, label: str, base: ModelSource) -> Adapter:
         deltas[tensor] = (delta,)
         stored |= {f"{name}.lora_a": delta.right, f"{name}.lora_b": delta.left}
     checkpoint = Checkpoint(label, path, None, stored, {}, header.hashes)
-    tied = tied_head(base)
-    keeps_tied = tied is None or tied[1] not in deltas
-    return Adapter(label, path, None, deltas, {}, {}, keeps_tied, (checkpoint,), ())
+    touched = [ties.of(name) for name in deltas]
+    breaks_ties = any(tie and not set(tie.names) <= deltas.keys() for tie in touched)  # as PEFT does: not the tied head
+    return Adapter(label, path, None, deltas, {}, {}, breaks_ties, (checkpoint,), ())
 
 
 def _lora_targets(targets: Mapping[str, tuple[TensorTarget, ...]]) -> dict[str, tuple[str, TensorTarget]]:

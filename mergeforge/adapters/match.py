@@ -47,6 +47,7 @@ class Adapter:
     vocabulary). `added`: tensors that the base does not have (a new head). `breaks_ties`: it changes names of a tied
     tensor differently; a change of all of them alike is under every name. `parameters`: tensors that it changes as
     parameters of modules that are not linear (fused experts, routers); bitsandbytes leaves these in 16 bits.
+    task_type: what PEFT says that it was trained for, such as SEQ_CLS.
     """
 
     label: str
@@ -59,6 +60,7 @@ class Adapter:
     checkpoints: tuple[Checkpoint, ...]
     notes: tuple[str, ...]
     parameters: frozenset[str] = frozenset()
+    task_type: str = ""
 
 
 @dataclass
@@ -113,6 +115,7 @@ class AdapterMatcher:
             (self.checkpoint,),
             tuple(dict.fromkeys((*self.checkpoint.warnings, *self.notes))),
             frozenset(self.parameters),
+            str(self.config.get("task_type") or ""),
         )
 
     def _strip_adapter_name(self) -> None:
@@ -328,7 +331,7 @@ class AdapterMatcher:
                 f"{self.label} adds {module}.{leaf}, which the base does not have; check the model class in the config"
             )
             self.notes.append(note)
-        elif leaf == "weight" and not saved and module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS):
+        elif not saved and self.resolver.ties.has_token_rows(name):
             self._resize(module, name, stored)  # saved because the vocabulary was resized, not trained as a module
         else:
             self.resolver.check_size(module, stored, self.resolver.target(name))

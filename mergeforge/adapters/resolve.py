@@ -150,7 +150,7 @@ class TensorResolver:
 
     def check_size(self, module: str, stored: StoredTensor, target: LazyTensor) -> None:
         """Check the shape; embeddings and heads may have another number of rows. Raises MatchError."""
-        may_grow = module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
+        may_grow = module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS) or self.ties.has_token_rows(target.info.name)
         shape = (target.info.shape[0], *stored.info.shape[1:]) if may_grow else stored.info.shape
         if tuple(shape) != tuple(target.info.shape):
             self.refuse_shape(module, stored.info.shape, target)

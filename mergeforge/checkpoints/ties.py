@@ -1,20 +1,18 @@
 """Ties: tensors of a model that are one parameter under several names.
 
-Which names a class ties is taken from hf_ties.json (written by tools/hf_ties from transformers' own classes). What a
+Which names a class ties is taken from transformers itself (hf_classes.json). What a
 checkpoint ties also depends on what it stores, and the rule is that of transformers 5 (PreTrainedModel.tie_weights):
 if the flag is set, a name that is not stored takes the tensor of one that is; names that are stored keep their own.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
+from mergeforge.checkpoints.hf_classes import class_entry
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, is_head
 from mergeforge.tensors.lazy import LazyTensor
@@ -28,7 +26,7 @@ _GENERATIVE = (
     "ForPreTraining",
     "DecoderModel",
 )
-_TOKEN_MODULES = (*EMBEDDINGS, *HEADS, "shared")
+_TOKEN_MODULES = (*EMBEDDINGS, *HEADS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class ModelTies:
     """What is tied in a model.
 
     ties: none where the config's flag says so. embedding, head: names of the input and output embedding, "" if unknown.
-    token_rows: names of other tensors with an entry for each token, such as a head's bias. known: whether transformers
+    token_rows: names of all tensors with an entry for each token, such as a head's bias. known: whether transformers
     has the class; without it, ties are guessed from names. keeps_flag: tie_word_embeddings must not be changed, because
     the class ties whatever it says, or computes something else by it. patterns: regular expressions of further ties.
     """
@@ -64,6 +62,10 @@ class ModelTies:
     known: bool = True
     keeps_flag: bool = False
     patterns: tuple[str, ...] = ()
+
+    def has_token_rows(self, name: str) -> bool:
+        """Whether a tensor has an entry for each token: an embedding, a head, its bias."""
+        return name in self.token_rows or (name.endswith(".weight") and name.split(".")[-2] in _TOKEN_MODULES)
 
     def of(self, name: str) -> Tie | None:
         """The tie that a name belongs to."""
@@ -77,16 +79,16 @@ class ModelTies:
 
 def model_ties(model: ModelSource) -> ModelTies:
     """What is tied in a model, by its class, its config's flag and the tensors that it stores."""
-    entry = _entry(model.config)
+    entry = class_entry(model.config)
     if entry is None:
         return _guessed_ties(model)
     if not entry:
         return ModelTies()
     names = _ModelNames(model.tensors, str(entry.get("prefix", "")))
     groups = [[names.find(name) for name in group] for group in entry["ties"]]
-    token_rows = tuple(names.find(name) for name in entry.get("vocabulary", ()))
+    untied_rows = [names.find(name) for name in entry.get("vocabulary", ())]
     head, embedding = (names.find(entry[key]) if key in entry else "" for key in ("output", "input"))
-    if _lacks_head(model.tensors, groups, token_rows, head):
+    if _lacks_head(model.tensors, groups, untied_rows, head):
         groups, head = [[name for name in group if name != head] for group in groups], ""
     ties = [Tie(tuple(group), tuple(name for name in group if name in model.tensors)) for group in groups]
     is_tied = _is_tied(model, entry, head)
@@ -94,7 +96,7 @@ def model_ties(model: ModelSource) -> ModelTies:
         tuple(tie for tie in ties if tie.stored and len(tie.names) > 1) if is_tied else (),
         embedding,
         head,
-        token_rows,
+        tuple(dict.fromkeys([*_names_by_token(groups, embedding, head), *untied_rows])),
         keeps_flag="always" in entry or "computes_by_flag" in entry,
         patterns=tuple(pattern for pair in entry.get("patterns", ()) for pattern in pair),
     )
@@ -108,21 +110,6 @@ def tied_head(model: ModelSource) -> tuple[str, str] | None:
         return None
     embedding = next((name for name in (found.embedding, *tie.stored) if name in tie.stored and name != found.head), "")
     return (found.head, embedding) if embedding else None
-
-
-@cache
-def _table() -> dict[str, Any]:
-    text = Path(__file__).with_name("hf_ties.json").read_text(encoding="utf-8")
-    table: dict[str, Any] = json.loads(text)
-    return table
-
-
-def _entry(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the table says about the model's class: {} if it ties nothing, None if it is not in the table."""
-    table = _table()
-    names = [str(name) for name in config.get("architectures") or ()]
-    name = names[0] if names else table["types"].get(str(config.get("model_type")), "")
-    return table["entries"][table["of"][name]] if name in table["of"] else None
 
 
 @dataclass(frozen=True)
@@ -155,12 +142,17 @@ def _is_tower(name: str) -> bool:
     return any(word in name for word in ("vision", "visual", "audio"))
 
 
-def _lacks_head(
-    tensors: Mapping[str, LazyTensor], groups: list[list[str]], token_rows: tuple[str, ...], head: str
-) -> bool:
+def _lacks_head(tensors: Mapping[str, LazyTensor], groups: list[list[str]], untied_rows: list[str], head: str) -> bool:
     """Whether the checkpoint holds a model without its head: a head's bias is always stored."""
-    biases = [[name for name in group if name.endswith(".bias")] for group in [*groups, list(token_rows)]]
+    biases = [[name for name in group if name.endswith(".bias")] for group in [*groups, untied_rows]]
     return bool(head) and head not in tensors and any(names and not set(names) & tensors.keys() for names in biases)
+
+
+def _names_by_token(groups: list[list[str]], embedding: str, head: str) -> list[str]:
+    """The embedding, the head, what is tied to them, and the biases of a head that are tied to each other."""
+    module = head.rpartition(".")[0]
+    groups = [group for group in groups if {embedding, head} & set(group) or f"{module}.bias" in group]
+    return [name for name in (embedding, head, *(name for group in groups for name in group)) if name]
 
 
 def _flags(config: Mapping[str, Any]) -> Iterator[bool]:

@@ -15,11 +15,13 @@ from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS, is_he
 from mergeforge.checkpoints.quantized.fake_nf4 import FakeQuantizedTensor
 from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
 from mergeforge.checkpoints.ties import ModelTies, Tie, model_ties
+from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, format_list
 from mergeforge.planner.inputs import OpenAdapter, OpenModel
 from mergeforge.recipe.parameter_values import layer_positions, value_at
 from mergeforge.tensors.alias import AliasTensor
 from mergeforge.tensors.lazy import LazyTensor
+from mergeforge.tensors.padded import PaddedTensor
 from mergeforge.tensors.stored import StoredTensor
 
 
@@ -68,6 +70,7 @@ def model_tensors(model: OpenModel, later: Sequence[OpenAdapter] = (), numerics:
     ties = model_ties(checkpoint)
     notes = _resolve_ties(tensors, ties, checkpoint, opened)
     untied = bool(notes)
+    _pad_biases(tensors, ties, checkpoint)
     if numerics != "original":
         notes += _fake_quantize_adapted(tensors, checkpoint, opened, double_quant=numerics == "dequant_nf4")
     remaining = () if untied else ties.ties
@@ -125,17 +128,34 @@ def renamed_tensor(tensor: LazyTensor, name: str) -> LazyTensor:
 
 
 def check_vocabulary(tensors: Mapping[str, LazyTensor], checkpoint: ModelSource) -> None:
-    """Raise SourceError when adapters leave head and embedding with different numbers of rows."""
-    heads = [name for name in tensors if is_head(name)]
-    embeddings = [name for name in tensors if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
-    if len(heads) != 1 or len(embeddings) != 1:
-        return
-    head, embedding = tensors[heads[0]].info, tensors[embeddings[0]].info
-    before = [checkpoint.tensors[info.name].info.rows for info in (head, embedding) if info.name in checkpoint.tensors]
-    if head.rows != embedding.rows and not {head.rows, embedding.rows} <= set(before):
-        text = f"{embedding.name} would have {embedding.rows} rows and {head.name} {head.rows}"
+    """Raise SourceError when adapters leave embedding and head, or a head's bias, with different numbers of tokens."""
+    ties = model_ties(checkpoint)
+    names = [name for name in tensors if ties.has_token_rows(name)]
+    if len([name for name in names if is_head(name)]) > 1 and not ties.token_rows:
+        return  # several towers
+    before = {_tokens(checkpoint.tensors[name].info) for name in names if name in checkpoint.tensors}
+    after = {_tokens(tensors[name].info): name for name in names}
+    if len(after) > 1 and not after.keys() <= before:
+        counts = " and ".join(f"{name} {count}" for count, name in list(after.items())[:2])
         hint = "the adapter's file holds only one of the two resized tensors (PEFT saves only a targeted one)"
-        raise SourceError(f"{text}: an adapter resized only one of them", hint=hint)
+        raise SourceError(f"entries for each token: {counts}: an adapter resized only one of them", hint=hint)
+
+
+def _tokens(info: TensorInfo) -> int:
+    """The number of tokens that a tensor has entries for; BART's final_logits_bias is (1, tokens)."""
+    return info.shape[-1] if info.shape[0] == 1 else info.shape[0]
+
+
+def _pad_biases(tensors: dict[str, LazyTensor], ties: ModelTies, checkpoint: ModelSource) -> None:
+    """Give biases that no adapter saves, as BART's final_logits_bias, zeros for new tokens, as transformers does."""
+    embeddings = [name for name in (ties.embedding, ties.head, *ties.token_rows) if name in checkpoint.tensors]
+    if not embeddings or not embeddings[0].endswith(".weight"):
+        return
+    old, new = (source[embeddings[0]].info.rows for source in (checkpoint.tensors, tensors))
+    for name in ties.token_rows:
+        stored = checkpoint.tensors.get(name)
+        if new > old and stored is not None and tensors.get(name) is stored and stored.info.shape == (1, old):
+            tensors[name] = PaddedTensor(stored, replace(stored.info, shape=(1, new)))
 
 
 def _fold_own_adapters(

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergeforge.checkpoints.names import EMBEDDINGS
+from mergeforge.checkpoints.ties import ModelTies
 from mergeforge.core.tensor_info import DTYPES, TensorInfo
 from mergeforge.recipe import OUT_DTYPES, Recipe
 
 
 def config_json(
-    recipe: Recipe, base: Mapping[str, Any], tensors: Mapping[str, TensorInfo], *, untied: bool
+    recipe: Recipe, base: Mapping[str, Any], tensors: Mapping[str, TensorInfo], ties: ModelTies, *, untied: bool
 ) -> dict[str, Any] | None:
     """The output's config: the base's, with dtype and vocab_size corrected; `untied`: nothing is tied any more."""
     if not base:
@@ -28,9 +29,11 @@ def config_json(
         for name in ("dtype", "torch_dtype"):
             if name in config["text_config"]:
                 config["text_config"][name] = config[key]
-    rows = _embedding_rows(tensors)
+    rows = _embedding_rows(tensors, ties)
     for part in parts:
         if rows and "vocab_size" in part and part["vocab_size"] != rows:
+            if part.get("decoder_vocab_size") == part["vocab_size"]:
+                part["decoder_vocab_size"] = rows
             part["vocab_size"] = rows
         if untied and part.get("tie_word_embeddings") is not False:
             part["tie_word_embeddings"] = False
@@ -48,11 +51,14 @@ def config_dtype(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> str:
     return DTYPES[sizes.most_common(1)[0][0]][1] if sizes else "float32"
 
 
-def _embedding_rows(tensors: Mapping[str, TensorInfo]) -> int:
+def _embedding_rows(tensors: Mapping[str, TensorInfo], ties: ModelTies) -> int:
     """Rows of the input embedding; 0 where none is recognized."""
-    rows = {
-        info.rows
-        for name, info in tensors.items()
-        if name.endswith(".weight") and name.split(".")[-2:-1] and name.split(".")[-2] in EMBEDDINGS
-    }
+    tie = ties.of(ties.embedding)
+    if known := next((name for name in (ties.embedding, *(tie.stored if tie else ())) if name in tensors), ""):
+        return tensors[known].rows
+    rows = {info.rows for name, info in tensors.items() if name.endswith(".weight") and _is_embedding(name)}
     return rows.pop() if len(rows) == 1 else 0
+
+
+def _is_embedding(name: str) -> bool:
+    return name.split(".")[-2:-1] != [] and name.split(".")[-2] in EMBEDDINGS

@@ -1,17 +1,19 @@
 """The config of a model whose layers were stacked: how many there are, and what it says about each.
 
 Lists with an entry for each layer (layer_types, block_configs, ...) take each entry from the model that the layer comes
-from. Lists of layer numbers are renumbered. Where a config gives a rule (every sixth layer has full attention), it is
-written out as layer_types if transformers reads these, and refused if the stacked layers break the rule: such a model
+from. Lists of layer numbers are renumbered. Where a class derives such a list by a rule (every sixth layer has full
+attention), the list is written out if the stacked layers break the rule. What no list can say is refused: such a model
 would load and compute something else.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergeforge.errors import RecipeError
+from mergeforge.planner.layer_rules import bounds, is_known, is_settable, layer_list, list_names, periods
 from mergeforge.planner.layer_slices import DEPTHS, LayerStack
 
 Config = Mapping[str, Any]
@@ -30,12 +32,10 @@ _PERIODS = (
     "expert_layer_period",
     "cross_attention_every_n_layers",
 )
-_SLIDING = {
-    "gemma2": 2,
-    "gemma3": 6,
-    "gemma3_text": 6,
-    "cohere2": 4,
-}  # by default, every Nth is global
+# Endings of keys by which classes that transformers does not have may tell layers apart.
+_TELLS_LAYERS_APART = re.compile(
+    r"(_pattern|_interval|_period|_frequency|_freq|_step|_every(_n_layers)?|_every_n|_offset|_(start|end)_index|_window_layers)$"
+)
 
 
 def stacked_config(config: Config, stacks: Sequence[LayerStack]) -> dict[str, Any]:
@@ -75,8 +75,13 @@ def _restacked(part: Config, stack: LayerStack, where: str) -> dict[str, Any]:
         raise RecipeError(f"config.json does not say how many layers {stack.prefix} has", hint=f"known keys: {known}")
     before = part[keys[0]]
     layers = [(_inner(source.model.config, where), layer) for source, layer in stack.layers]
-    result = dict(_with_attention_written_out(part, layers))
+    if all(layer == number for number, (_, layer) in enumerate(layers)) and len(layers) == before:
+        return dict(part)
+    result = {**part, **_lists_written_out(part, layers, before)}
+    _check_layer_numbers(part, layers, before)
     for key, value in part.items():
+        if key in list_names(part):
+            continue
         if _is_per_layer(key, value, before):
             entries = [_entry(own, key, layer, value) for own, layer in layers]
             result[key] = "".join(entries) if isinstance(value, str) else entries
@@ -84,7 +89,7 @@ def _restacked(part: Config, stack: LayerStack, where: str) -> dict[str, Any]:
             result[key] = [number for number, (own, layer) in enumerate(layers) if layer in (own.get(key) or ())]
         elif key in _LEADING and value:
             result[key] = _leading(key, layers)
-        elif key in _PERIODS:
+        elif key in _PERIODS or (not is_known(part) and _TELLS_LAYERS_APART.search(key)):
             _check_period(key, value, layers, part)
     return result | dict.fromkeys(keys, len(layers))
 
@@ -130,12 +135,38 @@ def _check_period(key: str, value: Any, layers: Sequence[tuple[Config, int]], pa
             raise RecipeError(text, hint=f"stack layers so that each keeps its number modulo {value}")
 
 
-def _with_attention_written_out(part: Config, layers: Sequence[tuple[Config, int]]) -> Config:
-    """The config with layer_types, where it gives a rule instead that the stacked layers break."""
-    period = part.get("sliding_window_pattern") or _SLIDING.get(str(part.get("model_type")))
-    if part.get("layer_types") or not isinstance(period, int):
-        return part
-    if all(number % period == layer % period for number, (_, layer) in enumerate(layers)):
-        return part
-    kinds = ["sliding_attention" if (layer + 1) % period else "full_attention" for _, layer in layers]
-    return {**part, "layer_types": kinds}
+def _lists_written_out(part: Config, layers: Sequence[tuple[Config, int]], depth: int) -> dict[str, list[Any]]:
+    """The lists that the class fills, with the entries of the stacked layers, where config.json has to hold them.
+
+    Raises RecipeError if the class takes no such list.
+    """
+    lists: dict[str, list[Any]] = {}
+    for name in list_names(part):
+        own = {id(config): layer_list(config, name, _depth_of(config, depth)) for config, _ in layers}
+        entries = [own[id(config)][layer] for config, layer in layers]
+        if part.get(name) is None and entries == layer_list(part, name, len(layers)):
+            continue
+        if not is_settable(part, name):
+            text = f"{part['model_type']} derives {name} from the layers' numbers, which the stack changes"
+            raise RecipeError(text, hint="config.json cannot describe that; keep the layers in their places")
+        lists[name] = entries
+    return lists
+
+
+def _depth_of(config: Config, otherwise: int) -> int:
+    return next((config[key] for key in (*DEPTHS, "depth") if isinstance(config.get(key), int)), otherwise)
+
+
+def _check_layer_numbers(part: Config, layers: Sequence[tuple[Config, int]], depth: int) -> None:
+    """Raise RecipeError where the model would take a layer for another kind, because of its new number."""
+    for key, value in bounds(part).items():
+        if key in _LEADING:
+            continue
+        for number, (_, layer) in enumerate(layers):
+            old, new = (depth - 1, len(layers) - 1) if key == "num_hidden_layers" else (value, value)
+            if (layer > old, layer == old) != (number > new, number == new):
+                text = f"the model compares layer numbers with '{key}: {value}'; layer {layer} would become {number}"
+                raise RecipeError(text, hint="keep the layers on their side of that number")
+    for key, value in periods(part).items():
+        if key not in _PERIODS:
+            _check_period(key, value, layers, part)

@@ -6,9 +6,10 @@ No stage but the last is written: its LazyTensors are computed wherever a later 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from mergeforge.adapters.open import Adapter
 from mergeforge.checkpoints.ties import model_ties
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import RecipeError
@@ -16,6 +17,7 @@ from mergeforge.io.aux_files import AuxFile, AuxFiles
 from mergeforge.io.remote import RemoteSession
 from mergeforge.planner.aux_files import aux_files
 from mergeforge.planner.base_of_adapters import with_base_of_adapters
+from mergeforge.planner.classification_head import new_classification_head
 from mergeforge.planner.compatibility import check_inputs
 from mergeforge.planner.compose import MergeGraph, compose
 from mergeforge.planner.custom_code import without_missing_code
@@ -81,13 +83,22 @@ def _resolve_stage(recipe: Recipe, inputs: Inputs) -> Stage:
     graph = compose(recipe, inputs, remap_models(tokenizer, inputs, models) if tokenizer else models)
     infos = _output_infos(recipe, graph, inputs)
     files, config, notes = _files_and_config(recipe, inputs, tokenizer)
+    if head := new_classification_head(config, _adapters_of_result(inputs), infos):
+        tensors = {name: tensor for name, tensor in graph.tensors.items() if name not in head.left_out}
+        graph, infos = replace(graph, tensors=tensors), {name: infos[name] for name in tensors}
+        config, notes = head.config(config), [*notes, head.note]
     ties = model_ties(inputs.reference_model.checkpoint)
-    config_out = config_json(recipe, config, infos, untied=graph.untied and not ties.keeps_flag)
+    config_out = config_json(recipe, config, infos, ties, untied=graph.untied and not ties.keeps_flag)
     if config_out and graph.layer_stacks:
         config_out = stacked_config(config_out, graph.layer_stacks)
     warnings = [*mismatches, *input_warnings(recipe, inputs, files)]
     notes = [*recipe.notes, *inputs.notes, *graph.notes, *notes, *warnings]
     return Stage(recipe, inputs, graph, infos, config_out, files, tuple(notes))
+
+
+def _adapters_of_result(inputs: Inputs) -> list[Adapter]:
+    """The adapters that are folded into the reference model."""
+    return [opened.adapter for opened in (*inputs.adapters, *inputs.reference_model.adapters)]
 
 
 def _files_and_config(
