@@ -136,9 +136,10 @@ def check_vocabulary(tensors: Mapping[str, LazyTensor], checkpoint: ModelSource)
     before = {_tokens(checkpoint.tensors[name].info) for name in names if name in checkpoint.tensors}
     after = {_tokens(tensors[name].info): name for name in names}
     if len(after) > 1 and not after.keys() <= before:
-        counts = " and ".join(f"{name} {count}" for count, name in list(after.items())[:2])
+        (count, name), (other_count, other) = sorted(after.items(), reverse=True)[:2]
         hint = "the adapter's file holds only one of the two resized tensors (PEFT saves only a targeted one)"
-        raise SourceError(f"entries for each token: {counts}: an adapter resized only one of them", hint=hint)
+        text = f"{name} would have {count} rows and {other} {other_count}"
+        raise SourceError(f"{text}: an adapter resized only one of them", hint=hint)
 
 
 def _tokens(info: TensorInfo) -> int:
