@@ -30,7 +30,7 @@ from mergeforge.errors import RecipeError
 @_options.resources
 @_options.allow_pickle
 @_options.fresh
-@click.option("--overwrite", is_flag=True, help="Replace files of the same name or type; all others stay.")
+@click.option("--overwrite", is_flag=True, help="Replace files of the same name; all others stay.")
 @click.option("--plan", "plan_only", is_flag=True, help="Show what would be written, and write nothing.")
 @_options.as_json
 @_options.quiet

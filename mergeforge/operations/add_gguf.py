@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence, Set
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ class Addition:
         labels = {name: gguf.file_type.label for gguf in self.plan.ggufs for name in gguf.layout.files}
         return {path: labels[written.name] for written, path in self.moves.items()}
 
+    @property
+    def superseded(self) -> list[Path]:
+        """Files of the same name and type that are split otherwise."""
+        if self.file or not self.out.is_dir():
+            return []
+        stems, names = set(map(_unsplit, self.plan.files)), set(self.plan.files)
+        return [
+            path for path in sorted(self.out.glob("*.gguf")) if _unsplit(path.name) in stems and path.name not in names
+        ]
+
 
 def add_files(addition: Addition) -> None:
     """Give every file its name, then update the folder's receipt; repeating it after a crash completes it."""
@@ -59,19 +70,18 @@ def add_files(addition: Addition) -> None:
                 os.replace(written, path)
     sync_folder(addition.out)
     if joined and old and new:
-        _write_joined(addition.out, joined, old, new)
+        _write_joined(addition, joined, old, new)
     elif old:
         _write_listed(addition, old)
     elif addition.file is None and not (addition.out / MODELFILE).exists():
         write_durably(addition.out / MODELFILE, _modelfile(addition.plan, list(addition.plan.gguf_names)))
+    for path in addition.superseded:
+        path.unlink(missing_ok=True)
 
 
-def files_of_type(receipt: Receipt | None, labels: Collection[str]) -> list[str]:
-    """The receipt's GGUF files of these types."""
-    files = receipt.get("files") if receipt else None
-    if not isinstance(files, Mapping):
-        return []
-    return [name for name, facts in files.items() if name.endswith(".gguf") and facts.get("type") in labels]
+def _unsplit(name: str) -> str:
+    """A file's name without the number of its split."""
+    return re.sub(r"-\d{5}-of-\d{5}\.gguf$", ".gguf", name)
 
 
 # a folder of conversions
@@ -107,23 +117,22 @@ def _label(entry: Any) -> str:
     return file_type_named(entry["type"] if isinstance(entry, Mapping) else str(entry)).label
 
 
-def _write_joined(out: Path, plan: Plan, old: Receipt, new: Receipt) -> None:
+def _write_joined(addition: Addition, plan: Plan, old: Receipt, new: Receipt) -> None:
     """The side files and the receipt that one conversion to all types would have written."""
-    aux = {MODELFILE: _modelfile(plan, list(plan.gguf_names)), RECIPE: plan.recipe.to_yaml().encode()}
-    if _is_unchanged(out, MODEL_CARD, old):
-        aux[MODEL_CARD] = model_card(plan).encode()
+    out = addition.out
+    aux = {MODELFILE: _modelfile(plan, list(plan.gguf_names)), MODEL_CARD: model_card(plan).encode()}
+    aux = {name: content for name, content in aux.items() if _may_write(out, name, content, old)}
+    aux[RECIPE] = plan.recipe.to_yaml().encode()
     for name, content in aux.items():
         write_durably(out / name, content)
+    removed = {path.name for path in addition.superseded}
     files = {name: (new if name in new["files"] else old)["files"][name] for name in plan.files}
-    files |= {name: facts for name, facts in old["files"].items() if not name.endswith(".gguf")}
+    files |= {name: facts for name, facts in old["files"].items() if name not in files and name not in removed}
     files |= {name: _hashed(content) for name, content in aux.items()}
     earlier = old["tensors"]
     tensors = {name: _joined_tensor(plan, earlier.get(name, {}), facts) for name, facts in new["tensors"].items()}
     changed = {"fingerprint": plan.fingerprint, "recipe": plan.recipe.raw, "tensors": tensors, "files": files}
     _write_receipt(out, {**new, **changed})
-    for name in old["files"]:  # other splits of a type that is replaced
-        if name.endswith(".gguf") and name not in files:
-            (out / name).unlink(missing_ok=True)
 
 
 def _joined_tensor(plan: Plan, old: Receipt, new: Receipt) -> dict[str, Any]:
@@ -139,14 +148,15 @@ def _joined_tensor(plan: Plan, old: Receipt, new: Receipt) -> dict[str, Any]:
 
 def _write_listed(addition: Addition, old: Receipt) -> None:
     """List the files in the receipt of a merge, in place of those of the same names."""
-    files = dict(old["files"])
+    removed = {path.name for path in addition.superseded}
+    files = {name: facts for name, facts in old["files"].items() if name not in removed}
     for path, label in addition.types.items():
         files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path), "type": label}
-    if MODELFILE not in files or _is_unchanged(addition.out, MODELFILE, old):
-        content = _extended_modelfile(addition)
+    content = _extended_modelfile(addition)
+    if _may_write(addition.out, MODELFILE, content, old):
         write_durably(addition.out / MODELFILE, content)
         files[MODELFILE] = _hashed(content)
-    names = {path.name for path in addition.types}
+    names = {path.name for path in addition.types} | removed
     tensors = {name: _without_files(facts, names) for name, facts in old["tensors"].items()}
     _write_receipt(addition.out, {**old, "tensors": tensors, "files": files})
 
@@ -172,10 +182,10 @@ def _modelfile(plan: Plan, names: Sequence[str]) -> bytes:
     return modelfile(names[0], plan.ggufs[0].keys, names[1:]).encode()
 
 
-def _is_unchanged(out: Path, name: str, receipt: Receipt) -> bool:
-    """Whether a file is as the receipt says: the user may have edited it."""
+def _may_write(out: Path, name: str, content: bytes, receipt: Receipt) -> bool:
+    """Whether the user has not edited a file: it is as the receipt says, or an interrupted run has written it."""
     path, facts = out / name, receipt["files"].get(name, {})
-    return not path.is_file() or file_sha256(path) == facts.get("sha256")
+    return not path.is_file() or file_sha256(path) == facts.get("sha256") or path.read_bytes() == content
 
 
 def _hashed(content: bytes) -> dict[str, Any]:

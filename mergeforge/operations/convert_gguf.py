@@ -16,7 +16,7 @@ from mergeforge.core.tensor_info import Tile
 from mergeforge.errors import OutputError, RecipeError, SourceError, format_list
 from mergeforge.execute.executor import run_tiles
 from mergeforge.execute.workspace import read_receipt
-from mergeforge.operations.add_gguf import Addition, add_files, files_of_type
+from mergeforge.operations.add_gguf import Addition, add_files
 from mergeforge.planner import WORK, Options, Plan, make_plan
 
 # what may be given beside the types: keys of the recipe's output.gguf entries, and `pre` for output.gguf_pre
@@ -116,10 +116,8 @@ def _holds_files(folder: Path) -> bool:
 
 
 def _refuse_existing(conversion: GGUFConversion) -> None:
-    """Raise OutputError if a file of the same name or type exists."""
-    receipt = None if conversion.file else read_receipt(conversion.out)
-    same_type = [conversion.out / name for name in files_of_type(receipt, conversion.addition.types.values())]
-    if existing := [path for path in dict.fromkeys([*conversion.files, *same_type]) if path.exists()]:
+    """Raise OutputError if a file of the same name exists, or one that is split otherwise."""
+    if existing := [path for path in [*conversion.files, *conversion.addition.superseded] if path.exists()]:
         verb, them = ("exists", "it") if len(existing) == 1 else ("exist", "them")
         hint = f"--overwrite replaces {them} and nothing else"
         raise OutputError(f"{format_list(map(_shown, existing))} {verb}", hint=hint)

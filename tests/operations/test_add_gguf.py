@@ -97,6 +97,32 @@ def test_files_beside_a_merge_are_in_its_receipt(models: Path, capsys: pytest.Ca
     assert f"{added.name} has changed" in capsys.readouterr().err
 
 
+def test_a_named_file_stays_when_types_are_added(models: Path) -> None:
+    """Files under names of their own, of the same type too, in a folder of conversions and in that of a merge."""
+    mergeforge.convert_to_gguf("base", "f16", out="out", **SETTINGS)
+    assert run_command(["gguf", "base", "--type", "q8_0", "--out", "out/mine.gguf"]) == 0
+    mine = Path("out/mine.gguf").read_bytes()
+    assert run_command(["gguf", "base", "--type", "q8_0", "--out", "out"]) == 0
+    assert Path("out/mine.gguf").read_bytes() == mine and run_command(["verify", "out", "--deep", "--all"]) == 0
+    assert {"mine.gguf", "base-F16.gguf", "base-Q8_0.gguf"} <= receipt(Path("out"))["files"].keys()
+    merge()  # writes m-Q8_0.gguf
+    assert run_command(["gguf", "merged", "--type", "q8_0", "--out", "merged"]) == 0
+    assert identities(Path("merged")).keys() == {"m-Q8_0.gguf", "merged-Q8_0.gguf"}
+    assert run_command(["verify", "merged", "--deep", "--all"]) == 0
+
+
+def test_an_edited_modelfile_is_kept(models: Path) -> None:
+    for out, arguments in (("out", ["base"]), ("merged", ["merged", "--out", "merged"])):
+        if out == "out":
+            mergeforge.convert_to_gguf("base", "f16", out="out", **SETTINGS)
+            arguments = ["base", "--out", "out"]
+        else:
+            merge()
+        (Path(out) / "Modelfile").write_text("mine")
+        assert run_command(["gguf", *arguments, "--type", "q4_0"]) == 0
+        assert (Path(out) / "Modelfile").read_text() == "mine"
+
+
 def test_a_merged_file_can_be_replaced(models: Path) -> None:
     """By one of another kind: deep verification then compares only what the recipe still describes."""
     merge(name="merged")
