@@ -34,11 +34,13 @@ def _is_zero(delta: WeightDelta) -> bool:
 def _holds_zeros(tensor: StoredTensor) -> bool:
     if not isinstance(tensor.file, DiskFile):
         return False
+    bits = tensor.info.bits
+    without_sign = (1 << (bits - 1)) - 1  # -0.0 is zero too
     try:
         for start in range(0, tensor.info.nbytes, CHUNK):
-            data = np.empty(min(CHUNK, tensor.info.nbytes - start), np.uint8)
-            tensor.file.read_into(data.data, tensor.offset + start, keep=True)
-            if data.any():
+            data = np.empty(min(CHUNK, tensor.info.nbytes - start) // (bits // 8), f"u{bits // 8}")
+            tensor.file.read_into(data.data.cast("B"), tensor.offset + start, keep=True)
+            if (data & data.dtype.type(without_sign)).any():
                 return False
         return True
     finally:

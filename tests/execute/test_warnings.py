@@ -16,7 +16,7 @@ import mergeforge
 from mergeforge.errors import SourceError
 from mergeforge.operations.synthetic_models import ModelShape, write_model
 
-SHAPE = ModelShape(vocab_size=64, hidden_size=32, intermediate_size=48, layers=1, heads=4, kv_heads=2)
+SHAPE = ModelShape(hidden=32, intermediate=48, layers=1, heads=4, kv_heads=2, vocab=320)
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,8 @@ def test_strict_keeps_the_work_but_not_the_result(root: Path, tmp_path: Path) ->
 
 def test_models_of_other_dtypes_are_a_warning_unless_the_recipe_says_the_dtype(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "base", tmp_path / "half")
-    tensors = load_file(tmp_path / "half" / "model.safetensors")
-    save_file(
-        {name: tensor.to(torch.float16) for name, tensor in tensors.items()}, tmp_path / "half" / "model.safetensors"
-    )
+    weights = tmp_path / "half" / "model.safetensors"
+    save_file({name: tensor.to(torch.float16) for name, tensor in load_file(weights).items()}, weights)
     models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (root / "base", tmp_path / "half")]
     recipe = {"merge_method": "linear", "models": models}
     (warning,) = mergeforge.plan(recipe, out=tmp_path / "out", device="cpu").warnings
