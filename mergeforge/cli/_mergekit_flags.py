@@ -35,6 +35,7 @@ class MergekitFlag:
 
 
 FLAGS = (
+    MergekitFlag("allow-crimes"),
     MergekitFlag("cuda"),
     MergekitFlag("gpu-rich", negated=None),
     MergekitFlag("lazy-unpickle"),
@@ -42,7 +43,6 @@ FLAGS = (
     MergekitFlag("out-shard-size", metavar="SIZE"),
     MergekitFlag("random-seed", metavar="N"),
     MergekitFlag("transformers-cache", metavar="DIR"),
-    MergekitFlag("allow-crimes", "models are merged by tensor names and shapes, whatever their architecture is called"),
     MergekitFlag("unsafe-truncate-embeddings"),
     MergekitFlag("trust-remote-code", "no code of a model is ever run"),
     MergekitFlag(
@@ -107,7 +107,7 @@ def _out(option: str | None, argument: str | None) -> str | None:
 
 def _overrides(values: dict[str, Any]) -> list[str]:
     """The recipe keys that options of mergekit stand for."""
-    overrides = []
+    overrides = ["allow_mismatch=true"] if values.get("allow-crimes") else []
     if "random-seed" in values:
         overrides.append(f"random_seed={_whole_number('--random-seed', values['random-seed'])}")
     if "out-shard-size" in values:

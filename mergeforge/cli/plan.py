@@ -31,7 +31,7 @@ def plan(recipe: str, **options: Any) -> None:
     """
     options, notes = without_mergekit_flags(recipe, options)
     for note in () if options["quiet"] else notes:
-        say("note:  ", note, "yellow")
+        say("note     ", note, "yellow")
     show_plan(recipe, **options)
 
 

@@ -37,7 +37,7 @@ def run(recipe: str, *, fresh: bool, overwrite: bool, plan_only: bool, **options
     """
     options, notes = without_mergekit_flags(recipe, options)
     for note in () if options["quiet"] else notes:
-        say("note:  ", note, "yellow")
+        say("note     ", note, "yellow")
     if plan_only:
         from mergeforge.cli.plan import show_plan
 

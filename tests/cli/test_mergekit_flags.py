@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from support.paths import ROOT
 from support.peers import peer_program
@@ -51,6 +52,11 @@ def test_the_seed_and_the_shard_size_are_those_of_a_recipe(config: str) -> None:
     assert weights("flags") == weights("keys") != weights("plain")
 
 
+def test_crimes_are_a_mismatch_that_the_recipe_allows(config: str) -> None:
+    assert run_command(["run", config, "out", "--allow-crimes", "-q"]) == 0
+    assert yaml.safe_load(Path("out/mergeforge.yml").read_text())["allow_mismatch"] is True
+
+
 def test_devices_and_pickles_are_those_of_our_options(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["plan", config, "--no-cuda"]) == 0
     assert " on cpu" in capsys.readouterr().out
@@ -87,7 +93,10 @@ def test_every_other_flag_says_in_a_line_why_nothing_is_needed(config: str, caps
         if flag.negated is not None and not flag.metavar and flag.name != "unsafe-truncate-embeddings":
             assert run_command(["plan", config, f"--no-{flag.name}"]) == 0
             assert (f"--no-{flag.name} does nothing" in capsys.readouterr().err) == bool(flag.negated)
-    assert run_command(["plan", config, "-q", *(f"--{flag.name}" for flag in FLAGS[7:10])]) == 0
+    assert (
+        run_command(["plan", config, "-q", *(f"--{flag.name}" for flag in FLAGS if flag.note and not flag.metavar)])
+        == 0
+    )
     assert not capsys.readouterr().err
 
 
