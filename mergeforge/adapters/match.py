@@ -6,7 +6,6 @@ adapter is refused. The config only decides what the tensors do not show, such a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from mergeforge.adapters.deltas import AddTensor, LoraDelta, ReplaceRows, ReplaceTensor, WeightDelta
 from mergeforge.adapters.lora import LoraFactors, check_rank, lora_deltas, take_factors
 from mergeforge.adapters.match_experts import ExpertFactors, expert_deltas, is_expert_module, split_module
+from mergeforge.adapters.match_method import MethodMatcher
 from mergeforge.adapters.peft.hf_renames import LoadedSlice
 from mergeforge.adapters.peft.keys import (
     UNUSED,
@@ -24,16 +24,14 @@ from mergeforge.adapters.peft.keys import (
     parse_key,
     without_adapter_name,
 )
-from mergeforge.adapters.peft.kind import AdaptedModule, PeftMethod
+from mergeforge.adapters.peft.kind import PeftMethod
 from mergeforge.adapters.peft.lora_config import LoraSettings, describe_init
-from mergeforge.adapters.peft_delta import PeftDelta
 from mergeforge.adapters.resized_embedding import ResizedEmbedding, same_rows
 from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.model import ModelSource
-from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
+from mergeforge.checkpoints.names import EMBEDDINGS, HEADS
 from mergeforge.checkpoints.ties import Tie
-from mergeforge.core.messages import WarningText
 from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
@@ -93,7 +91,10 @@ class AdapterMatcher:
             with self.resolver.collecting_errors():
                 self._take_base_weight(module, roles)
         if self.method:
-            self._match_method(self.method, modules)
+            matcher = MethodMatcher(self.label, self.base, self.config, self.method, self.resolver)
+            for name, delta in matcher.match(modules):
+                self._add_delta(name, delta)
+            self.notes += matcher.notes
         if self.settings.target_parameters:
             self._match_experts(modules)
         for module, roles in modules.items():
@@ -171,26 +172,6 @@ class AdapterMatcher:
         own = self.method.parse_key(clean_path(name)) if self.method else None
         return Key(*own) if own else parse_key(name)
 
-    def _match_method(self, method: PeftMethod, modules: dict[str, dict[str, StoredTensor]]) -> None:
-        """Make deltas of weights and biases from the method's own tensors."""
-        shared = modules.pop("", {})
-        factors_by_module = {
-            module: {role: roles.pop(role) for role in list(roles) if role.startswith(method.prefixes)}
-            for module, roles in modules.items()
-        }
-        factors_by_module = {module: factors for module, factors in factors_by_module.items() if factors}
-        weights: dict[str, LazyTensor] = {}
-        for module, factors in factors_by_module.items():
-            with self.resolver.collecting_errors():
-                weights[module] = self.resolver.target(
-                    self.resolver.require(f"{module}.weight", next(iter(factors.values())))
-                )
-        sizes = [(shape[0], math.prod(shape[1:])) for shape in (weight.info.shape for weight in weights.values())]
-        largest = (max((outputs for outputs, _ in sizes), default=0), max((inputs for _, inputs in sizes), default=0))
-        for module, weight in weights.items():
-            with self.resolver.collecting_errors():
-                self._add_formulas(method, module, {**factors_by_module[module], **shared}, weight, largest)
-
     def _match_experts(self, modules: dict[str, dict[str, StoredTensor]]) -> None:
         """Make deltas of the stack, or of each expert, from the factors of fused experts."""
         wrapped: dict[str, list[ExpertFactors]] = {}
@@ -216,42 +197,6 @@ class AdapterMatcher:
         if wrapped:
             layout = "Unsloth's layout (expert-major)" if self.settings.expert_major else "PEFT's layout"
             self.notes.append(f"{self.label}: lora_B of its {len(wrapped)} expert modules is read in {layout}")
-
-    def _add_formulas(
-        self,
-        method: PeftMethod,
-        module: str,
-        factors: Mapping[str, StoredTensor],
-        weight: LazyTensor,
-        largest: tuple[int, int],
-    ) -> None:
-        shapes = {role: stored.info.shape for role, stored in factors.items()}
-        transposed = self.base.config.get("model_type") in CONV1D_MODELS and len(weight.info.shape) == 2
-        if transposed and module.rpartition(".")[2] not in (*HEADS, *EMBEDDINGS):
-            raise SourceError(
-                f"{self.label}: {module} is stored transposed (Conv1D), where {method.name} is not supported"
-            )
-        try:
-            formulas = method.formulas(self.config, AdaptedModule(module, shapes, tuple(weight.info.shape), largest))
-        except ValueError as error:
-            raise SourceError(f"{self.label}: {error}") from None
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            text = f"{self.label}: {module}: adapter_config.json has a missing or invalid value"
-            raise SourceError(f"{text} ({type(error).__name__}: {error})") from None
-        for leaf, formula in formulas.items():
-            name = weight.info.name if leaf == "weight" else self.resolver.find(f"{module}.{leaf}")
-            if not name and leaf == "bias" and "weight" in formulas:
-                continue  # a layer without a bias
-            if not name:
-                self.resolver.refuse_unknown(next(iter(factors.values())), f"{module}.{leaf}")
-            target = weight if leaf == "weight" else self.resolver.target(name)
-            rows_per_output = target.info.shape[1] if len(target.info.shape) == 3 else 1
-            if formula.statistic and len(weight.info.shape) != 2:
-                raise SourceError(f"{self.label}: {method.name} of {module} is supported for linear layers only")
-            if formula.warning:
-                self.notes.append(WarningText(f"{self.label}: {formula.warning}"))
-            beside = weight if leaf == "bias" else None
-            self._add_delta(name, PeftDelta(formula, factors, target, rows_per_output, beside))
 
     def _take_base_weight(self, module: str, roles: dict[str, StoredTensor]) -> None:
         """Take the initial weight if the adapter has it: an embedding of another size."""

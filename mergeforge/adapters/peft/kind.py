@@ -48,13 +48,15 @@ class AdaptedModule:
     """A module that an adapter changes.
 
     `shapes`: of the adapter's tensors for it, by role. `weight`: the shape of its weight, (out, in, ...).
-    `largest`: the largest (out, in) of all modules that the adapter changes.
+    `largest`: the largest (out, in) of all modules that the adapter changes. `order()`: the module's number in the
+    order of the class that defines it, and the number of modules; raises ValueError if that is unknown.
     """
 
     path: str
     shapes: Mapping[str, Shape]
     weight: Shape
     largest: tuple[int, int] = (0, 0)
+    order: Callable[[], tuple[int, int]] = lambda: (0, 1)
 
     @property
     def out_features(self) -> int:

@@ -41,7 +41,8 @@ def _permutation(seed: int, numel: int) -> Tensor:
 def _start_of_permutation(seed: int, numel: int, count: int) -> Tensor:
     """The first steps of the Fisher-Yates shuffle of torch.randperm (ATen, randperm_cpu), without the rest of it.
 
-    Step i swaps element i with element i + bits % (numel - i), with 32 bits of the Mersenne Twister, which numpy has too.
+    Step i swaps element i with element i + bits % (numel - i), with 32 bits of the Mersenne Twister: numpy has
+    the same generator.
     """
     import numpy as np
     import torch

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 _PROMPT = "it changes the input or the attention's keys and values, not the weights; load it with PEFT at run time"
 _ROUTED = "a router decides at run time which of its parts apply; load it with PEFT at run time"
-_FROM_BASE = (
-    "it replaces singular directions of the base, so every weight would have to be decomposed; merge it with PEFT"
-)
-_NOT_YET = "this version does not support it; merge it with PEFT"
 
 UNSUPPORTED = {
     "PROMPT_TUNING": _PROMPT,
@@ -21,10 +17,6 @@ UNSUPPORTED = {
     "POLY": _ROUTED,
     "LILY": _ROUTED,
     "SHADOW": "it runs a second model in parallel; load it with PEFT at run time",
-    "PSOFT": _FROM_BASE,
-    "TINYLORA": _FROM_BASE,
-    "FROD": _FROM_BASE,
-    "UNILORA": _NOT_YET,
-    "ADAMSS": _NOT_YET,
-    "WAVEFT": _NOT_YET,
+    "ADAMSS": "which rows its blocks change follows from a k-means clustering of the weight during training, "
+    "which the file does not hold; merge it with PEFT, on the kind of device that it was trained on",
 }

@@ -46,7 +46,8 @@ def fourierft(config: Config, module: AdaptedModule) -> dict[str, Formula]:
             index = torch.arange(start, stop, device=places.device).unsqueeze(1)
             half = torch.zeros(stop - start, columns // 2 + 1, dtype=torch.complex64, device=places.device)
             half.index_add_(1, frequency, circle[index * steps % rows] * weights)
-            return torch.fft.irfft(half, n=columns, norm="forward").to(spectrum)
+            change: Tensor = torch.fft.irfft(half, n=columns, norm="forward")
+            return change.to(spectrum)
 
         return delta
 
