@@ -342,6 +342,10 @@ class AdapterMatcher:
 
     def _stays_tied(self, tie: Tie) -> bool:
         """Whether the adapter changes all names of a tied tensor alike; such a change is then under every name."""
+        if not any(self.deltas.get(name) or name in self.resized for name in tie.names):
+            return True
+        if not all(self._is_one_tensor(tie.origin, name) for name in tie.stored):
+            return False  # the flag says that they are tied, but they are not
         replacements = [self._whole_replacement(name) for name in tie.names]
         if replacements[0] and all(value and same_content(replacements[0], value) for value in replacements):
             for name in tie.names:
@@ -363,6 +367,13 @@ class AdapterMatcher:
             text = f"its changes of {format_list(changed)}, which are tied, are equal; applied once, they stay tied"
             self.notes.append(f"{self.label}: {text}")
         return True
+
+    def _is_one_tensor(self, origin: str, name: str) -> bool:
+        """Whether two tensors that the base stores and its config ties are equal."""
+        first, second = self.base.tensors[origin], self.base.tensors[name]
+        if isinstance(first, StoredTensor) and isinstance(second, StoredTensor):
+            return name == origin or same_content(first, second)
+        return first is second
 
     def _share_resized(self, tie: Tie) -> bool:
         """Give a tensor that was saved in another size to every name; False if the adapter has several."""
