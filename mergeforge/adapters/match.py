@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mergeforge.adapters.deltas import AddTensor, LoraDelta, ReplaceRows, ReplaceTensor, WeightDelta
+from mergeforge.adapters.deltas import AddTensor, ReplaceRows, ReplaceTensor, WeightDelta, same_deltas
 from mergeforge.adapters.lora import LoraFactors, check_rank, lora_deltas, take_factors
 from mergeforge.adapters.match_experts import ExpertFactors, expert_deltas, is_expert_module, split_module
 from mergeforge.adapters.peft.hf_renames import LoadedSlice
@@ -358,7 +358,7 @@ class AdapterMatcher:
         if not changed:
             return True
         deltas = self.deltas[changed[0]]
-        if not all(_same_deltas(deltas, self.deltas[name]) for name in changed[1:]):
+        if not all(same_deltas(deltas, self.deltas[name]) for name in changed[1:]):
             return False
         if len(changed) < len(tie.names) and not self._applies_to_all(deltas, changed):
             return False
@@ -393,17 +393,3 @@ class AdapterMatcher:
         if deltas:
             return replaced[0] if len(deltas) == len(replaced) == 1 else None
         return resized if isinstance(resized, StoredTensor) else None
-
-
-def _same_deltas(first: list[WeightDelta], second: list[WeightDelta]) -> bool:
-    return len(first) == len(second) == 1 and _same_delta(first[0], second[0])
-
-
-def _same_delta(first: WeightDelta, second: WeightDelta) -> bool:
-    """Whether the deltas of two tied tensors are equal (ensure_weight_tying saves both)."""
-    if isinstance(first, ReplaceRows) and isinstance(second, ReplaceRows):
-        return first.indices == second.indices and same_content(first.value, second.value)
-    if isinstance(first, LoraDelta) and isinstance(second, LoraDelta):
-        factors = zip(first.read_factors(), second.read_factors(), strict=True)
-        return first.scale == second.scale and all(left.equal(right) for left, right in factors)
-    return False
