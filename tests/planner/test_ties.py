@@ -72,7 +72,7 @@ def test_a_head_may_be_stored_without_its_embedding(lab: Lab, tmp_path: Path) ->
 
 def test_a_class_that_is_not_known_keeps_its_ties_or_is_refused(lab: Lab, tmp_path: Path) -> None:
     base = lab.base("llama-tied")
-    made_up = {"architectures": ["MadeUpForCausalLM"], "model_type": "made_up"}
+    made_up = {"architectures": ["MadeUpForCausalLM"]}
     unknown = changed(base, tensors(base), tmp_path / "base", **made_up)
     out = fold(lab, unknown, lab.train(base).folder)
     assert config(out)[FLAG] is True and HEAD not in tensors(out)
