@@ -11,13 +11,14 @@ W is the base's tensor as it is stored; a delta always has W's shape.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mergeforge.adapters.peft.kind import Delta
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.lazy import LazyTensor, Stats, StatsPass
-from mergeforge.tensors.stored import StoredTensor
+from mergeforge.tensors.stored import StoredTensor, same_content
 from mergeforge.tensors.worker import ALIGNMENT, Worker, view_rows
 
 if TYPE_CHECKING:
@@ -257,3 +258,18 @@ class AddTensor:
     def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Delta:
         value = self.value.load(rows, worker, stats, dtype)
         return lambda start, stop, base: value(start, stop).mul_(self.scale)
+
+
+def same_deltas(first: Sequence[WeightDelta], second: Sequence[WeightDelta]) -> bool:
+    """Whether an adapter changes two tensors alike, each by one delta."""
+    return len(first) == len(second) == 1 and _same_delta(first[0], second[0])
+
+
+def _same_delta(first: WeightDelta, second: WeightDelta) -> bool:
+    """Whether the deltas of two tied tensors are equal (ensure_weight_tying saves both)."""
+    if isinstance(first, ReplaceRows) and isinstance(second, ReplaceRows):
+        return first.indices == second.indices and same_content(first.value, second.value)
+    if isinstance(first, LoraDelta) and isinstance(second, LoraDelta):
+        factors = zip(first.read_factors(), second.read_factors(), strict=True)
+        return first.scale == second.scale and all(left.equal(right) for left, right in factors)
+    return False

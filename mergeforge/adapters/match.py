@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mergeforge.adapters.deltas import AddTensor, LoraDelta, ReplaceRows, ReplaceTensor, WeightDelta
+from mergeforge.adapters.deltas import AddTensor, ReplaceRows, ReplaceTensor, WeightDelta, same_deltas
 from mergeforge.adapters.lora import LoraFactors, check_rank, lora_deltas, take_factors
 from mergeforge.adapters.match_experts import ExpertFactors, expert_deltas, is_expert_module, split_module
 from mergeforge.adapters.match_method import MethodMatcher
@@ -286,6 +286,10 @@ class AdapterMatcher:
 
     def _stays_tied(self, tie: Tie) -> bool:
         """Whether the adapter changes all names of a tied tensor alike; such a change is then under every name."""
+        if not any(self.deltas.get(name) or name in self.resized for name in tie.names):
+            return True
+        if not all(self._is_one_tensor(tie.origin, name) for name in tie.stored):
+            return False  # the flag says that they are tied, but they are not
         replacements = [self._whole_replacement(name) for name in tie.names]
         if replacements[0] and all(value and same_content(replacements[0], value) for value in replacements):
             for name in tie.names:
@@ -298,7 +302,7 @@ class AdapterMatcher:
         if not changed:
             return True
         deltas = self.deltas[changed[0]]
-        if not all(_same_deltas(deltas, self.deltas[name]) for name in changed[1:]):
+        if not all(same_deltas(deltas, self.deltas[name]) for name in changed[1:]):
             return False
         if len(changed) < len(tie.names) and not self._applies_to_all(deltas, changed):
             return False
@@ -307,6 +311,13 @@ class AdapterMatcher:
             text = f"its changes of {format_list(changed)}, which are tied, are equal; applied once, they stay tied"
             self.notes.append(f"{self.label}: {text}")
         return True
+
+    def _is_one_tensor(self, origin: str, name: str) -> bool:
+        """Whether two tensors that the base stores and its config ties are equal."""
+        first, second = self.base.tensors[origin], self.base.tensors[name]
+        if isinstance(first, StoredTensor) and isinstance(second, StoredTensor):
+            return name == origin or same_content(first, second)
+        return first is second
 
     def _share_resized(self, tie: Tie) -> bool:
         """Give a tensor that was saved in another size to every name; False if the adapter has several."""
@@ -326,17 +337,3 @@ class AdapterMatcher:
         if deltas:
             return replaced[0] if len(deltas) == len(replaced) == 1 else None
         return resized if isinstance(resized, StoredTensor) else None
-
-
-def _same_deltas(first: list[WeightDelta], second: list[WeightDelta]) -> bool:
-    return len(first) == len(second) == 1 and _same_delta(first[0], second[0])
-
-
-def _same_delta(first: WeightDelta, second: WeightDelta) -> bool:
-    """Whether the deltas of two tied tensors are equal (ensure_weight_tying saves both)."""
-    if isinstance(first, ReplaceRows) and isinstance(second, ReplaceRows):
-        return first.indices == second.indices and same_content(first.value, second.value)
-    if isinstance(first, LoraDelta) and isinstance(second, LoraDelta):
-        factors = zip(first.read_factors(), second.read_factors(), strict=True)
-        return first.scale == second.scale and all(left.equal(right) for left, right in factors)
-    return False

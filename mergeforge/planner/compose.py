@@ -26,6 +26,7 @@ from mergeforge.planner.model_tensors import (
 )
 from mergeforge.planner.output_tensors import merge_group, output_tensors
 from mergeforge.planner.parameters import MethodInput, parameters_for
+from mergeforge.planner.tied_names import splits_a_tie, with_same_names
 from mergeforge.recipe import WITHOUT_EFFECT, ModelEntry, Recipe, Rule
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.merged import MergedTensor
@@ -70,7 +71,7 @@ def compose(recipe: Recipe, inputs: Inputs, models: Mapping[str, ModelTensors]) 
 
     Raises RecipeError or SourceError when inputs, shapes or parameters do not fit together.
     """
-    return _Composer(recipe, inputs, _with_same_names(models)).graph()
+    return _Composer(recipe, inputs, with_same_names(models)).graph()
 
 
 @dataclass
@@ -177,7 +178,7 @@ class _Composer:
         used = {id(source.model): source.model for output in outputs for source in output.group.sources}
         if self.recipe.base_model:
             used.setdefault(id(self._base()), self._base())
-        untied = any(model.untied or _parts_a_tie(model, tensors) for model in used.values())
+        untied = any(model.untied or splits_a_tie(model, tensors) for model in used.values())
         if self.layer_stacks and not untied and all(model.ties for model in used.values()):
             self._note_tie_across_slices(outputs)
         return tensors, untied
@@ -357,19 +358,6 @@ class _Composer:
             raise SourceError(text, hint=hint)
         self.summaries[name] = "copied (not a float)"
         return reference
-
-
-def _with_same_names(models: Mapping[str, ModelTensors]) -> Mapping[str, ModelTensors]:
-    """The models with tied tensors under all names, where they do not all store the same of these."""
-    tied = {name for model in models.values() for tie in model.ties for name in tie.names}
-    if len({frozenset(tied & model.tensors.keys()) for model in models.values()}) <= 1:
-        return models
-    return {label: model.with_all_names() for label, model in models.items()}
-
-
-def _parts_a_tie(model: ModelTensors, tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether the output has a tied tensor under a name that the model does not store."""
-    return any(name in tensors and name not in tie.stored for tie in model.ties for name in tie.names)
 
 
 def _stored(tensor: LazyTensor) -> StoredTensor | None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.more_architectures import MORE
 from support.quiet import quiet
 from support.tiny_architectures import ARCHITECTURES, Architecture, cnn, unet
 
@@ -18,7 +19,10 @@ import mergeforge
 
 STEM = {"safetensors": "model", "bin": "pytorch_model"}
 QUICK = ("llama", "mixtral", "mamba2", "bert", "t5", "clip", "resnet", "gemma3")
-CASES = [pytest.param(one, id=one.kind, marks=[] if one.kind in QUICK else [pytest.mark.slow]) for one in ARCHITECTURES]
+CASES = [
+    pytest.param(one, id=one.kind, marks=[] if one.kind in QUICK else [pytest.mark.slow])
+    for one in [*ARCHITECTURES, *MORE]
+]
 
 
 def saved(case: Architecture, root: Path) -> list[Any]:

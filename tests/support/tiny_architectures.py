@@ -85,6 +85,9 @@ GEMMA3 = {
     "mm_tokens_per_image": 4,
 }
 QWEN_VL = {
+    "image_token_id": 5,
+    "video_token_id": 6,
+    "vision_start_token_id": 7,
     "text_config": TEXT
     | {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 64}
     | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},

@@ -86,8 +86,10 @@ class LoraSettings:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def saves(self, module: str) -> bool:
-        """Whether modules_to_save names the module (PEFT compares the end of the path)."""
-        return any(module.endswith(name) for name in self.modules_to_save)
+        """Whether modules_to_save names the module, or one that it is in (PEFT compares the end of the path)."""
+        parts = module.split(".")
+        paths = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        return any(path.endswith(name) for path in paths for name in self.modules_to_save)
 
 
 def read_settings(
