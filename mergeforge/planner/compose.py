@@ -27,7 +27,7 @@ from mergeforge.planner.model_tensors import (
 from mergeforge.planner.output_tensors import merge_group, output_tensors
 from mergeforge.planner.parameters import MethodInput, parameters_for
 from mergeforge.planner.tied_names import splits_a_tie, with_same_names
-from mergeforge.recipe import WITHOUT_EFFECT, ModelEntry, Recipe, Rule
+from mergeforge.recipe import ModelEntry, Recipe, Rule
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.merged import MergedTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
@@ -92,16 +92,7 @@ class _Composer:
 
     def graph(self) -> MergeGraph:
         tensors, untied = self._compose_models() if self.recipe.model_lists else self._compose_adapters()
-        self._note_parameters_without_effect()
         return MergeGraph(tensors, self.summaries, untied, tuple(self.notes), self.layer_stacks)
-
-    def _note_parameters_without_effect(self) -> None:
-        recipe = self.recipe
-        scopes = [recipe.parameters, *(layers.parameters for layers in recipe.slices)]
-        scopes += [*(module.parameters for module in recipe.modules), *(rule.parameters for rule in recipe.rules)]
-        for name in WITHOUT_EFFECT:
-            if any(name in scope for scope in scopes):
-                self.notes.append(f"{name} has no effect: masks are never stored (it has none in mergekit either)")
 
     def _base(self) -> ModelTensors:
         assert self.recipe.base_model is not None

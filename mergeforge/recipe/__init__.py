@@ -15,7 +15,7 @@ from typing import Any
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.keys import RECIPE, json_schema
-from mergeforge.recipe.method_parameters import WITHOUT_EFFECT, MethodSignature
+from mergeforge.recipe.method_parameters import MethodSignature
 from mergeforge.recipe.model import (
     OUT_DTYPES,
     AdapterEntry,
@@ -38,7 +38,6 @@ from mergeforge.recipe.validator import KnownNames, Validator
 
 __all__ = [
     "OUT_DTYPES",
-    "WITHOUT_EFFECT",
     "AdapterEntry",
     "AdapterOutput",
     "GGUFEntry",

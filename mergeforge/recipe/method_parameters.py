@@ -18,7 +18,7 @@ from mergeforge.recipe.schema import ReportProblem
 from mergeforge.recipe.yaml_reader import Path
 
 # Parameters of mergekit that have no effect; accepted for any method.
-WITHOUT_EFFECT = ("int8_mask",)
+_WITHOUT_EFFECT = ("int8_mask",)
 # Parameters in configs for mergekit that no version of it has read since its methods have signatures.
 _FORMER = ("embed_slerp", "consensus_method", "naive_count")
 
@@ -91,11 +91,19 @@ def check_parameters(
         check({**weight, **adapter.parameters}, ("adapters", index, "parameters"), own)
 
 
+def parameter_notes(recipe: Recipe) -> list[str]:
+    """Notes on parameters that have no effect in any method."""
+    scopes = [parameters for _, parameters in _shared_parameters(recipe)]
+    scopes += [rule.parameters for rule in recipe.rules]
+    text = "has no effect: masks are never stored (it has none in mergekit either)"
+    return [f"{name} {text}" for name in _WITHOUT_EFFECT if any(name in scope for scope in scopes)]
+
+
 def _check(
     name: str, value: Any, path: Path, scope: _Scope, elsewhere: set[str], report: ReportProblem, warn: ReportProblem
 ) -> None:
     parameter, takes = scope.known.get(name), ", ".join(scope.known)
-    if parameter is None and name in WITHOUT_EFFECT:
+    if parameter is None and name in _WITHOUT_EFFECT:
         return
     if parameter is None and name in elsewhere:
         warn(path, f"'{name}' has no effect", f"{scope.method} takes {f'only {takes}' if takes else 'no parameters'}")

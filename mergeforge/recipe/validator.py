@@ -10,7 +10,7 @@ from mergeforge.core.messages import WarningText
 from mergeforge.core.parameters import Parameter
 from mergeforge.errors import Problem, did_you_mean, format_list
 from mergeforge.recipe.builder import Builder, build_output
-from mergeforge.recipe.method_parameters import MethodSignature, check_parameters, model_lists
+from mergeforge.recipe.method_parameters import MethodSignature, check_parameters, model_lists, parameter_notes
 from mergeforge.recipe.model import ModelEntry, Recipe
 from mergeforge.recipe.yaml_reader import Path, Positions
 
@@ -90,7 +90,7 @@ class Validator:
         known = self._check_methods(recipe, methods)
         if known is not None:
             check_parameters(recipe, known, methods, self.report, self.warn)
-        return replace(recipe, notes=self.warning_texts())
+        return replace(recipe, notes=(*self.warning_texts(), *parameter_notes(recipe)))
 
     def _needs_no_method(self, value: Mapping[str, Any]) -> bool:
         """Whether rules may handle every tensor: there are rules, and something other than adapters to merge."""
