@@ -30,7 +30,6 @@ from mergeforge.adapters.resized_embedding import ResizedEmbedding, same_rows
 from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.model import ModelSource
-from mergeforge.checkpoints.names import EMBEDDINGS, HEADS
 from mergeforge.checkpoints.ties import Tie
 from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor
