@@ -12,7 +12,6 @@ from typing import Any
 
 from mergeforge.adapters.adapted_tensor import AdapterDelta
 from mergeforge.adapters.deltas import WeightDelta
-from mergeforge.checkpoints.buffers import is_buffer
 from mergeforge.errors import RecipeError, SourceError, format_list
 from mergeforge.methods import METHODS, Method
 from mergeforge.planner.inputs import Inputs, OpenAdapter
@@ -24,7 +23,7 @@ from mergeforge.planner.model_tensors import (
     fold_adapters,
     renamed_tensor,
 )
-from mergeforge.planner.output_tensors import merge_group, output_tensors
+from mergeforge.planner.output_tensors import is_buffer_of_some, merge_group, output_tensors
 from mergeforge.planner.parameters import MethodInput, parameters_for
 from mergeforge.planner.tied_names import splits_a_tie, with_same_names
 from mergeforge.recipe import ModelEntry, Recipe, Rule
@@ -188,7 +187,7 @@ class _Composer:
             return None
         if rule.use:
             return self._taken_from(output, rule.use)
-        if _is_buffer_of_some(output):
+        if is_buffer_of_some(output):
             return self._buffer(output)
         step = self._merge_step(output, rule)
         sources = [self._source_tensor(source, output) for source in step.sources]
@@ -355,15 +354,6 @@ def _stored(tensor: LazyTensor) -> StoredTensor | None:
     while not isinstance(tensor, StoredTensor) and len(tensor.inputs) == 1:
         tensor = tensor.inputs[0]
     return tensor if isinstance(tensor, StoredTensor) else None
-
-
-def _is_buffer_of_some(output: OutputTensor) -> bool:
-    """Whether a tensor is a buffer that some models of its group store and others do not."""
-    tensors = [source.model.tensor(output.name_in(source)) for source in output.group.all_sources]
-    shapes = [tensor.info.shape for tensor in tensors if tensor]
-    if not 0 < len(shapes) < len(tensors):
-        return False
-    return is_buffer(output.name, shapes[0], str(output.group.sources[0].model.config.get("model_type")))
 
 
 def _adapter_input(opened: OpenAdapter, name: str) -> MethodInput:

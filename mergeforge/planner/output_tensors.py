@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mergeforge.checkpoints.buffers import is_buffer
 from mergeforge.errors import RecipeError, format_list
 from mergeforge.planner.layer_slices import (
     LayerStack,
@@ -103,6 +104,15 @@ class _OutputTensorBuilder:
         outputs, stack = sliced_tensors(groups, names, where)
         self.layer_stacks.append(stack)
         return outputs
+
+
+def is_buffer_of_some(output: OutputTensor) -> bool:
+    """Whether a tensor is a buffer that some models of its group store and others do not."""
+    tensors = [source.model.tensor(output.name_in(source)) for source in output.group.all_sources]
+    shapes = [tensor.info.shape for tensor in tensors if tensor]
+    if not 0 < len(shapes) < len(tensors):
+        return False
+    return is_buffer(output.name, shapes[0], str(output.group.sources[0].model.config.get("model_type")))
 
 
 def module_of(name: str, modules: Iterable[str]) -> str | None:
