@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergeforge.checkpoints.names import EMBEDDINGS, HEADS
+from mergeforge.checkpoints.names import HEADS
+from mergeforge.checkpoints.ties import model_ties
 from mergeforge.errors import RecipeError, SourceError, format_list, malformed_as_source_error
 from mergeforge.io.aux_files import AuxFile, AuxFiles
 from mergeforge.planner.inputs import Inputs, IntermediateModel, OpenModel
@@ -37,9 +38,9 @@ def plan_output_tokenizer(recipe: Recipe, inputs: Inputs, models: Mapping[str, M
     """The output's tokenizer; None where the reference model's is kept. Raises RecipeError or SourceError."""
     if recipe.tokenizer is None:
         return None
-    merged = _merged(recipe)
+    merged, names = _merged(recipe), _token_names(inputs, models)
     tokenizers = [
-        ModelTokenizer(model.label, tokenizer_files(model), _rows(models[model.label]), model.label in merged)
+        ModelTokenizer(model.label, tokenizer_files(model), _rows(models[model.label], names), model.label in merged)
         for model in _models_in_order(inputs)
     ]
     with malformed_as_source_error(f"the tokenizer of {format_list(tokenizer.label for tokenizer in tokenizers)}"):
@@ -71,7 +72,7 @@ def with_output_tokenizer(
 
 def remap_models(plan: TokenizerPlan, inputs: Inputs, models: Mapping[str, ModelTensors]) -> dict[str, ModelTensors]:
     """Every model's tensors with the rows of the output's tokenizer. Raises SourceError or RecipeError."""
-    names = list(dict.fromkeys(name for model in models.values() for name in model.tensors if _has_tokens(name)))
+    names = _token_names(inputs, models)
     by_model = {name: {label: _token_tensor(models, label, name) for label in models} for name in names}
     remapped = {
         label: {name: remap_vocab(name, row_sources, by_model[name]) for name in names}
@@ -111,15 +112,22 @@ def _merged(recipe: Recipe) -> set[str]:
     return {*map(str, entries), *(str(rule.use) for rule in recipe.rules if rule.use)}
 
 
-def _has_tokens(name: str) -> bool:
-    """Whether a tensor has a row for each token: an input embedding, a head or a head's bias."""
-    module, _, leaf = name.rpartition(".")
-    last = module.rpartition(".")[2]
-    return (leaf == "weight" and last in (*EMBEDDINGS, *HEADS)) or (leaf == "bias" and last in HEADS)
+def _token_names(inputs: Inputs, models: Mapping[str, ModelTensors]) -> list[str]:
+    """The names of all tensors with a row for each token: embeddings, heads and their biases."""
+    names: dict[str, None] = {}
+    for model in _models_in_order(inputs):
+        ties = model_ties(model.checkpoint)
+        tensors = models[model.label].tensors
+        names |= dict.fromkeys(name for name in tensors if ties.has_token_rows(name) or _is_head_bias(name))
+    return list(names)
 
 
-def _rows(model: ModelTensors) -> int:
-    counts = {tensor.info.rows for name, tensor in model.tensors.items() if _has_tokens(name)}
+def _is_head_bias(name: str) -> bool:
+    return name.endswith(".bias") and name.split(".")[-2] in HEADS
+
+
+def _rows(model: ModelTensors, names: Collection[str]) -> int:
+    counts = {tensor.info.rows for name, tensor in model.tensors.items() if name in names}
     if len(counts) != 1:
         sizes = format_list(map(str, sorted(counts)))
         text = f"embeddings of different sizes ({sizes} rows)" if counts else "no embedding"
