@@ -200,3 +200,26 @@ def test_factors_of_another_model_are_refused(lab: Lab, tmp_path: Path) -> None:
 
     with pytest.raises(SourceError, match=r"hira_B is .*, but its weight .* needs"):
         mergeforge.plan({"base_model": str(base), "adapters": [str(lab.edited(adapter, tensors=cut))]}, out=lab.out())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("UniLoraConfig", {"r": 4, "theta_d_length": 50}, "only tensors that its modules share"),
+        ("FrodConfig", {"save_projection": False}, "does not contain the projections"),
+    ],
+)
+def test_files_that_do_not_say_what_they_change_are_refused(
+    lab: Lab, name: str, config: dict[str, Any], message: str
+) -> None:
+    base = lab.base("llama")
+    adapter = lab.tune(base, name, {"target_modules": ALL} | config)
+    with pytest.raises(SourceError, match=message):
+        mergeforge.plan({"base_model": str(base), "adapters": [str(adapter.folder)]}, out=lab.out())
+
+
+def test_psoft_warns_about_singular_vectors(lab: Lab) -> None:
+    base = lab.base("llama")
+    adapter = lab.tune(base, "PsoftConfig", {"target_modules": ALL, "r": 6})
+    plan = mergeforge.plan({"base_model": str(base), "adapters": [str(adapter.folder)]}, out=lab.out())
+    assert sum("singular vectors that it rotates" in text for text in plan.warnings) == 1
