@@ -67,8 +67,7 @@ def _quants() -> list[dict[str, Any]]:
     rows = []
     for name, file_type in FILE_TYPES.items():
         bits = typical_bits_per_weight(file_type)
-        source = "llama-quantize" if file_type.by_llama_quantize else "llama.cpp's converter"
-        about = f"{bits:.2f} bits per weight in {TYPICAL_MODEL}, mostly {file_type.default_type}; as {source} writes"
+        about = f"{bits:5.2f} bits per weight in {TYPICAL_MODEL}, mostly {file_type.default_type}"
         rows.append({"name": name, "about": about, "bits_per_weight": round(bits, 3)})
     return rows
 

@@ -65,6 +65,8 @@ def verify(out: str | Path, *, deep: bool = False, everything: bool = False) -> 
 
 def _no_receipt(out: Path) -> SourceError:
     run = read_unfinished(out)
+    if not out.exists():
+        return SourceError(f"there is no folder {out}")
     if run is None:
         return SourceError(f"{out} has no receipt ({RECEIPT})", hint="only finished merges of mergeforge have one")
     text = f"{out} holds an interrupted merge ({run.method}): {len(run.rows)} tensors are written, none is final yet"

@@ -14,33 +14,42 @@ from mergeforge.io.aux_files import AuxFile, AuxFiles
 from mergeforge.io.model_files import ModelFiles, names_in, sort_model_files
 from mergeforge.planner.inputs import Inputs, IntermediateModel
 from mergeforge.planner.sentence_transformers import missing_modules
-from mergeforge.tokenizer.output_files import TOKENIZER_FILES, tokenizer_files_in
+from mergeforge.tokenizer.output_files import tokenizer_files_in
 
 _WRITTEN_ANEW = ("config.json", "model.safetensors.index.json")
 _BESIDE_A_FILE = ("generation_config.json", "LICENSE*", "NOTICE*", "*processor_config.json", "*_tokenizer_config.json")
 _UNMENTIONED = ("README.md", "mergeforge.json", "mergeforge.yml", "mergekit_config.yml", "Modelfile", "report.html")
 
 
-def aux_files(inputs: Inputs) -> tuple[dict[str, AuxFile], list[str]]:
-    """Files to write by name, and notes: the reference model's, and an adapter's tokenizer where it differs."""
+def aux_files(inputs: Inputs, *, are_written: bool = True) -> tuple[dict[str, AuxFile], list[str]]:
+    """Files to write by name, and notes: the reference model's, and an adapter's tokenizer where it differs.
+
+    are_written: whether the output has them; if it is only GGUF, nobody misses a file.
+    """
     reference = inputs.reference_model
     if isinstance(reference.checkpoint, IntermediateModel):
         files, notes = dict(reference.checkpoint.files), list[str]()
     else:
         files, notes = files_of(reference.checkpoint)
-        notes += _differing_weights(inputs, files)
+        notes = [*notes, *_differing_weights(inputs, files)] if are_written else []
     changed = {}
     for adapter in (opened.adapter for opened in (*inputs.adapters, *reference.adapters)):
-        own = {name: adapter.folder / name for name in TOKENIZER_FILES if (adapter.folder / name).is_file()}
+        own = {**tokenizer_files_in(adapter.folder), **_value_head(adapter.folder)}
         if any(_differs(path, files.get(name)) for name, path in own.items()):
             changed[adapter.label] = own
     if len(changed) == 1:
         label, own = next(iter(changed.items()))
-        notes.append(f"tokenizer files come from {label}, which changed them")
+        notes.append(f"tokenizer files come from {label}, which changed them ({format_list(own)})")
         files |= own
     elif changed:
-        notes.append(f"{len(changed)} adapters changed the tokenizer, each differently: the base's files are kept")
+        text = f"{len(changed)} adapters changed the tokenizer, each differently: the base's files are kept"
+        notes.append(WarningText(text))
     return files, notes
+
+
+def _value_head(folder: Path) -> dict[str, AuxFile]:
+    """The value head that LLaMA-Factory saves beside an adapter."""
+    return {path.name: path for path in folder.glob("value_head.*") if path.is_file()}
 
 
 def files_of(model: ModelSource) -> tuple[dict[str, AuxFile], list[str]]:
@@ -83,12 +92,12 @@ def _differing_weights(inputs: Inputs, files: AuxFiles) -> Iterator[WarningText]
                 yield WarningText(text)
 
 
-def _differs(path: Path, other: AuxFile | None) -> bool:
+def _differs(file: AuxFile, other: AuxFile | None) -> bool:
     """Whether two files differ: JSON files by content, others by bytes."""
     if other is None:
         return True
-    content, other_content = path.read_bytes(), other.read_bytes()
-    if content == other_content or path.suffix != ".json":
+    content, other_content = file.read_bytes(), other.read_bytes()
+    if content == other_content or not str(file).endswith(".json"):
         return content != other_content
     try:
         return bool(json.loads(content) != json.loads(other_content))

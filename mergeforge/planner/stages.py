@@ -105,7 +105,7 @@ def _files_and_config(
     recipe: Recipe, inputs: Inputs, tokenizer: TokenizerPlan | None
 ) -> tuple[Mapping[str, AuxFile], Mapping[str, Any], list[str]]:
     """The files beside the weights, the reference model's config, and notes, with the output's tokenizer in them."""
-    files, notes = aux_files(inputs)
+    files, notes = aux_files(inputs, are_written=recipe.output.safetensors)
     config = inputs.reference_model.checkpoint.config
     if tokenizer:
         files, config = with_output_tokenizer(tokenizer, inputs.reference_model, files)
