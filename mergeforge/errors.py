@@ -175,7 +175,7 @@ def nearest_name(word: str, known: Iterable[str]) -> str:
     edits = {name: _edits(letters, other) for name, other in names.items() if abs(len(other) - len(letters)) <= limit}
     near = [name for name in edits if edits[name] <= limit]
     if near:  # of equally near names, one with the same letters: `modles` is `models`, not `modules`
-        return min(near, key=lambda name: (edits[name], sorted(names[name]) != sorted(letters)))
+        return min(near, key=lambda name: (edits[name], sorted(names[name]) != sorted(letters), _edits(word, name)))
     owners = [name for name in names if letters in re.split(r"[-_ .]", name.lower())] if len(letters) > 3 else []
     return owners[0] if len(owners) == 1 else ""
 

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mergeforge.checkpoints.names import class_names
+
 
 @dataclass(frozen=True)
 class ClassifierClass:
@@ -33,7 +35,7 @@ def class_entry(config: Mapping[str, Any]) -> dict[str, Any] | None:
     A config that names no class is that of the class with a language model's head.
     """
     table = _table()
-    names = [str(name) for name in config.get("architectures") or ()]
+    names = class_names(config)
     name = names[0] if names else table["types"].get(str(config.get("model_type")), "")
     return table["entries"][table["of"][name]] if name in table["of"] else None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mergeforge.checkpoints.hf_classes import class_entry
 from mergeforge.checkpoints.model import ModelSource
-from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, is_head
+from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, class_names, is_head
 from mergeforge.tensors.lazy import LazyTensor
 
 FLAG = "tie_word_embeddings"
@@ -179,7 +179,7 @@ def _guessed_ties(model: ModelSource) -> ModelTies:
     """The tie of head and embedding in a class that transformers does not have, by their usual names."""
     heads = [name for name in model.tensors if is_head(name)]
     flags = list(_flags(model.config))
-    generates = any(str(name).endswith(_GENERATIVE) for name in model.config.get("architectures") or ())
+    generates = any(name.endswith(_GENERATIVE) for name in class_names(model.config))
     embeddings = [name for name in model.tensors if name.endswith(".weight") and name.split(".")[-2:-1] and
                   name.split(".")[-2] in EMBEDDINGS]  # fmt: skip
     if not embeddings or not (any(flags) or (generates and not heads)):

@@ -155,7 +155,7 @@ def _folder(plan: Plan) -> Path:
 def _recipe(plan: Plan) -> str:
     """The recipe as YAML, with the folder that was really written to."""
     *stages, last = plan.recipe.documents
-    output = {**(last.get("output") or {}), "path": str(plan.out)}
+    output = {**(last.get("output") or {}), "path": str(_folder(plan))}
     return "---\n".join(map(to_yaml, [*stages, {**last, "output": output}])).strip()
 
 

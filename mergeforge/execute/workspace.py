@@ -52,7 +52,9 @@ class Workspace:
     def replaces_edited_card(self) -> bool:
         """Whether the finished merge in OUT, which this one replaces, has a model card that was edited."""
         card = self.out / MODEL_CARD
-        recorded = ((read_receipt(self.out) or {}).get("files") or {}).get(MODEL_CARD, {}).get("sha256")
+        files = (read_receipt(self.out) or {}).get("files")
+        facts = files.get(MODEL_CARD) if isinstance(files, dict) else None
+        recorded = facts.get("sha256") if isinstance(facts, dict) else None
         return recorded is not None and card.is_file() and file_sha256(card) != recorded
 
     @property

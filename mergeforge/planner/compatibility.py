@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.checkpoints.checkpoint import read_json
+from mergeforge.checkpoints.names import class_names
 from mergeforge.core.messages import WarningText
 from mergeforge.errors import SourceError, format_list
 from mergeforge.planner.inputs import Inputs, OpenAdapter, OpenModel
@@ -70,13 +71,13 @@ def _compare(
     for names, problems in ((DECISIVE, decisive), (DOUBTFUL, doubtful)):
         problems += _differences(label, facts(config, names), other_label, facts(other, names))
     doubtful += _differences(label, rope_facts(config), other_label, rope_facts(other))
-    classes, other_classes = config.get("architectures"), other.get("architectures")
+    classes, other_classes = class_names(config), class_names(other)
     if classes and other_classes and classes != other_classes:
         doubtful.append(f"{label} is a {_joined(classes)}, {other_label} a {_joined(other_classes)}")
 
 
 def _differences(label: str, values: Mapping[str, Any], other_label: str, others: Mapping[str, Any]) -> Iterator[str]:
-    for name in values.keys() & others.keys():
+    for name in sorted(values.keys() & others.keys()):
         if values[name] != others[name]:
             yield f"{name}: {_shown(values[name])} in {label}, {_shown(others[name])} in {other_label}"
 
@@ -104,7 +105,7 @@ def _compare_adapter(model: OpenModel, opened: OpenAdapter, decisive: list[str],
         return
     mapping = settings.get("auto_mapping")
     trained_class = str(mapping.get("base_model_class") or "") if isinstance(mapping, Mapping) else ""
-    classes = [str(name) for name in config.get("architectures") or ()]
+    classes = class_names(config)
     if trained_class and classes and _family(trained_class) not in map(_family, classes):
         decisive.append(f"{label} is a {trained_class}, {model.label} a {_joined(classes)}")
 

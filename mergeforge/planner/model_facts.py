@@ -53,7 +53,7 @@ def facts(config: Mapping[str, Any], names: Mapping[str, tuple[str, ...]]) -> di
     if heads and "key-value heads" in names:
         found.setdefault("key-value heads", heads)
         width = text.get("hidden_size") or text.get("n_embd") or text.get("d_model")
-        if isinstance(width, int) and isinstance(heads, int):
+        if isinstance(width, int) and isinstance(heads, int) and heads > 0:
             found.setdefault("head size", width // heads)
     return found
 

@@ -11,7 +11,7 @@ from mergeforge.adapters.adapted_tensor import AdaptedTensor
 from mergeforge.adapters.deltas import ReplaceRows, ReplaceTensor, WeightDelta
 from mergeforge.adapters.resized_embedding import same_rows
 from mergeforge.checkpoints.model import ModelSource
-from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS, is_head
+from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS, class_names, is_head
 from mergeforge.checkpoints.quantized.fake_nf4 import FakeQuantizedTensor
 from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
 from mergeforge.checkpoints.ties import ModelTies, Tie, model_ties
@@ -210,7 +210,7 @@ def _resolve_ties(
     others = format_list(sorted(tied - {*breaking.deltas, *breaking.resized}))
     text = f"{breaking.label} changes {names}, which {checkpoint.label} ties to {others or 'each other'}"
     if not ties.known:
-        classes = format_list(map(str, checkpoint.config.get("architectures") or ["(none)"]))
+        classes = format_list(class_names(checkpoint.config) or ["(none)"])
         hint = "save the base with its head as a tensor of its own and tie_word_embeddings: false, and merge into that"
         raise SourceError(f"{text}; how the class {classes} loads the result is not known", hint=hint)
     if ties.keeps_flag:

@@ -297,7 +297,7 @@ RECIPES: dict[str, str | bytes] = {
     "a GGUF type that is none": GOOD + "output: {gguf: q9_k}\n",
     "a size that is none": GOOD + "output: {shard_size: many}\n",
     "an output that is an input": GOOD + "output: {path: base}\n",
-    "adapters without a base": "adapters: [legal]\n",
+    "no base and no adapters": "dtype: float32\n",
     "an adapter that is not there": "base_model: base\nadapters: [./nowhere]\n",
     "a model as an adapter": "base_model: base\nadapters: [base]\n",
     "an adapter as a model": "merge_method: passthrough\nmodels: [legal]\n",
