@@ -16,7 +16,7 @@ so no dense matrix of W's size is ever in memory. W is (out, in), or (out, rest)
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -48,15 +48,17 @@ class AdaptedModule:
     """A module that an adapter changes.
 
     `shapes`: of the adapter's tensors for it, by role. `weight`: the shape of its weight, (out, in, ...).
-    `largest`: the largest (out, in) of all modules that the adapter changes. `order()`: the module's number in the
-    order of the class that defines it, and the number of modules; raises ValueError if that is unknown.
+    `dtype`: of its weight. `largest`: the largest (out, in) of all modules that the adapter changes. `order()`: the
+    module's number in the order of the class that defines it, and the shapes of all modules' weights in that order;
+    raises ValueError if that is unknown.
     """
 
     path: str
     shapes: Mapping[str, Shape]
     weight: Shape
+    dtype: str = "F32"
     largest: tuple[int, int] = (0, 0)
-    order: Callable[[], tuple[int, int]] = lambda: (0, 1)
+    order: Callable[[], tuple[int, Sequence[Shape]]] = lambda: (0, ())
 
     @property
     def out_features(self) -> int:

@@ -82,6 +82,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "waveft entries": ("WaveFTConfig", {"n_frequency": 50, "use_idwt": False}),
     "waveft proportional": ("WaveFTConfig", {"n_frequency": 50, "proportional_parameters": True}),
     "unilora": ("UniLoraConfig", {"r": 4, "theta_d_length": 50, "save_indices": True}),
+    "unilora without its indices": ("UniLoraConfig", {"r": 4, "theta_d_length": 50}),
+    "unilora in one layer": (
+        "UniLoraConfig",
+        {
+            "r": 3,
+            "theta_d_length": 300,
+            "proj_seed": 7,
+            "target_modules": ["k_proj", "mlp.up_proj", "lm_head"],
+            "layers_to_transform": [1],
+            "modules_to_save": ["lm_head"],
+        },
+    ),
+    "unilora everywhere": ("UniLoraConfig", {"target_modules": "all-linear", "r": 2, "theta_d_length": 999}),
     "frod": ("FrodConfig", {"sparse_rate": 0.1}),
     "psoft": ("PsoftConfig", {"r": 6, "psoft_alpha": 6}),
     "psoft as pissa": ("PsoftConfig", {"r": 6, "psoft_alpha": 12, "ab_svd_init": "pissa_init", "psoft_mag_a": False}),
@@ -205,7 +218,6 @@ def test_factors_of_another_model_are_refused(lab: Lab, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("UniLoraConfig", {"r": 4, "theta_d_length": 50}, "only tensors that its modules share"),
         ("FrodConfig", {"save_projection": False}, "does not contain the projections"),
     ],
 )
