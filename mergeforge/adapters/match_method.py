@@ -17,7 +17,7 @@ from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.core.messages import WarningText
-from mergeforge.errors import SourceError
+from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
@@ -44,6 +44,9 @@ class MethodMatcher:
         factors_by_module = {module: factors for module, factors in factors_by_module.items() if factors}
         targeted = self._targeted_modules() if shared and not factors_by_module else []
         factors_by_module |= {module: {} for module in targeted}
+        if lacking := [module for module in targeted if not self.resolver.find(f"{module}.weight")]:
+            text = f"{self.label}: its config targets {format_list(lacking)}, which {self.base.label} does not have"
+            raise SourceError(text, hint="name the base that it was trained on; all targeted modules share its numbers")
         weights: dict[str, LazyTensor] = {}
         for module, factors in factors_by_module.items():
             with self.resolver.collecting_errors():

@@ -109,13 +109,17 @@ class Formula:
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """A PEFT method. `prefixes`: how the roles of its tensors begin; `fields`: the config fields it understands."""
+    """A PEFT method. `prefixes`: how the roles of its tensors begin; `fields`: the config fields it understands.
+
+    `may_be_empty`: whether some of its tensors can have no elements.
+    """
 
     name: str
     prefixes: tuple[str, ...]
     formulas: Callable[[Config, AdaptedModule], Mapping[str, Formula]]
     fields: frozenset[str]
     description: str
+    may_be_empty: bool = False
 
     def parse_key(self, path: str) -> tuple[str, str] | None:
         """Split one of the method's keys into (module, role); the module is "" for tensors that all modules share."""
@@ -141,7 +145,7 @@ PEFT_METHODS: Registry[PeftMethod] = Registry("PEFT method", "mergeforge.adapter
 
 
 def adapter(
-    *names: str, prefixes: tuple[str, ...], fields: str
+    *names: str, prefixes: tuple[str, ...], fields: str, may_be_empty: bool = False
 ) -> Callable[[Callable[[Config, AdaptedModule], Mapping[str, Formula]]], Callable[..., Any]]:
     """Register a function as a PEFT method under its peft_types. `fields`: its config fields, separated by spaces."""
 
@@ -149,7 +153,7 @@ def adapter(
         known = frozenset(_COMMON_FIELDS.split()) | frozenset(fields.split())
         about = (function.__doc__ or "").partition("\n")[0].partition(" (peft/")[0].rstrip(".")
         for name in names:
-            PEFT_METHODS.add(name, PeftMethod(name, prefixes, function, known, about))
+            PEFT_METHODS.add(name, PeftMethod(name, prefixes, function, known, about, may_be_empty))
         return function
 
     return register

@@ -15,7 +15,7 @@ _FIELDS += " progressbar runtime_offload_base_weight"
 _TINY = 1e-12  # columns of W V^-T with a smaller norm are zero in U
 
 
-@adapter("FROD", prefixes=("frod_",), fields=_FIELDS)
+@adapter("FROD", prefixes=("frod_",), fields=_FIELDS, may_be_empty=True)
 def frod(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     """U (S + diag(l)) V^T, where U is W V^-T with columns of norm 1 (peft/tuners/frod/layer.py, get_delta_weight).
 

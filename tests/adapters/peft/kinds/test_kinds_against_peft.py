@@ -75,6 +75,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "peanut deep": ("PeanutConfig", {"r": 4, "depth": 2, "act_fn": "gelu"}),
     "osf": ("OSFConfig", {"effective_rank": 10}),
     "osf fractions": ("OSFConfig", {"effective_rank": 0.25, "rank_pattern": {"up_proj": 30, "down_proj": 2}}),
+    "osf that leaves k_proj": ("OSFConfig", {"effective_rank": 20, "target_modules": ["q_proj", "k_proj"]}),
     "waveft": ("WaveFTConfig", {"n_frequency": 40}),
     "waveft db2": ("WaveFTConfig", {"n_frequency": 60, "wavelet_family": "db2", "scaling": 3.0}),
     "waveft sym5": ("WaveFTConfig", {"n_frequency": 90, "wavelet_family": "sym5", "random_loc_seed": 5}),
@@ -96,6 +97,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "unilora everywhere": ("UniLoraConfig", {"target_modules": "all-linear", "r": 2, "theta_d_length": 999}),
     "frod": ("FrodConfig", {"sparse_rate": 0.1}),
+    "frod without the sparse part": ("FrodConfig", {"sparse_rate": 0.0}),
     "psoft": ("PsoftConfig", {"r": 6, "psoft_alpha": 6}),
     "psoft as pissa": ("PsoftConfig", {"r": 6, "psoft_alpha": 12, "ab_svd_init": "pissa_init", "psoft_mag_a": False}),
     "psoft lowrank": ("PsoftConfig", {"r": 6, "psoft_svd": "lowrank", "random_seed": 4, "psoft_svd_lowrank_niter": 5}),
@@ -235,3 +237,11 @@ def test_psoft_warns_about_singular_vectors(lab: Lab) -> None:
     adapter = lab.tune(base, "PsoftConfig", {"target_modules": ALL, "r": 6})
     plan = mergeforge.plan({"base_model": str(base), "adapters": [str(adapter.folder)]}, out=lab.out())
     assert sum("singular vectors that it rotates" in text for text in plan.warnings) == 1
+
+
+def test_an_adapter_without_trained_parts_is_a_warning(lab: Lab) -> None:
+    """OSF whose effective_rank keeps all singular directions of every weight."""
+    base = lab.base("llama")
+    adapter = lab.tune(base, "OSFConfig", {"target_modules": ALL, "effective_rank": 99})
+    plan = mergeforge.plan({"base_model": str(base), "adapters": [str(adapter.folder)]}, out=lab.out())
+    assert any("changes nothing: none of its modules has a trained part" in text for text in plan.warnings)
