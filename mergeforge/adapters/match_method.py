@@ -107,4 +107,13 @@ class MethodMatcher:
             if formula.warning:
                 self.notes.append(WarningText(f"{self.label}: {formula.warning}"))
             beside = weight if leaf == "bias" else None
-            self.deltas.append((name, PeftDelta(formula, factors, target, rows_per_output, beside)))
+            bias = {"base_bias": self._stored_bias(module)} if formula.reads_bias else {}
+            self.deltas.append((name, PeftDelta(formula, {**factors, **bias}, target, rows_per_output, beside)))
+
+    def _stored_bias(self, module: str) -> StoredTensor:
+        """The base's bias of a module. Raises SourceError if it has none, or computes it."""
+        name = self.resolver.find(f"{module}.bias")
+        bias = self.resolver.target(name) if name else None
+        if not isinstance(bias, StoredTensor):
+            raise SourceError(f"{self.label}: {self.method.name} of {module} needs a bias that the base stores")
+        return bias

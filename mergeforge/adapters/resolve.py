@@ -190,8 +190,8 @@ class TensorResolver:
         name = class_with_prefix(str(self.base.config.get("model_type")), f"{prefix}.") if prefix != own else ""
         if own and name and f"{own}.{rest}" in self.base.tensors:
             text = (
-                f"{self.label} was trained on a {name}, whose tensors begin with '{prefix}.'. transformers does not find "
-                f"these in {self.base.label}, where they begin with '{own}.', and takes random values instead"
+                f"{self.label} was trained on a {name}, whose tensors begin with '{prefix}.'. transformers does not "
+                f"find these in {self.base.label}, where they begin with '{own}.', and takes random values instead"
             )
             hint = "name the model that it was trained on, such as this one saved without its head (with AutoModel)"
             raise SourceError(text, hint=hint)

@@ -93,7 +93,8 @@ class Formula:
     `label`: its name in the plan. `scratch_nbytes`: memory for the preparation, in addition to the factors in
     float32. `scratch_blocks`: blocks alive at once. `row_group`: W's rows are needed in whole groups of this
     many. `details`: entries for the receipt, such as the scale. `statistic`: computes further factors from all of
-    the weight before `prepare`, in at most `scratch_nbytes`. `warning`: what cannot be known from the adapter.
+    the weight before `prepare`, in at most `scratch_nbytes`. `reads_bias`: the factor "base_bias" is the base's bias of
+    the module. `warning`: what cannot be known from the adapter.
     """
 
     label: str
@@ -104,6 +105,7 @@ class Formula:
     row_group: int = 1
     details: Mapping[str, Any] = field(default_factory=dict)
     statistic: Statistic | None = None
+    reads_bias: bool = False
     warning: str = ""
 
 

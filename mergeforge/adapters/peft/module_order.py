@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -90,10 +90,8 @@ def _without_weights(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> M
     with torch.device("meta"):
         if auto_class and config.get("model_type") in transformers.CONFIG_MAPPING:
             own = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-            model: Module = getattr(transformers, auto_class).from_config(own)
-            return model
+            return cast("Module", getattr(transformers, auto_class).from_config(own))
         if model_class is None:
             name = architecture or "for it (config.json names no architecture)"
             raise ValueError(f"{_REASON}transformers has no class {name}")
-        model = model_class(model_class.config_class.from_dict(dict(config)))
-        return model
+        return cast("Module", model_class(model_class.config_class.from_dict(dict(config))))

@@ -56,7 +56,6 @@ def _with_dealt_indices(config: Config, module: AdaptedModule, length: int) -> F
         raise ValueError(f"unilora_theta_d has {length} values, but its config sets theta_d_length otherwise")
     index, weights = module.order()
     ends = [0, *accumulate(rank * (shape[0] + int(np.prod(shape[1:]))) for shape in weights)]
-    split = ends[index] + rank * module.in_features
     dtype = module.dtype
 
     def prepare(factors: Mapping[str, Tensor]) -> Delta:
@@ -68,7 +67,7 @@ def _with_dealt_indices(config: Config, module: AdaptedModule, length: int) -> F
         rounded = scales.to({"BF16": torch.bfloat16, "F16": torch.float16}.get(dtype, torch.float32))
         theta = factors["unilora_theta_d"]
         values = theta[own.to(theta.device)] * rounded.to(theta)[own.to(theta.device)]
-        a, b = values.split([split - ends[index], ends[index + 1] - split])
+        a, b = values[: rank * module.in_features], values[rank * module.in_features :]
         return low_rank(b.view(module.out_features, rank), a.view(rank, module.in_features))
 
     own_nbytes = 24 * rank * (module.out_features + module.in_features)

@@ -5,12 +5,13 @@ The adapters are made by PEFT on a tiny Llama or Qwen2 (biases), with random val
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mergeforge
 from mergeforge.adapters.peft.kind import PEFT_METHODS
@@ -110,6 +111,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tinylora": ("TinyLoraConfig", {"r": 3, "u": 5}),
     "tinylora tied": ("TinyLoraConfig", {"r": 3, "u": 5, "weight_tying": 1.0}),
     "tinylora in groups": ("TinyLoraConfig", {"r": 3, "u": 5, "weight_tying": 0.6, "save_projection": False}),
+    "adamss": ("AdamssConfig", {"r": 10, "num_subspaces": 3, "subspace_rank": 2}),
+    "adamss with ranks of its own": (
+        "AdamssConfig",
+        {"r": 6, "num_subspaces": 2, "subspace_rank": 4, "use_dynamic_rank": True, "random_seed": 5},
+    ),
     "ln tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm", "post_attention_layernorm", "model.norm"]}),
     "trainable tokens": ("TrainableTokensConfig", {"token_indices": [3, 7, 41], "target_modules": ["embed_tokens"]}),
     "loha and saved head": ("LoHaConfig", {"r": 4, "alpha": 9, "modules_to_save": ["lm_head"]}),
@@ -125,6 +131,7 @@ BIASES = {
         "GloraConfig",
         {"config_A_B": "none", "config_C": "vector", "config_D_E": "none"},
     ),
+    "adamss with biases": ("AdamssConfig", {"r": 10, "num_subspaces": 3, "subspace_rank": 2}),
     "beft": ("BeftConfig", {"target_modules": ["q_proj", "v_proj"]}),
     "gralora beside biases": ("GraloraConfig", {"r": 8, "alpha": 5, "gralora_k": 2}),
 }
@@ -245,3 +252,28 @@ def test_an_adapter_without_trained_parts_is_a_warning(lab: Lab) -> None:
     adapter = lab.tune(base, "OSFConfig", {"target_modules": ALL, "effective_rank": 99})
     plan = mergeforge.plan({"base_model": str(base), "adapters": [str(adapter.folder)]}, out=lab.out())
     assert any("changes nothing: none of its modules has a trained part" in text for text in plan.warnings)
+
+
+@pytest.mark.parametrize(
+    ("module", "other", "message"),
+    [
+        ("up_proj", {"random_seed": 1}, r"up_proj: the random singular directions .* cannot be drawn again"),
+        ("down_proj", {}, r"down_proj: the clusters of the weight's rows do not have the sizes"),
+    ],
+)
+def test_adamss_whose_clusters_cannot_be_found_is_refused(
+    lab: Lab, module: str, other: dict[str, Any], message: str
+) -> None:
+    """Other random numbers, as a GPU draws them; another base with an adapter made for the first one."""
+    base = lab.base("llama")
+    adapter = lab.tune(base, "AdamssConfig", {"target_modules": [module], "r": 8, "num_subspaces": 3})
+    edited = lab.edited(adapter, config=other)
+    into = base if other else lab.base("llama-tied")
+    if not other:
+        weights = load_file(into / "model.safetensors")
+        changed = {name: value.flip(0).contiguous() * torch.rand(value.shape) for name, value in weights.items()}
+        into = lab.out()
+        shutil.copytree(lab.base("llama-tied"), into)
+        save_file(changed, into / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=message):
+        mergeforge.merge(base_model=str(into), adapters=[str(edited)], out=lab.out())
