@@ -214,9 +214,7 @@ def _cached(repo: str, revision: str | None, stems: tuple[str, ...]) -> LocalInp
     return None
 
 
-def needed_files(
-    names: list[str], stems: tuple[str, ...], allow_pickle: bool, label: str = "the repo"
-) -> list[str]:
+def needed_files(names: list[str], stems: tuple[str, ...], allow_pickle: bool, label: str = "the repo") -> list[str]:
     """The files of a repo that a merge reads: weights in one format, configuration, tokenizer. `label`: for errors.
 
     Raises SourceError if there are no weights that may be read.

@@ -28,8 +28,8 @@ def frod(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     size = module.in_features
     if roles["V"] not in module.shapes:
         raise ValueError(
-            "its file does not contain the projections (V). PEFT computes them from the base again, but with signs that "
-            "depend on the machine and the number of threads; save it with save_projection=True"
+            "its file does not contain the projections (V). PEFT computes them from the base again, but with signs "
+            "that depend on the machine and the number of threads; save it with save_projection=True"
         )
     module.require(roles["V"], size, size)
     module.require("frod_lambda_l", size)
