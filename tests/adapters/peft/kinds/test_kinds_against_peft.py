@@ -277,3 +277,31 @@ def test_adamss_whose_clusters_cannot_be_found_is_refused(
         save_file(changed, into / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SourceError, match=message):
         mergeforge.merge(base_model=str(into), adapters=[str(edited)], out=lab.out())
+
+
+def test_unilora_with_and_without_saved_indices(lab: Lab) -> None:
+    """The same bytes for a bfloat16 base, in whose dtype PEFT holds the scales."""
+    base = lab.base("llama", "bfloat16")
+    outs = []
+    for saved in (True, False):
+        config = {"target_modules": ALL, "r": 4, "theta_d_length": 50, "save_indices": saved}
+        adapter = lab.tune(base, "UniLoraConfig", config)
+        recipe = {"base_model": str(base), "adapters": [str(adapter.folder)], "dtype": "float32"}
+        outs.append(load_file(mergeforge.merge(recipe, out=lab.out()) / "model.safetensors"))
+    assert all(value.equal(outs[1][name]) for name, value in outs[0].items())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": ["q_proj", "input_layernorm"]}, "is a LlamaRMSNorm, not a linear layer"),
+        ({"target_modules": ["nowhere"]}, "its target_modules match no module of LlamaForCausalLM"),
+        ({"theta_d_length": 51}, "unilora_theta_d has 50 values, but its config sets theta_d_length otherwise"),
+    ],
+)
+def test_unilora_whose_config_does_not_fit_is_refused(lab: Lab, config: dict[str, Any], message: str) -> None:
+    base = lab.base("llama")
+    adapter = lab.tune(base, "UniLoraConfig", {"target_modules": ALL, "r": 4, "theta_d_length": 50})
+    recipe = {"base_model": str(base), "adapters": [str(lab.edited(adapter, config=config))]}
+    with pytest.raises(SourceError, match=message):
+        mergeforge.plan(recipe, out=lab.out())
