@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from mergeforge.adapters.deltas import WeightDelta
-from mergeforge.adapters.peft.kind import AdaptedModule, PeftMethod
-from mergeforge.adapters.peft.module_order import module_order
+from mergeforge.adapters.peft.kind import AdaptedModule, PeftMethod, Shape
+from mergeforge.adapters.peft.module_order import module_order, targeted_modules
 from mergeforge.adapters.peft_delta import PeftDelta
 from mergeforge.adapters.resolve import TensorResolver
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import CONV1D_MODELS, EMBEDDINGS, HEADS
 from mergeforge.core.messages import WarningText
-from mergeforge.errors import SourceError
+from mergeforge.errors import SourceError, format_list
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor
 
@@ -41,36 +42,38 @@ class MethodMatcher:
             for module, roles in modules.items()
         }
         factors_by_module = {module: factors for module, factors in factors_by_module.items() if factors}
-        if shared and not factors_by_module:
-            text = (
-                f"{self.label}: its file holds only tensors that its modules share, so it does not say which these are"
-            )
-            hint = (
-                "save a Uni-LoRA adapter with save_indices=True"
-                if self.method.name == "UNILORA"
-                else "was it saved whole?"
-            )
-            raise SourceError(text, hint=hint)
+        targeted = self._targeted_modules() if shared and not factors_by_module else []
+        factors_by_module |= {module: {} for module in targeted}
+        if lacking := [module for module in targeted if not self.resolver.find(f"{module}.weight")]:
+            text = f"{self.label}: its config targets {format_list(lacking)}, which {self.base.label} does not have"
+            raise SourceError(text, hint="name the base that it was trained on; all targeted modules share its numbers")
         weights: dict[str, LazyTensor] = {}
         for module, factors in factors_by_module.items():
             with self.resolver.collecting_errors():
-                weights[module] = self.resolver.target(
-                    self.resolver.require(f"{module}.weight", next(iter(factors.values())))
-                )
+                stored = next(iter({**factors, **shared}.values()))
+                weights[module] = self.resolver.target(self.resolver.require(f"{module}.weight", stored))
         sizes = [(shape[0], math.prod(shape[1:])) for shape in (weight.info.shape for weight in weights.values())]
         largest = (max((outputs for outputs, _ in sizes), default=0), max((inputs for _, inputs in sizes), default=0))
-        ordered = cache(lambda: module_order(self.base.config, list(weights)))
+        ordered = cache(lambda: targeted or module_order(self.base.config, self.config, list(weights)))
         for module, weight in weights.items():
             factors = {**factors_by_module[module], **shared}
             shapes = {role: stored.info.shape for role, stored in factors.items()}
 
-            def order(module: str = module) -> tuple[int, int]:
-                return ordered().index(module), len(weights)
+            def order(module: str = module) -> tuple[int, list[Shape]]:
+                return ordered().index(module), [tuple(weights[name].info.shape) for name in ordered()]
 
-            adapted = AdaptedModule(module, shapes, tuple(weight.info.shape), largest, order)
+            adapted = AdaptedModule(module, shapes, tuple(weight.info.shape), weight.info.dtype, largest, order)
             with self.resolver.collecting_errors():
                 self._add_formulas(adapted, factors, weight)
         return self.deltas
+
+    def _targeted_modules(self) -> list[str]:
+        """The modules of a file that holds only what they share, from the config. Raises SourceError."""
+        try:
+            return targeted_modules(self.base.config, self.config)
+        except (ValueError, re.error) as error:
+            text = f"{self.label}: its file holds only tensors that its modules share, and which these are is not known"
+            raise SourceError(f"{text}: {error}") from None
 
     def _add_formulas(
         self,
@@ -104,4 +107,13 @@ class MethodMatcher:
             if formula.warning:
                 self.notes.append(WarningText(f"{self.label}: {formula.warning}"))
             beside = weight if leaf == "bias" else None
-            self.deltas.append((name, PeftDelta(formula, factors, target, rows_per_output, beside)))
+            bias = {"base_bias": self._stored_bias(module)} if formula.reads_bias else {}
+            self.deltas.append((name, PeftDelta(formula, {**factors, **bias}, target, rows_per_output, beside)))
+
+    def _stored_bias(self, module: str) -> StoredTensor:
+        """The base's bias of a module. Raises SourceError if it has none, or computes it."""
+        name = self.resolver.find(f"{module}.bias")
+        bias = self.resolver.target(name) if name else None
+        if not isinstance(bias, StoredTensor):
+            raise SourceError(f"{self.label}: {self.method.name} of {module} needs a bias that the base stores")
+        return bias

@@ -120,5 +120,9 @@ def _blocks_of(tensor: LazyTensor, scan: StatsPass) -> Iterator[tuple[int, Tenso
 
 def _read_factor(stored: StoredTensor, worker: Worker, dtype: torch.dtype) -> Tensor:
     """Read a whole factor in its shape: floats in the dtype of the computation, indices as they are stored."""
+    import torch
+
+    if stored.info.numel == 0:
+        return torch.empty(stored.info.shape, dtype=dtype, device=worker.device)
     value = stored.read_all(worker).view(stored.info.shape)
     return value.to(dtype) if value.is_floating_point() else value.clone()

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from mergeforge.adapters.peft.hf_renames import LoadedSlice, canonical_names, loaded_name, loaded_tensors
 from mergeforge.adapters.peft.keys import find_tensor
+from mergeforge.checkpoints.hf_classes import class_entry, class_with_prefix
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import EMBEDDINGS, HEADS, is_head
 from mergeforge.checkpoints.ties import ModelTies, model_ties
@@ -167,12 +168,13 @@ class TensorResolver:
         raise MatchError(f"{module} is made for shape {list(shape)}, but {theirs}", hint)
 
     def refuse_unknown(self, stored: StoredTensor, path: str) -> NoReturn:
-        """Raises MatchError."""
+        """Raises MatchError, or SourceError if all of the adapter's tensors must have the same problem."""
         if self.slices(path):
             text = (
                 f"{stored.info.name!r} changes a part of a fused tensor of {self.base.label}, or one stored in pieces"
             )
             raise MatchError(text, "only plain LoRA can be folded into such a tensor")
+        self._refuse_other_prefix(stored, path)
         nearest = get_close_matches(path, list(self.base.tensors), n=3, cutoff=0.5) if not self.errors else []
         hint = (
             f"nearest: {', '.join(nearest)}"
@@ -180,3 +182,16 @@ class TensorResolver:
             else "is the adapter for this model, or for another class of it?"
         )
         raise MatchError(f"{stored.info.name!r} matches no tensor of {self.base.label}", hint)
+
+    def _refuse_other_prefix(self, stored: StoredTensor, path: str) -> None:
+        """Raise SourceError for an adapter of a class that transformers cannot fill with the base's tensors."""
+        prefix, _, rest = path.partition(".")
+        own = str((class_entry(self.base.config) or {}).get("prefix", ""))
+        name = class_with_prefix(str(self.base.config.get("model_type")), f"{prefix}.") if prefix != own else ""
+        if own and name and f"{own}.{rest}" in self.base.tensors:
+            text = (
+                f"{self.label} was trained on a {name}, whose tensors begin with '{prefix}.'. transformers does not "
+                f"find these in {self.base.label}, where they begin with '{own}.', and takes random values instead"
+            )
+            hint = "name the model that it was trained on, such as this one saved without its head (with AutoModel)"
+            raise SourceError(text, hint=hint)

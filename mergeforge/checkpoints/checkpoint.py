@@ -51,7 +51,8 @@ class Checkpoint:
     @property
     def files(self) -> tuple[InputFile, ...]:
         """Every file that its tensors are read from, each once."""
-        files = (file for tensor in self.tensors.values() for file in getattr(tensor, "files", (tensor.file,)))
+        tensors = self.tensors.values()
+        files = (file for one in tensors for file in (one.files if hasattr(one, "files") else (one.file,)))
         return tuple({id(file): file for file in files}.values())
 
 

@@ -44,3 +44,9 @@ def classifier_class(task_type: str, model_type: str) -> ClassifierClass | None:
     """The class of a model type for a task of PEFT, such as SEQ_CLS."""
     entry = _table()["classifiers"].get(task_type, {}).get(model_type)
     return ClassifierClass(entry[0], entry[1], tuple(entry[2])) if entry else None
+
+
+def class_with_prefix(model_type: str, prefix: str) -> str:
+    """The class with a classification head whose tensors have this prefix (`transformer.`); "" if there is none."""
+    entries = (task.get(model_type) for task in _table()["classifiers"].values())
+    return next((entry[0] for entry in entries if entry and any(name.startswith(prefix) for name in entry[2])), "")

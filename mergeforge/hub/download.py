@@ -108,7 +108,7 @@ def _download(
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
-        needed = needed_files(names, stems, allow_pickle and session is None)
+        needed = needed_files(names, stems, allow_pickle and session is None, repo)
         folder = download_verified(repo, str(info.sha), non_weight_files(needed) if session else needed)
         _remember(folder, revision or "main", str(info.sha))
         return LocalInput(
@@ -214,8 +214,8 @@ def _cached(repo: str, revision: str | None, stems: tuple[str, ...]) -> LocalInp
     return None
 
 
-def needed_files(names: list[str], stems: tuple[str, ...], allow_pickle: bool) -> list[str]:
-    """The files of a repo that a merge reads: weights in one format, configuration, tokenizer.
+def needed_files(names: list[str], stems: tuple[str, ...], allow_pickle: bool, label: str = "the repo") -> list[str]:
+    """The files of a repo that a merge reads: weights in one format, configuration, tokenizer. `label`: for errors.
 
     Raises SourceError if there are no weights that may be read.
     """
@@ -224,11 +224,20 @@ def needed_files(names: list[str], stems: tuple[str, ...], allow_pickle: bool) -
         weights = [name for stem in stems for name in _weights(names, stem, ".bin")]
     if "model" in stems and all(name.endswith(".json") for name in weights):
         weights = [*weights, *_other_names(names)]
+    if stems and not weights and "model" not in stems and _is_model(names):
+        hint = "list it under 'models'; `mergeforge extract-lora` makes an adapter from a model and its base"
+        raise SourceError(f"{label} is a whole model, not an adapter", hint=hint)
     if stems and not weights:
         weights_there = format_list(name for name in names if name.endswith((".safetensors", ".bin", ".gguf", ".pth")))
-        raise SourceError(f"the repo holds no safetensors weights (it holds: {weights_there or 'no weights'})")
+        raise SourceError(f"{label} holds no safetensors weights (it holds: {weights_there or 'no weights'})")
     read = [name for name in names if name in _READ_ONLY]
     return weights + [name for name in (*sort_model_files(names).copied, *read) if name not in weights]
+
+
+def _is_model(names: list[str]) -> bool:
+    """Whether a repo holds a whole model: a config.json, no adapter_config.json, and weights under a model's names."""
+    weights = [name for suffix in (".safetensors", ".bin") for name in _weights(names, "model", suffix)]
+    return bool(weights) and "config.json" in names and "adapter_config.json" not in names
 
 
 def _other_names(names: list[str]) -> list[str]:

@@ -8,15 +8,17 @@ class with one has. Shapes are compared later, as for all models.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from mergeforge.adapters.peft.hf_renames import LoadedSlice, canonical_names, loaded_tensors
+from mergeforge.adapters.peft.keys import find_tensor
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.errors import format_list
 from mergeforge.tensors.alias import AliasTensor
 from mergeforge.tensors.lazy import LazyTensor
+from mergeforge.tensors.stacked import StackedTensor
 from mergeforge.tensors.stored import StoredTensor
 
 
@@ -32,19 +34,52 @@ def aligned(model: ModelSource, reference: ModelSource) -> ModelSource:
         for name, slices in loaded_tensors(config, shapes).items()
         if len(slices) > 1 and name not in shapes
     }
-    names = aligned_names(model.tensors, [*shapes, *loaded], config)
-    tensors = {names.get(name, name): _renamed(tensor, names.get(name, name)) for name, tensor in model.tensors.items()}
+    stacks = _stacked_tensors(model, reference, config)
+    stacked = {part.info.name for stack in stacks.values() for part in stack.parts}
+    own = {**{name: tensor for name, tensor in model.tensors.items() if name not in stacked}, **stacks}
+    names = aligned_names(own, [*shapes, *loaded], config)
+    tensors = {names.get(name, name): _renamed(tensor, names.get(name, name)) for name, tensor in own.items()}
     notes = []
     if names:
-        own, theirs = next(iter(names.items()))
+        first, theirs = next(iter(names.items()))
         text = f"{model.label}: {len(names)} tensors are merged under the names that {reference.label} has for them"
-        notes.append(f"{text} ({own} as {theirs})")
+        notes.append(f"{text} ({first} as {theirs})")
+    if stacks:
+        notes.append(f"{model.label}: {len(stacked)} tensors are stacked as {reference.label} stores them")
     if fused := _fused_tensors(tensors, loaded, reference):
         for name, parts in fused.items():
             del tensors[name]
             tensors |= parts
         notes.append(f"{model.label}: {format_list(fused, 1)} is split as {reference.label} stores it")
     return replace(model, tensors=tensors, warnings=(*model.warnings, *notes)) if notes else model  # type: ignore[type-var]
+
+
+def _stacked_tensors(model: ModelSource, reference: ModelSource, config: Mapping[str, Any]) -> dict[str, StackedTensor]:
+    """Tensor that the reference stores whole (experts, or q, k and v) -> it, stacked from the model's pieces of it."""
+    shapes = {name: tensor.info.shape for name, tensor in model.tensors.items()}
+    stacks = {}
+    for name, slices in loaded_tensors(config, shapes).items():
+        parts = [
+            tensor
+            for piece in sorted(slices, key=lambda piece: (piece.expert or 0, piece.loaded_start))
+            if isinstance(tensor := model.tensors[piece.name], StoredTensor) and piece.name not in reference.tensors
+        ]
+        theirs = find_tensor(name, reference.tensors)
+        if 1 < len(parts) == len(slices) and len(theirs) == 1 and len({part.info.dtype for part in parts}) == 1:
+            shape = _stacked_shape(slices, parts)
+            if shape == reference.tensors[theirs[0]].info.shape:
+                stacks[name] = StackedTensor(tuple(parts), replace(parts[0].info, name=name, shape=shape))
+    return stacks
+
+
+def _stacked_shape(slices: Sequence[LoadedSlice], parts: Sequence[StoredTensor]) -> tuple[int, ...]:
+    """(experts, rows, columns) of stacked experts, (rows, columns) of others; () if the columns differ."""
+    experts = {piece.expert for piece in slices}
+    rows = sum(part.info.shape[0] for part in parts)
+    rest = {part.info.shape[1:] for part in parts}
+    if len(rest) > 1 or rows % len(experts):
+        return ()
+    return (*([] if None in experts else [len(experts)]), rows // len(experts), *rest.pop())
 
 
 def _fused_tensors(

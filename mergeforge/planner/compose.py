@@ -282,7 +282,7 @@ class _Composer:
         text = f"{label} lacks {format_list(names)}, which {format_list(sorted(owners), 3)} has"
         hint = "merge models of one architecture; or add rules: [{match: ..., use: MODEL}] or drop: true"
         if any(name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in names):
-            hint = f"list {label} first, or as base_model: stacked experts are split, but single ones are not stacked"
+            hint = "experts are stacked only if all are of one dtype and not quantized: save both models alike"
         raise SourceError(text, hint=hint)
 
     def _merged(

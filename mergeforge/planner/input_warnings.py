@@ -31,6 +31,8 @@ def _adapters_without_effect(inputs: Inputs) -> Iterator[WarningText]:
         label = opened.adapter.label
         if opened.entry.weight == 0:
             yield WarningText(f"{label} has weight 0: it changes nothing")
+        elif not (opened.adapter.deltas or opened.adapter.resized or opened.adapter.added):
+            yield WarningText(f"{label} changes nothing: none of its modules has a trained part")
         elif changes_nothing(opened.adapter):
             yield WarningText(f"{label} changes nothing: one LoRA factor of every module is zero (was it trained?)")
 

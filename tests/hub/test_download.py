@@ -151,10 +151,12 @@ def test_downloads_shards_and_allowed_pickles(hub: FakeHub, machine: Machine) ->
     assert machine.fetch("org/sharded")["files"].keys() == {*shards, *index}
     hub.add_repo("org/old", {"pytorch_model.bin": b"p" * 100, "config.json": b"{}", "training_args.bin": b"x" * 9})
     refused = machine.fetch("org/old")
-    assert "the repo holds no safetensors weights (it holds: pytorch_model.bin" in refused["error"]
+    assert "org/old holds no safetensors weights (it holds: pytorch_model.bin" in refused["error"]
     assert machine.downloaded == set()
     assert machine.fetch("org/old", pickled=True)["files"].keys() == {"pytorch_model.bin", "config.json"}
     hub.add_repo("org/adapter", {"adapter_model.safetensors": b"a" * 99, "adapter_config.json": b"{}", **REPO})
+    whole = machine.fetch("org/old", stem="adapter_model")
+    assert whole["error"] == "org/old is a whole model, not an adapter" and "'models'" in whole["hint"]
     found = machine.fetch("org/adapter", stem="adapter_model")["files"].keys()
     assert {"adapter_model.safetensors", "adapter_config.json"} <= found
     assert "model.safetensors" not in found

@@ -41,16 +41,34 @@ def test_names_of_the_hub_and_of_the_class(case: Architecture, how: str, tmp_pat
     other = dump(models[1], other_names(models[1], how), tmp_path / "other")
     first, second = (model.state_dict() for model in models)
     for order in ([tmp_path / "hub", other], [other, tmp_path / "hub"]):
-        if order[0] == other and any("experts.0." in name for name in load_file(tmp_path / "hub/model.safetensors")):
-            with pytest.raises(SourceError, match="experts") as error:
-                merged(case, order, tmp_path / "out")
-            assert "as base_model" in str(error.value.hint)
-            continue
         found = merged(case, order, tmp_path / "out")
         for name, value in first.items():
             if value.is_floating_point():
                 torch.testing.assert_close(found[name], (value + second[name]) / 2, rtol=1e-6, atol=1e-6, msg=name)
         shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_single_experts_are_stacked_in_any_blocks(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with single experts merged into one with stacked ones, with blocks of 3 rows: as with both stacked."""
+    from mergeforge.core import tensor_info
+
+    case = next(one for one in ARCHITECTURES if one.kind == "mixtral")
+    models = [case.make(seed) for seed in (1, 2)]
+    with quiet():
+        models[1].save_pretrained(tmp_path / "single")
+    folders = [dump(model, other_names(model, "memory"), tmp_path / f"stacked-{at}") for at, model in enumerate(models)]
+    monkeypatch.setattr(tensor_info, "BLOCK_ELEMENTS", 100)
+    results = []
+    for at, second in enumerate((tmp_path / "single", folders[1])):
+        recipe: dict[str, Any] = {"merge_method": method, "base_model": str(folders[0]), "parameters": {"t": 0.3}}
+        recipe["models"] = [{"model": str(second), "parameters": {"weight": 0.5}}]
+        if method == "linear":
+            recipe |= {"parameters": {"normalize": False}}
+        out = mergeforge.merge(recipe, out=tmp_path / f"out-{at}", device="cpu", threads=1)
+        results.append(load_file(out / "model.safetensors"))
+    assert results[0].keys() == results[1].keys()
+    assert all(value.equal(results[1][name]) for name, value in results[0].items())
 
 
 @pytest.mark.parametrize("reference_has_it", [True, False])

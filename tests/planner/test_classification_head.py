@@ -86,3 +86,28 @@ def test_a_head_that_needs_tensors_nobody_has_is_refused(tmp_path: Path) -> None
         SourceError, match=r"BertForSequenceClassification, whose .*pooler.* neither it nor the base has"
     ):
         fold(tmp_path)
+
+
+def test_a_head_whose_class_has_another_prefix_than_the_base(tmp_path: Path) -> None:
+    """Llama's question-answering class finds the tensors of LlamaModel, but none of LlamaForCausalLM's."""
+    import transformers
+
+    tuned = trained("llama", "QUESTION_ANS", tmp_path)
+    with pytest.raises(SourceError, match=r"was trained on a LlamaForQuestionAnswering, .* takes random values"):
+        fold(tmp_path)
+    with quiet():
+        tuned.unload().transformer.save_pretrained(tmp_path / "base")
+    out = fold(tmp_path)
+    with quiet():
+        tuned = trained_again(tmp_path)
+        model = transformers.AutoModelForQuestionAnswering.from_pretrained(out)
+    torch.testing.assert_close(model(TOKENS).start_logits, tuned(TOKENS).start_logits)
+
+
+def trained_again(root: Path) -> Any:
+    """The saved adapter, loaded by PEFT with its saved base."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForQuestionAnswering.from_pretrained(root / "base")
+    return peft.PeftModel.from_pretrained(base, root / "adapter").eval()

@@ -16,7 +16,7 @@ so no dense matrix of W's size is ever in memory. W is (out, in), or (out, rest)
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -48,15 +48,17 @@ class AdaptedModule:
     """A module that an adapter changes.
 
     `shapes`: of the adapter's tensors for it, by role. `weight`: the shape of its weight, (out, in, ...).
-    `largest`: the largest (out, in) of all modules that the adapter changes. `order()`: the module's number in the
-    order of the class that defines it, and the number of modules; raises ValueError if that is unknown.
+    `dtype`: of its weight. `largest`: the largest (out, in) of all modules that the adapter changes. `order()`: the
+    module's number in the order of the class that defines it, and the shapes of all modules' weights in that order;
+    raises ValueError if that is unknown.
     """
 
     path: str
     shapes: Mapping[str, Shape]
     weight: Shape
+    dtype: str = "F32"
     largest: tuple[int, int] = (0, 0)
-    order: Callable[[], tuple[int, int]] = lambda: (0, 1)
+    order: Callable[[], tuple[int, Sequence[Shape]]] = lambda: (0, ())
 
     @property
     def out_features(self) -> int:
@@ -91,7 +93,8 @@ class Formula:
     `label`: its name in the plan. `scratch_nbytes`: memory for the preparation, in addition to the factors in
     float32. `scratch_blocks`: blocks alive at once. `row_group`: W's rows are needed in whole groups of this
     many. `details`: entries for the receipt, such as the scale. `statistic`: computes further factors from all of
-    the weight before `prepare`, in at most `scratch_nbytes`. `warning`: what cannot be known from the adapter.
+    the weight before `prepare`, in at most `scratch_nbytes`. `reads_bias`: the factor "base_bias" is the base's bias of
+    the module. `warning`: what cannot be known from the adapter.
     """
 
     label: str
@@ -102,18 +105,23 @@ class Formula:
     row_group: int = 1
     details: Mapping[str, Any] = field(default_factory=dict)
     statistic: Statistic | None = None
+    reads_bias: bool = False
     warning: str = ""
 
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """A PEFT method. `prefixes`: how the roles of its tensors begin; `fields`: the config fields it understands."""
+    """A PEFT method. `prefixes`: how the roles of its tensors begin; `fields`: the config fields it understands.
+
+    `may_be_empty`: whether some of its tensors can have no elements.
+    """
 
     name: str
     prefixes: tuple[str, ...]
     formulas: Callable[[Config, AdaptedModule], Mapping[str, Formula]]
     fields: frozenset[str]
     description: str
+    may_be_empty: bool = False
 
     def parse_key(self, path: str) -> tuple[str, str] | None:
         """Split one of the method's keys into (module, role); the module is "" for tensors that all modules share."""
@@ -139,7 +147,7 @@ PEFT_METHODS: Registry[PeftMethod] = Registry("PEFT method", "mergeforge.adapter
 
 
 def adapter(
-    *names: str, prefixes: tuple[str, ...], fields: str
+    *names: str, prefixes: tuple[str, ...], fields: str, may_be_empty: bool = False
 ) -> Callable[[Callable[[Config, AdaptedModule], Mapping[str, Formula]]], Callable[..., Any]]:
     """Register a function as a PEFT method under its peft_types. `fields`: its config fields, separated by spaces."""
 
@@ -147,7 +155,7 @@ def adapter(
         known = frozenset(_COMMON_FIELDS.split()) | frozenset(fields.split())
         about = (function.__doc__ or "").partition("\n")[0].partition(" (peft/")[0].rstrip(".")
         for name in names:
-            PEFT_METHODS.add(name, PeftMethod(name, prefixes, function, known, about))
+            PEFT_METHODS.add(name, PeftMethod(name, prefixes, function, known, about, may_be_empty))
         return function
 
     return register

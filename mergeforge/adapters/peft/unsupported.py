@@ -17,6 +17,4 @@ UNSUPPORTED = {
     "POLY": _ROUTED,
     "LILY": _ROUTED,
     "SHADOW": "it runs a second model in parallel; load it with PEFT at run time",
-    "ADAMSS": "which rows its blocks change follows from a k-means clustering of the weight during training, "
-    "which the file does not hold; merge it with PEFT, on the kind of device that it was trained on",
 }

@@ -15,20 +15,21 @@ _FIELDS += " progressbar runtime_offload_base_weight"
 _TINY = 1e-12  # columns of W V^-T with a smaller norm are zero in U
 
 
-@adapter("FROD", prefixes=("frod_",), fields=_FIELDS)
+@adapter("FROD", prefixes=("frod_",), fields=_FIELDS, may_be_empty=True)
 def frod(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     """U (S + diag(l)) V^T, where U is W V^-T with columns of norm 1 (peft/tuners/frod/layer.py, get_delta_weight).
 
     Hence W' = W M with M = V^-T diag(1 / norms) (S + diag(l)) V^T, and only the norms take a pass over W. The file
-    must hold V and the places of S, which PEFT would compute from all layers of the kind.
+    must hold V and the places of S. PEFT would compute them from all layers of the kind, but the signs of V's columns,
+    which decide what S means, are then accidental: with 2 threads instead of 1, 19 of 1024 are others.
     """
     kind = _kind_of(module.path)
     roles = {name: f"frod_{name}.{kind}" for name in ("V", "s_indices")}
     size = module.in_features
     if roles["V"] not in module.shapes:
         raise ValueError(
-            "its file does not contain the projections (V), which PEFT computes from all layers; "
-            "save it with save_projection=True"
+            "its file does not contain the projections (V). PEFT computes them from the base again, but with signs "
+            "that depend on the machine and the number of threads; save it with save_projection=True"
         )
     module.require(roles["V"], size, size)
     module.require("frod_lambda_l", size)

@@ -14,16 +14,19 @@ if TYPE_CHECKING:
 _PARTS = ("osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low")
 
 
-@adapter("OSF", prefixes=("osf_",), fields="effective_rank rank_pattern target_svd_config")
+@adapter("OSF", prefixes=("osf_",), fields="effective_rank rank_pattern target_svd_config", may_be_empty=True)
 def osf(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     """W - (its smallest singular triplets) + U diag(S) V (peft/tuners/osf/layer.py, get_delta_weight).
 
-    There are as many triplets as S has numbers; they are eigenvectors of the smaller Gram matrix, in float64.
+    There are as many triplets as S has numbers; they are eigenvectors of the smaller Gram matrix, in float64. A module
+    whose effective_rank is that of its weight or larger has none, and is not changed.
     """
     u, s, v = _PARTS
     (rank,) = module.require(s, None)
     module.require(u, module.out_features, rank)
     module.require(v, rank, module.in_features)
+    if rank == 0:
+        return {}
     shape = (module.out_features, module.in_features)
 
     def statistic(factors: Mapping[str, Tensor], weight: WeightPass) -> Mapping[str, Tensor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from mergeforge.adapters.peft.kind import AdaptedModule, Config, Delta, Formula, WeightPass, adapter, low_rank
+from mergeforge.adapters.peft.seeded_svd import seeded_svd_lowrank
 from mergeforge.core.bottom_triplets import read_dense
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 _FIELDS = "r psoft_alpha psoft_dropout fan_in_fan_out ab_svd_init psoft_svd psoft_svd_lowrank_niter random_seed"
 _FIELDS += " psoft_orth psoft_mag_b psoft_mag_a use_cayley_neumann num_cayley_neumann_terms cayley_neumann_eps"
-_RANDOM = Lock()  # of torch's global generator, which svd_lowrank draws from
 _WARNING = (
     "PSOFT does not store the singular vectors that it rotates; they are computed again on the CPU, as PEFT does. "
     "Their signs may differ from those of a GPU: compare a few outputs with the unmerged model's"
@@ -63,9 +62,8 @@ def _triplets(matrix: Tensor, rank: int, config: Config) -> tuple[Tensor, Tensor
     if config.get("psoft_svd", "full") == "full":
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank]
-    with _RANDOM, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(config.get("random_seed", 0)))
-        u, s, v = torch.svd_lowrank(matrix, q=rank, niter=int(config.get("psoft_svd_lowrank_niter", 10)))
+    steps, seed = int(config.get("psoft_svd_lowrank_niter", 10)), int(config.get("random_seed", 0))
+    u, s, v = seeded_svd_lowrank(matrix, rank, steps, seed)
     return u, s, v.t()
 
 

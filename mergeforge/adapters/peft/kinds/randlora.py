@@ -18,6 +18,8 @@ def randlora(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     """W + alpha / r * B' A' with A' = A * lambda * gamma (r x bases rows), or its transpose if in > out.
 
     A (r, 1, min) and B (max, bases, r) are shared by all modules (peft/tuners/randlora/layer.py, get_scaled_bases).
+    r * bases is the full rank, so a weight of 4096 x 4096 takes 137 GFLOP, 256 times as many as a LoRA of rank 16; none
+    of it can be shared, because lambda and gamma, which differ between modules, stand inside the sum.
     """
     if "randlora_A" not in module.shapes:
         raise ValueError("its file does not contain the random bases; save it with save_projection=True")

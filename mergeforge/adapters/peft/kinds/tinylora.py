@@ -23,7 +23,8 @@ def tinylora(config: Config, module: AdaptedModule) -> dict[str, Formula]:
     module.require("tinylora_B", module.out_features, rank)
     vectors = [role for role in module.shapes if role.startswith("tinylora_v.")]
     stored = "tinylora_P" in module.shapes
-    index, count = (0, 1) if len(vectors) == 1 and stored else module.order()
+    index, weights = (0, [module.weight]) if len(vectors) == 1 and stored else module.order()
+    count = len(weights)
     groups = max(1, round(count * (1.0 - float(config.get("weight_tying") or 0.0))))
     vector = vectors[0] if len(vectors) == 1 else f"tinylora_v.{min(index // max(1, count // groups), groups - 1)}"
     (size,) = module.require(vector, None)

@@ -5,12 +5,13 @@ The adapters are made by PEFT on a tiny Llama or Qwen2 (biases), with random val
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mergeforge
 from mergeforge.adapters.peft.kind import PEFT_METHODS
@@ -75,6 +76,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "peanut deep": ("PeanutConfig", {"r": 4, "depth": 2, "act_fn": "gelu"}),
     "osf": ("OSFConfig", {"effective_rank": 10}),
     "osf fractions": ("OSFConfig", {"effective_rank": 0.25, "rank_pattern": {"up_proj": 30, "down_proj": 2}}),
+    "osf that leaves k_proj": ("OSFConfig", {"effective_rank": 20, "target_modules": ["q_proj", "k_proj"]}),
     "waveft": ("WaveFTConfig", {"n_frequency": 40}),
     "waveft db2": ("WaveFTConfig", {"n_frequency": 60, "wavelet_family": "db2", "scaling": 3.0}),
     "waveft sym5": ("WaveFTConfig", {"n_frequency": 90, "wavelet_family": "sym5", "random_loc_seed": 5}),
@@ -82,7 +84,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "waveft entries": ("WaveFTConfig", {"n_frequency": 50, "use_idwt": False}),
     "waveft proportional": ("WaveFTConfig", {"n_frequency": 50, "proportional_parameters": True}),
     "unilora": ("UniLoraConfig", {"r": 4, "theta_d_length": 50, "save_indices": True}),
+    "unilora without its indices": ("UniLoraConfig", {"r": 4, "theta_d_length": 50}),
+    "unilora in one layer": (
+        "UniLoraConfig",
+        {
+            "r": 3,
+            "theta_d_length": 300,
+            "proj_seed": 7,
+            "target_modules": ["k_proj", "mlp.up_proj", "lm_head"],
+            "layers_to_transform": [1],
+            "modules_to_save": ["lm_head"],
+        },
+    ),
+    "unilora everywhere": ("UniLoraConfig", {"target_modules": "all-linear", "r": 2, "theta_d_length": 999}),
     "frod": ("FrodConfig", {"sparse_rate": 0.1}),
+    "frod without the sparse part": ("FrodConfig", {"sparse_rate": 0.0}),
     "psoft": ("PsoftConfig", {"r": 6, "psoft_alpha": 6}),
     "psoft as pissa": ("PsoftConfig", {"r": 6, "psoft_alpha": 12, "ab_svd_init": "pissa_init", "psoft_mag_a": False}),
     "psoft lowrank": ("PsoftConfig", {"r": 6, "psoft_svd": "lowrank", "random_seed": 4, "psoft_svd_lowrank_niter": 5}),
@@ -95,6 +111,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tinylora": ("TinyLoraConfig", {"r": 3, "u": 5}),
     "tinylora tied": ("TinyLoraConfig", {"r": 3, "u": 5, "weight_tying": 1.0}),
     "tinylora in groups": ("TinyLoraConfig", {"r": 3, "u": 5, "weight_tying": 0.6, "save_projection": False}),
+    "adamss": ("AdamssConfig", {"r": 10, "num_subspaces": 3, "subspace_rank": 2}),
+    "adamss with ranks of its own": (
+        "AdamssConfig",
+        {"r": 6, "num_subspaces": 2, "subspace_rank": 4, "use_dynamic_rank": True, "random_seed": 5},
+    ),
     "ln tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm", "post_attention_layernorm", "model.norm"]}),
     "trainable tokens": ("TrainableTokensConfig", {"token_indices": [3, 7, 41], "target_modules": ["embed_tokens"]}),
     "loha and saved head": ("LoHaConfig", {"r": 4, "alpha": 9, "modules_to_save": ["lm_head"]}),
@@ -110,6 +131,7 @@ BIASES = {
         "GloraConfig",
         {"config_A_B": "none", "config_C": "vector", "config_D_E": "none"},
     ),
+    "adamss with biases": ("AdamssConfig", {"r": 10, "num_subspaces": 3, "subspace_rank": 2}),
     "beft": ("BeftConfig", {"target_modules": ["q_proj", "v_proj"]}),
     "gralora beside biases": ("GraloraConfig", {"r": 8, "alpha": 5, "gralora_k": 2}),
 }
@@ -205,7 +227,6 @@ def test_factors_of_another_model_are_refused(lab: Lab, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("UniLoraConfig", {"r": 4, "theta_d_length": 50}, "only tensors that its modules share"),
         ("FrodConfig", {"save_projection": False}, "does not contain the projections"),
     ],
 )
@@ -223,3 +244,64 @@ def test_psoft_warns_about_singular_vectors(lab: Lab) -> None:
     adapter = lab.tune(base, "PsoftConfig", {"target_modules": ALL, "r": 6})
     plan = mergeforge.plan({"base_model": str(base), "adapters": [str(adapter.folder)]}, out=lab.out())
     assert sum("singular vectors that it rotates" in text for text in plan.warnings) == 1
+
+
+def test_an_adapter_without_trained_parts_is_a_warning(lab: Lab) -> None:
+    """OSF whose effective_rank keeps all singular directions of every weight."""
+    base = lab.base("llama")
+    adapter = lab.tune(base, "OSFConfig", {"target_modules": ALL, "effective_rank": 99})
+    plan = mergeforge.plan({"base_model": str(base), "adapters": [str(adapter.folder)]}, out=lab.out())
+    assert any("changes nothing: none of its modules has a trained part" in text for text in plan.warnings)
+
+
+@pytest.mark.parametrize(
+    ("module", "other", "message"),
+    [
+        ("up_proj", {"random_seed": 1}, r"up_proj: the random singular directions .* cannot be drawn again"),
+        ("down_proj", {}, r"down_proj: the clusters of the weight's rows do not have the sizes"),
+    ],
+)
+def test_adamss_whose_clusters_cannot_be_found_is_refused(
+    lab: Lab, module: str, other: dict[str, Any], message: str
+) -> None:
+    """Other random numbers, as a GPU draws them; another base with an adapter made for the first one."""
+    base = lab.base("llama")
+    adapter = lab.tune(base, "AdamssConfig", {"target_modules": [module], "r": 8, "num_subspaces": 3})
+    edited = lab.edited(adapter, config=other)
+    into = base if other else lab.base("llama-tied")
+    if not other:
+        weights = load_file(into / "model.safetensors")
+        changed = {name: value.flip(0).contiguous() * torch.rand(value.shape) for name, value in weights.items()}
+        into = lab.out()
+        shutil.copytree(lab.base("llama-tied"), into)
+        save_file(changed, into / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=message):
+        mergeforge.merge(base_model=str(into), adapters=[str(edited)], out=lab.out())
+
+
+def test_unilora_with_and_without_saved_indices(lab: Lab) -> None:
+    """The same bytes for a bfloat16 base, in whose dtype PEFT holds the scales."""
+    base = lab.base("llama", "bfloat16")
+    outs = []
+    for saved in (True, False):
+        config = {"target_modules": ALL, "r": 4, "theta_d_length": 50, "save_indices": saved}
+        adapter = lab.tune(base, "UniLoraConfig", config)
+        recipe = {"base_model": str(base), "adapters": [str(adapter.folder)], "dtype": "float32"}
+        outs.append(load_file(mergeforge.merge(recipe, out=lab.out()) / "model.safetensors"))
+    assert all(value.equal(outs[1][name]) for name, value in outs[0].items())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": ["q_proj", "input_layernorm"]}, "is a LlamaRMSNorm, not a linear layer"),
+        ({"target_modules": ["nowhere"]}, "its target_modules match no module of LlamaForCausalLM"),
+        ({"theta_d_length": 51}, "unilora_theta_d has 50 values, but its config sets theta_d_length otherwise"),
+    ],
+)
+def test_unilora_whose_config_does_not_fit_is_refused(lab: Lab, config: dict[str, Any], message: str) -> None:
+    base = lab.base("llama")
+    adapter = lab.tune(base, "UniLoraConfig", {"target_modules": ALL, "r": 4, "theta_d_length": 50})
+    recipe = {"base_model": str(base), "adapters": [str(lab.edited(adapter, config=config))]}
+    with pytest.raises(SourceError, match=message):
+        mergeforge.plan(recipe, out=lab.out())
