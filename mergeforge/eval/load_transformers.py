@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.data import load_tokenizer
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 from mergeforge.eval.backend import quiet_transformers, require
+from mergeforge.eval.model_class import language_model_class
 from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header
 
@@ -131,7 +132,7 @@ def _load_base(folder: Path, tokenizer: str, quantize: str, device: str) -> Load
         require("accelerate")
         options["device_map"] = {"": device}
     with _as_source_errors(folder), quiet_transformers():
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
+        model = language_model_class(str(folder))[0].from_pretrained(str(folder), **options).eval()
     disable_bnb_repack(model)
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     return LoadedModel(model, load_tokenizer(tokenizer), None, vocab_size, device, str(folder))
