@@ -15,6 +15,8 @@ from mergeforge.errors import MissingExtraError, SourceError, pip_install
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "spiece.*", "tokenizer.bin")
+
 Offsets = list[tuple[int, int]]
 
 
@@ -30,6 +32,10 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     if not Path(path).expanduser().exists() and revision is None:
         path, _, suffix = path.partition("@")
         revision = suffix or None
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        hint = "copy the tokenizer's files from the model that it was made from"
+        raise SourceError(f"{path} has no tokenizer: transformers would make an empty one", hint=hint)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(Path(path).expanduser()), revision=revision, trust_remote_code=False

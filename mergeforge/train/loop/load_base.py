@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-from mergeforge.errors import SourceError
+from mergeforge.errors import SourceError, format_list
 from mergeforge.eval.load_transformers import disable_bnb_repack
 from mergeforge.eval.model_class import language_model_class
 
@@ -49,9 +50,14 @@ def load_base(options: LoadOptions) -> Any:
     if options.quantize and getattr(config, "quantization_config", None) is None:
         arguments["quantization_config"] = _nf4(options)
     try:
-        model = model_class.from_pretrained(options.folder, **arguments)
-    except (ValueError, OSError, KeyError) as error:
+        model, loaded = model_class.from_pretrained(options.folder, output_loading_info=True, **arguments)
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise SourceError(f"cannot load {options.folder}: {str(error).splitlines()[0]}") from None
+    if missing := sorted(loaded["missing_keys"]):
+        text = f"{options.folder} lacks {format_list(missing)}, which transformers would fill with random numbers"
+        raise SourceError(text, hint="download it again")
     model.config.use_cache = False
     model.requires_grad_(options.train_all)
     disable_bnb_repack(model)

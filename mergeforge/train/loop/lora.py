@@ -20,13 +20,21 @@ ALL = "all-linear"
 INITS: dict[str, Any] = {"default": True}  # PEFT's init_lora_weights, where it differs from our name
 
 
-def with_adapter(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int]) -> PeftModel:
+def with_adapter(
+    model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int], *, without_weights: bool = False
+) -> PeftModel:
     """The model with a LoRA adapter; the embedding and lm_head rows of `new_tokens` (ids) are trained too.
 
-    Adapters are float32 whatever the base is. Raises RecipeError where no module matches `targets`.
+    Adapters are float32 whatever the base is. `without_weights`: the model is on the meta device. Raises RecipeError
+    where no module matches `targets`, and for what PEFT cannot do.
     """
+    config = lora_config(model, lora, new_tokens)
+    if config.target_parameters and (lora.dora or lora.dropout):
+        what = "DoRA" if lora.dora else "lora.dropout"
+        hint = "set method: lora and no dropout, or name lora.targets without the experts, such as [q_proj, v_proj]"
+        raise RecipeError(f"{what} does not work on experts that are fused into one tensor", hint=hint)
     try:
-        adapted = get_peft_model(model, lora_config(model, lora, new_tokens))
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=without_weights)
     except ValueError as error:
         names = sorted({name.rpartition(".")[2] for name in linear_names(model)})
         hint = f"the model's linear modules: {format_list(names, 12)}"
@@ -65,6 +73,14 @@ def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[
         resolved = config.target_modules
         config.target_modules = sorted(names & resolved if isinstance(resolved, set) else names)
     return config
+
+
+def expert_names(model: PreTrainedModel) -> set[str]:
+    """The module names by which PEFT takes the parameters of fused experts."""
+    names = ["w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate"]
+    config = LoraConfig(target_modules=names)
+    convert_peft_config_for_transformers(config, model, None)
+    return set(names) - set(config.target_modules or ())
 
 
 def _resolve_experts(config: LoraConfig, model: PreTrainedModel) -> None:
