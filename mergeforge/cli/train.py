@@ -78,15 +78,18 @@ def train(
     if config is None and not then:
         hint = "`mergeforge recipes cp train-demo` writes one"
         raise RecipeError("give the train.yaml of the run", hint=hint)
-    from mergeforge.train import environment, post_training, run, run_folder
+    from mergeforge.train import environment, post_training, preflight, run, run_folder
     from mergeforge.train.plan import make_plan
-    from mergeforge.train.resume import Resume
+    from mergeforge.train.resume import Resume, check_resume
 
     quiet = quiet or not environment.is_main()
     with environment.main_first():
         source = config or run_folder.newest_run().settings()
         plan = make_plan(source, sets=sets, out=out, device=device)
-    after = post_training.steps_from_names(plan.settings.after, then) if then else plan.settings.after
+    after, trains_adapter = plan.settings.after, plan.settings.trains_adapter
+    after = post_training.steps_from_names(after, then, trains_adapter=trains_adapter) if then else after
+    preflight.check_post_training(after, plan.config_folder, trains_adapter=trains_adapter)
+    check_resume(plan.folder, Resume(resume))
     if after.publish and not plan_only:
         from mergeforge.hub.publish import check_access
 
@@ -99,7 +102,7 @@ def train(
         if as_json:
             click.echo(json.dumps(_plan_as_json(plan), default=str))
         return 0
-    trained = None if overwrite or extend_epochs or not after.merge else run.trained_before(plan)
+    trained = None if overwrite or extend_epochs or not after.any_step else run.trained_before(plan)
     if trained is None:
         with _progress_bar(plan, quiet=quiet) as listener:
             trained = run.train(plan, Resume(resume, extend_epochs, overwrite), [listener])
@@ -208,5 +211,7 @@ def _show_result(trained: Trained, result: PostTrainingResult) -> None:
     if result.merged:
         names = "".join(f", {path.name}" for path in result.ggufs)
         _echo(f"merged into {result.merged} (base_numerics: {result.base_numerics}){names}")
+    elif result.ggufs:
+        _echo("wrote " + ", ".join(map(str, result.ggufs)))
     elif trained.folder.recipe.exists():
         _echo(f"next: mergeforge run {trained.folder.recipe}")

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from mergeforge.data.settings import DataSettings, DataSource
 from mergeforge.data.source_reader import Decision, merge_decisions
 from mergeforge.data.split import validation_mask
 from mergeforge.data.token_store import TokenStore, TokenStoreWriter
+from mergeforge.data.tokenizers import load_warnings
 from mergeforge.errors import SourceError
 from mergeforge.io.disk import disk_error, sync_folder, write_durably
 
@@ -68,7 +69,8 @@ def prepare(
     target = folder / fingerprint[:16]
     if not (target / FACTS).is_file():
         _write_atomically(settings, renderer, fingerprint, target, on_progress or (lambda rows: None))
-    return open_prepared(target)
+    prepared = open_prepared(target)
+    return replace(prepared, notes=(*load_warnings(tokenizer), *prepared.notes))
 
 
 def open_prepared(folder: Path) -> Prepared:

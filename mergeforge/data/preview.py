@@ -14,6 +14,7 @@ from mergeforge.data.pipeline import render_file
 from mergeforge.data.render import IGNORE_INDEX, Example, Renderer, make_renderer
 from mergeforge.data.settings import DataSettings
 from mergeforge.data.source_reader import Decision, OpenFile, merge_decisions, open_files, parse_file
+from mergeforge.data.tokenizers import load_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,7 +129,7 @@ def make_preview(settings: DataSettings, count: int, tokenizer: PreTrainedTokeni
             rows += first_rows
     template, notes = "", tuple[str, ...]()
     if renderer is not None and any(isinstance(row.content, Conversation) for row in rows):
-        template, notes = renderer.template.name, tuple(renderer.notes())
+        template, notes = renderer.template.name, (*load_warnings(renderer.tokenizer), *renderer.notes())
     return Preview(merge_decisions(formats), tuple(rows), tuple(counter.skipped), template, notes, tokenizer)
 
 

@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from mergeforge.core.messages import WarningText
+from mergeforge.data.tokenizer_check import tokenizer_of_file
 from mergeforge.errors import MissingExtraError, SourceError, pip_install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "spiece.*", "tokenizer.bin")
+
 Offsets = list[tuple[int, int]]
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub repo (`owner/name[@revision]`).
+    """The tokenizer of a folder or Hub repo (`owner/name[@revision]`); a folder's reads as its tokenizer.json says.
 
     Raises MissingExtraError without transformers, SourceError if there is no tokenizer that it can read.
     """
@@ -30,15 +34,25 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     if not Path(path).expanduser().exists() and revision is None:
         path, _, suffix = path.partition("@")
         revision = suffix or None
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        hint = "copy the tokenizer's files from the model that it was made from"
+        text = f"{path} has no tokenizer that transformers can read: there is none of its files"
+        raise SourceError(text, hint=hint)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(Path(path).expanduser()), revision=revision, trust_remote_code=False
-        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=False)
+        tokenizer, warning = tokenizer_of_file(tokenizer, folder)
     except Exception as error:  # of a dozen types: files that are missing, broken, or of an unknown class
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         hint = "give a folder with tokenizer.json and tokenizer_config.json, or a Hub repo id"
         raise SourceError(f"{path} has no tokenizer that transformers can read: {reason}", hint=hint) from None
-    return tokenizer
+    tokenizer.load_warnings = (warning,) if warning else ()
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_warnings(tokenizer: PreTrainedTokenizerBase) -> tuple[WarningText, ...]:
+    """What load_tokenizer found: whether transformers would read text differently than tokenizer.json says."""
+    return getattr(tokenizer, "load_warnings", ())
 
 
 @dataclass(frozen=True)

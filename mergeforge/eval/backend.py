@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mergeforge.core.messages import WarningText
 from mergeforge.data.chat_templates import TemplateError, choose_template
 from mergeforge.data.tokenizers import tokenize
 from mergeforge.errors import MissingExtraError, SourceError, pip_install
@@ -94,6 +95,10 @@ class ModelBackend(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def warnings(self) -> tuple[WarningText, ...]:
+        """What makes this model's numbers doubtful, such as a tokenizer that is not its base's."""
+        ...
 
     def score_rows(self, rows: Sequence[TokenRow], *, batch: int | None = None) -> Iterator[tuple[int, ScoredRow]]:
         """(index, score) of every row, in the order that suits the backend."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from mergeforge.core.messages import WarningText
 from mergeforge.errors import RecipeError, SourceError
 from mergeforge.eval.backend import ModelBackend
 from mergeforge.eval.bootstrap import MIN_ROWS, ConfidenceInterval, paired_bootstrap
@@ -36,6 +37,7 @@ class Comparison:
     measure: str
     rows: int
     left_out: int  # rows that do not fit all models
+    other_text: int = 0  # rows left out because their answers have other bytes for some models
 
     @property
     def worse(self) -> list[str]:
@@ -46,7 +48,10 @@ class Comparison:
     @property
     def notes(self) -> list[str]:
         """What to know before trusting the numbers."""
-        notes = []
+        notes: list[str] = list(dict.fromkeys(text for item in self.evaluations for text in item.warnings))
+        if self.other_text:
+            text = f"{self.other_text} rows are left out: with the models' own templates their answers are other text"
+            notes.append(WarningText(text))
         if self.measure == PER_BYTE:
             notes.append("the models tokenize the rows differently, so bits per byte are compared, not NLL")
         if self.rows < MIN_ROWS:
@@ -105,17 +110,34 @@ def compare_evaluations(
     if not common:
         raise SourceError("no row fits all models")
     same_tokens = all(hashes[key] == fingerprints[0][key] for hashes in fingerprints for key in common)
-    if not same_tokens and not all(any(rows[key].nbytes for key in common) for rows in by_key):
-        raise SourceError("the models tokenize the rows differently, and the rows have no text to count bytes of")
+    other_text = 0
+    if not same_tokens:
+        equal = _same_bytes(common, by_key)
+        common, other_text = equal, len(common) - len(equal)
     first, *others = [[_ratio_terms(rows[key], same_tokens) for key in common] for rows in by_key]
     intervals = tuple(paired_bootstrap(first, other, margin=margin) for other in others)
-    left_out = len(set().union(*by_key)) - len(common)
+    left_out = len(set().union(*by_key)) - len(common) - other_text
     common_keys = set(common)
     reduced = tuple(
         replace(evaluation, rows=tuple(row for row in evaluation.rows if row.key in common_keys))
         for evaluation in evaluations
     )
-    return Comparison(reduced, intervals, PER_TOKEN if same_tokens else PER_BYTE, len(common), left_out)
+    measure = PER_TOKEN if same_tokens else PER_BYTE
+    return Comparison(reduced, intervals, measure, len(common), left_out, other_text)
+
+
+def _same_bytes(keys: Sequence[int], by_key: Sequence[Mapping[int, RowResult]]) -> list[int]:
+    """The rows whose answers are the same number of bytes for all models, so that bits per byte can be compared.
+
+    Raises SourceError where there is none.
+    """
+    if not all(any(rows[key].nbytes for key in keys) for rows in by_key):
+        raise SourceError("the models tokenize the rows differently, and the rows have no text to count bytes of")
+    same = [key for key in keys if len({rows[key].nbytes for rows in by_key}) == 1 and by_key[0][key].nbytes]
+    if not same:
+        text = "the models tokenize the rows differently, and their templates make other text of every answer"
+        raise SourceError(text, hint="use one template for all of them: --template FILE")
+    return same
 
 
 def _open_models(models: Sequence[str | Path], open_options: dict[str, Any]) -> Iterator[ModelBackend]:

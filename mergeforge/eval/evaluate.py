@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergeforge.core.messages import WarningText
 from mergeforge.data import DataStats
 from mergeforge.errors import SourceError
 from mergeforge.eval.backend import Answer, ModelBackend, PromptTooLong, ScoredRow, TokenRow
@@ -60,6 +61,7 @@ class Evaluation:
     samples: tuple[Sample, ...] = ()
     counts: DataStats | None = None  # what became of the data's rows
     template: str = ""  # where the template of the rows comes from
+    warnings: tuple[WarningText, ...] = ()  # what makes the numbers doubtful
 
     @property
     def tokens(self) -> int:
@@ -107,7 +109,8 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON; anything that is not a number is None."""
         numbers = {name: _finite_or_none(getattr(self, name)) for name in NUMBERS}
-        return {"model": self.model, "kind": self.kind, "rows": len(self.rows), "left_out": self.left_out} | numbers
+        facts = {"model": self.model, "kind": self.kind, "rows": len(self.rows), "left_out": self.left_out} | numbers
+        return facts | ({"warnings": list(self.warnings)} if self.warnings else {})
 
 
 NUMBERS = (
@@ -188,7 +191,18 @@ def evaluate_rows(
     sampled = [indices[position] for position in evenly_spaced(len(usable), samples)]
     answered = tuple(sample for index in sampled if (sample := _sample(model, index, usable[index], sampling)))
     left_out = len(selected) - len(usable)
-    return Evaluation(model.name, model.kind, results, left_out, seconds, read, answered, rows.counts, rows.template)
+    return Evaluation(
+        model.name,
+        model.kind,
+        results,
+        left_out,
+        seconds,
+        read,
+        answered,
+        rows.counts,
+        rows.template,
+        model.warnings,
+    )
 
 
 def evenly_spaced(count: int, limit: int) -> list[int]:

@@ -11,7 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.core.messages import WarningText
 from mergeforge.data import IGNORE_INDEX
+from mergeforge.data.tokenizers import load_warnings
 from mergeforge.eval.backend import (
     Answer,
     Messages,
@@ -65,6 +67,11 @@ class LlamaCppModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the file was made with. Raises SourceError if none matches the file."""
         return find_tokenizer(self.path, self.header, self.tokenizer_path)
+
+    @property
+    def warnings(self) -> tuple[WarningText, ...]:
+        """See ModelBackend."""
+        return load_warnings(self.tokenizer)
 
     @cached_property
     def special(self) -> Mapping[int, str]:

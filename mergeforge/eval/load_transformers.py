@@ -7,13 +7,16 @@ import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.core.messages import WarningText
 from mergeforge.data import load_tokenizer
+from mergeforge.data.tokenizer_check import encoder, find_difference
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 from mergeforge.eval.backend import quiet_transformers, require
+from mergeforge.eval.model_class import language_model_class
 from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header
 
@@ -33,7 +36,10 @@ _EMBEDDINGS = (".embed_tokens.", ".wte.", ".word_embeddings.", ".lm_head.", ".em
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device. `base_vocab_size`: rows of the vocabulary before an adapter's new tokens were added."""
+    """A model on its device. `base_vocab_size`: rows of the vocabulary before an adapter's new tokens were added.
+
+    `warnings`: whether an adapter's tokenizer reads text differently than its base's.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -41,6 +47,7 @@ class LoadedModel:
     base_vocab_size: int
     device: str
     base: str  # where the weights are
+    warnings: tuple[WarningText, ...] = ()
 
 
 def local_path(path: str) -> Path:
@@ -75,8 +82,21 @@ def load_model(
     if not adapter:
         return _load_base(base_folder, tokenizer or str(base_folder), quantize, device)
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = tokenizer or str(folder if has_tokenizer else base_folder)
-    return _add_adapter(folder, _load_base(base_folder, tokenizer, quantize, device))
+    chosen = tokenizer or str(folder if has_tokenizer else base_folder)
+    loaded = _load_base(base_folder, chosen, quantize, device)
+    return replace(_add_adapter(folder, loaded), warnings=_other_tokenizer(folder, loaded))
+
+
+def _other_tokenizer(folder: Path, loaded: LoadedModel) -> tuple[WarningText, ...]:
+    """A warning where an adapter's tokenizer gives other tokens for the same text than its base's."""
+    if not any((Path(loaded.base) / name).is_file() for name in TOKENIZER_FILES):
+        return ()
+    difference = find_difference(encoder(loaded.tokenizer), encoder(load_tokenizer(loaded.base)))
+    if difference is None:
+        return ()
+    text = f"the tokenizer of {folder} reads {difference.text!r} as {list(difference.first)}, "
+    text += f"but that of its base {loaded.base} as {list(difference.second)}: one of them is not the model's"
+    return (WarningText(text),)
 
 
 def base_of(folder: Path) -> Path:
@@ -131,7 +151,7 @@ def _load_base(folder: Path, tokenizer: str, quantize: str, device: str) -> Load
         require("accelerate")
         options["device_map"] = {"": device}
     with _as_source_errors(folder), quiet_transformers():
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
+        model = language_model_class(str(folder))[0].from_pretrained(str(folder), **options).eval()
     disable_bnb_repack(model)
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     return LoadedModel(model, load_tokenizer(tokenizer), None, vocab_size, device, str(folder))
@@ -166,7 +186,7 @@ def _add_adapter(folder: Path, loaded: LoadedModel) -> LoadedModel:
         text = f"{folder} does not fit {loaded.base}: {missing[0][:300]}"
         raise SourceError(text, hint="name the model that it was trained on: --base MODEL")
     disable_bnb_repack(adapted)
-    return LoadedModel(loaded.model, loaded.tokenizer, adapted, loaded.base_vocab_size, loaded.device, loaded.base)
+    return replace(loaded, adapter=adapted)
 
 
 def _resize_embeddings(loaded: LoadedModel, vocab_size: int) -> None:

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mergeforge.core.messages import WarningText
 from mergeforge.data import load_tokenizer
+from mergeforge.data.tokenizers import load_warnings
 from mergeforge.errors import SourceError
 from mergeforge.eval import logprobs
 from mergeforge.eval.backend import Answer, Messages, OnText, ScoredRow, TokenRow, prompt_tokens
@@ -45,6 +47,12 @@ class TransformersModel:
         return self.loaded.tokenizer
 
     @property
+    def warnings(self) -> tuple[WarningText, ...]:
+        """See ModelBackend."""
+        own = () if self.adapter_disabled else self.loaded.warnings
+        return (*load_warnings(self.tokenizer), *own)
+
+    @property
     def context(self) -> int:
         config = self.loaded.model.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or CONTEXT)
@@ -53,8 +61,8 @@ class TransformersModel:
         """The base model in the same memory: the adapter is disabled, and its new tokens cannot be drawn."""
         if self.loaded.adapter is None:
             raise SourceError(f"{self.name} is not an adapter", hint="only an adapter has a base to compare with")
-        resized = len(self.tokenizer) > self.loaded.base_vocab_size
-        tokenizer = load_tokenizer(self.loaded.base) if resized else self.tokenizer
+        differs = len(self.tokenizer) > self.loaded.base_vocab_size or self.loaded.warnings
+        tokenizer = load_tokenizer(self.loaded.base) if differs else self.tokenizer
         loaded = replace(self.loaded, tokenizer=tokenizer)
         return replace(self, name=self.loaded.base, loaded=loaded, adapter_disabled=True)
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergeforge.errors import SourceError
+from mergeforge.eval.model_class import language_model_class
 from mergeforge.train.settings import LoraOptions
-
-if TYPE_CHECKING:
-    from torch import nn
-
-ALL_LINEAR = (None, "all-linear")  # values of lora.targets that adapt every linear module
+from mergeforge.train.untargeted import (
+    ALL_LINEAR,
+    UntargetedPart,
+    linear_names,
+    untargeted_parts,
+    untargeted_pattern,
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class ModelStats:
 
     `linears`: the modules that 4 bit quantizes and all-linear adapts; `other_parameters`: norms, biases, experts.
     `expert_stacks`: for each parameter that holds all experts of a layer, (experts, inputs + outputs, where a fused
-    gate and up counts twice); all-linear adapts these too. `not_adapted`: last names of modules that get no adapter by
-    default.
+    gate and up counts twice); all-linear adapts these too. `untargeted`: the parts that get an adapter only when
+    lora.targets names them; `not_adapted`: last names of modules that cannot have one.
     """
 
     linears: tuple[LinearModule, ...]
@@ -53,6 +56,7 @@ class ModelStats:
     max_positions: int
     expert_stacks: tuple[tuple[int, int], ...] = ()
     not_adapted: frozenset[str] = frozenset()
+    untargeted: tuple[UntargetedPart, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -60,11 +64,14 @@ class ModelStats:
 
     def adapted(self, lora: LoraOptions) -> list[LinearModule]:
         """The linear modules that get an adapter."""
+        untargeted = untargeted_pattern(self.untargeted, lora.targets)
+        return [module for module in self._matching(lora) if not re.fullmatch(untargeted, module.name)]
+
+    def _matching(self, lora: LoraOptions) -> list[LinearModule]:
+        """The linear modules that lora.targets matches."""
         targets = lora.targets
-        if targets is None:
+        if targets in ALL_LINEAR or targets is None:
             return [module for module in self.linears if module.name.rpartition(".")[2] not in self.not_adapted]
-        if targets == "all-linear":
-            return list(self.linears)
         if isinstance(targets, str):
             return [module for module in self.linears if re.fullmatch(targets, module.name)]
         return [module for module in self.linears if any(_is_named(module, name) for name in targets)]
@@ -86,23 +93,32 @@ def _is_named(module: LinearModule, name: str) -> bool:
 
 def model_stats(folder: str) -> ModelStats:
     """The stats of a folder with a config.json. Raises SourceError where transformers cannot build the model."""
+    return stats_of(empty_model(folder))
+
+
+def empty_model(folder: str, attention: str | None = None) -> Any:
+    """The model of a folder with a config.json, on torch's meta device: modules and shapes without weights.
+
+    Raises SourceError where transformers cannot build the model.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_class, config = language_model_class(folder)
+        options = {"attn_implementation": attention} if attention else {}
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (ValueError, OSError, KeyError) as error:
-        raise SourceError(f"{folder} is not a causal language model: {str(error).splitlines()[0]}") from None
-    return _stats(model, config.get_text_config())
+            return model_class.from_config(config, dtype=torch.bfloat16, **options)
+    except (ValueError, OSError, KeyError, ImportError, AttributeError, TypeError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SourceError(f"transformers cannot build the model of {folder}: {reason}") from None
 
 
-def _stats(model: Any, config: Any) -> ModelStats:
+def stats_of(model: Any) -> ModelStats:
+    """The stats of a model on any device."""
+    config = model.config.get_text_config()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    linears = tuple(
-        _linear(name, module) for name, module in model.named_modules() if _is_linear(module) and module is not head
-    )
+    modules = dict(model.named_modules())
+    linears = tuple(_linear(name, modules[name]) for name in linear_names(model))
     tied = head is None or getattr(config, "tie_word_embeddings", False)
     head_numel = 0 if tied else head.weight.numel()
     numel = sum(parameter.numel() for parameter in model.parameters())
@@ -121,6 +137,7 @@ def _stats(model: Any, config: Any) -> ModelStats:
         layers=int(getattr(config, "num_hidden_layers", 0)),
         max_positions=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         not_adapted=frozenset(modules_without_adapter(config.model_type)),
+        untargeted=untargeted_parts(model),
         expert_stacks=tuple(
             (parameter.shape[0], _rank_factor(name) * sum(parameter.shape[1:]))
             for name, parameter in model.named_parameters()
@@ -132,18 +149,17 @@ def _stats(model: Any, config: Any) -> ModelStats:
 def modules_without_adapter(model_type: str) -> set[str]:
     """Last names of linear modules that cannot have an adapter.
 
-    Mamba's kernels read the weight of out_proj themselves, without calling the module, and PEFT refuses it.
+    Mamba reads the weights of dt_proj and, in its kernels, of out_proj without calling the modules; PEFT refuses the
+    latter.
     """
-    return {"out_proj"} if "mamba" in model_type else set()
+    if model_type == "jamba":
+        return {"dt_proj"}
+    return {"out_proj", "dt_proj"} if "mamba" in model_type else set()
 
 
 def _rank_factor(name: str) -> int:
     """PEFT doubles the rank for gate and up fused into one parameter."""
     return 2 if name.endswith("gate_up_proj") else 1
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module).__name__ in ("Linear", "Conv1D")
 
 
 def _linear(name: str, module: Any) -> LinearModule:

@@ -14,9 +14,9 @@ from mergeforge.data import Prepared, load_tokenizer, prepare
 from mergeforge.errors import OutputError, SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.operations.synthetic_models import ModelShape, write_model
-from mergeforge.train import environment
+from mergeforge.train import environment, preflight
 from mergeforge.train.auto_config import LengthStats, Machine, ResolvedSettings, resolve_settings
-from mergeforge.train.model_stats import ModelStats, model_stats
+from mergeforge.train.model_stats import ModelStats, empty_model, stats_of
 from mergeforge.train.packing import pack
 from mergeforge.train.run_folder import RunFolder
 from mergeforge.train.schedule import Schedule, make_schedule
@@ -35,7 +35,7 @@ class TrainPlan:
     """What will be trained, on what data, with which settings, on which device.
 
     `base`: the base model's name in adapter_config.json and merge.yaml; `config_folder`: the base's config and
-    tokenizer, without weights.
+    tokenizer, without weights. `trained`: the number of weights that are trained.
     """
 
     settings: TrainSettings
@@ -50,6 +50,7 @@ class TrainPlan:
     machine: Machine
     resolved: ResolvedSettings
     devices: int = 1
+    trained: int = 0
 
     @property
     def uses_base_template(self) -> bool:
@@ -100,11 +101,20 @@ def make_plan(
     settings = source if isinstance(source, TrainSettings) else read(source, sets)
     environment.check_packages(quantize=settings.method == "qlora", track=settings.track)
     folder = RunFolder(settings.output)
+    machine = environment.find_machine(settings, device)
+    preflight.check_device(settings, machine)
     base, revision, config_folder = _base(settings, folder)
+    preflight.check_post_training(settings.after, config_folder, trains_adapter=settings.trains_adapter)
     tokenizer = load_tokenizer(str(config_folder))
     new_tokens = _add_tokens(tokenizer, settings.added_tokens)
-    machine = environment.find_machine(settings, device)
-    stats = model_stats(str(config_folder))
+    model = empty_model(str(config_folder), settings.attention)
+    stats = stats_of(model)
+    if Path(base).exists():
+        preflight.check_base(config_folder, settings, stats)
+    if settings.loss:
+        preflight.check_loss(settings.loss, stats.vocabulary)
+    trained = preflight.check_adapter(model, settings, new_tokens, len(tokenizer))
+    preflight.check_disk(settings, trained)
     with folder.lock() if environment.is_main() else contextlib.nullcontext():
         data, resolved = _fit_to_memory(settings, tokenizer, folder, stats, machine)
     return TrainPlan(
@@ -120,6 +130,7 @@ def make_plan(
         machine,
         resolved,
         devices or environment.process_count(),
+        trained,
     )
 
 

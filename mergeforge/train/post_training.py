@@ -65,7 +65,7 @@ def _relative_to_here(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def steps_from_names(after: PostTraining, names: str) -> PostTraining:
+def steps_from_names(after: PostTraining, names: str, *, trains_adapter: bool = True) -> PostTraining:
     """`--then merge,gguf,publish` on top of the file's `after`. Raises RecipeError for an unknown step."""
     steps = [name.strip() for name in names.split(",") if name.strip()]
     for step in steps:
@@ -76,7 +76,7 @@ def steps_from_names(after: PostTraining, names: str) -> PostTraining:
         raise RecipeError(text, hint="add after: {publish: owner/name} to train.yaml")
     return replace(
         after,
-        merge=after.merge or MergeAfterTraining(),
+        merge=after.merge or (MergeAfterTraining() if trains_adapter or "merge" in steps else None),
         gguf=(after.gguf or ("q4_k_m",)) if "gguf" in steps else after.gguf,
         publish=after.publish if "publish" in steps else None,
     )
@@ -88,7 +88,7 @@ def run_post_training(
     """Merge, write GGUF files and publish, as `after` says. Raises what merging and publishing raise."""
     merge = after.merge
     if merge is None:
-        return PostTrainingResult()
+        return _finish_model(plan, after, memory, on_message)
     out = Path(merge.path) if merge.path else plan.folder.merged
     is_measured = merge.evaluate and plan.data.validation is not None
     losses = {"adapter": _adapter_loss(plan)} if is_measured else {}
@@ -108,6 +108,29 @@ def run_post_training(
     result = PostTrainingResult(out, numerics, tuple(sorted(out.glob("*.gguf"))), losses, published)
     plan.folder.record((plan.folder.manifest() or {}) | {"followed": asdict(result)})
     write_report(plan.folder)
+    return result
+
+
+def _finish_model(
+    plan: TrainPlan, after: PostTraining, memory: str | None, on_message: OnMessage
+) -> PostTrainingResult:
+    """Write the GGUF files of a fully trained model beside its weights, and publish it."""
+    from mergeforge.operations.convert_gguf import convert, plan_conversion
+    from mergeforge.planner import Options
+
+    if not after.any_step:
+        return PostTrainingResult()
+    ggufs: tuple[Path, ...] = ()
+    if after.gguf:
+        options = Options(memory=memory, device=plan.resolved.device)
+        folder = str(plan.folder.model)
+        conversion = plan_conversion(folder, after.gguf, folder, {}, options, overwrite=True)
+        for _ in convert(conversion, overwrite=True):
+            pass
+        ggufs = tuple(conversion.files)
+    published = _publish(plan.folder.model, after.publish, on_message) if after.publish else None
+    result = PostTrainingResult(ggufs=ggufs, published=published)
+    plan.folder.record((plan.folder.manifest() or {}) | {"followed": asdict(result)})
     return result
 
 

@@ -31,6 +31,7 @@ def start(plan: TrainPlan, resume: Resume) -> tuple[TrainPlan, Path | None]:
     Raises OutputError for a finished run, and for one that began with other settings or data.
     """
     folder, manifest = plan.folder, plan.folder.manifest()
+    check_resume(folder, resume)
     finished = manifest is not None and manifest.get("state") == FINISHED
     if finished and not resume.overwrite and not resume.extend_epochs:
         hint = "--extend-epochs N trains it further, --overwrite replaces it, or choose another output"
@@ -68,13 +69,20 @@ def run_manifest(plan: TrainPlan, state: str) -> dict[str, Any]:
     }
 
 
+def check_resume(folder: RunFolder, resume: Resume) -> None:
+    """Raise SourceError for the path of a checkpoint that is not one, or where there is no run to resume."""
+    if resume.how in ("auto", "never"):
+        return
+    hint = f"give a folder in {folder.checkpoints}/, or --resume auto"
+    if not (Path(resume.how) / "trainer_state.json").is_file():
+        raise SourceError(f"{resume.how} is not a checkpoint", hint=hint)
+    if folder.manifest() is None:
+        raise SourceError(f"{folder.root} holds no run to resume", hint="give the run's folder with --out")
+
+
 def _checkpoint(folder: RunFolder, resume: Resume) -> Path | None:
     if resume.how != "auto":
-        path = Path(resume.how)
-        if not (path / "trainer_state.json").is_file():
-            hint = f"give a folder in {folder.checkpoints}/, or --resume auto"
-            raise SourceError(f"{path} is not a checkpoint", hint=hint)
-        return path
+        return Path(resume.how)
     steps = folder.steps()
     return folder.checkpoint(steps[-1]) if steps else None
 

@@ -113,6 +113,10 @@ class PostTraining:
     gguf: tuple[str, ...] = ()
     publish: Mapping[str, Any] | None = None
 
+    @property
+    def any_step(self) -> bool:
+        return bool(self.merge or self.gguf or self.publish)
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -232,7 +236,7 @@ def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> T
         save=SaveSettings(**values.get("save", {})),
         early_stop=EarlyStopSettings(**early_stop) if early_stop else None,
         track=tuple(values.get("track", ())),
-        after=_post_training(values.get("after") or {}),
+        after=_post_training(values.get("after") or {}, trains_adapter=values.get("method") != "full"),
         raw=raw,
     )
 
@@ -244,9 +248,9 @@ def _eval_settings(values: Mapping[str, Any]) -> EvalSettings:
     return EvalSettings(**{**values, "samples": tuple(samples), "stop": tuple(values.get("stop", ()))})
 
 
-def _post_training(values: Mapping[str, Any]) -> PostTraining:
+def _post_training(values: Mapping[str, Any], *, trains_adapter: bool) -> PostTraining:
     merge = values.get("merge")
-    if merge is None and (values.get("gguf") or values.get("publish")):
-        merge = True  # both need a merged model
+    if merge is None and trains_adapter and (values.get("gguf") or values.get("publish")):
+        merge = True  # both need a whole model
     options = MergeAfterTraining(**merge) if isinstance(merge, Mapping) else MergeAfterTraining() if merge else None
     return PostTraining(merge=options, gguf=tuple(values.get("gguf", ())), publish=values.get("publish"))

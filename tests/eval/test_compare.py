@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from support.small_models import random_rows
 
 from mergeforge import eval
 from mergeforge.cli import run_command
+from mergeforge.core.messages import warnings_in
 from mergeforge.errors import RecipeError, SourceError
 from mergeforge.eval import ConfidenceInterval
 from mergeforge.eval.bootstrap import paired_bootstrap
+from mergeforge.eval.compare import compare_evaluations
+from mergeforge.eval.evaluate import Evaluation, RowResult
 from mergeforge.operations.synthetic_models import SHAPES, write_model
 
 
@@ -236,3 +240,39 @@ def test_only_one_model_is_in_memory(
     monkeypatch.setattr(module, "open_model", watched)
     eval.compare([base, taught, base], questions, limit=3)
     assert len(alive) == 3
+
+
+def test_an_adapter_with_another_tokenizer_is_compared_with_its_base_by_bytes(
+    base: Path, adapter: Path, questions: Path, tmp_path: Path
+) -> None:
+    """Each with its own tokenizer: the base's loss is what it is without the adapter, and a warning says why."""
+    other = tmp_path / "adapter"
+    shutil.copytree(adapter, other)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, other / name)
+    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    comparison = eval.compare([other], questions, base=str(base))
+    one, two = comparison.evaluations
+    assert comparison.measure == "bits per byte" and two.tokens > one.tokens
+    assert one.nll == pytest.approx(eval.evaluate(base, questions).nll, rel=1e-6)
+    assert len(warnings_in(comparison.notes)) == 1 and "that of its base" in warnings_in(comparison.notes)[0]
+    assert "warnings" in eval.evaluate(other, questions, base=str(base)).as_dict()
+
+
+def test_bits_per_byte_are_compared_over_the_same_bytes_only() -> None:
+    """Rows whose answers have other bytes for one model are left out; there is no verdict if all do."""
+    one = evaluation_of([10, 20, 30])
+    same, some, none = (evaluation_of(sizes) for sizes in ([10, 20, 30], [10, 21, 30], [11, 21, 31]))
+    hashes: list[dict[int, str]] = [dict.fromkeys(range(3), text) for text in "ab"]
+    assert compare_evaluations([one, same], hashes).rows == 3
+    comparison = compare_evaluations([one, some], hashes)
+    assert (comparison.rows, comparison.other_text) == (2, 1) and warnings_in(comparison.notes)
+    with pytest.raises(SourceError, match="other text of every answer"):
+        compare_evaluations([one, none], hashes)
+
+
+def evaluation_of(sizes: list[int]) -> Evaluation:
+    """Rows of two tokens, whose answers have these bytes."""
+    return Evaluation("m", "model", tuple(RowResult(at, at, 3.0, 2, 1, size) for at, size in enumerate(sizes)), 0, 1, 6)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.training_models import write_tiny
+from support.training_models import EXPERTS, VISION_LANGUAGE, write_tiny, write_tiny_vision_language
 from support.training_runs import adapter_tensors, losses, run
 
+from mergeforge.errors import SourceError
 from mergeforge.operations.synthetic_models import write_tokenizer
 from mergeforge.train.plan import make_plan
 from mergeforge.train.post_training import PostTrainingResult, run_post_training
 from mergeforge.train.settings import MergeAfterTraining, PostTraining
 
-EXPERTS: dict[str, Any] = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0}
+JAMBA |= {"mamba_d_state": 8, "use_mamba_kernels": False}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "qwen3": {},
@@ -31,6 +31,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "gpt_oss": EXPERTS,
 }
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32},
+    "deepseek_v3": EXPERTS | LATENT,
+    "phimoe": EXPERTS,
+    "jamba": EXPERTS | JAMBA,
+    "cohere2": {},
+}
+NOT_TEXT = r"vision|visual|projector|connector|router|\.gate\.|expert_gate"
+SLOW = pytest.mark.slow
 UNPACKED = ("bloom", "mamba", "gpt_oss")  # ALiBi, a state, sinks: rows in one sequence would influence each other
 
 
@@ -58,6 +67,55 @@ def test_adapter_and_merged_model_have_the_same_loss(family: str, settings: dict
     plan = make_plan(settings, device="cpu")
     planned = plan.stats.adapter_parameters(plan.resolved.setup.lora)
     assert numel <= 1.15 * planned and (numel >= 0.85 * planned or family == "gpt_oss")  # PEFT skips its experts
+
+
+VISION_LANGUAGE_CASES = [
+    family if family in ("gemma3", "qwen3_vl_moe") else pytest.param(family, marks=SLOW)
+    for family in VISION_LANGUAGE
+    if family != "paligemma"
+]
+
+
+@pytest.mark.parametrize(
+    "family", [*VISION_LANGUAGE_CASES, *(pytest.param(name, marks=SLOW) for name in MORE_FAMILIES)]
+)
+def test_only_the_text_part_is_trained_and_merges_with_the_same_loss(
+    family: str, settings: dict[str, Any], here: Path
+) -> None:
+    """After three steps: merged loss against adapter loss, and no tower, projector or router in the adapter."""
+    if family in VISION_LANGUAGE:
+        base = write_tiny_vision_language(here, family, vocab_size=320)
+        write_tokenizer(base)
+    else:
+        base = Path(write_base(here, family, **MORE_FAMILIES[family]))
+    run(settings | {"model": str(base), "val": 8, "max_steps": 3})
+    adapter = adapter_tensors(here / "run")
+    assert not [name for name in adapter if re.search(NOT_TEXT, name)]
+    assert not [name for name, tensor in adapter.items() if "lora_B" in name and not tensor.any()]  # each one is used
+    result = merge(settings | {"model": str(base), "val": 8, "max_steps": 3}, dtype="float32")
+    assert result.losses["original"] == pytest.approx(result.losses["adapter"], rel=1e-5)
+
+
+def test_a_model_that_reads_ahead_is_refused(settings: dict[str, Any], here: Path) -> None:
+    """PaliGemma's tokens attend to all others: its loss would fall although it learns nothing but to copy."""
+    base = write_tiny_vision_language(here, "paligemma", vocab_size=320)
+    write_tokenizer(base)
+    with pytest.raises(SourceError, match="attend to later ones"):
+        run(settings | {"model": str(base)})
+
+
+def test_a_vision_tower_gets_an_adapter_when_it_is_named(settings: dict[str, Any], here: Path) -> None:
+    """A plain module name means the text part's modules; a path or a regular expression can name the tower."""
+    base = write_tiny_vision_language(here, "gemma3", vocab_size=320)
+    write_tokenizer(base)
+    settings |= {"model": str(base), "max_steps": 1}
+    run(settings | {"lora": {"r": 4, "targets": ["q_proj"]}})
+    assert not any("vision" in name for name in adapter_tensors(here / "run"))
+    targets = r".*language_model.*\.v_proj|.*vision_tower.*\.q_proj"
+    run(settings | {"lora": {"r": 4, "targets": targets}, "output": str(here / "named")})
+    adapter = adapter_tensors(here / "named")
+    modules = {("vision" in name, name.split(".lora_")[0].rpartition(".")[2]) for name in adapter}
+    assert modules == {(False, "v_proj"), (True, "q_proj")}
 
 
 def test_without_a_reproducible_nf4_form_the_merge_stays_on_the_original(settings: dict[str, Any], here: Path) -> None:

@@ -7,6 +7,7 @@ The model's own forward method is replaced, so that DDP, FSDP and PEFT wrap the 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,7 @@ def install_chunked_loss(model: PreTrainedModel, *, chunk: int, custom: Loss | N
     head = None if custom or not chunk else find_head(model)
     model_forward = model.forward
 
+    @functools.wraps(model_forward)  # generate() and the Trainer read the signature of the model's own forward
     def forward(
         input_ids: Tensor | None = None,
         *,

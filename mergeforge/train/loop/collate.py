@@ -106,6 +106,22 @@ def separates_packed_rows(model: Any) -> bool:
     return bool((packed - alone).abs().max() < 0.05 * spread)
 
 
+@torch.no_grad()
+def reads_ahead(model: Any) -> bool:
+    """Whether a token's logits depend on tokens after it, as PaliGemma's do: the answer would be in its own input."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = model.get_input_embeddings().weight.device
+    tokens = torch.arange(3, 3 + 2 * WIDTH_MULTIPLE) % vocabulary  # a whole width: padding may hide it
+    changed = torch.cat([tokens[:8], (tokens[8:] + 7) % vocabulary])
+    training = model.training
+    model.eval()
+    try:
+        first, second = (_logits(model, [[(row, row)]], device)[0, :8] for row in (tokens, changed))
+    finally:
+        model.train(training)
+    return bool((first - second).abs().max() > 0.05 * (first.std().item() or 1.0))
+
+
 def _logits(model: Any, sequences: Sequence[Rows], device: torch.device) -> Tensor:
     batch = collate(sequences, pad=0)
     inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
-from mergeforge.errors import SourceError
+from mergeforge.errors import SourceError, format_list
 from mergeforge.eval.load_transformers import disable_bnb_repack
+from mergeforge.eval.model_class import language_model_class
 
 SAFE = {"use_safetensors": True, "trust_remote_code": False}  # neither pickles nor the model's own Python code
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -39,7 +41,8 @@ def load_base(options: LoadOptions) -> Any:
     4 bit means NF4 with double quantization. Tensors are quantized one by one as they are read, so host memory stays
     near the quantized size. Raises SourceError for a model that transformers cannot load.
     """
-    config = _config(options)
+    model_class, config = language_model_class(options.folder)
+    _check_quantization(options, config)
     dtype = torch.float32 if options.train_all and options.dtype != "fp16" else DTYPES[options.dtype]
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": options.device}, **SAFE}
     if options.attention:
@@ -47,9 +50,14 @@ def load_base(options: LoadOptions) -> Any:
     if options.quantize and getattr(config, "quantization_config", None) is None:
         arguments["quantization_config"] = _nf4(options)
     try:
-        model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
-    except (ValueError, OSError, KeyError) as error:
+        model, loaded = model_class.from_pretrained(options.folder, output_loading_info=True, **arguments)
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise SourceError(f"cannot load {options.folder}: {str(error).splitlines()[0]}") from None
+    if missing := sorted(loaded["missing_keys"]):
+        text = f"{options.folder} lacks {format_list(missing)}, which transformers would fill with random numbers"
+        raise SourceError(text, hint="download it again")
     model.config.use_cache = False
     model.requires_grad_(options.train_all)
     disable_bnb_repack(model)
@@ -58,14 +66,12 @@ def load_base(options: LoadOptions) -> Any:
     return model
 
 
-def _config(options: LoadOptions) -> Any:
-    config = AutoConfig.from_pretrained(options.folder, trust_remote_code=False)
+def _check_quantization(options: LoadOptions, config: Any) -> None:
     stored = getattr(config, "quantization_config", None) or {}
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if method and (str(method) != "bitsandbytes" or not options.quantize):
         hint = "train the model that it was quantized from; bitsandbytes 4-bit models work with method: qlora"
         raise SourceError(f"{options.folder} is quantized ({method})", hint=hint)
-    return config
 
 
 def _nf4(options: LoadOptions) -> BitsAndBytesConfig:

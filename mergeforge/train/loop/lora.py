@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
 from mergeforge.errors import RecipeError, format_list
 from mergeforge.train.model_stats import modules_without_adapter
 from mergeforge.train.settings import LoraOptions
+from mergeforge.train.untargeted import ROUTERS, linear_names, untargeted_parts, untargeted_pattern
 
 ALL = "all-linear"
-LINEAR_CLASSES = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 INITS: dict[str, Any] = {"default": True}  # PEFT's init_lora_weights, where it differs from our name
 
 
-def with_adapter(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int]) -> PeftModel:
+def with_adapter(
+    model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int], *, without_weights: bool = False
+) -> PeftModel:
     """The model with a LoRA adapter; the embedding and lm_head rows of `new_tokens` (ids) are trained too.
 
-    Adapters are float32 whatever the base is. Raises RecipeError where no module matches `targets`.
+    Adapters are float32 whatever the base is. `without_weights`: the model is on the meta device. Raises RecipeError
+    where no module matches `targets`, and for what PEFT cannot do.
     """
+    config = lora_config(model, lora, new_tokens)
+    if config.target_parameters and (lora.dora or lora.dropout):
+        what = "DoRA" if lora.dora else "lora.dropout"
+        hint = "set method: lora and no dropout, or name lora.targets without the experts, such as [q_proj, v_proj]"
+        raise RecipeError(f"{what} does not work on experts that are fused into one tensor", hint=hint)
     try:
-        adapted = get_peft_model(model, lora_config(model, lora, new_tokens))
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=without_weights)
     except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+        names = sorted({name.rpartition(".")[2] for name in linear_names(model)})
         hint = f"the model's linear modules: {format_list(names, 12)}"
         raise RecipeError(f"the adapter does not fit the model: {str(error).splitlines()[0]}", hint=hint) from None
     for parameter in adapted.parameters():
@@ -40,16 +49,15 @@ def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[
     """PEFT's configuration for the settings."""
     rank = lora.r or 16
     targets: Any = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets or ALL
-    excluded = modules_without_adapter(model.config.model_type) if lora.targets is None else set()
-    if targets == ALL and (lora.layers or excluded):  # PEFT takes layers only together with module names
-        targets = sorted(linear_names(model) - excluded)
-    return LoraConfig(
+    untargeted = untargeted_pattern(untargeted_parts(model), lora.targets)
+    names = _last_names(model, untargeted)
+    config = LoraConfig(
         r=rank,
         lora_alpha=lora.alpha if lora.alpha is not None else 2 * rank,  # type: ignore[arg-type]  # PEFT takes floats
         lora_dropout=lora.dropout,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
-        target_modules=targets,
-        exclude_modules=sorted(_linear_subclasses(model)) or None if targets == ALL else None,
+        target_modules=sorted(names) if targets == ALL and lora.layers else targets,  # PEFT wants names for layers
+        exclude_modules=untargeted or None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights=INITS.get(lora.init, lora.init),
@@ -60,27 +68,34 @@ def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[
         trainable_token_indices=_token_rows(model, new_tokens) if new_tokens else None,
         task_type="CAUSAL_LM",
     )
+    _resolve_experts(config, model)
+    if targets == ALL:
+        resolved = config.target_modules
+        config.target_modules = sorted(names & resolved if isinstance(resolved, set) else names)
+    return config
 
 
-def linear_names(model: PreTrainedModel) -> set[str]:
-    """The last names of all linear modules but the head: what `all-linear` means."""
-    head = model.get_output_embeddings()
-    return {
-        name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module) and module is not head
-    }
+def expert_names(model: PreTrainedModel) -> set[str]:
+    """The module names by which PEFT takes the parameters of fused experts."""
+    names = ["w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate"]
+    config = LoraConfig(target_modules=names)
+    convert_peft_config_for_transformers(config, model, None)
+    return set(names) - set(config.target_modules or ())
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return type(module).__name__ in LINEAR_CLASSES
+def _resolve_experts(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Let PEFT replace the names of fused experts by their parameters, and remove the router, which it adds to them."""
+    named = config.target_modules
+    convert_peft_config_for_transformers(config, model, None)
+    routers = {name for name in config.target_parameters or () if name.removesuffix(".weight") in ROUTERS}
+    if not (isinstance(named, list | set) and routers & {f"{name}.weight" for name in named}):
+        config.target_parameters = sorted(set(config.target_parameters or ()) - routers) or None
 
 
-def _linear_subclasses(model: PreTrainedModel) -> set[str]:
-    """Last names of modules that inherit from nn.Linear but do something else (PhiMoE's router returns a tuple)."""
-    return {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not _is_linear(module)
-    }
+def _last_names(model: PreTrainedModel, untargeted: str) -> set[str]:
+    """The last names of the linear modules that `all-linear` means."""
+    names = {name.rpartition(".")[2] for name in linear_names(model) if not re.fullmatch(untargeted, name)}
+    return names - modules_without_adapter(model.config.get_text_config().model_type)
 
 
 def _token_rows(model: PreTrainedModel, new_tokens: Sequence[int]) -> dict[str, list[int]]:

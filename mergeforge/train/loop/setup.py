@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from mergeforge.errors import SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.train.environment import is_main
 from mergeforge.train.loop import chunked_loss, collate, load_base, lora
@@ -27,6 +28,9 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
     if plan.resolved.device == "cpu" and plan.stats.parameters < SMALL:
         torch.set_num_threads(1)
     base = _load(plan)
+    if collate.reads_ahead(base):
+        hint = "choose a model that predicts the next token from those before it"
+        raise SourceError(f"{plan.base} cannot be trained on text: its tokens attend to later ones", hint=hint)
     packed = plan.resolved.pack and collate.separates_packed_rows(base)
     loss = chunked_loss.custom_loss(settings.loss)
     loss_note = chunked_loss.install_chunked_loss(base, chunk=setup.ce_chunk, custom=loss)
