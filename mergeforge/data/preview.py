@@ -114,9 +114,10 @@ class Preview:
                 {"messages": list(answer.conversation.messages), "preferred": answer.preferred}
                 for answer in content.answers
             ]
+        elif isinstance(content, TextSample):
+            fields["text"] = content.text
         else:
-            is_text = isinstance(content, TextSample)
-            fields |= {"text": content.text} if is_text else {"messages": list(content.messages)}
+            fields["messages"] = list(content.messages)
         examples = [
             {
                 "tokens": example.tokens.tolist(),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, RecipeError
 from mergeforge.train.estimate import MemoryEstimate, TrainingSetup, estimate_memory
 from mergeforge.train.model_stats import ModelStats
+from mergeforge.train.objectives import KTO, OBJECTIVES
 from mergeforge.train.settings import LoraOptions, TrainSettings
 
 LONGEST_AUTO = 2048  # tokens; a longer seq_len must be set explicitly
@@ -37,12 +39,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class LengthStats:
-    """Tokens per row of the training data: 95th and 99th percentile and maximum; the number of rows."""
+    """Tokens per sequence of the training data: 95th and 99th percentile and maximum; the number of rows.
+
+    `answers`: the sequences of a row.
+    """
 
     p95: int
     p99: int
     longest: int
     rows: int
+    answers: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,14 +105,20 @@ def resolve_settings(
         raise _does_not_fit(stats, setup, machine)
     return ResolvedSettings(
         setup=setup,
-        pack=settings.pack if settings.pack is not None else lengths.p95 * 2 <= setup.seq_len,
+        pack=settings.pack if settings.pack is not None else _packs(lengths, setup.seq_len),
         lr=settings.lr if settings.lr is not None else _lr(settings, stats),
-        epochs=settings.epochs if settings.epochs is not None else _epochs(lengths.rows),
+        epochs=settings.epochs if settings.epochs is not None else _epochs(settings, lengths.rows),
         dtype=machine.dtype,
         device=machine.device,
         estimate=estimate_memory(stats, setup),
         notes=tuple(notes),
     )
+
+
+def _packs(lengths: LengthStats, seq_len: int) -> bool:
+    """Whether a sequence usually holds several rows, and all answers of any row."""
+    fits = lengths.answers == 1 or lengths.longest * lengths.answers <= seq_len
+    return fits and lengths.p95 * lengths.answers * 2 <= seq_len
 
 
 def _fastest_setup(settings: TrainSettings, stats: ModelStats, lengths: LengthStats, machine: Machine) -> TrainingSetup:
@@ -124,12 +136,15 @@ def _fastest_setup(settings: TrainSettings, stats: ModelStats, lengths: LengthSt
         offload=bool(memory.offload_activations),
         embed_on_cpu=bool(memory.embed_on_cpu),
         on_gpu=machine.on_gpu,
+        answers=1 if settings.pack else settings.answers,
+        extra_passes=OBJECTIVES[settings.objective].extra_passes,
     )
 
 
 def _seq_len(stats: ModelStats, lengths: LengthStats, settings: TrainSettings) -> int:
     """Long enough for the longest row; where rows are short and may be packed, for several."""
-    length = lengths.longest if settings.pack is False else max(lengths.longest, min(8 * lengths.p95, 1024))
+    longest = lengths.longest * (lengths.answers if settings.pack else 1)
+    length = longest if settings.pack is False else max(longest, min(8 * lengths.p95 * lengths.answers, 1024))
     return max(8, min(_round_up(length), LONGEST_AUTO, stats.max_positions))
 
 
@@ -141,7 +156,7 @@ def _memory_fallbacks(settings: TrainSettings, lengths: LengthStats, machine: Ma
     """The fallbacks in the order in which they are tried. What the file sets is not changed."""
     memory = settings.memory
     if settings.micro_batch is None:
-        yield _smaller_batch
+        yield partial(_smaller_batch, smallest=2 if settings.objective == KTO else 1)
     if memory.checkpointing is None:
         yield _checkpointing
     if settings.optimizer is None and machine.on_gpu:
@@ -159,10 +174,10 @@ def _memory_fallbacks(settings: TrainSettings, lengths: LengthStats, machine: Ma
         yield _smaller_rank
 
 
-def _smaller_batch(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
+def _smaller_batch(setup: TrainingSetup, smallest: int) -> tuple[TrainingSetup, str] | None:
     half = setup.micro_batch // 2
     note = f"micro-batch of {half}, with more gradient accumulation"
-    return (replace(setup, micro_batch=half), note) if half else None
+    return (replace(setup, micro_batch=half), note) if half >= smallest else None
 
 
 def _checkpointing(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
@@ -211,13 +226,14 @@ def _notes(settings: TrainSettings, stats: ModelStats, machine: Machine) -> list
 
 
 def _lr(settings: TrainSettings, stats: ModelStats) -> float:
-    """QLoRA's README: 2e-4, and 1e-4 for 33B and 65B; a tenth of that for full training."""
-    if settings.method == "full":
-        return 2e-5
-    return 1e-4 if stats.parameters > LARGE else 2e-4
+    """QLoRA's README: 2e-4, and 1e-4 for 33B and 65B; a tenth of that for full training, and for preferences."""
+    lr = 2e-5 if settings.method == "full" else 1e-4 if stats.parameters > LARGE else 2e-4
+    return lr / 10 if OBJECTIVES[settings.objective].is_preference else lr
 
 
-def _epochs(rows: int) -> float:
+def _epochs(settings: TrainSettings, rows: int) -> float:
+    if OBJECTIVES[settings.objective].is_preference:
+        return 1
     return 3 if rows < 5000 else 2 if rows < 20_000 else 1
 
 

@@ -22,6 +22,7 @@ from mergeforge.recipe.schema import (
     String,
 )
 from mergeforge.recipe.yaml_reader import Path
+from mergeforge.train.objectives import OBJECTIVES
 
 AUTO = "auto"
 OPTIMIZERS = (
@@ -98,6 +99,14 @@ _LORA = Object(
         "modules_to_save": ListOf(String(), "modules trained in full and saved with the adapter"),
     }
 )
+_PREFERENCE = Object(
+    {
+        "beta": Number(0, None, "how closely to stay with the reference (default 0.1; simpo: scale of the reward, 2)"),
+        "gamma": Number(0, None, "simpo: the margin to reach (default 1)"),
+        "desirable_weight": Number(0, None, "kto: weight of good answers (default 1)"),
+        "undesirable_weight": Number(0, None, "kto: weight of bad answers (default 1)"),
+    }
+)
 _TOKENS = Object(
     {
         "add": ListOf(String("a special token"), "tokens added to the vocabulary; only their rows are trained"),
@@ -166,6 +175,8 @@ FIELDS: dict[str, Schema] = {
     "seq_len": Auto(Integer(8, "tokens in the longest sequence")),
     "pack": Auto(Boolean("put several rows into one sequence; they do not attend to each other")),
     "method": Enum(("qlora", "lora", "dora", "full"), "what is trained (default qlora)"),
+    "objective": Enum(tuple(OBJECTIVES), "sft: imitate the answers (default); the others learn from preferences"),
+    "preference": _PREFERENCE,
     "lora": _LORA,
     "tokens": _TOKENS,
     "batch": _BATCH,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
 from mergeforge.train.keys import TRAIN
+from mergeforge.train.objectives import OBJECTIVES, SFT, PreferenceOptions, check_objective
 
 NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs")  # a resumed run may change these
 SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same name and value
     "model",
     "method",
+    "objective",
     "seq_len",
     "pack",
     "lr",
@@ -122,6 +124,8 @@ class TrainSettings:
     data: DataSettings
     output: Path
     method: str = "qlora"
+    objective: str = SFT
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     seq_len: int | None = None
     pack: bool | None = None
     lora: LoraOptions = field(default_factory=LoraOptions)
@@ -152,6 +156,11 @@ class TrainSettings:
     @property
     def trains_adapter(self) -> bool:
         return self.method != "full"
+
+    @property
+    def answers(self) -> int:
+        """Sequences of tokens that a row of data has."""
+        return OBJECTIVES[self.objective].answers
 
     @property
     def fingerprint(self) -> str:
@@ -208,7 +217,16 @@ def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) 
         report(("save", "best"), "'best' needs validation data", "add val: 0.05")
     if values.get("loop") == "simple" and values.get("track"):
         report(("track",), "the simple loop writes metrics.jsonl only", "set loop: trainer")
+    check_objective(values, report)
     return values
+
+
+def _data_settings(values: Mapping[str, Any]) -> DataSettings:
+    settings = data_settings(values, seq_len=values.get("seq_len"), seed=values.get("seed", 0))
+    format = OBJECTIVES[values.get("objective", SFT)].format
+    if format == "auto":
+        return settings
+    return replace(settings, sources=tuple(replace(source, format=format) for source in settings.sources))
 
 
 def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> TrainSettings:
@@ -221,7 +239,8 @@ def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> T
     batch, early_stop = values.get("batch", {}), values.get("early_stop")
     return TrainSettings(
         **{key: values[key] for key in SAME_NAME if key in values},
-        data=data_settings(values, seq_len=values.get("seq_len"), seed=values.get("seed", 0)),
+        data=_data_settings(values),
+        preference=PreferenceOptions(**(values.get("preference") or {})),
         output=Path(values.get("output") or Path("runs") / Path(name).stem.replace(" ", "-")),
         lora=LoraOptions(**lora),
         added_tokens=tuple((values.get("tokens") or {}).get("add", ())),
