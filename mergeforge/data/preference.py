@@ -27,7 +27,7 @@ LABELS = {"true": True, "false": False}  # as CSV files write them
 
 
 @dataclass(frozen=True)
-class Answer:
+class RatedAnswer:
     """A prompt with an answer; only the answer is trained on. `preferred`: whether it is the better, or a good, one."""
 
     conversation: Conversation
@@ -38,7 +38,7 @@ class Answer:
 class PreferenceSample:
     """The chosen and the rejected answer to a prompt, in this order, or a single answer."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[RatedAnswer, ...]
 
     def key(self, seed: int = 0) -> int:
         """A 64-bit hash of the content."""
@@ -66,7 +66,7 @@ def parse_pair(
     elif prompt is None:
         prompt, chosen, rejected = _split_texts(chosen, rejected)
     answers = [
-        Answer(_conversation(prompt, answer, name, system, tools), name == "chosen")
+        RatedAnswer(_conversation(prompt, answer, name, system, tools), name == "chosen")
         for name, answer in (("chosen", chosen), ("rejected", rejected))
     ]
     return PreferenceSample(tuple(answers))
@@ -80,7 +80,7 @@ def parse_labeled(
     if not isinstance(preferred, bool):
         raise InvalidRecord(f"label must be true (a good answer) or false (a bad one), not {label!r}")
     conversation = _conversation(prompt, _cell_value(completion), "completion", system, tools)
-    return PreferenceSample((Answer(conversation, preferred),))
+    return PreferenceSample((RatedAnswer(conversation, preferred),))
 
 
 def _cell_value(value: Any) -> Any:

@@ -11,7 +11,7 @@ from mergeforge.data.conversation import Conversation, TextSample
 from mergeforge.data.counts import RecordCounter, Skipped
 from mergeforge.data.formats import Format
 from mergeforge.data.pipeline import render_file
-from mergeforge.data.preference import Answer, PreferenceSample
+from mergeforge.data.preference import PreferenceSample, RatedAnswer
 from mergeforge.data.render import IGNORE_INDEX, Example, Renderer, make_renderer
 from mergeforge.data.settings import DataSettings
 from mergeforge.data.source_reader import Decision, OpenFile, merge_decisions, open_files, parse_file
@@ -68,7 +68,7 @@ def _message_lines(conversation: Conversation) -> list[str]:
     return [f"{message['role']}: {message['content']}" for message in conversation.messages]
 
 
-def _answer_lines(answer: Answer) -> list[str]:
+def _answer_lines(answer: RatedAnswer) -> list[str]:
     return ["preferred:" if answer.preferred else "rejected:", *_message_lines(answer.conversation)]
 
 

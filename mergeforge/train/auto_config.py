@@ -105,7 +105,7 @@ def resolve_settings(
         raise _does_not_fit(stats, setup, machine)
     return ResolvedSettings(
         setup=setup,
-        pack=settings.pack if settings.pack is not None else _packs(lengths, setup.seq_len),
+        pack=_is_packed(settings, lengths, setup.seq_len),
         lr=settings.lr if settings.lr is not None else _lr(settings, stats),
         epochs=settings.epochs if settings.epochs is not None else _epochs(settings, lengths.rows),
         dtype=machine.dtype,
@@ -115,8 +115,10 @@ def resolve_settings(
     )
 
 
-def _packs(lengths: LengthStats, seq_len: int) -> bool:
-    """Whether a sequence usually holds several rows, and all answers of any row."""
+def _is_packed(settings: TrainSettings, lengths: LengthStats, seq_len: int) -> bool:
+    """As the file says; otherwise, whether a sequence usually holds several rows, and all answers of any row."""
+    if settings.pack is not None:
+        return settings.pack
     fits = lengths.answers == 1 or lengths.longest * lengths.answers <= seq_len
     return fits and lengths.p95 * lengths.answers * 2 <= seq_len
 
@@ -124,10 +126,11 @@ def _packs(lengths: LengthStats, seq_len: int) -> bool:
 def _fastest_setup(settings: TrainSettings, stats: ModelStats, lengths: LengthStats, machine: Machine) -> TrainingSetup:
     """The setup to start from: what the file sets, and otherwise what is fastest."""
     memory, lora = settings.memory, settings.lora
+    seq_len = settings.seq_len or _seq_len(stats, lengths, settings)
     return TrainingSetup(
         method="lora" if settings.method == "dora" else settings.method,
         lora=lora if lora.r else replace(lora, r=16),
-        seq_len=settings.seq_len or _seq_len(stats, lengths, settings),
+        seq_len=seq_len,
         micro_batch=settings.micro_batch or min(8 if machine.on_gpu else 4, settings.batch_size),
         optimizer=settings.optimizer or "adamw",
         dtype_bytes=4 if machine.dtype == "fp32" else 2,
@@ -136,7 +139,7 @@ def _fastest_setup(settings: TrainSettings, stats: ModelStats, lengths: LengthSt
         offload=bool(memory.offload_activations),
         embed_on_cpu=bool(memory.embed_on_cpu),
         on_gpu=machine.on_gpu,
-        answers=1 if settings.pack else settings.answers,
+        answers=1 if _is_packed(settings, lengths, seq_len) else lengths.answers,
         extra_passes=OBJECTIVES[settings.objective].extra_passes,
     )
 
@@ -164,8 +167,10 @@ def _memory_fallbacks(settings: TrainSettings, lengths: LengthStats, machine: Ma
     if memory.ce_chunk is None:
         yield _smaller_chunk
     if settings.seq_len is None:
-        yield lambda setup: _shorter_sequences(setup, lengths.p99, 99)
-        yield lambda setup: _shorter_sequences(setup, lengths.p95, 95)
+        for percent, longest in ((99, lengths.p99), (95, lengths.p95)):
+            length = _round_up(longest)
+            answers = 1 if _is_packed(settings, lengths, length) else lengths.answers
+            yield partial(_shorter_sequences, length=length, answers=answers, percent=percent)
     if memory.embed_on_cpu is None and machine.on_gpu and settings.method != "full":
         yield _embedding_on_cpu
     if memory.offload_activations is None and machine.on_gpu:
@@ -195,10 +200,11 @@ def _smaller_chunk(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
     return None if setup.ce_chunk == SMALL_CHUNK else (replace(setup, ce_chunk=SMALL_CHUNK), note)
 
 
-def _shorter_sequences(setup: TrainingSetup, longest: int, percent: int) -> tuple[TrainingSetup, str] | None:
-    length = _round_up(longest)
+def _shorter_sequences(
+    setup: TrainingSetup, length: int, answers: int, percent: int
+) -> tuple[TrainingSetup, str] | None:
     note = f"sequences of {length} tokens, long enough for {percent} % of the rows"
-    return None if length >= setup.seq_len else (replace(setup, seq_len=length), note)
+    return None if length >= setup.seq_len else (replace(setup, seq_len=length, answers=answers), note)
 
 
 def _embedding_on_cpu(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:

@@ -10,6 +10,7 @@ from mergeforge.data.settings import LABELED, PAIRS, PREFERENCE_FORMATS
 from mergeforge.recipe.schema import ReportProblem
 
 SFT, KTO = "sft", "kto"
+REWARD_METRICS = ("margin", "accuracy")  # of a preference objective, beside its loss
 
 
 @dataclass(frozen=True)
