@@ -8,7 +8,7 @@ import click
 
 from mergeforge.errors import RecipeError
 
-FORMATS_HELP = "auto, messages, sharegpt, alpaca, prompt_response, text, preference or unpaired_preference."
+FORMATS_HELP = "auto, messages, sharegpt, alpaca, prompt_response or text."
 columns = click.option(
     "--columns", multiple=True, metavar="ROLE=COLUMN", help="Name a column, such as prompt=question (repeatable)."
 )

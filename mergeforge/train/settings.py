@@ -16,6 +16,7 @@ from mergeforge.data import DataSettings, data_settings
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
+from mergeforge.recipe.schema import ReportProblem
 from mergeforge.train.keys import TRAIN
 from mergeforge.train.objectives import OBJECTIVES, SFT, PreferenceOptions, check_objective
 
@@ -28,6 +29,9 @@ SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same
     "pack",
     "lr",
     "schedule",
+    "min_lr_ratio",
+    "decay",
+    "neftune",
     "warmup",
     "epochs",
     "max_steps",
@@ -50,6 +54,7 @@ class LoraOptions:
     alpha: float | None = None
     dropout: float = 0.0
     targets: str | tuple[str, ...] | None = None
+    lr_ratio: float | None = None
     rslora: bool = False
     dora: bool = False
     init: str = "default"
@@ -134,6 +139,9 @@ class TrainSettings:
     micro_batch: int | None = None
     lr: float | None = None
     schedule: str = "cosine"
+    min_lr_ratio: float = 0.0
+    decay: float = 0.2
+    neftune: float = 0.0
     warmup: float = 0.03
     epochs: float | None = None
     max_steps: int | None = None
@@ -218,7 +226,17 @@ def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) 
     if values.get("loop") == "simple" and values.get("track"):
         report(("track",), "the simple loop writes metrics.jsonl only", "set loop: trainer")
     check_objective(values, report)
+    _check_schedule(values, report)
     return values
+
+
+def _check_schedule(values: Mapping[str, Any], report: ReportProblem) -> None:
+    schedule = values.get("schedule", "cosine")
+    for key, schedules in (("min_lr_ratio", ("cosine", "wsd")), ("decay", ("wsd",))):
+        if key in values and schedule not in schedules:
+            report((key,), f"schedule: {schedule} has no {key}", f"it is for {' and '.join(schedules)}")
+    if (values.get("lora") or {}).get("lr_ratio") == 0:
+        report(("lora", "lr_ratio"), "lr_ratio must be more than 0", "LoRA+ recommends 2 to 16")
 
 
 def _data_settings(values: Mapping[str, Any]) -> DataSettings:

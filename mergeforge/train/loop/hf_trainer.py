@@ -15,10 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from mergeforge.train.loop.collate import EpochShuffler
 from mergeforge.train.loop.context import MetricLogger, TrainingContext, save_model, validation_sums
+from mergeforge.train.loop.optimizer import make_optimizer, schedule_arguments
 from mergeforge.train.loop.preference import RewardSums
 from mergeforge.train.settings import EarlyStopSettings
-
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclasses.dataclass
@@ -70,7 +69,7 @@ def arguments(context: TrainingContext) -> TrainingArguments:
         "gradient_accumulation_steps": schedule.accumulation_steps,
         "max_steps": schedule.total_steps,
         "learning_rate": context.lr,
-        "lr_scheduler_type": SCHEDULES[settings.schedule],
+        **schedule_arguments(settings, schedule),
         "warmup_steps": schedule.warmup_steps,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
@@ -119,6 +118,13 @@ class _Trainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochShuffler:
         return self.sampler
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        ratio = self.context.settings.lora.lr_ratio
+        if ratio is not None and self.optimizer is None:
+            self.optimizer = make_optimizer(self.context.model, self.args, ratio)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.context.folder.partial)

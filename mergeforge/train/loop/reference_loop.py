@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, get_scheduler
 
 from mergeforge.train.loop.collate import EpochShuffler
 from mergeforge.train.loop.context import Batch, MetricLogger, TrainingContext, autocast, validation_sums
-from mergeforge.train.loop.hf_trainer import SCHEDULES, StopSignal, TrainingOutcome, arguments
+from mergeforge.train.loop.hf_trainer import StopSignal, TrainingOutcome, arguments
+from mergeforge.train.loop.optimizer import make_optimizer, make_rates
 from mergeforge.train.loop.preference import RewardSums
 
 
@@ -23,9 +23,8 @@ def train(context: TrainingContext, stop: StopSignal) -> TrainingOutcome:
     """Train to the end."""
     settings, schedule, metrics = context.settings, context.schedule, MetricLogger(context)
     trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments(context))
-    optimizer = optimizer_class(trained, **options, weight_decay=settings.weight_decay)
-    rates = get_scheduler(SCHEDULES[settings.schedule], optimizer, schedule.warmup_steps, schedule.total_steps)
+    optimizer = make_optimizer(context.model, arguments(context), settings.lora.lr_ratio)
+    rates = make_rates(settings, schedule, optimizer)
     scaler = torch.amp.GradScaler(torch.device(context.device).type, enabled=context.dtype == "fp16")
     sampler = EpochShuffler(len(context.train), settings.seed)
     loader: DataLoader[Any] = DataLoader(

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from mergeforge.hub.download import fetch
 from mergeforge.train.environment import is_main
-from mergeforge.train.loop import chunked_loss, collate, load_base, log_probs, lora, preference
+from mergeforge.train.loop import chunked_loss, collate, load_base, log_probs, lora, noise, preference
 from mergeforge.train.loop.context import MetricCallback, TrainingContext, autocast, memory_used
 from mergeforge.train.loop.preference_batch import AnswerTokens, PreferenceSequences
 from mergeforge.train.objectives import OBJECTIVES
@@ -45,6 +45,8 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
         model = lora.with_adapter(base, setup.lora, plan.new_tokens)
         model.peft_config["default"].base_model_name_or_path = _base_name(plan.base)
         model.peft_config["default"].revision = plan.revision
+    if settings.neftune:
+        noise.add_embedding_noise(base, settings.neftune)
     packs, validation, pad = plan.packs(packed=packed), plan.data.validation, _pad_token(plan.tokenizer)
     sequences: Any = PreferenceSequences if objective.is_preference else collate.PackedSequences
     context = TrainingContext(
