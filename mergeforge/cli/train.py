@@ -149,7 +149,8 @@ def _show_plan(plan: TrainPlan) -> None:
     batch = f"{schedule.micro_batch} x {schedule.accumulation_steps} per step"
     _echo(f"steps    {schedule.total_steps} in {schedule.epochs:.3g} epochs: {sequences}, {batch}")
     modules = len(plan.stats.adapted(setup.lora))
-    adapter = f"rank {setup.lora.r} on {modules} modules, " if plan.settings.trains_adapter else ""
+    kind = plan.settings.adapter.type if plan.settings.adapter else f"rank {setup.lora.r}"
+    adapter = f"{kind} on {modules} modules, " if plan.settings.trains_adapter else ""
     _echo(f"training {adapter}learning rate {resolved.lr:g}, {setup.optimizer}")
     _echo(f"memory   about {format_size(resolved.estimate.total)}")
     for note in resolved.notes:

@@ -175,7 +175,7 @@ def _memory_fallbacks(settings: TrainSettings, lengths: LengthStats, machine: Ma
         yield _embedding_on_cpu
     if memory.offload_activations is None and machine.on_gpu:
         yield _offload
-    if settings.lora.r is None and settings.trains_adapter:
+    if settings.lora.r is None and settings.trains_adapter and settings.adapter is None:
         yield _smaller_rank
 
 

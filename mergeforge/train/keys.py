@@ -22,6 +22,7 @@ from mergeforge.recipe.schema import (
     String,
 )
 from mergeforge.recipe.yaml_reader import Path
+from mergeforge.train.adapter_kinds import ADAPTER_KINDS
 from mergeforge.train.objectives import OBJECTIVES
 
 AUTO = "auto"
@@ -99,6 +100,31 @@ _LORA = Object(
         "layers": ListOf(Integer(0), "adapt only these layers"),
         "modules_to_save": ListOf(String(), "modules trained in full and saved with the adapter"),
     }
+)
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number, a text, or true or false."""
+
+    def read(self, value: Any, path: Path, report: ReportProblem) -> Any:
+        if not isinstance(value, bool | int | float | str):
+            report(path, f"'{path[-1]}' must be a number, a text, true or false, not {value!r}", "")
+        return value
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": ["number", "string", "boolean"]}
+
+
+_ADAPTER = Object(
+    {
+        "type": Enum(tuple(ADAPTER_KINDS), "kind of adapter, under PEFT's name"),
+        "targets": OneOf(String("all-linear, or a regular expression"), ListOf(String("a module name"))),
+        "layers": ListOf(Integer(0), "adapt only these layers"),
+        "options": MapOf(Scalar(), "fields of PEFT's settings for this kind, such as r"),
+    },
+    required=("type",),
+    shorthand="type",
 )
 _PREFERENCE = Object(
     {
@@ -179,6 +205,7 @@ FIELDS: dict[str, Schema] = {
     "objective": Enum(tuple(OBJECTIVES), "sft: imitate the answers (default); the others learn from preferences"),
     "preference": _PREFERENCE,
     "lora": _LORA,
+    "adapter": _ADAPTER,
     "tokens": _TOKENS,
     "batch": _BATCH,
     "lr": Auto(Number(0, None, "learning rate")),

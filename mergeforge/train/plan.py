@@ -15,6 +15,7 @@ from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.operations.synthetic_models import ModelShape, write_model
 from mergeforge.train import environment
+from mergeforge.train.adapter_kinds import check_options
 from mergeforge.train.auto_config import LengthStats, Machine, ResolvedSettings, resolve_settings
 from mergeforge.train.model_stats import ModelStats, model_stats
 from mergeforge.train.packing import pack_rows
@@ -109,6 +110,8 @@ def make_plan(
         sets = (*sets, f"output={out}")
     settings = source if isinstance(source, TrainSettings) else read(source, sets)
     environment.check_packages(quantize=settings.method == "qlora", track=settings.track)
+    if settings.adapter:
+        check_options(settings.adapter)
     folder = RunFolder(settings.output)
     base, revision, config_folder = _base(settings, folder)
     tokenizer = load_tokenizer(str(config_folder))

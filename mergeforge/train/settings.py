@@ -17,6 +17,7 @@ from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
 from mergeforge.recipe.schema import ReportProblem
+from mergeforge.train.adapter_kinds import AdapterOptions, check_adapter
 from mergeforge.train.keys import TRAIN
 from mergeforge.train.objectives import OBJECTIVES, SFT, PreferenceOptions, check_objective
 
@@ -134,6 +135,7 @@ class TrainSettings:
     seq_len: int | None = None
     pack: bool | None = None
     lora: LoraOptions = field(default_factory=LoraOptions)
+    adapter: AdapterOptions | None = None
     added_tokens: tuple[str, ...] = ()
     batch_size: int = 16
     micro_batch: int | None = None
@@ -226,6 +228,7 @@ def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) 
     if values.get("loop") == "simple" and values.get("track"):
         report(("track",), "the simple loop writes metrics.jsonl only", "set loop: trainer")
     check_objective(values, report)
+    check_adapter(values, report)
     _check_schedule(values, report)
     return values
 
@@ -254,6 +257,11 @@ def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> T
     }
     if values.get("method") == "dora":
         lora["dora"] = True
+    adapter = values.get("adapter")
+    if adapter:
+        adapter = {"type": adapter} if isinstance(adapter, str) else adapter
+        lora = {key: tuple(adapter[key]) for key in ("targets", "layers") if isinstance(adapter.get(key), list)}
+        lora |= {"targets": adapter["targets"]} if isinstance(adapter.get("targets"), str) else {}
     batch, early_stop = values.get("batch", {}), values.get("early_stop")
     return TrainSettings(
         **{key: values[key] for key in SAME_NAME if key in values},
@@ -261,6 +269,7 @@ def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> T
         preference=PreferenceOptions(**(values.get("preference") or {})),
         output=Path(values.get("output") or Path("runs") / Path(name).stem.replace(" ", "-")),
         lora=LoraOptions(**lora),
+        adapter=AdapterOptions(adapter["type"], adapter.get("options") or {}) if adapter else None,
         added_tokens=tuple((values.get("tokens") or {}).get("add", ())),
         batch_size=batch.get("size", 16),
         micro_batch=batch.get("micro"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import peft
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from mergeforge.errors import RecipeError, format_list
+from mergeforge.train.adapter_kinds import ADAPTER_KINDS, AdapterOptions
 from mergeforge.train.model_stats import modules_without_adapter
 from mergeforge.train.settings import LoraOptions
 
@@ -19,14 +22,18 @@ LINEAR_CLASSES = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 INITS: dict[str, Any] = {"default": True}  # PEFT's init_lora_weights, where it differs from our name
 
 
-def with_adapter(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int]) -> PeftModel:
+def with_adapter(
+    model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int], adapter: AdapterOptions | None = None
+) -> PeftModel:
     """The model with a LoRA adapter; the embedding and lm_head rows of `new_tokens` (ids) are trained too.
 
+    `adapter`: another kind of adapter, with targets and layers of `lora`.
     Adapters are float32 whatever the base is. Raises RecipeError where no module matches `targets`.
     """
     try:
-        adapted = get_peft_model(model, lora_config(model, lora, new_tokens))
-    except ValueError as error:
+        config = adapter_config(model, adapter, lora) if adapter else lora_config(model, lora, new_tokens)
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, AssertionError) as error:
         names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
         hint = f"the model's linear modules: {format_list(names, 12)}"
         raise RecipeError(f"the adapter does not fit the model: {str(error).splitlines()[0]}", hint=hint) from None
@@ -34,6 +41,25 @@ def with_adapter(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def adapter_config(model: PreTrainedModel, adapter: AdapterOptions, lora: LoraOptions) -> PeftConfig:
+    """PEFT's configuration of another kind of adapter."""
+    targets: Any = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets or ALL
+    if targets == ALL:
+        excluded = modules_without_adapter(model.config.model_type) | _linear_subclasses(model)
+        targets = sorted(linear_names(model) - excluded)
+    config: Any = getattr(peft, ADAPTER_KINDS[adapter.type])
+    fields = {field.name for field in dataclasses.fields(config)}
+    values: dict[str, Any] = {"target_modules": targets, "task_type": "CAUSAL_LM"} | dict(adapter.options)
+    if lora.layers:
+        values["layers_to_transform"] = list(lora.layers)
+    if "fan_in_fan_out" in fields:
+        values["fan_in_fan_out"] = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    if adapter.type == "ia3":  # IA3 scales the inputs of these modules, and the outputs of all others
+        values.setdefault("feedforward_modules", [])
+    made: PeftConfig = config(**values)
+    return made
 
 
 def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int]) -> LoraConfig:

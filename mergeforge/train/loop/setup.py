@@ -42,7 +42,7 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
         load_base.checkpoint_activations(base, offload=setup.offload)
     model: Any = base
     if settings.trains_adapter:
-        model = lora.with_adapter(base, setup.lora, plan.new_tokens)
+        model = lora.with_adapter(base, setup.lora, plan.new_tokens, settings.adapter)
         model.peft_config["default"].base_model_name_or_path = _base_name(plan.base)
         model.peft_config["default"].revision = plan.revision
     if settings.neftune:
