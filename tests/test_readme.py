@@ -195,7 +195,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_shipped_trainings_are_read() -> None:
     trainings = [path for name, path in shipped_recipes().items() if name.startswith("train-")]
-    assert len(trainings) == 6
+    assert len(trainings) == 7
     for path in trainings:
         assert path.read_text().startswith("# Training: ")
         read(path)

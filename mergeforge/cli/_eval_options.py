@@ -94,10 +94,13 @@ eval_options = _options.options(
 
 def data_settings(options: Mapping[str, Any]) -> DataSettings:
     """The rows that the options name. Raises RecipeError."""
-    from mergeforge.data.settings import FORMATS, LOSS_ON, DataSettings, DataSource
+    from mergeforge.data.settings import FORMATS, LOSS_ON, PREFERENCE_FORMATS, DataSettings, DataSource
 
     if not options["path"]:
         raise RecipeError("name the rows to score: --data FILE", hint="to try it out: --data sample:chat")
+    if options["format"] in PREFERENCE_FORMATS:
+        hint = "leave out --format, and name the columns: --columns prompt=prompt --columns response=chosen"
+        raise RecipeError(f"{options['format']}: only one answer of each row can be scored", hint=hint)
     for name, known in (("format", FORMATS), ("loss_on", LOSS_ON)):
         if options[name] not in known:
             hint = did_you_mean(options[name], known) or f"one of: {', '.join(known)}"

@@ -31,7 +31,11 @@ def data() -> None:
     """
 
 
-_format = click.option("--format", metavar="NAME", help=f"{_data_options.FORMATS_HELP} [default: auto]")
+_format = click.option(
+    "--format",
+    metavar="NAME",
+    help=f"{_data_options.FORMATS_HELP} Also preference, unpaired_preference. [default: auto]",
+)
 _reading_options = _options.options(
     click.option("--model", metavar="PATH", help="Tokenizer: a model's folder or Hub repo id."),
     _format,

@@ -129,14 +129,17 @@ def _plan_as_json(plan: TrainPlan) -> dict[str, Any]:
 def _show_plan(plan: TrainPlan) -> None:
     """Print the plan on stderr: data, model, resolved settings and the fallbacks that memory made necessary."""
     from mergeforge.train.environment import describe_machine
+    from mergeforge.train.objectives import SFT
 
     counts, resolved, setup = plan.data.counts, plan.resolved, plan.resolved.setup
     method = plan.settings.method if plan.settings.trains_adapter else "full training"
     size = f"{plan.stats.parameters / 1e6:,.0f} M parameters"
+    method += f" ({plan.settings.objective})" if plan.settings.objective != SFT else ""
     _echo(f"{method} of {plan.base} ({size}) on {describe_machine(plan.machine)}")
     has_skipped = counts.empty + counts.too_long + counts.bad
     skipped = f" ({counts.empty} empty, {counts.too_long} too long, {counts.bad} bad)" if has_skipped else ""
-    validation = f", {len(plan.data.validation)} of them for validation" if plan.data.validation else ""
+    held_out = len(plan.data.validation) // plan.settings.answers if plan.data.validation else 0
+    validation = f", {held_out} of them for validation" if held_out else ""
     trained = f"{counts.trained:,} of {counts.tokens:,} tokens are trained on"
     _echo(f"data     {counts.used} of {counts.rows} rows{skipped}{validation}; {trained}")
     for row in counts.skipped:
@@ -149,7 +152,8 @@ def _show_plan(plan: TrainPlan) -> None:
     batch = f"{schedule.micro_batch} x {schedule.accumulation_steps} per step"
     _echo(f"steps    {schedule.total_steps} in {schedule.epochs:.3g} epochs: {sequences}, {batch}")
     modules = len(plan.stats.adapted(setup.lora))
-    adapter = f"rank {setup.lora.r} on {modules} modules, " if plan.settings.trains_adapter else ""
+    kind = plan.settings.adapter.type if plan.settings.adapter else f"rank {setup.lora.r}"
+    adapter = f"{kind} on {modules} modules, " if plan.settings.trains_adapter else ""
     _echo(f"training {adapter}learning rate {resolved.lr:g}, {setup.optimizer}")
     _echo(f"memory   about {format_size(resolved.estimate.total)}")
     for note in resolved.notes:
@@ -198,8 +202,17 @@ def _metrics_as_text(line: Mapping[str, Any]) -> str:
     if "note" in line:
         return str(line["note"])
     if "eval_loss" in line:
-        return f"validation loss {line['eval_loss']:.4f}"
-    return f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s, {format_size(line['memory'])}"
+        return f"validation loss {line['eval_loss']:.4f}{_rewards(line, 'eval_')}"
+    speed = f"{line['tokens_per_second']:,.0f} tokens/s, {format_size(line['memory'])}"
+    return f"loss {line['loss']:.4f}{_rewards(line)}, {speed}"
+
+
+def _rewards(line: Mapping[str, Any], prefix: str = "") -> str:
+    """Margin and accuracy of a preference objective."""
+    from mergeforge.train.objectives import REWARD_METRICS
+
+    names = [name for name in REWARD_METRICS if prefix + name in line]
+    return "".join(f", {name} {line[prefix + name]:.3f}" for name in names)
 
 
 def _show_result(trained: Trained, result: PostTrainingResult) -> None:

@@ -11,6 +11,7 @@ from mergeforge.data.chat_templates import Template, choose_template
 from mergeforge.data.conversation import Conversation, TextSample
 from mergeforge.data.counts import DataStats, Skipped
 from mergeforge.data.formats import Format
+from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.prepare import Prepared, open_prepared, prepare
 from mergeforge.data.readers.base import Record, UnreadableRecord
 from mergeforge.data.render import IGNORE_INDEX, Example, Renderer, make_example, make_renderer
@@ -30,6 +31,7 @@ __all__ = [
     "Decision",
     "Example",
     "Format",
+    "PreferenceSample",
     "Prepared",
     "Record",
     "Renderer",

@@ -98,6 +98,16 @@ def conversation_from_pair(
     return parse_conversation(messages, system=system)
 
 
+def is_message_list(value: Any) -> bool:
+    """Whether a value is a non-empty list of mappings."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def as_messages(value: Any, role: str) -> list[Mapping[str, Any]]:
+    """A list of messages; a text becomes one message of the role."""
+    return list(value) if is_message_list(value) else [{"role": role, "content": value}]
+
+
 def cell_text(value: Any, what: str) -> str:
     """A cell as text: numbers as written, None and NaN as "". Raises InvalidRecord for anything else."""
     if value is None or (isinstance(value, float) and math.isnan(value)):

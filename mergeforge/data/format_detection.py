@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergeforge.data.formats import IN_MESSAGES, Format, is_message_list
-from mergeforge.data.settings import FORMATS, DataSource
+from mergeforge.data.conversation import is_message_list
+from mergeforge.data.formats import IN_MESSAGES, Format
+from mergeforge.data.preference import LABELS
+from mergeforge.data.settings import FORMATS, LABELED, PAIRS, PREFERENCE_FORMATS, DataSource
 from mergeforge.errors import RecipeError, SourceError, did_you_mean, format_list
 
 # role -> the column names that it commonly has, in lower case
@@ -25,6 +27,9 @@ ALIASES = {
     "history": ("history",),
     "tools": ("tools",),
     "text": ("text", "content", "document"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "label": ("label",),
 }
 # other names of roles that `columns:` accepts
 ROLE_ALIASES = {
@@ -34,6 +39,10 @@ ROLE_ALIASES = {
     "context": "input",
 }
 _PREFERENCE = ("chosen", "rejected")
+_PREFERENCE_HINTS = {
+    PAIRS: "it needs chosen and rejected, and usually prompt; columns: {chosen: COLUMN, rejected: COLUMN} names others",
+    LABELED: "it needs prompt, completion and label (true or false), or prompt, chosen and rejected",
+}
 _PAIR_FORMATS = ("alpaca", "prompt_response")  # a question and its answer
 
 
@@ -49,13 +58,20 @@ def detect(rows: Sequence[Mapping[str, Any]], source: DataSource, name: str) -> 
     assigned = _assigned_columns(source.columns, columns, name)
     free = tuple(column for column in columns if column not in assigned.values())
     guesser = _ColumnGuesser(name, rows, assigned, free)
-    guesser.refuse_preference_data()
+    if source.format not in PREFERENCE_FORMATS:
+        guesser.refuse_preference_data()
+        guesser.refuse_labels()
     for guess in guesser.guesses(source.format):
         format = guess()
         if format is not None:
             kind = source.format if source.format in _PAIR_FORMATS else format.name
             unused = tuple(column for column in columns if column not in format.columns.values())
             return replace(format, name=kind, unused=unused)
+    if source.format in PREFERENCE_FORMATS:
+        raise SourceError(
+            f"{name} has no columns for the format {source.format} (it has: {format_list(columns, 20)})",
+            hint=_PREFERENCE_HINTS[source.format],
+        )
     wanted = f" for the format {source.format}" if source.format != "auto" else ""
     raise SourceError(
         f"{name} has no known columns{wanted} (it has: {format_list(columns, 20)})", hint=_suggestion(columns)
@@ -73,6 +89,8 @@ class _ColumnGuesser:
 
     def guesses(self, format: str) -> Sequence[Callable[[], Format | None]]:
         """What to look for, in order: what the format says, what `columns:` names, or everything."""
+        if format in PREFERENCE_FORMATS:
+            return (self.labeled, self.preference) if format == LABELED else (self.preference,)
         if format in _PAIR_FORMATS:
             return (self.pair,)
         if format == "text" or (format == "auto" and "text" in self.assigned):
@@ -116,6 +134,31 @@ class _ColumnGuesser:
             return None
         return Format("text", {"text": column}, f"'{column}' is plain text, trained on in full")
 
+    def preference(self) -> Format | None:
+        """A chosen and a rejected answer."""
+        chosen, rejected = self._column("chosen"), self._column("rejected")
+        if chosen is None or rejected is None:
+            return None
+        columns = {"chosen": chosen, "rejected": rejected} | self._optional(("prompt", "system", "tools"))
+        return Format(PAIRS, columns, f"'{chosen}' is preferred to '{rejected}'")
+
+    def labeled(self) -> Format | None:
+        """An answer with a label."""
+        label, response, prompt = self._column("label"), self._column("response"), self._column("prompt")
+        if label is None or response is None or prompt is None:
+            return None
+        columns = {"prompt": prompt, "response": response, "label": label} | self._optional(("system", "tools"))
+        return Format(LABELED, columns, f"'{label}' says whether '{response}' is a good answer to '{prompt}'")
+
+    def refuse_labels(self) -> None:
+        """Raise SourceError for answers that are labeled good or bad, unless `columns:` says which column to use."""
+        label, response = self._columns_named("label"), self._columns_named("response")
+        if self.assigned or not response or not any(self._is_boolean(column) for column in label):
+            return
+        text = f"{self.name} labels its answers as good or bad ('{label[0]}'); training would treat all of them as good"
+        fix = f"columns: {{response: {response[0]}}}"
+        raise SourceError(text, hint=f"set objective: kto, or to train on all answers alike: {fix}")
+
     def refuse_preference_data(self) -> None:
         """Raise SourceError for chosen and rejected answers, unless `columns:` says which column to use."""
         by_lower_case = {column.lower(): column for column in self.free}
@@ -125,7 +168,11 @@ class _ColumnGuesser:
         prompt = next((by_lower_case[word] for word in ALIASES["prompt"] if word in by_lower_case), None)
         fix = f"columns: {{prompt: {prompt}, response: {chosen}}}" if prompt else f"columns: {{messages: {chosen}}}"
         text = f"{self.name} is preference data (chosen, rejected), which DPO and similar methods use"
-        raise SourceError(text, hint=f"to train on the chosen answers only: {fix}")
+        raise SourceError(text, hint=f"set objective: dpo, or to train on the chosen answers only: {fix}")
+
+    def _is_boolean(self, column: str) -> bool:
+        values = [row[column] for row in self.rows if row.get(column) is not None]
+        return bool(values) and all(isinstance(value, bool) or str(value).strip().lower() in LABELS for value in values)
 
     def _message_columns(self) -> list[str]:
         return [column for column in self._columns_named("messages") if _first_messages(self.rows, column)]

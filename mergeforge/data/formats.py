@@ -11,11 +11,14 @@ from mergeforge.data.conversation import (
     EmptyRecord,
     InvalidRecord,
     TextSample,
+    as_messages,
     cell_text,
     conversation_from_pair,
+    is_message_list,
     parse_conversation,
     parse_json_cell,
 )
+from mergeforge.data.preference import PreferenceSample, parse_labeled, parse_pair
 from mergeforge.errors import format_list
 
 IN_MESSAGES = ("role", "content")
@@ -30,8 +33,10 @@ class Format:
     why: str
     unused: tuple[str, ...] = ()
 
-    def read(self, row: Mapping[str, Any], system: str | None = None) -> Conversation | TextSample:
+    def read(self, row: Mapping[str, Any], system: str | None = None) -> Conversation | TextSample | PreferenceSample:
         """Parse one row. Raises InvalidRecord and EmptyRecord."""
+        if "chosen" in self.columns or "label" in self.columns:
+            return self._preference(row, system)
         if self.name == "text":
             return self._text_sample(row)
         return self._conversation(row, system) if "messages" in self.columns else self._pair(row, system)
@@ -68,9 +73,18 @@ class Format:
 
     def _message_pair(self, prompt: Any, response: Any, row: Mapping[str, Any], system: str | None) -> Conversation:
         """Prompt and completion as lists of messages (TRL's format): only the completion's answers are trained on."""
-        context = [{**message, "train": False} for message in _as_messages(prompt, "user")]
-        completion = _as_messages(response, "assistant")
+        context = [{**message, "train": False} for message in as_messages(prompt, "user")]
+        completion = as_messages(response, "assistant")
         return parse_conversation([*context, *completion], system=system, tools=self._cell(row, "tools"))
+
+    def _preference(self, row: Mapping[str, Any], system: str | None) -> PreferenceSample:
+        row_system = cell_text(self._cell(row, "system"), "'system'") or system
+        prompt, tools = self._cell(row, "prompt"), self._cell(row, "tools")
+        if "label" in self.columns:
+            answer, label = self._cell(row, "response", required=True), self._cell(row, "label", required=True)
+            return parse_labeled(prompt, answer, label, system=row_system, tools=tools)
+        chosen, rejected = self._cell(row, "chosen", required=True), self._cell(row, "rejected", required=True)
+        return parse_pair(prompt, chosen, rejected, system=row_system, tools=tools)
 
     def _cell(self, row: Mapping[str, Any], role: str, required: bool = False) -> Any:
         name = self.columns.get(role)
@@ -81,12 +95,3 @@ class Format:
         if required and name not in row:
             raise InvalidRecord(f"no column '{name}' (it has: {format_list(map(str, row)) or 'none'})")
         return row.get(name)
-
-
-def _as_messages(value: Any, role: str) -> list[Mapping[str, Any]]:
-    return list(value) if is_message_list(value) else [{"role": role, "content": value}]
-
-
-def is_message_list(value: Any) -> bool:
-    """Whether a value is a non-empty list of mappings."""
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Mapping) for item in value)

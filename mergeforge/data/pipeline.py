@@ -9,6 +9,7 @@ from mergeforge.data.conversation import Conversation, EmptyRecord, InvalidRecor
 from mergeforge.data.counts import MAX_SKIPPED, SKIP_KINDS, DataStats, RecordCounter, total_stats
 from mergeforge.data.formats import Format
 from mergeforge.data.loss_mask import SPLIT_ANSWERS
+from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.render import Renderer, RenderResult
 from mergeforge.data.settings import DataSettings, DataSource
 from mergeforge.data.source_reader import OpenFile, open_files, parse_file
@@ -26,7 +27,7 @@ class RenderedRecord:
     """A row that has become one or more examples."""
 
     place: str
-    content: Conversation | TextSample
+    content: Conversation | TextSample | PreferenceSample
     rendered: RenderResult
 
 
@@ -83,7 +84,7 @@ class TokenizePipeline:
         self._sources.append(_StoredSource(name, counter, start, self._writer.count, self._writer.trained - trained))
 
     def _add_row(self, row: RenderedRecord, counter: RecordCounter) -> None:
-        self.conversations += isinstance(row.content, Conversation)
+        self.conversations += not isinstance(row.content, TextSample)
         self._split_rows += SPLIT_ANSWERS in row.rendered.strategy
         counter.kinds["used"] += 1
         counter.kinds["cut"] += row.rendered.cut

@@ -18,7 +18,7 @@ from mergeforge.data.counts import DataStats, stats_from_dict
 from mergeforge.data.fingerprint import data_fingerprint
 from mergeforge.data.pipeline import HELD_OUT, OnProgress, TokenizePipeline
 from mergeforge.data.render import Renderer, make_renderer
-from mergeforge.data.settings import DataSettings, DataSource
+from mergeforge.data.settings import PREFERENCE_FORMATS, DataSettings, DataSource
 from mergeforge.data.source_reader import Decision, merge_decisions
 from mergeforge.data.split import validation_mask
 from mergeforge.data.token_store import TokenStore, TokenStoreWriter
@@ -98,7 +98,8 @@ def open_prepared(folder: Path) -> Prepared:
 
 def validation_source(settings: DataSettings) -> tuple[DataSource, ...]:
     """The held-out source, if `val` is the path of other data."""
-    return (DataSource(settings.validation),) if isinstance(settings.validation, str) else ()
+    format = next((source.format for source in settings.sources if source.format in PREFERENCE_FORMATS), "auto")
+    return (DataSource(settings.validation, format),) if isinstance(settings.validation, str) else ()
 
 
 def _write_atomically(

@@ -11,6 +11,7 @@ from mergeforge.data.conversation import Conversation, TextSample
 from mergeforge.data.counts import RecordCounter, Skipped
 from mergeforge.data.formats import Format
 from mergeforge.data.pipeline import render_file
+from mergeforge.data.preference import PreferenceSample, RatedAnswer
 from mergeforge.data.render import IGNORE_INDEX, Example, Renderer, make_renderer
 from mergeforge.data.settings import DataSettings
 from mergeforge.data.source_reader import Decision, OpenFile, merge_decisions, open_files, parse_file
@@ -51,7 +52,7 @@ class PreviewRecord:
     """A row, and its examples if there is a tokenizer. `strategy`: how the answers were found."""
 
     place: str
-    content: Conversation | TextSample
+    content: Conversation | TextSample | PreferenceSample
     examples: tuple[Example, ...] = ()
     strategy: str = ""
 
@@ -59,7 +60,17 @@ class PreviewRecord:
         """The row as plain text."""
         if isinstance(self.content, TextSample):
             return [self.content.text]
-        return [f"{message['role']}: {message['content']}" for message in self.content.messages]
+        if isinstance(self.content, PreferenceSample):
+            return [line for answer in self.content.answers for line in _answer_lines(answer)]
+        return _message_lines(self.content)
+
+
+def _message_lines(conversation: Conversation) -> list[str]:
+    return [f"{message['role']}: {message['content']}" for message in conversation.messages]
+
+
+def _answer_lines(answer: RatedAnswer) -> list[str]:
+    return ["preferred:" if answer.preferred else "rejected:", *_message_lines(answer.conversation)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,16 @@ class Preview:
 
     def _row_as_dict(self, row: PreviewRecord) -> dict[str, Any]:
         content = row.content
-        fields = {"text": content.text} if isinstance(content, TextSample) else {"messages": list(content.messages)}
+        fields: dict[str, Any] = {}
+        if isinstance(content, PreferenceSample):
+            fields["answers"] = [
+                {"messages": list(answer.conversation.messages), "preferred": answer.preferred}
+                for answer in content.answers
+            ]
+        elif isinstance(content, TextSample):
+            fields["text"] = content.text
+        else:
+            fields["messages"] = list(content.messages)
         examples = [
             {
                 "tokens": example.tokens.tolist(),
@@ -128,7 +148,7 @@ def make_preview(settings: DataSettings, count: int, tokenizer: PreTrainedTokeni
             remaining -= len(first_rows)
             rows += first_rows
     template, notes = "", tuple[str, ...]()
-    if renderer is not None and any(isinstance(row.content, Conversation) for row in rows):
+    if renderer is not None and any(not isinstance(row.content, TextSample) for row in rows):
         template, notes = renderer.template.name, (*load_warnings(renderer.tokenizer), *renderer.notes())
     return Preview(merge_decisions(formats), tuple(rows), tuple(counter.skipped), template, notes, tokenizer)
 

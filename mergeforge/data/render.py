@@ -7,12 +7,13 @@ Labels are not shifted: label i belongs to token i, and -100 is not trained on. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.data.chat_templates import Template, TemplateError, choose_template
 from mergeforge.data.conversation import Conversation, EmptyRecord, InvalidRecord, TextSample, parse_conversation
 from mergeforge.data.loss_mask import LossMasker, MaskedTokens
+from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.settings import DataSettings
 from mergeforge.data.template_probe import adapt_template, template_notes, turn_ending
 from mergeforge.data.tokenizers import prefix_ids, tokenize
@@ -28,10 +29,14 @@ IGNORE_INDEX = -100  # torch's cross_entropy skips this label
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and labels, int32; label i belongs to token i, -100 is not trained on."""
+    """Token ids and labels, int32; label i belongs to token i, -100 is not trained on.
+
+    `preference`: 1 for a preferred answer, -1 for a rejected one, 0 where there is no preference.
+    """
 
     tokens: NDArray[np.int32]
     labels: NDArray[np.int32]
+    preference: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -65,13 +70,17 @@ class Renderer:
     prefix: tuple[int, ...]  # what the tokenizer puts before any text: BOS, or nothing
     problem: SourceError | None = None  # why there is no template; texts need none
 
-    def render(self, row: Conversation | TextSample) -> RenderResult:
+    def render(self, row: Conversation | TextSample | PreferenceSample) -> RenderResult:
         """The examples of a row: one, or several for a long text or one per answer.
+
+        A pair of answers becomes two examples, or none if one of them is too long.
 
         Raises InvalidRecord and EmptyRecord; SourceError for a conversation if there is no usable template.
         """
         if isinstance(row, TextSample):
             return self._render_text(row)
+        if isinstance(row, PreferenceSample):
+            return self._render_answers(row)
         if self.problem is not None:
             raise self.problem
         cut = 0
@@ -87,6 +96,19 @@ class Renderer:
                 examples.append(example)
             strategies.add(masked.strategy)
         return RenderResult(tuple(examples), cut, len(masks) - len(examples), ", ".join(sorted(strategies)))
+
+    def _render_answers(self, row: PreferenceSample) -> RenderResult:
+        rendered = [self.render(answer.conversation) for answer in row.answers]
+        if any(result.too_long for result in rendered):
+            return RenderResult((), too_long=1)
+        if any(len(result.examples) != 1 for result in rendered):
+            raise InvalidRecord("the template renders the answer in several turns differently: use one answer per row")
+        examples = [
+            replace(result.examples[0], preference=1 if answer.preferred else -1)
+            for result, answer in zip(rendered, row.answers, strict=True)
+        ]
+        cut = sum(result.cut for result in rendered)
+        return RenderResult(tuple(examples), cut, 0, rendered[0].strategy)
 
     def notes(self) -> list[str]:
         """Facts about the template with this tokenizer that the user should know."""

@@ -9,7 +9,9 @@ from typing import Any
 from mergeforge.recipe.schema import Enum, ListOf, MapOf, Object, ReportProblem, Schema, String
 from mergeforge.recipe.yaml_reader import Path
 
-FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_response", "text")
+PAIRS, LABELED = "preference", "unpaired_preference"  # formats of preference data, under TRL's names
+PREFERENCE_FORMATS = (PAIRS, LABELED)
+FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_response", "text", *PREFERENCE_FORMATS)
 LOSS_ON = ("assistant", "last", "all")
 TOO_LONG = ("drop", "cut_prompt", "cut_end")
 

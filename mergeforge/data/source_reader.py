@@ -11,6 +11,7 @@ from mergeforge.data.conversation import Conversation, EmptyRecord, InvalidRecor
 from mergeforge.data.counts import RecordCounter
 from mergeforge.data.format_detection import detect
 from mergeforge.data.formats import Format
+from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.readers.base import Record, UnreadableRecord
 from mergeforge.data.readers.open import DataFile, read_records, source_files
 from mergeforge.data.settings import DataSource
@@ -48,7 +49,7 @@ class ParsedRecord:
 
     place: str
     value: Mapping[str, Any]
-    content: Conversation | TextSample
+    content: Conversation | TextSample | PreferenceSample
 
 
 def open_files(source: DataSource) -> Iterator[OpenFile]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.data.conversation import Conversation, TextSample
 from mergeforge.data.counts import DataStats, RecordCounter, total_stats
 from mergeforge.data.formats import Format
+from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.settings import DataSettings, DataSource
 from mergeforge.data.source_reader import Decision, merge_decisions, open_files, parse_file
 from mergeforge.errors import RecipeError
@@ -74,9 +75,11 @@ def source_stats(
     return counter, np.asarray(lengths, np.int64), np.asarray(keys, np.uint64), formats
 
 
-def _characters(content: Conversation | TextSample) -> int:
+def _characters(content: Conversation | TextSample | PreferenceSample) -> int:
     if isinstance(content, TextSample):
         return len(content.text)
+    if isinstance(content, PreferenceSample):
+        return sum(_characters(answer.conversation) for answer in content.answers)
     return sum(len(str(message["content"])) for message in content.messages)
 
 

@@ -2,7 +2,7 @@
 
 A folder holds `tokens.i32`, `labels.i32` and `offsets.i64` of all examples, one after the other, and for each named
 store (`train`, `validation`) the numbers of its examples in `NAME.index`. `keys.u64` holds a hash of the row that each
-example comes from.
+example comes from, `preferences.i8` whether it is a preferred answer (1), a rejected one (-1) or neither (0).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOKENS, LABELS, OFFSETS, KEYS = "tokens.i32", "labels.i32", "offsets.i64", "keys.u64"
+PREFERENCES = "preferences.i8"
+FILES = (TOKENS, LABELS, OFFSETS, KEYS, PREFERENCES)
 
 
 class TokenStore:
@@ -34,6 +36,8 @@ class TokenStore:
             self._index = np.fromfile(folder / f"{name}.index", np.int64)
             self._tokens = np.memmap(folder / TOKENS, np.int32, "r")
             self._labels = np.memmap(folder / LABELS, np.int32, "r")
+            has_preferences = (folder / PREFERENCES).exists()  # versions up to 0.1 did not write it
+            self._preferences = np.memmap(folder / PREFERENCES, np.int8, "r") if has_preferences else None
         except (OSError, ValueError) as error:
             raise SourceError(f"{folder} holds no token store '{name}': {error}") from None
         if not len(self._tokens) == len(self._labels) == self._offsets[-1]:
@@ -54,7 +58,8 @@ class TokenStore:
 
         number = self._index[at]
         start, stop = self._offsets[number], self._offsets[number + 1]
-        return Example(np.array(self._tokens[start:stop]), np.array(self._labels[start:stop]))
+        tokens, labels = np.array(self._tokens[start:stop]), np.array(self._labels[start:stop])
+        return Example(tokens, labels, 0 if self._preferences is None else int(self._preferences[number]))
 
     def __reduce__(self) -> Any:
         return TokenStore, (self.folder, self.name)
@@ -69,7 +74,7 @@ class TokenStoreWriter:
         self.folder = folder
         self.count = self.tokens = self.trained = 0
         try:
-            self._files = {name: (folder / name).open("wb") for name in (TOKENS, LABELS, OFFSETS, KEYS)}
+            self._files = {name: (folder / name).open("wb") for name in FILES}
         except OSError as error:
             raise disk_error(error, str(folder)) from error
         np.zeros(1, np.int64).tofile(self._files[OFFSETS])
@@ -84,6 +89,7 @@ class TokenStoreWriter:
         self._write(LABELS, example.labels)
         self._write(OFFSETS, np.array([self.tokens], np.int64))
         self._write(KEYS, np.array([key], np.uint64))
+        self._write(PREFERENCES, np.array([example.preference], np.int8))
 
     def close(self) -> None:
         for name, file in self._files.items():

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, RecipeError
 from mergeforge.train.estimate import MemoryEstimate, TrainingSetup, estimate_memory
 from mergeforge.train.model_stats import ModelStats
+from mergeforge.train.objectives import KTO, OBJECTIVES
 from mergeforge.train.settings import LoraOptions, TrainSettings
 
 LONGEST_AUTO = 2048  # tokens; a longer seq_len must be set explicitly
@@ -37,12 +39,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class LengthStats:
-    """Tokens per row of the training data: 95th and 99th percentile and maximum; the number of rows."""
+    """Tokens per sequence of the training data: 95th and 99th percentile and maximum; the number of rows.
+
+    `answers`: the sequences of a row.
+    """
 
     p95: int
     p99: int
     longest: int
     rows: int
+    answers: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,9 @@ def resolve_settings(
         raise _does_not_fit(stats, setup, machine)
     return ResolvedSettings(
         setup=setup,
-        pack=settings.pack if settings.pack is not None else lengths.p95 * 2 <= setup.seq_len,
+        pack=_is_packed(settings, lengths, setup.seq_len),
         lr=settings.lr if settings.lr is not None else _lr(settings, stats),
-        epochs=settings.epochs if settings.epochs is not None else _epochs(lengths.rows),
+        epochs=settings.epochs if settings.epochs is not None else _epochs(settings, lengths.rows),
         dtype=machine.dtype,
         device=machine.device,
         estimate=estimate_memory(stats, setup),
@@ -109,13 +115,22 @@ def resolve_settings(
     )
 
 
+def _is_packed(settings: TrainSettings, lengths: LengthStats, seq_len: int) -> bool:
+    """As the file says; otherwise, whether a sequence usually holds several rows, and all answers of any row."""
+    if settings.pack is not None:
+        return settings.pack
+    fits = lengths.answers == 1 or lengths.longest * lengths.answers <= seq_len
+    return fits and lengths.p95 * lengths.answers * 2 <= seq_len
+
+
 def _fastest_setup(settings: TrainSettings, stats: ModelStats, lengths: LengthStats, machine: Machine) -> TrainingSetup:
     """The setup to start from: what the file sets, and otherwise what is fastest."""
     memory, lora = settings.memory, settings.lora
+    seq_len = settings.seq_len or _seq_len(stats, lengths, settings)
     return TrainingSetup(
         method="lora" if settings.method == "dora" else settings.method,
         lora=lora if lora.r else replace(lora, r=16),
-        seq_len=settings.seq_len or _seq_len(stats, lengths, settings),
+        seq_len=seq_len,
         micro_batch=settings.micro_batch or min(8 if machine.on_gpu else 4, settings.batch_size),
         optimizer=settings.optimizer or "adamw",
         dtype_bytes=4 if machine.dtype == "fp32" else 2,
@@ -124,12 +139,15 @@ def _fastest_setup(settings: TrainSettings, stats: ModelStats, lengths: LengthSt
         offload=bool(memory.offload_activations),
         embed_on_cpu=bool(memory.embed_on_cpu),
         on_gpu=machine.on_gpu,
+        answers=1 if _is_packed(settings, lengths, seq_len) else lengths.answers,
+        extra_passes=OBJECTIVES[settings.objective].extra_passes,
     )
 
 
 def _seq_len(stats: ModelStats, lengths: LengthStats, settings: TrainSettings) -> int:
     """Long enough for the longest row; where rows are short and may be packed, for several."""
-    length = lengths.longest if settings.pack is False else max(lengths.longest, min(8 * lengths.p95, 1024))
+    longest = lengths.longest * (lengths.answers if settings.pack else 1)
+    length = longest if settings.pack is False else max(longest, min(8 * lengths.p95 * lengths.answers, 1024))
     return max(8, min(_round_up(length), LONGEST_AUTO, stats.max_positions))
 
 
@@ -141,7 +159,7 @@ def _memory_fallbacks(settings: TrainSettings, lengths: LengthStats, machine: Ma
     """The fallbacks in the order in which they are tried. What the file sets is not changed."""
     memory = settings.memory
     if settings.micro_batch is None:
-        yield _smaller_batch
+        yield partial(_smaller_batch, smallest=2 if settings.objective == KTO else 1)
     if memory.checkpointing is None:
         yield _checkpointing
     if settings.optimizer is None and machine.on_gpu:
@@ -149,20 +167,22 @@ def _memory_fallbacks(settings: TrainSettings, lengths: LengthStats, machine: Ma
     if memory.ce_chunk is None:
         yield _smaller_chunk
     if settings.seq_len is None:
-        yield lambda setup: _shorter_sequences(setup, lengths.p99, 99)
-        yield lambda setup: _shorter_sequences(setup, lengths.p95, 95)
+        for percent, longest in ((99, lengths.p99), (95, lengths.p95)):
+            length = _round_up(longest)
+            answers = 1 if _is_packed(settings, lengths, length) else lengths.answers
+            yield partial(_shorter_sequences, length=length, answers=answers, percent=percent)
     if memory.embed_on_cpu is None and machine.on_gpu and settings.method != "full":
         yield _embedding_on_cpu
     if memory.offload_activations is None and machine.on_gpu:
         yield _offload
-    if settings.lora.r is None and settings.trains_adapter:
+    if settings.lora.r is None and settings.trains_adapter and settings.adapter is None:
         yield _smaller_rank
 
 
-def _smaller_batch(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
+def _smaller_batch(setup: TrainingSetup, smallest: int) -> tuple[TrainingSetup, str] | None:
     half = setup.micro_batch // 2
     note = f"micro-batch of {half}, with more gradient accumulation"
-    return (replace(setup, micro_batch=half), note) if half else None
+    return (replace(setup, micro_batch=half), note) if half >= smallest else None
 
 
 def _checkpointing(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
@@ -180,10 +200,11 @@ def _smaller_chunk(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
     return None if setup.ce_chunk == SMALL_CHUNK else (replace(setup, ce_chunk=SMALL_CHUNK), note)
 
 
-def _shorter_sequences(setup: TrainingSetup, longest: int, percent: int) -> tuple[TrainingSetup, str] | None:
-    length = _round_up(longest)
+def _shorter_sequences(
+    setup: TrainingSetup, length: int, answers: int, percent: int
+) -> tuple[TrainingSetup, str] | None:
     note = f"sequences of {length} tokens, long enough for {percent} % of the rows"
-    return None if length >= setup.seq_len else (replace(setup, seq_len=length), note)
+    return None if length >= setup.seq_len else (replace(setup, seq_len=length, answers=answers), note)
 
 
 def _embedding_on_cpu(setup: TrainingSetup) -> tuple[TrainingSetup, str] | None:
@@ -211,13 +232,14 @@ def _notes(settings: TrainSettings, stats: ModelStats, machine: Machine) -> list
 
 
 def _lr(settings: TrainSettings, stats: ModelStats) -> float:
-    """QLoRA's README: 2e-4, and 1e-4 for 33B and 65B; a tenth of that for full training."""
-    if settings.method == "full":
-        return 2e-5
-    return 1e-4 if stats.parameters > LARGE else 2e-4
+    """QLoRA's README: 2e-4, and 1e-4 for 33B and 65B; a tenth of that for full training, and for preferences."""
+    lr = 2e-5 if settings.method == "full" else 1e-4 if stats.parameters > LARGE else 2e-4
+    return lr / 10 if OBJECTIVES[settings.objective].is_preference else lr
 
 
-def _epochs(rows: int) -> float:
+def _epochs(settings: TrainSettings, rows: int) -> float:
+    if OBJECTIVES[settings.objective].is_preference:
+        return 1
     return 3 if rows < 5000 else 2 if rows < 20_000 else 1
 
 

@@ -34,7 +34,10 @@ UTILIZATION = 0.4  # of a matrix product's speed that training reaches
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """How a model is trained, as far as memory depends on it. `ce_chunk`: rows of logits held at once, 0 for all."""
+    """How a model is trained, as far as memory depends on it. `ce_chunk`: rows of logits held at once, 0 for all.
+
+    `answers`: sequences that a row of data fills; `extra_passes`: forward passes of a step without a backward pass.
+    """
 
     method: str
     lora: LoraOptions
@@ -47,11 +50,13 @@ class TrainingSetup:
     offload: bool = False
     embed_on_cpu: bool = False
     on_gpu: bool = True
+    answers: int = 1
+    extra_passes: int = 0
 
     @property
     def tokens(self) -> int:
         """Tokens in one forward pass."""
-        return self.micro_batch * self.seq_len
+        return self.micro_batch * self.seq_len * self.answers
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ def _operations(stats: ModelStats, setup: TrainingSetup, tokens: int) -> float:
     Frozen weights need no gradient; checkpointed activations are computed once more.
     """
     per_weight = 2 + 2 + (2 if setup.method == "full" else 0) + (2 if setup.checkpointing else 0)
+    per_weight += 2 * setup.extra_passes
     return per_weight * (stats.parameters - stats.embedding) * tokens
 
 

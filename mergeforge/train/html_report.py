@@ -11,6 +11,7 @@ import yaml
 
 from mergeforge.core.sizes import format_size
 from mergeforge.io.disk import write_durably
+from mergeforge.train.objectives import SFT
 from mergeforge.train.run_folder import RunFolder
 
 WIDTH, HEIGHT, MARGIN = 640, 200, 44  # of a chart in SVG units; the margin is on the left
@@ -25,7 +26,13 @@ padding:.6rem;border-radius:4px}svg{width:100%;height:auto}.grid{stroke:#ddd}.ax
 .bar{fill:#2563eb}
 @media(prefers-color-scheme:dark){body{background:#16181c;color:#ddd}pre{background:#23262c}.grid{stroke:#333}}
 """
-CURVES = {"lr": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens per second"}
+CURVES = {
+    "margin": "Margin (reward of good answers minus reward of bad ones)",
+    "accuracy": "Accuracy (share of answers that the rewards order as the data does)",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_second": "Tokens per second",
+}
 
 
 def write_report(folder: RunFolder) -> None:
@@ -42,7 +49,9 @@ def _sections(folder: RunFolder, manifest: Mapping[str, Any]) -> Iterator[str]:
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     yield _summary(manifest)
     losses = _series(lines, "loss")
-    yield _chart("Loss (nats per token)", _smooth(losses), dots=_series(lines, "eval_loss"), faint=losses)
+    objective = manifest.get("settings", {}).get("objective", SFT)
+    unit = "nats per token" if objective == SFT else objective
+    yield _chart(f"Loss ({unit})", _smooth(losses), dots=_series(lines, "eval_loss"), faint=losses)
     for name, title in CURVES.items():
         yield _chart(title, _series(lines, name))
     yield _chart("Memory (GB)", [(step, value / 1e9) for step, value in _series(lines, "memory")])
@@ -59,6 +68,10 @@ def _summary(manifest: Mapping[str, Any]) -> str:
         "steps": manifest.get("step"),
         "training loss, last steps": _number(manifest.get("loss")),
         "validation loss": _number(manifest.get("validation_loss")),
+        "margin, last steps": _number(manifest.get("margin")),
+        "accuracy, last steps": _number(manifest.get("accuracy")),
+        "validation margin": _number(manifest.get("validation_margin")),
+        "validation accuracy": _number(manifest.get("validation_accuracy")),
         "best step": manifest.get("best_step"),
         "validation loss by form": ", ".join(f"{name} {_number(loss)}" for name, loss in losses.items()),
         "rows": counts.get("rows"),

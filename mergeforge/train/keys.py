@@ -22,6 +22,8 @@ from mergeforge.recipe.schema import (
     String,
 )
 from mergeforge.recipe.yaml_reader import Path
+from mergeforge.train.adapter_kinds import ADAPTER_KINDS
+from mergeforge.train.objectives import OBJECTIVES
 
 AUTO = "auto"
 OPTIMIZERS = (
@@ -89,6 +91,7 @@ _LORA = Object(
         "alpha": Number(0, None, "the delta is B A alpha / r (default 2 r)"),
         "dropout": Number(0, 1, "dropout on the adapter's input (default 0)"),
         "targets": OneOf(String("all-linear, or a regular expression"), ListOf(String("a module name"))),
+        "lr_ratio": Number(0, None, "LoRA+: learning rate of B divided by that of A, usually 2 to 16 (default 1)"),
         "rslora": Boolean("scale by alpha / sqrt(r) instead of alpha / r"),
         "dora": Boolean("DoRA: train a magnitude for each output as well"),
         "init": Enum(("default", "gaussian", "pissa", "olora"), "how A and B are initialized"),
@@ -96,6 +99,39 @@ _LORA = Object(
         "alpha_pattern": MapOf(Number(0, None), "module name or regular expression -> alpha"),
         "layers": ListOf(Integer(0), "adapt only these layers"),
         "modules_to_save": ListOf(String(), "modules trained in full and saved with the adapter"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number, a text, or true or false."""
+
+    def read(self, value: Any, path: Path, report: ReportProblem) -> Any:
+        if not isinstance(value, bool | int | float | str):
+            report(path, f"'{path[-1]}' must be a number, a text, true or false, not {value!r}", "")
+        return value
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": ["number", "string", "boolean"]}
+
+
+_ADAPTER = Object(
+    {
+        "type": Enum(tuple(ADAPTER_KINDS), "kind of adapter, under PEFT's name"),
+        "targets": OneOf(String("all-linear, or a regular expression"), ListOf(String("a module name"))),
+        "layers": ListOf(Integer(0), "adapt only these layers"),
+        "options": MapOf(Scalar(), "fields of PEFT's settings for this kind, such as r"),
+    },
+    required=("type",),
+    shorthand="type",
+)
+_PREFERENCE = Object(
+    {
+        "beta": Number(0, None, "how closely to stay with the reference (default 0.1; simpo: scale of the reward, 2)"),
+        "gamma": Number(0, None, "simpo: the margin to reach (default 1)"),
+        "desirable_weight": Number(0, None, "kto: weight of good answers (default 1)"),
+        "undesirable_weight": Number(0, None, "kto: weight of bad answers (default 1)"),
     }
 )
 _TOKENS = Object(
@@ -166,15 +202,23 @@ FIELDS: dict[str, Schema] = {
     "seq_len": Auto(Integer(8, "tokens in the longest sequence")),
     "pack": Auto(Boolean("put several rows into one sequence; they do not attend to each other")),
     "method": Enum(("qlora", "lora", "dora", "full"), "what is trained (default qlora)"),
+    "objective": Enum(tuple(OBJECTIVES), "sft: imitate the answers (default); the others learn from preferences"),
+    "preference": _PREFERENCE,
     "lora": _LORA,
+    "adapter": _ADAPTER,
     "tokens": _TOKENS,
     "batch": _BATCH,
     "lr": Auto(Number(0, None, "learning rate")),
-    "schedule": Enum(("cosine", "linear", "constant"), "learning rate schedule (default cosine)"),
+    "schedule": Enum(
+        ("cosine", "linear", "constant", "wsd"), "learning rate schedule (default cosine); wsd: warmup, stable, decay"
+    ),
+    "min_lr_ratio": Number(0, 1, "cosine and wsd: the last learning rate divided by the highest (default 0)"),
+    "decay": FractionOrSteps("wsd: the part at the end with a falling rate: a fraction, or steps (default 0.2)"),
     "warmup": FractionOrSteps("a fraction of all steps, or steps (default 0.03)"),
     "epochs": Auto(Number(0, None, "passes over the data")),
     "max_steps": Integer(1, "stop after this many optimizer steps"),
     "weight_decay": Number(0, None, "default 0"),
+    "neftune": Number(0, None, "NEFTune: noise on the input embeddings, usually 5 to 15 (default 0)"),
     "max_grad_norm": Number(0, None, "clip gradients to this norm (default 1)"),
     "optimizer": Auto(Enum(OPTIMIZERS)),
     "dtype": Auto(Enum(("bf16", "fp16", "fp32"), "dtype to compute in")),

@@ -40,6 +40,14 @@ def pack(lengths: Sequence[int] | Any, size: int) -> list[list[int]]:
     return [sorted(rows) for rows in packs]
 
 
+def pack_rows(lengths: Sequence[int] | Any, size: int, *, answers: int = 1) -> list[list[int]]:
+    """`pack` for rows of `answers` consecutive examples, which share a sequence. The indices are those of examples."""
+    import numpy as np
+
+    rows = pack(np.asarray(lengths).reshape(-1, answers).sum(1), size)
+    return [[row * answers + answer for row in sequence for answer in range(answers)] for sequence in rows]
+
+
 class _BestFitTree:
     """A set of sizes 0..n that finds its smallest member of at least a given size: a binary tree in a list."""
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.checkpoints.names import CONV1D_MODELS
 from mergeforge.data import Prepared, load_tokenizer, prepare
-from mergeforge.errors import OutputError, SourceError
+from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.operations.synthetic_models import ModelShape, write_model
 from mergeforge.train import environment, preflight
+from mergeforge.train.adapter_kinds import check_options
 from mergeforge.train.auto_config import LengthStats, Machine, ResolvedSettings, resolve_settings
 from mergeforge.train.model_stats import ModelStats, empty_model, stats_of
-from mergeforge.train.packing import pack
+from mergeforge.train.packing import pack_rows
 from mergeforge.train.run_folder import RunFolder
 from mergeforge.train.schedule import Schedule, make_schedule
 from mergeforge.train.settings import TrainSettings, read
@@ -64,21 +65,31 @@ class TrainPlan:
         return config.get("model_type") in CONV1D_MODELS
 
     def packs(self, *, packed: bool) -> list[list[int]]:
-        """The row indices of each training sequence."""
-        lengths = self.data.train.lengths
-        return pack(lengths, self.resolved.setup.seq_len) if packed else [[row] for row in range(len(lengths))]
+        """The indices of the examples of each training sequence."""
+        lengths, answers = self.data.train.lengths, self.settings.answers
+        if packed:
+            return self._packed(lengths)
+        return [list(range(first, first + answers)) for first in range(0, len(lengths), answers)]
 
     def validation_packs(self, *, packed: bool) -> list[list[int]]:
-        """The row indices of each validation sequence; without packing, the longest rows come first."""
+        """The indices of the examples of each validation sequence; without packing, the longest come first."""
         assert self.data.validation is not None
-        lengths = self.data.validation.lengths
+        lengths, answers = self.data.validation.lengths, self.settings.answers
         if packed:
-            return pack(lengths, self.resolved.setup.seq_len)
-        return [[row] for row in sorted(range(len(lengths)), key=lambda row: -int(lengths[row]))]
+            return self._packed(lengths)
+        rows = [list(range(first, first + answers)) for first in range(0, len(lengths), answers)]
+        return sorted(rows, key=lambda row: -max(int(lengths[index]) for index in row))
+
+    def _packed(self, lengths: Any) -> list[list[int]]:
+        try:
+            return pack_rows(lengths, self.resolved.setup.seq_len, answers=self.settings.answers)
+        except ValueError as error:
+            hint = "set a larger seq_len, or pack: false"
+            raise RecipeError(f"both answers of a row must fit into a packed sequence: {error}", hint=hint) from None
 
     def schedule(self, sequences: int) -> Schedule:
         """The schedule of a run over this many sequences."""
-        rows = len(self.data.train)
+        rows = len(self.data.train) // self.settings.answers
         return make_schedule(
             self.settings, sequences, rows, self.resolved.setup.micro_batch, self.resolved.epochs, self.devices
         )
@@ -100,6 +111,8 @@ def make_plan(
         sets = (*sets, f"output={out}")
     settings = source if isinstance(source, TrainSettings) else read(source, sets)
     environment.check_packages(quantize=settings.method == "qlora", track=settings.track)
+    if settings.adapter:
+        check_options(settings.adapter)
     folder = RunFolder(settings.output)
     machine = environment.find_machine(settings, device)
     preflight.check_device(settings, machine)
@@ -170,19 +183,20 @@ def _fit_to_memory(
 ) -> tuple[Prepared, ResolvedSettings]:
     """The tokenized data and settings that fit it; `too_long` applies to rows longer than the resolved seq_len."""
     data = prepare(settings.data, tokenizer, folder.data, extra_key="\n".join(settings.added_tokens))
-    resolved = resolve_settings(settings, stats, length_stats(data), machine)
+    resolved = resolve_settings(settings, stats, length_stats(data, settings.answers), machine)
     seq_len = resolved.setup.seq_len
     if int(data.train.lengths.max()) > seq_len:
         shorter = replace(settings.data, seq_len=seq_len)
         data = prepare(shorter, tokenizer, folder.data, extra_key="\n".join(settings.added_tokens))
-        resolved = resolve_settings(replace(settings, seq_len=seq_len), stats, length_stats(data), machine)
+        lengths = length_stats(data, settings.answers)
+        resolved = resolve_settings(replace(settings, seq_len=seq_len), stats, lengths, machine)
     return data, resolved
 
 
-def length_stats(data: Prepared) -> LengthStats:
-    """The lengths of the training rows."""
+def length_stats(data: Prepared, answers: int = 1) -> LengthStats:
+    """The lengths of the training examples, of which a row has `answers`."""
     import numpy as np
 
     lengths = np.asarray(data.train.lengths)
     p95, p99, longest = (int(np.quantile(lengths, fraction, method="higher")) for fraction in (0.95, 0.99, 1.0))
-    return LengthStats(p95, p99, longest, len(lengths))
+    return LengthStats(p95, p99, longest, len(lengths) // answers, answers)

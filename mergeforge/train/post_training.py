@@ -135,8 +135,9 @@ def _finish_model(
 
 
 def _adapter_loss(plan: TrainPlan) -> float:
-    """The validation loss that the run ended with."""
-    return float((plan.folder.manifest() or {}).get("validation_loss", float("nan")))
+    """The validation loss that the run ended with, in nats per token of the answers."""
+    manifest = plan.folder.manifest() or {}
+    return float(manifest.get("validation_nll", manifest.get("validation_loss", float("nan"))))
 
 
 def _merge_on_nf4(plan: TrainPlan, after: PostTraining, out: Path, memory: str | None, on_message: OnMessage) -> bool:

@@ -84,7 +84,9 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
     _check_names(options, model)
     load_base.resize_embeddings(model, vocabulary)
     model.requires_grad_(False)
-    adapted = lora.with_adapter(model, replace(options, init="default"), new_tokens, without_weights=True)
+    adapted = lora.with_adapter(
+        model, replace(options, init="default"), new_tokens, settings.adapter, without_weights=True
+    )
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 

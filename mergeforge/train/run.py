@@ -17,6 +17,7 @@ from mergeforge.errors import BudgetError, OutputError
 from mergeforge.tensors.budget import resident_memory
 from mergeforge.train.environment import is_main, silence_libraries
 from mergeforge.train.html_report import write_report
+from mergeforge.train.objectives import REWARD_METRICS
 from mergeforge.train.plan import TrainPlan
 from mergeforge.train.post_training import write_recipe
 from mergeforge.train.resume import Resume, run_manifest, start
@@ -100,7 +101,8 @@ def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[MetricC
     with _stop_signal() as stop:
         outcome = _run_loop(plan, context, checkpoint, stop)
     manifest = run_manifest(plan, INTERRUPTED if outcome.interrupted else FINISHED)
-    manifest |= asdict(outcome) | {"notes": notes, "loss": _last_loss(plan.folder)}
+    manifest |= asdict(outcome) | {"notes": notes, "loss": _recent(plan.folder, "loss")}
+    manifest |= {name: _recent(plan.folder, name) for name in REWARD_METRICS if context.preference}
     if is_main() and not outcome.interrupted:
         manifest |= _write_results(plan, context, outcome, samples)
     manifest |= {"seconds": round(time.monotonic() - started, 3), "peak_memory": _peak_memory(context)}
@@ -172,6 +174,7 @@ def _write_results(
 ) -> dict[str, Any]:
     """Write the adapter (or model) and its recipe; returns the entries of run.json that are known only at the end."""
     from mergeforge.train.loop.context import load_weights, save_model, validation_sums
+    from mergeforge.train.loop.preference import RewardSums
 
     folder, entries = plan.folder, dict[str, Any]()
     best = outcome.best_step
@@ -181,8 +184,11 @@ def _write_results(
             load_weights(context, checkpoint)
             entries["kept_step"] = best
     if context.validation is not None:
-        total, count = validation_sums(context.model, context)
+        rewards = RewardSums()
+        total, count = validation_sums(context.model, context, rewards=rewards)
         entries["validation_loss"] = total / count
+        if context.preference:
+            entries |= rewards.metrics("validation_") | {"validation_nll": rewards.nll}
     result = folder.adapter if plan.settings.trains_adapter else folder.model
     partial = result.with_name(f".{result.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -199,10 +205,10 @@ def _before_and_after(folder: RunFolder, after: Mapping[str, str]) -> list[dict[
     return [{"prompt": prompt, "before": before.get(prompt), "after": text} for prompt, text in after.items()]
 
 
-def _last_loss(folder: RunFolder) -> float | None:
-    """The mean loss of the last ten steps."""
-    losses = folder.metric_values("loss")[-10:]
-    return sum(losses) / len(losses) if losses else None
+def _recent(folder: RunFolder, name: str) -> float | None:
+    """The mean of a metric over the last ten steps."""
+    values = folder.metric_values(name)[-10:]
+    return sum(values) / len(values) if values else None
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ class Schedule:
     warmup_steps: int
     eval_steps: int  # between two validations
     save_steps: int  # between two checkpoints
+    decay_steps: int = 0  # at the end of a warmup-stable-decay schedule
 
     @property
     def epochs(self) -> float:
@@ -49,6 +50,7 @@ def make_schedule(
         _steps(settings.warmup, total_steps),
         _steps(settings.eval.every, steps_per_epoch) or NEVER,
         _steps(settings.save.every, steps_per_epoch) or NEVER,
+        _steps(settings.decay, total_steps),
     )
 
 

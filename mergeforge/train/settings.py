@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,23 @@ from mergeforge.data import DataSettings, data_settings
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
+from mergeforge.recipe.schema import ReportProblem
+from mergeforge.train.adapter_kinds import AdapterOptions, check_adapter
 from mergeforge.train.keys import TRAIN
+from mergeforge.train.objectives import OBJECTIVES, SFT, PreferenceOptions, check_objective
 
 NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs")  # a resumed run may change these
 SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same name and value
     "model",
     "method",
+    "objective",
     "seq_len",
     "pack",
     "lr",
     "schedule",
+    "min_lr_ratio",
+    "decay",
+    "neftune",
     "warmup",
     "epochs",
     "max_steps",
@@ -48,6 +55,7 @@ class LoraOptions:
     alpha: float | None = None
     dropout: float = 0.0
     targets: str | tuple[str, ...] | None = None
+    lr_ratio: float | None = None
     rslora: bool = False
     dora: bool = False
     init: str = "default"
@@ -126,14 +134,20 @@ class TrainSettings:
     data: DataSettings
     output: Path
     method: str = "qlora"
+    objective: str = SFT
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     seq_len: int | None = None
     pack: bool | None = None
     lora: LoraOptions = field(default_factory=LoraOptions)
+    adapter: AdapterOptions | None = None
     added_tokens: tuple[str, ...] = ()
     batch_size: int = 16
     micro_batch: int | None = None
     lr: float | None = None
     schedule: str = "cosine"
+    min_lr_ratio: float = 0.0
+    decay: float = 0.2
+    neftune: float = 0.0
     warmup: float = 0.03
     epochs: float | None = None
     max_steps: int | None = None
@@ -156,6 +170,11 @@ class TrainSettings:
     @property
     def trains_adapter(self) -> bool:
         return self.method != "full"
+
+    @property
+    def answers(self) -> int:
+        """Sequences of tokens that a row of data has."""
+        return OBJECTIVES[self.objective].answers
 
     @property
     def fingerprint(self) -> str:
@@ -212,7 +231,27 @@ def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) 
         report(("save", "best"), "'best' needs validation data", "add val: 0.05")
     if values.get("loop") == "simple" and values.get("track"):
         report(("track",), "the simple loop writes metrics.jsonl only", "set loop: trainer")
+    check_objective(values, report)
+    check_adapter(values, report)
+    _check_schedule(values, report)
     return values
+
+
+def _check_schedule(values: Mapping[str, Any], report: ReportProblem) -> None:
+    schedule = values.get("schedule", "cosine")
+    for key, schedules in (("min_lr_ratio", ("cosine", "wsd")), ("decay", ("wsd",))):
+        if key in values and schedule not in schedules:
+            report((key,), f"schedule: {schedule} has no {key}", f"it is for {' and '.join(schedules)}")
+    if (values.get("lora") or {}).get("lr_ratio") == 0:
+        report(("lora", "lr_ratio"), "lr_ratio must be more than 0", "LoRA+ recommends 2 to 16")
+
+
+def _data_settings(values: Mapping[str, Any]) -> DataSettings:
+    settings = data_settings(values, seq_len=values.get("seq_len"), seed=values.get("seed", 0))
+    format = OBJECTIVES[values.get("objective", SFT)].format
+    if format == "auto":
+        return settings
+    return replace(settings, sources=tuple(replace(source, format=format) for source in settings.sources))
 
 
 def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> TrainSettings:
@@ -222,12 +261,19 @@ def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> T
     }
     if values.get("method") == "dora":
         lora["dora"] = True
+    adapter = values.get("adapter")
+    if adapter:
+        adapter = {"type": adapter} if isinstance(adapter, str) else adapter
+        lora = {key: tuple(adapter[key]) for key in ("targets", "layers") if isinstance(adapter.get(key), list)}
+        lora |= {"targets": adapter["targets"]} if isinstance(adapter.get("targets"), str) else {}
     batch, early_stop = values.get("batch", {}), values.get("early_stop")
     return TrainSettings(
         **{key: values[key] for key in SAME_NAME if key in values},
-        data=data_settings(values, seq_len=values.get("seq_len"), seed=values.get("seed", 0)),
+        data=_data_settings(values),
+        preference=PreferenceOptions(**(values.get("preference") or {})),
         output=Path(values.get("output") or Path("runs") / Path(name).stem.replace(" ", "-")),
         lora=LoraOptions(**lora),
+        adapter=AdapterOptions(adapter["type"], adapter.get("options") or {}) if adapter else None,
         added_tokens=tuple((values.get("tokens") or {}).get("add", ())),
         batch_size=batch.get("size", 16),
         micro_batch=batch.get("micro"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,39 @@ def write_settings(folder: Path, base: Path) -> dict[str, Any]:
 def settings(here: Path, base: Path) -> dict[str, Any]:
     """Settings of a run of ten steps on 40 rows, LoRA in float32."""
     return write_settings(here, base)
+
+
+@pytest.fixture
+def preferences(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run of ten steps on 40 pairs; answers join two words with a dash or with a space."""
+    pairs = list(itertools.permutations(COLORS, 2))[:40]
+    rows = [
+        {
+            "prompt": f"Join {first} and {second}.",
+            "chosen": f"{first}-{second}",
+            "rejected": f"{first} {second} {first}",
+        }
+        for first, second in pairs
+    ]
+    write_rows(Path(settings["data"]), rows)
+    return settings | {"objective": "dpo"}
+
+
+@pytest.fixture
+def labels(preferences: dict[str, Any]) -> dict[str, Any]:
+    """The same as labeled answers, for KTO."""
+    path = Path(preferences["data"])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    labeled = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row, name in zip(rows, itertools.cycle(("chosen", "rejected")), strict=False)
+    ]
+    write_rows(path, labeled)
+    return preferences | {"objective": "kto"}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from mergeforge.errors import MergeforgeError
 from mergeforge.tensors.budget import resident_memory
 from mergeforge.train.loop.chunked_loss import IGNORE_INDEX
 from mergeforge.train.loop.collate import PackedSequences, collate
+from mergeforge.train.loop.preference import PreferenceTraining, RewardSums
+from mergeforge.train.loop.preference_batch import PreferenceSequences
 from mergeforge.train.run_folder import RunFolder
 from mergeforge.train.schedule import Schedule
 from mergeforge.train.settings import TrainSettings
@@ -37,8 +39,8 @@ class TrainingContext:
 
     settings: TrainSettings
     model: Any  # PreTrainedModel or PeftModel
-    train: PackedSequences
-    validation: PackedSequences | None
+    train: PackedSequences | PreferenceSequences
+    validation: PackedSequences | PreferenceSequences | None
     schedule: Schedule
     folder: RunFolder
     lr: float
@@ -49,6 +51,7 @@ class TrainingContext:
     write_tokenizer_files: Callable[[Path], None]  # tokenizer and chat template into a folder
     callbacks: list[MetricCallback] = field(default_factory=list)
     is_main: bool = True  # of several processes, the one that writes files
+    preference: PreferenceTraining | None = None  # None: supervised fine-tuning
 
     @property
     def base_model(self) -> Any:
@@ -61,7 +64,19 @@ class TrainingContext:
             callback(line)
 
     def collator(self) -> Callable[..., Batch]:
-        return partial(collate, pad=self.pad)
+        return self.preference.collate if self.preference else partial(collate, pad=self.pad)
+
+    def loss_count(self, batch: Batch) -> int:
+        """What the loss of a step is averaged over: trained tokens, or rows with a preference."""
+        return self.preference.count(batch) if self.preference else int((batch["labels"] != IGNORE_INDEX).sum())
+
+    def loss(self, model: nn.Module, batch: Batch, count: Any, rewards: RewardSums) -> Tensor:
+        """The summed loss of a batch, divided by `count`. `model`: perhaps wrapped for several devices."""
+        if self.preference:
+            loss: Tensor = self.preference.loss(model, self.model, batch, rewards) / count
+        else:
+            loss = model(**batch, num_items_in_batch=count)["loss"]
+        return loss
 
 
 class MetricLogger:
@@ -81,7 +96,9 @@ class MetricLogger:
         """Leave time that was not training (validation, checkpoints) out of the speed."""
         self._excluded_seconds += seconds
 
-    def step(self, step: int, loss: float, lr: float, norm: float | None) -> None:
+    def step(
+        self, step: int, loss: float, lr: float, norm: float | None, metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Write one optimizer step. Raises MergeforgeError for a loss that is infinite or NaN."""
         if not math.isfinite(loss):
             hint = "try a lower lr, or dtype: bf16 instead of fp16, or check the rows of this step"
@@ -90,13 +107,15 @@ class MetricLogger:
         seconds = max(now - self._last_step - self._excluded_seconds, 1e-9)
         line = {"step": step, "epoch": step / self._context.schedule.steps_per_epoch, "loss": loss, "lr": lr}
         line |= {} if norm is None else {"grad_norm": norm}
+        line |= metrics or {}
         memory = memory_used(self._context.device)
         self.write(line | {"tokens_per_second": self._tokens / seconds, "memory": memory})
         self._tokens, self._last_step, self._excluded_seconds = 0, now, 0.0
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float, metrics: Mapping[str, float] | None = None) -> None:
         """Write the validation loss after a step."""
-        self.write({"step": step, "epoch": step / self._context.schedule.steps_per_epoch, "eval_loss": loss})
+        line = {"step": step, "epoch": step / self._context.schedule.steps_per_epoch, "eval_loss": loss}
+        self.write(line | dict(metrics or {}))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Write a line as it is."""
@@ -112,9 +131,12 @@ def memory_used(device: str) -> int:
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident_memory()
 
 
-def validation_sums(model: nn.Module, context: TrainingContext, part: tuple[int, int] = (0, 1)) -> tuple[float, int]:
-    """The summed loss of all validation tokens and their number. `part` (i, n): only every n-th batch, from batch i.
+def validation_sums(
+    model: nn.Module, context: TrainingContext, part: tuple[int, int] = (0, 1), rewards: RewardSums | None = None
+) -> tuple[float, int]:
+    """The summed loss of all validation tokens (or preferences) and their number. Adds to `rewards`.
 
+    `part` (i, n): only every n-th batch, from batch i.
     Changes nothing that training depends on: it draws no random number and restores the model's mode.
     """
     assert context.validation is not None
@@ -126,8 +148,8 @@ def validation_sums(model: nn.Module, context: TrainingContext, part: tuple[int,
         for start in range(part[0] * size, len(sequences), part[1] * size):
             rows = [sequences[index] for index in range(start, min(start + size, len(sequences)))]
             batch = {name: tensor.to(context.device) for name, tensor in context.collator()(rows).items()}
-            total += float(model(**batch, num_items_in_batch=1)["loss"])
-            count += int((batch["labels"] != IGNORE_INDEX).sum())
+            total += float(context.loss(model, batch, 1, RewardSums() if rewards is None else rewards))
+            count += context.loss_count(batch)
     model.train(training)
     return total, count
 

@@ -15,9 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from mergeforge.train.loop.collate import EpochShuffler
 from mergeforge.train.loop.context import MetricLogger, TrainingContext, save_model, validation_sums
+from mergeforge.train.loop.optimizer import make_optimizer, schedule_arguments
+from mergeforge.train.loop.preference import RewardSums
 from mergeforge.train.settings import EarlyStopSettings
-
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclasses.dataclass
@@ -69,7 +69,7 @@ def arguments(context: TrainingContext) -> TrainingArguments:
         "gradient_accumulation_steps": schedule.accumulation_steps,
         "max_steps": schedule.total_steps,
         "learning_rate": context.lr,
-        "lr_scheduler_type": SCHEDULES[settings.schedule],
+        **schedule_arguments(settings, schedule),
         "warmup_steps": schedule.warmup_steps,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
@@ -100,6 +100,7 @@ class _Trainer(Trainer):
     def __init__(self, context: TrainingContext, stop: StopSignal) -> None:
         self.context = context
         self.metrics_file = MetricLogger(context)
+        self.rewards = RewardSums()
         self.sampler = EpochShuffler(len(context.train), context.settings.seed)
         self.progress = _TrainerCallback(self, stop, context.settings.early_stop)
         callbacks: list[TrainerCallback] = [self.progress]
@@ -118,6 +119,13 @@ class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochShuffler:
         return self.sampler
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        ratio = self.context.settings.lora.lr_ratio
+        if ratio is not None and self.optimizer is None:
+            self.optimizer = make_optimizer(self.context.model, self.args, ratio)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.context.folder.partial)
 
@@ -126,16 +134,42 @@ class _Trainer(Trainer):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        if self.context.preference is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self.context.loss(model, inputs, num_items_in_batch, self.rewards) * self.args.world_size
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if self.context.preference is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = torch.tensor(sum(self.context.loss_count(batch) for batch in batch_samples), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def reward_metrics(self, rewards: RewardSums, prefix: str = "") -> dict[str, float]:
+        """The metrics of the rewards on all devices; clears them."""
+        if self.args.world_size > 1:
+            rewards.values = self.accelerator.reduce(rewards.values.to(self.args.device), "sum").cpu()
+        metrics = rewards.metrics(prefix)
+        rewards.clear()
+        return metrics
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean over all validation tokens, not over batches."""
         started = time.monotonic()
         part = (self.args.process_index, self.args.world_size)
-        sums = torch.tensor(validation_sums(self.model_wrapped, self.context, part), dtype=torch.float64)
+        rewards = RewardSums()
+        sums = torch.tensor(validation_sums(self.model_wrapped, self.context, part, rewards), dtype=torch.float64)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         loss = float(sums[0] / sums[1])
         self.progress.add_validation(loss, self.state)
-        self.metrics_file.validation(self.state.global_step, loss)
+        self.metrics_file.validation(self.state.global_step, loss, self.reward_metrics(rewards, "eval_"))
         self.log({"eval_loss": loss})
         self.metrics_file.exclude_time(time.monotonic() - started)
         return {"eval_loss": loss}
@@ -197,8 +231,8 @@ class _TrainerCallback(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" in logs:
-            norm = logs.get("grad_norm")
-            self._trainer.metrics_file.step(state.global_step, logs["loss"], logs["learning_rate"], norm)
+            norm, rewards = logs.get("grad_norm"), self._trainer.reward_metrics(self._trainer.rewards)
+            self._trainer.metrics_file.step(state.global_step, logs["loss"], logs["learning_rate"], norm, rewards)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.stopped_early:

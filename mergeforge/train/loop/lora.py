@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import peft
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
 from mergeforge.errors import RecipeError, format_list
+from mergeforge.train.adapter_kinds import ADAPTER_KINDS, AdapterOptions
 from mergeforge.train.model_stats import modules_without_adapter
 from mergeforge.train.settings import LoraOptions
 from mergeforge.train.untargeted import ROUTERS, linear_names, untargeted_parts, untargeted_pattern
@@ -21,21 +24,27 @@ INITS: dict[str, Any] = {"default": True}  # PEFT's init_lora_weights, where it 
 
 
 def with_adapter(
-    model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int], *, without_weights: bool = False
+    model: PreTrainedModel,
+    lora: LoraOptions,
+    new_tokens: Sequence[int],
+    adapter: AdapterOptions | None = None,
+    *,
+    without_weights: bool = False,
 ) -> PeftModel:
     """The model with a LoRA adapter; the embedding and lm_head rows of `new_tokens` (ids) are trained too.
 
-    Adapters are float32 whatever the base is. `without_weights`: the model is on the meta device. Raises RecipeError
-    where no module matches `targets`, and for what PEFT cannot do.
+    Adapters are float32 whatever the base is. `adapter`: another kind of adapter, with targets and layers of `lora`.
+    `without_weights`: the model is on the meta device. Raises RecipeError where no module matches `targets`, and for
+    what PEFT cannot do.
     """
-    config = lora_config(model, lora, new_tokens)
-    if config.target_parameters and (lora.dora or lora.dropout):
+    config = adapter_config(model, adapter, lora) if adapter else lora_config(model, lora, new_tokens)
+    if isinstance(config, LoraConfig) and config.target_parameters and (lora.dora or lora.dropout):
         what = "DoRA" if lora.dora else "lora.dropout"
         hint = "set method: lora and no dropout, or name lora.targets without the experts, such as [q_proj, v_proj]"
         raise RecipeError(f"{what} does not work on experts that are fused into one tensor", hint=hint)
     try:
         adapted = get_peft_model(model, config, low_cpu_mem_usage=without_weights)
-    except ValueError as error:
+    except (ValueError, TypeError, AssertionError) as error:
         names = sorted({name.rpartition(".")[2] for name in linear_names(model)})
         hint = f"the model's linear modules: {format_list(names, 12)}"
         raise RecipeError(f"the adapter does not fit the model: {str(error).splitlines()[0]}", hint=hint) from None
@@ -43,6 +52,27 @@ def with_adapter(
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def adapter_config(model: PreTrainedModel, adapter: AdapterOptions, lora: LoraOptions) -> PeftConfig:
+    """PEFT's configuration of another kind of adapter."""
+    targets: Any = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets or ALL
+    untargeted = untargeted_pattern(untargeted_parts(model), lora.targets)
+    if targets == ALL:
+        targets = sorted(_last_names(model, untargeted))
+    config: Any = getattr(peft, ADAPTER_KINDS[adapter.type])
+    fields = {field.name for field in dataclasses.fields(config)}
+    values: dict[str, Any] = {"target_modules": targets, "task_type": "CAUSAL_LM"} | dict(adapter.options)
+    if lora.layers:
+        values["layers_to_transform"] = list(lora.layers)
+    if "exclude_modules" in fields:
+        values["exclude_modules"] = untargeted or None
+    if "fan_in_fan_out" in fields:
+        values["fan_in_fan_out"] = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    if adapter.type == "ia3":  # IA3 scales the inputs of these modules, and the outputs of all others
+        values.setdefault("feedforward_modules", [])
+    made: PeftConfig = config(**values)
+    return made
 
 
 def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int]) -> LoraConfig:

@@ -11,21 +11,20 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, get_scheduler
 
-from mergeforge.train.loop.chunked_loss import IGNORE_INDEX
 from mergeforge.train.loop.collate import EpochShuffler
 from mergeforge.train.loop.context import Batch, MetricLogger, TrainingContext, autocast, validation_sums
-from mergeforge.train.loop.hf_trainer import SCHEDULES, StopSignal, TrainingOutcome, arguments
+from mergeforge.train.loop.hf_trainer import StopSignal, TrainingOutcome, arguments
+from mergeforge.train.loop.optimizer import make_optimizer, make_rates
+from mergeforge.train.loop.preference import RewardSums
 
 
 def train(context: TrainingContext, stop: StopSignal) -> TrainingOutcome:
     """Train to the end."""
     settings, schedule, metrics = context.settings, context.schedule, MetricLogger(context)
     trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments(context))
-    optimizer = optimizer_class(trained, **options, weight_decay=settings.weight_decay)
-    rates = get_scheduler(SCHEDULES[settings.schedule], optimizer, schedule.warmup_steps, schedule.total_steps)
+    optimizer = make_optimizer(context.model, arguments(context), settings.lora.lr_ratio)
+    rates = make_rates(settings, schedule, optimizer)
     scaler = torch.amp.GradScaler(torch.device(context.device).type, enabled=context.dtype == "fp16")
     sampler = EpochShuffler(len(context.train), settings.seed)
     loader: DataLoader[Any] = DataLoader(
@@ -37,7 +36,8 @@ def train(context: TrainingContext, stop: StopSignal) -> TrainingOutcome:
         sampler.set_epoch(step // schedule.steps_per_epoch)
         for step_of_epoch, passes in enumerate(_grouped(loader, schedule.accumulation_steps), start=1):
             rate = rates.get_last_lr()[0]
-            loss = _accumulate(context, passes, metrics, scaler)
+            rewards = RewardSums()
+            loss = _accumulate(context, passes, metrics, scaler, rewards)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm or float("inf"))
             scaler.step(optimizer)
@@ -46,11 +46,12 @@ def train(context: TrainingContext, stop: StopSignal) -> TrainingOutcome:
             optimizer.zero_grad()
             step += 1
             is_last = step == schedule.total_steps
-            metrics.step(step, loss, rate, float(norm))
+            metrics.step(step, loss, rate, float(norm), rewards.metrics())
             if context.validation is not None and (step_of_epoch % schedule.eval_steps == 0 or is_last):
-                total, count = validation_sums(context.model, context)
+                eval_rewards = RewardSums()
+                total, count = validation_sums(context.model, context, rewards=eval_rewards)
                 best = min(best, (total / count, step))
-                metrics.validation(step, total / count)
+                metrics.validation(step, total / count, eval_rewards.metrics("eval_"))
             if is_last or stop.requested:
                 break
     best_loss, best_step = best if best[1] else (None, None)
@@ -58,16 +59,20 @@ def train(context: TrainingContext, stop: StopSignal) -> TrainingOutcome:
 
 
 def _accumulate(
-    context: TrainingContext, passes: list[Batch], metrics: MetricLogger, scaler: torch.amp.GradScaler
+    context: TrainingContext,
+    passes: list[Batch],
+    metrics: MetricLogger,
+    scaler: torch.amp.GradScaler,
+    rewards: RewardSums,
 ) -> float:
-    """Accumulate the gradient of the mean loss over all trained tokens of these passes; returns that loss."""
-    count = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in passes)
+    """Accumulate the gradient of the mean loss over these passes; returns that loss."""
+    count = sum(context.loss_count(batch) for batch in passes)
     loss = 0.0
     for batch in passes:
         metrics.add_batch(int((batch["input_ids"] != context.pad).sum()))
         inputs = {name: tensor.to(context.device) for name, tensor in batch.items()}
         with autocast(context):
-            pass_loss = context.model(**inputs, num_items_in_batch=count)["loss"]
+            pass_loss = context.loss(context.model, inputs, count, rewards)
         scaler.scale(pass_loss).backward()
         loss += pass_loss.item()
     return loss

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 from mergeforge.errors import SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.train.environment import is_main
-from mergeforge.train.loop import chunked_loss, collate, load_base, lora
+from mergeforge.train.loop import chunked_loss, collate, load_base, log_probs, lora, noise, preference
 from mergeforge.train.loop.context import MetricCallback, TrainingContext, autocast, memory_used
+from mergeforge.train.loop.preference_batch import AnswerTokens, PreferenceSequences
+from mergeforge.train.objectives import OBJECTIVES
 from mergeforge.train.plan import TrainPlan
 from mergeforge.train.tokenizer_files import write_tokenizer_files
 
@@ -32,31 +35,42 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
         hint = "choose a model that predicts the next token from those before it"
         raise SourceError(f"{plan.base} cannot be trained on text: its tokens attend to later ones", hint=hint)
     packed = plan.resolved.pack and collate.separates_packed_rows(base)
-    loss = chunked_loss.custom_loss(settings.loss)
-    loss_note = chunked_loss.install_chunked_loss(base, chunk=setup.ce_chunk, custom=loss)
+    objective = OBJECTIVES[settings.objective]
+    if objective.is_preference:
+        preference.disable_dropout(base)
+        loss_note = log_probs.install_log_probs(base, chunk=setup.ce_chunk)
+    else:
+        loss = chunked_loss.custom_loss(settings.loss)
+        loss_note = chunked_loss.install_chunked_loss(base, chunk=setup.ce_chunk, custom=loss)
     if setup.checkpointing:
         load_base.checkpoint_activations(base, offload=setup.offload)
     model: Any = base
     if settings.trains_adapter:
-        model = lora.with_adapter(base, setup.lora, plan.new_tokens)
+        model = lora.with_adapter(base, setup.lora, plan.new_tokens, settings.adapter)
         model.peft_config["default"].base_model_name_or_path = _base_name(plan.base)
         model.peft_config["default"].revision = plan.revision
-    packs, validation = plan.packs(packed=packed), plan.data.validation
+    if settings.neftune:
+        noise.add_embedding_noise(base, settings.neftune)
+    packs, validation, pad = plan.packs(packed=packed), plan.data.validation, _pad_token(plan.tokenizer)
+    sequences: Any = PreferenceSequences if objective.is_preference else collate.PackedSequences
     context = TrainingContext(
         settings=settings,
         model=model,
-        train=collate.PackedSequences(plan.data.train, packs),
-        validation=collate.PackedSequences(validation, plan.validation_packs(packed=packed)) if validation else None,
+        train=sequences(plan.data.train, packs),
+        validation=sequences(validation, plan.validation_packs(packed=packed)) if validation else None,
         schedule=plan.schedule(len(packs)),
         folder=plan.folder,
         lr=plan.resolved.lr,
         optimizer=_optimizer(setup.optimizer, plan.resolved.device),
         dtype=plan.resolved.dtype,
         device=plan.resolved.device,
-        pad=_pad_token(plan.tokenizer),
+        pad=pad,
         write_tokenizer_files=lambda folder: _write_tokenizer_files(plan, folder),
         callbacks=list(callbacks),
         is_main=is_main(),
+        preference=preference.PreferenceTraining(objective, settings.preference, packed, pad)
+        if objective.is_preference
+        else None,
     )
     unpacked = "this model cannot keep packed rows apart: each row gets a sequence of its own"
     notes = [unpacked if plan.resolved.pack and not packed else "", loss_note]
@@ -107,23 +121,32 @@ def probe_memory(context: TrainingContext, seq_len: int) -> int:
     Run before training, so that memory runs out at once or not at all. Leaves no gradient and no random number drawn.
     Raises torch.OutOfMemoryError.
     """
-    size = context.schedule.micro_batch
-    vocabulary = int(context.base_model.get_input_embeddings().weight.shape[0])
-    tokens = torch.arange(size * seq_len, device=context.device).view(size, seq_len) % vocabulary
-    positions = torch.arange(seq_len, device=context.device).expand_as(tokens)
+    batch = {name: tensor.to(context.device) for name, tensor in _full_batch(context, seq_len).items()}
     cpu_state = torch.random.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     if context.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(context.device)
     try:
         with autocast(context):
-            output = context.model(
-                input_ids=tokens, position_ids=positions, labels=tokens, num_items_in_batch=tokens.numel()
-            )
-        output["loss"].backward()
+            loss = context.loss(context.model, batch, context.loss_count(batch), preference.RewardSums())
+        loss.backward()
         return memory_used(context.device)
     finally:
         context.model.zero_grad(set_to_none=True)
         torch.random.set_rng_state(cpu_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _full_batch(context: TrainingContext, seq_len: int) -> dict[str, Tensor]:
+    """A batch of the longest sequences, in which every token has a label."""
+    size = context.schedule.micro_batch
+    vocabulary = int(context.base_model.get_input_embeddings().weight.shape[0])
+    tokens = torch.arange(size * seq_len).view(size, seq_len) % vocabulary
+    objective = context.preference
+    if objective is None:
+        return collate.collate([[(row, row)] for row in tokens], pad=context.pad)
+    answers = objective.objective.answers
+    length = seq_len // answers if objective.packed else seq_len
+    kinds = [1 - 2 * (number % 2) for number in range(answers)]
+    return objective.collate([[AnswerTokens(row[:length], row[:length], kind) for kind in kinds] for row in tokens])
