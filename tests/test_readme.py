@@ -31,7 +31,7 @@ HOW_TO = (ROOT / "recipes" / "README.md").read_text()
 
 
 PAGES = README + HOW_TO
-DATA = ("instruct", "documents", "forecast")  # file names of the training rows in PAGES, in order
+DATA = ("instruct", "pairs", "documents", "forecast")  # file names of the training rows in PAGES, in order
 
 
 def blocks(language: str, page: str = PAGES) -> list[str]:
