@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def install_log_probs(model: PreTrainedModel, *, chunk: int) -> str:
     head = find_head(model) if chunk else None
     model_forward = model.forward
 
+    @functools.wraps(model_forward)  # generate() and the Trainer read the signature of the model's own forward
     def forward(
         input_ids: Tensor | None = None,
         *,
