@@ -119,7 +119,8 @@ def stats_of(model: Any) -> ModelStats:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = dict(model.named_modules())
     linears = tuple(_linear(name, modules[name]) for name in linear_names(model))
-    tied = head is None or getattr(config, "tie_word_embeddings", False)
+    # a vision-language model's own flag counts, not that of its text part
+    tied = head is None or head.weight is embedding.weight or getattr(model.config, "tie_word_embeddings", False)
     head_numel = 0 if tied else head.weight.numel()
     numel = sum(parameter.numel() for parameter in model.parameters())
     if tied and head is not None and head.weight is not embedding.weight:

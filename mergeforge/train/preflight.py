@@ -26,6 +26,7 @@ from mergeforge.gguf.architectures import ARCHITECTURES, class_name
 from mergeforge.gguf.file_types import file_type_named
 from mergeforge.recipe.model import OUT_DTYPES
 from mergeforge.train.auto_config import Machine
+from mergeforge.train.environment import silence_libraries
 from mergeforge.train.estimate import STATE_NBYTES
 from mergeforge.train.model_stats import ModelStats
 from mergeforge.train.settings import LoraOptions, PostTraining, TrainSettings
@@ -84,9 +85,10 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
     _check_names(options, model)
     load_base.resize_embeddings(model, vocabulary)
     model.requires_grad_(False)
-    adapted = lora.with_adapter(
-        model, replace(options, init="default"), new_tokens, settings.adapter, without_weights=True
-    )
+    with silence_libraries():
+        adapted = lora.with_adapter(
+            model, replace(options, init="default"), new_tokens, settings.adapter, without_weights=True
+        )
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
