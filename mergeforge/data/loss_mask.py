@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from mergeforge.data.chat_templates import Template, TemplateError
 from mergeforge.data.conversation import Conversation, InvalidRecord
 from mergeforge.data.template_probe import TurnEnding
-from mergeforge.data.tokenizers import Offsets, TokenizedText, tokenize
+from mergeforge.data.tokenizers import Offsets, TokenizedText, Tokenizing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +50,9 @@ class AmbiguousMask(Exception):
     """A strategy cannot find the answers exactly; the text says why."""
 
 
+Strategy = Callable[[Conversation, Sequence[int]], Tokenizing[list[MaskedTokens]]]
+
+
 @dataclass(frozen=True)
 class LossMasker:
     """Finds the answers in conversations rendered by one template for one tokenizer."""
@@ -60,7 +63,7 @@ class LossMasker:
 
     def masks(
         self, conversation: Conversation, indices: Sequence[int], *, split_answers: bool = True
-    ) -> list[MaskedTokens]:
+    ) -> Tokenizing[list[MaskedTokens]]:
         """The conversation's tokens with the spans of the messages `indices`.
 
         One result, or with split_answers possibly one per message. Raises InvalidRecord if the template refuses the
@@ -69,38 +72,41 @@ class LossMasker:
         why = ""
         for strategy in self._strategies(split_answers):
             try:
-                return strategy(conversation, indices)
+                return (yield from strategy(conversation, indices))
             except AmbiguousMask as error:
                 why = f"the chat template ({self.template.name}) cannot be masked exactly: {error}"
             except TemplateError as error:
                 why = str(error)
         raise InvalidRecord(why)
 
-    def rendered(self, conversation: Conversation) -> list[int]:
+    def rendered(self, conversation: Conversation) -> Tokenizing[list[int]]:
         """The conversation's tokens, without looking for answers. Raises InvalidRecord."""
         try:
             text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
         except TemplateError as error:
             raise InvalidRecord(str(error)) from None
-        return tokenize(self.tokenizer, [text])[0].ids
+        (tokens,) = yield [text]
+        return tokens.ids
 
-    def _strategies(self, split_answers: bool) -> list[Callable[[Conversation, Sequence[int]], list[MaskedTokens]]]:
+    def _strategies(self, split_answers: bool) -> list[Strategy]:
         if self.template.tagged:
-            return [lambda *args: [self._from_generation_tags(*args)]]
-        from_prefixes, from_sentinels = (
-            lambda *args: [self._from_prefixes(*args)],
-            lambda *args: [self._from_sentinels(*args)],
-        )
+            return [self._from_generation_tags]
         if split_answers:
-            return [from_prefixes, self._from_prefixes_per_answer, from_sentinels]
-        return [from_prefixes, from_sentinels]
+            return [self._from_prefixes, self._from_prefixes_per_answer, self._from_sentinels]
+        return [self._from_prefixes, self._from_sentinels]
 
-    def _from_prefixes_per_answer(self, conversation: Conversation, indices: Sequence[int]) -> list[MaskedTokens]:
+    def _from_prefixes_per_answer(
+        self, conversation: Conversation, indices: Sequence[int]
+    ) -> Tokenizing[list[MaskedTokens]]:
         """For each answer, the conversation up to it, with only this answer in the loss."""
-        masks = [self._from_prefixes(_truncated(conversation, index + 1), [index]) for index in indices]
+        masks: list[MaskedTokens] = []
+        for index in indices:
+            masks += yield from self._from_prefixes(_truncated(conversation, index + 1), [index])
         return [replace(mask, strategy=f"{mask.strategy}, {SPLIT_ANSWERS}") for mask in masks]
 
-    def _from_generation_tags(self, conversation: Conversation, indices: Sequence[int]) -> MaskedTokens:
+    def _from_generation_tags(
+        self, conversation: Conversation, indices: Sequence[int]
+    ) -> Tokenizing[list[MaskedTokens]]:
         answers = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if any(index not in answers for index in indices):
             raise AmbiguousMask("its {% generation %} tags mark only the assistant's messages")
@@ -111,7 +117,8 @@ class LossMasker:
             tagged = [span for span, owner in zip(tagged, owners, strict=True) if owner in indices]
         if len(tagged) < len(indices):
             raise AmbiguousMask(f"it marks {len(tagged)} answers, but there are {len(indices)}")
-        return self._from_characters(tokenize(self.tokenizer, [text])[0], tagged, "tags")
+        (whole,) = yield [text]
+        return [self._from_characters(whole, tagged, "tags")]
 
     def _tag_owners(
         self, conversation: Conversation, answers: Sequence[int], text: str, tagged: Sequence[Span]
@@ -123,7 +130,7 @@ class LossMasker:
         starts = [len(prompt) for prompt in prompts]
         return [answers[max(bisect_right(starts, start) - 1, 0)] for start, _ in tagged]
 
-    def _from_prefixes(self, conversation: Conversation, indices: Sequence[int]) -> MaskedTokens:
+    def _from_prefixes(self, conversation: Conversation, indices: Sequence[int]) -> Tokenizing[list[MaskedTokens]]:
         text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
         prompts, ends = [], []
         for index in indices:
@@ -134,13 +141,13 @@ class LossMasker:
                 raise AmbiguousMask(f"the rendering up to message {index + 1} is not a prefix of the whole")
             prompts.append(prompt)
             ends.append(len(through_answer))
-        whole, *before = tokenize(self.tokenizer, [text, *prompts])
+        whole, *before = yield [text, *prompts]
         if all(whole.ids[: len(prefix.ids)] == prefix.ids for prefix in before):
-            stops = self._stop_tokens(whole, text, ends)
+            stops = yield from self._stop_tokens(whole, text, ends)
             spans = [(len(prefix.ids), stop) for prefix, stop in zip(before, stops, strict=True)]
-            return self._masked(whole.ids, spans, "prefix")
+            return [self._masked(whole.ids, spans, "prefix")]
         characters = [(len(prompt), end) for prompt, end in zip(prompts, ends, strict=True)]
-        return self._from_characters(whole, characters, "offsets")
+        return [self._from_characters(whole, characters, "offsets")]
 
     def _without_final_ending(self, rendering: str, text: str) -> str:
         """The rendering up to an answer, without what the template writes only after the very last one."""
@@ -148,11 +155,14 @@ class LossMasker:
             return rendering
         return rendering.removesuffix(self.ending.text) + self.ending.mark
 
-    def _stop_tokens(self, whole: TokenizedText, text: str, ends: Sequence[int]) -> list[int]:
+    def _stop_tokens(self, whole: TokenizedText, text: str, ends: Sequence[int]) -> Tokenizing[list[int]]:
         """The number of tokens before each character position in `ends`."""
-        if whole.offsets is not None:
-            return [_stop_token(whole.offsets, end) for end in ends]
-        prefixes = tokenize(self.tokenizer, [text[:end] for end in ends])
+        if all(end == len(text) for end in ends):
+            return [len(whole.ids)] * len(ends)
+        offsets = whole.offsets
+        if offsets is not None:
+            return [_stop_token(offsets, end) for end in ends]
+        prefixes = yield [text[:end] for end in ends]
         if any(whole.ids[: len(prefix.ids)] != prefix.ids for prefix in prefixes):
             raise AmbiguousMask("an answer and what follows it share a token")
         return [len(prefix.ids) for prefix in prefixes]
@@ -167,7 +177,7 @@ class LossMasker:
             return prompt, text
         return prompt, self.template.text(self.tokenizer, messages[: index + 1], tools)
 
-    def _from_sentinels(self, conversation: Conversation, indices: Sequence[int]) -> MaskedTokens:
+    def _from_sentinels(self, conversation: Conversation, indices: Sequence[int]) -> Tokenizing[list[MaskedTokens]]:
         text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
         sentinels = [
             f"Mark{hashlib.sha1(f'{index}{text}'.encode(errors='replace')).hexdigest()[:16]}" for index in indices
@@ -190,12 +200,14 @@ class LossMasker:
             characters.append((start, position + len(ending)))
         if text[position:] != rest:
             raise AmbiguousMask("the text after the last answer depends on it")
-        return self._from_characters(tokenize(self.tokenizer, [text])[0], characters, "offsets")
+        (whole,) = yield [text]
+        return [self._from_characters(whole, characters, "offsets")]
 
     def _from_characters(self, tokens: TokenizedText, characters: Sequence[Span], strategy: str) -> MaskedTokens:
-        if tokens.offsets is None:
+        offsets = tokens.offsets
+        if offsets is None:
             raise AmbiguousMask("the tokenizer does not report which characters a token covers")
-        spans = [(_start_token(tokens.offsets, start), _stop_token(tokens.offsets, stop)) for start, stop in characters]
+        spans = [(_start_token(offsets, start), _stop_token(offsets, stop)) for start, stop in characters]
         return self._masked(tokens.ids, spans, strategy)
 
     def _masked(self, ids: list[int], spans: Sequence[Span], strategy: str) -> MaskedTokens:

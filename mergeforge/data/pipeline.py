@@ -11,6 +11,7 @@ from mergeforge.data.formats import Format
 from mergeforge.data.loss_mask import SPLIT_ANSWERS
 from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.render import Renderer, RenderResult
+from mergeforge.data.render_batches import BATCH_CHARS, render_rows
 from mergeforge.data.settings import DataSettings, DataSource
 from mergeforge.data.source_reader import OpenFile, open_files, parse_file
 from mergeforge.data.token_store import TokenStoreWriter
@@ -32,21 +33,18 @@ class RenderedRecord:
 
 
 def render_file(
-    file: OpenFile, renderer: Renderer, counter: RecordCounter, system: str | None
+    file: OpenFile, renderer: Renderer, counter: RecordCounter, system: str | None, *, batch_chars: int = BATCH_CHARS
 ) -> Iterator[RenderedRecord]:
-    """The rows of a file that can be trained on; the others are counted as skipped."""
-    for row in parse_file(file, counter, system):
-        try:
-            rendered = renderer.render(row.content)
-        except InvalidRecord as error:
-            counter.skip(row.place, "bad", str(error))
-        except EmptyRecord as error:
-            counter.skip(row.place, "empty", str(error))
+    """The rows of a file that can be trained on; the others are counted as skipped. batch_chars: see render_rows."""
+    for row, result in render_rows(parse_file(file, counter, system), renderer, batch_chars):
+        if isinstance(result, InvalidRecord):
+            counter.skip(row.place, "bad", str(result))
+        elif isinstance(result, EmptyRecord):
+            counter.skip(row.place, "empty", str(result))
+        elif result.examples:
+            yield RenderedRecord(row.place, row.content, result)
         else:
-            if rendered.examples:
-                yield RenderedRecord(row.place, row.content, rendered)
-            else:
-                counter.skip(row.place, "too_long", f"more than {renderer.seq_len} tokens")
+            counter.skip(row.place, "too_long", f"more than {renderer.seq_len} tokens")
 
 
 @dataclass(frozen=True)

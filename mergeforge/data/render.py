@@ -16,7 +16,7 @@ from mergeforge.data.loss_mask import LossMasker, MaskedTokens
 from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.settings import DataSettings
 from mergeforge.data.template_probe import adapt_template, template_notes, turn_ending
-from mergeforge.data.tokenizers import prefix_ids, tokenize
+from mergeforge.data.tokenizers import Tokenizing, prefix_ids, run_tokenizing, tokenize
 from mergeforge.errors import SourceError
 
 if TYPE_CHECKING:
@@ -77,15 +77,19 @@ class Renderer:
 
         Raises InvalidRecord and EmptyRecord; SourceError for a conversation if there is no usable template.
         """
+        return run_tokenizing(self.tokenizer, self.rendering(row))
+
+    def rendering(self, row: Conversation | TextSample | PreferenceSample) -> Tokenizing[RenderResult]:
+        """`render` as a computation whose texts can be tokenized together with those of other rows."""
         if isinstance(row, TextSample):
-            return self._render_text(row)
+            return (yield from self._render_text(row))
         if isinstance(row, PreferenceSample):
-            return self._render_answers(row)
+            return (yield from self._render_answers(row))
         if self.problem is not None:
             raise self.problem
         cut = 0
         examples, strategies = [], set()
-        masks = list(self._masks(row))
+        masks = yield from self._masks(row)
         for masked in masks:
             ids, labels = self._ids_and_labels(masked)
             if labels.count(IGNORE_INDEX) == len(labels):
@@ -97,8 +101,10 @@ class Renderer:
             strategies.add(masked.strategy)
         return RenderResult(tuple(examples), cut, len(masks) - len(examples), ", ".join(sorted(strategies)))
 
-    def _render_answers(self, row: PreferenceSample) -> RenderResult:
-        rendered = [self.render(answer.conversation) for answer in row.answers]
+    def _render_answers(self, row: PreferenceSample) -> Tokenizing[RenderResult]:
+        rendered: list[RenderResult] = []
+        for answer in row.answers:
+            rendered.append((yield from self.rendering(answer.conversation)))
         if any(result.too_long for result in rendered):
             return RenderResult((), too_long=1)
         if any(len(result.examples) != 1 for result in rendered):
@@ -129,21 +135,19 @@ class Renderer:
             raise SourceError(str(error)) from None
         return tokenize(self.tokenizer, [text])[0].ids
 
-    def _masks(self, row: Conversation) -> Iterator[MaskedTokens]:
+    def _masks(self, row: Conversation) -> Tokenizing[list[MaskedTokens]]:
         row = row if self.loss_on == "all" else _through_last_answer(row)
         indices = _trained_messages(row, self.loss_on)
         if self.loss_on != "all":
             if not indices:
                 raise EmptyRecord("no answer to train on")
-            yield from self.masker.masks(row, indices)
-            return
+            return (yield from self.masker.masks(row, indices))
         excluded = [index for index, train in enumerate(row.train_flags) if train is False]
         if not excluded:
-            ids = self.masker.rendered(row)
-            yield MaskedTokens(ids, ((0, len(ids)),), "everything")
-            return
-        (masked,) = self.masker.masks(row, excluded, split_answers=False)
-        yield MaskedTokens(masked.ids, tuple(_gaps(masked)), "everything except messages with train: false")
+            ids = yield from self.masker.rendered(row)
+            return [MaskedTokens(ids, ((0, len(ids)),), "everything")]
+        (masked,) = yield from self.masker.masks(row, excluded, split_answers=False)
+        return [MaskedTokens(masked.ids, tuple(_gaps(masked)), "everything except messages with train: false")]
 
     def _ids_and_labels(self, masked: MaskedTokens) -> tuple[list[int], list[int]]:
         """(ids, labels), with EOS after a last answer that the template ends without a special token."""
@@ -186,9 +190,10 @@ class Renderer:
         labels[0] = IGNORE_INDEX
         return _example([*ids[:prefix], *ids[start:]], labels)
 
-    def _render_text(self, row: TextSample) -> RenderResult:
+    def _render_text(self, row: TextSample) -> Tokenizing[RenderResult]:
         """BOS if the tokenizer adds it, the text, EOS; in chunks of seq_len."""
-        ids = [*self.prefix, *tokenize(self.tokenizer, [row.text])[0].ids]
+        (tokens,) = yield [row.text]
+        ids = [*self.prefix, *tokens.ids]
         eos = self.tokenizer.eos_token_id
         ids += [eos] if eos is not None and ids[-1] != eos else []
         seq_len = self.seq_len or len(ids)
