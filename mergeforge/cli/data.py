@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergeforge.cli import _data_options, _data_tables, _options
+from mergeforge.core.messages import WarningText
 from mergeforge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -82,11 +83,12 @@ def preview(files: tuple[str, ...], rows: int, tokens: bool, as_json: bool, **op
     if shown.template:
         to.print(f"  template    {shown.template}", markup=False)
     for note in shown.notes:
-        to.print(f"  note        {note}", markup=False)
+        label = "warning" if isinstance(note, WarningText) else "note"
+        to.print(f"  {label:11} {note}", markup=False)
     for row in shown.rows:
         _data_tables.show_row(row, shown, tokens, to)
     for skipped in shown.skipped:
-        to.print(f"{skipped.place}: not used: {skipped.why}", markup=False)
+        to.print(f"{skipped.place}: not used: {skipped.text}", markup=False)
     if model is None:
         to.print("\nadd --model (a folder or Hub repo id) to see tokens and what is trained on", markup=False)
 
@@ -116,7 +118,7 @@ def stats(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
     _data_tables.show_decisions(decisions, to)
     _data_tables.show_counts(counts, unit, to)
     for note in notes:
-        to.print(f"note: {note}", markup=False)
+        to.print(f"{'warning' if isinstance(note, WarningText) else 'note'}: {note}", markup=False)
 
 
 @data.command()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergeforge.cli import _options
+from mergeforge.core.messages import warnings_in, without_warnings
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import RecipeError
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     show_default=True,
 )
 @click.option("--extend-epochs", type=float, default=0.0, metavar="N", help="Train a finished run for N more epochs.")
+@click.option("--allow-skips", is_flag=True, help="Train even if more than 10 % of the rows are skipped.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished run.")
 @click.option(
     "--then",
@@ -54,6 +56,7 @@ def train(
     price_per_hour: float | None,
     resume: str,
     extend_epochs: float,
+    allow_skips: bool,
     overwrite: bool,
     then: str | None,
     memory: str | None,
@@ -83,6 +86,7 @@ def train(
     from mergeforge.train.resume import Resume, check_resume
 
     quiet = quiet or not environment.is_main()
+    sets = (*sets, "allow_skips=true") if allow_skips else sets
     with environment.main_first():
         source = config or run_folder.newest_run().settings()
         plan = make_plan(source, sets=sets, out=out, device=device)
@@ -143,9 +147,14 @@ def _show_plan(plan: TrainPlan) -> None:
     trained = f"{counts.trained:,} of {counts.tokens:,} tokens are trained on"
     _echo(f"data     {counts.used} of {counts.rows} rows{skipped}{validation}; {trained}")
     for row in counts.skipped:
-        _echo(f"  skipped {row.place}: {row.why}")
-    for note in plan.data.notes:
+        _echo(f"  skipped {row.place}: {row.text}")
+    for decision in plan.data.decisions:
+        if decision.unused:
+            _echo(f"  not used from {decision.source}: {', '.join(decision.unused)}")
+    for note in without_warnings(plan.data.notes):
         _echo(f"  {note}")
+    for warning in warnings_in(plan.data.notes):
+        _echo(f"warning: {warning}")
     packs = plan.packs(packed=resolved.pack)
     schedule = plan.schedule(len(packs))
     sequences = f"{len(packs)} sequences of at most {setup.seq_len} tokens{', packed' if resolved.pack else ''}"

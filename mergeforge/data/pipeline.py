@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from mergeforge.core.messages import WarningText
 from mergeforge.data.conversation import Conversation, EmptyRecord, InvalidRecord, TextSample
 from mergeforge.data.counts import MAX_SKIPPED, SKIP_KINDS, DataStats, RecordCounter, total_stats
 from mergeforge.data.formats import Format
@@ -66,6 +68,7 @@ class TokenizePipeline:
     ) -> None:
         self.formats: list[tuple[str, str, Format]] = []
         self.conversations = 0
+        self._omitted: Counter[str] = Counter()
         self._split_rows = self._previous_rows = 0
         self._settings, self._renderer, self._writer, self._on_progress = settings, renderer, writer, on_progress
         self._sources: list[_StoredSource] = []
@@ -84,6 +87,7 @@ class TokenizePipeline:
     def _add_row(self, row: RenderedRecord, counter: RecordCounter) -> None:
         self.conversations += not isinstance(row.content, TextSample)
         self._split_rows += SPLIT_ANSWERS in row.rendered.strategy
+        self._omitted.update(row.rendered.omitted)
         counter.kinds["used"] += 1
         counter.kinds["cut"] += row.rendered.cut
         key = row.content.key(self._settings.seed)
@@ -110,6 +114,9 @@ class TokenizePipeline:
         if self._split_rows:
             rows = f"{self._split_rows} row{'s' if self._split_rows > 1 else ''}"
             yield f"the template renders earlier answers differently: in {rows} each answer is an example of its own"
+        for what, count in self._omitted.items():
+            rows = f"{count} row{'s' if count > 1 else ''}"
+            yield WarningText(f"the template leaves out {what}, which {rows} have: name a template that renders them")
         if self.conversations:
             yield from self._renderer.notes()
 
@@ -120,7 +127,7 @@ def _check_used(name: str, counter: RecordCounter) -> None:
         return
     skipped = [kind for kind in SKIP_KINDS if counter.kinds[kind]]
     why = ", ".join(f"{counter.kinds[kind]} {kind.replace('_', ' ')}" for kind in skipped)
-    lines = "\n".join(f"  {row.place}: {row.why}" for row in counter.skipped[:MAX_SKIPPED])
+    lines = "\n".join(f"  {row.place}: {row.text}" for row in counter.skipped[:MAX_SKIPPED])
     hint = "`mergeforge data preview` shows how the rows are read"
     if counter.kinds["too_long"] > rows / 2:
         hint = "use a larger seq_len, or too_long: cut_prompt"

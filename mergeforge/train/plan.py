@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.checkpoints.names import CONV1D_MODELS
 from mergeforge.data import Prepared, load_tokenizer, prepare
+from mergeforge.data.counts import refuse_many_skips
 from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.operations.synthetic_models import ModelShape, write_model
@@ -190,6 +191,8 @@ def _fit_to_memory(
         data = prepare(shorter, tokenizer, folder.data, extra_key="\n".join(settings.added_tokens))
         lengths = length_stats(data, settings.answers)
         resolved = resolve_settings(replace(settings, seq_len=seq_len), stats, lengths, machine)
+    if not settings.allow_skips:
+        refuse_many_skips(data.counts)
     return data, resolved
 
 

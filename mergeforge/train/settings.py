@@ -21,7 +21,7 @@ from mergeforge.train.adapter_kinds import AdapterOptions, check_adapter
 from mergeforge.train.keys import TRAIN
 from mergeforge.train.objectives import OBJECTIVES, SFT, PreferenceOptions, check_objective
 
-NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs")  # a resumed run may change these
+NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs", "allow_skips")  # a resumed run may change these
 SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same name and value
     "model",
     "method",
@@ -44,6 +44,7 @@ SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same
     "loss",
     "loop",
     "seed",
+    "allow_skips",
 )
 
 
@@ -163,6 +164,7 @@ class TrainSettings:
     save: SaveSettings = field(default_factory=SaveSettings)
     early_stop: EarlyStopSettings | None = None
     seed: int = 0
+    allow_skips: bool = False
     track: tuple[str, ...] = ()
     after: PostTraining = field(default_factory=PostTraining)
     raw: Mapping[str, Any] = field(default_factory=dict)
