@@ -17,8 +17,9 @@ from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
 from mergeforge.recipe.schema import ReportProblem
+from mergeforge.train import aliases
 from mergeforge.train.adapter_kinds import AdapterOptions, check_adapter
-from mergeforge.train.keys import TRAIN
+from mergeforge.train.keys import FIELDS, TRAIN
 from mergeforge.train.objectives import OBJECTIVES, SFT, PreferenceOptions, check_objective
 
 NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs", "allow_skips")  # a resumed run may change these
@@ -200,8 +201,9 @@ def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Tr
         if more:
             raise RecipeError(f"{name} has more than one YAML document", hint="write one file for each run")
     raw, positions, problems = parsed
+    raw, positions = aliases.rename(raw, positions, _reporter(positions, problems), FIELDS)
     for override in sets:
-        raw = apply_override(raw, override, TRAIN)
+        raw = apply_override(raw, aliases.rename_override(override), TRAIN)
     values = _check(raw, positions, problems)
     if problems:
         raise RecipeError(f"{name} has mistakes:", problems=sorted(set(problems)))
@@ -210,13 +212,7 @@ def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Tr
 
 def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) -> dict[str, Any]:
     """The checked values; appends every mistake to `problems`."""
-
-    def report(path: yaml_reader.Path, message: str, hint: str = "") -> None:
-        parent = path
-        while parent and parent not in positions:
-            parent = parent[:-1]
-        problems.append(Problem(*positions.get(parent, (0, 0)), message.replace("the recipe", "train.yaml"), hint))
-
+    report = _reporter(positions, problems)
     values: dict[str, Any] = TRAIN.read(raw, (), report)
     if problems:
         return values
@@ -254,6 +250,18 @@ def _data_settings(values: Mapping[str, Any]) -> DataSettings:
     if format == "auto":
         return settings
     return replace(settings, sources=tuple(replace(source, format=format) for source in settings.sources))
+
+
+def _reporter(positions: yaml_reader.Positions, problems: list[Problem]) -> ReportProblem:
+    """A function that appends a mistake with its position to `problems`."""
+
+    def report(path: yaml_reader.Path, message: str, hint: str = "") -> None:
+        parent = path
+        while parent and parent not in positions:
+            parent = parent[:-1]
+        problems.append(Problem(*positions.get(parent, (0, 0)), message.replace("the recipe", "train.yaml"), hint))
+
+    return report
 
 
 def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> TrainSettings:
