@@ -22,6 +22,7 @@ from mergeforge.errors import SourceError
 HELD_OUT = "validation: "  # prefix of the name of a source that is not trained on
 _MIN_USED = 0.01  # share of the rows; if fewer are usable, something is wrong with all of them
 
+PROGRESS_ROWS = 100  # between two calls of OnProgress
 OnProgress = Callable[[int], None]  # called with the number of rows so far
 
 
@@ -93,7 +94,8 @@ class TokenizePipeline:
         key = row.content.key(self._settings.seed)
         for example in row.rendered.examples:
             self._writer.add(example, key)
-        self._on_progress(self._previous_rows + counter.rows)
+        if counter.kinds["used"] % PROGRESS_ROWS == 0:
+            self._on_progress(self._previous_rows + counter.rows)
 
     def counts(self) -> DataStats:
         """All statistics, once the store is closed; the totals leave out held-out sources."""

@@ -53,7 +53,7 @@ class ScoredRow:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as shown; `ended` by eos, stop, length (of `max_tokens` or the context) or interrupted.
+    """An answer as shown; `ended` by eos, stop, length (`max_tokens`), context (it is full) or interrupted.
 
     `first`: seconds until the first token; `leaked`: special tokens inside the answer; `finite`: whether every
     probability was a number.

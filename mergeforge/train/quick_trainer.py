@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.data import DataSource
 from mergeforge.train.plan import TrainPlan, make_plan
 from mergeforge.train.post_training import PostTrainingResult, run_post_training
+from mergeforge.train.progress import ProgressLines
 from mergeforge.train.resume import Resume
 from mergeforge.train.run import Trained, train
 from mergeforge.train.settings import MergeAfterTraining, PostTraining, read
@@ -45,10 +46,21 @@ class QuickTrainer:
         return self._plan
 
     def train(
-        self, *, resume: str = "auto", overwrite: bool = False, listeners: Sequence[MetricCallback] = ()
+        self,
+        *,
+        resume: str = "auto",
+        overwrite: bool = False,
+        listeners: Sequence[MetricCallback] = (),
+        progress: bool = True,
     ) -> Trained:
-        """Train, or resume an earlier run. The adapter is in the result's `.result` folder."""
-        self._trained = train(self.plan(), Resume(resume, overwrite=overwrite), listeners)
+        """Train, or resume an earlier run. The adapter is in the result's `.result` folder.
+
+        progress: print losses on stderr.
+        """
+        plan = self.plan()
+        total = plan.schedule(len(plan.packs(packed=plan.resolved.pack))).total_steps
+        shown = (ProgressLines(total),) if progress else ()
+        self._trained = train(plan, Resume(resume, overwrite=overwrite), (*shown, *listeners))
         return self._trained
 
     def merge(

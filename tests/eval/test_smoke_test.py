@@ -105,6 +105,21 @@ def test_special_token_in_the_answer(taught: Path, tmp_path: Path) -> None:
     assert "</s>" not in result.answers[0].text
 
 
+def test_tokens_that_training_added_may_be_in_an_answer(taught: Path, tmp_path: Path) -> None:
+    """The first answer's most likely first token becomes an added special token, which no template uses."""
+    other = tmp_path / "other"
+    shutil.copytree(taught, other)
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    first = eval.open_model(str(taught)).tokenizer("The", add_special_tokens=False)["input_ids"][0]
+    text = next(name for name, number in tokens["model"]["vocab"].items() if number == first)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokens["added_tokens"].append({"id": first, "content": text, **flags})
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    result = eval.smoke(eval.open_model(other), PROMPTS[3:], eval.Sampling(8, 0))
+    assert any(text in answer.leaked for answer in result.answers)
+    assert "no marks in the text" not in checks(result)
+
+
 def test_turn_markers_written_as_text() -> None:
     def answer(text: str, ended: str = "eos") -> Answer:
         return Answer(text, 9, ended, 1, 0.1)

@@ -263,6 +263,13 @@ def test_validates_and_saves_only_at_the_end(settings: Settings) -> None:
     assert len(losses(trained, "eval_loss")) == 1 and trained.folder.steps() == [trained.steps]
 
 
+def test_the_card_of_an_adapter_says_what_it_is(finished_run: Trained) -> None:
+    card = (finished_run.result / "README.md").read_text()
+    assert "A LoRA adapter (lora) for base" in card and "rows.jsonl: 40 rows" in card
+    assert f"| Training loss | {finished_run.loss:.4f} nats per token |" in card
+    assert "base_model:" not in card and str(finished_run.folder.root.parent) not in card, "no local folders"
+
+
 def test_many_skipped_rows_are_refused_unless_allowed(settings: Settings, here: Path) -> None:
     """5 of 45 rows (11 %) cannot be used, then 4 of 44 (9 %)."""
     good = (here / "rows.jsonl").read_text()
