@@ -138,12 +138,21 @@ def _data_source(value: str | Mapping[str, Any]) -> DataSource:
     return DataSource(value["path"], value.get("format") or "auto", dict(value.get("columns") or {}))
 
 
+def row_source(data: Any, name: str = "rows") -> DataSource | None:
+    """A list of rows as a source; None for anything else, such as a list of sources, which have a `path`."""
+    is_list = isinstance(data, list | tuple) and bool(data)
+    if not is_list or not all(isinstance(row, Mapping) and "path" not in row for row in data):
+        return None
+    return DataSource(name, rows=tuple(dict(row) for row in data))
+
+
 def data_settings(value: Mapping[str, Any], *, seq_len: int | None = None, seed: int = 0) -> DataSettings:
-    """Settings from a mapping that was validated against FIELDS."""
+    """Settings from a mapping that was validated against FIELDS; `data` may also be a list of rows."""
+    rows = row_source(value.get("data"))
     system = value.get("system") or {}
     system = {"text": system} if isinstance(system, str) else system
     return DataSettings(
-        sources=tuple(_data_source(source) for source in value.get("data") or ()),
+        sources=(rows,) if rows else tuple(_data_source(source) for source in value.get("data") or ()),
         validation=value.get("val"),
         template=value.get("template") or "auto",
         system=system.get("text"),

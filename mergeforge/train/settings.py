@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mergeforge.data import DataSettings, data_settings
+from mergeforge.data import DataSettings, data_settings, row_source
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
@@ -187,14 +187,16 @@ class TrainSettings:
 
 
 def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> TrainSettings:
-    """Read train.yaml (or a dict with its keys) with PATH=VALUE overrides.
+    """Read train.yaml (or a dict with its keys, whose `data` may be a list of rows) with PATH=VALUE overrides.
 
     Raises RecipeError with every mistake, each with its line and column.
     """
     name = "the settings"
     parsed: yaml_reader.ParsedDocument = (source, {}, [])
+    rows = None
     if isinstance(source, Mapping):
-        parsed = (plain_value(source), {}, [])
+        rows = row_source(source.get("data"))
+        parsed = (plain_value({**source, "data": rows.path} if rows else source), {}, [])
     else:
         name = str(source)
         parsed, *more = yaml_reader.parse(read_recipe_file(Path(source)), name)
@@ -207,7 +209,8 @@ def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Tr
     values = _check(raw, positions, problems)
     if problems:
         raise RecipeError(f"{name} has mistakes:", problems=sorted(set(problems)))
-    return _settings(values, raw, name)
+    settings = _settings(values, raw, name)
+    return replace(settings, data=replace(settings.data, sources=(rows,))) if rows else settings
 
 
 def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) -> dict[str, Any]:
