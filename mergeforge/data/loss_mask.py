@@ -21,19 +21,20 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mergeforge.data.chat_templates import Template, TemplateError
 from mergeforge.data.conversation import Conversation, InvalidRecord
 from mergeforge.data.template_probe import TurnEnding
-from mergeforge.data.tokenizers import Offsets, TokenizedText, Tokenizing
+from mergeforge.data.tokenizers import Offsets, TokenizedText, Tokenizing, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+MAX_PROMPT_END = 64  # characters of a prompt from its last special token
 SPLIT_ANSWERS = "one example per answer"
 
 
@@ -55,11 +56,16 @@ Strategy = Callable[[Conversation, Sequence[int]], Tokenizing[list[MaskedTokens]
 
 @dataclass(frozen=True)
 class LossMasker:
-    """Finds the answers in conversations rendered by one template for one tokenizer."""
+    """Finds the answers in conversations rendered by one template for one tokenizer.
+
+    `marks`: the special tokens that the template may write, with their ids; {} if prompts are tokenized as a whole.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
     ending: TurnEnding
+    marks: Mapping[str, int] = field(default_factory=dict)
+    prompt_ends: dict[str, list[int]] = field(default_factory=dict, compare=False)  # tokens of the ends seen so far
 
     def masks(
         self, conversation: Conversation, indices: Sequence[int], *, split_answers: bool = True
@@ -141,13 +147,47 @@ class LossMasker:
                 raise AmbiguousMask(f"the rendering up to message {index + 1} is not a prefix of the whole")
             prompts.append(prompt)
             ends.append(len(through_answer))
-        whole, *before = yield [text, *prompts]
-        if all(whole.ids[: len(prefix.ids)] == prefix.ids for prefix in before):
+        starts: list[int | None]
+        if all(self._mark_before_end(prompt) for prompt in prompts):
+            (whole,) = yield [text]
+            starts = [self._start_after_mark(whole, prompt) for prompt in prompts]
+        else:
+            whole, *before = yield [text, *prompts]
+            starts = [len(one.ids) if whole.ids[: len(one.ids)] == one.ids else None for one in before]
+        found = [start for start in starts if start is not None]
+        if len(found) == len(starts):
             stops = yield from self._stop_tokens(whole, text, ends)
-            spans = [(len(prefix.ids), stop) for prefix, stop in zip(before, stops, strict=True)]
-            return [self._masked(whole.ids, spans, "prefix")]
+            return [self._masked(whole.ids, list(zip(found, stops, strict=True)), "prefix")]
         characters = [(len(prompt), end) for prompt, end in zip(prompts, ends, strict=True)]
         return [self._from_characters(whole, characters, "offsets")]
+
+    def _mark_before_end(self, prompt: str) -> tuple[int, str] | None:
+        """(position, text) of the last special token of the template in a prompt, if it ends shortly before the end."""
+        position, mark = max(((prompt.rfind(mark), mark) for mark in self.marks), default=(-1, ""))
+        return (position, mark) if position >= max(0, len(prompt) - MAX_PROMPT_END) else None
+
+    def _start_after_mark(self, whole: TokenizedText, prompt: str) -> int | None:
+        """The number of the prompt's tokens, if they are a prefix of the whole's.
+
+        A tokenizer splits text at special tokens first. So the tokens before the prompt's last one are the same in
+        both, and only what follows it, which is the same in almost every prompt, has to be tokenized.
+        """
+        found = self._mark_before_end(prompt)
+        assert found is not None
+        position, mark = found
+        end = self._prompt_end(prompt[position:])
+        first = whole.encoding.char_to_token(position)
+        if first is None or whole.ids[first] != self.marks[mark] or whole.ids[first : first + len(end)] != end:
+            return None
+        return int(first + len(end))
+
+    def _prompt_end(self, text: str) -> list[int]:
+        """The tokens of the end of a prompt."""
+        if text not in self.prompt_ends:
+            if len(self.prompt_ends) > 1000:
+                self.prompt_ends.clear()
+            self.prompt_ends[text] = tokenize(self.tokenizer, [text])[0].ids
+        return self.prompt_ends[text]
 
     def _without_final_ending(self, rendering: str, text: str) -> str:
         """The rendering up to an answer, without what the template writes only after the very last one."""

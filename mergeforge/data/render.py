@@ -17,7 +17,7 @@ from mergeforge.data.omissions import needs_check, omitted_fields, refuse_omissi
 from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.settings import DataSettings
 from mergeforge.data.template_probe import adapt_template, template_notes, turn_ending
-from mergeforge.data.tokenizers import Tokenizing, prefix_ids, run_tokenizing, special_ids, tokenize
+from mergeforge.data.tokenizers import Tokenizing, prefix_ids, run_tokenizing, special_ids, splitting_tokens, tokenize
 from mergeforge.errors import SourceError
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def make_renderer(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) ->
             template = replace(template, name=f"{template.name}, with a generation prompt")
     except SourceError as error:
         template, problem = Template("", "none"), error
-    masker = LossMasker(tokenizer, template, turn_ending(template, tokenizer))
+    masker = LossMasker(tokenizer, template, turn_ending(template, tokenizer), splitting_tokens(tokenizer))
     prefix = tuple(prefix_ids(tokenizer))
     return Renderer(tokenizer, template, masker, settings.loss_on, settings.seq_len, settings.too_long, prefix, problem)
 

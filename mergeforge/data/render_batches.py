@@ -15,7 +15,7 @@ from mergeforge.data.render import Renderer, RenderResult
 from mergeforge.data.source_reader import ParsedRecord
 from mergeforge.data.tokenizers import Finished, TokenizedText, Tokenizing, next_texts, tokenize
 
-BATCH_CHARS = 1 << 18  # in one call of the tokenizer; its results take about 100 bytes a token
+BATCH_CHARS = 1 << 16  # in one call of the tokenizer; its results take about 100 bytes a token
 
 Result = RenderResult | InvalidRecord | EmptyRecord
 

@@ -140,6 +140,18 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
+def splitting_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens at which a fast tokenizer splits any text before it does anything else; {} for a slow one."""
+    if not (tokenizer.is_fast and _calls_backend(type(tokenizer))):
+        return {}
+    added = tokenizer.added_tokens_decoder.items()
+    return {
+        token.content: number
+        for number, token in added
+        if token.special and not (token.normalized or token.single_word or token.lstrip or token.rstrip)
+    }
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A 128-bit hash of how the tokenizer encodes text. Padding and truncation do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -48,7 +48,7 @@ class ProgressLines:
         self._total = total
         self._file = file
         self._started: tuple[int, float] | None = None  # the first step, and when it ended
-        self._last = -LINE_SECONDS
+        self._last = float("-inf")
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         if TOTAL in line:

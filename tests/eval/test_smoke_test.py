@@ -106,16 +106,18 @@ def test_special_token_in_the_answer(taught: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_that_training_added_may_be_in_an_answer(taught: Path, tmp_path: Path) -> None:
-    """The first answer's most likely first token becomes an added special token, which no template uses."""
+    """A token of the taught answer becomes an added special token, which the template does not use."""
     other = tmp_path / "other"
     shutil.copytree(taught, other)
     tokens = json.loads((other / "tokenizer.json").read_text())
-    first = eval.open_model(str(taught)).tokenizer("The", add_special_tokens=False)["input_ids"][0]
-    text = next(name for name, number in tokens["model"]["vocab"].items() if number == first)
+    model = eval.open_model(str(taught))
+    names = {number: name for name, number in tokens["model"]["vocab"].items()}
+    ids = model.tokenizer(ANSWERS[3], add_special_tokens=False)["input_ids"]
+    first, text = next((number, names[number]) for number in ids if names[number] not in model.template)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     tokens["added_tokens"].append({"id": first, "content": text, **flags})
     (other / "tokenizer.json").write_text(json.dumps(tokens))
-    result = eval.smoke(eval.open_model(other), PROMPTS[3:], eval.Sampling(8, 0))
+    result = eval.smoke(eval.open_model(other), PROMPTS[3:], eval.Sampling(64, 0))
     assert any(text in answer.leaked for answer in result.answers)
     assert "no marks in the text" not in checks(result)
 
