@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mergeforge.train.objectives import SFT
 from mergeforge.train.plan import TrainPlan
 
 
@@ -23,7 +24,7 @@ def _front_matter(plan: TrainPlan) -> dict[str, Any]:
     datasets = [path.removeprefix("hf://").partition(":")[0] for path in _sources(plan) if path.startswith("hf://")]
     facts: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", **base}
     facts |= {"datasets": datasets} if datasets else {}
-    return facts | {"tags": ["lora", "mergeforge"]}
+    return facts | {"tags": [plan.settings.adapter.type if plan.settings.adapter else "lora", "mergeforge"]}
 
 
 def _body(plan: TrainPlan, entries: Mapping[str, Any]) -> Iterator[str]:
@@ -31,8 +32,9 @@ def _body(plan: TrainPlan, entries: Mapping[str, Any]) -> Iterator[str]:
     lora, counts = resolved.setup.lora, plan.data.counts
     yield f"# {plan.folder.root.resolve().name}"
     yield ""
-    kind = "DoRA" if lora.dora else "LoRA"
-    yield f"A {kind} adapter ({settings.method}) for {base}, trained with [mergeforge](https://pypi.org/project/mergeforge/)."
+    kind = settings.adapter.type if settings.adapter else "DoRA" if lora.dora else "LoRA"
+    how = settings.method if settings.objective == SFT else f"{settings.method}, {settings.objective}"
+    yield f"A {kind} adapter ({how}) for {base}, trained with [mergeforge](https://pypi.org/project/mergeforge/)."
     yield ""
     yield "| | |"
     yield "|---|---|"
@@ -40,7 +42,7 @@ def _body(plan: TrainPlan, entries: Mapping[str, Any]) -> Iterator[str]:
         "Base model": f"{base}{f' at {plan.revision}' if plan.revision else ''}",
         "Data": f"{', '.join(map(_name, _sources(plan)))}: {counts.used:,} rows, {counts.trained:,} trained tokens",
         "Chat template": plan.data.template_name or "none: plain text",
-        "LoRA": f"rank {lora.r}, alpha {lora.alpha or 2 * (lora.r or 0):g}",
+        "LoRA": "" if settings.adapter else f"rank {lora.r}, alpha {lora.alpha or 2 * (lora.r or 0):g}",
         "Steps": f"{entries['step']} of {settings.batch_size} rows, at most {resolved.setup.seq_len} tokens each",
         "Learning rate": f"{resolved.lr:g}, {settings.schedule}",
         "Optimizer": resolved.setup.optimizer,

@@ -34,6 +34,8 @@ ALIASES: dict[str, str] = {
     **dict.fromkeys(("lora_modules_to_save", "modules_to_save"), "lora.modules_to_save"),
     **dict.fromkeys(("peft_use_rslora", "use_rslora"), "lora.rslora"),
     **dict.fromkeys(("peft_use_dora", "use_dora"), "lora.dora"),
+    **dict.fromkeys(("loraplus_lr_ratio",), "lora.lr_ratio"),
+    **dict.fromkeys(("neftune_noise_alpha",), "neftune"),
     **dict.fromkeys(("micro_batch_size", "per_device_train_batch_size"), "batch.micro"),
     **dict.fromkeys(("gradient_checkpointing",), "memory.checkpointing"),
     **dict.fromkeys(("eval_steps",), "eval.every"),
@@ -49,14 +51,13 @@ _VALUES: dict[str, dict[Any, Any]] = {
         **dict.fromkeys(("adamw_bnb_8bit",), "adamw_8bit"),
         **dict.fromkeys(("paged_adamw",), "paged_adamw_32bit"),
     },
-    "schedule": {"constant_with_warmup": "constant"},
+    "schedule": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
     "track": {"none": []},
 }
 ACCUMULATION = "gradient_accumulation_steps"
 # Keys that say something else than any key here, and what to write for them.
 INSTEAD = {
     "datasets": "data: [{path: FILE, format: alpaca}]",
-    "adapter": "method: qlora, lora, dora or full",
     "finetuning_type": "method: qlora, lora, dora or full",
     "load_in_4bit": "method: qlora trains on a 4-bit base, method: lora on a 16-bit one",
     "load_in_8bit": "method: qlora trains on a 4-bit base, method: lora on a 16-bit one",
@@ -67,7 +68,6 @@ INSTEAD = {
     "fp16": "dtype: bf16, fp16 or fp32",
     "flash_attention": "attention: flash_attention_2",
     "per_device_eval_batch_size": "validation uses batch: {micro: N}",
-    "neftune_noise_alpha": "it is not supported under this name",
     "special_tokens": "tokens: {add: [...]}",
     "tokens_to_add": "tokens: {add: [...]}",
     "deepspeed": "start several processes with torchrun",

@@ -201,7 +201,7 @@ def _write_results(
     shutil.rmtree(partial, ignore_errors=True)
     save_model(context, partial)
     if plan.settings.trains_adapter:
-        card = adapter_card(plan, {"step": outcome.step, "loss": _last_loss(folder), **entries})
+        card = adapter_card(plan, {"step": outcome.step, "loss": _recent(folder, "loss"), **entries})
         write_durably(partial / MODEL_CARD, card.encode())
     shutil.rmtree(result, ignore_errors=True)
     os.replace(partial, result)
