@@ -92,8 +92,8 @@ def _count_lines(counts: DataStats, unit: str) -> Iterator[str]:
 def skipped_lines(counts: DataStats) -> Iterator[str]:
     """The first rows that are not used, and how many more there are."""
     for row in counts.skipped:
-        yield f"{row.place}: not used: {row.why}"
-    more = counts.rows - counts.used - len(counts.skipped)
+        yield f"{row.place}: not used: {row.text}"
+    more = counts.rows - counts.used - sum(1 + row.more for row in counts.skipped)
     if more > 0:
         yield f"and {more:,} more rows that are not used"
 

@@ -130,7 +130,7 @@ def _show_counts(evaluation: Evaluation) -> None:
     if missing:
         click.echo(f"{missing} of {counts.rows} rows are not scored ({', '.join(skipped)}):", err=True)
         for row in counts.skipped[:5]:
-            click.echo(f"  {row.place}: {row.why}", err=True)
+            click.echo(f"  {row.place}: {row.text}", err=True)
 
 
 def _columns(evaluation: Evaluation) -> tuple[str, ...]:

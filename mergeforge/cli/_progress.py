@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from mergeforge.cli._byte_count import WIDE, ByteCount
@@ -17,8 +18,13 @@ from mergeforge.core.messages import without_warnings
 from mergeforge.core.tensor_info import Tile
 from mergeforge.execute.unfinished import finished_tiles
 from mergeforge.planner import Plan, plan_page
+from mergeforge.train.progress import TOTAL, is_kept, metrics_text
+
+if TYPE_CHECKING:
+    from mergeforge.train.loop.context import MetricCallback
 
 PLAIN_SECONDS = 10.0  # between two plain lines
+ROW_SECONDS = 3.0  # between two plain lines about rows of data
 INDENT = 9  # the column of the text of notes and of the plan's lines
 
 
@@ -98,29 +104,46 @@ def _lines(count: ByteCount, tiles: Iterable[Tile], to: Console) -> Iterator[Til
 
 
 @contextmanager
-def steps(total: int, to: Console) -> Iterator[Callable[[int, str], None]]:
-    """Yield a function that shows a step and a text: a bar on a terminal, a plain line now and then elsewhere."""
-    if not to.is_terminal:
-        yield _StepLines(total, to)
-        return
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-    with Progress(*columns, console=to) as progress:
+def step_bar(total: int, to: Console) -> Iterator[MetricCallback]:
+    """A listener that shows a run's steps as a bar with the time left; notes and validation losses stay above it."""
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(TextColumn("step"), *columns, console=to) as progress:
         task = progress.add_task("", total=total, text="")
-        yield lambda step, text: progress.update(task, completed=step or None, text=escape(text))
+
+        def show(line: Mapping[str, Any]) -> None:
+            if TOTAL in line:
+                progress.update(task, total=line[TOTAL])
+            elif is_kept(line):
+                place = f"step {line['step']}: " if line.get("step") else ""
+                progress.console.print(f"{place}{metrics_text(line)}", markup=False)
+            else:
+                progress.update(task, completed=line["step"], text=escape(metrics_text(line)))
+
+        yield show
 
 
-class _StepLines:
-    """A line for the first step, the last one, and every PLAIN_SECONDS; a text without a step is printed at once."""
+@contextmanager
+def row_count(to: Console, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A function that shows how many rows of data were read: a line on a terminal, one now and then elsewhere."""
+    last = time.monotonic()
+    if quiet:
+        yield lambda rows: None
+    elif to.is_terminal:
+        with to.status("reading the data") as status:
 
-    def __init__(self, total: int, to: Console) -> None:
-        self.total = total
-        self.to = to
-        self._last = -PLAIN_SECONDS
-        self._step = 0
+            def update(rows: int) -> None:
+                nonlocal last
+                if time.monotonic() - last > 0.2:
+                    last = time.monotonic()
+                    status.update(f"reading the data: {rows:,} rows")
 
-    def __call__(self, step: int, text: str) -> None:
-        now = time.monotonic()
-        if step == self._step or step == self.total or now - self._last > PLAIN_SECONDS:
-            self._last = now
-            self.to.print(f"step {step} of {self.total}: {text}" if step else text, markup=False)
-        self._step = step
+            yield update
+    else:
+
+        def show(rows: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > ROW_SECONDS:
+                last = time.monotonic()
+                to.print(f"reading the data: {rows:,} rows", markup=False)
+
+        yield show

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -112,8 +113,6 @@ def _answer_once(chats: list[Chat], text: str) -> None:
 
 def _talk(chats: list[Chat]) -> None:
     """Answer lines until the input ends."""
-    from mergeforge.eval.chat import run_slash_command
-
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         click.echo(f"{chats[0].model.name} - /help lists the commands, Ctrl-D quits", err=True)
@@ -124,8 +123,7 @@ def _talk(chats: list[Chat]) -> None:
             if line == "/regen":
                 interrupted = _answer(chats, None)
             elif line.startswith("/") and not line.startswith("//"):
-                outputs = [run_slash_command(chat, line) for chat in chats]
-                click.echo(outputs[0], err=True)
+                click.echo(_run_command(chats, line), err=True)
                 continue
             else:
                 interrupted = _answer(chats, line.removeprefix("/") if line.startswith("//") else line)
@@ -135,6 +133,19 @@ def _talk(chats: list[Chat]) -> None:
             continue
         if interrupted and not is_terminal:
             raise KeyboardInterrupt
+
+
+def _run_command(chats: list[Chat], line: str) -> str:
+    """Run a slash command in each conversation; the base's is saved to a file of its own."""
+    from mergeforge.eval.chat import run_slash_command
+
+    command, _, name = line.partition(" ")
+    if command != "/save" or not name.strip():
+        outputs = [run_slash_command(chat, line) for chat in chats]
+        return outputs[0]
+    file = Path(name.strip())
+    files = [file, *(file.with_name(f"{file.stem}-base{file.suffix}") for _ in chats[1:])]
+    return "\n".join(run_slash_command(chat, f"/save {file}") for chat, file in zip(chats, files, strict=True))
 
 
 def _answer(chats: list[Chat], text: str | None) -> bool:
@@ -148,10 +159,10 @@ def _answer(chats: list[Chat], text: str | None) -> bool:
         if answer.ended == "interrupted":
             interrupted = True
             _show_note("stopped")
+        if answer.ended == "context":
+            _show_note("the answer was cut: the context is full; use /reset")
         if answer.ended == "length":
-            is_full = answer.tokens < chat.sampling.max_tokens
-            limit = "the context is full; use /reset" if is_full else f"max_tokens is {answer.tokens}"
-            _show_note(f"the answer was cut: {limit}")
+            _show_note(f"the answer was cut: max_tokens is {chat.sampling.max_tokens}")
     return interrupted
 
 

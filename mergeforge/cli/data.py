@@ -1,4 +1,4 @@
-"""mergeforge data: preview, stats, split, build."""
+"""mergeforge data: preview, stats, split, build, scaffold."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergeforge.cli import _data_options, _data_tables, _options
+from mergeforge.core.messages import WarningText
 from mergeforge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -82,11 +83,12 @@ def preview(files: tuple[str, ...], rows: int, tokens: bool, as_json: bool, **op
     if shown.template:
         to.print(f"  template    {shown.template}", markup=False)
     for note in shown.notes:
-        to.print(f"  note        {note}", markup=False)
+        label = "warning" if isinstance(note, WarningText) else "note"
+        to.print(f"  {label:11} {note}", markup=False)
     for row in shown.rows:
         _data_tables.show_row(row, shown, tokens, to)
     for skipped in shown.skipped:
-        to.print(f"{skipped.place}: not used: {skipped.why}", markup=False)
+        to.print(f"{skipped.place}: not used: {skipped.text}", markup=False)
     if model is None:
         to.print("\nadd --model (a folder or Hub repo id) to see tokens and what is trained on", markup=False)
 
@@ -116,7 +118,7 @@ def stats(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
     _data_tables.show_decisions(decisions, to)
     _data_tables.show_counts(counts, unit, to)
     for note in notes:
-        to.print(f"note: {note}", markup=False)
+        to.print(f"{'warning' if isinstance(note, WarningText) else 'note'}: {note}", markup=False)
 
 
 @data.command()
@@ -163,7 +165,8 @@ def build(structure: str, out: str, tokenizer: str | None, no_stats: bool, scaff
     """Flatten a hierarchy of topic files into one JSONL file for training.
 
     STRUCTURE (YAML or JSON) lists categories, subcategories and their types. The files
-    topics/CATEGORY.SUBCATEGORY.TYPE.json hold entries of question, think, output and difficulty.
+    topics/CATEGORY.SUBCATEGORY.TYPE.json hold entries of question, think, output and difficulty; they may also be in
+    topics/CATEGORY/SUBCATEGORY/.
 
     \b
     Examples:
@@ -187,6 +190,29 @@ def build(structure: str, out: str, tokenizer: str | None, no_stats: bool, scaff
     _data_tables.show_built(result, to)
     if counts:
         _data_tables.show_counts(counts, unit, to)
+
+
+@data.command()
+@click.argument("structure", metavar="STRUCTURE")
+@_options.as_json
+def scaffold(structure: str, as_json: bool) -> None:
+    """Create the topic files that STRUCTURE names and that do not exist yet, without entries.
+
+    With `layout: hierarchical` they go into topics/CATEGORY/SUBCATEGORY/.
+
+    \b
+    Examples:
+      mergeforge data scaffold structure.yaml
+    """
+    from mergeforge.data.topics.build import scaffold_topics
+
+    created = scaffold_topics(structure)
+    if as_json:
+        click.echo(json.dumps({"created": [str(path) for path in created]}))
+        return
+    for path in created:
+        click.echo(f"created {path}")
+    click.echo(f"next: fill in the entries, then: mergeforge data build {structure} --out train.jsonl", err=True)
 
 
 def _settings_and_model(files: tuple[str, ...], options: Mapping[str, Any]) -> tuple[DataSettings, str | None]:

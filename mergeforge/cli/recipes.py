@@ -75,7 +75,14 @@ def copy_recipe(name: str, target: Path) -> None:
     if target.exists():
         raise OutputError(f"{target} exists", hint="name another file")
     target.write_text(text, encoding="utf-8")
-    click.echo(f"wrote {target}; edit its paths, then: mergeforge plan {target}")
+    click.echo(f"wrote {target}; {_next_command(name, text)} {target}")
+
+
+def _next_command(name: str, text: str) -> str:
+    """What to do with a copied recipe: a training run has `data:`, and the demos run as they are."""
+    is_training = any(line.startswith("data:") for line in text.splitlines())
+    command = "mergeforge train" if is_training else "mergeforge plan"
+    return f"next: {command}" if name.endswith("demo") else f"edit its paths, then: {command}"
 
 
 def _find(name: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergeforge.cli import _options
+from mergeforge.core.messages import warnings_in, without_warnings
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import RecipeError
+from mergeforge.train.progress import duration
 
 if TYPE_CHECKING:
     from mergeforge.train.plan import TrainPlan
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     show_default=True,
 )
 @click.option("--extend-epochs", type=float, default=0.0, metavar="N", help="Train a finished run for N more epochs.")
+@click.option("--allow-skips", is_flag=True, help="Train even if more than 10 % of the rows are skipped.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished run.")
 @click.option(
     "--then",
@@ -54,6 +57,7 @@ def train(
     price_per_hour: float | None,
     resume: str,
     extend_epochs: float,
+    allow_skips: bool,
     overwrite: bool,
     then: str | None,
     memory: str | None,
@@ -78,14 +82,21 @@ def train(
     if config is None and not then:
         hint = "`mergeforge recipes cp train-demo` writes one"
         raise RecipeError("give the train.yaml of the run", hint=hint)
+    from mergeforge.cli import _progress
     from mergeforge.train import environment, post_training, preflight, run, run_folder
     from mergeforge.train.plan import make_plan
-    from mergeforge.train.resume import Resume, check_resume
+    from mergeforge.train.resume import Resume, check_resume, refuse_finished
+    from mergeforge.train.settings import read as read_settings
 
     quiet = quiet or not environment.is_main()
+    sets = (*sets, "allow_skips=true") if allow_skips else sets
     with environment.main_first():
         source = config or run_folder.newest_run().settings()
-        plan = make_plan(source, sets=sets, out=out, device=device)
+        settings = read_settings(source, (*sets, f"output={out}") if out is not None else sets)
+        if not (plan_only or then or settings.after.merge):
+            refuse_finished(run_folder.RunFolder(settings.output), Resume(resume, extend_epochs, overwrite))
+        with _progress.row_count(_progress.console(), quiet=quiet) as on_progress:
+            plan = make_plan(settings, device=device, on_progress=on_progress)
     after, trains_adapter = plan.settings.after, plan.settings.trains_adapter
     after = post_training.steps_from_names(after, then, trains_adapter=trains_adapter) if then else after
     preflight.check_post_training(after, plan.config_folder, trains_adapter=trains_adapter)
@@ -143,9 +154,14 @@ def _show_plan(plan: TrainPlan) -> None:
     trained = f"{counts.trained:,} of {counts.tokens:,} tokens are trained on"
     _echo(f"data     {counts.used} of {counts.rows} rows{skipped}{validation}; {trained}")
     for row in counts.skipped:
-        _echo(f"  skipped {row.place}: {row.why}")
-    for note in plan.data.notes:
+        _echo(f"  skipped {row.place}: {row.text}")
+    for decision in plan.data.decisions:
+        if decision.unused:
+            _echo(f"  not used from {decision.source}: {', '.join(decision.unused)}")
+    for note in without_warnings(plan.data.notes):
         _echo(f"  {note}")
+    for warning in warnings_in(plan.data.notes):
+        _echo(f"warning: {warning}")
     packs = plan.packs(packed=resolved.pack)
     schedule = plan.schedule(len(packs))
     sequences = f"{len(packs)} sequences of at most {setup.seq_len} tokens{', packed' if resolved.pack else ''}"
@@ -170,15 +186,9 @@ def _show_estimates(plan: TrainPlan, price: float | None) -> None:
     schedule = plan.schedule(len(plan.packs(packed=resolved.pack)))
     tokens = int(plan.data.counts.tokens * schedule.epochs)
     seconds = estimate_seconds(plan.stats, resolved.setup, tokens, device=resolved.device, dtype=resolved.dtype)
-    _echo(f"time     about {_duration(seconds)} (estimated from this device's speed at matrix products)")
+    _echo(f"time     about {duration(seconds)} (estimated from this device's speed at matrix products)")
     if price is not None:
         _echo(f"cost     about {seconds / 3600 * price:.2f} at {price:g} an hour")
-
-
-def _duration(seconds: float) -> str:
-    if seconds > 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 def _echo(line: str) -> None:
@@ -189,37 +199,27 @@ def _echo(line: str) -> None:
 def _progress_bar(plan: TrainPlan, *, quiet: bool) -> Iterator[Any]:
     """A listener that shows metrics: a bar on a terminal, occasional lines elsewhere."""
     from mergeforge.cli import _progress
+    from mergeforge.train.progress import ProgressLines
 
     if quiet:
         yield lambda line: None
         return
     total = plan.schedule(len(plan.packs(packed=plan.resolved.pack))).total_steps
-    with _progress.steps(total, _progress.console()) as step:
-        yield lambda line: step(int(line.get("step", 0)), _metrics_as_text(line))
-
-
-def _metrics_as_text(line: Mapping[str, Any]) -> str:
-    if "note" in line:
-        return str(line["note"])
-    if "eval_loss" in line:
-        return f"validation loss {line['eval_loss']:.4f}{_rewards(line, 'eval_')}"
-    speed = f"{line['tokens_per_second']:,.0f} tokens/s, {format_size(line['memory'])}"
-    return f"loss {line['loss']:.4f}{_rewards(line)}, {speed}"
-
-
-def _rewards(line: Mapping[str, Any], prefix: str = "") -> str:
-    """Margin and accuracy of a preference objective."""
-    from mergeforge.train.objectives import REWARD_METRICS
-
-    names = [name for name in REWARD_METRICS if prefix + name in line]
-    return "".join(f", {name} {line[prefix + name]:.3f}" for name in names)
+    console = _progress.console()
+    if not console.is_terminal:
+        yield ProgressLines(total)
+        return
+    with _progress.step_bar(total, console) as listener:
+        yield listener
 
 
 def _show_result(trained: Trained, result: PostTrainingResult) -> None:
     losses = [("loss", trained.loss), ("validation loss", trained.validation_loss)]
     numbers = ", ".join(f"{name} {loss:.4f}" for name, loss in losses if loss is not None)
     peak = format_size(trained.peak_memory)
-    _echo(f"trained {trained.steps} steps in {_duration(trained.seconds)}: {numbers}; peak memory {peak}")
+    _echo(f"trained {trained.steps} steps in {duration(trained.seconds)}: {numbers}; peak memory {peak}")
+    if trained.stopped_early:
+        _echo("stopped early: the validation loss no longer improved (early_stop)")
     _echo(f"wrote {trained.result} and {trained.folder.report}")
     if result.merged:
         names = "".join(f", {path.name}" for path in result.ggufs)

@@ -15,7 +15,7 @@ from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.prepare import Prepared, open_prepared, prepare
 from mergeforge.data.readers.base import Record, UnreadableRecord
 from mergeforge.data.render import IGNORE_INDEX, Example, Renderer, make_example, make_renderer
-from mergeforge.data.settings import FIELDS, DataSettings, DataSource, data_settings
+from mergeforge.data.settings import FIELDS, DataSettings, DataSource, data_settings, row_source
 from mergeforge.data.source_reader import Decision, open_files
 from mergeforge.data.stats import first_prompts
 from mergeforge.data.token_store import TokenStore
@@ -49,4 +49,5 @@ __all__ = [
     "open_files",
     "open_prepared",
     "prepare",
+    "row_source",
 ]

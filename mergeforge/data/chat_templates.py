@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.data.conversation import SURROGATE
+from mergeforge.data.system_messages import REFUSE, without_system_messages
 from mergeforge.data.tokenizers import prefix_ids
 from mergeforge.errors import RecipeError, SourceError, did_you_mean
 from mergeforge.tokenizer.chat_templates import NAMED
@@ -55,11 +56,16 @@ class TemplateError(Exception):
 
 @dataclass(frozen=True)
 class Template:
-    """Jinja that renders messages. `name`: where it comes from; `parts`: it expects contents as lists of parts."""
+    """Jinja that renders messages. `name`: where it comes from; `parts`: it expects contents as lists of parts.
+
+    `system`: what to do with system messages if it refuses or ignores them (one of SYSTEM_POLICIES); "": it renders
+    them.
+    """
 
     jinja: str
     name: str
     parts: bool = False
+    system: str = ""
 
     @property
     def tagged(self) -> bool:
@@ -84,6 +90,10 @@ class Template:
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        if self.system and any(message["role"] == "system" for message in messages):
+            if self.system == REFUSE:
+                raise TemplateError(f"the chat template ({self.name}) does not render system messages")
+            messages = without_system_messages(messages, self.system)
         arguments: dict[str, Any] = {**tokenizer.special_tokens_map, "chat_template": self.jinja, **options}
         try:
             rendered: Any = render_jinja_template([self._with_parts(messages)], list(tools) or None, **arguments)

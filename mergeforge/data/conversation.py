@@ -25,7 +25,8 @@ ROLES = {
     "tool": ("tool", "function", "observation", "ipython", "function_response", "tool_response"),
 }
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
-TRAIN_KEYS = ("train", "training", "weight")
+TRAIN_KEYS = ("train", "training", "loss", "weight")
+PARTIAL_KEYS = ("train_detail", "training_detail")  # axolotl's ranges of characters
 _ROLE_OF = {alias: role for role, aliases in ROLES.items() for alias in aliases}
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -145,6 +146,10 @@ def _parse_message(message: Any, index: int, columns: Mapping[str, str]) -> tupl
     if role_key not in fields:
         raise InvalidRecord(f"{where} has no role (it has: {format_list(fields)})")
     train = _train_flag(fields, where)
+    if partial := next((key for key in PARTIAL_KEYS if key in fields), None):
+        raise InvalidRecord(f"{where} has {partial}; a message can only be trained on as a whole")
+    if isinstance(fields.get("function_call"), Mapping) and "tool_calls" not in fields:  # OpenAI's first format
+        fields["tool_calls"] = [fields.pop("function_call")]
     content = _content(fields.get(content_key), where)
     rest = {key: fields[key] for key in fields if key not in (role_key, content_key, *TRAIN_KEYS)}
     if "tool_calls" in rest:
@@ -172,7 +177,7 @@ def _content(value: Any, where: str) -> str:
             texts.append(cell_text(part.get("text"), where))
         else:
             kind = part.get("type") if isinstance(part, Mapping) else type_name(part)
-            raise InvalidRecord(f"{where} has a part of type {kind!r}; only text is supported")
+            raise InvalidRecord(f"{where} has a part of type {kind!r}; only text can be trained on")
     return "".join(texts)
 
 
@@ -194,22 +199,34 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
     """Tool calls with their arguments as mappings: OpenAI's API writes JSON text, templates take mappings."""
     if not isinstance(calls, list | tuple):
         raise InvalidRecord(f"{where}: tool_calls must be a list")
-    return [_tool_call(call) for call in calls]
+    if not all(isinstance(call, Mapping) for call in calls):
+        raise InvalidRecord(
+            f"{where}: tool_calls holds {next(type_name(c) for c in calls if not isinstance(c, Mapping))}"
+        )
+    parsed = [_tool_call(call) for call in calls]
+    if any(not isinstance(call.get("function"), Mapping) or not call["function"].get("name") for call in parsed):
+        raise InvalidRecord(f"{where} has a tool call without the name of a function")
+    return parsed
 
 
-def _tool_call(call: Any) -> Any:
-    if not isinstance(call, Mapping):
-        return call
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    if "function" not in call and "name" in call:
+        call = {"type": "function", "function": call}
     call = {key: value for key, value in call.items() if value is not None}
     if isinstance(call.get("function"), Mapping):
-        call["function"] = _tool_call(call["function"])
-    if isinstance(call.get("arguments"), str):
-        try:
-            arguments = json.loads(call["arguments"])
-        except (ValueError, RecursionError):
-            return call
-        call["arguments"] = arguments if isinstance(arguments, dict) else call["arguments"]
+        call["function"] = _function(call["function"])
     return call
+
+
+def _function(function: Mapping[str, Any]) -> dict[str, Any]:
+    function = {key: value for key, value in function.items() if value is not None}
+    if isinstance(function.get("arguments"), str):
+        try:
+            arguments = json.loads(function["arguments"])
+        except (ValueError, RecursionError):
+            return function
+        function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
+    return function
 
 
 def _tools(value: Any) -> tuple[Any, ...]:

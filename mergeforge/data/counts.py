@@ -7,21 +7,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.errors import SourceError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_SKIPPED = 8  # rows of each kind that are kept with their place
+MAX_SKIPPED = 8  # reasons of each kind that are kept, with the place of their first row
+MAX_SKIPPED_SHARE = 0.1
 SKIP_KINDS = ("empty", "too_long", "bad")
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that is not trained on: `kind` is bad, empty or too_long."""
+    """A row that is not trained on: `kind` is bad, empty or too_long.
+
+    `more`: how many later rows have the same reason.
+    """
 
     place: str
     kind: str
     why: str
+    more: int = 0
+
+    @property
+    def text(self) -> str:
+        """The reason, and how many rows share it."""
+        return f"{self.why} (and {self.more:,} more)" if self.more else self.why
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class DataStats:
 
     rows = used + empty + too_long + bad. `duplicates`: used rows equal to an earlier one (trained on like any other).
     `cut`: examples that lost tokens, or texts cut into chunks. `p50`, `p95`, `p99`, `longest`: tokens of an example.
-    `histogram`: (upper bound in tokens, examples). `skipped`: the first rows of each kind.
+    `histogram`: (upper bound in tokens, examples). `skipped`: the first row of each reason.
     """
 
     rows: int = 0
@@ -66,17 +78,36 @@ def stats_from_dict(value: Mapping[str, Any]) -> DataStats:
     return DataStats(**{**value, **nested})
 
 
+def refuse_many_skips(counts: DataStats) -> None:
+    """Raise SourceError if more than MAX_SKIPPED_SHARE of the rows of a source are not trained on."""
+    for name, stats in counts.sources.items():
+        if stats.rows - stats.used > MAX_SKIPPED_SHARE * stats.rows:
+            what = f"{stats.rows - stats.used:,} of {stats.rows:,} rows of {name} would not be trained on"
+            hint = "repair them, or pass --allow-skips (allow_skips: true)"
+            if stats.too_long > (stats.rows - stats.used) / 2:
+                hint = "use a larger seq_len or too_long: cut_prompt, or pass --allow-skips (allow_skips: true)"
+            lines = "\n".join(f"  {row.place}: {row.text}" for row in stats.skipped[:MAX_SKIPPED])
+            raise SourceError(f"{what}:\n{lines}", hint=hint)
+
+
 class RecordCounter:
     """Counts the rows of one source as they come."""
 
     def __init__(self) -> None:
         self.kinds: Counter[str] = Counter()
-        self.skipped: list[Skipped] = []
+        self._reasons: dict[tuple[str, str], list[Any]] = {}  # (kind, why) -> the first place, rows
 
     def skip(self, place: str, kind: str, why: str) -> None:
         self.kinds[kind] += 1
-        if self.kinds[kind] <= MAX_SKIPPED:
-            self.skipped.append(Skipped(place, kind, why))
+        if (kind, why) in self._reasons:
+            self._reasons[kind, why][1] += 1
+        elif sum(known == kind for known, _ in self._reasons) < MAX_SKIPPED:
+            self._reasons[kind, why] = [place, 1]
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """The first rows of each kind that have different reasons."""
+        return [Skipped(place, kind, why, rows - 1) for (kind, why), (place, rows) in self._reasons.items()]
 
     @property
     def rows(self) -> int:

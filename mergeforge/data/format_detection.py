@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergeforge.data.conversation import is_message_list
-from mergeforge.data.formats import IN_MESSAGES, Format
+from mergeforge.data.conversation import TRAIN_KEYS, is_message_list
+from mergeforge.data.formats import IN_MESSAGES, Format, row_flag
 from mergeforge.data.preference import LABELS
 from mergeforge.data.settings import FORMATS, LABELED, PAIRS, PREFERENCE_FORMATS, DataSource
 from mergeforge.errors import RecipeError, SourceError, did_you_mean, format_list
@@ -38,6 +38,7 @@ ROLE_ALIASES = {
     "conversations": "messages",
     "context": "input",
 }
+_MEDIA = {"image": "images", "audio": "sound", "video": "videos"}
 _PREFERENCE = ("chosen", "rejected")
 _PREFERENCE_HINTS = {
     PAIRS: "it needs chosen and rejected, and usually prompt; columns: {chosen: COLUMN, rejected: COLUMN} names others",
@@ -61,12 +62,15 @@ def detect(rows: Sequence[Mapping[str, Any]], source: DataSource, name: str) -> 
     if source.format not in PREFERENCE_FORMATS:
         guesser.refuse_preference_data()
         guesser.refuse_labels()
+    _refuse_media(rows, free, name)
     for guess in guesser.guesses(source.format):
         format = guess()
         if format is not None:
             kind = source.format if source.format in _PAIR_FORMATS else format.name
-            unused = tuple(column for column in columns if column not in format.columns.values())
-            return replace(format, name=kind, unused=unused)
+            flags = _flag_columns(rows, columns)
+            used = (*format.columns.values(), *flags)
+            unused = tuple(column for column in columns if column not in used)
+            return replace(format, name=kind, unused=unused, flags=flags)
     if source.format in PREFERENCE_FORMATS:
         raise SourceError(
             f"{name} has no columns for the format {source.format} (it has: {format_list(columns, 20)})",
@@ -212,6 +216,27 @@ def _assigned_columns(columns: Mapping[str, str], known_columns: Sequence[str], 
             raise RecipeError(f"{name} has no column '{column}'", hint=hint)
         assigned[role] = column
     return assigned
+
+
+def _flag_columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that say whether a row is trained on: `weight`, or true and false under a few names."""
+    named = [column for column in columns if column.strip().lower() in TRAIN_KEYS]
+    return tuple(
+        column
+        for column in named
+        if column.strip().lower() == "weight" or any(row_flag(column, row.get(column)) is not None for row in rows)
+    )
+
+
+def _refuse_media(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], name: str) -> None:
+    """Raise SourceError for rows with images, sound or video: only the text would be trained on."""
+    for column in columns:
+        kind = column.strip().lower().removesuffix("s")
+        if kind in _MEDIA and any(row.get(column) not in (None, "", [], {}) for row in rows):
+            text = f"{name} holds {_MEDIA[kind]} (the column '{column}'), and only text can be trained on"
+            raise SourceError(
+                text, hint="to train on the text alone, remove the column and the placeholders in the text"
+            )
 
 
 def _first_messages(rows: Sequence[Mapping[str, Any]], column: str) -> list[Mapping[str, Any]]:

@@ -26,15 +26,22 @@ IN_MESSAGES = ("role", "content")
 
 @dataclass(frozen=True)
 class Format:
-    """How rows are read. `columns`: role -> the file's column; `why`: the reason; `unused`: columns not trained on."""
+    """How rows are read. `columns`: role -> the file's column; `why`: the reason; `unused`: columns not trained on.
+
+    `flags`: columns that say whether a row is trained on.
+    """
 
     name: str
     columns: Mapping[str, str]
     why: str
     unused: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
     def read(self, row: Mapping[str, Any], system: str | None = None) -> Conversation | TextSample | PreferenceSample:
         """Parse one row. Raises InvalidRecord and EmptyRecord."""
+        for column in self.flags:
+            if not _is_trained(column, row.get(column)):
+                raise EmptyRecord(f"{column}: {row[column]}")
         if "chosen" in self.columns or "label" in self.columns:
             return self._preference(row, system)
         if self.name == "text":
@@ -95,3 +102,19 @@ class Format:
         if required and name not in row:
             raise InvalidRecord(f"no column '{name}' (it has: {format_list(map(str, row)) or 'none'})")
         return row.get(name)
+
+
+def row_flag(column: str, value: Any) -> bool | None:
+    """What a column `train`, `loss` or `weight` says about a row: to train on it or not; None: nothing."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0}.get(value.strip().lower())
+    is_flag = isinstance(value, bool) or (column.strip().lower() == "weight" and value in (0, 1))
+    return bool(value) if is_flag else None
+
+
+def _is_trained(column: str, value: Any) -> bool:
+    """Raises InvalidRecord for a weight that is neither 0 nor 1."""
+    flag = row_flag(column, value)
+    if flag is None and column.strip().lower() == "weight" and value not in (None, ""):
+        raise InvalidRecord(f"'{column}' is {value!r}: rows can be used (1) or left out (0), not weighted")
+    return flag is not False

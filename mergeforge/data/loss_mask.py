@@ -21,19 +21,20 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mergeforge.data.chat_templates import Template, TemplateError
 from mergeforge.data.conversation import Conversation, InvalidRecord
 from mergeforge.data.template_probe import TurnEnding
-from mergeforge.data.tokenizers import Offsets, TokenizedText, tokenize
+from mergeforge.data.tokenizers import Offsets, TokenizedText, Tokenizing, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+MAX_PROMPT_END = 64  # characters of a prompt from its last special token
 SPLIT_ANSWERS = "one example per answer"
 
 
@@ -50,17 +51,25 @@ class AmbiguousMask(Exception):
     """A strategy cannot find the answers exactly; the text says why."""
 
 
+Strategy = Callable[[Conversation, Sequence[int]], Tokenizing[list[MaskedTokens]]]
+
+
 @dataclass(frozen=True)
 class LossMasker:
-    """Finds the answers in conversations rendered by one template for one tokenizer."""
+    """Finds the answers in conversations rendered by one template for one tokenizer.
+
+    `marks`: the special tokens that the template may write, with their ids; {} if prompts are tokenized as a whole.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
     ending: TurnEnding
+    marks: Mapping[str, int] = field(default_factory=dict)
+    prompt_ends: dict[str, list[int]] = field(default_factory=dict, compare=False)  # tokens of the ends seen so far
 
     def masks(
         self, conversation: Conversation, indices: Sequence[int], *, split_answers: bool = True
-    ) -> list[MaskedTokens]:
+    ) -> Tokenizing[list[MaskedTokens]]:
         """The conversation's tokens with the spans of the messages `indices`.
 
         One result, or with split_answers possibly one per message. Raises InvalidRecord if the template refuses the
@@ -69,38 +78,41 @@ class LossMasker:
         why = ""
         for strategy in self._strategies(split_answers):
             try:
-                return strategy(conversation, indices)
+                return (yield from strategy(conversation, indices))
             except AmbiguousMask as error:
                 why = f"the chat template ({self.template.name}) cannot be masked exactly: {error}"
             except TemplateError as error:
                 why = str(error)
         raise InvalidRecord(why)
 
-    def rendered(self, conversation: Conversation) -> list[int]:
+    def rendered(self, conversation: Conversation) -> Tokenizing[list[int]]:
         """The conversation's tokens, without looking for answers. Raises InvalidRecord."""
         try:
             text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
         except TemplateError as error:
             raise InvalidRecord(str(error)) from None
-        return tokenize(self.tokenizer, [text])[0].ids
+        (tokens,) = yield [text]
+        return tokens.ids
 
-    def _strategies(self, split_answers: bool) -> list[Callable[[Conversation, Sequence[int]], list[MaskedTokens]]]:
+    def _strategies(self, split_answers: bool) -> list[Strategy]:
         if self.template.tagged:
-            return [lambda *args: [self._from_generation_tags(*args)]]
-        from_prefixes, from_sentinels = (
-            lambda *args: [self._from_prefixes(*args)],
-            lambda *args: [self._from_sentinels(*args)],
-        )
+            return [self._from_generation_tags]
         if split_answers:
-            return [from_prefixes, self._from_prefixes_per_answer, from_sentinels]
-        return [from_prefixes, from_sentinels]
+            return [self._from_prefixes, self._from_prefixes_per_answer, self._from_sentinels]
+        return [self._from_prefixes, self._from_sentinels]
 
-    def _from_prefixes_per_answer(self, conversation: Conversation, indices: Sequence[int]) -> list[MaskedTokens]:
+    def _from_prefixes_per_answer(
+        self, conversation: Conversation, indices: Sequence[int]
+    ) -> Tokenizing[list[MaskedTokens]]:
         """For each answer, the conversation up to it, with only this answer in the loss."""
-        masks = [self._from_prefixes(_truncated(conversation, index + 1), [index]) for index in indices]
+        masks: list[MaskedTokens] = []
+        for index in indices:
+            masks += yield from self._from_prefixes(_truncated(conversation, index + 1), [index])
         return [replace(mask, strategy=f"{mask.strategy}, {SPLIT_ANSWERS}") for mask in masks]
 
-    def _from_generation_tags(self, conversation: Conversation, indices: Sequence[int]) -> MaskedTokens:
+    def _from_generation_tags(
+        self, conversation: Conversation, indices: Sequence[int]
+    ) -> Tokenizing[list[MaskedTokens]]:
         answers = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if any(index not in answers for index in indices):
             raise AmbiguousMask("its {% generation %} tags mark only the assistant's messages")
@@ -111,7 +123,8 @@ class LossMasker:
             tagged = [span for span, owner in zip(tagged, owners, strict=True) if owner in indices]
         if len(tagged) < len(indices):
             raise AmbiguousMask(f"it marks {len(tagged)} answers, but there are {len(indices)}")
-        return self._from_characters(tokenize(self.tokenizer, [text])[0], tagged, "tags")
+        (whole,) = yield [text]
+        return [self._from_characters(whole, tagged, "tags")]
 
     def _tag_owners(
         self, conversation: Conversation, answers: Sequence[int], text: str, tagged: Sequence[Span]
@@ -123,7 +136,7 @@ class LossMasker:
         starts = [len(prompt) for prompt in prompts]
         return [answers[max(bisect_right(starts, start) - 1, 0)] for start, _ in tagged]
 
-    def _from_prefixes(self, conversation: Conversation, indices: Sequence[int]) -> MaskedTokens:
+    def _from_prefixes(self, conversation: Conversation, indices: Sequence[int]) -> Tokenizing[list[MaskedTokens]]:
         text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
         prompts, ends = [], []
         for index in indices:
@@ -134,13 +147,47 @@ class LossMasker:
                 raise AmbiguousMask(f"the rendering up to message {index + 1} is not a prefix of the whole")
             prompts.append(prompt)
             ends.append(len(through_answer))
-        whole, *before = tokenize(self.tokenizer, [text, *prompts])
-        if all(whole.ids[: len(prefix.ids)] == prefix.ids for prefix in before):
-            stops = self._stop_tokens(whole, text, ends)
-            spans = [(len(prefix.ids), stop) for prefix, stop in zip(before, stops, strict=True)]
-            return self._masked(whole.ids, spans, "prefix")
+        starts: list[int | None]
+        if all(self._mark_before_end(prompt) for prompt in prompts):
+            (whole,) = yield [text]
+            starts = [self._start_after_mark(whole, prompt) for prompt in prompts]
+        else:
+            whole, *before = yield [text, *prompts]
+            starts = [len(one.ids) if whole.ids[: len(one.ids)] == one.ids else None for one in before]
+        found = [start for start in starts if start is not None]
+        if len(found) == len(starts):
+            stops = yield from self._stop_tokens(whole, text, ends)
+            return [self._masked(whole.ids, list(zip(found, stops, strict=True)), "prefix")]
         characters = [(len(prompt), end) for prompt, end in zip(prompts, ends, strict=True)]
-        return self._from_characters(whole, characters, "offsets")
+        return [self._from_characters(whole, characters, "offsets")]
+
+    def _mark_before_end(self, prompt: str) -> tuple[int, str] | None:
+        """(position, text) of the last special token of the template in a prompt, if it ends shortly before the end."""
+        position, mark = max(((prompt.rfind(mark), mark) for mark in self.marks), default=(-1, ""))
+        return (position, mark) if position >= max(0, len(prompt) - MAX_PROMPT_END) else None
+
+    def _start_after_mark(self, whole: TokenizedText, prompt: str) -> int | None:
+        """The number of the prompt's tokens, if they are a prefix of the whole's.
+
+        A tokenizer splits text at special tokens first. So the tokens before the prompt's last one are the same in
+        both, and only what follows it, which is the same in almost every prompt, has to be tokenized.
+        """
+        found = self._mark_before_end(prompt)
+        assert found is not None
+        position, mark = found
+        end = self._prompt_end(prompt[position:])
+        first = whole.encoding.char_to_token(position)
+        if first is None or whole.ids[first] != self.marks[mark] or whole.ids[first : first + len(end)] != end:
+            return None
+        return int(first + len(end))
+
+    def _prompt_end(self, text: str) -> list[int]:
+        """The tokens of the end of a prompt."""
+        if text not in self.prompt_ends:
+            if len(self.prompt_ends) > 1000:
+                self.prompt_ends.clear()
+            self.prompt_ends[text] = tokenize(self.tokenizer, [text])[0].ids
+        return self.prompt_ends[text]
 
     def _without_final_ending(self, rendering: str, text: str) -> str:
         """The rendering up to an answer, without what the template writes only after the very last one."""
@@ -148,11 +195,14 @@ class LossMasker:
             return rendering
         return rendering.removesuffix(self.ending.text) + self.ending.mark
 
-    def _stop_tokens(self, whole: TokenizedText, text: str, ends: Sequence[int]) -> list[int]:
+    def _stop_tokens(self, whole: TokenizedText, text: str, ends: Sequence[int]) -> Tokenizing[list[int]]:
         """The number of tokens before each character position in `ends`."""
-        if whole.offsets is not None:
-            return [_stop_token(whole.offsets, end) for end in ends]
-        prefixes = tokenize(self.tokenizer, [text[:end] for end in ends])
+        if all(end == len(text) for end in ends):
+            return [len(whole.ids)] * len(ends)
+        offsets = whole.offsets
+        if offsets is not None:
+            return [_stop_token(offsets, end) for end in ends]
+        prefixes = yield [text[:end] for end in ends]
         if any(whole.ids[: len(prefix.ids)] != prefix.ids for prefix in prefixes):
             raise AmbiguousMask("an answer and what follows it share a token")
         return [len(prefix.ids) for prefix in prefixes]
@@ -167,7 +217,7 @@ class LossMasker:
             return prompt, text
         return prompt, self.template.text(self.tokenizer, messages[: index + 1], tools)
 
-    def _from_sentinels(self, conversation: Conversation, indices: Sequence[int]) -> MaskedTokens:
+    def _from_sentinels(self, conversation: Conversation, indices: Sequence[int]) -> Tokenizing[list[MaskedTokens]]:
         text = self.template.text(self.tokenizer, conversation.messages, conversation.tools)
         sentinels = [
             f"Mark{hashlib.sha1(f'{index}{text}'.encode(errors='replace')).hexdigest()[:16]}" for index in indices
@@ -190,12 +240,14 @@ class LossMasker:
             characters.append((start, position + len(ending)))
         if text[position:] != rest:
             raise AmbiguousMask("the text after the last answer depends on it")
-        return self._from_characters(tokenize(self.tokenizer, [text])[0], characters, "offsets")
+        (whole,) = yield [text]
+        return [self._from_characters(whole, characters, "offsets")]
 
     def _from_characters(self, tokens: TokenizedText, characters: Sequence[Span], strategy: str) -> MaskedTokens:
-        if tokens.offsets is None:
+        offsets = tokens.offsets
+        if offsets is None:
             raise AmbiguousMask("the tokenizer does not report which characters a token covers")
-        spans = [(_start_token(tokens.offsets, start), _stop_token(tokens.offsets, stop)) for start, stop in characters]
+        spans = [(_start_token(offsets, start), _stop_token(offsets, stop)) for start, stop in characters]
         return self._masked(tokens.ids, spans, strategy)
 
     def _masked(self, ids: list[int], spans: Sequence[Span], strategy: str) -> MaskedTokens:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from mergeforge.core.messages import WarningText
 from mergeforge.data.conversation import Conversation, EmptyRecord, InvalidRecord, TextSample
 from mergeforge.data.counts import MAX_SKIPPED, SKIP_KINDS, DataStats, RecordCounter, total_stats
 from mergeforge.data.formats import Format
 from mergeforge.data.loss_mask import SPLIT_ANSWERS
 from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.render import Renderer, RenderResult
+from mergeforge.data.render_batches import BATCH_CHARS, render_rows
 from mergeforge.data.settings import DataSettings, DataSource
 from mergeforge.data.source_reader import OpenFile, open_files, parse_file
 from mergeforge.data.token_store import TokenStoreWriter
@@ -19,6 +22,7 @@ from mergeforge.errors import SourceError
 HELD_OUT = "validation: "  # prefix of the name of a source that is not trained on
 _MIN_USED = 0.01  # share of the rows; if fewer are usable, something is wrong with all of them
 
+PROGRESS_ROWS = 100  # between two calls of OnProgress
 OnProgress = Callable[[int], None]  # called with the number of rows so far
 
 
@@ -32,21 +36,18 @@ class RenderedRecord:
 
 
 def render_file(
-    file: OpenFile, renderer: Renderer, counter: RecordCounter, system: str | None
+    file: OpenFile, renderer: Renderer, counter: RecordCounter, system: str | None, *, batch_chars: int = BATCH_CHARS
 ) -> Iterator[RenderedRecord]:
-    """The rows of a file that can be trained on; the others are counted as skipped."""
-    for row in parse_file(file, counter, system):
-        try:
-            rendered = renderer.render(row.content)
-        except InvalidRecord as error:
-            counter.skip(row.place, "bad", str(error))
-        except EmptyRecord as error:
-            counter.skip(row.place, "empty", str(error))
+    """The rows of a file that can be trained on; the others are counted as skipped. batch_chars: see render_rows."""
+    for row, result in render_rows(parse_file(file, counter, system), renderer, batch_chars):
+        if isinstance(result, InvalidRecord):
+            counter.skip(row.place, "bad", str(result))
+        elif isinstance(result, EmptyRecord):
+            counter.skip(row.place, "empty", str(result))
+        elif result.examples:
+            yield RenderedRecord(row.place, row.content, result)
         else:
-            if rendered.examples:
-                yield RenderedRecord(row.place, row.content, rendered)
-            else:
-                counter.skip(row.place, "too_long", f"more than {renderer.seq_len} tokens")
+            counter.skip(row.place, "too_long", f"more than {renderer.seq_len} tokens")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class TokenizePipeline:
     ) -> None:
         self.formats: list[tuple[str, str, Format]] = []
         self.conversations = 0
+        self._omitted: Counter[str] = Counter()
         self._split_rows = self._previous_rows = 0
         self._settings, self._renderer, self._writer, self._on_progress = settings, renderer, writer, on_progress
         self._sources: list[_StoredSource] = []
@@ -86,12 +88,14 @@ class TokenizePipeline:
     def _add_row(self, row: RenderedRecord, counter: RecordCounter) -> None:
         self.conversations += not isinstance(row.content, TextSample)
         self._split_rows += SPLIT_ANSWERS in row.rendered.strategy
+        self._omitted.update(row.rendered.omitted)
         counter.kinds["used"] += 1
         counter.kinds["cut"] += row.rendered.cut
         key = row.content.key(self._settings.seed)
         for example in row.rendered.examples:
             self._writer.add(example, key)
-        self._on_progress(self._previous_rows + counter.rows)
+        if counter.kinds["used"] % PROGRESS_ROWS == 0:
+            self._on_progress(self._previous_rows + counter.rows)
 
     def counts(self) -> DataStats:
         """All statistics, once the store is closed; the totals leave out held-out sources."""
@@ -112,6 +116,9 @@ class TokenizePipeline:
         if self._split_rows:
             rows = f"{self._split_rows} row{'s' if self._split_rows > 1 else ''}"
             yield f"the template renders earlier answers differently: in {rows} each answer is an example of its own"
+        for what, count in self._omitted.items():
+            rows = f"{count} row{'s' if count > 1 else ''}"
+            yield WarningText(f"the template leaves out {what}, which {rows} have: name a template that renders them")
         if self.conversations:
             yield from self._renderer.notes()
 
@@ -122,7 +129,7 @@ def _check_used(name: str, counter: RecordCounter) -> None:
         return
     skipped = [kind for kind in SKIP_KINDS if counter.kinds[kind]]
     why = ", ".join(f"{counter.kinds[kind]} {kind.replace('_', ' ')}" for kind in skipped)
-    lines = "\n".join(f"  {row.place}: {row.why}" for row in counter.skipped[:MAX_SKIPPED])
+    lines = "\n".join(f"  {row.place}: {row.text}" for row in counter.skipped[:MAX_SKIPPED])
     hint = "`mergeforge data preview` shows how the rows are read"
     if counter.kinds["too_long"] > rows / 2:
         hint = "use a larger seq_len, or too_long: cut_prompt"

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.core.messages import WarningText, warnings_in, without_warnings
 from mergeforge.data.counts import DataStats, stats_from_dict
 from mergeforge.data.fingerprint import data_fingerprint
 from mergeforge.data.pipeline import HELD_OUT, OnProgress, TokenizePipeline
@@ -92,7 +93,7 @@ def open_prepared(folder: Path) -> Prepared:
         template_name=facts["template_name"],
         fingerprint=facts["fingerprint"],
         folder=folder,
-        notes=tuple(facts["notes"]),
+        notes=(*map(WarningText, facts["warnings"]), *facts["notes"]),
     )
 
 
@@ -155,7 +156,8 @@ def _write(settings: DataSettings, renderer: Renderer, folder: Path, on_progress
         "decisions": [asdict(decision) for decision in merge_decisions(pipeline.formats)],
         "template": renderer.template.jinja if pipeline.conversations else "",
         "template_name": renderer.template.name if pipeline.conversations else "",
-        "notes": notes,
+        "notes": without_warnings(notes),
+        "warnings": warnings_in(notes),
     }
 
 

@@ -159,5 +159,5 @@ def _preview_records(
     if renderer is None:
         yield from (PreviewRecord(row.place, row.content) for row in parse_file(file, counter, system))
         return
-    for row in render_file(file, renderer, counter, system):
+    for row in render_file(file, renderer, counter, system, batch_chars=1):
         yield PreviewRecord(row.place, row.content, row.rendered.examples, row.rendered.strategy)

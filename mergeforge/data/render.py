@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.data.chat_templates import Template, TemplateError, choose_template
 from mergeforge.data.conversation import Conversation, EmptyRecord, InvalidRecord, TextSample, parse_conversation
 from mergeforge.data.loss_mask import LossMasker, MaskedTokens
+from mergeforge.data.omissions import needs_check, omitted_fields, refuse_omissions
 from mergeforge.data.preference import PreferenceSample
 from mergeforge.data.settings import DataSettings
 from mergeforge.data.template_probe import adapt_template, template_notes, turn_ending
-from mergeforge.data.tokenizers import prefix_ids, tokenize
+from mergeforge.data.tokenizers import Tokenizing, prefix_ids, run_tokenizing, special_ids, splitting_tokens, tokenize
 from mergeforge.errors import SourceError
 
 if TYPE_CHECKING:
@@ -49,12 +50,16 @@ class Example:
 
 @dataclass(frozen=True)
 class RenderResult:
-    """What one row became. `cut`: examples that were cut; `too_long`: examples dropped for their length."""
+    """What one row became. `cut`: examples that were cut; `too_long`: examples dropped for their length.
+
+    `omitted`: what the template leaves out of the row (omissions.py).
+    """
 
     examples: tuple[Example, ...]
     cut: int = 0
     too_long: int = 0
     strategy: str = ""
+    omitted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,15 +82,20 @@ class Renderer:
 
         Raises InvalidRecord and EmptyRecord; SourceError for a conversation if there is no usable template.
         """
+        return run_tokenizing(self.tokenizer, self.rendering(row))
+
+    def rendering(self, row: Conversation | TextSample | PreferenceSample) -> Tokenizing[RenderResult]:
+        """`render` as a computation whose texts can be tokenized together with those of other rows."""
         if isinstance(row, TextSample):
-            return self._render_text(row)
+            return (yield from self._render_text(row))
         if isinstance(row, PreferenceSample):
-            return self._render_answers(row)
+            return (yield from self._render_answers(row))
         if self.problem is not None:
             raise self.problem
         cut = 0
         examples, strategies = [], set()
-        masks = list(self._masks(row))
+        masks = yield from self._masks(row)
+        omitted = self._check_omissions(row, masks) if needs_check(row) else ()
         for masked in masks:
             ids, labels = self._ids_and_labels(masked)
             if labels.count(IGNORE_INDEX) == len(labels):
@@ -95,10 +105,13 @@ class Renderer:
                 cut += len(example) < len(ids)
                 examples.append(example)
             strategies.add(masked.strategy)
-        return RenderResult(tuple(examples), cut, len(masks) - len(examples), ", ".join(sorted(strategies)))
+        strategy = ", ".join(sorted(strategies))
+        return RenderResult(tuple(examples), cut, len(masks) - len(examples), strategy, omitted)
 
-    def _render_answers(self, row: PreferenceSample) -> RenderResult:
-        rendered = [self.render(answer.conversation) for answer in row.answers]
+    def _render_answers(self, row: PreferenceSample) -> Tokenizing[RenderResult]:
+        rendered: list[RenderResult] = []
+        for answer in row.answers:
+            rendered.append((yield from self.rendering(answer.conversation)))
         if any(result.too_long for result in rendered):
             return RenderResult((), too_long=1)
         if any(len(result.examples) != 1 for result in rendered):
@@ -108,7 +121,8 @@ class Renderer:
             for result, answer in zip(rendered, row.answers, strict=True)
         ]
         cut = sum(result.cut for result in rendered)
-        return RenderResult(tuple(examples), cut, 0, rendered[0].strategy)
+        omitted = tuple(dict.fromkeys(what for result in rendered for what in result.omitted))
+        return RenderResult(tuple(examples), cut, 0, rendered[0].strategy, omitted)
 
     def notes(self) -> list[str]:
         """Facts about the template with this tokenizer that the user should know."""
@@ -129,21 +143,34 @@ class Renderer:
             raise SourceError(str(error)) from None
         return tokenize(self.tokenizer, [text])[0].ids
 
-    def _masks(self, row: Conversation) -> Iterator[MaskedTokens]:
+    def _check_omissions(self, row: Conversation, masks: Sequence[MaskedTokens]) -> tuple[str, ...]:
+        """What the template leaves out; raises InvalidRecord if that makes the row useless."""
+        row = row if self.loss_on == "all" else _through_last_answer(row)
+        trained = _trained_messages(row, self.loss_on)
+        special = special_ids(self.tokenizer)
+        texts = []
+        for masked in masks:
+            for start, stop in masked.spans:
+                ids = masked.ids[start:stop]
+                texts.append(str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
+                if not str(self.tokenizer.decode([token for token in ids if token not in special])).strip():
+                    raise InvalidRecord(f"the chat template ({self.template.name}) renders nothing of an answer")
+        refuse_omissions(row, trained, "\n".join(texts), self.template, self.tokenizer)
+        return tuple(omitted_fields(row, self.template, self.tokenizer))
+
+    def _masks(self, row: Conversation) -> Tokenizing[list[MaskedTokens]]:
         row = row if self.loss_on == "all" else _through_last_answer(row)
         indices = _trained_messages(row, self.loss_on)
         if self.loss_on != "all":
             if not indices:
                 raise EmptyRecord("no answer to train on")
-            yield from self.masker.masks(row, indices)
-            return
+            return (yield from self.masker.masks(row, indices))
         excluded = [index for index, train in enumerate(row.train_flags) if train is False]
         if not excluded:
-            ids = self.masker.rendered(row)
-            yield MaskedTokens(ids, ((0, len(ids)),), "everything")
-            return
-        (masked,) = self.masker.masks(row, excluded, split_answers=False)
-        yield MaskedTokens(masked.ids, tuple(_gaps(masked)), "everything except messages with train: false")
+            ids = yield from self.masker.rendered(row)
+            return [MaskedTokens(ids, ((0, len(ids)),), "everything")]
+        (masked,) = yield from self.masker.masks(row, excluded, split_answers=False)
+        return [MaskedTokens(masked.ids, tuple(_gaps(masked)), "everything except messages with train: false")]
 
     def _ids_and_labels(self, masked: MaskedTokens) -> tuple[list[int], list[int]]:
         """(ids, labels), with EOS after a last answer that the template ends without a special token."""
@@ -186,9 +213,10 @@ class Renderer:
         labels[0] = IGNORE_INDEX
         return _example([*ids[:prefix], *ids[start:]], labels)
 
-    def _render_text(self, row: TextSample) -> RenderResult:
+    def _render_text(self, row: TextSample) -> Tokenizing[RenderResult]:
         """BOS if the tokenizer adds it, the text, EOS; in chunks of seq_len."""
-        ids = [*self.prefix, *tokenize(self.tokenizer, [row.text])[0].ids]
+        (tokens,) = yield [row.text]
+        ids = [*self.prefix, *tokens.ids]
         eos = self.tokenizer.eos_token_id
         ids += [eos] if eos is not None and ids[-1] != eos else []
         seq_len = self.seq_len or len(ids)
@@ -205,10 +233,13 @@ def make_renderer(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) ->
     """The renderer that the settings ask for. Raises RecipeError for an unknown template."""
     problem = None
     try:
-        template = adapt_template(choose_template(settings.template, tokenizer), tokenizer)
+        chosen = choose_template(settings.template, tokenizer)
+        template = adapt_template(chosen, tokenizer, settings.system_policy)
+        if template.jinja != chosen.jinja:
+            template = replace(template, name=f"{template.name}, with a generation prompt")
     except SourceError as error:
         template, problem = Template("", "none"), error
-    masker = LossMasker(tokenizer, template, turn_ending(template, tokenizer))
+    masker = LossMasker(tokenizer, template, turn_ending(template, tokenizer), splitting_tokens(tokenizer))
     prefix = tuple(prefix_ids(tokenizer))
     return Renderer(tokenizer, template, masker, settings.loss_on, settings.seq_len, settings.too_long, prefix, problem)
 

@@ -7,6 +7,7 @@ example comes from, `preferences.i8` whether it is a preferred answer (1), a rej
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+FLUSHED = 1024  # offsets and keys
 TOKENS, LABELS, OFFSETS, KEYS = "tokens.i32", "labels.i32", "offsets.i64", "keys.u64"
 PREFERENCES = "preferences.i8"
 FILES = (TOKENS, LABELS, OFFSETS, KEYS, PREFERENCES)
@@ -73,6 +75,7 @@ class TokenStoreWriter:
 
         self.folder = folder
         self.count = self.tokens = self.trained = 0
+        self._offsets, self._keys, self._preferences = array("q"), array("Q"), array("b")  # written FLUSHED at once
         try:
             self._files = {name: (folder / name).open("wb") for name in FILES}
         except OSError as error:
@@ -80,18 +83,19 @@ class TokenStoreWriter:
         np.zeros(1, np.int64).tofile(self._files[OFFSETS])
 
     def add(self, example: Example, key: int) -> None:
-        import numpy as np
-
         self.count += 1
         self.tokens += len(example)
         self.trained += example.trained_tokens
-        self._write(TOKENS, example.tokens)
-        self._write(LABELS, example.labels)
-        self._write(OFFSETS, np.array([self.tokens], np.int64))
-        self._write(KEYS, np.array([key], np.uint64))
-        self._write(PREFERENCES, np.array([example.preference], np.int8))
+        self._write(TOKENS, example.tokens.data)
+        self._write(LABELS, example.labels.data)
+        self._offsets.append(self.tokens)
+        self._keys.append(key)
+        self._preferences.append(example.preference)
+        if len(self._keys) >= FLUSHED:
+            self._flush()
 
     def close(self) -> None:
+        self._flush()
         for name, file in self._files.items():
             with file:
                 file.flush()
@@ -116,8 +120,14 @@ class TokenStoreWriter:
 
         np.asarray(numbers, np.int64).tofile(self.folder / f"{name}.index")
 
-    def _write(self, name: str, values: NDArray[Any]) -> None:
+    def _flush(self) -> None:
+        self._write(OFFSETS, self._offsets)
+        self._write(KEYS, self._keys)
+        self._write(PREFERENCES, self._preferences)
+        del self._offsets[:], self._keys[:], self._preferences[:]
+
+    def _write(self, name: str, values: memoryview | array[int]) -> None:
         try:
-            self._files[name].write(values.data)
+            self._files[name].write(values)
         except OSError as error:
             raise disk_error(error, str(self.folder / name)) from error

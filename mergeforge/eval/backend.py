@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mergeforge.core.messages import WarningText
 from mergeforge.data.chat_templates import TemplateError, choose_template
+from mergeforge.data.template_probe import adapt_template
 from mergeforge.data.tokenizers import tokenize
 from mergeforge.errors import MissingExtraError, SourceError, pip_install
 
@@ -52,7 +53,7 @@ class ScoredRow:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as shown; `ended` by eos, stop, length (of `max_tokens` or the context) or interrupted.
+    """An answer as shown; `ended` by eos, stop, length (`max_tokens`), context (it is full) or interrupted.
 
     `first`: seconds until the first token; `leaked`: special tokens inside the answer; `finite`: whether every
     probability was a number.
@@ -119,7 +120,8 @@ class ModelBackend(Protocol):
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str = "auto") -> list[int]:
     """The tokens of a conversation with the generation prompt. Raises SourceError if the template refuses it."""
     try:
-        text = choose_template(template, tokenizer).text(tokenizer, messages, prompt=True)
+        adapted = adapt_template(choose_template(template, tokenizer), tokenizer)
+        text = adapted.text(tokenizer, messages, prompt=True)
     except TemplateError as error:
         raise SourceError(str(error)) from None
     return tokenize(tokenizer, [text])[0].ids

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from mergeforge.data import IGNORE_INDEX, DataSettings, DataSource, DataStats, prepare
+from mergeforge.data import IGNORE_INDEX, DataSettings, DataSource, DataStats, prepare, row_source
 from mergeforge.data.token_store import KEYS
 from mergeforge.eval.backend import ModelBackend, TokenRow
 from mergeforge.eval.stop_strings import decode
@@ -25,7 +25,7 @@ class RowList(Protocol):
     def __getitem__(self, at: int, /) -> TokenRow: ...
 
 
-EvalData = str | Path | DataSettings | RowList
+EvalData = str | Path | DataSettings | RowList | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,17 @@ class EvalRows:
 
 
 def make_rows(data: EvalData, model: ModelBackend, folder: Path) -> EvalRows:
-    """The data as rows for this model, written below `folder`; rows that are already tokens stay as they are."""
+    """The data as rows for this model, written below `folder`; rows that are already tokens stay as they are.
+
+    data: a file, settings, tokens, or a list of rows with columns as in a file.
+    """
+    if source := row_source(data):
+        data = DataSettings(sources=(source,))
     if isinstance(data, str | Path):
         data = DataSettings(sources=(DataSource(str(data)),))
     if not isinstance(data, DataSettings):
-        return EvalRows(data, range(len(data)))
+        tokens = cast(RowList, data)
+        return EvalRows(tokens, range(len(tokens)))
     settings = replace(data, validation=None, seq_len=min(data.seq_len or MAX_ROW_TOKENS, model.context))
     if settings.template == "auto" and model.kind == "gguf" and model.template:
         settings = replace(settings, template=model.template)

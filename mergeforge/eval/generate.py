@@ -54,6 +54,8 @@ def generate(
             )
     except KeyboardInterrupt:
         monitor.ended = "interrupted"
+    if monitor.ended == "length" and max_new_tokens < sampling.max_tokens:
+        monitor.ended = "context"
     return monitor.answer()
 
 

@@ -128,6 +128,8 @@ class LlamaCppModel:
             raise PromptTooLong(f"{self.name}: {error}", hint="use a larger --context, or /reset") from None
         except KeyboardInterrupt:
             monitor.ended = "interrupted"
+        if monitor.ended == "length" and monitor.all_tokens >= self._answer_context - 1:
+            monitor.ended = "context"
         return monitor.answer()
 
 
@@ -154,15 +156,21 @@ class _StreamMonitor:
         self._started = time.monotonic()
         self._first = self._last = 0.0
         self._count, self._finite = 0, True
+        self.all_tokens = 0  # of prompt and answer
         self._leaked: dict[str, None] = {}
 
     def add_chunk(self, chunk: Any) -> bool:
         """Add a chunk; returns whether the answer has ended."""
-        self._count = (chunk.get("usage") or {}).get("completion_tokens", self._count)
+        usage = chunk.get("usage") or {}
+        self._count = usage.get("completion_tokens", self._count)
+        self.all_tokens = usage.get("total_tokens", self.all_tokens)
         for choice in chunk.get("choices", []):
             self._add_choice(choice)
         if self.ended == "length":  # tokens without text, such as parts of a character, have no chunk in a chat
-            self._count = (chunk.get("timings") or {}).get("predicted_n", self._count)
+            timings = chunk.get("timings") or {}
+            self._count = timings.get("predicted_n", self._count)
+            used = sum(timings.get(name, 0) for name in ("cache_n", "prompt_n", "predicted_n"))
+            self.all_tokens = max(self.all_tokens, used)
         return self._text.stopped is not None
 
     def _add_choice(self, choice: Any) -> None:

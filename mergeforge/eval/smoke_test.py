@@ -93,10 +93,19 @@ def smoke(
     context = [{"role": "system", "content": system}] if system else []
     greedy = replace(sampling, temperature=0.0)
     answers = tuple(model.chat([*context, {"role": "user", "content": prompt}], greedy) for prompt in prompts)
-    failures = list(check_answers(answers))
+    failures = list(check_answers([_with_structural_marks(answer, model) for answer in answers]))
     if not model.template:
         failures.append(Failure("template", "it has no chat template, so programs must guess the prompt format"))
     return SmokeResult(model.name, model.kind, tuple(prompts), answers, tuple(failures))
+
+
+def _with_structural_marks(answer: Answer, model: ModelBackend) -> Answer:
+    """The answer with only those special tokens that structure a chat; others, such as tokens that training added, may
+    be part of an answer."""
+    tokenizer = model.tokenizer
+    named = {str(getattr(tokenizer, f"{name}_token", None)) for name in ("bos", "eos", "pad", "unk", "sep", "cls")}
+    marks = (name for name in answer.leaked if name in TURN_MARKERS or name in named or name in model.template)
+    return replace(answer, leaked=tuple(marks))
 
 
 def agreement(one: SmokeResult, other: SmokeResult) -> Agreement:
@@ -136,7 +145,7 @@ def check_answers(answers: Sequence[Answer]) -> list[Failure]:
     empty = [number for number, answer in enumerate(answers, 1) if not answer.text.strip()]
     if empty:
         failures.append(Failure("not empty", f"the answer to {_prompt_numbers(empty)} is empty"))
-    endless = [number for number, answer in enumerate(answers, 1) if answer.ended == "length"]
+    endless = [number for number, answer in enumerate(answers, 1) if answer.ended in ("length", "context")]
     if endless:
         tokens = max(answers[number - 1].tokens for number in endless)
         why = f"the answer to {_prompt_numbers(endless)} does not end within {tokens} tokens"

@@ -20,7 +20,11 @@ _MODULE_OF = {
     "TrainPlan": "plan",
     "TrainSettings": "settings",
     "Trained": "run",
+    "SimpleTrainer": "steps",
+    "load_dataset": "steps",
+    "load_model": "steps",
     "make_plan": "plan",
+    "prepare_dataset": "steps",
     "run_post_training": "post_training",
     "train": "run",
 }

@@ -199,6 +199,7 @@ _AFTER = Object(
 FIELDS: dict[str, Schema] = {
     "model": String("a folder, a Hub repo id with optional @revision, or sample:tiny"),
     **DATA_FIELDS,
+    "allow_skips": Boolean("train even if more than 10 % of the rows are skipped"),
     "seq_len": Auto(Integer(8, "tokens in the longest sequence")),
     "pack": Auto(Boolean("put several rows into one sequence; they do not attend to each other")),
     "method": Enum(("qlora", "lora", "dora", "full"), "what is trained (default qlora)"),

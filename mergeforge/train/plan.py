@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.checkpoints.names import CONV1D_MODELS
 from mergeforge.data import Prepared, load_tokenizer, prepare
+from mergeforge.data.counts import refuse_many_skips
+from mergeforge.data.pipeline import OnProgress
 from mergeforge.errors import OutputError, RecipeError, SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.operations.synthetic_models import ModelShape, write_model
@@ -102,8 +104,11 @@ def make_plan(
     out: str | None = None,
     device: str = "auto",
     devices: int | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TrainPlan:
     """Plan a run: read the data, the tokenizer and the model's configuration, and resolve every setting.
+
+    on_progress: called with the number of rows that were read.
 
     Raises a MergeforgeError for mistakes in the settings or the data, an unknown model, or too little memory.
     """
@@ -129,7 +134,7 @@ def make_plan(
     trained = preflight.check_adapter(model, settings, new_tokens, len(tokenizer))
     preflight.check_disk(settings, trained)
     with folder.lock() if environment.is_main() else contextlib.nullcontext():
-        data, resolved = _fit_to_memory(settings, tokenizer, folder, stats, machine)
+        data, resolved = _fit_to_memory(settings, tokenizer, folder, stats, machine, on_progress)
     return TrainPlan(
         settings,
         folder,
@@ -180,16 +185,20 @@ def _fit_to_memory(
     folder: RunFolder,
     stats: ModelStats,
     machine: Machine,
+    on_progress: OnProgress | None = None,
 ) -> tuple[Prepared, ResolvedSettings]:
     """The tokenized data and settings that fit it; `too_long` applies to rows longer than the resolved seq_len."""
-    data = prepare(settings.data, tokenizer, folder.data, extra_key="\n".join(settings.added_tokens))
+    options: dict[str, Any] = {"extra_key": "\n".join(settings.added_tokens), "on_progress": on_progress}
+    data = prepare(settings.data, tokenizer, folder.data, **options)
     resolved = resolve_settings(settings, stats, length_stats(data, settings.answers), machine)
     seq_len = resolved.setup.seq_len
     if int(data.train.lengths.max()) > seq_len:
         shorter = replace(settings.data, seq_len=seq_len)
-        data = prepare(shorter, tokenizer, folder.data, extra_key="\n".join(settings.added_tokens))
+        data = prepare(shorter, tokenizer, folder.data, **options)
         lengths = length_stats(data, settings.answers)
         resolved = resolve_settings(replace(settings, seq_len=seq_len), stats, lengths, machine)
+    if not settings.allow_skips:
+        refuse_many_skips(data.counts)
     return data, resolved
 
 

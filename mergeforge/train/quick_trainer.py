@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeforge.data import DataSource
 from mergeforge.train.plan import TrainPlan, make_plan
 from mergeforge.train.post_training import PostTrainingResult, run_post_training
+from mergeforge.train.progress import ProgressLines
 from mergeforge.train.resume import Resume
 from mergeforge.train.run import Trained, train
 from mergeforge.train.settings import MergeAfterTraining, PostTraining, read
@@ -31,10 +30,8 @@ class QuickTrainer:
     def __init__(self, model: str | Path, data: str | Path | Rows, *, device: str = "auto", **settings: Any) -> None:
         name = str(data) if isinstance(data, str | Path) else "rows"
         output = f"runs/{Path(str(model).rpartition(':')[2]).name}-{Path(name.rpartition(':')[2]).stem}"
-        self.settings = read({"model": str(model), "data": name, "output": output} | settings)
-        if not isinstance(data, str | Path):
-            source = DataSource(name, rows=tuple(dict(row) for row in data))
-            self.settings = replace(self.settings, data=replace(self.settings.data, sources=(source,)))
+        rows = name if isinstance(data, str | Path) else list(data)
+        self.settings = read({"model": str(model), "data": rows, "output": output} | settings)
         self.device = device
         self._plan: TrainPlan | None = None
         self._trained: Trained | None = None
@@ -45,10 +42,21 @@ class QuickTrainer:
         return self._plan
 
     def train(
-        self, *, resume: str = "auto", overwrite: bool = False, listeners: Sequence[MetricCallback] = ()
+        self,
+        *,
+        resume: str = "auto",
+        overwrite: bool = False,
+        listeners: Sequence[MetricCallback] = (),
+        progress: bool = True,
     ) -> Trained:
-        """Train, or resume an earlier run. The adapter is in the result's `.result` folder."""
-        self._trained = train(self.plan(), Resume(resume, overwrite=overwrite), listeners)
+        """Train, or resume an earlier run. The adapter is in the result's `.result` folder.
+
+        progress: print losses on stderr.
+        """
+        plan = self.plan()
+        total = plan.schedule(len(plan.packs(packed=plan.resolved.pack))).total_steps
+        shown = (ProgressLines(total),) if progress else ()
+        self._trained = train(plan, Resume(resume, overwrite=overwrite), (*shown, *listeners))
         return self._trained
 
     def merge(

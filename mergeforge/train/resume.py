@@ -25,6 +25,14 @@ class Resume:
     overwrite: bool = False
 
 
+def refuse_finished(folder: RunFolder, resume: Resume) -> None:
+    """Raise OutputError if the folder holds a finished run that is neither to be extended nor replaced."""
+    manifest = folder.manifest()
+    if manifest is not None and manifest.get("state") == FINISHED and not (resume.overwrite or resume.extend_epochs):
+        hint = "--extend-epochs N trains it further, --overwrite replaces it, or choose another output"
+        raise OutputError(f"{folder.root} already holds a finished run", hint=hint)
+
+
 def start(plan: TrainPlan, resume: Resume) -> tuple[TrainPlan, Path | None]:
     """The plan, with the resolved settings of the run that is resumed, and the checkpoint to resume from, if any.
 
@@ -32,10 +40,8 @@ def start(plan: TrainPlan, resume: Resume) -> tuple[TrainPlan, Path | None]:
     """
     folder, manifest = plan.folder, plan.folder.manifest()
     check_resume(folder, resume)
+    refuse_finished(folder, resume)
     finished = manifest is not None and manifest.get("state") == FINISHED
-    if finished and not resume.overwrite and not resume.extend_epochs:
-        hint = "--extend-epochs N trains it further, --overwrite replaces it, or choose another output"
-        raise OutputError(f"{folder.root} already holds a finished run", hint=hint)
     if manifest is None or resume.how == "never" or (finished and resume.overwrite):
         if environment.is_main():
             folder.clear()

@@ -12,14 +12,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.core.file_names import MODEL_CARD
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, OutputError
+from mergeforge.io.disk import write_durably
 from mergeforge.tensors.budget import resident_memory
+from mergeforge.train.adapter_card import adapter_card
 from mergeforge.train.environment import is_main, silence_libraries
 from mergeforge.train.html_report import write_report
 from mergeforge.train.objectives import REWARD_METRICS
 from mergeforge.train.plan import TrainPlan
 from mergeforge.train.post_training import write_recipe
+from mergeforge.train.progress import TOTAL
 from mergeforge.train.resume import Resume, run_manifest, start
 from mergeforge.train.run_folder import FINISHED, INTERRUPTED, RunFolder
 
@@ -41,6 +45,7 @@ class Trained:
     interrupted: bool
     seconds: float
     peak_memory: int
+    stopped_early: bool = False
 
     @property
     def result(self) -> Path:
@@ -81,6 +86,7 @@ def _trained(folder: RunFolder, manifest: Mapping[str, Any]) -> Trained:
         manifest["interrupted"],
         manifest["seconds"],
         manifest["peak_memory"],
+        manifest.get("stopped_early", False),
     )
 
 
@@ -95,6 +101,7 @@ def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[MetricC
         context.report({"note": note})
     if context.device.startswith("cuda"):
         _probe_memory(context, plan)
+    context.report({TOTAL: context.schedule.total_steps})
     samples = SampleGenerator(plan, context)
     if checkpoint is None and is_main():
         plan.folder.record_samples(samples.generate())
@@ -193,6 +200,9 @@ def _write_results(
     partial = result.with_name(f".{result.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_model(context, partial)
+    if plan.settings.trains_adapter:
+        card = adapter_card(plan, {"step": outcome.step, "loss": _recent(folder, "loss"), **entries})
+        write_durably(partial / MODEL_CARD, card.encode())
     shutil.rmtree(result, ignore_errors=True)
     os.replace(partial, result)
     if plan.settings.trains_adapter:

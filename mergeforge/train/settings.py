@@ -12,16 +12,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mergeforge.data import DataSettings, data_settings
+from mergeforge.data import DataSettings, data_settings, row_source
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
 from mergeforge.recipe.overrides import apply_override, plain_value, read_recipe_file
 from mergeforge.recipe.schema import ReportProblem
+from mergeforge.train import aliases
 from mergeforge.train.adapter_kinds import AdapterOptions, check_adapter
-from mergeforge.train.keys import TRAIN
+from mergeforge.train.keys import FIELDS, TRAIN
 from mergeforge.train.objectives import OBJECTIVES, SFT, PreferenceOptions, check_objective
 
-NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs")  # a resumed run may change these
+NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs", "allow_skips")  # a resumed run may change these
 SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same name and value
     "model",
     "method",
@@ -44,6 +45,7 @@ SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same
     "loss",
     "loop",
     "seed",
+    "allow_skips",
 )
 
 
@@ -163,6 +165,7 @@ class TrainSettings:
     save: SaveSettings = field(default_factory=SaveSettings)
     early_stop: EarlyStopSettings | None = None
     seed: int = 0
+    allow_skips: bool = False
     track: tuple[str, ...] = ()
     after: PostTraining = field(default_factory=PostTraining)
     raw: Mapping[str, Any] = field(default_factory=dict)
@@ -184,37 +187,35 @@ class TrainSettings:
 
 
 def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> TrainSettings:
-    """Read train.yaml (or a dict with its keys) with PATH=VALUE overrides.
+    """Read train.yaml (or a dict with its keys, whose `data` may be a list of rows) with PATH=VALUE overrides.
 
     Raises RecipeError with every mistake, each with its line and column.
     """
     name = "the settings"
     parsed: yaml_reader.ParsedDocument = (source, {}, [])
+    rows = None
     if isinstance(source, Mapping):
-        parsed = (plain_value(source), {}, [])
+        rows = row_source(source.get("data"))
+        parsed = (plain_value({**source, "data": rows.path} if rows else source), {}, [])
     else:
         name = str(source)
         parsed, *more = yaml_reader.parse(read_recipe_file(Path(source)), name)
         if more:
             raise RecipeError(f"{name} has more than one YAML document", hint="write one file for each run")
     raw, positions, problems = parsed
+    raw, positions = aliases.rename(raw, positions, _reporter(positions, problems), FIELDS)
     for override in sets:
-        raw = apply_override(raw, override, TRAIN)
+        raw = apply_override(raw, aliases.rename_override(override), TRAIN)
     values = _check(raw, positions, problems)
     if problems:
         raise RecipeError(f"{name} has mistakes:", problems=sorted(set(problems)))
-    return _settings(values, raw, name)
+    settings = _settings(values, raw, name)
+    return replace(settings, data=replace(settings.data, sources=(rows,))) if rows else settings
 
 
 def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) -> dict[str, Any]:
     """The checked values; appends every mistake to `problems`."""
-
-    def report(path: yaml_reader.Path, message: str, hint: str = "") -> None:
-        parent = path
-        while parent and parent not in positions:
-            parent = parent[:-1]
-        problems.append(Problem(*positions.get(parent, (0, 0)), message.replace("the recipe", "train.yaml"), hint))
-
+    report = _reporter(positions, problems)
     values: dict[str, Any] = TRAIN.read(raw, (), report)
     if problems:
         return values
@@ -252,6 +253,18 @@ def _data_settings(values: Mapping[str, Any]) -> DataSettings:
     if format == "auto":
         return settings
     return replace(settings, sources=tuple(replace(source, format=format) for source in settings.sources))
+
+
+def _reporter(positions: yaml_reader.Positions, problems: list[Problem]) -> ReportProblem:
+    """A function that appends a mistake with its position to `problems`."""
+
+    def report(path: yaml_reader.Path, message: str, hint: str = "") -> None:
+        parent = path
+        while parent and parent not in positions:
+            parent = parent[:-1]
+        problems.append(Problem(*positions.get(parent, (0, 0)), message.replace("the recipe", "train.yaml"), hint))
+
+    return report
 
 
 def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> TrainSettings:

@@ -35,11 +35,18 @@ LOCAL_KEYS = ("is_local", "local_files_only")  # how it was loaded on this machi
 
 
 def write_tokenizer_files(
-    folder: Path, base: Path, tokenizer: PreTrainedTokenizerBase, *, changed: bool, template: str | None
+    folder: Path,
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    changed: bool,
+    template: str | None,
+    eos: str | None = None,
 ) -> None:
     """Write the tokenizer's files into `folder`.
 
     `changed`: the tokenizer has tokens that the base lacks. `template`: a chat template to use instead of the base's.
+    `eos`: the token that ends its answers, if that is not the tokenizer's EOS.
     """
     if changed:
         tokenizer.save_pretrained(str(folder))
@@ -52,6 +59,8 @@ def write_tokenizer_files(
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
         (folder / "chat_template.json").unlink(missing_ok=True)
         _edit_json(folder / CONFIG, lambda config: config.pop("chat_template", None))
+    for name in (CONFIG, "special_tokens_map.json") if eos else ():
+        _edit_json(folder / name, lambda config: config.update(eos_token=eos))
 
 
 def _use_common_class(config: dict[str, Any]) -> None:

@@ -22,15 +22,20 @@ def test_every_key_reaches_the_settings() -> None:
         "data": ["a.jsonl", {"path": "hf://o/n", "format": "alpaca", "columns": {"prompt": "q"}}],
         "val": 0.05,
         "template": "chatml",
-        "system": "S",
+        "system": {"text": "S", "unsupported": "drop"},
         "loss_on": "last",
         "too_long": "cut_end",
     }
     keys, problems = read(value)
     assert not problems and keys.keys() == FIELDS.keys()
     sources = (DataSource("a.jsonl"), DataSource("hf://o/n", "alpaca", {"prompt": "q"}))
-    expected = DataSettings(sources, 0.05, "chatml", "S", "last", 512, "cut_end", 3)
+    expected = DataSettings(sources, 0.05, "chatml", "S", "last", 512, "cut_end", 3, "drop")
     assert data_settings(keys, seq_len=512, seed=3) == expected
+
+
+def test_system_is_a_text_or_a_policy() -> None:
+    settings = [data_settings(read({"system": value})[0]) for value in ("S", "refuse", {"unsupported": "drop"})]
+    assert [(one.system, one.system_policy) for one in settings] == [("S", "merge"), (None, "refuse"), (None, "drop")]
 
 
 def test_a_single_source_needs_no_list() -> None:

@@ -220,3 +220,17 @@ def test_any_json_row_is_read_or_refused(rows: list[Any]) -> None:
                 format.read(row, "S").key()
     except MergeforgeError:
         pass
+
+
+@pytest.mark.parametrize(("column", "value"), [("images", ["a.png"]), ("image", {"bytes": "..."}), ("audio", "a.wav")])
+def test_rows_with_images_or_sound_are_refused(column: str, value: Any) -> None:
+    with pytest.raises(SourceError, match=f"the column '{column}'"):
+        read({"prompt": "Q", "response": "A", column: value})
+    assert messages({"prompt": "Q", "response": "A", column: []}) == [ASKED, ANSWERED]
+
+
+def test_messages_with_ranges_to_train_on_are_refused() -> None:
+    with pytest.raises(InvalidRecord, match="train_detail"):
+        messages(
+            {"messages": [ASKED, {**ANSWERED, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": True}]}]}
+        )

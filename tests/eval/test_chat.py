@@ -80,6 +80,14 @@ def test_compare_base_answers_with_both(talk, base: Path, adapter: Path) -> None
     assert talk(base, "x", options=("--compare-base",))[0] == 2
 
 
+def test_save_keeps_both_conversations_of_a_comparison(talk, adapter: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    options = ("--compare-base", "--max-tokens", "4", *GREEDY_OPTIONS)
+    code, _, err = talk(adapter, "the hen", f"/save {tmp_path}/chat.md", options=options)
+    assert code == 0 and "chat.md" in err and "chat-base.md" in err
+    ours, base = ((tmp_path / name).read_text(encoding="utf-8") for name in ("chat.md", "chat-base.md"))
+    assert ours.startswith("**user**: the hen") and base.startswith("**user**: the hen") and ours != base
+
+
 def test_4_bit_and_presets(talk, base: Path) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("bitsandbytes")
     code, _, message = talk(base, "/set", options=("--quantise", "nf4", "--preset", "creative", "--top-k", "5"))
@@ -128,6 +136,15 @@ def test_an_answer_cut_by_max_tokens_is_not_a_full_context(talk, base: Path, tmp
         code, _, err = talk(model, options=("--prompt", "hi", "--max-tokens", "12", "--seed", "1"))
         assert code == 0 and "context is full" not in err
         assert "[the answer was cut: max_tokens is 12]" in err, model
+
+
+def test_an_answer_cut_by_the_context_says_so(talk, base: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "short"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    code, _, err = talk(folder, options=("--prompt", "hi", "--max-tokens", "100", *GREEDY_OPTIONS))
+    assert code == 0 and "the answer was cut: the context is full" in err
 
 
 def test_save_as_text(taught: Path, tmp_path: Path) -> None:

@@ -105,6 +105,23 @@ def test_special_token_in_the_answer(taught: Path, tmp_path: Path) -> None:
     assert "</s>" not in result.answers[0].text
 
 
+def test_tokens_that_training_added_may_be_in_an_answer(taught: Path, tmp_path: Path) -> None:
+    """A token of the taught answer becomes an added special token, which the template does not use."""
+    other = tmp_path / "other"
+    shutil.copytree(taught, other)
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    model = eval.open_model(str(taught))
+    names = {number: name for name, number in tokens["model"]["vocab"].items()}
+    ids = model.tokenizer(ANSWERS[3], add_special_tokens=False)["input_ids"]
+    first, text = next((number, names[number]) for number in ids if names[number] not in model.template)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokens["added_tokens"].append({"id": first, "content": text, **flags})
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    result = eval.smoke(eval.open_model(other), PROMPTS[3:], eval.Sampling(64, 0))
+    assert any(text in answer.leaked for answer in result.answers)
+    assert "no marks in the text" not in checks(result)
+
+
 def test_turn_markers_written_as_text() -> None:
     def answer(text: str, ended: str = "eos") -> Answer:
         return Answer(text, 9, ended, 1, 0.1)

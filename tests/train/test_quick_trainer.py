@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from safetensors.torch import load_file
 import mergeforge
 
 
-def test_three_lines_train_an_adapter(here: Path) -> None:
+def test_three_lines_train_an_adapter(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     trained = mergeforge.QuickTrainer("sample:tiny", "sample:chat", max_steps=2, eval={"max_tokens": 4}).train()
     assert trained.result == Path("runs/tiny-chat/adapter")
     assert load_file(trained.result / "adapter_model.safetensors")
+    assert re.search(r"step 2 of 2: loss \d", capfd.readouterr().err)
 
 
 def test_trains_on_python_rows_and_merges(settings: dict[str, Any], here: Path) -> None:

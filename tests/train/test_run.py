@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.training_runs import adapter_tensors, have_same_adapter, losses, run
 
-from mergeforge.errors import BudgetError, MergeforgeError, MissingExtraError, OutputError
+from mergeforge.errors import BudgetError, MergeforgeError, MissingExtraError, OutputError, SourceError
 from mergeforge.train.loop.setup import make_context, probe_memory
 from mergeforge.train.plan import make_plan
 from mergeforge.train.resume import Resume
@@ -261,3 +261,21 @@ def test_patience_counts_validations_from_before_an_interruption(settings: Setti
 def test_validates_and_saves_only_at_the_end(settings: Settings) -> None:
     trained = run(settings, val=4, eval={"every": 0, "max_tokens": 4}, save={"every": 0}, epochs=2)
     assert len(losses(trained, "eval_loss")) == 1 and trained.folder.steps() == [trained.steps]
+
+
+def test_the_card_of_an_adapter_says_what_it_is(finished_run: Trained) -> None:
+    card = (finished_run.result / "README.md").read_text()
+    assert "A LoRA adapter (lora) for base" in card and "rows.jsonl: 40 rows" in card
+    assert f"| Training loss | {finished_run.loss:.4f} nats per token |" in card
+    assert "base_model:" not in card and str(finished_run.folder.root.parent) not in card, "no local folders"
+
+
+def test_many_skipped_rows_are_refused_unless_allowed(settings: Settings, here: Path) -> None:
+    """5 of 45 rows (11 %) cannot be used, then 4 of 44 (9 %)."""
+    good = (here / "rows.jsonl").read_text()
+    (here / "rows.jsonl").write_text(good + "{\n" * 5)
+    with pytest.raises(SourceError, match=r"5 of 45 rows of .*rows.jsonl would not be trained on:\n.*not JSON"):
+        make_plan(settings)
+    assert len(make_plan(settings | {"allow_skips": True}).data.train) == 40
+    (here / "rows.jsonl").write_text(good + "{\n" * 4)
+    assert len(make_plan(settings).data.train) == 40

@@ -24,6 +24,10 @@ MISTAKES = [
     ("model: m\ndata: d\nmethod: full\nafter: {merge: true}", "there is nothing to merge"),
     ("model: m\ndata: d\nloop: simple\ntrack: [tensorboard]", "the simple loop writes metrics.jsonl only"),
     ("model: m\ndata: d\n---\nmodel: n\ndata: d", "more than one YAML document"),
+    ("model: m\ndata: d\nlearning_rate: 1\nlr: 2", "line 3, column 1: 'learning_rate' repeats 'lr'"),
+    ("model: m\ndata: d\nload_in_4bit: true", "'load_in_4bit' is a key of another trainer"),
+    ("model: m\ndata: d\ngradient_accumulation_steps: 4", "needs micro_batch_size"),
+    ("model: m\ndata: d\nlora_r: zero", "line 3, column 1: 'r' must be"),
 ]
 
 
@@ -66,3 +70,15 @@ def test_every_key_is_in_the_schema_and_in_the_settings() -> None:
     fields = {*read({"model": "m", "data": "d"}).__dataclass_fields__}
     named_otherwise = {"tokens", "batch", "val", "template", "system", "loss_on", "too_long"}
     assert set(keys) - named_otherwise <= fields
+
+
+def test_keys_of_other_trainers_are_read_as_ours(tmp_path: Path) -> None:
+    """transformers', PEFT's and axolotl's names give the settings of train.yaml's own names."""
+    theirs = {"base_model": "m", "dataset": "d.jsonl", "learning_rate": 1e-4, "num_train_epochs": 2, "lora_r": 8}
+    theirs |= {"lora_alpha": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 8, "sample_packing": True}
+    theirs |= {"sequence_len": 512, "optim": "adamw_torch", "lr_scheduler_type": "cosine", "output_dir": "out"}
+    ours = {"model": "m", "data": "d.jsonl", "lr": 1e-4, "epochs": 2, "lora": {"r": 8, "alpha": 16}, "pack": True}
+    ours |= {"batch": {"micro": 2, "size": 16}, "seq_len": 512, "optimizer": "adamw", "schedule": "cosine"}
+    ours |= {"output": "out"}
+    assert read(theirs) == read(ours)
+    assert read(ours, ["learning_rate=0.5", "lora_r=2"]) == read(ours, ["lr=0.5", "lora.r=2"])

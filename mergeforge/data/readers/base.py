@@ -45,6 +45,12 @@ def as_record(value: Any, place: str) -> Record | UnreadableRecord:
     return UnreadableRecord(place, f"a row must be a mapping, not {type_name(value)}")
 
 
+def is_message(value: Any) -> bool:
+    """Whether a value is a message rather than a record: it has a role and a content."""
+    keys = {str(key).lower() for key in value} if isinstance(value, Mapping) else set()
+    return bool(keys & {"role", "from"}) and bool(keys & {"content", "value"})
+
+
 def type_name(value: Any) -> str:
     """The type of a value, for a message; a short repr for anything else."""
     if value is None:

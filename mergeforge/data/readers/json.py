@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from mergeforge.data.readers.base import MAX_RECORD_CHARS, Record, UnreadableRecord, as_record, open_text
+from mergeforge.data.readers.base import MAX_RECORD_CHARS, Record, UnreadableRecord, as_record, is_message, open_text
 from mergeforge.errors import SourceError, format_list
 
 _CHUNK = 1 << 16  # characters read at once
@@ -19,7 +19,10 @@ _DECODER = json.JSONDecoder()
 
 
 def read_jsonl(path: Path, name: str) -> Iterator[Record | UnreadableRecord]:
-    """One record per line; empty lines are skipped."""
+    """One record per line; empty lines are skipped. A file that holds one JSON list is read as such."""
+    if _is_json_list(path):
+        yield from read_json(path, name)
+        return
     with open_text(path, newline="\n") as file:
         for number, line in enumerate(_lines(file, name), start=1):
             if line.strip():
@@ -60,6 +63,23 @@ def read_json(path: Path, name: str) -> Iterator[Record | UnreadableRecord]:
             raise SourceError(f"{name} is {'empty' if not first else 'not a JSON list or object'}")
         if stream.peek():
             raise stream.error("more text after the end")
+
+
+def _is_json_list(path: Path) -> bool:
+    """Whether a file is one list of records rather than a value on each line."""
+    with open_text(path) as file:
+        lines = (line.strip() for line in iter(lambda: file.readline(MAX_RECORD_CHARS), ""))
+        first = next((line for line in lines if line), "")
+        if not first.startswith("["):
+            return False
+        if first == "[" or first.endswith(("},", "{")):
+            return True
+        try:
+            value = json.loads(first)
+        except (ValueError, RecursionError):
+            return False
+        is_record = bool(value) and isinstance(value[0], dict) and not is_message(value[0])
+        return is_record and not any(lines)
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -153,8 +173,7 @@ class _JsonStream:
     def at_message_list(self) -> bool:
         """Whether the next list starts with a message rather than a record."""
         first, _ = self._decode(self.buffer.index("{", self.at))
-        keys = {str(key).lower() for key in first} if isinstance(first, dict) else set()
-        return bool(keys & {"role", "from"}) and bool(keys & {"content", "value"})
+        return is_message(first)
 
     def _decode(self, at: int) -> tuple[Any, int]:
         """(value, end) of the value that starts at `at` in the buffer; reads on until it is complete."""

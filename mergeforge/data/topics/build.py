@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def build(structure_file: str | Path, out: str | Path, *, scaffold: bool = False
     """
     structure, out = read_structure(Path(structure_file)), Path(out)
     _check_out(structure, out)
-    created = _create_missing(structure) if scaffold else ()
+    created = _create_missing(structure.topics, structure.folder) if scaffold else ()
     rows, empty = _rows(structure)
     if not rows and not created:
         raise RecipeError(f"the topic files in {structure.folder} hold no entries", hint="fill in their 'entries'")
@@ -106,23 +106,39 @@ def _row(entry: Entry, topic: Topic, structure: Structure, system: str) -> dict[
 
 def _check_files(structure: Structure, report: Any) -> None:
     """Report topic files that are missing, and files that the structure does not name."""
-    expected = {topic.path.name for topic in structure.topics}
-    present = {path.name for path in structure.folder.glob("*.json") if path.resolve() != structure.path.resolve()}
+    expected = {topic.path.relative_to(structure.folder).as_posix() for topic in structure.topics}
+    files = [path for path in structure.folder.rglob("*.json") if path.resolve() != structure.path.resolve()]
+    present = {path.relative_to(structure.folder).as_posix() for path in files}
     if missing := sorted(expected - present):
-        report(f"{structure.folder} lacks {format_list(missing)}", "--scaffold creates them")
+        report(f"{structure.folder} lacks {format_list(missing)}", "`mergeforge data scaffold` creates them")
+    by_name = {name.rpartition("/")[2]: name for name in expected}
     for name in sorted(present - expected):
-        report(f"{structure.folder / name} is not part of the structure", did_you_mean(name, expected))
+        elsewhere = by_name.get(name.rpartition("/")[2])
+        hint = f"it belongs at {structure.folder / elsewhere}" if elsewhere else did_you_mean(name, expected)
+        report(f"{structure.folder / name} is not part of the structure", hint)
 
 
-def _create_missing(structure: Structure) -> tuple[str, ...]:
-    """Create the topic files that do not exist, and return their names."""
+def scaffold_topics(structure_file: str | Path) -> tuple[Path, ...]:
+    """Create the topic files that a structure names and that do not exist, without entries.
+
+    Raises RecipeError with every mistake in the structure.
+    """
+    structure = read_structure(Path(structure_file))
     missing = [topic for topic in structure.topics if not topic.path.exists()]
+    _create_missing(missing, structure.folder)
+    return tuple(topic.path for topic in missing)
+
+
+def _create_missing(topics: Sequence[Topic], folder: Path) -> tuple[str, ...]:
+    """Create the topic files that do not exist, and return their names."""
+    missing = [topic for topic in topics if not topic.path.exists()]
     try:
-        structure.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for topic in missing:
+            topic.path.parent.mkdir(parents=True, exist_ok=True)
             topic.path.write_text(empty_topic_file(topic), encoding="utf-8")
     except OSError as error:
-        raise disk_error(error, str(structure.folder)) from error
+        raise disk_error(error, str(folder)) from error
     return tuple(topic.path.name for topic in missing)
 
 

@@ -1,6 +1,8 @@
 """The structure file of `mergeforge data build`: which topics exist, and how their entries become rows.
 
-    topics: topics                       # the folder of the topic files (default: topics, beside this file)
+    topics: topics                       # the folder of the topic files (default: topics, beside this file, or the
+                                         # folder `topics` that this file is in)
+    layout: hierarchical                 # a folder for each category and subcategory, or flat (default: as it is)
     placeholders: {NAME: Aria, MAKER: Example Ltd}
     system: You are ${NAME}, made by ${MAKER}.
     spelling: {think: "<think>{}</think>", output: "<output>{}</output>"}
@@ -17,10 +19,11 @@
             description: Who made it.
             content_types: [qa, reasoning]
 
-There is one topic file per type of each subcategory: `identity.name.qa.json`, `identity.origin.qa.json`, ...;
-topic_file.py describes them. `spelling` says how an answer is assembled; {} stands for the text. `think` is written
-only for entries that have it (default: `<think>`, the text and `</think>` on lines of their own, an empty line, then
-the unchanged output). YAML or JSON; unknown keys are errors.
+There is one topic file per type of each subcategory: `identity.name.qa.json`, `identity.origin.qa.json`, ..., either
+all in the folder (flat) or in `identity/name/identity.name.qa.json` (hierarchical); topic_file.py describes them.
+`spelling` says how an answer is assembled; {} stands for the text. `think` is written only for entries that have it
+(default: `<think>`, the text and `</think>` on lines of their own, an empty line, then the unchanged output). YAML or
+JSON; unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ from typing import Any
 
 from mergeforge.errors import Problem, RecipeError
 from mergeforge.recipe import yaml_reader
-from mergeforge.recipe.schema import ListOf, MapOf, Object, String
+from mergeforge.recipe.schema import Enum, ListOf, MapOf, Object, String
 
+FLAT, HIERARCHICAL = LAYOUTS = ("flat", "hierarchical")
 THINK, OUTPUT = "<think>\n{}\n</think>\n\n", "{}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACEHOLDER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -53,6 +57,7 @@ _CATEGORY = Object(
 STRUCTURE = Object(
     {
         "topics": String("the folder of the topic files"),
+        "layout": Enum(LAYOUTS, "where in the folder they are: flat, or in a folder per category and subcategory"),
         "placeholders": MapOf(String(), "what ${NAME} stands for"),
         "system": String("the system message of every row"),
         "spelling": Object({"think": String(), "output": String()}),
@@ -102,8 +107,11 @@ def read_structure(path: Path) -> Structure:
         problems.append(Problem(*positions.get(known, (0, 0)), message, hint))
 
     checked = STRUCTURE.read(value, (), report)
-    folder = path.parent / (checked.get("topics") or "topics")
-    topics = list(_topics(checked, folder, report)) if not problems else ()
+    folder = _topics_folder(path, checked.get("topics"))
+    topics: list[Topic] = []
+    if not problems:
+        layout = checked.get("layout") or _layout_on_disk(checked, folder)
+        topics = list(_topics(checked, folder, layout, report))
     _check(checked, report)
     if problems:
         raise RecipeError(f"{path} has mistakes:", problems=sorted(set(problems)))
@@ -137,7 +145,18 @@ def _parse(path: Path) -> yaml_reader.ParsedDocument:
         raise RecipeError(f"{path} is not JSON: {error}") from None
 
 
-def _topics(structure: Mapping[str, Any], folder: Path, report: Any) -> Iterator[Topic]:
+def _topics_folder(path: Path, named: str | None) -> Path:
+    folder = path.parent / (named or "topics")
+    is_inside = named is None and not folder.exists() and path.absolute().parent.name == "topics"
+    return path.parent if is_inside else folder
+
+
+def _layout_on_disk(structure: Mapping[str, Any], folder: Path) -> str:
+    """Hierarchical if there is a folder of a category."""
+    return HIERARCHICAL if any((folder / str(name)).is_dir() for name in structure["categories"]) else FLAT
+
+
+def _topics(structure: Mapping[str, Any], folder: Path, layout: str, report: Any) -> Iterator[Topic]:
     """Every topic file that the structure asks for, in its order."""
     for name, category in structure["categories"].items():
         for subname, subcategory in category["subcategories"].items():
@@ -151,7 +170,8 @@ def _topics(structure: Mapping[str, Any], folder: Path, report: Any) -> Iterator
                 for part in (name, subname, kind):
                     if not _NAME.fullmatch(part):
                         report(path, f"'{part}' cannot be part of a file name", "use letters, digits, _ and -")
-                yield Topic(folder / f"{name}.{subname}.{kind}.json", name, subname, kind, description, tags)
+                inside = folder / name / subname if layout == HIERARCHICAL else folder
+                yield Topic(inside / f"{name}.{subname}.{kind}.json", name, subname, kind, description, tags)
 
 
 def _check(structure: Mapping[str, Any], report: Any) -> None:

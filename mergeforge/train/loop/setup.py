@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from mergeforge.data.chat_templates import Template
+from mergeforge.data.template_probe import turn_ending
 from mergeforge.errors import SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.train.environment import is_main
@@ -112,7 +114,14 @@ def _pad_token(tokenizer: Any) -> int:
 
 def _write_tokenizer_files(plan: TrainPlan, folder: Path) -> None:
     template = None if plan.uses_base_template else plan.data.template
-    write_tokenizer_files(folder, plan.config_folder, plan.tokenizer, changed=bool(plan.new_tokens), template=template)
+    options = {"template": template, "eos": _end_of_turn(plan.tokenizer, template) if template else None}
+    write_tokenizer_files(folder, plan.config_folder, plan.tokenizer, changed=bool(plan.new_tokens), **options)
+
+
+def _end_of_turn(tokenizer: Any, template: str) -> str | None:
+    """The special token that ends answers in this template, unless it is the tokenizer's EOS."""
+    ids = turn_ending(Template(template, "of the data"), tokenizer).ids
+    return str(tokenizer.convert_ids_to_tokens(ids[0])) if ids and ids[0] != tokenizer.eos_token_id else None
 
 
 def probe_memory(context: TrainingContext, seq_len: int) -> int:

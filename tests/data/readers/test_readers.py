@@ -199,3 +199,20 @@ def test_symlink_loop_is_an_error(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     with pytest.raises(MergeforgeError):
         read(loop)
+
+
+@pytest.mark.parametrize(
+    "layout", ["[{a},\n{b},\n{c}]", "[\n{a},\n{b},\n{c}\n]\n", "[{a}, {b}, {c}]", "[\n  {a}, {b},\n  {c}]"]
+)
+def test_a_json_list_in_a_jsonl_file_is_read_whole(tmp_path: Path, layout: str) -> None:
+    rows = [{"prompt": f"q{at}", "response": "[1]"} for at in range(3)]
+    text = layout.replace("{a}", "%s").replace("{b}", "%s").replace("{c}", "%s") % tuple(map(json.dumps, rows))
+    (tmp_path / "a.jsonl").write_text(text)
+    assert values(tmp_path / "a.jsonl") == rows
+
+
+def test_lists_of_messages_on_each_line_stay_rows(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": f"q{at}"}, {"role": "assistant", "content": "a"}] for at in range(2)]
+    for count in (1, 2):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats[:count]))
+        assert values(tmp_path / "a.jsonl") == [{"messages": chat} for chat in chats[:count]]

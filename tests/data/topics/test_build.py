@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mergeforge.data.topics.build import build
+from mergeforge.data.topics.build import build, scaffold_topics
 from mergeforge.data.topics.topic_file import normalize_text, parse_difficulty
 from mergeforge.errors import OutputError, RecipeError
 
@@ -189,3 +189,33 @@ def test_refuses_to_overwrite_an_input(tmp_path: Path) -> None:
 def test_no_entries_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="hold no entries"):
         build(with_name_entries(tmp_path), tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_folders_by_category_and_subcategory(tmp_path: Path, inside: bool) -> None:
+    """The same entries in topics/identity/name/ give the same rows, with the structure file beside topics or in it."""
+    expected = rows(tmp_path, ENTRY)
+    root = tmp_path / "tree"
+    folder = root / "topics"
+    folder.mkdir(parents=True)
+    structure = (folder if inside else root) / "structure.json"
+    structure.write_text(json.dumps(STRUCTURE | {"layout": "hierarchical"}))
+    created = scaffold_topics(structure)
+    names = [path.relative_to(folder).as_posix() for path in created]
+    assert names == [
+        "identity/name/identity.name.qa.json",
+        "identity/origin/identity.origin.qa.json",
+        "identity/origin/identity.origin.story.json",
+    ]
+    assert scaffold_topics(structure) == ()
+    created[0].write_text(json.dumps([ENTRY]))
+    structure.write_text(json.dumps(STRUCTURE))  # the folders are found without `layout`
+    build(structure, tmp_path / "tree.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "tree.jsonl").read_text().splitlines()] == expected
+
+
+def test_a_file_in_the_wrong_folder_is_reported_with_its_place(tmp_path: Path) -> None:
+    path = with_name_entries(tmp_path, ENTRY, layout="hierarchical")
+    with pytest.raises(RecipeError) as error:
+        build(path, tmp_path / "out.jsonl")
+    assert "it belongs at" in str(error.value) and "identity/name/identity.name.qa.json" in str(error.value)
