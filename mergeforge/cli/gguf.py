@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +16,11 @@ from mergeforge.errors import RecipeError
 @click.command()
 @click.argument("model")
 @click.option(
-    "--type", "types", multiple=True, metavar="TYPE", help="q4_k_m, q8_0, f16, ... (repeatable). [default: q8_0]"
+    "--type",
+    "types",
+    multiple=True,
+    metavar="TYPE",
+    help="q4_k_m, q8_0, f16, ... (repeatable). [default: q8_0; of a GGUF file: as it is]",
 )
 @click.option("--out", metavar="FILE_OR_DIR", help="Output file or folder. [default: the folder NAME-GGUF]")
 @click.option("--imatrix", metavar="FILE", help="Importance matrix (GGUF or .dat).")
@@ -27,6 +32,12 @@ from mergeforge.errors import RecipeError
 @click.option("--pure", is_flag=True, help="Use the same type for every tensor.")
 @click.option("--split-max-size", metavar="SIZE", help="Largest size of a file, e.g. 4GB.")
 @click.option("--pre", metavar="NAME", help="Pre-tokenizer, if it cannot be determined from the tokenizer.")
+@click.option("--allow-requantize", is_flag=True, help="Quantize tensors of a GGUF file that are quantized already.")
+@click.option("--keep-split", is_flag=True, help="Split the output as the GGUF file is split.")
+@click.option(
+    "--set-metadata", "metadata", multiple=True, metavar="KEY=VALUE", help="Metadata of a GGUF file (repeatable)."
+)
+@click.option("--chat-template", metavar="FILE", help="Jinja file with a new chat template for a GGUF file.")
 @_options.resources
 @_options.allow_pickle
 @_options.fresh
@@ -41,6 +52,10 @@ def gguf(
     types: tuple[str, ...],
     out: str | None,
     tensor_types: tuple[str, ...],
+    allow_requantize: bool,
+    keep_split: bool,
+    metadata: tuple[str, ...],
+    chat_template: str | None,
     fresh: bool,
     overwrite: bool,
     plan_only: bool,
@@ -53,7 +68,7 @@ def gguf(
     allow_pickle: bool,
     **settings: Any,
 ) -> None:
-    """Write MODEL (a folder or Hub repo) as GGUF, quantized in the same pass.
+    """Write MODEL (a folder, Hub repo or GGUF file) as GGUF, quantized in the same pass.
 
     Files are added beside those that are in the output folder, which may be the model's own.
 
@@ -62,6 +77,8 @@ def gguf(
       mergeforge gguf ./merged --type q4_k_m --type q8_0
       mergeforge gguf ./merged --type q4_k_m --out ./merged/small.gguf
       mergeforge gguf org/model --type q4_k_m --out model.gguf --memory 1GiB
+      mergeforge gguf model-f16.gguf --type q4_k_m --imatrix imatrix.gguf
+      mergeforge gguf model.gguf --set-metadata general.name=Aurora --out renamed.gguf
     """
     started = time.monotonic()
     given = {key: value for key, value in settings.items() if value}
@@ -69,10 +86,20 @@ def gguf(
         given["tensor_types"] = dict(_name_and_type(text) for text in tensor_types)
     from mergeforge.cli import _progress, _result
     from mergeforge.operations.convert_gguf import convert, plan_conversion
+    from mergeforge.operations.requantize_gguf import is_gguf_file, plan_gguf_to_gguf
     from mergeforge.planner import Options
+    from mergeforge.planner.requantize import Requantization
 
     options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
-    conversion = plan_conversion(model, types or ("q8_0",), out, given, options, overwrite=overwrite)
+    template = _read_template(chat_template) if chat_template else None
+    request = Requantization(allow_requantize, keep_split, metadata, template)
+    if is_gguf_file(model):
+        conversion = plan_gguf_to_gguf(model, types, out, given, request, options, overwrite=overwrite)
+    elif request != Requantization():
+        text = "--allow-requantize, --keep-split, --set-metadata and --chat-template are for GGUF files"
+        raise RecipeError(f"{text}, but {model} is none", hint="write the GGUF file first")
+    else:
+        conversion = plan_conversion(model, types or ("q8_0",), out, given, options, overwrite=overwrite)
     to = _progress.console()
     if plan_only or verbose:
         _progress.show_plan(conversion.plan, to, target=out or str(conversion.out))
@@ -89,6 +116,13 @@ def gguf(
         click.echo(json.dumps({"files": files, "seconds": round(seconds, 3)}))
     elif not quiet:
         _result.show_conversion(conversion, to, seconds, out)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--chat-template {path} cannot be read: {error}") from None
 
 
 def _name_and_type(text: str) -> tuple[str, str]:
