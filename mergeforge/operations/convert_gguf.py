@@ -141,5 +141,5 @@ def _shown(path: Path) -> str:
 def _refuse_adapters(model: str) -> None:
     folder = Path(model).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        hint = "write a recipe with its base_model, this adapter, and output: {gguf: [...]}; then `mergeforge run`"
+        hint = "`mergeforge gguf` writes it as a GGUF LoRA; a recipe with adapters and output.gguf folds it"
         raise SourceError(f"{model} is an adapter, not a model", hint=hint)
