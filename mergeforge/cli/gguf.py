@@ -96,9 +96,9 @@ def gguf(
         given["tensor_types"] = dict(_name_and_type(text) for text in tensor_types)
     edits = {"set-metadata": metadata, "chat-template": chat_template}
     from mergeforge.cli import _progress, _result
-    from mergeforge.operations.convert_gguf import convert, plan_conversion
+    from mergeforge.operations.convert_gguf import convert
     from mergeforge.operations.convert_lora import is_adapter, plan_lora_conversion
-    from mergeforge.operations.requantize_gguf import is_gguf_file, plan_gguf_to_gguf
+    from mergeforge.operations.requantize_gguf import plan_gguf
     from mergeforge.planner import Options
     from mergeforge.planner.requantize import Requantization
 
@@ -110,13 +110,7 @@ def gguf(
     options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
     template = _read_template(chat_template) if chat_template else None
     request = Requantization(allow_requantize, keep_split, metadata, template)
-    if is_gguf_file(model):
-        conversion = plan_gguf_to_gguf(model, types, out, given, request, options, overwrite=overwrite)
-    elif request != Requantization():
-        text = "--allow-requantize, --keep-split, --set-metadata and --chat-template are for GGUF files"
-        raise RecipeError(f"{text}, but {model} is none", hint="write the GGUF file first")
-    else:
-        conversion = plan_conversion(model, types or ("q8_0",), out, given, options, overwrite=overwrite)
+    conversion = plan_gguf(model, types, out, given, request, options, overwrite=overwrite)
     to = _progress.console()
     if plan_only or verbose:
         _progress.show_plan(conversion.plan, to, target=out or str(conversion.out))

@@ -65,6 +65,22 @@ def plan_lora_conversion(
     return conversions
 
 
+def convert_lora(
+    adapter: str,
+    base: str,
+    types: Sequence[str],
+    out: str | None,
+    *,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write an adapter's GGUF files, as plan_lora_conversion() plans them; returns their paths."""
+    planned = plan_lora_conversion(adapter, base or None, types, out, allow_pickle=allow_pickle, overwrite=overwrite)
+    for conversion in planned:
+        write_lora(conversion)
+    return [conversion.path for conversion in planned]
+
+
 def write_lora(conversion: LoraConversion) -> None:
     """Write the file tensor by tensor under another name, then rename it. Raises BudgetError if the disk is full."""
     plan, path = conversion.plan, conversion.path

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import RecipeError
-from mergeforge.operations.convert_gguf import GGUFConversion, output_paths, refuse_existing
+from mergeforge.operations.convert_gguf import GGUFConversion, output_paths, plan_conversion, refuse_existing
 from mergeforge.planner import Options
 from mergeforge.planner.requantize import COPY, Requantization, model_name, plan_requantization
 
@@ -19,6 +19,25 @@ from mergeforge.planner.requantize import COPY, Requantization, model_name, plan
 def is_gguf_file(model: str) -> bool:
     """Whether MODEL names a local GGUF file, there or not, and neither a folder nor a repo."""
     return model.endswith(".gguf") and not Path(model).expanduser().is_dir()
+
+
+def plan_gguf(
+    model: str,
+    types: Sequence[str],
+    out: str | None,
+    settings: Mapping[str, Any],
+    request: Requantization,
+    options: Options,
+    *,
+    overwrite: bool = False,
+) -> GGUFConversion:
+    """Plan the GGUF files of a model, which is a folder, a Hub repo or a GGUF file. Raises the errors of both plans."""
+    if is_gguf_file(model):
+        return plan_gguf_to_gguf(model, types, out, settings, request, options, overwrite=overwrite)
+    if request != Requantization():
+        text = "requantizing, kept splits and edited metadata are for GGUF files"
+        raise RecipeError(f"{text}, but {model} is none", hint="write the GGUF file first")
+    return plan_conversion(model, types or ("q8_0",), out, settings, options, overwrite=overwrite)
 
 
 def plan_gguf_to_gguf(
