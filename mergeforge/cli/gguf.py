@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergeforge.cli import _options
+from mergeforge.cli.merge import weighted_input
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import RecipeError
 
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
 @click.option("--split-max-size", metavar="SIZE", help="Largest size of a file, e.g. 4GB.")
 @click.option("--pre", metavar="NAME", help="Pre-tokenizer, if it cannot be determined from the tokenizer.")
 @click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER[:WEIGHT]",
+    help="Fold this LoRA (GGUF or PEFT) into the GGUF file (repeatable).",
+)
+@click.option(
     "--base", metavar="MODEL", help="Base model of a LoRA adapter. [default: as its adapter_config.json says]"
 )
 @click.option("--allow-requantize", is_flag=True, help="Quantize tensors of a GGUF file that are quantized already.")
@@ -60,6 +68,7 @@ def gguf(
     types: tuple[str, ...],
     out: str | None,
     tensor_types: tuple[str, ...],
+    adapters: tuple[str, ...],
     base: str | None,
     allow_requantize: bool,
     keep_split: bool,
@@ -88,6 +97,7 @@ def gguf(
       mergeforge gguf org/model --type q4_k_m --out model.gguf --memory 1GiB
       mergeforge gguf model-f16.gguf --type q4_k_m --imatrix imatrix.gguf
       mergeforge gguf ./adapter --base org/model --type f16
+      mergeforge gguf model-f16.gguf --adapter lora.gguf:0.8 --type q4_k_m
       mergeforge gguf model.gguf --set-metadata general.name=Aurora --out renamed.gguf
     """
     started = time.monotonic()
@@ -98,18 +108,21 @@ def gguf(
     from mergeforge.cli import _progress, _result
     from mergeforge.operations.convert_gguf import convert
     from mergeforge.operations.convert_lora import is_adapter, plan_lora_conversion
-    from mergeforge.operations.requantize_gguf import plan_gguf
+    from mergeforge.operations.requantize_gguf import is_gguf_file, plan_gguf
     from mergeforge.planner import Options
     from mergeforge.planner.requantize import Requantization
 
-    if base or is_adapter(model):
-        _refuse_settings({**given, "allow-requantize": allow_requantize, "keep-split": keep_split, **edits})
+    if is_adapter(model) or (base and not is_gguf_file(model)):
+        _refuse_settings(
+            {**given, "adapter": adapters, "allow-requantize": allow_requantize, "keep-split": keep_split, **edits}
+        )
         conversions = plan_lora_conversion(model, base, types, out, allow_pickle=allow_pickle, overwrite=overwrite)
         _write_loras(conversions, started, plan_only=plan_only, as_json=as_json, quiet=quiet)
         return
     options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
     template = _read_template(chat_template) if chat_template else None
-    request = Requantization(allow_requantize, keep_split, metadata, template)
+    folds = tuple(_adapter_and_weight(text) for text in adapters)
+    request = Requantization(allow_requantize, keep_split, metadata, template, folds, base)
     conversion = plan_gguf(model, types, out, given, request, options, overwrite=overwrite)
     to = _progress.console()
     if plan_only or verbose:
@@ -127,6 +140,13 @@ def gguf(
         click.echo(json.dumps({"files": files, "seconds": round(seconds, 3)}))
     elif not quiet:
         _result.show_conversion(conversion, to, seconds, out)
+
+
+def _adapter_and_weight(text: str) -> tuple[str, float]:
+    adapter, weight = weighted_input(text)
+    if isinstance(weight, list):
+        raise RecipeError(f"--adapter {text}: an adapter has one weight")
+    return adapter, 1.0 if weight is None else weight
 
 
 def _write_loras(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from mergeforge.gguf.general_metadata import ParameterCounts, general_keys
 from mergeforge.gguf.key_values import Keys, f32, string, u32
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.io.file_layout import Layout
-from mergeforge.planner.gguf import QUANTIZATION_VERSION
+from mergeforge.planner.gguf import EMBEDDING, QUANTIZATION_VERSION
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
 from mergeforge.writers.gguf import GGUFTensor, lay_out
@@ -83,6 +83,18 @@ def plan_gguf_lora(adapter: Adapter, base: ModelSource, name: str, file_type: Fi
     return GGUFLoraPlan(layout, tuple(zip(tensors, outputs, strict=True)), tuple(notes))
 
 
+def gguf_deltas(adapter: Adapter, base: ModelSource) -> dict[str, tuple[WeightDelta, ...]]:
+    """The changes of an adapter by GGUF name, for a GGUF file of its base. Raises SourceError as plan_gguf_lora()."""
+    spec = build_spec(base.config, {key: stored.info for key, stored in base.tensors.items()})
+    changes: dict[str, tuple[WeightDelta, ...]] = {}
+    for name, delta in _deltas(adapter, base):
+        if not isinstance(delta, LoraDelta):
+            raise SourceError(f"{adapter.label}: {name} is {delta.label}, not LoRA", hint=FOLD)
+        for target in _targets(adapter, spec, name):
+            changes[target.tensor] = (*changes.get(target.tensor, ()), gguf_delta(adapter, name, delta, target))
+    return changes
+
+
 def _alpha(adapter: Adapter) -> float:
     """lora_alpha of the configuration, else the one that scales the first pair of factors."""
     path = adapter.folder / "adapter_config.json"
@@ -124,13 +136,7 @@ def _tensors(
     adapter: Adapter, spec: GGUFModelSpec, name: str, delta: WeightDelta, alpha: float
 ) -> Iterator[LoraTensor]:
     """The tensors of one change: two factors, or a norm."""
-    if name not in spec.targets:
-        if _has_tied_twin(adapter, spec, name):
-            return
-        reason = spec.dropped.get(name, "")
-        text = f"{adapter.label} changes {name}, which the GGUF file of its base lacks"
-        raise SourceError(f"{text}: {reason}" if reason else text, hint=FOLD)
-    for target in spec.targets[name]:
+    for target in _targets(adapter, spec, name):
         if isinstance(delta, ReplaceTensor):
             yield _norm(delta.value, target)
         else:
@@ -138,11 +144,20 @@ def _tensors(
             yield from _factors(adapter, name, delta, target, alpha)
 
 
+def _targets(adapter: Adapter, spec: GGUFModelSpec, name: str) -> tuple[TensorTarget, ...]:
+    """The GGUF tensors of a tensor that the adapter changes; none for a head that is tied to a changed embedding."""
+    if name in spec.targets:
+        return spec.targets[name]
+    if _has_tied_twin(adapter, spec, name):
+        return ()
+    reason = spec.dropped.get(name, "")
+    text = f"{adapter.label} changes {name}, which the GGUF file of its base lacks"
+    raise SourceError(f"{text}: {reason}" if reason else text, hint=FOLD)
+
+
 def _has_tied_twin(adapter: Adapter, spec: GGUFModelSpec, name: str) -> bool:
     """Whether a head that GGUF does not store is changed together with the embedding that it is tied to."""
-    embeddings = [
-        key for key, targets in spec.targets.items() if any(item.tensor == "token_embd.weight" for item in targets)
-    ]
+    embeddings = [key for key, targets in spec.targets.items() if any(item.tensor == EMBEDDING for item in targets)]
     return not adapter.breaks_ties and name in spec.dropped and any(key in adapter.deltas for key in embeddings)
 
 
@@ -150,40 +165,41 @@ def _norm(value: StoredTensor, target: TensorTarget) -> LoraTensor:
     return LoraTensor(target.tensor, target.shape, lambda: value.read_float64().float() + target.add)
 
 
-def _factors(adapter: Adapter, name: str, delta: LoraDelta, target: TensorTarget, alpha: float) -> Iterator[LoraTensor]:
-    """lora_a and lora_b of a GGUF tensor."""
-    is_embedding = target.tensor == "token_embd.weight"
+def gguf_delta(adapter: Adapter, name: str, delta: LoraDelta, target: TensorTarget) -> LoraDelta:
+    """The change of a checkpoint's tensor as that of the GGUF tensor. Raises SourceError if it is no product of two."""
+    is_embedding = target.tensor == EMBEDDING and target.rows is None
     is_conv1d = bool(target.transpose) and delta.transposed and target.rows is None and target.columns is None
     is_linear = not target.transpose and not delta.transposed and len(target.shape) == 2
     whole = not target.first_row and (target.rows is None or len(target.rows) == target.shape[0])
-    if not (is_conv1d or is_linear or is_embedding) or not whole or (is_embedding and target.rows is not None):
+    if not (is_conv1d or is_linear or is_embedding) or not whole:
         text = (
-            f"{adapter.label}: {name} becomes a part of {target.tensor}, or is reshaped, so its factors cannot stay two"
+            f"{adapter.label}: {name} is a part of {target.tensor}, or reshaped, so the factors of its LoRA are not two"
         )
         raise SourceError(text, hint=FOLD)
+    if is_conv1d:
+        return replace(delta, left=delta.right, right=delta.left, transposed=False)
+    return delta if target.rows is None else replace(delta, row_order=target.rows)
+
+
+def _factors(
+    adapter: Adapter, name: str, change: LoraDelta, target: TensorTarget, alpha: float
+) -> Iterator[LoraTensor]:
+    """lora_a and lora_b of a GGUF tensor; of an embedding lora_a is (vocabulary, r), as llama.cpp gathers rows."""
+    delta, (rows, columns) = gguf_delta(adapter, name, change, target), target.shape
     rank, factor = delta.rank, delta.scale * delta.rank / alpha
-    if is_embedding:  # lora_a is (vocabulary, r), because llama.cpp gathers the rows of tokens
-        across = delta.transposed
-        a, b, columns = delta.left, delta.right, target.shape[1]
-        yield LoraTensor(f"{target.tensor}.lora_a", (target.shape[0], rank), lambda: _read(a, transpose=across))
-        yield LoraTensor(
-            f"{target.tensor}.lora_b", (columns, rank), lambda: _read(b, transpose=not across) * _one(factor)
-        )
-        return
-    left, right, rows = delta.left, delta.right, target.rows
+    is_embedding = target.tensor == EMBEDDING
+    a, b = (delta.left, delta.right) if is_embedding else (delta.right, delta.left)
+    flips_a, flips_b = is_embedding and delta.transposed, is_embedding and not delta.transposed
 
     def read_b() -> Tensor:
         import torch
 
-        value = _read(left, transpose=False) if not is_conv1d else _read(right, transpose=False)
-        value = value if rows is None else value[torch.from_numpy(rows)]
-        return value * _one(factor)
+        value = _read(b, transpose=flips_b) * _one(factor)
+        return value if delta.row_order is None else value[torch.from_numpy(delta.row_order)]
 
-    shape = target.shape
-    yield LoraTensor(
-        f"{target.tensor}.lora_a", (rank, shape[1]), lambda: _read(left if is_conv1d else right, transpose=False)
-    )
-    yield LoraTensor(f"{target.tensor}.lora_b", (shape[0], rank), read_b)
+    a_shape, b_shape = ((rows, rank), (columns, rank)) if is_embedding else ((rank, columns), (rows, rank))
+    yield LoraTensor(f"{target.tensor}.lora_a", a_shape, lambda: _read(a, transpose=flips_a))
+    yield LoraTensor(f"{target.tensor}.lora_b", b_shape, read_b)
 
 
 def _one(factor: float) -> float:

@@ -13,6 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mergeforge.adapters.adapted_tensor import AdaptedTensor
+from mergeforge.adapters.deltas import LoraDelta, WeightDelta
+from mergeforge.adapters.gguf_lora import match_gguf_adapter
+from mergeforge.adapters.open import Adapter
 from mergeforge.checkpoints.checkpoint import Checkpoint
 from mergeforge.checkpoints.gguf_checkpoint import DequantizedGGUFTensor
 from mergeforge.core.tensor_info import TensorInfo
@@ -22,9 +26,10 @@ from mergeforge.gguf.file_types import FILE_TYPES, FileType, file_order, file_ty
 from mergeforge.gguf.imatrix import ImatrixFile, read_imatrix
 from mergeforge.gguf.key_values import Keys, Value, u32
 from mergeforge.gguf.metadata_edits import chat_template, read_edits
-from mergeforge.gguf.quantize import QuantType
+from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.gguf.reader import GGUFHeader, GGUFTensorInfo, read_gguf
 from mergeforge.planner import read_recipe
+from mergeforge.planner.base_of_adapters import with_base_of_adapters
 from mergeforge.planner.fingerprint import fingerprint
 from mergeforge.planner.gguf import (
     QUANTIZATION_VERSION,
@@ -35,12 +40,14 @@ from mergeforge.planner.gguf import (
     type_overrides,
     without_leading_ones,
 )
-from mergeforge.planner.inputs import Inputs, OpenModel
+from mergeforge.planner.gguf_lora import gguf_deltas
+from mergeforge.planner.inputs import Inputs, OpenAdapter, Opener, OpenModel
+from mergeforge.planner.layer_replication import replicate_layers
 from mergeforge.planner.options import Options
 from mergeforge.planner.outputs import NO_CHECKPOINT
 from mergeforge.planner.plan import Plan
 from mergeforge.planner.tiling import plan_tiles
-from mergeforge.recipe import GGUFEntry, Recipe
+from mergeforge.recipe import AdapterEntry, GGUFEntry, Recipe
 from mergeforge.tensors.budget import make_budget
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor
@@ -59,13 +66,16 @@ class Requantization:
     """What is asked for beside the types.
 
     allow_requantize: also quantize tensors that are quantized already. keep_split: as many splits as the source has,
-    each with the same tensors. metadata: KEY=VALUE texts; chat_template: a new one, as Jinja.
+    each with the same tensors. metadata: KEY=VALUE texts; chat_template: a new one, as Jinja. adapters: GGUF LoRAs, or
+    adapters of the model `base`, with their weights; they are folded in first.
     """
 
     allow_requantize: bool = False
     keep_split: bool = False
     metadata: tuple[str, ...] = ()
     chat_template: str | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,13 +107,14 @@ def plan_requantization(
     Raises SourceError for a file that cannot be read or requantized, RecipeError for unknown types, BudgetError.
     """
     source = _read_source(path, request)
-    recipe, entries = _recipe(path, entry, types)
+    recipe, entries = _recipe(path, entry, types, request)
     budget = make_budget(options.memory, options.device, options.threads)
-    model = OpenModel(recipe.named_models[0], _checkpoint(source), ())
-    work = _Work(source, request, budget.device)
+    adapters = _open_adapters(recipe, request, source, allow_pickle=options.allow_pickle)
+    model = OpenModel(recipe.base_model or recipe.named_models[0], _checkpoint(source), ())
+    work = _Work(source, request, budget.device, adapters)
     ggufs = tuple(work.plan_file(file_entry) for file_entry in entries)
-    inputs = Inputs(None, (model,), ())
-    infos = {name: tensor.info for name, tensor in work.tensors.items()}
+    inputs = Inputs(model, (), adapters) if adapters else Inputs(None, (model,), ())
+    infos = {name: _info(tensor) for name, tensor in work.tensors.items()}
     tensor_plans, budget = plan_tiles(work.tensors, infos, work.encoders, budget)
     assert options.out is not None
     return Plan(
@@ -124,6 +135,11 @@ def plan_requantization(
     )
 
 
+def _info(tensor: LazyTensor) -> TensorInfo:
+    """The tensor as it is before it is encoded: float32 after a fold."""
+    return tensor.info.with_dtype("F32") if isinstance(tensor, AdaptedTensor) else tensor.info
+
+
 def _read_source(path: Path, request: Requantization) -> _Source:
     header = read_gguf(path)
     kind = header.get("general.type")
@@ -141,13 +157,50 @@ def _read_source(path: Path, request: Requantization) -> _Source:
     return _Source(path, header, keys, edits)
 
 
-def _recipe(path: Path, entry: Mapping[str, Any], types: Sequence[str]) -> tuple[Recipe, list[GGUFEntry]]:
-    """A recipe that copies the model, and its GGUF entries; a copied file has no type in a recipe."""
+def _recipe(
+    path: Path, entry: Mapping[str, Any], types: Sequence[str], request: Requantization
+) -> tuple[Recipe, list[GGUFEntry]]:
+    """A recipe that copies the model or folds adapters, and its GGUF entries; a copy has no type in a recipe."""
     listed = [{**entry, "type": "f32" if type_ == COPY else type_} for type_ in types]
     output = {"safetensors": False, "gguf": listed, "name": model_name(path)}
-    recipe = read_recipe({"merge_method": "passthrough", "models": [{"model": str(path)}], "output": output})
+    merge: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": str(path)}]}
+    if request.adapters:
+        listed_adapters = [{"adapter": adapter, "weight": weight} for adapter, weight in request.adapters]
+        merge = {"base_model": str(path), "adapters": listed_adapters}
+    recipe = read_recipe({**merge, "output": output})
     entries = zip(recipe.output.gguf, types, strict=True)
     return recipe, [replace(file_entry, type=type_) for file_entry, type_ in entries]
+
+
+def _open_adapters(
+    recipe: Recipe, request: Requantization, source: _Source, *, allow_pickle: bool
+) -> tuple[OpenAdapter, ...]:
+    """The adapters, with their changes by GGUF name. Raises SourceError where one does not match the file."""
+    opened = []
+    for entry in recipe.adapters:
+        name = str(entry.adapter)
+        if name.endswith(".gguf"):
+            adapter = match_gguf_adapter(Path(name).expanduser(), name, source.header)
+        else:
+            adapter = _from_hf(entry, request.base, source, allow_pickle=allow_pickle)
+        opened.append(OpenAdapter(entry, adapter))
+    return tuple(opened)
+
+
+def _from_hf(entry: AdapterEntry, base: str | None, source: _Source, *, allow_pickle: bool) -> Adapter:
+    """An adapter of the Hugging Face model that the GGUF file was made from."""
+    recipe = read_recipe({"adapters": [str(entry.adapter)]} | ({"base_model": base} if base else {}))
+    opener = Opener(replicate_layers, allow_pickle=allow_pickle)
+    inputs = opener.open(with_base_of_adapters(recipe, opener))
+    assert inputs.base is not None
+    adapter = inputs.adapters[0].adapter
+    deltas = gguf_deltas(adapter, inputs.base.checkpoint)
+    for name, changes in deltas.items():
+        stored = source.header.tensors.get(name)
+        if stored is None or any(isinstance(delta, LoraDelta) and delta.shape != stored.shape for delta in changes):
+            text = f"{source.path} has no {name} of the shape that {adapter.label} changes"
+            raise SourceError(text, hint="give the GGUF file of the adapter's base model")
+    return replace(adapter, deltas=deltas, resized={})
 
 
 def _checkpoint(source: _Source) -> Checkpoint:
@@ -188,8 +241,15 @@ def _values(stored: GGUFTensorInfo) -> LazyTensor:
 class _Work:
     """The tensors that are read, what encodes each, and what is done to it, in words; filled file by file."""
 
-    def __init__(self, source: _Source, request: Requantization, device: str) -> None:
+    def __init__(
+        self, source: _Source, request: Requantization, device: str, adapters: Sequence[OpenAdapter] = ()
+    ) -> None:
         self.source = source
+        self.terms: dict[str, list[tuple[float, WeightDelta]]] = {}
+        for opened in adapters:
+            for name, deltas in opened.adapter.deltas.items():
+                weight = float(opened.entry.weight)  # as _recipe() writes it
+                self.terms.setdefault(name, []).extend((weight, delta) for delta in deltas)
         self.request = request
         self.device = device
         self.tensors: dict[str, LazyTensor] = {}
@@ -265,7 +325,11 @@ class _Work:
 
     def _check_sources(self, stored: Mapping[str, GGUFTensorInfo], types: Mapping[str, QuantType]) -> None:
         """Refuse to quantize what is quantized, unless that is allowed. Raises SourceError."""
-        again = [name for name in stored if stored[name].block > 1 and types[name].name != stored[name].ggml_type]
+        again = [
+            name
+            for name, tensor in stored.items()
+            if tensor.block > 1 and (types[name].name != tensor.ggml_type or name in self.terms)
+        ]
         if not again:
             return
         before = format_list(sorted({stored[name].ggml_type for name in again}))
@@ -277,25 +341,35 @@ class _Work:
         if note not in self.notes:
             self.notes.append(note)
 
+    def _value(self, stored: GGUFTensorInfo) -> LazyTensor:
+        """The values of a tensor, with adapters folded in."""
+        terms = self.terms.get(stored.name)
+        return AdaptedTensor(_values(stored), tuple(terms)) if terms else _values(stored)
+
     def _add_encoder(
         self, entry: GGUFEntry, stored: GGUFTensorInfo, quant_type: QuantType, extent: Any, imatrix: ImatrixFile | None
     ) -> None:
         """Copy a tensor that keeps its type; of plain types also the values are checked."""
         key = f"{entry.type}/{stored.name}"
-        if quant_type.name == stored.ggml_type and stored.ggml_type not in _PLAIN:
+        same_type = quant_type.name == stored.ggml_type
+        if same_type and stored.ggml_type not in _PLAIN and stored.name not in self.terms:
             raw = _raw(stored)
             tensor = replace(raw, info=raw.info.renamed(key))
             encoder: TensorEncoder = GGUFCopyEncoder(key, stored.ggml_type, tensor.info, extent)
             self.tensors[key], self.encoders[key] = tensor, [encoder]
             self.summaries[key] = f"{stored.ggml_type} copied"
             return
-        value = self.tensors.setdefault(stored.name, _values(stored))
+        if quant_type.name not in QUANT_TYPES:
+            text = f"{stored.name} cannot be written as {quant_type.name} again after a fold"
+            raise SourceError(text, hint="choose another type with --type")
+        value = self.tensors.setdefault(stored.name, self._value(stored))
         target = TensorTarget(stored.name, stored.shape)
         importance = column_weights(imatrix, target, quant_type)
         encoder = GGUFEncoder(entry.type, value.info, target, quant_type, extent, self.device, importance=importance)
         self.encoders.setdefault(stored.name, []).append(encoder)
         names = [encoder.label.removeprefix("GGUF ") for encoder in self.encoders[stored.name]]
-        self.summaries[stored.name] = f"{stored.ggml_type} to {', '.join(dict.fromkeys(names))}"
+        folds = f", {len(self.terms[stored.name])} LoRA folded in" if stored.name in self.terms else ""
+        self.summaries[stored.name] = f"{stored.ggml_type} to {', '.join(dict.fromkeys(names))}{folds}"
 
 
 def _replaced(keys: Keys, new: Mapping[str, Value]) -> dict[str, Value]:

@@ -83,6 +83,61 @@ def test_factors_are_the_change_of_every_tensor(
         assert np.allclose(old + delta, new, atol=2e-6), key
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_lora_is_folded_into_a_gguf_file(
+    adapters: dict[str, tuple[Path, Path, Path]], name: str, tmp_path: Path
+) -> None:
+    """The F32 file of the base with the adapter folded in, as PEFT's folder and as GGUF: PEFT's merged model."""
+    base, adapter, merged = adapters[name]
+    (source,) = mergeforge.convert_to_gguf(base, "f32", out=tmp_path / "base.gguf", device="cpu")
+    (lora,) = mergeforge.convert_to_gguf(adapter, base=base, out=tmp_path / "lora.gguf")
+    (wanted,) = mergeforge.convert_to_gguf(merged, "f32", out=tmp_path / "merged.gguf", device="cpu")
+    common = {"types": "f32", "device": "cpu", "memory": "64MiB"}
+    (ours,) = mergeforge.convert_to_gguf(source, adapters={lora: 1.0}, out=tmp_path / "ours.gguf", **common)
+    (same,) = mergeforge.convert_to_gguf(source, adapters={adapter: 1.0}, base=base, out=tmp_path / "b.gguf", **common)
+    expected, folded, from_folder = (read(path).tensors for path in (wanted, ours, same))
+    assert set(folded) <= set(expected)
+    for key, (kind, shape, data) in folded.items():
+        assert (kind, shape) == expected[key][:2]
+        value, theirs, other = (
+            np.frombuffer(tensor, np.float32) for tensor in (data, expected[key][2], from_folder[key][2])
+        )
+        assert np.allclose(value, theirs, atol=2e-6), key
+        assert np.allclose(value, other, atol=2e-6), key
+
+
+def test_fold_is_streamed_to_a_quantized_file(adapters: dict[str, tuple[Path, Path, Path]], tmp_path: Path) -> None:
+    """Half of the adapter into F32, then quantized; against the two in one step."""
+    base, adapter, _ = adapters["llama"]
+    (source,) = mergeforge.convert_to_gguf(base, "f32", out=tmp_path / "base.gguf", device="cpu")
+    (lora,) = mergeforge.convert_to_gguf(adapter, base=base, out=tmp_path / "lora.gguf")
+    command = ["gguf", str(source), "--adapter", f"{lora}:0.5", "--device", "cpu", "-q"]
+    assert run_command([*command, "--type", "f32", "--out", str(tmp_path / "folded.gguf")]) == 0
+    assert run_command([*command, "--type", "q4_k_m", "--out", str(tmp_path / "one.gguf"), "-j", "3"]) == 0
+    two = ["gguf", str(tmp_path / "folded.gguf"), "--type", "q4_k_m", "--out", str(tmp_path / "two.gguf"), "-q"]
+    assert run_command(two) == 0
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
+def test_loras_of_other_models_are_refused(adapters: dict[str, tuple[Path, Path, Path]], tmp_path: Path) -> None:
+    """A GGUF LoRA of another architecture, of another size, one that is a model; the folder of another base."""
+    base, adapter, _ = adapters["llama"]
+    (source,) = mergeforge.convert_to_gguf(base, "f32", out=tmp_path / "base.gguf", device="cpu")
+    (lora,) = mergeforge.convert_to_gguf(adapter, base=base, out=tmp_path / "lora.gguf")
+    (other,) = mergeforge.convert_to_gguf(adapters["falcon"][0], "f32", out=tmp_path / "falcon.gguf", device="cpu")
+    (small,) = mergeforge.convert_to_gguf(adapters["mixtral"][0], "f32", out=tmp_path / "mixtral.gguf", device="cpu")
+    cases = [(other, lora, None, "architecture llama"), (small, lora, None, "llama|does not have|shapes")]
+    cases += [(source, other, None, "not a LoRA adapter"), (other, adapter, base, "adapter's base model|has no")]
+    before = sorted(tmp_path.iterdir())
+    for file, wrong, named_base, message in cases:
+        with pytest.raises(SourceError, match=message) as error:
+            mergeforge.convert_to_gguf(
+                file, "q8_0", adapters={wrong: 1.0}, base=named_base, out=tmp_path / "x.gguf", device="cpu"
+            )
+        assert error.value.hint or message.startswith("llama")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.slow
 @needs_converter
 @pytest.mark.parametrize("type_", ["f32", "f16", "bf16", "q8_0"])
