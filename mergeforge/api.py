@@ -7,6 +7,7 @@ has the wrong type.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -139,9 +140,15 @@ def diff(a: str | Path, b: str | Path, *, allow_pickle: bool = False) -> list[Te
 
 def convert_to_gguf(
     model: str | Path,
-    types: str | Sequence[str] = ("q8_0",),
+    types: str | Sequence[str] | None = None,
     *,
     out: str | Path | None = None,
+    base: str | Path | None = None,
+    adapters: Mapping[str | Path, float] | None = None,
+    allow_requantize: bool = False,
+    keep_split: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
     fresh: bool = False,
     overwrite: bool = False,
     memory: str | int | None = None,
@@ -150,18 +157,32 @@ def convert_to_gguf(
     allow_pickle: bool = False,
     **settings: Any,
 ) -> list[Path]:
-    """Write a finished model (a folder or Hub repo) as GGUF; returns the files.
+    """Write a model (a folder, Hub repo or GGUF file) or a LoRA adapter as GGUF; returns the files.
 
-    out: a folder (default: NAME-GGUF), or the file if there is one type. settings: imatrix, tensor_types,
-    output_tensor_type, token_embedding_type, pure, split_max_size, pre, as in a recipe's output.gguf.
+    types: by default q8_0, of a GGUF file what it has, of an adapter f32. out: a folder (default: NAME-GGUF), or the
+    file if there is one type. base: the adapter's base model (default: as its adapter_config.json says).
+    adapters (weights by adapter: GGUF LoRAs, or adapters of `base`, folded in first), allow_requantize, keep_split,
+    metadata (values by key) and chat_template are for GGUF files. settings: imatrix,
+    tensor_types, output_tensor_type, token_embedding_type, pure, split_max_size, pre, as in a recipe's output.gguf.
     """
     from mergeforge.operations import convert_gguf as gguf_conversion
+    from mergeforge.operations.convert_lora import convert_lora, is_adapter
+    from mergeforge.operations.requantize_gguf import is_gguf_file, plan_gguf
+    from mergeforge.planner.requantize import Requantization
 
     refuse_unknown("mergeforge.convert_to_gguf", settings, list(gguf_conversion.SETTINGS))
     options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
-    types = as_list("mergeforge.convert_to_gguf", "types", types)
+    types = as_list("mergeforge.convert_to_gguf", "types", types or ())
     target = None if out is None else str(out)
-    conversion = gguf_conversion.plan_conversion(str(model), types, target, settings, options, overwrite=overwrite)
+    if is_adapter(str(model)) or (base and not is_gguf_file(str(model))):
+        return convert_lora(str(model), str(base or ""), types, target, allow_pickle=allow_pickle, overwrite=overwrite)
+    texts = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in (metadata or {}).items()
+    ]
+    folds = tuple((str(adapter), float(weight)) for adapter, weight in (adapters or {}).items())
+    named_base = None if base is None else str(base)
+    request = Requantization(allow_requantize, keep_split, tuple(texts), chat_template, folds, named_base)
+    conversion = plan_gguf(str(model), types, target, settings, request, options, overwrite=overwrite)
     deque(gguf_conversion.convert(conversion, fresh=fresh, overwrite=overwrite), maxlen=0)
     return conversion.files
 

@@ -28,11 +28,7 @@ def open_gguf_adapter(path: Path, label: str, base: ModelSource) -> Adapter:
 
     Raises SourceError if it is not a LoRA adapter, or a tensor does not match the base.
     """
-    header = read_gguf(path)
-    if header.get("general.type") != "adapter" or header.get("adapter.type") != "lora":
-        raise SourceError(f"{path} is not a LoRA adapter", hint="list a GGUF model under models")
-    if header.get("adapter.alora.invocation_tokens"):
-        raise SourceError(f"{path} is an activated LoRA: it applies only after certain tokens, so it cannot be merged")
+    header = _read_lora(path)
     spec = build_spec(base.config, {name: stored.info for name, stored in base.tensors.items()})
     if header.get("general.architecture") != spec.arch:
         arch = header.get("general.architecture")
@@ -54,6 +50,40 @@ def open_gguf_adapter(path: Path, label: str, base: ModelSource) -> Adapter:
     touched = [ties.of(name) for name in deltas]
     breaks_ties = any(tie and not set(tie.names) <= deltas.keys() for tie in touched)  # as PEFT does: not the tied head
     return Adapter(label, path, None, deltas, {}, {}, breaks_ties, (checkpoint,), ())
+
+
+def match_gguf_adapter(path: Path, label: str, base: GGUFHeader) -> Adapter:
+    """Match an adapter to a GGUF file, whose tensors have the adapter's names and row order.
+
+    Raises SourceError if it is not a LoRA adapter of a model of this architecture, or a tensor does not match.
+    """
+    header = _read_lora(path)
+    arch = header.get("general.architecture")
+    if arch != base.get("general.architecture"):
+        text = f"{path} is for the architecture {arch}, but the model is {base.get('general.architecture')}"
+        raise SourceError(text, hint="fold it into the model that it was trained on")
+    deltas: dict[str, tuple[LoraDelta]] = {}
+    stored: dict[str, StoredTensor] = {}
+    for name in sorted({name.removesuffix(".lora_a").removesuffix(".lora_b") for name in header.tensors}):
+        if name not in base.tensors or len(base.tensors[name].shape) != 2:
+            raise SourceError(f"{path} changes {name}, which the model does not have, or has as a stack of experts")
+        hf_name = "embed_tokens.weight" if name == "token_embd.weight" else name  # the name tells how it is stored
+        target = TensorInfo(hf_name, "F32", base.tensors[name].shape)
+        delta = _lora_delta(header, name, target, TensorTarget(name, target.shape), path)
+        deltas[name] = (delta,)
+        stored |= {f"{name}.lora_a": delta.right, f"{name}.lora_b": delta.left}
+    checkpoint = Checkpoint(label, path.parent, None, stored, {}, header.hashes)
+    return Adapter(label, path, None, deltas, {}, {}, False, (checkpoint,), ())
+
+
+def _read_lora(path: Path) -> GGUFHeader:
+    """The header of an adapter. Raises SourceError for any other file."""
+    header = read_gguf(path)
+    if header.get("general.type") != "adapter" or header.get("adapter.type") != "lora":
+        raise SourceError(f"{path} is not a LoRA adapter", hint="list a GGUF model under models")
+    if header.get("adapter.alora.invocation_tokens"):
+        raise SourceError(f"{path} is an activated LoRA: it applies only after certain tokens, so it cannot be merged")
+    return header
 
 
 def _lora_targets(targets: Mapping[str, tuple[TensorTarget, ...]]) -> dict[str, tuple[str, TensorTarget]]:

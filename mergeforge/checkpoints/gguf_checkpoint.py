@@ -45,6 +45,11 @@ class DequantizedGGUFTensor:
         return self.sources[0][1].file
 
     @property
+    def stored_nbytes(self) -> int:
+        """The bytes of its rows as they are stored, for the size of the input."""
+        return self.info.rows * max(stored.row_nbytes(self.info.columns) for _, stored in self.sources)
+
+    @property
     def memory_cost(self) -> MemoryCost:
         row_nbytes = max(stored.row_nbytes(self.info.columns) for _, stored in self.sources)
         return MemoryCost(row_nbytes=row_nbytes, fixed_nbytes=ALIGNMENT * 64, scratch_blocks=SCRATCH_BLOCKS)

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergeforge.cli import _options
+from mergeforge.cli.merge import weighted_input
+from mergeforge.core.sizes import format_size
 from mergeforge.errors import RecipeError
+
+if TYPE_CHECKING:
+    from mergeforge.operations.convert_lora import LoraConversion
 
 
 @click.command()
 @click.argument("model")
 @click.option(
-    "--type", "types", multiple=True, metavar="TYPE", help="q4_k_m, q8_0, f16, ... (repeatable). [default: q8_0]"
+    "--type",
+    "types",
+    multiple=True,
+    metavar="TYPE",
+    help="q4_k_m, q8_0, f16, ... (repeatable). [default: q8_0; of a GGUF file: as it is]",
 )
 @click.option("--out", metavar="FILE_OR_DIR", help="Output file or folder. [default: the folder NAME-GGUF]")
 @click.option("--imatrix", metavar="FILE", help="Importance matrix (GGUF or .dat).")
@@ -27,6 +38,22 @@ from mergeforge.errors import RecipeError
 @click.option("--pure", is_flag=True, help="Use the same type for every tensor.")
 @click.option("--split-max-size", metavar="SIZE", help="Largest size of a file, e.g. 4GB.")
 @click.option("--pre", metavar="NAME", help="Pre-tokenizer, if it cannot be determined from the tokenizer.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER[:WEIGHT]",
+    help="Fold this LoRA (GGUF or PEFT) into the GGUF file (repeatable).",
+)
+@click.option(
+    "--base", metavar="MODEL", help="Base model of a LoRA adapter. [default: as its adapter_config.json says]"
+)
+@click.option("--allow-requantize", is_flag=True, help="Quantize tensors of a GGUF file that are quantized already.")
+@click.option("--keep-split", is_flag=True, help="Split the output as the GGUF file is split.")
+@click.option(
+    "--set-metadata", "metadata", multiple=True, metavar="KEY=VALUE", help="Metadata of a GGUF file (repeatable)."
+)
+@click.option("--chat-template", metavar="FILE", help="Jinja file with a new chat template for a GGUF file.")
 @_options.resources
 @_options.allow_pickle
 @_options.fresh
@@ -41,6 +68,12 @@ def gguf(
     types: tuple[str, ...],
     out: str | None,
     tensor_types: tuple[str, ...],
+    adapters: tuple[str, ...],
+    base: str | None,
+    allow_requantize: bool,
+    keep_split: bool,
+    metadata: tuple[str, ...],
+    chat_template: str | None,
     fresh: bool,
     overwrite: bool,
     plan_only: bool,
@@ -53,7 +86,7 @@ def gguf(
     allow_pickle: bool,
     **settings: Any,
 ) -> None:
-    """Write MODEL (a folder or Hub repo) as GGUF, quantized in the same pass.
+    """Write MODEL (a folder, Hub repo, GGUF file or LoRA adapter) as GGUF, quantized in the same pass.
 
     Files are added beside those that are in the output folder, which may be the model's own.
 
@@ -62,17 +95,35 @@ def gguf(
       mergeforge gguf ./merged --type q4_k_m --type q8_0
       mergeforge gguf ./merged --type q4_k_m --out ./merged/small.gguf
       mergeforge gguf org/model --type q4_k_m --out model.gguf --memory 1GiB
+      mergeforge gguf model-f16.gguf --type q4_k_m --imatrix imatrix.gguf
+      mergeforge gguf ./adapter --base org/model --type f16
+      mergeforge gguf model-f16.gguf --adapter lora.gguf:0.8 --type q4_k_m
+      mergeforge gguf model.gguf --set-metadata general.name=Aurora --out renamed.gguf
     """
     started = time.monotonic()
     given = {key: value for key, value in settings.items() if value}
     if tensor_types:
         given["tensor_types"] = dict(_name_and_type(text) for text in tensor_types)
+    edits = {"set-metadata": metadata, "chat-template": chat_template}
     from mergeforge.cli import _progress, _result
-    from mergeforge.operations.convert_gguf import convert, plan_conversion
+    from mergeforge.operations.convert_gguf import convert
+    from mergeforge.operations.convert_lora import is_adapter, plan_lora_conversion
+    from mergeforge.operations.requantize_gguf import is_gguf_file, plan_gguf
     from mergeforge.planner import Options
+    from mergeforge.planner.requantize import Requantization
 
+    if is_adapter(model) or (base and not is_gguf_file(model)):
+        _refuse_settings(
+            {**given, "adapter": adapters, "allow-requantize": allow_requantize, "keep-split": keep_split, **edits}
+        )
+        conversions = plan_lora_conversion(model, base, types, out, allow_pickle=allow_pickle, overwrite=overwrite)
+        _write_loras(conversions, started, plan_only=plan_only, as_json=as_json, quiet=quiet)
+        return
     options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
-    conversion = plan_conversion(model, types or ("q8_0",), out, given, options, overwrite=overwrite)
+    template = _read_template(chat_template) if chat_template else None
+    folds = tuple(_adapter_and_weight(text) for text in adapters)
+    request = Requantization(allow_requantize, keep_split, metadata, template, folds, base)
+    conversion = plan_gguf(model, types, out, given, request, options, overwrite=overwrite)
     to = _progress.console()
     if plan_only or verbose:
         _progress.show_plan(conversion.plan, to, target=out or str(conversion.out))
@@ -89,6 +140,57 @@ def gguf(
         click.echo(json.dumps({"files": files, "seconds": round(seconds, 3)}))
     elif not quiet:
         _result.show_conversion(conversion, to, seconds, out)
+
+
+def _adapter_and_weight(text: str) -> tuple[str, float]:
+    adapter, weight = weighted_input(text)
+    if isinstance(weight, list):
+        raise RecipeError(f"--adapter {text}: an adapter has one weight")
+    return adapter, 1.0 if weight is None else weight
+
+
+def _write_loras(
+    conversions: Sequence[LoraConversion], started: float, *, plan_only: bool, as_json: bool, quiet: bool
+) -> None:
+    """Write the GGUF files of an adapter, and print what was written."""
+    from mergeforge.cli import _progress, _result
+    from mergeforge.core.messages import warnings_in, without_warnings
+    from mergeforge.operations.convert_lora import write_lora
+
+    to = _progress.console()
+    notes = conversions[0].plan.notes
+    if not quiet:
+        _progress.show_warnings(warnings_in(notes), to)
+        for note in without_warnings(notes):
+            _progress.print_wrapped(to, f"note     {note}", "yellow", len("note"))
+    for conversion in conversions:
+        if plan_only:
+            count = len(conversion.plan.tensors)
+            to.print(f"{conversion.path}: {count} tensors, {format_size(conversion.plan.layout.nbytes)}", markup=False)
+        else:
+            write_lora(conversion)
+    if plan_only:
+        return
+    seconds = time.monotonic() - started
+    files = {str(conversion.path): conversion.path.stat().st_size for conversion in conversions}
+    if as_json:
+        click.echo(json.dumps({"files": files, "seconds": round(seconds, 3)}))
+    elif not quiet:
+        listed = {conversion.path.name: (files[str(conversion.path)], conversion.label) for conversion in conversions}
+        _result.show_files(to, str(conversions[0].path.parent), listed, seconds)
+
+
+def _refuse_settings(settings: Mapping[str, Any]) -> None:
+    """Raise RecipeError for options that an adapter's file has no use for."""
+    if given := [name.replace("_", "-") for name, value in settings.items() if value]:
+        raise RecipeError(f"--{given[0]} is for models, not for an adapter", hint="leave it out")
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--chat-template {path} cannot be read: {error}") from None
 
 
 def _name_and_type(text: str) -> tuple[str, str]:

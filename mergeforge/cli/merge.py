@@ -130,10 +130,10 @@ def _value(value: Any) -> Any:
 
 
 def _weighted_inputs(texts: Sequence[str]) -> list[tuple[str, Any]]:
-    return [_weighted_input(text) for text in texts]
+    return [weighted_input(text) for text in texts]
 
 
-def _weighted_input(text: str) -> tuple[str, Any]:
+def weighted_input(text: str) -> tuple[str, Any]:
     """Split NAME:WEIGHT; the weight is None if there is none.
 
     A colon may also be part of a path (C:\\models), of an address (https://host:80) or of a file that exists.

@@ -191,6 +191,25 @@ def select_tensor_types(
     return types
 
 
+def select_requantized_types(
+    file_type: FileType,
+    tensors: Mapping[str, Shape],
+    model: ModelHparams,
+    *,
+    has_imatrix: bool = False,
+    overrides: TypeOverrides = NO_OVERRIDES,
+) -> dict[str, QuantType]:
+    """The types that llama-quantize gives to the tensors of a GGUF file; tensors that keep theirs are absent.
+
+    Raises RecipeError as select_tensor_types() does.
+
+    Args:
+        tensors: names and shapes in the order in which llama-quantize writes them, because its rules count.
+    """
+    selector = _TensorTypeSelector(file_type, model, has_imatrix, overrides, frozenset(tensors))
+    return {name: selector.select(name, shape[-1]) for name, shape in tensors.items() if _is_quantized(name, shape)}
+
+
 def _converter_type(file_type: FileType, name: str, shape: Shape, f32: Container[str]) -> QuantType:
     """The type that the converter gives a tensor."""
     is_small = len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith((".weight", ".lora_a", ".lora_b"))

@@ -90,5 +90,5 @@ def _value(value: Value) -> bytes:
 
 
 def _string(value: str | bytes) -> bytes:
-    data = value.encode("utf-8") if isinstance(value, str) else value
+    data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
     return struct.pack("<Q", len(data)) + data

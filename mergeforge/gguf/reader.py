@@ -12,12 +12,16 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergeforge.errors import SourceError
 from mergeforge.gguf.key_values import VALUE_TYPES, Value
+from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import check_is_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_COUNT = 1 << 28  # of keys, tensors, items and bytes of a string: far above any model's
 _KIND_BY_NUMBER = {number: (kind, form) for kind, (number, form) in VALUE_TYPES.items()}
@@ -40,8 +44,22 @@ class GGUFTensorInfo:
     def nbytes(self) -> int:
         return math.prod(self.shape) // self.block * self.block_nbytes
 
+    @property
+    def quant_type(self) -> QuantType:
+        """Its type; one that mergeforge does not encode can only be copied."""
+        import gguf
+
+        if self.ggml_type in QUANT_TYPES:
+            return QUANT_TYPES[self.ggml_type]
+        number = int(gguf.GGMLQuantizationType[self.ggml_type])
+        return QuantType(self.ggml_type, number, self.block, self.block_nbytes, _not_encoded)
+
     def row_nbytes(self, columns: int) -> int:
         return columns // self.block * self.block_nbytes
+
+
+def _not_encoded(rows: Tensor, importance: Tensor | None) -> Tensor:
+    raise NotImplementedError("tensors of this type are only copied")
 
 
 @dataclass(frozen=True)
@@ -72,7 +90,20 @@ def read_gguf(path: Path) -> GGUFHeader:
             raise SourceError(error, hint="download the splits again")
         tensors |= header.tensors
         hashes |= header.hashes
-    return GGUFHeader(keys, tensors, hashes)
+    header = GGUFHeader(keys, tensors, hashes)
+    _check_splits(path, header)
+    return header
+
+
+def _check_splits(path: Path, header: GGUFHeader) -> None:
+    """Compare what the first split says about all of them with what was found. Raises SourceError."""
+    files, tensors = header.get("split.count") or 1, header.get("split.tensors.count")
+    if files != len(header.hashes):
+        text = f"{path} is one of {files} splits, but {len(header.hashes)} was found by its name"
+        raise SourceError(text, hint="name them as llama-gguf-split does: NAME-00001-of-00002.gguf")
+    if files > 1 and tensors != len(header.tensors):
+        text = f"the splits of {path} contain {len(header.tensors)} tensors, but the first says {tensors}"
+        raise SourceError(text, hint="download all splits again")
 
 
 def _split_paths(path: Path) -> list[Path]:
@@ -113,8 +144,14 @@ class _HeaderReader:
         values = {}
         for _ in range(self._count(key_count)):
             name = self._string()
+            if name in values:
+                raise SourceError(f"{self.path} contains the key {name} twice", hint="download it again")
             values[name] = self._value(*self._numbers("<I"))
         entries = [self._entry() for _ in range(self._count(tensor_count))]
+        names = [name for name, *_ in entries]
+        if len(set(names)) < len(names):
+            name = next(name for index, name in enumerate(names) if name in names[:index])
+            raise SourceError(f"{self.path} contains the tensor {name} twice", hint="download it again")
         alignment = values["general.alignment"].value if "general.alignment" in values else 32
         if not isinstance(alignment, int) or not 0 < alignment < 1 << 20:
             raise SourceError(f"{self.path}: general.alignment is {alignment!r}; the file is damaged")

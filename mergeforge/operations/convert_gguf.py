@@ -82,21 +82,31 @@ def plan_conversion(
     """
     _refuse_adapters(model)
     name = Path(model.partition("@")[0] if not Path(model).exists() else model).expanduser().absolute().name
-    to_file = out is not None and out.endswith(".gguf")
-    if to_file and (len(types) > 1 or settings.get("split_max_size")):
-        raise RecipeError(f"{out} names one file, but several would be written", hint="name a folder")
-    file = Path(str(out)).expanduser().absolute() if to_file else None
-    folder = file.parent if file else Path(out or f"{name}-GGUF").expanduser()
+    folder, file, work = output_paths(name, types, out, splits=bool(settings.get("split_max_size")))
+    if not (file or _holds_files(folder)):
+        work = folder
     entry = {key: value for key, value in settings.items() if key != "pre"}
     output = {"safetensors": False, "gguf": [{"type": type_, **entry} for type_ in types], "name": name}
     output |= {"gguf_pre": settings["pre"]} if settings.get("pre") else {}
     recipe = {"merge_method": "passthrough", "models": [{"model": model}], "output": output}
-    stem = file.name if file else f"{name}-{'+'.join(sorted(types))}"
-    work = folder / f".{stem}{WORK}" if file or _holds_files(folder) else folder
     conversion = GGUFConversion(make_plan(recipe, replace(options, out=work)), folder, file, options)
     if not overwrite and conversion.is_beside and not conversion.is_written:
-        _refuse_existing(conversion)
+        refuse_existing(conversion)
     return conversion
+
+
+def output_paths(name: str, types: Sequence[str], out: str | None, *, splits: bool) -> tuple[Path, Path | None, Path]:
+    """The folder for the files of the model `name`, the one file that `out` may name, and a hidden folder to work in.
+
+    Raises RecipeError if `out` names one file, but several would be written.
+    """
+    to_file = out is not None and out.endswith(".gguf")
+    if to_file and (len(types) > 1 or splits):
+        raise RecipeError(f"{out} names one file, but several would be written", hint="name a folder")
+    file = Path(str(out)).expanduser().absolute() if to_file else None
+    folder = file.parent if file else Path(out or f"{name}-GGUF").expanduser()
+    stem = file.name if file else f"{name}-{'+'.join(sorted(types))}"
+    return folder, file, folder / f".{stem}{WORK}"
 
 
 def convert(conversion: GGUFConversion, *, fresh: bool = False, overwrite: bool = False) -> Iterator[Tile]:
@@ -115,7 +125,7 @@ def _holds_files(folder: Path) -> bool:
     return any(path.name != WORK for path in folder.iterdir())
 
 
-def _refuse_existing(conversion: GGUFConversion) -> None:
+def refuse_existing(conversion: GGUFConversion) -> None:
     """Raise OutputError if a file of the same name exists, or one that is split otherwise."""
     if existing := [path for path in [*conversion.files, *conversion.addition.superseded] if path.exists()]:
         verb, them = ("exists", "it") if len(existing) == 1 else ("exist", "them")
@@ -131,5 +141,5 @@ def _shown(path: Path) -> str:
 def _refuse_adapters(model: str) -> None:
     folder = Path(model).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        hint = "write a recipe with its base_model, this adapter, and output: {gguf: [...]}; then `mergeforge run`"
+        hint = "`mergeforge gguf` writes it as a GGUF LoRA; a recipe with adapters and output.gguf folds it"
         raise SourceError(f"{model} is an adapter, not a model", hint=hint)

@@ -21,6 +21,7 @@ from mergeforge.tensors.merged import MergedTensor
 from mergeforge.tensors.native_inputs import ITEMSIZES
 from mergeforge.tensors.stored import StoredTensor
 from mergeforge.writers.encoder import TensorEncoder
+from mergeforge.writers.gguf_copy import GGUFCopyEncoder
 from mergeforge.writers.safetensors import SafetensorsEncoder
 
 
@@ -52,8 +53,10 @@ class Backend:
 
 def choose_backend(tensor: LazyTensor, info: TensorInfo, encoders: Sequence[TensorEncoder], device: str) -> Backend:
     """The backend for an output tensor that these encoders write."""
-    to_safetensors = [type(encoder) for encoder in encoders] == [SafetensorsEncoder]
-    if to_safetensors and isinstance(tensor, StoredTensor) and tensor.info.dtype == info.dtype:
+    kinds = [type(encoder) for encoder in encoders]
+    to_safetensors = kinds == [SafetensorsEncoder]
+    takes_bytes = to_safetensors or kinds == [GGUFCopyEncoder]
+    if takes_bytes and isinstance(tensor, StoredTensor) and tensor.info.dtype == info.dtype:
         return Backend("copy")
     compute = "F64" if "F64" in (info.dtype, *_stored_dtypes(tensor)) else "F32"
     if not (device == "cpu" and compute == "F32" and _has_native(tensor)):

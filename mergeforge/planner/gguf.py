@@ -145,7 +145,7 @@ def _plan(
                 extent=layout.extents[target.tensor],
                 device=inputs.device,
                 rounded_to=inputs.tensors[name].dtype if stored else "",
-                importance=_weights(imatrix, target, types[target.tensor]),
+                importance=column_weights(imatrix, target, types[target.tensor]),
                 positions=_positions(target, inputs.tensors[name], shared),
             )
             for target in targets
@@ -165,7 +165,7 @@ def _positions(
     return shared[key]
 
 
-def _weights(imatrix: ImatrixFile | None, target: TensorTarget, quant_type: QuantType) -> Tensor | None:
+def column_weights(imatrix: ImatrixFile | None, target: TensorTarget, quant_type: QuantType) -> Tensor | None:
     """The imatrix's column weights, one row for each matrix of the GGUF tensor."""
     import torch
 
@@ -193,36 +193,42 @@ def _tensors(
     selected = select_tensor_types(
         file_type,
         {name: shape for name, shape in shapes.items() if name not in spec.constants},
-        _model_hparams(spec),
+        model_hparams(spec.arch, spec.keys),
         has_imatrix=imatrix is not None,
-        overrides=TypeOverrides(entry.tensor_types, entry.output_type or "", entry.embedding_type or "", entry.pure),
+        overrides=type_overrides(entry),
         f32={target.tensor for targets in spec.targets.values() for target in targets if target.f32},
     )
     types = dict.fromkeys(spec.constants, QUANT_TYPES["F32"]) | selected
     contents = {name: value.astype("<f4").tobytes() for name, value in spec.constants.items()}
     order = file_order(list(shapes)) if file_type.by_llama_quantize else list(shapes)
     if file_type.by_llama_quantize:
-        shapes = {name: _without_ones(shape) for name, shape in shapes.items()}
+        shapes = {name: without_leading_ones(shape) for name, shape in shapes.items()}
     return [GGUFTensor(name, shapes[name], types[name], contents.get(name, b"")) for name in order]
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+def type_overrides(entry: GGUFEntry) -> TypeOverrides:
+    return TypeOverrides(entry.tensor_types, entry.output_type or "", entry.embedding_type or "", entry.pure)
+
+
+def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape as llama-quantize writes it (ggml_n_dims): slowest dimensions of 1 are left out."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape
 
 
-def _model_hparams(spec: GGUFModelSpec) -> ModelHparams:
+def model_hparams(arch: str, keys: Keys) -> ModelHparams:
+    """The hyperparameters that decide types, from the key/values of a model."""
+
     def fact(key: str) -> int:
-        value = spec.keys.get(f"{spec.arch}.{key}")
+        value = keys.get(f"{arch}.{key}")
         if value is None:
             return 0
         return int(value.value[0] if value.kind == "array" else value.value)
 
     heads = fact("attention.head_count")
     return ModelHparams(
-        arch=spec.arch,
+        arch=arch,
         block_count=fact("block_count"),
         expert_count=fact("expert_count"),
         head_count=heads,
@@ -241,10 +247,10 @@ def _keys(
         keys["general.file_type"] = u32(file_type.number)
     if file_type.by_llama_quantize:
         keys = {key: value for key, value in keys.items() if key not in _LAST} | {key: keys[key] for key in _LAST}
-    return keys | (_imatrix_keys(imatrix) if imatrix else {})
+    return keys | (imatrix_keys(imatrix) if imatrix else {})
 
 
-def _imatrix_keys(imatrix: ImatrixFile) -> dict[str, Value]:
+def imatrix_keys(imatrix: ImatrixFile) -> dict[str, Value]:
     """The keys by which llama-quantize records an imatrix; of the path only the file name."""
     keys = {"quantize.imatrix.file": string(imatrix.path.name)}
     if imatrix.datasets:

@@ -47,11 +47,16 @@ class GGUFTensor:
 
 
 def lay_out(stem: str, keys: Keys, tensors: Sequence[GGUFTensor], split_max_size: int = 0) -> Layout:
-    """One file, or splits with at most `split_max_size` bytes of tensors each (0: one file), in the given order.
+    """One file, or splits with at most `split_max_size` bytes of tensors each (0: one file), in the given order."""
+    return lay_out_splits(stem, keys, _split(tensors, split_max_size))
+
+
+def lay_out_splits(stem: str, keys: Keys, splits: Sequence[Sequence[GGUFTensor]]) -> Layout:
+    """A file for each list of tensors.
 
     As gguf-py's GGUFWriter: the first split has all key/values, every split has split.*.
     """
-    splits = _split(tensors, split_max_size)
+    tensors = [tensor for split in splits for tensor in split]
     files: dict[str, OutputFile] = {}
     extents: dict[str, Extent] = {}
     for index, split in enumerate(splits):

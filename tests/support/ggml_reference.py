@@ -37,3 +37,13 @@ def ggml_quantize(quant_type: QuantType, rows: np.ndarray, importance: np.ndarra
         )
         assert written == out.nbytes
     return out
+
+
+def ggml_dequantize(ggml_type: str, data: bytes, count: int) -> np.ndarray:
+    """The values of blocks, `count` of them, by ggml's dequantize_row_NAME()."""
+    kind = ggml_type.lower().replace("_k", "_K")
+    function = getattr(_library(), f"dequantize_row_{kind}")
+    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64], None
+    out = np.zeros(count, np.float32)
+    function(data, out.ctypes.data, count)
+    return out

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,17 +89,45 @@ LIBLLAMA = os.environ.get("MERGEFORGE_LIBLLAMA", "")
 needs_quantizer = pytest.mark.skipif(not LIBLLAMA, reason="MERGEFORGE_LIBLLAMA does not name a libllama.so")
 
 
-def quantize(source: Path, target: Path, file_type: int, threads: int = 1) -> None:
-    """Quantize with the function that llama-quantize calls (llama.h, llama_model_quantize)."""
+def quantize(
+    source: Path,
+    target: Path,
+    file_type: int,
+    *,
+    threads: int = 1,
+    imatrix: Mapping[str, np.ndarray] | None = None,
+    **flags: bool,
+) -> int:
+    """Quantize with the function that llama-quantize calls (llama.h, llama_model_quantize); returns its exit code.
+
+    flags: allow_requantize, only_copy, pure, keep_split. imatrix: name -> weights, float32.
+    """
     import ctypes
 
-    class Settings(ctypes.Structure):  # its first two members are the number of threads and the file type
-        _fields_ = (("threads", ctypes.c_int32), ("file_type", ctypes.c_int32), ("rest", ctypes.c_int32 * 62))
+    names = ("allow_requantize", "quantize_output_tensor", "only_copy", "pure", "keep_split", "dry_run")
+
+    class Entry(ctypes.Structure):
+        _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+    class Settings(ctypes.Structure):
+        _fields_ = (
+            *((name, ctypes.c_int32) for name in ("threads", "file_type", "output_type", "embedding_type")),
+            *((name, ctypes.c_bool) for name in names),
+            *((name, ctypes.c_void_p) for name in ("imatrix", "kv_overrides", "tensor_types", "prune_layers")),
+            ("rest", ctypes.c_int64 * 16),
+        )
 
     library = ctypes.CDLL(LIBLLAMA)
     library.llama_model_quantize_default_params.restype = Settings
     library.llama_model_quantize.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Settings))
     settings = library.llama_model_quantize_default_params()
     settings.threads, settings.file_type = threads, file_type
-    code = library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
-    assert code == 0, f"llama_model_quantize: {code}"
+    for name, value in flags.items():
+        assert name in names
+        setattr(settings, name, value)
+    if imatrix is not None:
+        entries = [Entry(name.encode(), weights.ctypes.data, weights.size) for name, weights in imatrix.items()]
+        table = (Entry * (len(entries) + 1))(*entries, Entry())
+        settings.imatrix = ctypes.addressof(table)
+    code: int = library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
+    return code
