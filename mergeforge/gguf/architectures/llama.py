@@ -1,8 +1,9 @@
-"""Llama and models built like it: Mistral, Mixtral, SmolLM3, Arcee, Llama 4."""
+"""Llama and models built like it: Mistral, Mixtral, SmolLM3, SmolVLM, Arcee, Llama 4."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import permute_rope_heads
@@ -11,9 +12,10 @@ from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import hparams
 from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.pooling import pooling_keys, pooling_notes
-from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, HFTensor, RuleResult, make_spec
+from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, HFTensor, RuleResult, inside_model, make_spec
 from mergeforge.gguf.key_values import Value, u32
 
+_SMOLVLM_HEADS = 32
 _SQUARED = tuple(need for need in GATED if not need.startswith("ffn_gate"))
 
 
@@ -22,15 +24,29 @@ _SQUARED = tuple(need for need in GATED if not need.startswith("ffn_gate"))
     "LLaMAForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
+    "IQuestCoderForCausalLM",
     "LlavaForConditionalGeneration",
+    "VoxtralForConditionalGeneration",
 )
 def llama(model: HFModel) -> GGUFModelSpec:
     return like_llama(model, "llama")
 
 
+@architecture("VLlama3ForCausalLM")
+def smolvlm(model: HFModel) -> GGUFModelSpec:
+    """The text part of SmolVLM 2, whose config may lack the number of heads."""
+    model = replace(model, config={"num_attention_heads": _SMOLVLM_HEADS, **model.config})
+    return like_llama(model, "llama", rename=lambda name: name.replace("text_model.", ""))
+
+
+@architecture("LlamaBidirectionalModel")
+def llama_embed(model: HFModel) -> GGUFModelSpec:
+    return like_llama(model, "llama-embed", notes=pooling_notes(model, writes_key=False))
+
+
 @architecture("LlamaModel")
 def llama_without_head(model: HFModel) -> GGUFModelSpec:
-    return like_llama(model, "llama", prefix="model.", notes=pooling_notes(model, writes_key=False))
+    return like_llama(model, "llama", rename=inside_model, notes=pooling_notes(model, writes_key=False))
 
 
 @architecture("SmolLM3ForCausalLM")
@@ -77,7 +93,7 @@ def like_llama(
     keys: dict[str, Value] | None = None,
     required_per_block: Sequence[str] = GATED,
     notes: Iterable[str] = (),
-    prefix: str = "",
+    rename: Callable[[str], str] = str,
 ) -> GGUFModelSpec:
     """The spec of a family that differs from Llama only in `arch` and some keys."""
     return make_spec(
@@ -90,7 +106,7 @@ def like_llama(
         required_per_block=required_per_block,
         constants=rope_freq_factors_llama3(model),
         notes=notes,
-        prefix=prefix,
+        rename=rename,
     )
 
 
