@@ -133,6 +133,16 @@ LFM = ["conv", "full_attention", "conv"]
 DISTIL = {"dim": 256, "n_layers": 2, "n_heads": 4, "hidden_dim": 512}
 JAMBA = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4, "hidden_size": 128, "mamba_dt_rank": 8}
 JAMBA |= {"attn_layer_offset": 1, "attn_layer_period": 2, "use_mamba_kernels": False}
+GEMMA3N = {"num_hidden_layers": 4, "head_dim": 64, "sliding_window": 64, "intermediate_size": 512}
+GEMMA3N |= {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 2}
+GEMMA3N |= {"laurel_rank": 32, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]}
+GEMMA3N |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA4 = {"num_hidden_layers": 4, "head_dim": 64, "sliding_window": 64}
+GEMMA4 |= {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 2}
+GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+MINICPM3 = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_n_groups": 2}
+GRANITE4 = {**MAMBA2, "layer_types": ["mamba", "attention"], "num_local_experts": 4, "shared_intermediate_size": 256}
 EXAONE = {"num_hidden_layers": 4, "sliding_window": 64, "num_experts": 4, "num_shared_experts": 1, "head_dim": 64}
 EXAONE |= EXPERTS
 DOTS = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 64, **EXPERTS}
@@ -397,6 +407,20 @@ TINY = (
     ),
     Tiny("jinabert", by_hand=lambda: jinabert(), tokenizer="wordpiece"),
     Tiny("neobert", by_hand=lambda: neobert(), tokenizer="wordpiece"),
+    Tiny("embedding-gemma", "gemma3_text", GEMMA, tokenizer="spm", extra={"architectures": ["Gemma3TextModel"]}),
+    Tiny("gemma3n", "gemma3n_text", GEMMA3N, tokenizer="spm", extra={"architectures": ["Gemma3nForCausalLM"]}),
+    Tiny("gemma4", "gemma4_text", GEMMA4, tokenizer="gemma4", extra={"architectures": ["Gemma4ForCausalLM"]}),
+    Tiny("minicpm3", "minicpm3", {**MINICPM3, "vocab_size": SPM_PIECES}, tokenizer="spm"),
+    Tiny(
+        "granite-hybrid",
+        "granitemoehybrid",
+        GRANITE4,
+        stand_in={"model_type": None, "layer_types": ["mamba", "attention"]},
+    ),
+    Tiny("cogvlm", by_hand=lambda: cogvlm(), tokenizer="spm"),
+    Tiny("janus", by_hand=lambda: janus(), tokenizer="spm"),
+    Tiny("sarashina-vision", by_hand=lambda: sarashina(), tokenizer="spm"),
+    Tiny("bamba", "bamba", {**MAMBA2, "attn_layer_indices": [1]}),
     Tiny("internlm2", by_hand=lambda: internlm2(), tokenizer="spm"),
     Tiny("internlm3", by_hand=lambda: plain("InternLM3ForCausalLM", "internlm3", head_dim=64), tokenizer="spm"),
     Tiny("baichuan", by_hand=lambda: baichuan(), tokenizer="spm", official=False),
@@ -763,6 +787,29 @@ def neobert() -> tuple[dict[str, Any], Shapes]:
     return config, shapes
 
 
+def cogvlm() -> tuple[dict[str, Any], Shapes]:
+    config, shapes = plain("CogVLMForCausalLM", "cogvlm_x", num_key_value_heads=4)
+    names = {"self_attn.q_proj": "self_attn.language_expert_query_key_value", "mlp.": "mlp.language_mlp."}
+    names |= {"self_attn.o_proj": "self_attn.language_expert_dense"}
+    shapes = {name: shape for name, shape in shapes.items() if not re.search("[kv]_proj", name)}
+    config, shapes = renamed((config, shapes), names)
+    return config, {name: (768, 256) if "query_key" in name else shape for name, shape in shapes.items()}
+
+
+def janus() -> tuple[dict[str, Any], Shapes]:
+    config, shapes = plain("x", "llama", head_dim=64)
+    config = {key: value for key, value in config.items() if key != "architectures"}
+    shapes = {name.replace("model.", "model.language_model."): shape for name, shape in shapes.items()}
+    shapes |= {"model.aligner.fc1.weight": (256, 256), "model.generation_head.proj_out.weight": (256, 256)}
+    return {"architectures": ["JanusForConditionalGeneration"], "text_config": config}, shapes
+
+
+def sarashina() -> tuple[dict[str, Any], Shapes]:
+    config, shapes = plain("LlamaForCausalLM", "llama", head_dim=64)
+    shapes = {f"llm.{name}": shape for name, shape in shapes.items()}
+    return {"architectures": ["Sarashina2VisionForCausalLM"], "text_config": config}, {**shapes, "norm.weight": (256,)}
+
+
 def smolvlm() -> tuple[dict[str, Any], Shapes]:
     """Idefics 3's naming of the text part."""
     config, shapes = plain("VLlama3ForCausalLM", "llama", head_dim=64)
@@ -858,7 +905,25 @@ def wordpiece() -> dict[str, bytes]:
     return {"tokenizer.json": made.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
 
 
-TOKENIZERS = {"wordpiece": wordpiece, "bpe": bpe, "spm": spm, "glm": glm}
+@cache
+def gemma4() -> dict[str, bytes]:
+    """BPE over raw UTF-8 with byte fallback, as Gemma 4's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence(steps)
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 8, special_tokens=special, show_progress=False)
+    made.train_from_iterator([TEXT], trainer)
+    told = json.loads(made.to_str())
+    vocab = told["model"]["vocab"]
+    vocab |= {f"<unused{at}>": at for at in range(len(vocab), VOCAB)}
+    return {"tokenizer.json": json.dumps(told).encode(), **_settings("PreTrainedTokenizerFast")}
+
+
+TOKENIZERS = {"gemma4": gemma4, "wordpiece": wordpiece, "bpe": bpe, "spm": spm, "glm": glm}
 
 
 def _settings(kind: str) -> dict[str, bytes]:

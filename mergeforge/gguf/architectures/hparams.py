@@ -63,9 +63,9 @@ def _sizes(model: HFModel) -> dict[str, Value]:
         u32,
         context_length=model.find(*_CONTEXT),
         embedding_length=model.find("hidden_size", "n_embd", "dim"),
-        feed_forward_length=model.find(*_FEED_FORWARD),
-        attention__head_count=model.find("num_attention_heads", "n_head", "n_heads"),
     )
+    keys |= layer_counts("feed_forward_length", model.find(*_FEED_FORWARD))
+    keys |= optional(u32, attention__head_count=model.find("num_attention_heads", "n_head", "n_heads"))
     keys |= layer_counts("attention.head_count_kv", model.find("num_key_value_heads", "n_kv_heads"))
     return keys | ({"attention.causal": boolean(False)} if model.find("is_causal") is False else {})
 
