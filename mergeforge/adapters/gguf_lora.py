@@ -92,7 +92,7 @@ def _lora_targets(targets: Mapping[str, tuple[TensorTarget, ...]]) -> dict[str, 
         tensor_targets[0].tensor: (name, tensor_targets[0])
         for name, tensor_targets in targets.items()
         if len(tensor_targets) == 1
-        and not tensor_targets[0].transpose
+        and tensor_targets[0].keeps_rows
         and not tensor_targets[0].first_row
         and len(tensor_targets[0].shape) == 2
     }

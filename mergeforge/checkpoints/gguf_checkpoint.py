@@ -170,9 +170,10 @@ def _dequantized_tensor(
         stored = by_name.get(target.tensor)
         if stored is None:
             raise SourceError(f"{path} lacks {target.tensor}, the GGUF name of {info.name}")
-        if target.transpose:
+        if not target.keeps_rows:
             hint = "use the model that the GGUF file was made from"
-            raise SourceError(f"{path}: {target.tensor} is transposed in GGUF and cannot be read back", hint=hint)
+            how = "transposed" if target.transpose else "changed"
+            raise SourceError(f"{path}: {target.tensor} is {how} in GGUF and cannot be read back", hint=hint)
         if stored.shape != target.shape:
             raise SourceError(f"{path}: {target.tensor} has the shape {list(stored.shape)}, not {list(target.shape)}")
         sources.append((target, stored))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,7 +183,18 @@ def _shapes(spec: GGUFModelSpec) -> dict[str, tuple[int, ...]]:
         for target in spec.targets[name]:
             shapes.pop(target.tensor, None)
             shapes[target.tensor] = target.shape
-    return shapes
+    names = _with_stacked_order(list(shapes), spec.stacked_order)
+    return {name: shapes[name] for name in names}
+
+
+def _with_stacked_order(names: list[str], parts: Sequence[str]) -> list[str]:
+    """`names`, where the experts of each block follow each other in the order of `parts`."""
+    for at, name in enumerate(names):
+        block = name.rpartition(".ffn_")[0]
+        ordered = [f"{block}.ffn_{part}_exps.weight" for part in parts]
+        if name in ordered and set(names[at : at + len(ordered)]) == set(ordered):
+            names[at : at + len(ordered)] = ordered
+    return names
 
 
 def _tensors(

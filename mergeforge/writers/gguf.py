@@ -174,7 +174,9 @@ class GGUFEncoder:
     def scratch_nbytes(self) -> int:
         chunk = self.chunk_rows * self.info.columns * 4
         arranged = 3 if self.target.transpose else 1 if self.target.rows is not None else 0
-        rounded = bool(self.rounded_to or self.target.add)
+        arranged += self.target.column_order is not None
+        changed = self.target.add or self.target.factors or self.target.negative_exp
+        rounded = bool(self.rounded_to or changed)
         result = self.chunk_rows * self.row_nbytes if self.quant_type.block > 1 else 0
         return (arranged + rounded) * chunk + result + scratch_nbytes(self.quant_type, self.device)
 
@@ -191,8 +193,7 @@ class GGUFEncoder:
         values = self._arranged(rows.float(), start)
         if self.rounded_to:
             values = values.to(torch_dtype(self.rounded_to)).float()
-        if self.target.add:
-            values = values + self.target.add
+        values = self._changed(values)
         if self.float_dtype:
             dtype = torch_dtype(self.float_dtype)
             assert dtype is not None
@@ -263,6 +264,8 @@ class GGUFEncoder:
         stop = start + len(values)
         if self.target.transpose:
             return self._transposed(values, start)
+        if self.target.column_order is not None:
+            values = values.index_select(1, torch.from_numpy(self.target.column_order).to(values.device))
         if self.target.rows is None:
             return values
         positions = self._positions[start:stop]
@@ -270,6 +273,14 @@ class GGUFEncoder:
         if len(order) == len(values) and (np.diff(order) == 1).all():
             return values
         return values.index_select(0, torch.from_numpy(order).to(values.device))
+
+    def _changed(self, values: Tensor) -> Tensor:
+        for factor in self.target.factors:
+            values = values * factor
+        if self.target.add:
+            values = values + self.target.add
+        # on the CPU, because the last bit of exp differs between devices
+        return values.cpu().exp().neg().to(values.device) if self.target.negative_exp else values
 
     def _transposed(self, values: Tensor, start: int) -> Tensor:
         import torch

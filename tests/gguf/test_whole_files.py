@@ -30,8 +30,12 @@ DIFFERENT = {
     ): "the converter does not know the hash of a tiny tokenizer; the test makes it use gpt-2",
 } | {
     (model, f"tokenizer.ggml.{key}"): "transformers adds an <|endoftext|> that the tokenizer's files do not have"
-    for model in ("qwen2", "qwen2-yarn", "qwen2-body")
+    for model in ("qwen2", "qwen2-yarn", "qwen2-body", "qwen35-vision", "qwen35moe")
     for key in ("tokens", "token_type")
+}
+DIFFERENT |= {
+    ("dbrx", f"blk.{layer}.ffn_gate_inp.weight"): "the router stays in F32, as llama-quantize has it"
+    for layer in (0, 1)
 }
 # For these the converter writes attn_factor when it reaches the tensors, before general.type.
 OTHER_ORDER = ("phi-three-long", "phimoe-long")
@@ -76,7 +80,7 @@ def differences(tiny: Tiny, ours: Any, theirs: Any) -> Iterator[str]:
     if list(ours.tensors) != list(theirs.tensors):
         yield f"order of tensors: {list(ours.tensors)}, not {list(theirs.tensors)}"
     for name in ours.tensors.keys() & theirs.tensors.keys():
-        if ours.tensors[name] != theirs.tensors[name]:
+        if ours.tensors[name] != theirs.tensors[name] and (tiny.name, name) not in DIFFERENT:
             yield f"{name}: {ours.tensors[name][:2]}, not {theirs.tensors[name][:2]}, or other bytes"
 
 

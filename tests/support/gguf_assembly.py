@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget
@@ -46,7 +47,13 @@ def arranged(place: TensorTarget, rows: np.ndarray) -> np.ndarray:
     if place.transpose:
         matrices = rows.reshape(-1, place.transpose, rows.shape[1])
         rows = matrices[:, :, place.columns or slice(None)].swapaxes(1, 2)
-    return rows + np.float32(place.add) if place.add else rows
+    if place.column_order is not None:
+        rows = rows[:, place.column_order]
+    for factor in place.factors:
+        rows = rows * np.float32(factor)
+    rows = rows + np.float32(place.add) if place.add else rows
+    # torch's exp, as in the converter: numpy's differs in the last bit
+    return -torch.from_numpy(np.ascontiguousarray(rows)).exp().numpy() if place.negative_exp else rows
 
 
 def typed(value: Value) -> tuple[tuple[str, ...], Any]:

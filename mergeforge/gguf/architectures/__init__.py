@@ -35,8 +35,11 @@ class TensorTarget:
     `first_row` then counts rows of the GGUF tensor.
 
     `transpose` n: the selected rows, in groups of n, are matrices that are transposed: n rows x columns become
-    columns x n. `columns` selects columns before that (`slice(0, None, 2)`: the even ones). `add` is added to every
-    value. `f32`: kept in F32 whatever the file's type.
+    columns x n. `columns` selects columns before that (`slice(0, None, 2)`: the even ones). `f32`: kept in F32 whatever
+    the file's type.
+
+    Column `j` of the GGUF tensor is stored column `column_order[j]` (None: all in order). Values are multiplied by each
+    of `factors`, one after the other, then `add` is added; with `negative_exp`, x becomes -exp(x) (Mamba's A_log).
 
     Columns can be selected only together with `transpose`. For every other column of a bias it is 1: each row becomes
     its selected elements, in order.
@@ -48,8 +51,16 @@ class TensorTarget:
     rows: np.ndarray | None = None
     transpose: int = 0
     columns: slice | None = None
+    column_order: np.ndarray | None = None
+    factors: tuple[float, ...] = ()
     add: float = 0.0
+    negative_exp: bool = False
     f32: bool = False
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether every row of the GGUF tensor is a stored row, but for a constant that is added."""
+        return not self.transpose and self.column_order is None and not self.factors and not self.negative_exp
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ class GGUFModelSpec:
     keys: in the converter's order, starting with the architecture's first key; `general.file_type` (value 0) is where
     the converter writes it, and absent for families without it. targets and dropped (name -> why) together cover every
     tensor of the checkpoint. constants: F32 tensors computed from the config (rope_freqs.weight), written first.
-    vocab: the family's vocabulary type (see mergeforge.gguf.vocab).
+    vocab: the family's vocabulary type (see mergeforge.gguf.vocab). stacked_order: the order in which the converter
+    writes the parts of a block's experts, if it is not that of their names.
     """
 
     arch: str
@@ -69,8 +81,16 @@ class GGUFModelSpec:
     dropped: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    stacked_order: tuple[str, ...] = ()
 
 
+# Models for several modalities whose class, not that of their text part, names the family.
+_NAMED_BY_WHOLE = (
+    "Exaone4_5_ForConditionalGeneration",
+    "Sarashina2VisionForCausalLM",
+    "Step3p7ForConditionalGeneration",
+    "StepVLForConditionalGeneration",
+)
 BuildSpec = Callable[["HFModel"], GGUFModelSpec]
 ARCHITECTURES: Registry[BuildSpec] = Registry("architecture", __name__)
 
@@ -112,9 +132,12 @@ def build_spec(
 
 def class_name(config: Mapping[str, Any]) -> str:
     """The Hugging Face class of the text model, found as llama.cpp's converter does."""
-    text = config.get("text_config")
-    inner = text.get("architectures") if isinstance(text, Mapping) else None
-    names = inner or config.get("architectures")
+    from mergeforge.gguf.architectures.hf_config import text_part
+
+    outer = config.get("architectures")
+    if outer and outer[0] in _NAMED_BY_WHOLE:
+        return str(outer[0])
+    names = (text_part(config) or {}).get("architectures") or outer
     if not names:
         raise SourceError("config.json has no 'architectures'", hint='add "architectures": ["LlamaForCausalLM"]')
     return str(names[0])

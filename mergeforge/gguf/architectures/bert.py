@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and XLM-RoBERTa: encoders that embed or rank.
+"""BERT, DistilBERT, RoBERTa, XLM-RoBERTa, Jina v2, NeoBERT, ModernBERT and EuroBERT: encoders that embed or rank.
 
 The pooling type comes from a sentence-transformers folder (modules.json); for others a note says how to set it when the
 model is run.
@@ -9,20 +9,100 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.hparams import hparams
+from mergeforge.gguf.architectures.hparams import NO_SCALING, hparams, optional
 from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.pooling import pooling_keys, pooling_notes
-from mergeforge.gguf.architectures.tensor_mapping import HFTensor, RuleResult, make_spec
-from mergeforge.gguf.key_values import array, boolean
+from mergeforge.gguf.architectures.tensor_mapping import HFTensor, Rule, RuleResult, make_spec
+from mergeforge.gguf.key_values import Value, array, boolean, f32, string, u32
+from mergeforge.gguf.pooling import POOLING_TYPES
 
+_CLS = 2  # llama.cpp's number of pooling by the first token
 _NEEDS = ("attn_q", "attn_k", "attn_v", "attn_output", "attn_output_norm", "ffn_up", "ffn_down", "layer_output_norm")
 _ONCE = ("token_embd", "token_embd_norm", "position_embd")
 _HEADS = ("cls.predictions", "cls.seq_relationship", "lm_head.", "pooler.dense")
 
 
-@architecture("BertModel", "BertForMaskedLM", "BertForSequenceClassification")
+@architecture("BertModel", "BertForMaskedLM", "BertForSequenceClassification", "CamembertModel")
 def bert(model: HFModel) -> GGUFModelSpec:
     return _encoder(model, "bert", 0)
+
+
+@architecture("DistilBertModel", "DistilBertForMaskedLM", "DistilBertForSequenceClassification")
+def distilbert(model: HFModel) -> GGUFModelSpec:
+    keys = {"attention.layer_norm_epsilon": f32(1e-12)} | _encoder_keys(model)
+    rule = _targets(model, "bert", drops=("vocab_", "pre_classifier"))
+    return make_spec(
+        model, "bert", keys, rule, vocab="bert", required_per_block=_NEEDS, required=_ONCE, notes=pooling_notes(model)
+    )
+
+
+@architecture("JinaBertModel", "JinaBertForMaskedLM")
+def jina_bert_v2(model: HFModel) -> GGUFModelSpec:
+    needs = ("attn_q", "attn_k", "attn_v", "attn_output", "attn_output_norm", "ffn_down", "layer_output_norm")
+    return make_spec(
+        model,
+        "jina-bert-v2",
+        _encoder_keys(model),
+        _targets(model, "bert"),
+        vocab="jina_bert",
+        required_per_block=needs,
+        required=("token_embd", "token_embd_norm"),
+        notes=pooling_notes(model),
+    )
+
+
+@architecture("NeoBERT", "NeoBERTLMHead", "NeoBERTForSequenceClassification")
+def neo_bert(model: HFModel) -> GGUFModelSpec:
+    keys = _encoder_keys(model) | {
+        "feed_forward_length": u32(int(2 * int(model.require("intermediate_size")) / 3)),
+        "rope.freq_base": f32(10000.0),
+        **NO_SCALING,
+        "attention.layer_norm_rms_epsilon": f32(model.find("norm_eps") or 1e-6),
+        "pooling_type": u32(_CLS),
+    }
+    needs = ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+    return make_spec(
+        model,
+        "neo-bert",
+        keys,
+        _targets(model, "neo", drops=("decoder.",)),
+        vocab="bert",
+        required_per_block=needs,
+        required=("token_embd",),
+    )
+
+
+@architecture("ModernBertModel", "ModernBertForMaskedLM", "ModernBertForSequenceClassification")
+def modern_bert(model: HFModel) -> GGUFModelSpec:
+    keys = _encoder_keys(model) | {"attention.sliding_window": u32(model.require("local_attention"))}
+    keys |= optional(u32, attention__sliding_window_pattern=model.find("global_attn_every_n_layers"))
+    keys |= {**NO_SCALING, "vocab_size": u32(model.require("vocab_size"))}
+    keys |= optional(string, hidden_activation=model.find("hidden_activation") or None)
+    needs = ("attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+    return make_spec(
+        model,
+        "modern-bert",
+        keys,
+        _targets(model, "modern"),
+        vocab="modern_bert",
+        required_per_block=needs,
+        required=("token_embd", "token_embd_norm", "output_norm"),
+        notes=pooling_notes(model),
+    )
+
+
+@architecture("EuroBertModel", "JinaEmbeddingsV5Model")
+def eurobert(model: HFModel) -> GGUFModelSpec:
+    keys = hparams(model) | {"attention.causal": boolean(False), **NO_SCALING}
+    keys |= pooling_keys(model) | _classifier_keys(model)
+    return make_spec(
+        model,
+        "eurobert",
+        keys,
+        vocab="eurobert",
+        rename=lambda name: name.removeprefix("model."),
+        notes=pooling_notes(model),
+    )
 
 
 @architecture("RobertaModel", "RobertaForSequenceClassification")
@@ -39,20 +119,38 @@ def _encoder(model: HFModel, vocab: str, unused: int) -> GGUFModelSpec:
     """`unused`: leading rows of a RoBERTa's position table, which are dropped."""
     context = int(model.require("max_position_embeddings")) - unused
     labels = _labels(model)
-    keys = hparams(replace(model, config={**model.config, "max_position_embeddings": context}))
-    keys |= {"attention.causal": boolean(False)} | pooling_keys(model)
-    keys |= {"classifier.output_labels": array("string", labels)} if labels else {}
+    keys = _encoder_keys(replace(model, config={**model.config, "max_position_embeddings": context}))
+    rule, notes = _targets(model, "bert", unused), pooling_notes(model, embeds=not labels)
+    return make_spec(model, "bert", keys, rule, vocab=vocab, required_per_block=_NEEDS, required=_ONCE, notes=notes)
+
+
+def _encoder_keys(model: HFModel) -> dict[str, Value]:
+    """The common keys of encoders; a classifier has labels."""
+    labels = _labels(model)
+    keys = hparams(model) | {"attention.causal": boolean(False)} | pooling_keys(model)
+    keys |= _classifier_keys(model)
+    return keys | ({"classifier.output_labels": array("string", labels)} if labels else {})
+
+
+def _classifier_keys(model: HFModel) -> dict[str, Value]:
+    """How a classifier pools, where llama.cpp knows it."""
+    keys = optional(u32, classifier__pooling_type=POOLING_TYPES.get(str(model.find("classifier_pooling"))))
+    return keys | optional(string, classifier__activation=model.find("classifier_activation"))
+
+
+def _targets(model: HFModel, kind: str, unused: int = 0, drops: tuple[str, ...] = ()) -> Rule:
+    """The rule for all tensors of an encoder. `unused`: see _encoder; `drops`: starts of names of unused heads."""
+    labels = bool(_labels(model))
 
     def target(stored: HFTensor) -> RuleResult:
-        plain = replace(stored, name=_plain(stored.name, bool(labels)))
-        if plain.name.startswith(_HEADS):
+        plain = replace(stored, name=_plain(stored.name, labels, kind))
+        if plain.name.startswith((*_HEADS, *drops)):
             return "a head that llama.cpp's encoders do not use"
         if unused and plain.name == "embeddings.position_embeddings.weight":
             return _positions(plain, unused)
         return (plain.tensor(),)
 
-    notes = pooling_notes(model, embeds=not labels)
-    return make_spec(model, "bert", keys, target, vocab=vocab, required_per_block=_NEEDS, required=_ONCE, notes=notes)
+    return target
 
 
 def _labels(model: HFModel) -> list[str]:
@@ -63,8 +161,8 @@ def _labels(model: HFModel) -> list[str]:
     return [named[number] for number in sorted(named)]
 
 
-def _plain(name: str, classifies: bool) -> str:
-    for prefix in ("bert.", "roberta."):
+def _plain(name: str, classifies: bool, kind: str) -> str:
+    for prefix in ("bert.", "distilbert.", "roberta.") if kind == "bert" else ("model.",):
         name = name.removeprefix(prefix)
     if name.endswith(".gamma"):
         name = name.removesuffix(".gamma") + ".weight"

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3: latent attention, experts, and multi-token prediction layers, which llama.cpp ignores."""
+"""DeepSeek-MoE, V2 and V3, Kimi and Youtu: latent attention and experts; deepseek2 ignores prediction layers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
+from mergeforge.gguf.architectures.attention import permute_rope_heads
 from mergeforge.gguf.architectures.experts import stacked_experts
-from mergeforge.gguf.architectures.hparams import hparams, optional
+from mergeforge.gguf.architectures.hparams import NO_SCALING, hparams, optional
 from mergeforge.gguf.architectures.model import HFModel
+from mergeforge.gguf.architectures.prediction_layers import PredictionLayers, prediction_layer_keys
 from mergeforge.gguf.architectures.row_order import deinterleave_qkv
 from mergeforge.gguf.architectures.tensor_mapping import HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import Value, boolean, f32, u32
@@ -29,15 +31,56 @@ _NEEDS = (
 )
 
 
-@architecture("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+@architecture("DeepseekForCausalLM")
+def deepseek(model: HFModel) -> GGUFModelSpec:
+    """DeepSeek-MoE."""
+    keys = hparams(model) | {
+        "rope.dimension_count": u32(model.head_dim),
+        **NO_SCALING,
+        "leading_dense_block_count": u32(model.require("first_k_dense_replace")),
+        "vocab_size": u32(model.require("vocab_size")),
+        "expert_feed_forward_length": u32(model.require("moe_intermediate_size")),
+        "expert_weights_scale": f32(1.0),
+        "expert_count": u32(model.require("n_routed_experts")),
+        "expert_shared_count": u32(model.require("n_shared_experts")),
+    }
+    return make_spec(model, "deepseek", keys, permute_rope_heads, stacked_experts, vocab="spm_or_gpt2")
+
+
+@architecture(
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "KimiK25ForConditionalGeneration",
+    "KimiVLForConditionalGeneration",
+    "YoutuForCausalLM",
+    "YoutuVLForConditionalGeneration",
+)
 def deepseek2(model: HFModel) -> GGUFModelSpec:
     notes = []
     if model.name == "DeepseekV3ForCausalLM" and model.find("scoring_func") is None:
         notes.append(
             "config.json has no scoring_func: llama.cpp uses softmax for the experts, but DeepSeek V3 needs sigmoid"
         )
-    rules = (tied_head, prediction_layers, stacked_experts, decompression)
+    rules = (tied_head, unused_layers, stacked_experts, decompression)
     return make_spec(model, "deepseek2", _keys(model), *rules, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
+
+
+def latent_attention_spec(model: HFModel, vocab: str, extra: PredictionLayers) -> GGUFModelSpec:
+    """The spec of a model with DeepSeek's latent attention that keeps its prediction layers."""
+    keys = _keys(model) | {"block_count": u32(model.layers + extra.count)} | prediction_layer_keys(extra.count)
+    return make_spec(
+        model,
+        "deepseek2",
+        keys,
+        tied_head,
+        extra.rule,
+        stacked_experts,
+        decompression,
+        vocab=vocab,
+        required_per_block=_NEEDS,
+        layers=model.layers + extra.count,
+        notes=extra.notes,
+    )
 
 
 def _keys(model: HFModel) -> dict[str, Value]:
@@ -84,7 +127,7 @@ def tied_head(stored: HFTensor) -> RuleResult:
     return "tied to the embedding" if tied else None
 
 
-def prediction_layers(stored: HFTensor) -> RuleResult:
+def unused_layers(stored: HFTensor) -> RuleResult:
     found = re.match(r"model\.layers\.(\d+)\.", stored.name)
     if found and int(found[1]) >= stored.model.layers:
         return "a multi-token prediction layer, which llama.cpp's deepseek2 does not have"

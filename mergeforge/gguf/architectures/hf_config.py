@@ -14,8 +14,15 @@ from typing import Any
 
 from mergeforge.gguf.architectures.hf_defaults import hf_defaults
 
-_TEXT_PARTS = ("text_config", "llm_config", "lm_config", "language_config")  # the last one present wins
-_TEXT_TYPES = {"mistral3": "mistral", "gemma3": "gemma3_text", "llama4": "llama4_text", "llava": "llama"}
+_TEXT_PARTS = ("text_config", "llm_config", "lm_config", "language_config", "lfm")  # the last one present wins
+_TEXT_TYPES = {
+    "mistral3": "mistral",
+    "gemma3": "gemma3_text",
+    "llama4": "llama4_text",
+    "llava": "llama",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+}
 _FROM_HEADS = ("num_key_value_heads", "num_kv_heads")
 _HEAD_DIM_COMPUTED = ("llama", "mistral", "ministral3", "gpt_oss", "llama4_text", "arcee", "seed_oss")
 _LATENT_HEADS = ("deepseek_v2", "deepseek_v3")  # their head_dim is the size of the rotary part
@@ -36,13 +43,21 @@ _PARTIAL = ("partial_rotary_factor", "rope_pct", "rope_percent")
 def with_hf_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The text model's config with everything that transformers would add; always with `rope_parameters`."""
     whole = copy.deepcopy(dict(config))
-    part = next((whole[key] for key in reversed(_TEXT_PARTS) if isinstance(whole.get(key), Mapping)), None)
+    part = text_part(whole)
     text = dict(whole if part is None else part)
-    text.setdefault("model_type", _TEXT_TYPES.get(str(whole.get("model_type")), ""))
-    kind = str(text["model_type"])
+    kind = str(text.get("model_type") or whole.get("model_type") or "")
+    kind = text["model_type"] = _TEXT_TYPES.get(kind, kind if text.get("model_type") else "")
     filled = {**whole, **(_filled(kind, text) if kind in hf_defaults() else text)}
     filled["rope_parameters"] = _mirrored(filled)
     return filled
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config of the text model inside of one for several modalities."""
+    thinker = config.get("thinker_config")
+    if isinstance(thinker, Mapping) and isinstance(thinker.get("text_config"), Mapping):
+        config = thinker
+    return next((config[key] for key in reversed(_TEXT_PARTS) if isinstance(config.get(key), Mapping)), None)
 
 
 def _filled(kind: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +92,9 @@ def _layer_types(kind: str, config: Mapping[str, Any]) -> list[str]:
         pattern = "LLLG" if kind == "olmo3" else _pattern(config.get("sliding_window_pattern") or 4)
         slides = kind != "exaone4" or config.get("sliding_window") is not None
         return [_ATTENTION[slides and pattern[at % len(pattern)] == "L"] for at in layers]
-    if kind == "qwen3_next":
+    if kind in ("lfm2", "lfm2_moe") and config.get("full_attn_idxs") is not None:
+        return ["full_attention" if at in config["full_attn_idxs"] else "conv" for at in layers]
+    if kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"):
         period = int(config.get("full_attention_interval") or 4)
         return ["linear_attention" if (at + 1) % period else "full_attention" for at in layers]
     if kind == "llama4_text":

@@ -140,6 +140,96 @@ arcee vocab_size=32000 hidden_size=2560 num_hidden_layers=32 num_attention_heads
 seed_oss vocab_size=155136 hidden_size=4096 num_hidden_layers=64 num_attention_heads=80 num_key_value_heads=8
   head_dim=128 intermediate_size=27648 max_position_embeddings=524288 rms_norm_eps=1e-06 tie_word_embeddings=false
   rope_theta=10000.0
+qwen2_vl_text vocab_size=152064 hidden_size=8192 num_hidden_layers=80 num_attention_heads=64 num_key_value_heads=8
+  intermediate_size=29568 max_position_embeddings=32768 rms_norm_eps=1e-05 rope_theta=1000000.0
+qwen2_5_vl_text vocab_size=152064 hidden_size=8192 num_hidden_layers=80 num_attention_heads=64 num_key_value_heads=8
+  intermediate_size=29568 max_position_embeddings=32768 rms_norm_eps=1e-05 rope_theta=1000000.0
+qwen3_vl_text vocab_size=151936 hidden_size=4096 num_hidden_layers=32 num_attention_heads=32 num_key_value_heads=32
+  head_dim=128 intermediate_size=22016 max_position_embeddings=128000 rms_norm_eps=1e-06 rope_theta=500000.0
+qwen3_vl_moe_text vocab_size=151936 hidden_size=2048 num_hidden_layers=24 num_attention_heads=16
+  num_key_value_heads=16 head_dim=128 intermediate_size=5632 max_position_embeddings=128000 rms_norm_eps=1e-06
+  tie_word_embeddings=true num_local_experts=60 num_experts_per_tok=4 moe_intermediate_size=1408 rope_theta=500000.0
+qwen3_5_text vocab_size=248320 hidden_size=4096 num_hidden_layers=32 num_attention_heads=16 num_key_value_heads=4
+  head_dim=256 intermediate_size=12288 max_position_embeddings=32768 rms_norm_eps=1e-06 tie_word_embeddings=false
+  linear_conv_kernel_dim=4 linear_key_head_dim=128 linear_value_head_dim=128 linear_num_key_heads=16
+  linear_num_value_heads=32 rope_theta=10000.0 partial_rotary_factor=0.25
+qwen3_5_moe_text vocab_size=248320 hidden_size=2048 num_hidden_layers=40 num_attention_heads=16 num_key_value_heads=2
+  head_dim=256 max_position_embeddings=32768 rms_norm_eps=1e-06 tie_word_embeddings=false num_experts=256
+  num_experts_per_tok=8 moe_intermediate_size=512 shared_expert_intermediate_size=512 linear_conv_kernel_dim=4
+  linear_key_head_dim=128 linear_value_head_dim=128 linear_num_key_heads=16 linear_num_value_heads=32
+  rope_theta=10000.0 partial_rotary_factor=0.25
+nemotron vocab_size=256000 hidden_size=6144 num_hidden_layers=32 num_attention_heads=48 num_key_value_heads=null
+  head_dim=128 intermediate_size=24576 max_position_embeddings=4096 norm_eps=1e-05 tie_word_embeddings=false
+  rope_theta=10000.0 partial_rotary_factor=0.5
+glm vocab_size=151552 hidden_size=4096 num_hidden_layers=40 num_attention_heads=32 num_key_value_heads=2 head_dim=128
+  intermediate_size=13696 max_position_embeddings=131072 rms_norm_eps=1.5625e-07 tie_word_embeddings=false
+  pad_token_id=151329 rope_theta=10000.0 partial_rotary_factor=0.5
+glm4 vocab_size=151552 hidden_size=4096 num_hidden_layers=40 num_attention_heads=32 num_key_value_heads=2 head_dim=128
+  intermediate_size=13696 max_position_embeddings=131072 rms_norm_eps=1.5625e-07 tie_word_embeddings=false
+  pad_token_id=151329 rope_theta=10000.0 partial_rotary_factor=0.5
+glm4_moe vocab_size=151552 hidden_size=4096 num_hidden_layers=46 num_attention_heads=96 num_key_value_heads=8
+  intermediate_size=10944 max_position_embeddings=131072 rms_norm_eps=1e-05 tie_word_embeddings=false
+  n_routed_experts=128 num_experts_per_tok=8 moe_intermediate_size=1408 n_shared_experts=1 norm_topk_prob=true
+  routed_scaling_factor=1.0 n_group=1 topk_group=1 first_k_dense_replace=1 rope_theta=10000.0
+  partial_rotary_factor=0.5 num_nextn_predict_layers=1
+glm4v_text vocab_size=151552 hidden_size=4096 num_hidden_layers=40 num_attention_heads=32 num_key_value_heads=2
+  intermediate_size=13696 max_position_embeddings=32768 rms_norm_eps=1e-05 rope_theta=10000.0
+glm4v_moe_text vocab_size=151424 hidden_size=4096 num_hidden_layers=46 num_attention_heads=96 num_key_value_heads=8
+  intermediate_size=10944 max_position_embeddings=65536 rms_norm_eps=1e-05 tie_word_embeddings=false
+  n_routed_experts=128 num_experts_per_tok=8 moe_intermediate_size=1408 n_shared_experts=1 norm_topk_prob=true
+  routed_scaling_factor=1.0 n_group=1 topk_group=1 first_k_dense_replace=1 rope_theta=10000.0
+  partial_rotary_factor=0.5
+ernie4_5 vocab_size=103424 hidden_size=1024 num_hidden_layers=18 num_attention_heads=16 num_key_value_heads=2
+  head_dim=128 intermediate_size=3072 max_position_embeddings=131072 rms_norm_eps=1e-05 tie_word_embeddings=true
+  pad_token_id=0 rope_theta=500000.0
+ernie4_5_moe vocab_size=103424 hidden_size=2560 num_hidden_layers=28 num_attention_heads=20 num_key_value_heads=4
+  intermediate_size=12288 max_position_embeddings=131072 rms_norm_eps=1e-05 tie_word_embeddings=true
+  moe_intermediate_size=1536 pad_token_id=0 moe_num_experts=64 moe_k=6 moe_layer_interval=1 moe_layer_start_index=1
+  moe_num_shared_experts=2 moe_layer_end_index=27 rope_theta=500000.0
+hunyuan_v1_dense vocab_size=290943 hidden_size=4096 num_hidden_layers=32 num_attention_heads=32 num_key_value_heads=32
+  head_dim=null intermediate_size=11008 max_position_embeddings=2048 rms_norm_eps=1e-05 tie_word_embeddings=false
+  pad_token_id=0 rope_theta=10000.0
+minimax_m2 vocab_size=200064 hidden_size=3072 num_hidden_layers=62 num_attention_heads=48 num_key_value_heads=8
+  head_dim=128 intermediate_size=1536 max_position_embeddings=196608 rms_norm_eps=1e-06 tie_word_embeddings=false
+  num_local_experts=256 num_experts_per_tok=8 rope_theta=5000000.0
+dots1 vocab_size=152064 hidden_size=4608 num_hidden_layers=62 num_attention_heads=32 num_key_value_heads=32
+  intermediate_size=10944 max_position_embeddings=2048 rms_norm_eps=1e-06 tie_word_embeddings=false
+  sliding_window=4096 moe_intermediate_size=1408 norm_topk_prob=false routed_scaling_factor=1.0 n_group=1 topk_group=1
+  first_k_dense_replace=0 rope_theta=10000.0
+afmoe vocab_size=200192 hidden_size=2048 num_hidden_layers=32 num_attention_heads=16 num_key_value_heads=16
+  head_dim=128 intermediate_size=6144 max_position_embeddings=16384 rms_norm_eps=1e-05 tie_word_embeddings=false
+  sliding_window=1024 num_experts=64 num_experts_per_tok=6 moe_intermediate_size=1408 num_shared_experts=2
+  num_dense_layers=1 global_attn_every_n_layers=4 rope_theta=10000.0 route_scale=1.0
+solar_open vocab_size=196608 hidden_size=4096 num_hidden_layers=48 num_attention_heads=64 num_key_value_heads=8
+  head_dim=128 max_position_embeddings=131072 rms_norm_eps=1e-05 tie_word_embeddings=false n_routed_experts=128
+  num_experts_per_tok=8 moe_intermediate_size=1280 n_shared_experts=1 norm_topk_prob=true routed_scaling_factor=1.0
+  n_group=1 topk_group=1 rope_theta=1000000.0
+mamba vocab_size=50280 hidden_size=768 num_hidden_layers=32 intermediate_size=1536 layer_norm_epsilon=1e-05
+  tie_word_embeddings=true pad_token_id=0 conv_kernel=4 state_size=16 time_step_rank=48 expand=2
+falcon_mamba vocab_size=50280 hidden_size=768 num_hidden_layers=32 intermediate_size=1536 layer_norm_epsilon=1e-05
+  tie_word_embeddings=true pad_token_id=0 conv_kernel=4 state_size=16 time_step_rank=48 expand=2
+jamba vocab_size=65536 hidden_size=4096 num_hidden_layers=32 num_attention_heads=32 num_key_value_heads=8
+  intermediate_size=14336 max_position_embeddings=262144 rms_norm_eps=1e-06 tie_word_embeddings=false num_experts=16
+  num_experts_per_tok=2 pad_token_id=0 mamba_d_conv=4 mamba_d_state=16 mamba_expand=2 mamba_dt_rank=256
+  attn_layer_offset=4 attn_layer_period=8 expert_layer_offset=1 expert_layer_period=2
+lfm2 vocab_size=65536 hidden_size=2560 num_hidden_layers=32 num_attention_heads=32 num_key_value_heads=8
+  intermediate_size=12288 max_position_embeddings=128000 norm_eps=1e-05 tie_word_embeddings=true pad_token_id=0
+  conv_L_cache=3 block_auto_adjust_ff_dim=true block_ffn_dim_multiplier=1.0 block_multiple_of=256 rope_theta=1000000.0
+lfm2_moe vocab_size=65536 hidden_size=2048 num_hidden_layers=32 num_attention_heads=32 num_key_value_heads=8
+  intermediate_size=7168 max_position_embeddings=128000 norm_eps=1e-05 tie_word_embeddings=true num_experts=32
+  num_experts_per_tok=4 moe_intermediate_size=1792 norm_topk_prob=true routed_scaling_factor=1.0 num_dense_layers=2
+  pad_token_id=0 conv_L_cache=3 rope_theta=1000000.0
+camembert vocab_size=30522 hidden_size=768 num_hidden_layers=12 num_attention_heads=12 intermediate_size=3072
+  max_position_embeddings=512 layer_norm_eps=1e-12 tie_word_embeddings=true type_vocab_size=2 pad_token_id=1
+distilbert vocab_size=30522 dim=768 n_layers=6 n_heads=12 hidden_dim=3072 max_position_embeddings=512
+  tie_word_embeddings=true pad_token_id=0
+modernbert vocab_size=50368 hidden_size=768 num_hidden_layers=22 num_attention_heads=12 intermediate_size=1152
+  max_position_embeddings=8192 norm_eps=1e-05 tie_word_embeddings=true pad_token_id=50283 local_attention=128
+  hidden_activation="gelu" rope_theta=160000.0
+eurobert vocab_size=128256 hidden_size=768 num_hidden_layers=12 num_attention_heads=12 num_key_value_heads=12
+  head_dim=64 intermediate_size=3072 max_position_embeddings=8192 rms_norm_eps=1e-05 tie_word_embeddings=false
+  pad_token_id=128001 rope_theta=10000.0
+bloom vocab_size=250880 hidden_size=64 n_layer=2 n_head=8 layer_norm_epsilon=1e-05 tie_word_embeddings=true
 """
 
 

@@ -46,6 +46,13 @@ def head_sizes(head_dim: int | None) -> dict[str, Value]:
     return {"attention.key_length": u32(head_dim), "attention.value_length": u32(head_dim)}
 
 
+def layer_counts(name: str, value: Any) -> dict[str, Value]:
+    """A count, or a list of one count for each layer."""
+    if isinstance(value, list):
+        return {name: array("i32", value)}
+    return {} if value is None else {name: u32(value)}
+
+
 def optional(kind: Any, **values: Any) -> dict[str, Value]:
     """Keys whose values are not None; `__` in a name stands for a dot."""
     return {name.replace("__", "."): kind(value) for name, value in values.items() if value is not None}
@@ -56,10 +63,10 @@ def _sizes(model: HFModel) -> dict[str, Value]:
         u32,
         context_length=model.find(*_CONTEXT),
         embedding_length=model.find("hidden_size", "n_embd", "dim"),
-        feed_forward_length=model.find(*_FEED_FORWARD),
-        attention__head_count=model.find("num_attention_heads", "n_head", "n_heads"),
-        attention__head_count_kv=model.find("num_key_value_heads", "n_kv_heads"),
     )
+    keys |= layer_counts("feed_forward_length", model.find(*_FEED_FORWARD))
+    keys |= optional(u32, attention__head_count=model.find("num_attention_heads", "n_head", "n_heads"))
+    keys |= layer_counts("attention.head_count_kv", model.find("num_key_value_heads", "n_kv_heads"))
     return keys | ({"attention.causal": boolean(False)} if model.find("is_causal") is False else {})
 
 

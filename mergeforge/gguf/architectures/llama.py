@@ -1,8 +1,9 @@
-"""Llama and models built like it: Mistral, Mixtral, SmolLM3, Arcee, Llama 4."""
+"""Llama and models built like it: Mistral, Mixtral, SmolLM3, SmolVLM, Arcee, Llama 4."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import permute_rope_heads
@@ -11,9 +12,14 @@ from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import hparams
 from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.pooling import pooling_keys, pooling_notes
-from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, HFTensor, RuleResult, make_spec
+from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, HFTensor, RuleResult, inside_model, make_spec
 from mergeforge.gguf.key_values import Value, u32
 
+_SMOLVLM_HEADS = 32
+_JANUS = (
+    *("model.vision_model.", "model.aligner.", "model.vqmodel."),
+    *("model.generation_embeddings.", "model.generation_aligner.", "model.generation_head."),
+)
 _SQUARED = tuple(need for need in GATED if not need.startswith("ffn_gate"))
 
 
@@ -22,15 +28,50 @@ _SQUARED = tuple(need for need in GATED if not need.startswith("ffn_gate"))
     "LLaMAForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
+    "IQuestCoderForCausalLM",
     "LlavaForConditionalGeneration",
+    "VoxtralForConditionalGeneration",
 )
 def llama(model: HFModel) -> GGUFModelSpec:
     return like_llama(model, "llama")
 
 
+@architecture("VLlama3ForCausalLM")
+def smolvlm(model: HFModel) -> GGUFModelSpec:
+    """The text part of SmolVLM 2, whose config may lack the number of heads."""
+    model = replace(model, config={"num_attention_heads": _SMOLVLM_HEADS, **model.config})
+    return like_llama(model, "llama", rename=lambda name: name.replace("text_model.", ""))
+
+
+@architecture("CogVLMForCausalLM")
+def cogvlm(model: HFModel) -> GGUFModelSpec:
+    """Experts for pictures stand beside those for text."""
+    return like_llama(model, "cogvlm", required_per_block=("attn_norm", "attn_qkv", "attn_output", "ffn_norm"))
+
+
+@architecture("JanusForConditionalGeneration")
+def janus(model: HFModel) -> GGUFModelSpec:
+    return like_llama(model, "llama", drops=_JANUS)
+
+
+@architecture("Sarashina2VisionForCausalLM")
+def sarashina_vision(model: HFModel) -> GGUFModelSpec:
+    """The text part is under `llm`; a norm of the vision tower is beside it."""
+    return like_llama(model, "llama", rename=_text_of_sarashina, drops=("vision norm.",))
+
+
+def _text_of_sarashina(name: str) -> str:
+    return name.replace("llm.", "", 1) if name.startswith("llm.") else f"vision {name}"
+
+
+@architecture("LlamaBidirectionalModel")
+def llama_embed(model: HFModel) -> GGUFModelSpec:
+    return like_llama(model, "llama-embed", notes=pooling_notes(model, writes_key=False))
+
+
 @architecture("LlamaModel")
 def llama_without_head(model: HFModel) -> GGUFModelSpec:
-    return like_llama(model, "llama", prefix="model.", notes=pooling_notes(model, writes_key=False))
+    return like_llama(model, "llama", rename=inside_model, notes=pooling_notes(model, writes_key=False))
 
 
 @architecture("SmolLM3ForCausalLM")
@@ -77,20 +118,29 @@ def like_llama(
     keys: dict[str, Value] | None = None,
     required_per_block: Sequence[str] = GATED,
     notes: Iterable[str] = (),
-    prefix: str = "",
+    rename: Callable[[str], str] = str,
+    drops: tuple[str, ...] = (),
 ) -> GGUFModelSpec:
-    """The spec of a family that differs from Llama only in `arch` and some keys."""
+    """The spec of a family that differs from Llama only in `arch` and some keys.
+
+    drops: what names of tensors start with that are not part of the text model.
+    """
+
+    def others(stored: HFTensor) -> RuleResult:
+        return "not part of the text model" if drops and stored.name.startswith(drops) else None
+
     return make_spec(
         model,
         arch,
         llama_keys(model) if keys is None else keys,
+        others,
         permute_rope_heads,
         stacked_experts,
         vocab="llama",
         required_per_block=required_per_block,
         constants=rope_freq_factors_llama3(model),
         notes=notes,
-        prefix=prefix,
+        rename=rename,
     )
 
 

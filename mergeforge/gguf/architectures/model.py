@@ -74,7 +74,7 @@ class HFModel:
 
     @property
     def experts(self) -> int:
-        return int(self.find("num_local_experts", "num_experts", "n_routed_experts") or 0)
+        return int(self.find("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts") or 0)
 
     @property
     def tied(self) -> bool:

@@ -14,7 +14,7 @@ _NORM = re.compile(r"\.([qk])_layernorm\.norms\.(\d+)\.weight$")
 _NEEDS = (*ATTENTION, "ffn_up", "ffn_down", "ffn_gate")  # with parallel residuals there is no ffn_norm
 
 
-@architecture("StableLmForCausalLM", "StableLMEpochForCausalLM")
+@architecture("StableLmForCausalLM", "StableLMEpochForCausalLM", "LlavaStableLMEpochForCausalLM")
 def stablelm(model: HFModel) -> GGUFModelSpec:
     part = model.rope.get("partial_rotary_factor", 0.25)
     keys = {

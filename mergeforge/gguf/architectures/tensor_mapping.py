@@ -27,12 +27,29 @@ DECODER = (*ATTENTION, "ffn_norm", "ffn_up|ffn_up_exps", "ffn_down|ffn_down_exps
 GATED = (*DECODER, "ffn_gate|ffn_gate_exps")
 
 _F32_PARTS = frozenset(
-    ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv")
+    (
+        "ffn_gate_inp",
+        "ffn_gate_inp_shexp",
+        "position_embd",
+        "token_types",
+        "ssm_conv1d",
+        "shortconv.conv",
+        "altup_correct_coef",
+        "altup_predict_coef",
+        "indexer.proj",
+    )
 )  # F32 in the converter's files of any type; so are norms, 1-D tensors and tensors that are not weights
+_WITHOUT_ARCH = ("general.", "tokenizer.", "diffusion.")  # keys that do not start with the architecture
 _BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
-_OTHER_MODALITIES = ("vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler.", "sound_", "speech_embeddings.")
-_IN_OTHER_MODALITIES = ("visual.", "vision.", "audio.", "vision_", "audio_", "projector.", "pre_mm_projector_norm")
-_MORE_OTHER_MODALITIES = ("image_newline", "view_seperator", "patch_embed", "patch_merger.", "model.connector.")
+_OTHER_MODALITIES = (
+    *("mlp", "vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler."),
+    *("sound_encoder.", "sound_projection.", "speech_embeddings."),
+)
+_IN_OTHER_MODALITIES = (
+    *("visual.", "vision.", "audio.", "talker.", "vision_", "audio_", "token2wav.", "code2wav.", "projector."),
+    *("pre_mm_projector_norm", "image_newline", "view_seperator", "patch_embed", "patch_merger.", "patch_merge_mlp."),
+    "model.connector.",
+)
 _QUANTIZED = re.compile(
     r"(\.SCB|\.absmax|\.quant_map|\.nested_\w+|\.quant_state\.\w+|\.weight_format|_blocks|_scales|\.qweight|\.qzeros"
     r"|\.scales|\.g_idx|\.weight_scale(_inv|_2)?|\.input_scale|\.weight_packed|\.weight_shape|\.weight_zero_point)$"
@@ -99,35 +116,42 @@ def make_spec(
     required_per_block: Sequence[str] = GATED,
     required: Sequence[str] = ("token_embd", "output_norm"),
     layers: int = 0,
-    prefix: str = "",
+    rename: Callable[[str], str] = str,
     constants: Mapping[str, np.ndarray] | None = None,
     notes: Iterable[str] = (),
+    stacked_order: tuple[str, ...] = (),
 ) -> GGUFModelSpec:
     """The spec of a model: `keys` get the prefix `arch`, every tensor gets its targets from the rules.
 
     required_per_block: parts that every block must have; `a|b` means one of them. required: tensors outside of blocks.
-    layers: the number of blocks, where it is more than num_hidden_layers. prefix: what stored names lack.
+    layers: the number of blocks, where it is more than num_hidden_layers. rename: changes stored names into
+    those that gguf-py's name map and the rules know.
     """
     layers = layers or model.layers
     names = _name_map(arch, layers)
     places: dict[str, tuple[TensorTarget, ...]] = {}
     dropped: dict[str, str] = {}
     for name, info in model.tensors.items():
-        answer = _apply_rules(HFTensor(model, names, prefix + canonical_name(name), info), rules)
+        answer = _apply_rules(HFTensor(model, names, rename(canonical_name(name)), info), rules)
         if isinstance(answer, str):
             dropped[name] = answer
         else:
             places[name] = answer
     _check_required(model, places, required_per_block, required, layers)
     _check_filled(model, places)
-    full = {key if key.startswith(("general.", "tokenizer.")) else f"{arch}.{key}": keys[key] for key in keys}
+    full = {key if key.startswith(_WITHOUT_ARCH) else f"{arch}.{key}": keys[key] for key in keys}
     more = (*rope_warnings(model, arch), *sliding_window_warnings(model, "attention.sliding_window" in keys))
-    return GGUFModelSpec(arch, full, places, vocab, dropped, dict(constants or {}), notes=(*notes, *more))
+    return GGUFModelSpec(arch, full, places, vocab, dropped, dict(constants or {}), (*notes, *more), stacked_order)
 
 
 def unused_head(stored: HFTensor) -> RuleResult:
     """A rule of families whose output llama.cpp computes from the embedding (see output_head_warnings)."""
     return "llama.cpp uses the embedding as the output of this family" if stored.name == "lm_head.weight" else None
+
+
+def inside_model(name: str) -> str:
+    """The name that a tensor of a model without a head has in the model with one."""
+    return f"model.{name}"
 
 
 def canonical_name(name: str) -> str:
@@ -157,9 +181,7 @@ def _apply_rules(stored: HFTensor, rules: Sequence[Rule]) -> tuple[TensorTarget,
     name, info = stored.name, stored.info
     if name.endswith(_BUFFERS):
         return "a buffer that llama.cpp computes itself"
-    if name.startswith(_OTHER_MODALITIES) or any(
-        part in name for part in (*_IN_OTHER_MODALITIES, *_MORE_OTHER_MODALITIES)
-    ):
+    if name.startswith(_OTHER_MODALITIES) or any(part in name for part in _IN_OTHER_MODALITIES):
         return "not part of the text model: in llama.cpp it belongs in an mmproj file"
     if not info.is_float or _QUANTIZED.search(name):
         raise SourceError(

@@ -127,6 +127,79 @@ def _glm(files: TokenizerFiles, **role_texts: str) -> KeysAndNotes:
     return gpt2(files, special)
 
 
+def spm_with_prefix(files: TokenizerFiles) -> KeysAndNotes:
+    """sentencepiece; tokenizer_config.json says whether a space is put before a text."""
+    keys, notes = spm(files)
+    space_prefix = files.tokenizer_config.get("add_prefix_space")
+    return keys if space_prefix is None else {**keys, SPACE_PREFIX: boolean(space_prefix)}, notes
+
+
+def gpt2_or_spm(files: TokenizerFiles) -> KeysAndNotes:
+    """BPE from tokenizer.json, else sentencepiece."""
+    return gpt2(files) if files.tokenizer_json is not None else spm(files)
+
+
+def jamba(files: TokenizerFiles) -> KeysAndNotes:
+    """sentencepiece; without tokenizer.model no space is put before a text."""
+    if files.sentencepiece is not None:
+        return spm(files)
+    keys, notes = spm(files, space_prefix=False)
+    return {**without(keys, SPACE_PREFIX), SPACE_PREFIX: boolean(False)}, notes
+
+
+def nemotron(files: TokenizerFiles) -> KeysAndNotes:
+    """sentencepiece; the converter states the ids of padding and unknown tokens."""
+    keys, notes = spm(files)
+    return keys | {"tokenizer.ggml.padding_token_id": u32(0), "tokenizer.ggml.unknown_token_id": u32(1)}, notes
+
+
+def llada(files: TokenizerFiles) -> KeysAndNotes:
+    """BPE, always with a BOS."""
+    keys, notes = gpt2(files)
+    return keys | {"tokenizer.ggml.add_bos_token": boolean(True)}, notes
+
+
+def hunyuan(files: TokenizerFiles) -> KeysAndNotes:
+    """BPE; a text ends with the token eod_token_id of config.json."""
+    keys, notes = gpt2(files)
+    return keys | _end_of_document(files), notes
+
+
+def hunyuan_moe(files: TokenizerFiles) -> KeysAndNotes:
+    """BPE; <|startoftext|> has a fixed id."""
+    keys, notes = gpt2(files)
+    start = {"tokenizer.ggml.bos_token_id": u32(127959)} if files.rows > 127959 else {}
+    return keys | start, notes
+
+
+def _end_of_document(files: TokenizerFiles) -> dict[str, Value]:
+    token_id = files.hparams.get("eod_token_id")
+    return {} if token_id is None else {"tokenizer.ggml.eos_token_id": u32(token_id)}
+
+
+def solar_open(files: TokenizerFiles) -> KeysAndNotes:
+    """BPE with special tokens of fixed names."""
+    return _glm(files, eos="<|endoftext|>", eot="<|endoftext|>", unk="<unk>", bos="<|startoftext|>")
+
+
+def qwen3_omni(files: TokenizerFiles) -> KeysAndNotes:
+    """BPE; a turn begins and ends with <|im_end|>."""
+    keys, notes = gpt2(files)
+    return keys | _turn_end(files), notes
+
+
+def qwen3_asr(files: TokenizerFiles) -> KeysAndNotes:
+    """As qwen3_omni, with a plain ChatML template."""
+    keys, notes = spm_or_gpt2(files)
+    return keys | {"tokenizer.chat_template": string(_CHATML)} | _turn_end(files), notes
+
+
+def _turn_end(files: TokenizerFiles) -> dict[str, Value]:
+    added = files.tokenizer_config.get("added_tokens_decoder") or {}
+    ids = [int(token_id) for token_id, token in added.items() if token.get("content") == "<|im_end|>"]
+    return {f"tokenizer.ggml.{role}_token_id": u32(ids[0]) for role in ("bos", "eos")} if ids else {}
+
+
 def stablelm(files: TokenizerFiles) -> KeysAndNotes:
     """BPE."""
     return gpt2(files)
@@ -140,8 +213,62 @@ def roberta(files: TokenizerFiles) -> KeysAndNotes:
     return {**keys, **type_count(files)}, notes
 
 
-_BPE = (gpt2, stablelm, glm4, glm4_moe, chatglm, roberta)
-_SPM = (llama, spm_or_gpt2, spm, gemma, gemma3, phi3, internlm2, internlm3)
+def modern_bert(files: TokenizerFiles) -> KeysAndNotes:
+    """BPE between <cls> and <sep>."""
+    keys, notes = gpt2(files)
+    added = {f"tokenizer.ggml.add_{role}_token": boolean(True) for role in ("bos", "eos", "sep")}
+    return added | keys, notes
+
+
+def eurobert(files: TokenizerFiles) -> KeysAndNotes:
+    """BPE without a BOS."""
+    keys, notes = gpt2(files)
+    return {"tokenizer.ggml.add_bos_token": boolean(False)} | keys, notes
+
+
+def jina_bert(files: TokenizerFiles) -> KeysAndNotes:
+    """WordPiece, or BPE with two token types."""
+    if files.tokenizer_class != "RobertaTokenizer":
+        return bert(files)
+    keys, notes = gpt2(files)
+    return {**keys, "tokenizer.ggml.token_type_count": u32(2)}, notes
+
+
+_CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
+    "'\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_BPE = (
+    gpt2,
+    qwen3_omni,
+    qwen3_asr,
+    eurobert,
+    hunyuan,
+    jina_bert,
+    modern_bert,
+    hunyuan_moe,
+    llada,
+    solar_open,
+    stablelm,
+    glm4,
+    glm4_moe,
+    chatglm,
+    roberta,
+)
+_SPM = (
+    gpt2_or_spm,
+    jamba,
+    spm_with_prefix,
+    nemotron,
+    llama,
+    spm_or_gpt2,
+    spm,
+    gemma,
+    gemma3,
+    phi3,
+    internlm2,
+    internlm3,
+)
 KINDS: dict[str, Callable[[TokenizerFiles], KeysAndNotes]] = {
     function.__name__: function for function in (*_BPE, *_SPM, gemma4, bert, unigram, none)
 }
