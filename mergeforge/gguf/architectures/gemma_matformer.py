@@ -112,7 +112,8 @@ def _sparsity(model: HFModel) -> list[float]:
 
     normal = torch.distributions.normal.Normal(0, 1)
     parts = model.require("activation_sparsity_pattern")
-    return [normal.icdf(torch.tensor(part, dtype=torch.float32)).item() for part in parts]
+    values = [torch.tensor(part, dtype=torch.float32) for part in parts]
+    return [normal.icdf(value).item() for value in values]  # type: ignore[no-untyped-call]
 
 
 def _layer_sizes(model: HFModel, shared: int) -> dict[str, Value]:
