@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     metavar="STEPS",
     help="What to do after training: merge, gguf, publish (comma-separated); adds to `after`.",
 )
+@click.option("--fail-if-worse", is_flag=True, help="Exit with 1, and merge nothing, if the base predicts better.")
 @click.option("--memory", metavar="SIZE", help="Working memory of the merge after training, e.g. 2GiB.")
 @_options.as_json
 @_options.quiet
@@ -60,6 +61,7 @@ def train(
     allow_skips: bool,
     overwrite: bool,
     then: str | None,
+    fail_if_worse: bool,
     memory: str | None,
     as_json: bool,
     quiet: bool,
@@ -84,6 +86,7 @@ def train(
         raise RecipeError("give the train.yaml of the run", hint=hint)
     from mergeforge.cli import _progress
     from mergeforge.train import environment, post_training, preflight, run, run_folder
+    from mergeforge.train.objectives import SFT
     from mergeforge.train.plan import make_plan
     from mergeforge.train.resume import Resume, check_resume, refuse_finished
     from mergeforge.train.settings import read as read_settings
@@ -97,6 +100,11 @@ def train(
             refuse_finished(run_folder.RunFolder(settings.output), Resume(resume, extend_epochs, overwrite))
         with _progress.row_count(_progress.console(), quiet=quiet) as on_progress:
             plan = make_plan(settings, device=device, on_progress=on_progress)
+    if fail_if_worse and plan.data.validation is None:
+        raise RecipeError("--fail-if-worse needs validation data", hint="add val: 0.1 to train.yaml")
+    if fail_if_worse and plan.settings.objective != SFT:
+        text = f"--fail-if-worse compares the losses of answers, but the objective is {plan.settings.objective}"
+        raise RecipeError(text, hint="use `mergeforge compare` on rows with good answers only")
     after, trains_adapter = plan.settings.after, plan.settings.trains_adapter
     after = post_training.steps_from_names(after, then, trains_adapter=trains_adapter) if then else after
     preflight.check_post_training(after, plan.config_folder, trains_adapter=trains_adapter)
@@ -121,7 +129,8 @@ def train(
         _echo(f"Interrupted after step {trained.steps}. Run the same command again to resume.")
         return 130
     result = post_training.PostTrainingResult()
-    if environment.is_main():
+    is_refused = fail_if_worse and trained.verdict is not None and trained.verdict.is_worse
+    if environment.is_main() and not is_refused:
         result = post_training.run_post_training(
             plan, after, memory=memory, on_message=lambda text: None if quiet else _echo(text)
         )
@@ -130,7 +139,7 @@ def train(
     if as_json and environment.is_main():
         entries = asdict(trained) | {"folder": trained.folder.root, "followed": asdict(result)}
         click.echo(json.dumps(entries, default=str))
-    return 0
+    return 1 if is_refused else 0
 
 
 def _plan_as_json(plan: TrainPlan) -> dict[str, Any]:
@@ -220,6 +229,8 @@ def _show_result(trained: Trained, result: PostTrainingResult) -> None:
     _echo(f"trained {trained.steps} steps in {duration(trained.seconds)}: {numbers}; peak memory {peak}")
     if trained.stopped_early:
         _echo("stopped early: the validation loss no longer improved (early_stop)")
+    for line in trained.verdict.lines() if trained.verdict else ():
+        _echo(f"  {line}")
     _echo(f"wrote {trained.result} and {trained.folder.report}")
     if result.merged:
         names = "".join(f", {path.name}" for path in result.ggufs)
