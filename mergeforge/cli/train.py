@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @_options.set_keys
 @_options.device
 @click.option("--plan", "plan_only", is_flag=True, help="Show data, memory, time and cost; train nothing.")
+@click.option("--gpu", metavar="NAME|SIZE", help="With --plan: plan for a GPU that is not here (4090, T4, 8GB, ...).")
 @click.option("--price-per-hour", type=float, metavar="PRICE", help="Price of the machine, for the plan's cost.")
 @click.option(
     "--resume",
@@ -55,6 +56,7 @@ def train(
     sets: tuple[str, ...],
     device: str,
     plan_only: bool,
+    gpu: str | None,
     price_per_hour: float | None,
     resume: str,
     extend_epochs: float,
@@ -75,12 +77,17 @@ def train(
     Examples:
       mergeforge train recipes/train-demo.yaml
       mergeforge train train.yaml --plan
+      mergeforge train train.yaml --plan --gpu 8GB
       mergeforge train train.yaml --then merge,gguf
       mergeforge train --then merge
       torchrun --nproc-per-node 2 -m mergeforge train train.yaml
     """
     if extend_epochs < 0:
         raise RecipeError("--extend-epochs must not be negative")
+    if gpu and not plan_only:
+        raise RecipeError(
+            "--gpu plans for a GPU that is not here", hint="add --plan; --device names one of this machine"
+        )
     if config is None and not then:
         hint = "`mergeforge recipes cp train-demo` writes one"
         raise RecipeError("give the train.yaml of the run", hint=hint)
@@ -99,7 +106,7 @@ def train(
         if not (plan_only or then or settings.after.merge):
             refuse_finished(run_folder.RunFolder(settings.output), Resume(resume, extend_epochs, overwrite))
         with _progress.row_count(_progress.console(), quiet=quiet) as on_progress:
-            plan = make_plan(settings, device=device, on_progress=on_progress)
+            plan = make_plan(settings, device=device, gpu=gpu, on_progress=on_progress)
     if fail_if_worse and plan.data.validation is None:
         raise RecipeError("--fail-if-worse needs validation data", hint="add val: 0.1 to train.yaml")
     if fail_if_worse and plan.settings.objective != SFT:
@@ -143,7 +150,8 @@ def train(
 
 
 def _plan_as_json(plan: TrainPlan) -> dict[str, Any]:
-    return {"choices": asdict(plan.resolved), "counts": plan.data.counts.as_dict(), "parameters": plan.stats.parameters}
+    entries = {"choices": asdict(plan.resolved), "counts": plan.data.counts.as_dict()}
+    return entries | {"parameters": plan.stats.parameters, "gpu": plan.gpu.label if plan.gpu else None}
 
 
 def _show_plan(plan: TrainPlan) -> None:
@@ -155,7 +163,7 @@ def _show_plan(plan: TrainPlan) -> None:
     method = plan.settings.method if plan.settings.trains_adapter else "full training"
     size = f"{plan.stats.parameters / 1e6:,.0f} M parameters"
     method += f" ({plan.settings.objective})" if plan.settings.objective != SFT else ""
-    _echo(f"{method} of {plan.base} ({size}) on {describe_machine(plan.machine)}")
+    _echo(f"{method} of {plan.base} ({size}) on {plan.gpu.label if plan.gpu else describe_machine(plan.machine)}")
     has_skipped = counts.empty + counts.too_long + counts.bad
     skipped = f" ({counts.empty} empty, {counts.too_long} too long, {counts.bad} bad)" if has_skipped else ""
     held_out = len(plan.data.validation) // plan.settings.answers if plan.data.validation else 0
@@ -194,8 +202,12 @@ def _show_estimates(plan: TrainPlan, price: float | None) -> None:
         _echo(f"  {format_size(size):>9}  {name}")
     schedule = plan.schedule(len(plan.packs(packed=resolved.pack)))
     tokens = int(plan.data.counts.tokens * schedule.epochs)
-    seconds = estimate_seconds(plan.stats, resolved.setup, tokens, device=resolved.device, dtype=resolved.dtype)
-    _echo(f"time     about {duration(seconds)} (estimated from this device's speed at matrix products)")
+    speed, source = None, "this device's speed at matrix products"
+    if plan.gpu:
+        speed, source = plan.gpu.operations_per_second, plan.gpu.source
+    dtype = resolved.dtype
+    seconds = estimate_seconds(plan.stats, resolved.setup, tokens, device=resolved.device, dtype=dtype, speed=speed)
+    _echo(f"time     about {duration(seconds)} (estimated from {source})")
     if price is not None:
         _echo(f"cost     about {seconds / 3600 * price:.2f} at {price:g} an hour")
 

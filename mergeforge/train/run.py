@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.file_names import MODEL_CARD
 from mergeforge.core.sizes import format_size
-from mergeforge.errors import BudgetError, OutputError
+from mergeforge.errors import BudgetError, OutputError, RecipeError
 from mergeforge.io.disk import write_durably
 from mergeforge.tensors.budget import resident_memory
 from mergeforge.train.adapter_card import adapter_card
@@ -62,6 +62,8 @@ def train(plan: TrainPlan, resume: Resume | None = None, listeners: Sequence[Met
     `interrupted` set. Raises OutputError when the folder holds a finished run or one with other settings or data,
     and BudgetError when the device runs out of memory twice.
     """
+    if plan.gpu:
+        raise RecipeError(f"the plan is for {plan.gpu.label}, not for this machine", hint="plan without `gpu` to train")
     with silence_libraries(), plan.folder.lock() if is_main() else contextlib.nullcontext():
         plan, checkpoint = start(plan, resume or Resume())
         return _train(plan, checkpoint, listeners)
