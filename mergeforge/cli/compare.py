@@ -46,7 +46,10 @@ def compare(models: tuple[str, ...], *, margin: float, fail_if_worse: bool, **op
             start_progress=start_progress,
             **_eval_options.evaluation_arguments(options, metrics),
         )
-    scores = [text_metrics(evaluation.samples, metrics) for evaluation in comparison.evaluations]
+    scores = [
+        text_metrics(evaluation.samples, metrics, bertscore_model=options["bertscore_model"])
+        for evaluation in comparison.evaluations
+    ]
     if options["as_json"]:
         facts = comparison.as_dict()
         for model, evaluation, metric_values in zip(facts["models"], comparison.evaluations, scores, strict=True):

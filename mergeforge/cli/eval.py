@@ -67,7 +67,7 @@ def evaluate(
             progress=start_progress(models[0]),
             **_eval_options.evaluation_arguments(options, metrics),
         )
-    scores = text_metrics(result.samples, metrics)
+    scores = text_metrics(result.samples, metrics, bertscore_model=options["bertscore_model"])
     if options["as_json"]:
         click.echo(json.dumps(result.as_dict() | {"metrics": scores, "samples": sample_dicts(result)}))
     else:

@@ -9,20 +9,33 @@ import click
 
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(["methods", "adapters", "architectures", "quants"]))
+@click.argument("kind", type=click.Choice(["methods", "adapters", "architectures", "quants", "models"]))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def list_names(kind: str, as_json: bool) -> None:
     """List merge methods with their parameters, adapter types, GGUF architectures or GGUF types.
+
+    `models` lists well-known base models: parameters, license, GPU memory that training takes by method, and the
+    smallest GPU that is enough for QLoRA. Merging needs no GPU.
 
     \b
     Examples:
       mergeforge list methods
       mergeforge list quants --json
+      mergeforge list models
     """
-    tables = {"methods": _methods, "adapters": _adapters, "architectures": _architectures, "quants": _quants}
+    tables = {
+        "methods": _methods,
+        "adapters": _adapters,
+        "architectures": _architectures,
+        "quants": _quants,
+        "models": _models,
+    }
     rows = tables[kind]()
     if as_json:
         click.echo(json.dumps(rows))
+        return
+    if kind == "models":
+        _show_models(rows)
         return
     for row in rows:
         click.echo(f"{row['name']:18} {row['about']}")
@@ -70,6 +83,43 @@ def _quants() -> list[dict[str, Any]]:
         about = f"{bits:5.2f} bits per weight in {TYPICAL_MODEL}, mostly {file_type.default_type}"
         rows.append({"name": name, "about": about, "bits_per_weight": round(bits, 3)})
     return rows
+
+
+def _models() -> list[dict[str, Any]]:
+    from mergeforge.train.known_models import DATE, KNOWN_MODELS, METHODS
+
+    rows = []
+    for model in KNOWN_MODELS:
+        gpus = {method: model.smallest_gpu(method) for method in METHODS}
+        names = {method: f"{gpu.name} ({gpu.memory} GB)" if gpu else None for method, gpu in gpus.items()}
+        rows.append(
+            {
+                "name": model.repo,
+                "parameters": model.parameters,
+                "license": model.license,
+                "memory": {method: model.memory(method) for method in METHODS},
+                "smallest_gpu": names,
+                "as_of": DATE,
+            }
+        )
+    return rows
+
+
+def _show_models(rows: list[dict[str, Any]]) -> None:
+    from mergeforge.train.known_models import DATE, METHODS, RANK, SEQ_LEN
+
+    width = max(len(row["name"]) for row in rows)
+    heads = "".join(f"{name:>8}" for name in ("QLoRA", "LoRA", "full"))
+    click.echo(f"{'model':{width}}  {'params':>7}  {'license':13}{heads}  smallest GPU (QLoRA)")
+    for row in rows:
+        sizes = "".join(f"{row['memory'][method] / 1e9:8.1f}" for method in METHODS)
+        gpu = row["smallest_gpu"]["qlora"] or "none with enough memory"
+        params = f"{row['parameters'] / 1e9:.2f} B"
+        click.echo(f"{row['name']:{width}}  {params:>7}  {row['license']:13}{sizes}  {gpu}")
+    click.echo(
+        f"GB of GPU memory, estimated for sequences of {SEQ_LEN} tokens, rank {RANK}, AdamW; sizes as of {DATE}."
+    )
+    click.echo("Merging needs no GPU: it takes the memory that --memory allows.")
 
 
 def _default(value: Any) -> str:

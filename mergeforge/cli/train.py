@@ -22,12 +22,26 @@ if TYPE_CHECKING:
     from mergeforge.train.run import Trained
 
 
-@click.command()
+class _TrainCommand(click.Command):
+    """`train`, and `train sweep` as a command of its own."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["sweep"]:
+            from mergeforge.cli.sweep import sweep
+
+            return sweep.make_context(f"{info_name} sweep", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command(cls=_TrainCommand)
 @click.argument("config", required=False)
 @click.option("--out", metavar="DIR", help="The run's folder; overrides `output`.")
 @_options.set_keys
 @_options.device
 @click.option("--plan", "plan_only", is_flag=True, help="Show data, memory, time and cost; train nothing.")
+@click.option("--gpu", metavar="NAME|SIZE", help="With --plan: plan for a GPU that is not here (4090, T4, 8GB, ...).")
 @click.option("--price-per-hour", type=float, metavar="PRICE", help="Price of the machine, for the plan's cost.")
 @click.option(
     "--resume",
@@ -44,6 +58,7 @@ if TYPE_CHECKING:
     metavar="STEPS",
     help="What to do after training: merge, gguf, publish (comma-separated); adds to `after`.",
 )
+@click.option("--fail-if-worse", is_flag=True, help="Exit with 1, and merge nothing, if the base predicts better.")
 @click.option("--memory", metavar="SIZE", help="Working memory of the merge after training, e.g. 2GiB.")
 @_options.as_json
 @_options.quiet
@@ -54,12 +69,14 @@ def train(
     sets: tuple[str, ...],
     device: str,
     plan_only: bool,
+    gpu: str | None,
     price_per_hour: float | None,
     resume: str,
     extend_epochs: float,
     allow_skips: bool,
     overwrite: bool,
     then: str | None,
+    fail_if_worse: bool,
     memory: str | None,
     as_json: bool,
     quiet: bool,
@@ -67,23 +84,30 @@ def train(
     """Train an adapter (QLoRA, LoRA, DoRA) or a whole model, as CONFIG says.
 
     If it is interrupted or killed, run the same command again to resume. Without CONFIG, --then uses the newest
-    finished run in runs/. Training needs transformers, peft and accelerate.
+    finished run in runs/. `mergeforge train sweep` searches for good settings. Training needs transformers, peft and
+    accelerate.
 
     \b
     Examples:
       mergeforge train recipes/train-demo.yaml
       mergeforge train train.yaml --plan
+      mergeforge train train.yaml --plan --gpu 8GB
       mergeforge train train.yaml --then merge,gguf
       mergeforge train --then merge
       torchrun --nproc-per-node 2 -m mergeforge train train.yaml
     """
     if extend_epochs < 0:
         raise RecipeError("--extend-epochs must not be negative")
+    if gpu and not plan_only:
+        raise RecipeError(
+            "--gpu plans for a GPU that is not here", hint="add --plan; --device names one of this machine"
+        )
     if config is None and not then:
         hint = "`mergeforge recipes cp train-demo` writes one"
         raise RecipeError("give the train.yaml of the run", hint=hint)
     from mergeforge.cli import _progress
     from mergeforge.train import environment, post_training, preflight, run, run_folder
+    from mergeforge.train.objectives import SFT
     from mergeforge.train.plan import make_plan
     from mergeforge.train.resume import Resume, check_resume, refuse_finished
     from mergeforge.train.settings import read as read_settings
@@ -96,7 +120,12 @@ def train(
         if not (plan_only or then or settings.after.merge):
             refuse_finished(run_folder.RunFolder(settings.output), Resume(resume, extend_epochs, overwrite))
         with _progress.row_count(_progress.console(), quiet=quiet) as on_progress:
-            plan = make_plan(settings, device=device, on_progress=on_progress)
+            plan = make_plan(settings, device=device, gpu=gpu, on_progress=on_progress)
+    if fail_if_worse and plan.data.validation is None:
+        raise RecipeError("--fail-if-worse needs validation data", hint="add val: 0.1 to train.yaml")
+    if fail_if_worse and plan.settings.objective != SFT:
+        text = f"--fail-if-worse compares the losses of answers, but the objective is {plan.settings.objective}"
+        raise RecipeError(text, hint="use `mergeforge compare` on rows with good answers only")
     after, trains_adapter = plan.settings.after, plan.settings.trains_adapter
     after = post_training.steps_from_names(after, then, trains_adapter=trains_adapter) if then else after
     preflight.check_post_training(after, plan.config_folder, trains_adapter=trains_adapter)
@@ -121,7 +150,8 @@ def train(
         _echo(f"Interrupted after step {trained.steps}. Run the same command again to resume.")
         return 130
     result = post_training.PostTrainingResult()
-    if environment.is_main():
+    is_refused = fail_if_worse and trained.verdict is not None and trained.verdict.is_worse
+    if environment.is_main() and not is_refused:
         result = post_training.run_post_training(
             plan, after, memory=memory, on_message=lambda text: None if quiet else _echo(text)
         )
@@ -130,11 +160,12 @@ def train(
     if as_json and environment.is_main():
         entries = asdict(trained) | {"folder": trained.folder.root, "followed": asdict(result)}
         click.echo(json.dumps(entries, default=str))
-    return 0
+    return 1 if is_refused else 0
 
 
 def _plan_as_json(plan: TrainPlan) -> dict[str, Any]:
-    return {"choices": asdict(plan.resolved), "counts": plan.data.counts.as_dict(), "parameters": plan.stats.parameters}
+    entries = {"choices": asdict(plan.resolved), "counts": plan.data.counts.as_dict()}
+    return entries | {"parameters": plan.stats.parameters, "gpu": plan.gpu.label if plan.gpu else None}
 
 
 def _show_plan(plan: TrainPlan) -> None:
@@ -146,7 +177,7 @@ def _show_plan(plan: TrainPlan) -> None:
     method = plan.settings.method if plan.settings.trains_adapter else "full training"
     size = f"{plan.stats.parameters / 1e6:,.0f} M parameters"
     method += f" ({plan.settings.objective})" if plan.settings.objective != SFT else ""
-    _echo(f"{method} of {plan.base} ({size}) on {describe_machine(plan.machine)}")
+    _echo(f"{method} of {plan.base} ({size}) on {plan.gpu.label if plan.gpu else describe_machine(plan.machine)}")
     has_skipped = counts.empty + counts.too_long + counts.bad
     skipped = f" ({counts.empty} empty, {counts.too_long} too long, {counts.bad} bad)" if has_skipped else ""
     held_out = len(plan.data.validation) // plan.settings.answers if plan.data.validation else 0
@@ -185,8 +216,12 @@ def _show_estimates(plan: TrainPlan, price: float | None) -> None:
         _echo(f"  {format_size(size):>9}  {name}")
     schedule = plan.schedule(len(plan.packs(packed=resolved.pack)))
     tokens = int(plan.data.counts.tokens * schedule.epochs)
-    seconds = estimate_seconds(plan.stats, resolved.setup, tokens, device=resolved.device, dtype=resolved.dtype)
-    _echo(f"time     about {duration(seconds)} (estimated from this device's speed at matrix products)")
+    speed, source = None, "this device's speed at matrix products"
+    if plan.gpu:
+        speed, source = plan.gpu.operations_per_second, plan.gpu.source
+    dtype = resolved.dtype
+    seconds = estimate_seconds(plan.stats, resolved.setup, tokens, device=resolved.device, dtype=dtype, speed=speed)
+    _echo(f"time     about {duration(seconds)} (estimated from {source})")
     if price is not None:
         _echo(f"cost     about {seconds / 3600 * price:.2f} at {price:g} an hour")
 
@@ -220,6 +255,8 @@ def _show_result(trained: Trained, result: PostTrainingResult) -> None:
     _echo(f"trained {trained.steps} steps in {duration(trained.seconds)}: {numbers}; peak memory {peak}")
     if trained.stopped_early:
         _echo("stopped early: the validation loss no longer improved (early_stop)")
+    for line in trained.verdict.lines() if trained.verdict else ():
+        _echo(f"  {line}")
     _echo(f"wrote {trained.result} and {trained.folder.report}")
     if result.merged:
         names = "".join(f", {path.name}" for path in result.ggufs)

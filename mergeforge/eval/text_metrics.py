@@ -1,12 +1,17 @@
-"""How close the models' answers are to the expected ones: BLEU, chrF, ROUGE (packages sacrebleu, rouge-score)."""
+"""How close the models' answers are to the expected ones: BLEU, chrF, ROUGE, BERTScore.
+
+The packages sacrebleu, rouge-score and bert-score compute them. BERTScore needs a model of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mergeforge.errors import RecipeError, did_you_mean
-from mergeforge.eval.backend import require
+from mergeforge.errors import RecipeError, SourceError, did_you_mean
+from mergeforge.eval.backend import quiet_transformers, require
 from mergeforge.eval.evaluate import Sample
+
+BERTSCORE_MODEL = "roberta-large"  # bert-score's own choice for English
 
 
 def bleu(answers: Sequence[str], expected: Sequence[str]) -> float:
@@ -27,7 +32,37 @@ def rouge(answers: Sequence[str], expected: Sequence[str]) -> float:
     return 100 * total / len(answers)
 
 
-METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"bleu": bleu, "chrf": chrf, "rouge": rouge}
+def bertscore(answers: Sequence[str], expected: Sequence[str], model: str = BERTSCORE_MODEL) -> float:
+    """Mean F1 of BERTScore by bert-score, without rescaling, 0 to 100.
+
+    It compares the hidden states of `model`, a folder or Hub repo of an encoder, so it sees synonyms. Raises
+    SourceError for a model that cannot be loaded.
+    """
+    package, utils = require("bert_score"), require("bert_score.utils")
+    require("transformers").utils.logging.disable_progress_bar()
+    try:
+        layers = utils.model2layers.get(model) or _middle_layer(model)
+        with quiet_transformers():
+            scorer = package.BERTScorer(model_type=model, num_layers=layers)
+    except (OSError, ValueError) as error:
+        hint = "give a folder or Hub repo of an encoder: --bertscore-model MODEL"
+        raise SourceError(f"BERTScore cannot load {model}: {str(error).splitlines()[0]}", hint=hint) from None
+    # transformers refuses the length of a tokenizer that states none
+    longest = scorer._model.config.max_position_embeddings - scorer._model.config.pad_token_id - 1
+    scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, longest)
+    with quiet_transformers():
+        _, _, scores = scorer.score(list(answers), list(expected))
+    return 100 * float(scores.mean())
+
+
+def _middle_layer(model: str) -> int:
+    """The layer to compare for a model that bert-score does not know: two thirds up, as it does for most it knows."""
+    layers = int(require("transformers").AutoConfig.from_pretrained(model).num_hidden_layers)
+    return max(1, round(layers * 2 / 3))
+
+
+METRICS: dict[str, Callable[..., float]] = {"bleu": bleu, "chrf": chrf, "rouge": rouge, "bertscore": bertscore}
+MODULES = {"rouge": "rouge_score.rouge_scorer", "bertscore": "bert_score"}  # sacrebleu computes the others
 
 
 def read_metrics(text: str) -> tuple[str, ...]:
@@ -36,14 +71,17 @@ def read_metrics(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in METRICS:
             raise RecipeError(f"there is no metric '{name}'", hint=did_you_mean(name, METRICS) or ", ".join(METRICS))
-        require("rouge_score.rouge_scorer" if name == "rouge" else "sacrebleu")
+        require(MODULES.get(name, "sacrebleu"))
     return names
 
 
-def text_metrics(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, float]:
-    """Each metric over all samples. Raises MissingExtraError."""
+def text_metrics(
+    samples: Sequence[Sample], names: Sequence[str], *, bertscore_model: str = BERTSCORE_MODEL
+) -> dict[str, float]:
+    """Each metric over all samples. Raises MissingExtraError, and SourceError for a model of BERTScore."""
     if not samples:
         return {}
     answers = [sample.answer.text.strip() for sample in samples]
     expected = [sample.expected.strip() for sample in samples]
-    return {name: METRICS[name](answers, expected) for name in names}
+    options = {"bertscore": {"model": bertscore_model}}
+    return {name: METRICS[name](answers, expected, **options.get(name, {})) for name in names}

@@ -102,9 +102,14 @@ def _activations(stats: ModelStats, setup: TrainingSetup) -> int:
     return layer + (0 if setup.offload else setup.tokens * stats.layers * stats.hidden * setup.dtype_bytes)
 
 
-def estimate_seconds(stats: ModelStats, setup: TrainingSetup, tokens: int, *, device: str, dtype: str) -> float:
-    """Estimate how long training on `tokens` takes, from the measured speed of a matrix product on the device."""
-    return _operations(stats, setup, tokens) / (UTILIZATION * _matmul_speed(device, dtype))
+def estimate_seconds(
+    stats: ModelStats, setup: TrainingSetup, tokens: int, *, device: str, dtype: str, speed: float | None = None
+) -> float:
+    """Estimate how long training on `tokens` takes.
+
+    speed: of matrix products in operations per second; None measures it on the device.
+    """
+    return _operations(stats, setup, tokens) / (UTILIZATION * (speed or _matmul_speed(device, dtype)))
 
 
 def _operations(stats: ModelStats, setup: TrainingSetup, tokens: int) -> float:

@@ -19,6 +19,7 @@ from mergeforge.operations.synthetic_models import ModelShape, write_model
 from mergeforge.train import environment, preflight
 from mergeforge.train.adapter_kinds import check_options
 from mergeforge.train.auto_config import LengthStats, Machine, ResolvedSettings, resolve_settings
+from mergeforge.train.gpus import PlannedGPU, find_gpu
 from mergeforge.train.model_stats import ModelStats, empty_model, stats_of
 from mergeforge.train.packing import pack_rows
 from mergeforge.train.run_folder import RunFolder
@@ -54,6 +55,7 @@ class TrainPlan:
     resolved: ResolvedSettings
     devices: int = 1
     trained: int = 0
+    gpu: PlannedGPU | None = None  # a GPU that is not in this machine: the plan cannot be run
 
     @property
     def uses_base_template(self) -> bool:
@@ -105,10 +107,12 @@ def make_plan(
     device: str = "auto",
     devices: int | None = None,
     on_progress: OnProgress | None = None,
+    gpu: str | None = None,
 ) -> TrainPlan:
     """Plan a run: read the data, the tokenizer and the model's configuration, and resolve every setting.
 
     on_progress: called with the number of rows that were read.
+    gpu: plan for a GPU that is not here, by name or size (gpus.py).
 
     Raises a MergeforgeError for mistakes in the settings or the data, an unknown model, or too little memory.
     """
@@ -119,7 +123,11 @@ def make_plan(
     if settings.adapter:
         check_options(settings.adapter)
     folder = RunFolder(settings.output)
-    machine = environment.find_machine(settings, device)
+    planned = find_gpu(gpu) if gpu else None
+    if planned:
+        machine = planned.machine(settings.dtype, settings.memory.budget)
+    else:
+        machine = environment.find_machine(settings, device)
     preflight.check_device(settings, machine)
     base, revision, config_folder = _base(settings, folder)
     preflight.check_post_training(settings.after, config_folder, trains_adapter=settings.trains_adapter)
@@ -127,12 +135,13 @@ def make_plan(
     new_tokens = _add_tokens(tokenizer, settings.added_tokens)
     model = empty_model(str(config_folder), settings.attention)
     stats = stats_of(model)
-    if Path(base).exists():
+    if Path(base).exists() and not planned:
         preflight.check_base(config_folder, settings, stats)
     if settings.loss:
         preflight.check_loss(settings.loss, stats.vocabulary)
     trained = preflight.check_adapter(model, settings, new_tokens, len(tokenizer))
-    preflight.check_disk(settings, trained)
+    if not planned:
+        preflight.check_disk(settings, trained)
     with folder.lock() if environment.is_main() else contextlib.nullcontext():
         data, resolved = _fit_to_memory(settings, tokenizer, folder, stats, machine, on_progress)
     return TrainPlan(
@@ -149,6 +158,7 @@ def make_plan(
         resolved,
         devices or environment.process_count(),
         trained,
+        planned,
     )
 
 

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.file_names import MODEL_CARD
 from mergeforge.core.sizes import format_size
-from mergeforge.errors import BudgetError, OutputError
+from mergeforge.errors import BudgetError, OutputError, RecipeError
 from mergeforge.io.disk import write_durably
 from mergeforge.tensors.budget import resident_memory
 from mergeforge.train.adapter_card import adapter_card
 from mergeforge.train.environment import is_main, silence_libraries
-from mergeforge.train.html_report import write_report
+from mergeforge.train.html_report import report_writer, write_report
 from mergeforge.train.objectives import REWARD_METRICS
 from mergeforge.train.plan import TrainPlan
 from mergeforge.train.post_training import write_recipe
 from mergeforge.train.progress import TOTAL
 from mergeforge.train.resume import Resume, run_manifest, start
-from mergeforge.train.run_folder import FINISHED, INTERRUPTED, RunFolder
+from mergeforge.train.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder
+from mergeforge.train.verdict import TrainingVerdict, make_verdict, read_verdict
 
 if TYPE_CHECKING:
     from mergeforge.train.loop.context import MetricCallback, TrainingContext
@@ -46,6 +47,7 @@ class Trained:
     seconds: float
     peak_memory: int
     stopped_early: bool = False
+    verdict: TrainingVerdict | None = None
 
     @property
     def result(self) -> Path:
@@ -60,6 +62,8 @@ def train(plan: TrainPlan, resume: Resume | None = None, listeners: Sequence[Met
     `interrupted` set. Raises OutputError when the folder holds a finished run or one with other settings or data,
     and BudgetError when the device runs out of memory twice.
     """
+    if plan.gpu:
+        raise RecipeError(f"the plan is for {plan.gpu.label}, not for this machine", hint="plan without `gpu` to train")
     with silence_libraries(), plan.folder.lock() if is_main() else contextlib.nullcontext():
         plan, checkpoint = start(plan, resume or Resume())
         return _train(plan, checkpoint, listeners)
@@ -87,10 +91,12 @@ def _trained(folder: RunFolder, manifest: Mapping[str, Any]) -> Trained:
         manifest["seconds"],
         manifest["peak_memory"],
         manifest.get("stopped_early", False),
+        read_verdict(manifest.get("verdict")),
     )
 
 
 def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[MetricCallback]) -> Trained:
+    from mergeforge.train.loop.row_scores import score_validation
     from mergeforge.train.loop.samples import SampleGenerator
     from mergeforge.train.loop.setup import make_context
 
@@ -105,10 +111,15 @@ def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[MetricC
     samples = SampleGenerator(plan, context)
     if checkpoint is None and is_main():
         plan.folder.record_samples(samples.generate())
+        plan.folder.record_base_scores(score_validation(plan, context))
+    facts = _facts(context) | {"samples": _samples(plan.folder, samples)}
+    if is_main():
+        plan.folder.record(run_manifest(plan, RUNNING) | facts)
+        context.callbacks.append(report_writer(plan.folder))
     with _stop_signal() as stop:
         outcome = _run_loop(plan, context, checkpoint, stop)
     manifest = run_manifest(plan, INTERRUPTED if outcome.interrupted else FINISHED)
-    manifest |= asdict(outcome) | {"notes": notes, "loss": _recent(plan.folder, "loss")}
+    manifest |= facts | asdict(outcome) | {"notes": notes, "loss": _recent(plan.folder, "loss")}
     manifest |= {name: _recent(plan.folder, name) for name in REWARD_METRICS if context.preference}
     if is_main() and not outcome.interrupted:
         manifest |= _write_results(plan, context, outcome, samples)
@@ -182,6 +193,7 @@ def _write_results(
     """Write the adapter (or model) and its recipe; returns the entries of run.json that are known only at the end."""
     from mergeforge.train.loop.context import load_weights, save_model, validation_sums
     from mergeforge.train.loop.preference import RewardSums
+    from mergeforge.train.loop.row_scores import score_validation
 
     folder, entries = plan.folder, dict[str, Any]()
     best = outcome.best_step
@@ -207,12 +219,50 @@ def _write_results(
     os.replace(partial, result)
     if plan.settings.trains_adapter:
         write_recipe(plan)
-    return entries | {"samples": _before_and_after(folder, samples.generate())}
+    if not context.preference:
+        entries["verdict"] = asdict(
+            make_verdict(
+                folder.base_scores(),
+                score_validation(plan, context),
+                folder.metric_lines(),
+                vocabulary=plan.stats.vocabulary,
+                kept_step=entries.get("kept_step", outcome.step),
+            )
+        )
+    return entries | {"samples": _samples(folder, samples, samples.generate())}
 
 
-def _before_and_after(folder: RunFolder, after: Mapping[str, str]) -> list[dict[str, Any]]:
-    before = folder.samples_before()
-    return [{"prompt": prompt, "before": before.get(prompt), "after": text} for prompt, text in after.items()]
+def _facts(context: TrainingContext) -> dict[str, Any]:
+    """Entries of run.json that are known once the model is loaded: parameters and the schedule."""
+    parameters = list(context.model.parameters())
+    schedule = context.schedule
+    return {
+        "parameters": {
+            "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            "all": context.base_model.num_parameters(),
+        },
+        "schedule": {
+            "sequences in a step": schedule.micro_batch * schedule.accumulation_steps,
+            "steps in all": schedule.total_steps,
+            "warmup steps": schedule.warmup_steps,
+        },
+    }
+
+
+def _samples(
+    folder: RunFolder, samples: SampleGenerator, after: Mapping[str, str] | None = None
+) -> list[dict[str, str | None]]:
+    """The samples for the report, with the expected answer where the data has one."""
+    before, answers = folder.samples_before(), dict(after or {})
+    return [
+        {
+            "prompt": prompt,
+            "expected": samples.expected.get(prompt),
+            "before": before.get(prompt),
+            "after": answers.get(prompt),
+        }
+        for prompt in before | answers
+    ]
 
 
 def _recent(folder: RunFolder, name: str) -> float | None:

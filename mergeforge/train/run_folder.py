@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class RunFolder:
         self.merged = root / "merged"
         self.base = root / "base"  # the model of sample:tiny
         self._samples = self.data / "samples-before.json"
+        self._base_scores = self.data / "base-scores.json"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -91,6 +92,17 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
+    def record_base_scores(self, scores: Sequence[tuple[float, int]]) -> None:
+        """Store the (nats, tokens) of validation rows from before training."""
+        write_durably(self._base_scores, json.dumps(scores).encode())
+
+    def base_scores(self) -> list[tuple[float, int]]:
+        """The (nats, tokens) of validation rows from before training; empty where there are none."""
+        try:
+            return [(float(nll), int(tokens)) for nll, tokens in json.loads(self._base_scores.read_bytes())]
+        except (OSError, ValueError, TypeError):
+            return []
+
     def clear(self) -> None:
         """Delete what an earlier run left, except its tokenized data."""
         for path in (self.adapter, self.model, self.checkpoints):
@@ -126,10 +138,14 @@ class RunFolder:
 
     def metric_values(self, key: str) -> list[float]:
         """The values of a key in metrics.jsonl, in order."""
+        return [line[key] for line in self.metric_lines() if key in line]
+
+    def metric_lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, in order; one that a crash cut short is left out."""
         if not self.metrics.exists():
             return []
-        lines = (json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines())
-        return [line[key] for line in lines if key in line]
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
     def cut_metrics(self, step: int) -> None:
         """Remove the metrics after `step`, which will be trained again."""

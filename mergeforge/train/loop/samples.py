@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mergeforge.eval.backend import prompt_tokens
+from mergeforge.eval.dataset import scored_spans
 from mergeforge.eval.load_transformers import LoadedModel
 from mergeforge.eval.sampling import Sampling
 from mergeforge.eval.transformers_backend import TransformersModel
@@ -20,6 +21,7 @@ class SampleGenerator:
     def __init__(self, plan: TrainPlan, context: TrainingContext) -> None:
         self._plan = plan
         self._context = context
+        self.expected: dict[str, str] = {}  # prompt -> the data's answer, for prompts from the data
         texts = plan.settings.eval.samples
         self._prompts = self._tokenize(texts) if texts else self._from_data(plan.data.validation or plan.data.train)
 
@@ -53,4 +55,7 @@ class SampleGenerator:
             if tokens:
                 text = str(self._plan.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
                 prompts[text] = tokens
+                _, stop = scored_spans(row)[0]
+                answer = self._plan.tokenizer.decode(row.tokens[first_trained:stop].tolist(), skip_special_tokens=True)
+                self.expected[text] = str(answer).strip()
         return prompts

@@ -1,0 +1,166 @@
+"""TrainingVerdict: what a finished run achieved, in numbers and in words.
+
+The rows of the validation data are scored before and after training. The difference of the two comes with the interval
+of a paired bootstrap, as in `mergeforge compare`. The losses are also compared with that of a uniform guess,
+ln(vocabulary).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mergeforge.eval.bootstrap import MIN_ROWS, ConfidenceInterval, paired_bootstrap
+
+GUESSING = 0.95  # of ln(vocabulary): a loss above this fraction is hardly better than a uniform guess
+LEARNED = 0.02  # fraction by which a loss must fall to count as learned
+OVERFIT = 0.02  # nats, and fraction of the lowest validation loss, by which it must rise again to count as overfitting
+Scores = Sequence[tuple[float, int]]  # of each row: summed negative log-likelihood in nats, tokens
+
+
+@dataclass(frozen=True)
+class TrainingVerdict:
+    """The losses of a run, in nats per token; None where there is no validation data.
+
+    `base_loss`, `loss`: of the validation rows, before training and with the weights that were kept; `interval`: of
+    their difference. `lowest_loss` (at `lowest_step`), `last_loss`: of the validations during training. `kept_step`:
+    the step whose weights were kept.
+    """
+
+    vocabulary: int
+    rows: int = 0
+    base_loss: float | None = None
+    loss: float | None = None
+    interval: ConfidenceInterval | None = None
+    first_training_loss: float | None = None
+    last_training_loss: float | None = None
+    lowest_loss: float | None = None
+    lowest_step: int | None = None
+    last_loss: float | None = None
+    kept_step: int | None = None
+
+    @property
+    def comparison(self) -> str:
+        """better, worse or no difference: the trained model against its base; "" where it is not known."""
+        return self.interval.verdict if self.interval else ""
+
+    @property
+    def is_worse(self) -> bool:
+        return self.comparison == "worse"
+
+    @property
+    def learned(self) -> bool:
+        """Whether the loss fell: of the validation rows, or of training where there are none."""
+        if self.interval:
+            return self.comparison == "better"
+        first, last = self.first_training_loss, self.last_training_loss
+        return first is not None and last is not None and last < first * (1 - LEARNED)
+
+    @property
+    def overfits(self) -> bool:
+        """Whether the validation loss rose again while training went on."""
+        if self.lowest_loss is None or self.last_loss is None:
+            return False
+        return self.last_loss - self.lowest_loss > max(OVERFIT, OVERFIT * self.lowest_loss)
+
+    def lines(self) -> list[str]:
+        """The verdict in words, one finding a line."""
+        return [line for line in (self._better(), *self._perplexity(), self._learned(), self._overfits()) if line]
+
+    def _better(self) -> str:
+        if not self.interval:
+            return "there is no validation data to compare with the base: add val: 0.1"
+        difference = {"better": "better than the base", "worse": "worse than the base"}
+        found = difference.get(self.comparison, "not clearly different from the base")
+        interval = f"{self.interval.difference:+.4f}, 95 % interval {_bounds(self.interval)}, {self.rows} rows"
+        few = f"; fewer than {MIN_ROWS} rows: the interval is often too narrow" if self.rows < MIN_ROWS else ""
+        return f"{found}: validation loss {self.base_loss:.4f} before, {self.loss:.4f} after training ({interval}{few})"
+
+    def _perplexity(self) -> list[str]:
+        if self.base_loss is None or self.loss is None:
+            return []
+        before, after = _perplexity(self.base_loss), _perplexity(self.loss)
+        words = f"as unsure as between {after} equally likely tokens, instead of {before}"
+        return [f"perplexity {before} before, {after} after training: at each token the model is {words}"]
+
+    def _learned(self) -> str:
+        loss = self.loss if self.loss is not None else self.last_training_loss
+        if loss is None:
+            return ""
+        guess = math.log(self.vocabulary)
+        if loss > GUESSING * guess:
+            return f"it has learned next to nothing: {_uniform(self.vocabulary)}; train longer, or with a higher lr"
+        if not self.interval and self.learned:
+            return f"it learned: the training loss fell from {self.first_training_loss:.4f} to {loss:.4f}"
+        if not self.learned:
+            return "it did not learn: the loss has not fallen; train longer, try another lr, or check the rows"
+        if self.base_loss is not None and self.base_loss > GUESSING * guess:
+            return f"the base was guessing: {_uniform(self.vocabulary)}"
+        return ""
+
+    def _overfits(self) -> str:
+        if not self.overfits:
+            return ""
+        text = f"it overfits after step {self.lowest_step}: the validation loss rises from {self.lowest_loss:.4f}"
+        kept = f"step {self.kept_step} was kept" if self.kept_step == self.lowest_step else "the last step was kept"
+        return f"{text} to {self.last_loss:.4f} ({kept}); use fewer epochs, more rows or a lower rank"
+
+
+def make_verdict(before: Scores, after: Scores, metrics: Sequence[Mapping[str, Any]], **facts: Any) -> TrainingVerdict:
+    """The verdict from the scores of the same rows before and after training and from the lines of metrics.jsonl.
+
+    facts: `vocabulary` and `kept_step` of the TrainingVerdict.
+    """
+    verdict = _from_metrics(TrainingVerdict(**facts), metrics)
+    if not before or len(before) != len(after):
+        return verdict
+    return replace(
+        verdict,
+        rows=len(after),
+        base_loss=_mean(before),
+        loss=_mean(after),
+        interval=paired_bootstrap(before, after),
+    )
+
+
+def read_verdict(entry: Mapping[str, Any] | None) -> TrainingVerdict | None:
+    """The verdict that run.json holds as `dataclasses.asdict`; None for runs of versions without one."""
+    if not entry:
+        return None
+    interval = entry.get("interval")
+    return TrainingVerdict(**{**entry, "interval": ConfidenceInterval(**interval) if interval else None})
+
+
+def _from_metrics(verdict: TrainingVerdict, metrics: Sequence[Mapping[str, Any]]) -> TrainingVerdict:
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    validations = [(line["eval_loss"], line["step"]) for line in metrics if "eval_loss" in line]
+    if losses:
+        window = max(1, min(10, len(losses) // 4))
+        verdict = replace(
+            verdict,
+            first_training_loss=sum(losses[:window]) / window,
+            last_training_loss=sum(losses[-window:]) / window,
+        )
+    if validations:
+        lowest, step = min(validations)
+        verdict = replace(verdict, lowest_loss=lowest, lowest_step=step, last_loss=validations[-1][0])
+    return verdict
+
+
+def _mean(scores: Scores) -> float:
+    return math.fsum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
+
+
+def _bounds(interval: ConfidenceInterval) -> str:
+    return f"{interval.low:+.4f} to {interval.high:+.4f}"
+
+
+def _uniform(vocabulary: int) -> str:
+    return f"a uniform guess among {vocabulary:,} tokens has a loss of {math.log(vocabulary):.2f}"
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(min(loss, 700))
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
