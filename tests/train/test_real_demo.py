@@ -28,6 +28,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "__init__.py").write_text("import engine_that_is_not_installed\n")
     mergeforge.convert_to_gguf(model, "q8_0", out=folder / "tiny.gguf")
     monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.setitem(real_demo.SETTINGS, "seq_len", 1024)  # its tokens are single bytes
     monkeypatch.chdir(tmp_path)
     return folder
 
