@@ -75,7 +75,7 @@ class PlannedGPU:
     def machine(self, dtype: str | None, budget: int | None) -> Machine:
         """The machine as the plan needs it. Raises RecipeError for a dtype that the GPU does not compute in."""
         if dtype == "bf16" and not self.speed_of.bf16:
-            raise RecipeError(f"a {self.speed_of.name} does not support bf16", hint="set dtype: fp16")
+            raise RecipeError(f"the {self.speed_of.name} does not support bf16", hint="set dtype: fp16")
         return Machine("cuda", budget or self.usable, dtype or ("bf16" if self.speed_of.bf16 else "fp16"))
 
     @property
@@ -85,7 +85,7 @@ class PlannedGPU:
     @property
     def source(self) -> str:
         """Where the speed comes from."""
-        return f"{self.speed_of.tflops:g} TFLOPS of a {self.speed_of.name} in NVIDIA's datasheet"
+        return f"{self.speed_of.tflops:g} TFLOPS, the {self.speed_of.name} in NVIDIA's datasheet"
 
 
 def find_gpu(text: str) -> PlannedGPU:

@@ -96,7 +96,7 @@ def test_a_plan_for_a_gpu_that_is_not_here(settings: dict[str, Any], capfd: pyte
     Path("train.yaml").write_text(yaml.safe_dump(settings))
     assert run_command(["train", "train.yaml", "--plan", "--gpu", "T4", "--price-per-hour", "0.5"]) == 0
     err = capfd.readouterr().err
-    assert "on T4, 16 GB" in err and "65 TFLOPS of a T4 in NVIDIA's datasheet" in err and "at 0.5 an hour" in err
+    assert "on T4, 16 GB" in err and "65 TFLOPS, the T4 in NVIDIA's datasheet" in err and "at 0.5 an hour" in err
     assert run_command(["train", "train.yaml", "--gpu", "T4"]) == 2
     plan = make_plan(settings, gpu="T4")
     assert plan.resolved.dtype == "fp16" and plan.resolved.device == "cuda"
