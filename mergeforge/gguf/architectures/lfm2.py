@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
+from mergeforge.gguf.architectures.bailing_moe import expert_bias_name
 from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import hparams
-from mergeforge.gguf.architectures.ling_moe import expert_bias_name
 from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.pooling import pooling_keys, pooling_notes
 from mergeforge.gguf.architectures.tensor_mapping import HFTensor, RuleResult, make_spec

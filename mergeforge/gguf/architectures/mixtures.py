@@ -6,9 +6,9 @@ from __future__ import annotations
 import re
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
+from mergeforge.gguf.architectures.bailing_moe import expert_bias_name
 from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import hparams, optional
-from mergeforge.gguf.architectures.ling_moe import expert_bias_name
 from mergeforge.gguf.architectures.llama import llama_keys
 from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.qwen import expert_keys
