@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.bailing import expert_bias_name
+from mergeforge.gguf.architectures.bailing_moe import expert_bias_name
 from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import hparams
 from mergeforge.gguf.architectures.model import HFModel

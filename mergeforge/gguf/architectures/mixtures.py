@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.bailing import expert_bias_name
+from mergeforge.gguf.architectures.bailing_moe import expert_bias_name
 from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import hparams, optional
 from mergeforge.gguf.architectures.llama import llama_keys
