@@ -143,6 +143,10 @@ GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 MINICPM3 = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_n_groups": 2}
 GRANITE4 = {**MAMBA2, "layer_types": ["mamba", "attention"], "num_local_experts": 4, "shared_intermediate_size": 256}
+FALCON_H1 = {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 32, "mamba_n_groups": 2}
+FALCON_H1 |= {"ssm_multipliers": [0.5, 0.7, 0.3, 1.1, 0.9], "mlp_multipliers": [0.8, 0.3], "key_multiplier": 0.7}
+FALCON_H1 |= {"attention_in_multiplier": 1.3, "ssm_in_multiplier": 1.25, "lm_head_multiplier": 0.0625, "head_dim": 64}
+GLM_DSA = {**LATENT, "index_n_heads": 2, "index_head_dim": 64, "index_topk": 64, "num_nextn_predict_layers": 0}
 EXAONE = {"num_hidden_layers": 4, "sliding_window": 64, "num_experts": 4, "num_shared_experts": 1, "head_dim": 64}
 EXAONE |= EXPERTS
 DOTS = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 64, **EXPERTS}
@@ -421,6 +425,8 @@ TINY = (
     Tiny("janus", by_hand=lambda: janus(), tokenizer="spm"),
     Tiny("sarashina-vision", by_hand=lambda: sarashina(), tokenizer="spm"),
     Tiny("bamba", "bamba", {**MAMBA2, "attn_layer_indices": [1]}),
+    Tiny("falcon-h1", "falcon_h1", FALCON_H1),
+    Tiny("glm-dsa", "glm_moe_dsa", GLM_DSA, tokenizer="glm"),
     Tiny("internlm2", by_hand=lambda: internlm2(), tokenizer="spm"),
     Tiny("internlm3", by_hand=lambda: plain("InternLM3ForCausalLM", "internlm3", head_dim=64), tokenizer="spm"),
     Tiny("baichuan", by_hand=lambda: baichuan(), tokenizer="spm", official=False),

@@ -109,6 +109,20 @@ def test_constant_is_added() -> None:
     assert np.array_equal(as_floats(written(TensorTarget("t", (300,), add=1.0), values), (300,)), values.numpy() + 1)
 
 
+def test_columns_are_reordered_and_values_scaled() -> None:
+    """In every chunk, with rows in another order too."""
+    values, rows, columns = random(60, 32), np.arange(60)[::-1].copy(), np.arange(32).reshape(4, 8).T.ravel()
+    target = TensorTarget("t", (60, 32), rows=rows, column_order=columns, factors=(0.5, 3.0), add=1.0)
+    expected = values.numpy()[rows][:, columns] * np.float32(0.5) * np.float32(3) + np.float32(1)
+    assert np.array_equal(as_floats(written(target, values), (60, 32)), expected)
+
+
+def test_logarithm_of_a_decay_becomes_the_decay() -> None:
+    values = random(300)
+    found = as_floats(written(TensorTarget("t", (300, 1), negative_exp=True), values), (300,))
+    assert np.array_equal(found, -values.exp().numpy())
+
+
 def test_vectors_are_stacked() -> None:
     values = random(8)
     found = as_floats(written(TensorTarget("t", (3, 8), first_row=2), values), (3, 8))

@@ -45,7 +45,7 @@ def bailingmoe2(model: HFModel) -> GGUFModelSpec:
         "expert_weights_norm": boolean(model.require("norm_topk_prob")),
     }
     if model.find("num_nextn_predict_layers") is not None:
-        keys |= prediction_layer_keys(extra.count) or {"nextn_predict_layers": u32(0)}
+        keys |= prediction_layer_keys(extra.count, always=True)
     return make_spec(
         model,
         "bailingmoe2",

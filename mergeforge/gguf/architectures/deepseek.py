@@ -65,12 +65,15 @@ def deepseek2(model: HFModel) -> GGUFModelSpec:
     return make_spec(model, "deepseek2", _keys(model), *rules, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
 
 
-def latent_attention_spec(model: HFModel, vocab: str, extra: PredictionLayers) -> GGUFModelSpec:
+def latent_attention_spec(
+    model: HFModel, vocab: str, extra: PredictionLayers, arch: str = "deepseek2", more: dict[str, Value] | None = None
+) -> GGUFModelSpec:
     """The spec of a model with DeepSeek's latent attention that keeps its prediction layers."""
     keys = _keys(model) | {"block_count": u32(model.layers + extra.count)} | prediction_layer_keys(extra.count)
+    keys |= more or {}
     return make_spec(
         model,
-        "deepseek2",
+        arch,
         keys,
         tied_head,
         extra.rule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,10 +111,8 @@ def _sparsity(model: HFModel) -> list[float]:
     """How many standard deviations above the mean an activation must be, for each layer."""
     import torch
 
-    normal = torch.distributions.normal.Normal(0, 1)
-    parts = model.require("activation_sparsity_pattern")
-    values = [torch.tensor(part, dtype=torch.float32) for part in parts]
-    return [normal.icdf(value).item() for value in values]  # type: ignore[no-untyped-call]
+    parts = torch.tensor(model.require("activation_sparsity_pattern"), dtype=torch.float32)
+    return [float(value) for value in torch.erfinv(2 * parts - 1) * math.sqrt(2)]
 
 
 def _layer_sizes(model: HFModel, shared: int) -> dict[str, Value]:

@@ -11,7 +11,7 @@ from mergeforge.gguf.architectures.hparams import FILE_TYPE, hparams, optional
 from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.prediction_layers import prediction_layer_keys, prediction_layers
 from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, HFTensor, RuleResult, make_spec
-from mergeforge.gguf.key_values import Value, boolean, f32, u32
+from mergeforge.gguf.key_values import Value, array, boolean, f32, u32
 
 _SIGMOID = 2
 _FUSED = ("attn_norm", "attn_q|attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
@@ -26,7 +26,7 @@ def glm4(model: HFModel) -> GGUFModelSpec:
     return make_spec(
         model,
         "glm4",
-        keys | prediction_layer_keys(extra.count),
+        keys | prediction_layer_keys(extra.count, _states_layers(model)),
         extra.rule,
         deinterleaved_rope,
         vocab="glm4",
@@ -50,6 +50,23 @@ def solar_open(model: HFModel) -> GGUFModelSpec:
 def glm4_moe_lite(model: HFModel) -> GGUFModelSpec:
     """GLM-4.7-Flash: DeepSeek's latent attention."""
     return latent_attention_spec(model, vocab="glm4_moe", extra=prediction_layers(model, shift=0.0))
+
+
+@architecture("GlmMoeDsaForCausalLM")
+def glm_dsa(model: HFModel) -> GGUFModelSpec:
+    """GLM-5: latent attention to tokens that an indexer selects."""
+    rotated = int(int(model.require("qk_rope_head_dim")) * model.rope.get("partial_rotary_factor", 1.0))
+    extra = prediction_layers(model, shift=0.0)
+    keys = {
+        "rope.dimension_count": u32(rotated),
+        **prediction_layer_keys(extra.count, _states_layers(model)),
+        "attention.indexer.head_count": u32(model.require("index_n_heads")),
+        "attention.indexer.key_length": u32(model.require("index_head_dim")),
+        "attention.indexer.top_k": u32(model.require("index_topk")),
+    }
+    if (kinds := model.find("indexer_types")) is not None:
+        keys["attention.indexer.types"] = array("bool", [kind == "full" for kind in kinds])
+    return latent_attention_spec(model, "glm4_moe", extra, "glm-dsa", keys)
 
 
 @architecture("ChatGLMModel", "ChatGLMForConditionalGeneration", "GlmForCausalLM")
@@ -82,7 +99,7 @@ def chatglm(model: HFModel) -> GGUFModelSpec:
 def _with_experts(model: HFModel, vocab: str) -> GGUFModelSpec:
     extra = prediction_layers(model, shift=0.0)
     keys = hparams(model) | {"block_count": u32(model.layers + extra.count), **_rotated(model)}
-    keys |= _expert_keys(model) | prediction_layer_keys(extra.count)
+    keys |= _expert_keys(model) | prediction_layer_keys(extra.count, _states_layers(model))
     return make_spec(
         model,
         "glm4moe",
@@ -94,6 +111,10 @@ def _with_experts(model: HFModel, vocab: str) -> GGUFModelSpec:
         layers=model.layers + extra.count,
         notes=extra.notes,
     )
+
+
+def _states_layers(model: HFModel) -> bool:
+    return model.find("num_nextn_predict_layers") is not None
 
 
 def _expert_keys(model: HFModel) -> dict[str, Value]:

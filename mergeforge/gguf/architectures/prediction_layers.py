@@ -60,8 +60,9 @@ def prediction_layers(model: HFModel, prefix: str = "", shift: float = 1.0) -> P
     return PredictionLayers(max(count, 0), rename, rule, notes)
 
 
-def prediction_layer_keys(count: int) -> dict[str, Value]:
-    return {"nextn_predict_layers": u32(count)} if count else {}
+def prediction_layer_keys(count: int, always: bool = False) -> dict[str, Value]:
+    """Their number; 0 only where the converter writes it too (`always`)."""
+    return {"nextn_predict_layers": u32(count)} if count or always else {}
 
 
 def _as_layer(name: str, prefix: str, layers: int) -> str:

@@ -268,6 +268,16 @@ def test_multi_token_prediction_layers_are_dropped() -> None:
     }
 
 
+def test_a_model_without_its_prediction_layers_is_written_without_them() -> None:
+    """transformers does not save mtp.*, though config.json counts them: block_count must not."""
+    config, shapes = golden_model("qwen35")
+    without = {name: shape for name, shape in shapes.items() if not name.startswith("mtp.")}
+    spec = build_spec({**config, "mtp_num_hidden_layers": 1}, infos(without))
+    assert spec.keys["qwen35.block_count"].value == 4 and "qwen35.nextn_predict_layers" not in spec.keys
+    assert "without them" in " ".join(spec.notes)
+    assert build_spec(config, infos(shapes)).keys["qwen35.block_count"].value == 5
+
+
 def test_settings_that_llama_cpp_ignores_give_a_warning() -> None:
     odd_yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     scaled = odd_yarn | {"mscale": 2.0, "mscale_all_dim": 1.0}
