@@ -178,6 +178,8 @@ class _HeaderReader:
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise SourceError(f"{self.path}: the tensor name {name!r} is not UTF-8", hint="download it again")
         (dims,) = self._numbers("<I")
         if not 1 <= dims <= 4:
             raise SourceError(f"{self.path}: {name} has {dims} dimensions")

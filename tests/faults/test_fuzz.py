@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.faults.fuzzing import Target, targets
 
 NAMES = ["header", "index", "config", "tokenizer", "tokenizer_config", "generation_config", "union", "adapter", "gguf"]
-NAMES += ["recipe", "train", "jsonl", "json", "csv", "receipt"]
+NAMES += ["requantize", "gguf_lora", "recipe", "train", "jsonl", "json", "csv", "receipt"]
 DEEP = b"[" * 100_000
 # Inputs that were crashes once, made from a good one by a replacement.
 CRASHED = [
@@ -30,6 +30,7 @@ CRASHED = [
     ("union", b'"e": 101', b'"e": 9223372036854775807'),
     ("tokenizer_config", b'"<s>"', b'"\\ud800"'),
     ("adapter", b'"lora_alpha": 32', b'"lora_alpha": 1' + b"0" * 400),
+    ("requantize", b"blk.0.attn_q", b"blk.0.attn\xae_"),
     ("train", b"epochs: 2", b"epochs: 1" + b"0" * 400),
     ("train", b"every: 10", b"every: .inf"),
     ("train", b"every: 10", b"every: .nan"),

@@ -206,7 +206,7 @@ def test_the_command_names_its_folder_after_the_model(models: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["gguf", "adapters/a"], 3, "is an adapter, not a model"),
+        (["gguf", "adapters/a", "--type", "q4_k_m"], 2, "a LoRA has no mixed types"),
         (["gguf", "base", "--type", "q9_k"], 2, "unknown GGUF type 'q9_k'"),
         (["gguf", "base", "--pre", "llama-bpr"], 2, "llama-bpr"),
         (["gguf", "base", "--tensor-type", "attn_v"], 2, "write NAME=TYPE"),

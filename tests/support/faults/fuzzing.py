@@ -156,6 +156,7 @@ def targets(root: Path) -> Iterator[Target]:
     alone = _folder(root, "gguf", [gguf, *beside])
     held, merged = alone / gguf.name, plan({**linear, "models": [str(base), str(alone / gguf.name)]})
     yield Target("gguf", [gguf.read_bytes()], anything, held, lambda: (read_gguf(held), merged()))
+    yield from _gguf_to_gguf(root, gguf, adapter, base)
     recipe = root / "recipe.yaml"
     texts = [LINEAR, TIES, FOLD, STACK, SLERP]
     yield Target("recipe", texts, [changed_bytes, changed_yaml, changed_yaml], recipe, lambda: read_recipe(recipe))
@@ -167,6 +168,26 @@ def targets(root: Path) -> Iterator[Target]:
     yield from _rows(root, lines)
     receipt = _copied(root, "sharded", "receipt") / "mergeforge.json"
     yield Target("receipt", [receipt.read_bytes()], objects, receipt, lambda: verify(receipt.parent))
+
+
+def _gguf_to_gguf(root: Path, gguf: Path, adapter: Path, base: Path) -> Iterator[Target]:
+    """A GGUF file that is requantized, and a GGUF LoRA that is folded into one."""
+    import mergeforge
+    from mergeforge.operations.requantize_gguf import plan_gguf_to_gguf
+    from mergeforge.planner import Options
+    from mergeforge.planner.requantize import Requantization
+
+    changed = _folder(root, "requantize", [gguf]) / gguf.name
+    (lora,) = mergeforge.convert_to_gguf(adapter, base=base, out=root / "lora" / "lora.gguf")
+    options = Options(memory="64MiB", device="cpu", threads=1)
+
+    def plan(model: Path, types: Sequence[str], request: Requantization) -> None:
+        plan_gguf_to_gguf(str(model), types, str(root / "requantized"), {}, request, options)
+
+    again = Requantization(allow_requantize=True)
+    seeds, folded = [gguf.read_bytes()], Requantization(adapters=((str(lora), 1.0),))
+    yield Target("requantize", seeds, [changed_bytes], changed, lambda: plan(changed, ["q4_k_m", "f16"], again))
+    yield Target("gguf_lora", [lora.read_bytes()], [changed_bytes], lora, lambda: plan(gguf, ["q8_0"], folded))
 
 
 def _rows(root: Path, lines: Sequence[bytes]) -> Iterator[Target]:
