@@ -86,7 +86,9 @@ def test_a_plan_prints_as_a_page(models: Path, capsys: pytest.CaptureFixture[str
     assert run_command(["plan", "recipe.yaml", "--out", "out"]) == 0
     printed = capsys.readouterr().out.splitlines()
     page = str(plan).splitlines()
-    assert [line for line in page if "free" not in line] == [line for line in printed if "free" not in line]
+    measured = ("free", "memory ", "to work in")  # these change from one moment to the next
+    fixed = [[line for line in lines if not any(word in line for word in measured)] for lines in (page, printed)]
+    assert fixed[0] == fixed[1]
     assert len(page) < 40 and len(repr(plan)) < 200
 
 
