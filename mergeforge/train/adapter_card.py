@@ -34,7 +34,7 @@ def _body(plan: TrainPlan, entries: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     kind = settings.adapter.type if settings.adapter else "DoRA" if lora.dora else "LoRA"
     how = settings.method if settings.objective == SFT else f"{settings.method}, {settings.objective}"
-    yield f"A {kind} adapter ({how}) for {base}, trained with [mergeforge](https://pypi.org/project/mergeforge/)."
+    yield f"A {kind} adapter ({how}) for {base}, trained with mergeforge."
     yield ""
     yield "| | |"
     yield "|---|---|"
