@@ -16,8 +16,9 @@ from mergeforge.checkpoints.names import class_names
 from mergeforge.core.messages import WarningText
 from mergeforge.errors import SourceError, format_list
 from mergeforge.planner.inputs import Inputs, OpenAdapter, OpenModel
-from mergeforge.planner.model_facts import DECISIVE, DOUBTFUL, facts, model_types, rope_facts
-from mergeforge.planner.vocabulary_check import check_vocabularies
+from mergeforge.planner.mismatches import Mismatches, all_mismatches
+from mergeforge.planner.model_facts import decisive_facts, doubtful_facts, model_types
+from mergeforge.planner.vocabulary_check import compare_vocabularies
 from mergeforge.recipe import Recipe
 
 _ADAPTER_TENSOR = re.compile(
@@ -33,17 +34,15 @@ def check_inputs(recipe: Recipe, inputs: Inputs, merged: Sequence[OpenModel]) ->
     Raises SourceError for contradictions that the recipe does not allow.
     """
     _refuse_adapter_tensors(inputs)
-    decisive, doubtful = list[str](), list[str]()
     reference = inputs.reference_model
-    for model in (model for model in merged if model is not reference):
-        _compare(model.label, model.checkpoint.config, reference.label, reference.checkpoint.config, decisive, doubtful)
-    for model, opened in _adapters_with_bases(inputs):
-        _compare_adapter(model, opened, decisive, doubtful)
+    others = [model for model in merged if model is not reference]
+    found = all_mismatches(_compare_models(model, reference) for model in others)
+    found += all_mismatches(_compare_adapter(model, opened) for model, opened in _adapters_with_bases(inputs))
     if recipe.tokenizer is None:
-        check_vocabularies(reference, merged, decisive, doubtful)
-    if decisive and not recipe.allow_mismatch:
-        raise SourceError("\n  ".join(["the inputs do not fit together:", *decisive]), hint=_INSIST)
-    return [WarningText(text) for text in (*decisive, *doubtful)]
+        found += all_mismatches(compare_vocabularies(model, reference) for model in others)
+    if found.decisive and not recipe.allow_mismatch:
+        raise SourceError("\n  ".join(["the inputs do not fit together:", *found.decisive]), hint=_INSIST)
+    return [WarningText(text) for text in (*found.decisive, *found.doubtful)]
 
 
 def _refuse_adapter_tensors(inputs: Inputs) -> None:
@@ -55,25 +54,22 @@ def _refuse_adapter_tensors(inputs: Inputs) -> None:
             raise SourceError(text, hint=hint)
 
 
-def _compare(
-    label: str,
-    config: Mapping[str, Any],
-    other_label: str,
-    other: Mapping[str, Any],
-    decisive: list[str],
-    doubtful: list[str],
-) -> None:
-    """Add what contradicts between the configs of two models."""
+def _compare_models(model: OpenModel, reference: OpenModel) -> Mismatches:
+    return _compare(model.label, model.checkpoint.config, reference.label, reference.checkpoint.config)
+
+
+def _compare(label: str, config: Mapping[str, Any], other_label: str, other: Mapping[str, Any]) -> Mismatches:
+    """What contradicts between two configs."""
     types, other_types = model_types(config), model_types(other)
     if types and other_types and not types & other_types:
-        decisive.append(f"{label} is a {_joined(types)} model, {other_label} a {_joined(other_types)} model")
-        return
-    for names, problems in ((DECISIVE, decisive), (DOUBTFUL, doubtful)):
-        problems += _differences(label, facts(config, names), other_label, facts(other, names))
-    doubtful += _differences(label, rope_facts(config), other_label, rope_facts(other))
+        text = f"{label} is a {_joined(types)} model, {other_label} a {_joined(other_types)} model"
+        return Mismatches(decisive=(text,))
+    decisive = list(_differences(label, decisive_facts(config), other_label, decisive_facts(other)))
+    doubtful = list(_differences(label, doubtful_facts(config), other_label, doubtful_facts(other)))
     classes, other_classes = class_names(config), class_names(other)
     if classes and other_classes and classes != other_classes:
         doubtful.append(f"{label} is a {_joined(classes)}, {other_label} a {_joined(other_classes)}")
+    return Mismatches(tuple(decisive), tuple(doubtful))
 
 
 def _differences(label: str, values: Mapping[str, Any], other_label: str, others: Mapping[str, Any]) -> Iterator[str]:
@@ -89,25 +85,33 @@ def _adapters_with_bases(inputs: Inputs) -> Iterator[tuple[OpenModel, OpenAdapte
         yield from ((model, opened) for opened in model.adapters)
 
 
-def _compare_adapter(model: OpenModel, opened: OpenAdapter, decisive: list[str], doubtful: list[str]) -> None:
+def _compare_adapter(model: OpenModel, opened: OpenAdapter) -> Mismatches:
     """Compare an adapter's own base with the model that it is folded into, as far as the adapter tells what it is."""
     path = opened.adapter.folder / "adapter_config.json"
     settings = read_json(path) if path.is_file() else {}
-    config = model.checkpoint.config
-    label = f"the base of {opened.adapter.label}"
-    trained_on = Path(str(settings.get("base_model_name_or_path") or "")) / "config.json"
-    if trained_on.is_file() and not trained_on.samefile(model.checkpoint.folder / "config.json"):
-        other = read_json(trained_on)
-        if model_types(other) & model_types(config):
-            _compare(label, other, model.label, config, doubtful, [])  # the path may lead to another model by now
-        else:
-            _compare(label, other, model.label, config, decisive, [])
-        return
+    config, label = model.checkpoint.config, f"the base of {opened.adapter.label}"
+    trained_on = _config_at(settings.get("base_model_name_or_path"))
+    if trained_on is not None:
+        found = _compare(label, trained_on, model.label, config)
+        if model_types(trained_on) & model_types(config):
+            return Mismatches(doubtful=found.decisive)  # by now, the path may lead to another model
+        return found
     mapping = settings.get("auto_mapping")
     trained_class = str(mapping.get("base_model_class") or "") if isinstance(mapping, Mapping) else ""
     classes = class_names(config)
     if trained_class and classes and _family(trained_class) not in map(_family, classes):
-        decisive.append(f"{label} is a {trained_class}, {model.label} a {_joined(classes)}")
+        return Mismatches(decisive=(f"{label} is a {trained_class}, {model.label} a {_joined(classes)}",))
+    return Mismatches()
+
+
+def _config_at(path: Any) -> dict[str, Any] | None:
+    """The config.json of a local model folder; None if there is none that can be read."""
+    if not isinstance(path, str) or not path:
+        return None
+    try:
+        return read_json(Path(path) / "config.json")
+    except (SourceError, OSError, ValueError):
+        return None
 
 
 def _family(class_name: str) -> str:

@@ -42,20 +42,32 @@ def model_types(config: Mapping[str, Any]) -> set[str]:
     return {str(part["model_type"]) for part in (config, _text_config(config)) if part.get("model_type")}
 
 
-def facts(config: Mapping[str, Any], names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """The values of a config under the names given; transformers' default where its model type has a known one."""
+def decisive_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of DECISIVE; a size that is left out or null follows from the others."""
     text = {**config, **_text_config(config)}
-    rope = _plain(text.get("rope_parameters"))
-    defaults = hf_defaults().get(str(text.get("model_type")), {})
-    known = {**defaults, **rope, **{key: value for key, value in text.items() if value is not None}}
-    found = {name: known[key] for name, keys in names.items() for key in keys if known.get(key) is not None}
-    heads = found.get("attention heads")
-    if heads and "key-value heads" in names:
+    found = {name: value for name, value in _values(text, DECISIVE).items() if value is not None}
+    heads, width = found.get("attention heads"), text.get("hidden_size") or text.get("n_embd") or text.get("d_model")
+    if isinstance(heads, int) and heads > 0:
         found.setdefault("key-value heads", heads)
-        width = text.get("hidden_size") or text.get("n_embd") or text.get("d_model")
-        if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        if isinstance(width, int):
             found.setdefault("head size", width // heads)
     return found
+
+
+def doubtful_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of DOUBTFUL, and rope; null switches something off, such as a sliding window."""
+    text = {**config, **_text_config(config)}
+    found = _values(text, DOUBTFUL)
+    if not text.get("use_sliding_window", True):
+        found["sliding window"] = None
+    return found | rope_facts(config)
+
+
+def _values(text: Mapping[str, Any], names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The value of the first key of each name that the config has, or transformers has a default for."""
+    known = {**_defaults(text), **_plain(text.get("rope_parameters")), **text}
+    present = {name: [key for key in keys if key in known] for name, keys in names.items()}
+    return {name: known[keys[0]] for name, keys in present.items() if keys}
 
 
 def rope_facts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,13 +76,16 @@ def rope_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = text.get("rope_parameters")
     if isinstance(parameters, Mapping) and any(isinstance(value, Mapping) for value in parameters.values()):
         return {f"rope of {kind}": _plain(value) for kind, value in parameters.items()}  # one for each kind of layer
-    defaults = hf_defaults().get(str(text.get("model_type")), {})
-    theta = _plain(parameters).get("rope_theta") or text.get("rope_theta") or defaults.get("rope_theta")
+    theta = _plain(parameters).get("rope_theta") or text.get("rope_theta") or _defaults(text).get("rope_theta")
     scaling = {**_plain(text.get("rope_scaling")), **_plain(parameters)}
     kind = scaling.get("rope_type") or scaling.get("type")
     scaled = {key: value for key, value in scaling.items() if key not in _ROPE}
     is_scaled = kind not in (None, "default")
     return {"rope theta": theta, "rope scaling": {"rope_type": kind, **scaled} if is_scaled else None} if theta else {}
+
+
+def _defaults(text: Mapping[str, Any]) -> Mapping[str, Any]:
+    return hf_defaults().get(str(text.get("model_type")), {})
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergeforge.errors import MALFORMED_ERRORS
 from mergeforge.io.aux_files import AuxFile
 from mergeforge.planner.inputs import OpenModel
+from mergeforge.planner.mismatches import Mismatches
 from mergeforge.planner.tokenizer import tokenizer_files
 
 MOST_MOVED = 0.1  # share of the ids above which an average of the embeddings is meaningless
@@ -16,26 +18,24 @@ _TABLES = ("tokenizer.json", "vocab.json", "vocab.txt")  # files whose tokens an
 _OPAQUE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "tekken.json")
 
 
-def check_vocabularies(
-    reference: OpenModel, merged: Sequence[OpenModel], decisive: list[str], doubtful: list[str]
-) -> None:
-    """Add what contradicts between the tokenizers of the reference model and of the others of one vocabulary size."""
-    files, size = tokenizer_files(reference), _size(reference)
-    for model in (model for model in merged if model is not reference and _size(model) == size):
-        others = tokenizer_files(model)
-        name = next((name for name in (*_TABLES, *_OPAQUE) if name in files and name in others), None)
-        if name is None or _same(files[name], others[name]):
-            continue
-        if name in _OPAQUE:
-            doubtful.append(f"{model.label} and {reference.label} have different tokenizers ({name} differs)")
-            continue
-        tokens = _tokens(files[name])
-        if moved := _moved(tokens, _tokens(others[name])):
-            number, token, other_token = moved[0]
-            example = f"id {number} is {other_token!r} in {model.label} and {token!r} in {reference.label}"
-            text = f"the vocabularies differ at {len(moved)} of {len(tokens)} ids ({example})"
-            problems = decisive if len(moved) > MOST_MOVED * len(tokens) else doubtful
-            problems.append(f"{text}: `tokenizer: {{source: union}}` maps tokens to rows")
+def compare_vocabularies(model: OpenModel, reference: OpenModel) -> Mismatches:
+    """What contradicts between the tokenizers of two models, if their vocabularies have one size."""
+    files, others = tokenizer_files(reference), tokenizer_files(model)
+    name = next((name for name in (*_TABLES, *_OPAQUE) if name in files and name in others), None)
+    if name is None or _size(model) != _size(reference) or _same(files[name], others[name]):
+        return Mismatches()
+    if name in _OPAQUE:
+        text = f"{model.label} and {reference.label} have different tokenizers ({name} differs)"
+        return Mismatches(doubtful=(text,))
+    tokens = _tokens(files[name])
+    moved = _moved(tokens, _tokens(others[name]))
+    if not moved:
+        return Mismatches()
+    number, token, other_token = moved[0]
+    example = f"id {number} is {other_token!r} in {model.label} and {token!r} in {reference.label}"
+    text = f"the vocabularies differ at {len(moved)} of {len(tokens)} ids ({example})"
+    text += ": `tokenizer: {source: union}` maps tokens to rows"
+    return Mismatches(decisive=(text,)) if len(moved) > MOST_MOVED * len(tokens) else Mismatches(doubtful=(text,))
 
 
 def _size(model: OpenModel) -> Any:
@@ -58,12 +58,10 @@ def _moved(tokens: Mapping[int, str], others: Mapping[int, str]) -> list[tuple[i
 
 def _tokens(file: AuxFile) -> dict[int, str]:
     """Id -> token of a table; empty for one that cannot be read, which the tokenizer library will refuse too."""
-    text = file.read_text(encoding="utf-8")
-    if str(file).endswith(".txt"):
-        return dict(enumerate(text.splitlines()))
     try:
-        return _of_json(json.loads(text))
-    except (ValueError, TypeError, KeyError, RecursionError):
+        text = file.read_text(encoding="utf-8")
+        return dict(enumerate(text.splitlines())) if str(file).endswith(".txt") else _of_json(json.loads(text))
+    except MALFORMED_ERRORS:
         return {}
 
 

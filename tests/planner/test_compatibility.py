@@ -128,6 +128,8 @@ def test_contradictions_are_refused_unless_the_recipe_insists(
         ("llama", scaling(2.0), "rope scaling"),
         ("qwen3", theta(1e6), "rope theta"),
         ("mistral", setting(sliding_window=16), "sliding window"),
+        ("mistral", setting(sliding_window=None), "sliding window"),
+        ("gemma2", setting(final_logit_softcapping=None), "softcapping of logits"),
         ("llama", setting(rms_norm_eps=0.01), "norm epsilon"),
         ("bert", setting(layer_norm_eps=0.01), "norm epsilon"),
         ("gemma2", setting(final_logit_softcapping=None, query_pre_attn_scalar=8), "attention scale"),
@@ -156,6 +158,12 @@ def test_older_configs_say_the_same_in_other_words(models: Path, tmp_path: Path)
 
     for name, change in (("older", older), ("oldest", oldest)):
         assert not said(plan([models / "llama", changed(models / "llama", tmp_path / name, change)], tmp_path))
+
+
+def test_a_sliding_window_that_is_switched_off_does_not_matter(models: Path, tmp_path: Path) -> None:
+    """Qwen 2.5's models state different windows, and use none."""
+    change = setting(use_sliding_window=False, sliding_window=32768)
+    assert not said(plan([models / "qwen2", changed(models / "qwen2", tmp_path / "other", change)], tmp_path))
 
 
 WORDS = [f"w{number}" for number in range(96)]
@@ -220,3 +228,29 @@ def test_an_adapter_of_another_architecture_is_refused(models: Path, tmp_path: P
     with pytest.raises(SourceError, match="MistralModel"):
         mergeforge.plan(recipe, out=tmp_path / "out", device="cpu")
     assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("trained_on", ["", "x" * 5000, "no\0folder", 7, None])
+def test_an_adapter_whose_base_is_not_a_path_is_folded(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_on: Any
+) -> None:
+    """Run from a folder that holds another model's config.json, onto a base without one."""
+    monkeypatch.chdir(models / "bert")
+    with quiet():
+        model = transformers.AutoModel.from_pretrained(models / "llama")
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": trained_on, "auto_mapping": None}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "bare").mkdir()
+    shutil.copy(models / "llama" / "model.safetensors", tmp_path / "bare")
+    recipe = {"base_model": str(tmp_path / "bare"), "adapters": [str(tmp_path / "adapter")]}
+    assert mergeforge.plan(recipe, out=tmp_path / "out", device="cpu").tensor_plans
+
+
+@pytest.mark.parametrize("content", ["[1]", "\x00", '{"model": {"vocab": 5}}', '{"model": {"vocab": {"a": [1]}}}', "{"])
+def test_tokenizers_that_cannot_be_read_are_not_compared(models: Path, tmp_path: Path, content: str) -> None:
+    for name, text in (("a", content), ("b", content + " ")):
+        shutil.copytree(models / "llama", tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(text)
+    assert not plan([tmp_path / "a", tmp_path / "b"], tmp_path).warnings
