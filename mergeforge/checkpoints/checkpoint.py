@@ -141,10 +141,10 @@ def _open_folder(shards: _Shards, folder: Path, stem: str, allow_pickle: bool) -
 def _open_other_names(shards: _Shards, folder: Path, names: Set[str], stem: str) -> None:
     """Open weights that are named otherwise: an index, a single file, or shards without an index."""
     others = sorted(name for name in names if name.endswith(".safetensors"))
-    indices = sorted(name for name in names if name.endswith(".safetensors.index.json"))
+    indices = sorted(name for name in names if name.endswith(".safetensors.index.json")) if stem == "model" else []
     if len(indices) == 1:
         _open_index(shards, folder, indices[0], allow_pickle=False)
-    elif len(others) == 1 or is_complete_set(others):
+    elif len(others) == 1 or (stem == "model" and is_complete_set(others)):
         for name in others:
             _add_shard(shards, folder / name, allow_pickle=False)
         if len(others) > 1:

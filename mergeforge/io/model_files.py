@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
-MAX_DEPTH = 3  # of subfolders
-MAX_SUBFOLDER_FILES = 1000  # in all subfolders together
+MAX_SUBFOLDER_FILES = 1000  # of a subfolder that is copied
 
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.pt2", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.npz"),
@@ -62,16 +62,26 @@ def sort_model_files(names: Iterable[str]) -> ModelFiles:
     return files
 
 
-def names_in(folder: Path) -> Iterator[str]:
-    """The names of a folder's files, relative to it. Subfolders are read to a depth and a number of files."""
-    in_subfolders = 0
+def model_files(folder: Path) -> ModelFiles:
+    """Sort the files of a folder. A subfolder of more than MAX_SUBFOLDER_FILES files is left out without reading on."""
+    names, crowded = [entry.name for entry in folder.iterdir() if entry.is_file()], list[str]()
+    for subfolder in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()):
+        inner = [] if _matches(subfolder.name, _CACHE) else list(islice(_names_in(subfolder), MAX_SUBFOLDER_FILES + 1))
+        if len(inner) > MAX_SUBFOLDER_FILES:
+            crowded.append(f"{subfolder.name}/")
+        else:
+            names += [f"{subfolder.name}/{name}" for name in inner]
+    files = sort_model_files(names)
+    if crowded:
+        files.left_out[f"more than {MAX_SUBFOLDER_FILES} files"] = crowded
+    return files
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    """The names of all files below a folder, relative to it."""
     for parent, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not _matches(name, _CACHE))
         relative = PurePosixPath(Path(parent).relative_to(folder).as_posix())
-        too_deep = len(relative.parts) == MAX_DEPTH
-        subfolders[:] = [] if too_deep else sorted(name for name in subfolders if not _matches(name, _CACHE))
-        in_subfolders += len(names) if relative.parts else 0
-        if in_subfolders > MAX_SUBFOLDER_FILES:
-            return
         yield from (str(relative / name) for name in sorted(names) if Path(parent, name).is_file())
 
 

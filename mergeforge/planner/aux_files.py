@@ -11,12 +11,11 @@ from mergeforge.checkpoints.model import ModelSource
 from mergeforge.core.messages import WarningText
 from mergeforge.errors import format_list
 from mergeforge.io.aux_files import AuxFile, AuxFiles
-from mergeforge.io.model_files import ModelFiles, names_in, sort_model_files
+from mergeforge.io.model_files import ModelFiles, model_files
 from mergeforge.planner.inputs import Inputs, IntermediateModel
 from mergeforge.planner.sentence_transformers import missing_modules
 from mergeforge.tokenizer.output_files import tokenizer_files_in
 
-_WRITTEN_ANEW = ("config.json", "model.safetensors.index.json")
 _BESIDE_A_FILE = ("generation_config.json", "LICENSE*", "NOTICE*", "*processor_config.json", "*_tokenizer_config.json")
 _UNMENTIONED = ("README.md", "mergeforge.json", "mergeforge.yml", "mergekit_config.yml", "Modelfile", "report.html")
 
@@ -61,8 +60,8 @@ def files_of(model: ModelSource) -> tuple[dict[str, AuxFile], list[str]]:
     if isinstance(model, Checkpoint) and model.is_single_file:
         others = {path.name: path for pattern in _BESIDE_A_FILE for path in sorted(folder.glob(pattern))}
         return {**tokenizer_files_in(folder), **{name: path for name, path in others.items() if path.is_file()}}, []
-    found = sort_model_files(names_in(folder))
-    files = {name: folder / name for name in found.copied if name not in _WRITTEN_ANEW}
+    found = model_files(folder)
+    files = {name: folder / name for name in found.copied if name != "config.json"}
     read = model.file_hashes if isinstance(model, Checkpoint) else {}
     return dict(files), [*_left_out(model, found, read), *missing_modules(model.label, files)]
 
@@ -78,7 +77,8 @@ def _left_out(model: ModelSource, found: ModelFiles, read: Container[str]) -> It
 
 def _by_folder(names: Iterable[str]) -> list[str]:
     """The names, or the name of the subfolder of those that are in one."""
-    return list(dict.fromkeys(f"{name.partition('/')[0]}/" if "/" in name else name for name in names))
+    parts = (name.partition("/") for name in names)
+    return list(dict.fromkeys(first + slash for first, slash, _ in parts))
 
 
 def _differing_weights(inputs: Inputs, files: AuxFiles) -> Iterator[WarningText]:

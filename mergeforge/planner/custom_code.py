@@ -1,6 +1,6 @@
 """Code that a model brings along: `auto_map` in its JSON files names classes in .py files of its folder.
 
-The files are copied, never run. An entry whose file is missing would keep the output from loading, so it is removed.
+The files are copied, never run. An entry whose file is not copied would keep the output from loading, so it is removed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def without_missing_code(
 
 def _warning(name: str, label: str, missing: list[str]) -> WarningText:
     files = ", ".join(f"{module}.py" for module in missing)
-    return WarningText(f"{name} of {label} needs {files}, which its folder lacks: the auto_map entry is removed")
+    return WarningText(f"{name} of {label} needs {files}, which is not copied: the auto_map entry is removed")
 
 
 def _missing(auto_map: Any, modules: set[str]) -> Iterator[str]:

@@ -23,7 +23,7 @@ def input_warnings(recipe: Recipe, inputs: Inputs, files: AuxFiles) -> Iterator[
     config = inputs.reference_model.checkpoint.config
     if _has_vocabulary(config) and not any(map(is_tokenizer_file, files)):
         label = inputs.reference_model.label
-        yield WarningText(f"{label} has no tokenizer, so the output has none: copy the tokenizer files to it")
+        yield WarningText(f"{label} has no tokenizer files, so the output has none")
 
 
 def _adapters_without_effect(inputs: Inputs) -> Iterator[WarningText]:

@@ -113,7 +113,7 @@ def _files_and_config(
     if template := output_chat_template(recipe, inputs):
         files = with_chat_template(files, template)
     config, files, about_code = without_missing_code(config, files, inputs.reference_model.label)
-    notes += about_code
+    notes += about_code if recipe.output.safetensors else []
     return files, config, notes
 
 

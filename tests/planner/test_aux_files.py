@@ -119,6 +119,16 @@ def test_what_is_left_out_is_listed(models: Path, tmp_path: Path) -> None:
     assert not any(name in note for note in plan.notes for name in UNMENTIONED)
 
 
+def test_a_crowded_subfolder_is_listed_and_a_deep_file_copied(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergeforge.io.model_files.MAX_SUBFOLDER_FILES", 3)
+    base = fresh(models, tmp_path / "base", *(f"data/{number}.txt" for number in range(4)), "1_Pooling/a/b/c/d.json")
+    plan = mergeforge.plan(average(base, models / "b"), out=tmp_path / "out", device="cpu")
+    assert set(plan.aux_files) == {"generation_config.json", "1_Pooling/a/b/c/d.json"}
+    assert any("data/" in note and "more than 3 files" in note for note in plan.notes)
+
+
 def test_a_merge_of_a_single_file_copies_no_neighbors(models: Path, tmp_path: Path) -> None:
     """A folder of many checkpoints is not one model."""
     base = fresh(models, tmp_path / "base", "other.json", "notes.txt", "LICENSE", "tokenizer.json")
