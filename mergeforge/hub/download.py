@@ -125,7 +125,7 @@ def _download(
 
 
 def _not_found(requested: str, error: Exception) -> SourceError:
-    """The error for a name that is no local path, and that the Hub does not have or could not be asked for."""
+    """The error for a name that is not a local path, and that the Hub lacks or could not be asked about."""
     from huggingface_hub.errors import HfHubHTTPError
 
     local = "give the path of a local folder"

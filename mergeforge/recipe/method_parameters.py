@@ -1,7 +1,7 @@
 """Checks of the parameters that a recipe gives to its merge methods.
 
 A misspelled parameter is a mistake. One that has no effect where it stands (another method's, or one value for the
-whole merge given for one model) is a warning: mergekit accepts such configs without a word, and many of them exist.
+whole merge given for one model) is a warning: mergekit accepts such configs silently, and there are many of them.
 """
 
 from __future__ import annotations

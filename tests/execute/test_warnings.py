@@ -96,7 +96,7 @@ def test_a_model_without_tokenizer_is_a_warning(root: Path, tmp_path: Path) -> N
     assert "no tokenizer" in warning
 
 
-def test_an_edited_card_is_not_replaced_without_a_word(root: Path, tmp_path: Path) -> None:
+def test_replacing_an_edited_card_is_a_warning(root: Path, tmp_path: Path) -> None:
     recipe, messages = fold(root, root / "adapter"), list[str]()
     out = mergeforge.run(recipe, out=tmp_path / "out", device="cpu").folder
     mergeforge.run(recipe, out=out, device="cpu", overwrite=True, on_message=messages.append)

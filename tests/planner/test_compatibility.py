@@ -87,7 +87,7 @@ def said(plan: mergeforge.Plan) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models_of_one_config_are_merged_without_a_word(models: Path, tmp_path: Path, family: str) -> None:
+def test_models_of_one_config_give_no_warning(models: Path, tmp_path: Path, family: str) -> None:
     other = changed(models / family, tmp_path / "other", setting(use_cache=False))
     assert not said(plan([models / family, other], tmp_path))
 
@@ -187,7 +187,7 @@ def write_tokenizer(folder: Path, kind: str, words: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", [*TOKENIZERS, "vocab.txt", "vocab.json", "tokenizer.model"])
 def test_vocabularies_of_one_size_are_compared(models: Path, tmp_path: Path, kind: str) -> None:
-    """The same ids: not a word. Two swapped tokens: a warning. Half of them: refused, if the tokens can be read."""
+    """The same ids: no warning. Two tokens swapped: a warning. Half of them moved: refused, if the tokens can be read."""
     swapped, moved = [*WORDS[:94], WORDS[95], WORDS[94]], [*WORDS[:40], *WORDS[40:][::-1]]
     for name, words in {"a": WORDS, "same": WORDS, "swapped": swapped, "moved": moved}.items():
         shutil.copytree(models / "llama", tmp_path / name)
@@ -231,7 +231,7 @@ def test_an_adapter_of_another_architecture_is_refused(models: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("trained_on", ["", "x" * 5000, "no\0folder", 7, None])
-def test_an_adapter_whose_base_is_not_a_path_is_folded(
+def test_an_adapter_that_names_no_local_base_is_folded(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_on: Any
 ) -> None:
     """Run from a folder that holds another model's config.json, onto a base without one."""
