@@ -36,7 +36,7 @@ def plan_gguf(
         return plan_gguf_to_gguf(model, types, out, settings, request, options, overwrite=overwrite)
     if request != Requantization():
         text = "requantizing, kept splits and edited metadata are for GGUF files"
-        raise RecipeError(f"{text}, but {model} is none", hint="write the GGUF file first")
+        raise RecipeError(f"{text}, but {model} is not one", hint="write the GGUF file first")
     return plan_conversion(model, types or ("q8_0",), out, settings, options, overwrite=overwrite)
 
 

@@ -187,7 +187,7 @@ def write_tokenizer(folder: Path, kind: str, words: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", [*TOKENIZERS, "vocab.txt", "vocab.json", "tokenizer.model"])
 def test_vocabularies_of_one_size_are_compared(models: Path, tmp_path: Path, kind: str) -> None:
-    """The same ids: no warning. Two tokens swapped: a warning. Half of them moved: refused, if the tokens can be read."""
+    """The same ids: no warning. Two tokens swapped: a warning. Half of them moved: refused, if they can be read."""
     swapped, moved = [*WORDS[:94], WORDS[95], WORDS[94]], [*WORDS[:40], *WORDS[40:][::-1]]
     for name, words in {"a": WORDS, "same": WORDS, "swapped": swapped, "moved": moved}.items():
         shutil.copytree(models / "llama", tmp_path / name)
