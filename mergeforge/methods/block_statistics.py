@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
+from mergeforge.methods.answers import answer
 from mergeforge.methods.block import Block, BlockScan
 from mergeforge.methods.keep import Keep
-from mergeforge.methods.kth_largest import KthLargestSearch, Threshold
-from mergeforge.methods.statistics import (
-    EveryBlock,
-    InnerProducts,
-    KeptSquares,
-    KthMagnitudes,
-    KthVariance,
-    L1Norms,
-    Request,
-)
+from mergeforge.methods.kth_largest import KthLargestSearch
+from mergeforge.methods.statistics import EveryBlock, Request
 from mergeforge.methods.sub_blocks import by_elements
 from mergeforge.methods.thresholds import (
     VARIANCE,
     Searches,
-    find_thresholds,
     magnitude_array,
     magnitude_bits,
     split_magnitudes,
@@ -61,35 +52,17 @@ class BlockStatistics:
     counter: Counter | None = None
 
     def collect(self, request: Request[R]) -> R:
-        return cast(R, self._answer(request))
+        if isinstance(request, EveryBlock):
+            return cast(R, list(self.scan(request.visit, sample=request.sample)))
+        return cast(R, answer(request, self))
 
     def count(self, values: Tensor, searches: Sequence[KthLargestSearch]) -> None:
         (self.counter or count_values)(values, searches)
 
-    def _answer(self, request: Request[Any]) -> Any:
-        match request:
-            case InnerProducts():
-                return self._inner_products()
-            case KthMagnitudes(counts):
-                return self._thresholds([(number, KthLargestSearch(k, self.numel)) for number, k in counts])
-            case KthVariance(fraction):
-                (threshold,) = self._thresholds([(VARIANCE, KthLargestSearch(0, self.numel, fraction))])
-                return threshold
-            case L1Norms(keep):
-                return self._l1_norms(keep)
-            case KeptSquares(keep):
-                return self._kept_squares(keep)
-            case EveryBlock(visit, sample):
-                return list(self.scan(visit, sample=sample))
-        raise TypeError(f"unknown request {request}")
+    def inner_products(self) -> Iterator[Matrix]:
+        return self.scan(lambda inputs, block: _block_products(inputs))
 
-    def _inner_products(self) -> Matrix:
-        return symmetric(list(self.scan(lambda inputs, block: _block_products(inputs))))
-
-    def _thresholds(self, searches: Searches) -> list[Threshold]:
-        return find_thresholds(searches, self._sample, self._count)
-
-    def _sample(self, numbers: list[int]) -> list[Bits]:
+    def sample_magnitudes(self, numbers: list[int]) -> list[Bits]:
         import numpy as np
 
         def visit(inputs: list[Tensor], block: Block) -> list[Bits]:
@@ -99,7 +72,7 @@ class BlockStatistics:
         samples_by_input = zip(*self.scan(visit, sample=SAMPLE_BLOCKS), strict=True)
         return [np.concatenate(samples) for samples in samples_by_input]
 
-    def _count(self, searches: Searches) -> None:
+    def count_magnitudes(self, searches: Searches) -> None:
         def visit(inputs: list[Tensor], block: Block) -> None:
             for number in sorted({number for number, _ in searches}):
                 values = variance(inputs) if number == VARIANCE else inputs[number]
@@ -108,40 +81,20 @@ class BlockStatistics:
         for _ in self.scan(visit):
             pass
 
-    def _l1_norms(self, keep: Keep) -> list[tuple[float, float]]:
+    def l1_norms(self, keep: Keep) -> Iterator[list[tuple[float, float]]]:
         def visit(inputs: list[Tensor], block: Block) -> list[tuple[float, float]]:
             before = [_l1_norm(values.abs_()) for values in inputs]
             keep.drop(inputs, block)
             return list(zip(before, map(_l1_norm, inputs), strict=True))
 
-        return [
-            (math.fsum(before for before, _ in norms), math.fsum(after for _, after in norms))
-            for norms in by_input(list(self.scan(visit)), self.input_count)
-        ]
+        return self.scan(visit)
 
-    def _kept_squares(self, keep: Keep) -> list[float]:
+    def kept_squares(self, keep: Keep) -> Iterator[list[float]]:
         def visit(inputs: list[Tensor], block: Block) -> list[float]:
             keep.drop(inputs, block)
             return [_sum_of_squares(values) for values in inputs]
 
-        return [math.fsum(squares) for squares in by_input(list(self.scan(visit)), self.input_count)]
-
-
-def by_input(by_block: Sequence[Sequence[R]], input_count: int) -> list[list[R]]:
-    """What was measured of each input in each block, by input."""
-    return [[measured[number] for measured in by_block] for number in range(input_count)]
-
-
-def symmetric(block_sums: Sequence[Matrix]) -> Matrix:
-    """The sum of the upper triangles of all blocks, as a symmetric matrix; 0 x 0 for no blocks."""
-    import numpy as np
-
-    count = (math.isqrt(8 * len(block_sums[0]) + 1) - 1) // 2 if block_sums else 0
-    products = np.zeros((count, count))
-    if block_sums:
-        upper = np.triu_indices(count)
-        products[upper] = products.T[upper] = np.sum(block_sums, axis=0)
-    return products
+        return self.scan(visit)
 
 
 def _block_products(inputs: list[Tensor]) -> Matrix:

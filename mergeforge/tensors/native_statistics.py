@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from mergeforge.core.tensor_info import TensorInfo
+from mergeforge.methods.answers import answer
 from mergeforge.methods.block import Block
-from mergeforge.methods.block_statistics import by_input, symmetric
 from mergeforge.methods.keep import Keep, KeepRanks
-from mergeforge.methods.kth_largest import KthLargestSearch, Threshold
+from mergeforge.methods.kth_largest import KthLargestSearch
 from mergeforge.methods.reduction import Combine, Reduction
-from mergeforge.methods.statistics import (
-    InnerProducts,
-    KeptSquares,
-    KthMagnitudes,
-    KthVariance,
-    L1Norms,
-    Request,
-)
-from mergeforge.methods.thresholds import VARIANCE, Searches, find_thresholds
+from mergeforge.methods.statistics import Request
+from mergeforge.methods.thresholds import VARIANCE, Searches
 from mergeforge.tensors.lazy import Span
 from mergeforge.tensors.native_inputs import NativeInput, NativeInputs, rank_bits
 
@@ -56,30 +48,15 @@ class NativeStatistics:
     compute: str = "F32"
 
     def collect(self, request: Request[R]) -> R:
-        return cast(R, self._answer(request))
+        return cast(R, answer(request, self))
 
     def count(self, values: Tensor, searches: Sequence[KthLargestSearch]) -> None:
         count_natively(values, searches)
 
-    def _answer(self, request: Request[Any]) -> Any:
-        match request:
-            case InnerProducts():
-                return symmetric([inputs.inner_products(start, stop) for inputs, start, stop in self.scan(None)])
-            case KthMagnitudes(counts):
-                return self._thresholds([(number, KthLargestSearch(k, self.numel)) for number, k in counts])
-            case KthVariance(fraction):
-                (threshold,) = self._thresholds([(VARIANCE, KthLargestSearch(0, self.numel, fraction))])
-                return threshold
-            case L1Norms(keep):
-                return self._l1_norms(keep)
-            case KeptSquares(keep):
-                return self._kept_squares(keep)
-        raise TypeError(f"the C library does not answer {request}")  # a reduction that needs blocks: a bug
+    def inner_products(self) -> Iterator[NDArray[np.float64]]:
+        return (inputs.inner_products(start, stop) for inputs, start, stop in self.scan(None))
 
-    def _thresholds(self, searches: Searches) -> list[Threshold]:
-        return find_thresholds(searches, self._sample, self._count)
-
-    def _sample(self, numbers: list[int]) -> list[Bits]:
+    def sample_magnitudes(self, numbers: list[int]) -> list[Bits]:
         import numpy as np
 
         step = -(-self.numel // MAX_SAMPLES) | 1 if len(self.samples) == 1 else 0
@@ -89,24 +66,19 @@ class NativeStatistics:
         ]
         return [np.concatenate(samples) for samples in zip(*by_span, strict=True)]
 
-    def _count(self, searches: Searches) -> None:
+    def count_magnitudes(self, searches: Searches) -> None:
         for inputs, start, stop in self.scan(None):
             inputs.count_magnitudes(searches, start, stop)
 
-    def _l1_norms(self, keep: Keep) -> list[tuple[float, float]]:
+    def l1_norms(self, keep: Keep) -> Iterator[list[tuple[float, float]]]:
         if isinstance(keep, KeepRanks):
             keep.native_bits[:] = [rank_bits(self.input_count, self.numel, self.row_length)]
         reduction = Reduction([0.0] * self.input_count, keep=keep)
-        by_block = [inputs.l1_norms(reduction, start, stop).tolist() for inputs, start, stop in self.scan(None)]
-        return [
-            (math.fsum(before for before, _ in norms), math.fsum(after for _, after in norms))
-            for norms in by_input(by_block, self.input_count)
-        ]
+        return (inputs.l1_norms(reduction, start, stop).tolist() for inputs, start, stop in self.scan(None))
 
-    def _kept_squares(self, keep: Keep) -> list[float]:
+    def kept_squares(self, keep: Keep) -> Iterator[list[float]]:
         reduction = Reduction([0.0] * self.input_count, Combine.CONSENSUS_MEAN, keep)
-        by_block = [inputs.kept_squares(reduction, start, stop).tolist() for inputs, start, stop in self.scan(None)]
-        return [math.fsum(squares) for squares in by_input(by_block, self.input_count)]
+        return (inputs.kept_squares(reduction, start, stop).tolist() for inputs, start, stop in self.scan(None))
 
 
 def count_natively(values: Tensor, searches: Sequence[KthLargestSearch]) -> None:
