@@ -21,6 +21,7 @@ import yaml
 from mergeforge.errors import MergeforgeError, OutputError, RecipeError
 from mergeforge.eval.backend import require
 from mergeforge.io.disk import write_durably
+from mergeforge.train.keys import SEEDS
 from mergeforge.train.plan import make_plan
 from mergeforge.train.run import Trained, train, trained_before
 from mergeforge.train.run_folder import RunFolder
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from mergeforge.train.loop.context import MetricCallback
 
 STUDY = "sweep"
-SEEDS = 1 << 32  # that numpy takes
 STARTUP_TRIALS, WARMUP = 4, 2  # trials before any is pruned; tenths of a run before it is
 TENTHS = 10  # the steps of pruning: runs of different length are compared at the same tenth
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"

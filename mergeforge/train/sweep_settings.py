@@ -14,6 +14,7 @@ from mergeforge.recipe.overrides import plain_value
 from mergeforge.recipe.schema import Boolean, Integer, Number, Object, ReportProblem, Schema, String
 from mergeforge.train import settings as train_settings
 from mergeforge.train.aliases import ALIASES
+from mergeforge.train.keys import Seed
 from mergeforge.train.settings import TrainSettings
 
 # keys of train.yaml that change what the validation loss measures
@@ -133,7 +134,7 @@ FIELDS: dict[str, Schema] = {
     "train": _Train(),
     "search": _Search(),
     "trials": Integer(1, "runs in all (default 20)"),
-    "seed": Integer(0, "of the search (default 0)"),
+    "seed": Seed("of the search (default 0)"),
     "prune": Boolean("end a run whose validation loss is above the others' median (default true)"),
     "output": String("the sweep's folder (default: runs/NAME-OF-THIS-FILE)"),
 }
