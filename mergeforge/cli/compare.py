@@ -37,7 +37,8 @@ def compare(models: tuple[str, ...], *, margin: float, fail_if_worse: bool, **op
     from mergeforge.cli._eval_tables import sample_dicts, show_comparison
     from mergeforge.eval.text_metrics import read_metrics, text_metrics
 
-    metrics, settings = read_metrics(options["metrics"]), _eval_options.data_settings(options)
+    metrics = read_metrics(options["metrics"], bertscore_model=options["bertscore_model"])
+    settings = _eval_options.data_settings(options)
     with _eval_options.progress_bars(options["quiet"]) as start_progress:
         comparison = eval.compare(
             models,

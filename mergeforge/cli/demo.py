@@ -71,7 +71,7 @@ def _real(root: Path) -> int:
     from mergeforge.cli.train import train
     from mergeforge.train import real_demo
 
-    if root.exists() and any(root.iterdir()) and not (root / "train.yaml").is_file():
+    if not real_demo.DemoFolder(root).is_usable:
         raise OutputError(f"{root} is not empty", hint="name a new folder: mergeforge demo --real DIR")
     started = time.monotonic()
     real_demo.find_weights()

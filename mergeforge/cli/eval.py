@@ -57,7 +57,8 @@ def evaluate(
     from mergeforge.eval.card_results import model_card_path, write_result
     from mergeforge.eval.text_metrics import read_metrics, text_metrics
 
-    metrics, settings = read_metrics(options["metrics"]), _eval_options.data_settings(options)
+    metrics = read_metrics(options["metrics"], bertscore_model=options["bertscore_model"])
+    settings = _eval_options.data_settings(options)
     if update_card:
         model_card_path(models[0])  # fails before the work, not after it
     with _eval_options.progress_bars(options["quiet"]) as start_progress:

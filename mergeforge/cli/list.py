@@ -15,7 +15,8 @@ def list_names(kind: str, as_json: bool) -> None:
     """List merge methods with their parameters, adapter types, GGUF architectures or GGUF types.
 
     `models` lists well-known base models: parameters, license, GPU memory that training takes by method, and the
-    smallest GPU that is enough for QLoRA. Merging needs no GPU.
+    smallest GPU that is enough for QLoRA. Its figures come from memory; check them before you rely on them. Merging
+    needs no GPU.
 
     \b
     Examples:
@@ -86,7 +87,7 @@ def _quants() -> list[dict[str, Any]]:
 
 
 def _models() -> list[dict[str, Any]]:
-    from mergeforge.train.known_models import DATE, KNOWN_MODELS, METHODS
+    from mergeforge.train.known_models import DATE, KNOWN_MODELS, METHODS, SOURCE
 
     rows = []
     for model in KNOWN_MODELS:
@@ -100,13 +101,14 @@ def _models() -> list[dict[str, Any]]:
                 "memory": {method: model.memory(method) for method in METHODS},
                 "smallest_gpu": names,
                 "as_of": DATE,
+                "source": SOURCE,
             }
         )
     return rows
 
 
 def _show_models(rows: list[dict[str, Any]]) -> None:
-    from mergeforge.train.known_models import DATE, METHODS, RANK, SEQ_LEN
+    from mergeforge.train.known_models import METHODS, RANK, SEQ_LEN, SOURCE
 
     width = max(len(row["name"]) for row in rows)
     heads = "".join(f"{name:>8}" for name in ("QLoRA", "LoRA", "full"))
@@ -116,9 +118,8 @@ def _show_models(rows: list[dict[str, Any]]) -> None:
         gpu = row["smallest_gpu"]["qlora"] or "none with enough memory"
         params = f"{row['parameters'] / 1e9:.2f} B"
         click.echo(f"{row['name']:{width}}  {params:>7}  {row['license']:13}{sizes}  {gpu}")
-    click.echo(
-        f"GB of GPU memory, estimated for sequences of {SEQ_LEN} tokens, rank {RANK}, AdamW; sizes as of {DATE}."
-    )
+    click.echo(f"GB of GPU memory, estimated for sequences of {SEQ_LEN} tokens, rank {RANK}, AdamW.")
+    click.echo(f"Sizes, licenses and GPUs: {SOURCE}.")
     click.echo("Merging needs no GPU: it takes the memory that --memory allows.")
 
 

@@ -34,24 +34,26 @@ def sweep(config: str, *, device: str, then: str | None, memory: str | None, as_
       mergeforge train sweep sweep.yaml
       mergeforge train sweep sweep.yaml --then merge,gguf
     """
+    from mergeforge.tensors.budget import make_budget
     from mergeforge.train import post_training
     from mergeforge.train.plan import make_plan
     from mergeforge.train.sweep import run_sweep
     from mergeforge.train.sweep_settings import read_sweep
 
     settings = read_sweep(Path(config))
+    shared = settings.shared_settings()
+    after = post_training.steps_from_names(shared.after, then, trains_adapter=shared.trains_adapter) if then else None
+    make_budget(memory, "cpu")  # now, so that a mistake does not waste the runs
     show = (lambda result: None) if quiet else (lambda result: _show_trial(result, settings.trials))
     result = run_sweep(settings, device=device, on_trial=show)
     followed = post_training.PostTrainingResult()
-    if then and result.best_settings and not result.interrupted:
-        plan = make_plan(result.best_settings, device=device)
-        after = post_training.steps_from_names(plan.settings.after, then)
-        followed = post_training.run_post_training(plan, after, memory=memory)
+    if after and result.best_settings and not result.interrupted:
+        followed = post_training.run_post_training(make_plan(result.best_settings, device=device), after, memory=memory)
     if not quiet:
         _show_result(result)
     if as_json:
         click.echo(json.dumps(asdict(result) | {"followed": asdict(followed)}, default=str))
-    return 130 if result.interrupted else 0
+    return 130 if result.interrupted else 0 if result.best else 1
 
 
 def _show_trial(result: TrialResult, trials: int) -> None:
@@ -61,13 +63,15 @@ def _show_trial(result: TrialResult, trials: int) -> None:
     loss = "" if result.loss is None else f" validation loss {result.loss:.4f}"
     state = "" if result.state == "complete" else f" {result.state}"
     why = f": {result.why}" if result.why else ""
-    click.echo(f"trial {result.number + 1} of {trials}: {values}:{state}{loss}{why}", err=True)
+    click.echo(f"trial {result.number} of {trials}: {values}:{state}{loss}{why}", err=True)
 
 
 def _show_result(result: SweepResult) -> None:
     if result.interrupted:
         click.echo("Interrupted. Run the same command again to resume.", err=True)
+    elif not result.best:
+        click.echo(f"no trial was completed: see {result.report}", err=True)
     if result.best:
-        click.echo(f"best: trial {result.best.number + 1}, validation loss {result.best.loss:.4f}", err=True)
+        click.echo(f"best: trial {result.best.number}, validation loss {result.best.loss:.4f}", err=True)
         click.echo(f"wrote {result.best.folder} and {result.report}", err=True)
         click.echo(f"next: mergeforge train {result.best_settings} --then merge", err=True)

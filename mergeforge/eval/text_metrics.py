@@ -5,7 +5,8 @@ The packages sacrebleu, rouge-score and bert-score compute them. BERTScore needs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from mergeforge.errors import RecipeError, SourceError, did_you_mean
 from mergeforge.eval.backend import quiet_transformers, require
@@ -38,15 +39,10 @@ def bertscore(answers: Sequence[str], expected: Sequence[str], model: str = BERT
     It compares the hidden states of `model`, a folder or Hub repo of an encoder, so it sees synonyms. Raises
     SourceError for a model that cannot be loaded.
     """
-    package, utils = require("bert_score"), require("bert_score.utils")
+    package, layers = require("bert_score"), _compared_layer(model)
     require("transformers").utils.logging.disable_progress_bar()
-    try:
-        layers = utils.model2layers.get(model) or _middle_layer(model)
-        with quiet_transformers():
-            scorer = package.BERTScorer(model_type=model, num_layers=layers)
-    except (OSError, ValueError) as error:
-        hint = "give a folder or Hub repo of an encoder: --bertscore-model MODEL"
-        raise SourceError(f"BERTScore cannot load {model}: {str(error).splitlines()[0]}", hint=hint) from None
+    with _as_source_error(model), quiet_transformers():
+        scorer = package.BERTScorer(model_type=model, num_layers=layers)
     # transformers refuses the length of a tokenizer that states none
     longest = scorer._model.config.max_position_embeddings - scorer._model.config.pad_token_id - 1
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, longest)
@@ -55,23 +51,43 @@ def bertscore(answers: Sequence[str], expected: Sequence[str], model: str = BERT
     return 100 * float(scores.mean())
 
 
-def _middle_layer(model: str) -> int:
-    """The layer to compare for a model that bert-score does not know: two thirds up, as it does for most it knows."""
-    layers = int(require("transformers").AutoConfig.from_pretrained(model).num_hidden_layers)
+def _compared_layer(model: str) -> int:
+    """The layer whose states are compared: bert-score's choice, or for a model that it does not know, two thirds up.
+
+    Raises SourceError for a model without a config.json.
+    """
+    if known := require("bert_score.utils").model2layers.get(model):
+        return int(known)
+    with _as_source_error(model):
+        layers = int(require("transformers").AutoConfig.from_pretrained(model).num_hidden_layers)
     return max(1, round(layers * 2 / 3))
+
+
+@contextmanager
+def _as_source_error(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        hint = "give a folder or Hub repo of an encoder: --bertscore-model MODEL"
+        raise SourceError(f"BERTScore cannot load {model}: {str(error).splitlines()[0]}", hint=hint) from None
 
 
 METRICS: dict[str, Callable[..., float]] = {"bleu": bleu, "chrf": chrf, "rouge": rouge, "bertscore": bertscore}
 MODULES = {"rouge": "rouge_score.rouge_scorer", "bertscore": "bert_score"}  # sacrebleu computes the others
 
 
-def read_metrics(text: str) -> tuple[str, ...]:
-    """The names in `bleu,rouge`. Raises RecipeError for an unknown one, MissingExtraError if a package is missing."""
+def read_metrics(text: str, *, bertscore_model: str = BERTSCORE_MODEL) -> tuple[str, ...]:
+    """The names in `bleu,rouge`. Raises RecipeError for an unknown one, MissingExtraError if a package is missing.
+
+    Raises SourceError if BERTScore is among them and its model has no config.json.
+    """
     names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
     for name in names:
         if name not in METRICS:
             raise RecipeError(f"there is no metric '{name}'", hint=did_you_mean(name, METRICS) or ", ".join(METRICS))
         require(MODULES.get(name, "sacrebleu"))
+    if "bertscore" in names:
+        _compared_layer(bertscore_model)
     return names
 
 

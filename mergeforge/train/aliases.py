@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mergeforge.errors import RecipeError
 from mergeforge.recipe.schema import ReportProblem
 from mergeforge.recipe.yaml_reader import Path, Positions
 
@@ -52,8 +53,10 @@ _VALUES: dict[str, dict[Any, Any]] = {
         **dict.fromkeys(("paged_adamw",), "paged_adamw_32bit"),
     },
     "schedule": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
-    "track": {"none": []},
+    "track": {"none": None},
 }
+# intervals whose fractions mean something else
+EVERY = {"eval_steps": "eval: {every: 0.5}", "save_steps": "save: {every: 0.5}"}
 ACCUMULATION = "gradient_accumulation_steps"
 # Keys that say something else than any key here, and what to write for them.
 INSTEAD = {
@@ -88,6 +91,8 @@ def rename(raw: Any, positions: Positions, report: ReportProblem, known: Mapping
     for key in (key for key in raw if key not in named):
         if key in INSTEAD:
             report((key,), f"'{key}' is a key of another trainer", INSTEAD[key])
+        elif key in EVERY and isinstance(raw[key], float) and raw[key] < 1:
+            report((key,), f"'{key}' is a fraction of the run there, and of an epoch here", f"set {EVERY[key]}")
         elif key != ACCUMULATION:
             path = tuple(ALIASES[key].split("."))
             _insert(named, path, _value(ALIASES[key], raw[key]), key, report)
@@ -98,10 +103,16 @@ def rename(raw: Any, positions: Positions, report: ReportProblem, known: Mapping
 
 
 def rename_override(override: str) -> str:
-    """A PATH=VALUE with the path under the name of train.yaml."""
+    """A PATH=VALUE with the path under the name of train.yaml. Raises RecipeError for a key without an equal."""
     path, equals, value = override.partition("=")
+    if path in INSTEAD or path == ACCUMULATION:
+        hint = INSTEAD.get(path, "batch.size: rows in one optimizer step")
+        raise RecipeError(f"'{path}' is a key of another trainer", hint=hint)
     name = ALIASES.get(path)
-    return override if name is None else f"{name}{equals}{_VALUES.get(name, {}).get(value, value)}"
+    if name is None:
+        return override
+    value = _VALUES.get(name, {}).get(value, value)
+    return f"{name}{equals}{'null' if value is None else value}"
 
 
 def _is_foreign(key: Any) -> bool:
@@ -118,8 +129,10 @@ def _insert(named: dict[str, Any], path: Path, value: Any, key: str, report: Rep
     if len(path) == 1:
         inner, last = named, path[0]
     else:
-        group = named.get(str(path[0]))
-        inner, last = dict(group) if isinstance(group, Mapping) else {}, path[1]
+        group = named.get(str(path[0])) or {}
+        if not isinstance(group, Mapping):
+            return  # the schema reports it
+        inner, last = dict(group), path[1]
         named[str(path[0])] = inner
     if last in inner:
         report((key,), f"'{key}' repeats '{name}'", "keep one of them")
@@ -130,11 +143,15 @@ def _set_batch_size(named: dict[str, Any], steps: Any, report: ReportProblem) ->
     """`batch.size` is the micro-batch times the accumulation steps."""
     batch = dict(named["batch"]) if isinstance(named.get("batch"), Mapping) else {}
     micro = batch.get("micro")
-    if not isinstance(micro, int) or not isinstance(steps, int) or "size" in batch:
+    if not (_is_whole(micro) and _is_whole(steps)) or "size" in batch:
         hint = "batch: {size: rows in one optimizer step}"
         report((ACCUMULATION,), f"'{ACCUMULATION}' needs micro_batch_size, and no batch.size beside it", hint)
         return
     named["batch"] = {**batch, "size": micro * steps}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _moved(path: Path, moved: Mapping[Path, Path]) -> Path:

@@ -1,7 +1,8 @@
 """GPUs that a run can be planned for without having one: memory, dtype and speed.
 
-Speeds are those of dense 16-bit matrix products with float32 accumulation, in 10^12 operations per second, from
-NVIDIA's datasheets and architecture whitepapers (Volta to Blackwell), as of 2026-11. Vendors' GB of memory are GiB.
+Speeds are those of dense 16-bit matrix products with float32 accumulation, in 10^12 operations per second. Memory and
+speeds were written down from memory in 2026-11, and not checked against NVIDIA's datasheets: plans made with them are
+estimates. Vendors' GB of memory are GiB.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class PlannedGPU:
     @property
     def source(self) -> str:
         """Where the speed comes from."""
-        return f"{self.speed_of.tflops:g} TFLOPS, the {self.speed_of.name} in NVIDIA's datasheet"
+        return f"{self.speed_of.tflops:g} TFLOPS of the {self.speed_of.name}; not checked against its datasheet"
 
 
 def find_gpu(text: str) -> PlannedGPU:

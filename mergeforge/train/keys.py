@@ -16,6 +16,7 @@ from mergeforge.recipe.schema import (
     MapOf,
     Number,
     Object,
+    Pattern,
     ReportProblem,
     Schema,
     Size,
@@ -36,6 +37,7 @@ OPTIMIZERS = (
     "adafactor",
     "sgd",
 )
+SEEDS = 1 << 32
 NUMERICS = ("auto", "original", "dequant_nf4")
 
 
@@ -90,7 +92,7 @@ _LORA = Object(
         "r": Auto(Integer(1, "rank (default 16)")),
         "alpha": Number(0, None, "the delta is B A alpha / r (default 2 r)"),
         "dropout": Number(0, 1, "dropout on the adapter's input (default 0)"),
-        "targets": OneOf(String("all-linear, or a regular expression"), ListOf(String("a module name"))),
+        "targets": OneOf(Pattern("all-linear, or a regular expression"), ListOf(String("a module name"))),
         "lr_ratio": Number(0, None, "LoRA+: learning rate of B divided by that of A, usually 2 to 16 (default 1)"),
         "rslora": Boolean("scale by alpha / sqrt(r) instead of alpha / r"),
         "dora": Boolean("DoRA: train a magnitude for each output as well"),
@@ -116,10 +118,26 @@ class Scalar:
         return {"type": ["number", "string", "boolean"]}
 
 
+@dataclass(frozen=True)
+class Seed:
+    """A seed that numpy takes, too: below 2^32."""
+
+    description: str = ""
+
+    def read(self, value: Any, path: Path, report: ReportProblem) -> Any:
+        seed = Integer(0).read(value, path, report)
+        if seed is not None and seed >= SEEDS:
+            report(path, f"'{path[-1]}' must be below {SEEDS}, not {value}", "")
+        return seed
+
+    def json_schema(self) -> dict[str, Any]:
+        return Integer(0, self.description).json_schema() | {"maximum": SEEDS - 1}
+
+
 _ADAPTER = Object(
     {
         "type": Enum(tuple(ADAPTER_KINDS), "kind of adapter, under PEFT's name"),
-        "targets": OneOf(String("all-linear, or a regular expression"), ListOf(String("a module name"))),
+        "targets": OneOf(Pattern("all-linear, or a regular expression"), ListOf(String("a module name"))),
         "layers": ListOf(Integer(0), "adapt only these layers"),
         "options": MapOf(Scalar(), "fields of PEFT's settings for this kind, such as r"),
     },
@@ -229,8 +247,11 @@ FIELDS: dict[str, Schema] = {
     "loop": Enum(("trainer", "simple"), "transformers' Trainer, or a short loop to read and compare with"),
     "eval": _EVAL,
     "save": _SAVE,
-    "early_stop": Object({"patience": Integer(1, "validations without improvement"), "threshold": Number(0, None)}),
-    "seed": Integer(0, "default 0"),
+    "early_stop": Object(
+        {"patience": Integer(1, "validations without improvement"), "threshold": Number(0, None)},
+        required=("patience",),
+    ),
+    "seed": Seed("default 0"),
     "track": ListOf(
         Enum(("tensorboard", "wandb", "mlflow")), "where metrics go besides metrics.jsonl", allow_scalar=True
     ),

@@ -1,7 +1,7 @@
 """Well-known base models: sizes, license, and the memory that training each of them takes.
 
-The sizes are those of the models' published config.json, written down in 2026-11. A test computes each model's number
-of parameters from them and compares it with the published one.
+Sizes, licenses and numbers of parameters were written down from memory in 2026-11, and not checked against the models'
+pages. A test checks only that they agree with each other: that the sizes give the number of parameters.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from mergeforge.train.model_stats import LinearModule, ModelStats
 from mergeforge.train.settings import LoraOptions
 
 DATE = "2026-11"
+SOURCE = f"written down from memory in {DATE}, not checked against the models' pages or NVIDIA's datasheets"
 METHODS = ("qlora", "lora", "full")
 SEQ_LEN, RANK = 1024, 16  # of the estimates
 Sizes = tuple[int, int, int, int, int, int]  # hidden, intermediate, layers, heads, kv_heads, vocabulary

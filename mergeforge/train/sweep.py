@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mergeforge.errors import BudgetError, MergeforgeError, OutputError, RecipeError
+from mergeforge.errors import MergeforgeError, OutputError, RecipeError
 from mergeforge.eval.backend import require
 from mergeforge.io.disk import write_durably
+from mergeforge.train.keys import SEEDS
 from mergeforge.train.plan import make_plan
 from mergeforge.train.run import Trained, train, trained_before
 from mergeforge.train.run_folder import RunFolder
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from mergeforge.train.loop.context import MetricCallback
 
+STUDY = "sweep"
 STARTUP_TRIALS, WARMUP = 4, 2  # trials before any is pruned; tenths of a run before it is
 TENTHS = 10  # the steps of pruning: runs of different length are compared at the same tenth
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
@@ -42,7 +44,7 @@ OnTrial = Callable[["TrialResult"], object]
 class TrialResult:
     """A finished trial. `loss`: its validation loss, of a pruned one the last; `why`: of one that failed."""
 
-    number: int
+    number: int  # from 1
     state: str
     values: Mapping[str, Any]
     loss: float | None
@@ -66,43 +68,49 @@ def run_sweep(
 ) -> SweepResult:
     """Run trials until the study has as many as the settings ask for. Ctrl-C ends it; the same call resumes it.
 
-    Raises OutputError where the folder holds a sweep with other settings, MissingExtraError without optuna.
+    Raises OutputError where the folder holds another sweep, MissingExtraError without optuna, and the RecipeError of a
+    trial if none was complete before it: then the settings are to blame, not the trial's values.
     """
-    study = _open_study(sweep)
+    study = open_study(sweep)
     while True:
-        with _next_trial(study, sweep) as trial:
+        with next_trial(study, sweep) as trial:
             if trial is None:
                 break
             if not _run_trial(study, trial, sweep, device, listeners):
                 return _result(study, sweep, interrupted=True)
-            _keep_best(study, sweep)
-            result = _result(study, sweep)
-            on_trial(next(each for each in result.trials if each.number == trial.number))
+            with _locked(sweep.output / ".lock"):
+                _keep_best(study, sweep)
+                result = _result(study, sweep)
+            on_trial(next(each for each in result.trials if each.number == trial.number + 1))
     return _result(study, sweep)
 
 
-def _open_study(sweep: SweepSettings) -> Study:
+def open_study(sweep: SweepSettings) -> Study:
+    """The study in the sweep's folder, or a new one. Raises OutputError for a file that holds another."""
     optuna = require("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sweep.output.mkdir(parents=True, exist_ok=True)
     pruner = optuna.pruners.MedianPruner(STARTUP_TRIALS, WARMUP) if sweep.prune else optuna.pruners.NopPruner()
+    path = sweep.output / "study.db"
     with _locked(sweep.output / ".lock"):
-        study = optuna.create_study(
-            study_name="sweep",
-            storage=f"sqlite:///{sweep.output / 'study.db'}",
-            # each process and each resumed run must draw other values
-            sampler=optuna.samplers.TPESampler(seed=sweep.seed + _trial_count(sweep)),
-            pruner=pruner,
-            load_if_exists=True,
-        )
-        wanted = {"train": sweep.train, "search": [vars(each) for each in sweep.ranges]}
-        text = yaml.safe_dump(_plain(wanted))
-        if study.user_attrs.get("settings", text) != text:
-            hint = "restore sweep.yaml to resume it, or choose another output"
-            raise OutputError(f"{sweep.output} holds a sweep with other settings", hint=hint)
-        study.set_user_attr("settings", text)
-    found: Study = study
-    return found
+        storage = f"sqlite:///{path}"
+        try:
+            study: Study = optuna.create_study(study_name=STUDY, storage=storage, pruner=pruner, load_if_exists=True)
+        except Exception as error:  # of optuna, sqlalchemy and sqlite3
+            reason = str(error).splitlines()[0]
+            raise OutputError(f"{path} holds no study of a sweep: {reason}", hint="choose another output") from None
+        _check_unchanged(study, sweep)
+    return study
+
+
+def _check_unchanged(study: Study, sweep: SweepSettings) -> None:
+    """Raise OutputError for a study that began with other settings, or that no sweep began."""
+    text = yaml.safe_dump(_plain({"train": sweep.train, "search": [vars(each) for each in sweep.ranges]}))
+    before = study.user_attrs.get("settings", "" if study.get_trials(deepcopy=False) else text)
+    if before != text:
+        hint = "restore sweep.yaml to resume it, or choose another output"
+        raise OutputError(f"{sweep.output} holds a sweep with other settings", hint=hint)
+    study.set_user_attr("settings", text)
 
 
 def _plain(value: Any) -> Any:
@@ -112,17 +120,15 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _trial_count(sweep: SweepSettings) -> int:
-    return sum(1 for _ in sweep.output.glob("trial-*"))
-
-
 @contextlib.contextmanager
-def _next_trial(study: Study, sweep: SweepSettings) -> Iterator[Trial | None]:
+def next_trial(study: Study, sweep: SweepSettings) -> Iterator[Trial | None]:
     """A trial that this process alone works on: one that another process left, or a new one. None: all are done."""
     with contextlib.ExitStack() as stack:
         with _locked(sweep.output / ".lock"):
             trial = _abandoned(study, sweep, stack)
-            if trial is None and len(study.get_trials(deepcopy=False)) < sweep.trials:
+            if trial is None and (count := len(study.get_trials(deepcopy=False))) < sweep.trials:
+                # seeded by the trial, because every process has a sampler of its own
+                study.sampler = require("optuna").samplers.TPESampler(seed=(sweep.seed + count) % SEEDS)
                 trial = study.ask()
                 stack.enter_context(_locked(_lock_file(sweep, trial.number)))
         yield trial
@@ -143,7 +149,7 @@ def _abandoned(study: Study, sweep: SweepSettings, stack: contextlib.ExitStack) 
 
 
 def _lock_file(sweep: SweepSettings, number: int) -> Path:
-    return sweep.output / f".trial-{number:03}.lock"
+    return sweep.output / f".{trial_folder(sweep, number).name}.lock"
 
 
 @contextlib.contextmanager
@@ -168,16 +174,20 @@ def _run_trial(study: Study, trial: Trial, sweep: SweepSettings, device: str, li
     except optuna.TrialPruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         return True
-    except RecipeError:
-        raise
-    except (BudgetError, MergeforgeError) as error:
+    except MergeforgeError as error:
         trial.set_user_attr("why", str(error).splitlines()[0])
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        if isinstance(error, RecipeError) and not _has_complete(study):
+            raise
         return True
     if trained.interrupted:
         return False
     _tell(study, trial, trained)
     return True
+
+
+def _has_complete(study: Study) -> bool:
+    return any(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
 
 
 def _tell(study: Study, trial: Trial, trained: Trained) -> None:
@@ -213,8 +223,8 @@ def _pruning_listener(trial: Trial, total_steps: int) -> MetricCallback:
 
 
 def trial_folder(sweep: SweepSettings, number: int) -> Path:
-    """The folder of a trial's run."""
-    return sweep.output / f"trial-{number:03}"
+    """The folder of a trial's run. `number`: Optuna's, from 0."""
+    return sweep.output / f"trial-{number + 1:03}"
 
 
 def _keep_best(study: Study, sweep: SweepSettings) -> None:
@@ -224,6 +234,7 @@ def _keep_best(study: Study, sweep: SweepSettings) -> None:
         folder = RunFolder(result.folder)
         for path in (folder.adapter, folder.model, folder.checkpoints, folder.data, folder.base):
             shutil.rmtree(path, ignore_errors=True)
+        folder.recipe.unlink(missing_ok=True)
     if results and results[0].state == COMPLETE:
         settings = sweep.run_settings(results[0].values, results[0].folder)
         text = f"# The best run of the sweep: trial {results[0].number}, validation loss {results[0].loss:.4f}.\n"
@@ -243,7 +254,7 @@ def _ranked(study: Study, sweep: SweepSettings) -> list[TrialResult]:
         last = list(trial.intermediate_values.values())[-1:]
         loss = trial.value if trial.value is not None else last[0] if last else None
         folder, why = trial_folder(sweep, trial.number), trial.user_attrs.get("why", "")
-        results.append(TrialResult(trial.number, states[trial.state.name], values, loss, folder, why))
+        results.append(TrialResult(trial.number + 1, states[trial.state.name], values, loss, folder, why))
     order = list(states.values())
     return sorted(results, key=lambda result: (order.index(result.state), result.loss or 0.0, result.number))
 

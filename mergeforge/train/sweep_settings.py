@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergeforge.errors import Problem, RecipeError
+from mergeforge.errors import RecipeError
 from mergeforge.recipe import yaml_reader
-from mergeforge.recipe.overrides import plain_value, read_recipe_file
+from mergeforge.recipe.overrides import plain_value
 from mergeforge.recipe.schema import Boolean, Integer, Number, Object, ReportProblem, Schema, String
 from mergeforge.train import settings as train_settings
+from mergeforge.train.aliases import ALIASES
+from mergeforge.train.keys import Seed
 from mergeforge.train.settings import TrainSettings
 
+# keys of train.yaml that change what the validation loss measures
+INCOMPARABLE = ("model", "template", "val", "loss_on", "loss", "objective", "preference")
 Scalar = str | int | float | bool | None
 _RANGE = Object(
     {
@@ -63,6 +67,10 @@ class SweepSettings:
     seed: int = 0
     prune: bool = True
 
+    def shared_settings(self) -> TrainSettings:
+        """What all runs share."""
+        return train_settings.read(self.run_settings({}, self.output))
+
     def run_settings(self, values: Mapping[str, Any], output: Path) -> dict[str, Any]:
         """The train.yaml of one run."""
         raw: dict[str, Any] = {**self.train, "output": str(output)}
@@ -78,6 +86,13 @@ class _Search:
         if not isinstance(value, Mapping) or not value:
             report(path, "'search' must map keys of train.yaml to choices or ranges", "lr: {low: 1e-4, high: 1e-3}")
             return {}
+        for key in value:
+            group = ALIASES.get(str(key), str(key)).partition(".")[0]
+            if group == "output":
+                report((*path, key), "every run has a folder of its own in the sweep's", "remove 'output'")
+            if group in INCOMPARABLE:
+                text = f"runs with another {group} have losses that do not say which is better"
+                report((*path, key), text, "train them one by one, and compare them with `mergeforge compare`")
         return {str(key): self._range(str(key), item, (*path, key), report) for key, item in value.items()}
 
     def _range(self, key: str, value: Any, path: yaml_reader.Path, report: ReportProblem) -> SearchRange:
@@ -119,7 +134,7 @@ FIELDS: dict[str, Schema] = {
     "train": _Train(),
     "search": _Search(),
     "trials": Integer(1, "runs in all (default 20)"),
-    "seed": Integer(0, "of the search (default 0)"),
+    "seed": Seed("of the search (default 0)"),
     "prune": Boolean("end a run whose validation loss is above the others' median (default true)"),
     "output": String("the sweep's folder (default: runs/NAME-OF-THIS-FILE)"),
 }
@@ -128,14 +143,8 @@ SWEEP = Object(FIELDS, required=("train", "search"), description="a mergeforge t
 
 def read_sweep(path: Path) -> SweepSettings:
     """Read sweep.yaml. Raises RecipeError with every mistake, each with its line and column."""
-    raw, positions, problems = yaml_reader.parse(read_recipe_file(path), str(path))[0]
-
-    def report(where: yaml_reader.Path, message: str, hint: str = "") -> None:
-        while where and where not in positions:
-            where = where[:-1]
-        problems.append(Problem(*positions.get(where, (0, 0)), message.replace("the recipe", "sweep.yaml"), hint))
-
-    values = SWEEP.read(raw, (), report)
+    raw, positions, problems = train_settings.read_document(path)
+    values = SWEEP.read(raw, (), train_settings.reporter(positions, problems, "sweep.yaml"))
     if problems:
         raise RecipeError(f"{path} has mistakes:", problems=sorted(set(problems)))
     train = values["train"]

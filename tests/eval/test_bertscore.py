@@ -48,6 +48,16 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "bertscore_model" in caught.value.hint
 
 
+def test_a_model_that_is_not_there_is_refused_before_the_evaluation(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """There is no model to evaluate either, which would be the later error."""
+    pytest.importorskip("bert_score")
+    options = ["--metrics", "bertscore", "--bertscore-model", str(tmp_path / "nothing")]
+    assert run_command(["eval", str(tmp_path / "model"), "--data", "sample:chat", *options]) == 3
+    assert "BERTScore cannot load" in capfd.readouterr().err
+
+
 def test_without_the_package_the_hint_is_the_pip_command(capfd: pytest.CaptureFixture[str]) -> None:
     try:
         import bert_score  # noqa: F401

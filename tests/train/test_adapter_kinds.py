@@ -69,7 +69,19 @@ def test_settings_that_do_not_go_with_an_adapter_are_refused(changes: Settings, 
     assert message in str(caught.value)
 
 
-def test_an_option_that_peft_does_not_have_is_refused_by_the_plan(settings: Settings) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"type": "loha", "options": {"rank": 4}}, "loha has no option 'rank'"),
+        ({"type": "vera", "options": {"r": 0}}, "does not fit the model: float division by zero"),
+        ({"type": "ia3", "layers": [0]}, "ia3 cannot be limited to layers"),
+        ({"type": "loha", "layers": [99]}, "adapter.layers: the model has no layer 99"),
+        ({"type": "loha", "targets": ["qkv"]}, "adapter.targets: the model has no module 'qkv'"),
+    ],
+)
+def test_an_adapter_that_peft_cannot_make_is_refused_by_the_plan(
+    adapter: Settings, message: str, settings: Settings
+) -> None:
     settings = {key: value for key, value in settings.items() if key != "lora"}
-    with pytest.raises(RecipeError, match="loha has no option 'rank'"):
-        make_plan(settings | {"adapter": {"type": "loha", "options": {"rank": 4}}}, device="cpu")
+    with pytest.raises(RecipeError, match=message):
+        make_plan(settings | {"adapter": adapter}, device="cpu")

@@ -55,5 +55,9 @@ def test_without_the_package_the_hint_is_the_pip_command(
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    """Also with a train.yaml that is not the demo's, and a file in place of the folder."""
+    settings = tmp_path / "train.yaml"
+    settings.write_text("model: mine\n")
     assert run_command(["demo", "--real", str(tmp_path)]) == 5
+    assert run_command(["demo", "--real", str(settings)]) == 5
+    assert settings.read_text() == "model: mine\n"

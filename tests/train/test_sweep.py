@@ -12,7 +12,7 @@ import yaml
 from mergeforge.cli import run_command
 from mergeforge.errors import OutputError, RecipeError
 from mergeforge.train.run_folder import RunFolder
-from mergeforge.train.sweep import run_sweep
+from mergeforge.train.sweep import next_trial, open_study, run_sweep
 from mergeforge.train.sweep_settings import SweepSettings, read_sweep
 
 optuna = pytest.importorskip("optuna")
@@ -65,9 +65,9 @@ def test_a_killed_sweep_resumes_its_trial(sweep: Settings) -> None:
 
     with pytest.raises(Killed):
         run_sweep(settings, device="cpu", listeners=[kill])
-    began = (RunFolder(Path("sweep/trial-000")).manifest() or {})["settings"]
+    began = (RunFolder(Path("sweep/trial-001")).manifest() or {})["settings"]
     result = run_sweep(settings, device="cpu", listeners=[lambda line: seen.append(line.get("step", 0))])
-    first = next(trial for trial in result.trials if trial.number == 0)
+    first = next(trial for trial in result.trials if trial.number == 1)
     assert len(result.trials) == 2 and first.values["lr"] == began["lr"]
     again = run_sweep(settings, device="cpu", on_trial=lambda trial: pytest.fail("there is nothing left to try"))
     assert again.trials == result.trials
@@ -85,22 +85,30 @@ def test_a_trial_of_another_process_is_left_to_it(sweep: Settings) -> None:
             inner.extend(trial.number for trial in run_sweep(settings, device="cpu").trials)
 
     result = run_sweep(settings, device="cpu", listeners=[start_another])
-    assert inner == [1, 1] and sorted(trial.number for trial in result.trials) == [0, 1]
+    assert inner == [1, 2] and sorted(trial.number for trial in result.trials) == [1, 2]
+
+
+def test_processes_that_start_together_draw_different_values(sweep: Settings) -> None:
+    settings = read(sweep)
+    first, second = (open_study(settings) for _ in range(2))
+    with next_trial(first, settings) as one, next_trial(second, settings) as two:
+        assert one is not None and two is not None and (one.number, two.number) == (0, 1)
+        rates = [trial.suggest_float("lr", 1e-6, 1e-1, log=True) for trial in (one, two)]
+    assert rates[0] != rates[1]
 
 
 def test_a_hopeless_trial_is_pruned(sweep: Settings) -> None:
     """After four trials whose validation losses no run can reach."""
     settings = read(sweep, trials=5, search={"lr": [1e-3, 1e-9]})
-    settings.output.mkdir()
-    study = optuna.create_study(study_name="sweep", storage=f"sqlite:///{settings.output}/study.db")
+    study = open_study(settings)
     choices = {"lr": optuna.distributions.CategoricalDistribution([1e-3, 1e-9])}
     losses = dict.fromkeys(range(10), 0.1)
     for _ in range(4):
         known = {"params": {"lr": 1e-3}, "distributions": choices, "intermediate_values": losses}
         study.add_trial(optuna.trial.create_trial(value=0.1, **known))
     last = run_sweep(settings, device="cpu").trials[-1]
-    assert (last.number, last.state) == (4, "pruned") and last.loss is not None and last.loss > 0.1
-    assert not (settings.output / "trial-004" / "adapter").exists()
+    assert (last.number, last.state) == (5, "pruned") and last.loss is not None and last.loss > 0.1
+    assert not (settings.output / "trial-005" / "adapter").exists()
 
 
 def test_other_settings_are_refused_in_the_same_folder(sweep: Settings) -> None:
@@ -109,10 +117,52 @@ def test_other_settings_are_refused_in_the_same_folder(sweep: Settings) -> None:
         run_sweep(read(sweep, trials=1, search={"lr": [1e-3]}), device="cpu")
 
 
-def test_a_run_that_fails_does_not_end_the_sweep(sweep: Settings) -> None:
+def test_a_study_that_no_sweep_began_is_refused(sweep: Settings) -> None:
+    settings = read(sweep, trials=1)
+    settings.output.mkdir()
+    database = settings.output / "study.db"
+    database.write_text("not a database" * 100)
+    with pytest.raises(OutputError, match=r"study\.db holds no study of a sweep"):
+        run_sweep(settings, device="cpu")
+    database.unlink()
+    study = optuna.create_study(study_name="sweep", storage=f"sqlite:///{database}")
+    study.add_trial(optuna.trial.create_trial(value=0.1))
+    with pytest.raises(OutputError, match="other settings"):
+        run_sweep(settings, device="cpu")
+
+
+def test_a_run_that_fails_does_not_end_the_sweep(sweep: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     train = sweep["train"] | {"memory": {"budget": "300MB"}, "seq_len": 64}
-    result = run_sweep(read(sweep, trials=1, train=train, search={"lr": [1e-3]}), device="cpu")
-    assert result.trials[0].state == "failed" and "training needs about" in result.trials[0].why and result.best is None
+    settings = read(sweep, trials=2, train=train, search={"lr": [1e-3]})
+    result = run_sweep(settings, device="cpu")
+    assert [trial.state for trial in result.trials] == ["failed", "failed"] and result.best is None
+    assert "training needs about" in result.trials[0].why
+    assert run_command(["train", "sweep", "sweep.yaml", "--device", "cpu"]) == 1
+    assert "no trial was completed: see sweep/report.html" in capfd.readouterr().err
+
+
+def test_a_mistake_in_the_settings_ends_the_sweep_unless_a_trial_was_complete(sweep: Settings) -> None:
+    """Layer 7 does not exist. A trial that cannot be planned is not tried again."""
+    settings = read(sweep, trials=1, search={"lora.layers": [[7]]})
+    with pytest.raises(RecipeError, match="no layer 7"):
+        run_sweep(settings, device="cpu")
+    assert [trial.state for trial in run_sweep(settings, device="cpu").trials] == ["failed"]
+    choices = {"lora.layers": optuna.distributions.CategoricalDistribution(["[7]"])}
+    complete = optuna.trial.create_trial(value=0.1, params={"lora.layers": "[7]"}, distributions=choices)
+    open_study(settings).add_trial(complete)
+    more = run_sweep(read(sweep, trials=3, search={"lora.layers": [[7]]}), device="cpu")
+    assert [trial.state for trial in more.trials] == ["complete", "failed", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--then", "mrege"], "no step 'mrege'"), (["--memory", "much"], "'much' is not a size")]
+)
+def test_mistakes_in_options_are_found_before_any_run(
+    sweep: Settings, options: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read(sweep)
+    assert run_command(["train", "sweep", "sweep.yaml", *options]) == 2
+    assert message in capfd.readouterr().err and not Path("sweep").exists()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +175,9 @@ def test_a_run_that_fails_does_not_end_the_sweep(sweep: Settings) -> None:
         ({"search": {"lr": []}}, "has no choices"),
         ({"search": {"learning": [1, 2]}}, "unknown key 'learning'"),
         ({"search": {"lora.rank": [1, 2]}}, "unknown key 'rank'"),
+        ({"search": {"output": ["a", "b"]}}, "a folder of its own"),
+        ({"search": {"preference.beta": [0.1, 0.2]}}, "runs with another preference have losses"),
+        ({"search": {"base_model": ["a", "b"]}}, "runs with another model have losses"),
         ({"search": {"lora.r": [4, 0]}}, "would try settings with mistakes .lora.r: 0"),
         ({"trials": 0}, "trials"),
         ({"train": "nowhere.yaml"}, "there is no recipe"),
@@ -133,6 +186,14 @@ def test_a_run_that_fails_does_not_end_the_sweep(sweep: Settings) -> None:
 def test_mistakes_are_found_before_any_run(sweep: Settings, changes: Settings, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         read(sweep, **changes)
+
+
+def test_a_second_document_is_refused(sweep: Settings) -> None:
+    read(sweep)
+    with Path("sweep.yaml").open("a") as file:
+        file.write("---\ntrials: 5\n")
+    with pytest.raises(RecipeError, match="more than one YAML document"):
+        read_sweep(Path("sweep.yaml"))
 
 
 def test_validation_data_is_needed(sweep: Settings) -> None:

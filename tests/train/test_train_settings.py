@@ -28,6 +28,12 @@ MISTAKES = [
     ("model: m\ndata: d\nload_in_4bit: true", "'load_in_4bit' is a key of another trainer"),
     ("model: m\ndata: d\ngradient_accumulation_steps: 4", "needs micro_batch_size"),
     ("model: m\ndata: d\nlora_r: zero", "line 3, column 1: 'r' must be"),
+    ("model: m\ndata: d\nlora: 3\nlora_r: 4", "line 3, column 1: 'lora' must be a mapping"),
+    ("model: m\ndata: d\nval: 4\neval_steps: 0.1", "line 4, column 1: 'eval_steps' is a fraction of the run there"),
+    ("model: m\ndata: d\nval: 4\nearly_stop: {threshold: 1}", "'early_stop' needs the key 'patience'"),
+    ("model: m\ndata: d\nseed: 4294967296", "line 3, column 1: 'seed' must be below 4294967296"),
+    ("model: m\ndata: d\nlora: {targets: 'q_proj('}", "line 3, column 8: 'q_proj(' is not a valid regular expression"),
+    ("model: m\ndata: d\nmicro_batch_size: 2\ngradient_accumulation_steps: true", "needs micro_batch_size"),
 ]
 
 
@@ -82,3 +88,6 @@ def test_keys_of_other_trainers_are_read_as_ours(tmp_path: Path) -> None:
     ours |= {"output": "out"}
     assert read(theirs) == read(ours)
     assert read(ours, ["learning_rate=0.5", "lora_r=2"]) == read(ours, ["lr=0.5", "lora.r=2"])
+    assert read(ours | {"report_to": "none"}).track == read(ours, ["report_to=none"]).track == ()
+    with pytest.raises(RecipeError, match="'load_in_4bit' is a key of another trainer"):
+        read(ours, ["load_in_4bit=true"])

@@ -37,14 +37,11 @@ def with_adapter(
     `without_weights`: the model is on the meta device. Raises RecipeError where no module matches `targets`, and for
     what PEFT cannot do.
     """
-    config = adapter_config(model, adapter, lora) if adapter else lora_config(model, lora, new_tokens)
-    if isinstance(config, LoraConfig) and config.target_parameters and (lora.dora or lora.dropout):
-        what = "DoRA" if lora.dora else "lora.dropout"
-        hint = "set method: lora and no dropout, or name lora.targets without the experts, such as [q_proj, v_proj]"
-        raise RecipeError(f"{what} does not work on experts that are fused into one tensor", hint=hint)
     try:
+        config = adapter_config(model, adapter, lora) if adapter else lora_config(model, lora, new_tokens)
+        _check_experts(config, lora)
         adapted = get_peft_model(model, config, low_cpu_mem_usage=without_weights)
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
         names = sorted({name.rpartition(".")[2] for name in linear_names(model)})
         hint = f"the model's linear modules: {format_list(names, 12)}"
         raise RecipeError(f"the adapter does not fit the model: {str(error).splitlines()[0]}", hint=hint) from None
@@ -52,6 +49,14 @@ def with_adapter(
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _check_experts(config: PeftConfig, lora: LoraOptions) -> None:
+    """Raise RecipeError for what PEFT cannot do on fused experts."""
+    if isinstance(config, LoraConfig) and config.target_parameters and (lora.dora or lora.dropout):
+        what = "DoRA" if lora.dora else "lora.dropout"
+        hint = "set method: lora and no dropout, or name lora.targets without the experts, such as [q_proj, v_proj]"
+        raise RecipeError(f"{what} does not work on experts that are fused into one tensor", hint=hint)
 
 
 def adapter_config(model: PreTrainedModel, adapter: AdapterOptions, lora: LoraOptions) -> PeftConfig:
@@ -64,6 +69,8 @@ def adapter_config(model: PreTrainedModel, adapter: AdapterOptions, lora: LoraOp
     fields = {field.name for field in dataclasses.fields(config)}
     values: dict[str, Any] = {"target_modules": targets, "task_type": "CAUSAL_LM"} | dict(adapter.options)
     if lora.layers:
+        if "layers_to_transform" not in fields:
+            raise RecipeError(f"adapter: {adapter.type} cannot be limited to layers", hint="remove 'layers'")
         values["layers_to_transform"] = list(lora.layers)
     if "exclude_modules" in fields:
         values["exclude_modules"] = untargeted or None
