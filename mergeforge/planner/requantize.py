@@ -18,7 +18,7 @@ from mergeforge.adapters.deltas import LoraDelta, WeightDelta
 from mergeforge.adapters.gguf_lora import match_gguf_adapter
 from mergeforge.adapters.open import Adapter
 from mergeforge.checkpoints.checkpoint import Checkpoint
-from mergeforge.checkpoints.gguf_checkpoint import DequantizedGGUFTensor
+from mergeforge.checkpoints.gguf_checkpoint import dequantized
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import RecipeError, SourceError, format_list, malformed_as_source_error
 from mergeforge.gguf.architectures import TensorTarget
@@ -222,20 +222,10 @@ def _raw(stored: GGUFTensorInfo) -> StoredTensor:
 
 def _values(stored: GGUFTensorInfo) -> LazyTensor:
     """The values of a tensor. Raises SourceError for types that cannot be dequantized."""
-    import gguf
-    import numpy as np
-
     if stored.ggml_type in _PLAIN:
         return StoredTensor(TensorInfo(stored.name, stored.ggml_type, _matrix(stored)), stored.file, stored.offset)
-    try:
-        gguf.quants.dequantize(
-            np.zeros((1, stored.block_nbytes), np.uint8), gguf.GGMLQuantizationType[stored.ggml_type]
-        )
-    except NotImplementedError:
-        text = f"{stored.file.path}: {stored.name} has the type {stored.ggml_type}, which cannot be converted"
-        raise SourceError(text, hint="convert the original model") from None
     target = TensorTarget(stored.name, _matrix(stored))
-    return DequantizedGGUFTensor(TensorInfo(stored.name, "F32", _matrix(stored)), ((target, stored),))
+    return dequantized(TensorInfo(stored.name, "F32", _matrix(stored)), [(target, stored)])
 
 
 class _Work:
