@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.key_values import VALUE_TYPES, Value
+from mergeforge.gguf.key_values import VALUE_TYPES, Value, is_utf8
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import check_is_file
@@ -23,8 +23,11 @@ from mergeforge.io.safetensors_header import check_is_file
 LARGEST_COUNT = 1 << 28  # of keys, tensors, items and bytes of a string: far above any model's
 # Types that gguf-py dequantizes (gguf/quants.py).
 DEQUANTIZED_TYPES = frozenset(
-    ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
-    + ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4")
+    (
+        *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+        *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+    )
 )
 _KIND_BY_NUMBER = {number: (kind, form) for kind, (number, form) in VALUE_TYPES.items()}
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -180,7 +183,7 @@ class _HeaderReader:
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
-        if any("\ud800" <= character <= "\udfff" for character in name):
+        if not is_utf8(name):
             raise SourceError(f"{self.path}: the tensor name {name!r} is not UTF-8", hint="download it again")
         (dims,) = self._numbers("<I")
         if not 1 <= dims <= 4:

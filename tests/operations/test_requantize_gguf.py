@@ -154,6 +154,9 @@ def test_metadata_is_edited_and_tensors_are_copied(files: dict[str, Path], tmp_p
         "split.no=1",
         "name",
         "tokenizer.ggml.tokens=[]",
+        "llama.rope.freq_base=NaN",
+        "llama.rope.freq_base=1e999",
+        "general.name=\udcff",
     ):
         assert run_command(["gguf", str(source), "--set-metadata", edit, "--out", str(tmp_path / "no.gguf")]) == 2
     assert not (tmp_path / "no.gguf").exists()
