@@ -6,7 +6,7 @@ gguf package's dequantizers (gguf-py/gguf/quants.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from mergeforge.io.disk import InputFile
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.lazy import LazyTensor, Rows, Stats, StatsPass
 from mergeforge.tensors.row_gather import consecutive_runs
+from mergeforge.tensors.stored import StoredTensor
 from mergeforge.tensors.worker import ALIGNMENT, Worker
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_STORED_PLAIN = ("I8", "I16", "I32", "I64", "F64")  # types without blocks that gguf-py does not dequantize
 SCRATCH_BLOCKS = 6  # of dequantization: the bytes, integer and float temporaries, the result
 
 
@@ -146,15 +148,30 @@ def open_gguf(path: Path, label: str, reference: Checkpoint) -> Checkpoint:
 
 
 def open_gguf_alone(path: Path, label: str) -> Checkpoint:
-    """Open a GGUF file as a checkpoint of its own tensors, with their GGUF names and row order."""
+    """Open a GGUF file as a checkpoint of its own tensors, with their GGUF names and row order.
+
+    Raises SourceError for types that cannot be dequantized.
+    """
     header = read_gguf(path)
-    tensors: dict[str, Any] = {
-        name: DequantizedGGUFTensor(
-            TensorInfo(name, "F32", stored.shape), ((TensorTarget(name, stored.shape), stored),)
-        )
-        for name, stored in header.tensors.items()
-    }
+    tensors: dict[str, Any] = {name: _own_tensor(stored) for name, stored in header.tensors.items()}
     return Checkpoint(label, path.parent, None, tensors, {}, header.hashes)
+
+
+def dequantized(info: TensorInfo, sources: Sequence[tuple[TensorTarget, GGUFTensorInfo]]) -> DequantizedGGUFTensor:
+    """The values of GGUF tensors, with this name and shape. Raises SourceError for types that have no float values."""
+    for _, stored in sources:
+        if not stored.can_be_dequantized:
+            text = f"{stored.file.path}: {stored.name} has the type {stored.ggml_type}, which cannot be converted"
+            raise SourceError(text, hint="use the model that the GGUF file was made from")
+    return DequantizedGGUFTensor(info.with_dtype("F32"), tuple(sources))
+
+
+def _own_tensor(stored: GGUFTensorInfo) -> Any:
+    """A tensor under its GGUF name; integers and F64 are stored as in safetensors."""
+    info = TensorInfo(stored.name, "F32", stored.shape)
+    if stored.ggml_type in _STORED_PLAIN:
+        return StoredTensor(info.with_dtype(stored.ggml_type), stored.file, stored.offset)
+    return dequantized(info, [(TensorTarget(stored.name, stored.shape), stored)])
 
 
 def _is_omitted_head(targets: tuple[TensorTarget, ...], stored: Mapping[str, GGUFTensorInfo]) -> bool:
@@ -177,4 +194,4 @@ def _dequantized_tensor(
         if stored.shape != target.shape:
             raise SourceError(f"{path}: {target.tensor} has the shape {list(stored.shape)}, not {list(target.shape)}")
         sources.append((target, stored))
-    return DequantizedGGUFTensor(info.with_dtype("F32"), tuple(sources))
+    return dequantized(info, sources)

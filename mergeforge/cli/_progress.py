@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from mergeforge.cli._byte_count import WIDE, ByteCount
-from mergeforge.core.messages import without_warnings
+from mergeforge.core.messages import warnings_in, without_warnings
 from mergeforge.core.tensor_info import Tile
 from mergeforge.execute.unfinished import finished_tiles
 from mergeforge.planner import Plan, plan_page
@@ -42,9 +42,14 @@ def show_plan(plan: Plan, to: Console, target: str = "") -> None:
 
 
 def show_notes(plan: Plan, to: Console) -> None:
-    """Print what the user should know before the merge: warnings, then notes."""
-    show_warnings(plan.warnings, to)
-    for note in (*without_warnings(plan.notes), *plan.machine_notes):
+    """Print what the user should know before the merge."""
+    print_notes((*plan.notes, *plan.machine_notes), to)
+
+
+def print_notes(notes: Sequence[str], to: Console) -> None:
+    """Print warnings, then the other notes."""
+    show_warnings(warnings_in(notes), to)
+    for note in without_warnings(notes):
         print_wrapped(to, f"note     {note}", "yellow", len("note"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,30 @@ from mergeforge.core.sizes import format_size
 from mergeforge.errors import RecipeError
 
 if TYPE_CHECKING:
-    from mergeforge.operations.convert_lora import LoraConversion
+    from mergeforge.planner import Options
+    from mergeforge.planner.requantize import Requantization
+
+_COMMAND = ("types", "out", "fresh", "overwrite", "plan_only", "as_json", "quiet", "verbose")
+
+
+@dataclass(frozen=True)
+class _Command:
+    """What is converted to which files, and what is printed. `started`: by the monotonic clock."""
+
+    model: str
+    started: float
+    types: tuple[str, ...]
+    out: str | None
+    fresh: bool
+    overwrite: bool
+    plan_only: bool
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
 
 
 @click.command()
@@ -65,26 +89,17 @@ if TYPE_CHECKING:
 def gguf(
     model: str,
     *,
-    types: tuple[str, ...],
-    out: str | None,
-    tensor_types: tuple[str, ...],
     adapters: tuple[str, ...],
     base: str | None,
     allow_requantize: bool,
     keep_split: bool,
     metadata: tuple[str, ...],
     chat_template: str | None,
-    fresh: bool,
-    overwrite: bool,
-    plan_only: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
     memory: str | None,
     device: str,
     threads: int | None,
     allow_pickle: bool,
-    **settings: Any,
+    **others: Any,
 ) -> None:
     """Write MODEL (a folder, Hub repo, GGUF file or LoRA adapter) as GGUF, quantized in the same pass.
 
@@ -100,46 +115,46 @@ def gguf(
       mergeforge gguf model-f16.gguf --adapter lora.gguf:0.8 --type q4_k_m
       mergeforge gguf model.gguf --set-metadata general.name=Aurora --out renamed.gguf
     """
-    started = time.monotonic()
-    given = {key: value for key, value in settings.items() if value}
-    if tensor_types:
-        given["tensor_types"] = dict(_name_and_type(text) for text in tensor_types)
-    edits = {"set-metadata": metadata, "chat-template": chat_template}
-    from mergeforge.cli import _progress, _result
-    from mergeforge.operations.convert_gguf import convert
-    from mergeforge.operations.convert_lora import is_adapter, plan_lora_conversion
-    from mergeforge.operations.requantize_gguf import is_gguf_file, plan_gguf
+    from mergeforge.operations.convert_lora import is_adapter
+    from mergeforge.operations.requantize_gguf import is_gguf_file
     from mergeforge.planner import Options
     from mergeforge.planner.requantize import Requantization
 
-    if is_adapter(model) or (base and not is_gguf_file(model)):
-        _refuse_settings(
-            {**given, "adapter": adapters, "allow-requantize": allow_requantize, "keep-split": keep_split, **edits}
-        )
-        conversions = plan_lora_conversion(model, base, types, out, allow_pickle=allow_pickle, overwrite=overwrite)
-        _write_loras(conversions, started, plan_only=plan_only, as_json=as_json, quiet=quiet)
-        return
-    options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
+    command = _Command(model, time.monotonic(), **{name: others.pop(name) for name in _COMMAND})
+    settings = _settings(others)
     template = _read_template(chat_template) if chat_template else None
     folds = tuple(_adapter_and_weight(text) for text in adapters)
     request = Requantization(allow_requantize, keep_split, metadata, template, folds, base)
-    conversion = plan_gguf(model, types, out, given, request, options, overwrite=overwrite)
-    to = _progress.console()
-    if plan_only or verbose:
-        _progress.show_plan(conversion.plan, to, target=out or str(conversion.out))
-    elif not quiet:
-        _progress.show_notes(conversion.plan, to)
-    if plan_only:
+    if is_adapter(model) or (base and not is_gguf_file(model)):
+        _refuse_options(settings, request)
+        _convert_adapter(command, base, allow_pickle=allow_pickle)
         return
-    tiles = convert(conversion, fresh=fresh, overwrite=overwrite)
-    for _ in _progress.watch(conversion.plan, tiles, to, quiet=quiet, fresh=fresh):
+    options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
+    _convert_model(command, settings, request, options)
+
+
+def _convert_model(command: _Command, settings: Mapping[str, Any], request: Requantization, options: Options) -> None:
+    """Write the GGUF files of a model or a GGUF file, and print what was written."""
+    from mergeforge.cli import _progress, _result
+    from mergeforge.operations.convert_gguf import convert
+    from mergeforge.operations.requantize_gguf import plan_gguf
+
+    out, overwrite = command.out, command.overwrite
+    conversion = plan_gguf(command.model, command.types, out, settings, request, options, overwrite=overwrite)
+    to = _progress.console()
+    if command.plan_only or command.verbose:
+        _progress.show_plan(conversion.plan, to, target=out or str(conversion.out))
+    elif not command.quiet:
+        _progress.show_notes(conversion.plan, to)
+    if command.plan_only:
+        return
+    tiles = convert(conversion, fresh=command.fresh, overwrite=overwrite)
+    for _ in _progress.watch(conversion.plan, tiles, to, quiet=command.quiet, fresh=command.fresh):
         pass
-    seconds = time.monotonic() - started
-    files = {str(path): path.stat().st_size for path in conversion.files}
-    if as_json:
-        click.echo(json.dumps({"files": files, "seconds": round(seconds, 3)}))
-    elif not quiet:
-        _result.show_conversion(conversion, to, seconds, out)
+    if command.as_json:
+        _print_json(conversion.files, command.seconds)
+    elif not command.quiet:
+        _result.show_conversion(conversion, to, command.seconds, out)
 
 
 def _adapter_and_weight(text: str) -> tuple[str, float]:
@@ -149,41 +164,56 @@ def _adapter_and_weight(text: str) -> tuple[str, float]:
     return adapter, 1.0 if weight is None else weight
 
 
-def _write_loras(
-    conversions: Sequence[LoraConversion], started: float, *, plan_only: bool, as_json: bool, quiet: bool
-) -> None:
+def _convert_adapter(command: _Command, base: str | None, *, allow_pickle: bool) -> None:
     """Write the GGUF files of an adapter, and print what was written."""
     from mergeforge.cli import _progress, _result
-    from mergeforge.core.messages import warnings_in, without_warnings
-    from mergeforge.operations.convert_lora import write_lora
+    from mergeforge.operations.convert_lora import plan_lora_conversion, write_lora
 
+    model, overwrite = command.model, command.overwrite
+    conversions = plan_lora_conversion(
+        model, base, command.types, command.out, allow_pickle=allow_pickle, overwrite=overwrite
+    )
     to = _progress.console()
-    notes = conversions[0].plan.notes
-    if not quiet:
-        _progress.show_warnings(warnings_in(notes), to)
-        for note in without_warnings(notes):
-            _progress.print_wrapped(to, f"note     {note}", "yellow", len("note"))
+    if not command.quiet:
+        _progress.print_notes(conversions[0].plan.notes, to)
     for conversion in conversions:
-        if plan_only:
+        if command.plan_only:
             count = len(conversion.plan.tensors)
             to.print(f"{conversion.path}: {count} tensors, {format_size(conversion.plan.layout.nbytes)}", markup=False)
         else:
             write_lora(conversion)
-    if plan_only:
+    if command.plan_only:
         return
-    seconds = time.monotonic() - started
-    files = {str(conversion.path): conversion.path.stat().st_size for conversion in conversions}
-    if as_json:
-        click.echo(json.dumps({"files": files, "seconds": round(seconds, 3)}))
-    elif not quiet:
-        listed = {conversion.path.name: (files[str(conversion.path)], conversion.label) for conversion in conversions}
-        _result.show_files(to, str(conversions[0].path.parent), listed, seconds)
+    paths = [conversion.path for conversion in conversions]
+    if command.as_json:
+        _print_json(paths, command.seconds)
+    elif not command.quiet:
+        listed = {
+            conversion.path.name: (conversion.path.stat().st_size, conversion.label) for conversion in conversions
+        }
+        _result.show_files(to, str(paths[0].parent), listed, command.seconds)
 
 
-def _refuse_settings(settings: Mapping[str, Any]) -> None:
+def _print_json(paths: Sequence[Path], seconds: float) -> None:
+    files = {str(path): path.stat().st_size for path in paths}
+    click.echo(json.dumps({"files": files, "seconds": round(seconds, 3)}))
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of an output.gguf entry that were given as options."""
+    settings = {key: value for key, value in options.items() if value}
+    if texts := settings.get("tensor_types"):
+        settings["tensor_types"] = dict(_name_and_type(text) for text in texts)
+    return settings
+
+
+def _refuse_options(settings: Mapping[str, Any], request: Requantization) -> None:
     """Raise RecipeError for options that an adapter's file has no use for."""
-    if given := [name.replace("_", "-") for name, value in settings.items() if value]:
-        raise RecipeError(f"--{given[0]} is for models, not for an adapter", hint="leave it out")
+    names = [f"--{name.replace('_', '-')}" for name in settings] + [
+        name for name in request.options if name != "--base"
+    ]
+    if names:
+        raise RecipeError(f"{names[0]} is for models, not for an adapter", hint="leave it out")
 
 
 def _read_template(path: str) -> str:

@@ -77,6 +77,11 @@ def encode_key_values(keys: Keys) -> bytes:
     )
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text has no lone surrogates, which stand for bytes of another encoding."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _value(value: Value) -> bytes:
     if value.kind == "string":
         return _string(value.value)

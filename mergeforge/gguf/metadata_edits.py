@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable
 from typing import Any
 
 from mergeforge.errors import RecipeError, did_you_mean
-from mergeforge.gguf.key_values import VALUE_TYPES, Keys, Value, string
+from mergeforge.gguf.key_values import VALUE_TYPES, Keys, Value, is_utf8, string
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
 # What the tensors and their types decide, and what names all other keys.
@@ -26,6 +27,8 @@ def read_edits(texts: Iterable[str], keys: Keys) -> dict[str, Value]:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise RecipeError(f"--set-metadata {text}: write KEY=VALUE, such as general.name=Aurora")
+        if not is_utf8(text):
+            raise RecipeError(f"--set-metadata {key}: the text is not UTF-8")
         if key in _FIXED or key.startswith("split."):
             raise RecipeError(f"--set-metadata {key}: this key follows from the tensors", hint="leave it out")
         edits[key] = _value(key, value, keys.get(key))
@@ -53,7 +56,7 @@ def _value(key: str, text: str, old: Value | None) -> Value:
 def _inferred(key: str, text: str) -> Value:
     """The value of a key that the file does not have."""
     try:
-        value = json.loads(text)
+        value = _from_json(text)
     except (ValueError, RecursionError):
         return string(text)
     if isinstance(value, bool):
@@ -71,10 +74,19 @@ def _typed(key: str, kind: str, text: str) -> Value:
 
 def _parsed(key: str, text: str, expected: str) -> Any:
     try:
-        return json.loads(text)
+        return _from_json(text)
     except (ValueError, RecursionError):
         hint = did_you_mean(text, ("true", "false")) if expected == "bool" else ""
         raise RecipeError(f"--set-metadata {key}: '{text}' is not {_article(expected)}", hint=hint) from None
+
+
+def _from_json(text: str) -> Any:
+    """A JSON value. Raises ValueError, also for NaN and Infinity, which Python's reader accepts."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def _checked(key: str, kind: str, value: Any) -> Any:
@@ -82,8 +94,11 @@ def _checked(key: str, kind: str, value: Any) -> Any:
     wanted: dict[str, tuple[type, ...]] = {"bool": (bool,), "string": (str,), "f32": (int, float), "f64": (int, float)}
     fits = isinstance(value, wanted.get(kind, (int,))) and (kind == "bool" or not isinstance(value, bool))
     try:
-        if fits and kind != "string":
+        if fits and kind == "string":
+            fits = is_utf8(value)
+        elif fits:
             struct.pack("<" + VALUE_TYPES[kind][1], value)
+            fits = math.isfinite(value)
     except (struct.error, OverflowError):
         fits = False
     if not fits:

@@ -12,18 +12,23 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergeforge.errors import SourceError
-from mergeforge.gguf.key_values import VALUE_TYPES, Value
+from mergeforge.gguf.key_values import VALUE_TYPES, Value, is_utf8
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import check_is_file
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 LARGEST_COUNT = 1 << 28  # of keys, tensors, items and bytes of a string: far above any model's
+# Types that gguf-py dequantizes (gguf/quants.py).
+DEQUANTIZED_TYPES = frozenset(
+    (
+        *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+        *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+    )
+)
 _KIND_BY_NUMBER = {number: (kind, form) for kind, (number, form) in VALUE_TYPES.items()}
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -52,14 +57,14 @@ class GGUFTensorInfo:
         if self.ggml_type in QUANT_TYPES:
             return QUANT_TYPES[self.ggml_type]
         number = int(gguf.GGMLQuantizationType[self.ggml_type])
-        return QuantType(self.ggml_type, number, self.block, self.block_nbytes, _not_encoded)
+        return QuantType(self.ggml_type, number, self.block, self.block_nbytes, None)
+
+    @property
+    def can_be_dequantized(self) -> bool:
+        return self.ggml_type in DEQUANTIZED_TYPES
 
     def row_nbytes(self, columns: int) -> int:
         return columns // self.block * self.block_nbytes
-
-
-def _not_encoded(rows: Tensor, importance: Tensor | None) -> Tensor:
-    raise NotImplementedError("tensors of this type are only copied")
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ class _HeaderReader:
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
-        if any("\ud800" <= character <= "\udfff" for character in name):
+        if not is_utf8(name):
             raise SourceError(f"{self.path}: the tensor name {name!r} is not UTF-8", hint="download it again")
         (dims,) = self._numbers("<I")
         if not 1 <= dims <= 4:

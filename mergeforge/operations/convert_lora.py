@@ -14,11 +14,8 @@ from mergeforge.gguf.quantize import encode
 from mergeforge.io.disk import WriteBehind, on_disk, sync_folder
 from mergeforge.io.file_layout import OutputFile, OutputFiles
 from mergeforge.operations.convert_gguf import output_paths
-from mergeforge.planner import read_recipe
-from mergeforge.planner.base_of_adapters import with_base_of_adapters
+from mergeforge.planner.gguf_adapters import open_with_base
 from mergeforge.planner.gguf_lora import GGUFLoraPlan, plan_gguf_lora
-from mergeforge.planner.inputs import Opener
-from mergeforge.planner.layer_replication import replicate_layers
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,7 @@ def plan_lora_conversion(
     Raises RecipeError, SourceError, and OutputError for files that exist.
     """
     types = tuple(dict.fromkeys(types)) or ("f32",)
-    recipe = read_recipe({"adapters": [adapter]} | ({"base_model": base} if base else {}))
-    opener = Opener(replicate_layers, allow_pickle=allow_pickle)
-    recipe = with_base_of_adapters(recipe, opener)
-    inputs = opener.open(recipe)
-    if inputs.base is None or not inputs.adapters:
-        raise SourceError(f"{adapter} is not an adapter", hint="give the folder of a LoRA adapter")
+    opened, base_model = open_with_base(adapter, base, allow_pickle=allow_pickle)
     name = Path(adapter).expanduser().absolute().name.partition("@")[0]
     folder, file, _ = output_paths(name, types, out, splits=False)
     conversions = []
@@ -57,7 +49,7 @@ def plan_lora_conversion(
         file_type = file_type_named(type_)
         if file_type.by_llama_quantize:
             raise RecipeError(f"a LoRA has no mixed types such as {file_type.label}", hint="f32, f16, bf16 or q8_0")
-        plan = plan_gguf_lora(inputs.adapters[0].adapter, inputs.base.checkpoint, name, file_type)
+        plan = plan_gguf_lora(opened, base_model, name, file_type)
         path = file or folder / plan.file
         if path.exists() and not overwrite:
             raise OutputError(f"{path} exists", hint="--overwrite replaces it and nothing else")

@@ -6,19 +6,13 @@ keep their GGUF names and row order, so neither a config.json nor a known archit
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mergeforge.adapters.adapted_tensor import AdaptedTensor
-from mergeforge.adapters.deltas import LoraDelta, WeightDelta
-from mergeforge.adapters.gguf_lora import match_gguf_adapter
-from mergeforge.adapters.open import Adapter
-from mergeforge.checkpoints.checkpoint import Checkpoint
-from mergeforge.checkpoints.gguf_checkpoint import DequantizedGGUFTensor
+from mergeforge.adapters.deltas import WeightDelta
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import RecipeError, SourceError, format_list, malformed_as_source_error
 from mergeforge.gguf.architectures import TensorTarget
@@ -27,9 +21,8 @@ from mergeforge.gguf.imatrix import ImatrixFile, read_imatrix
 from mergeforge.gguf.key_values import Keys, Value, u32
 from mergeforge.gguf.metadata_edits import chat_template, read_edits
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
-from mergeforge.gguf.reader import GGUFHeader, GGUFTensorInfo, read_gguf
+from mergeforge.gguf.reader import GGUFTensorInfo
 from mergeforge.planner import read_recipe
-from mergeforge.planner.base_of_adapters import with_base_of_adapters
 from mergeforge.planner.fingerprint import fingerprint
 from mergeforge.planner.gguf import (
     QUANTIZATION_VERSION,
@@ -40,25 +33,21 @@ from mergeforge.planner.gguf import (
     type_overrides,
     without_leading_ones,
 )
-from mergeforge.planner.gguf_lora import gguf_deltas
-from mergeforge.planner.inputs import Inputs, OpenAdapter, Opener, OpenModel
-from mergeforge.planner.layer_replication import replicate_layers
+from mergeforge.planner.gguf_adapters import open_adapters_for
+from mergeforge.planner.gguf_source import PLAIN, GGUFSource, model_name, raw_tensor, read_source, tensor_values
+from mergeforge.planner.inputs import Inputs, OpenAdapter, OpenModel
 from mergeforge.planner.options import Options
 from mergeforge.planner.outputs import NO_CHECKPOINT
 from mergeforge.planner.plan import Plan
 from mergeforge.planner.tiling import plan_tiles
-from mergeforge.recipe import AdapterEntry, GGUFEntry, Recipe
+from mergeforge.recipe import GGUFEntry, Recipe
 from mergeforge.tensors.budget import make_budget
 from mergeforge.tensors.lazy import LazyTensor
-from mergeforge.tensors.stored import StoredTensor
 from mergeforge.writers.encoder import TensorEncoder
 from mergeforge.writers.gguf import GGUFEncoder, GGUFTensor, lay_out, lay_out_splits
 from mergeforge.writers.gguf_copy import GGUFCopyEncoder
 
 COPY = "copy"  # the type that keeps every tensor as it is, as in llama-quantize
-_PLAIN = ("F32", "F16", "BF16")  # stored as safetensors stores them
-_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
-_SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 @dataclass(frozen=True)
@@ -77,26 +66,18 @@ class Requantization:
     adapters: tuple[tuple[str, float], ...] = ()
     base: str | None = None
 
-
-@dataclass(frozen=True)
-class _Source:
-    """The file to convert, its keys without those of its splits, and the edits of them."""
-
-    path: Path
-    header: GGUFHeader
-    keys: Keys
-    edits: Keys
-
     @property
-    def arch(self) -> str:
-        return str(self.header.get("general.architecture"))
-
-
-def model_name(path: Path) -> str:
-    """The name of the model in a GGUF file: its stem without the number of its split and its type."""
-    stem = _SPLIT_NAME.sub("", path.stem)
-    name, _, type_ = stem.replace(".", "-").rpartition("-")
-    return stem[: len(name)] if name and type_.lower() in FILE_TYPES else stem
+    def options(self) -> list[str]:
+        """The options of `mergeforge gguf` that were given."""
+        given = {
+            "--allow-requantize": self.allow_requantize,
+            "--keep-split": self.keep_split,
+            "--set-metadata": self.metadata,
+            "--chat-template": self.chat_template is not None,
+            "--adapter": self.adapters,
+            "--base": self.base,
+        }
+        return [option for option, value in given.items() if value]
 
 
 def plan_requantization(
@@ -106,12 +87,13 @@ def plan_requantization(
 
     Raises SourceError for a file that cannot be read or requantized, RecipeError for unknown types, BudgetError.
     """
-    source = _read_source(path, request)
+    source = read_source(path)
+    edits = _edits(source, request)
     recipe, entries = _recipe(path, entry, types, request)
     budget = make_budget(options.memory, options.device, options.threads)
-    adapters = _open_adapters(recipe, request, source, allow_pickle=options.allow_pickle)
-    model = OpenModel(recipe.base_model or recipe.named_models[0], _checkpoint(source), ())
-    work = _Work(source, request, budget.device, adapters)
+    adapters = open_adapters_for(source, recipe.adapters, request.base, allow_pickle=options.allow_pickle)
+    model = OpenModel(recipe.base_model or recipe.named_models[0], source.checkpoint, ())
+    work = _Work(source, edits, request, budget.device, adapters)
     ggufs = tuple(work.plan_file(file_entry) for file_entry in entries)
     inputs = Inputs(model, (), adapters) if adapters else Inputs(None, (model,), ())
     infos = {name: _info(tensor) for name, tensor in work.tensors.items()}
@@ -140,21 +122,14 @@ def _info(tensor: LazyTensor) -> TensorInfo:
     return tensor.info.with_dtype("F32") if isinstance(tensor, AdaptedTensor) else tensor.info
 
 
-def _read_source(path: Path, request: Requantization) -> _Source:
-    header = read_gguf(path)
-    kind = header.get("general.type")
-    if not isinstance(header.get("general.architecture"), str):
-        raise SourceError(f"{path} has no general.architecture", hint="give a model's GGUF file")
-    if kind in ("adapter", "imatrix") or not header.tensors:
-        what = f"is an {kind}" if header.tensors else "holds no tensors"
-        raise SourceError(f"{path} {what}, not a model", hint="give a model's GGUF file")
-    keys = {key: value for key, value in header.keys.items() if key not in (*_SPLIT_KEYS, "general.alignment")}
-    if request.keep_split and len(header.hashes) == 1:
-        raise SourceError(f"{path} is a single file, so there is no split to keep", hint="leave out --keep-split")
-    edits = read_edits(request.metadata, keys)
-    if request.chat_template is not None:
-        edits |= chat_template(request.chat_template)
-    return _Source(path, header, keys, edits)
+def _edits(source: GGUFSource, request: Requantization) -> Keys:
+    """The metadata that is changed. Raises RecipeError, and SourceError if there is no split to keep."""
+    if request.keep_split and len(source.splits) == 1:
+        raise SourceError(
+            f"{source.path} is a single file, so there is no split to keep", hint="leave out --keep-split"
+        )
+    edits = read_edits(request.metadata, source.keys)
+    return edits | (chat_template(request.chat_template) if request.chat_template is not None else {})
 
 
 def _recipe(
@@ -172,79 +147,14 @@ def _recipe(
     return recipe, [replace(file_entry, type=type_) for file_entry, type_ in entries]
 
 
-def _open_adapters(
-    recipe: Recipe, request: Requantization, source: _Source, *, allow_pickle: bool
-) -> tuple[OpenAdapter, ...]:
-    """The adapters, with their changes by GGUF name. Raises SourceError where one does not match the file."""
-    opened = []
-    for entry in recipe.adapters:
-        name = str(entry.adapter)
-        if name.endswith(".gguf"):
-            adapter = match_gguf_adapter(Path(name).expanduser(), name, source.header)
-        else:
-            adapter = _from_hf(entry, request.base, source, allow_pickle=allow_pickle)
-        opened.append(OpenAdapter(entry, adapter))
-    return tuple(opened)
-
-
-def _from_hf(entry: AdapterEntry, base: str | None, source: _Source, *, allow_pickle: bool) -> Adapter:
-    """An adapter of the Hugging Face model that the GGUF file was made from."""
-    recipe = read_recipe({"adapters": [str(entry.adapter)]} | ({"base_model": base} if base else {}))
-    opener = Opener(replicate_layers, allow_pickle=allow_pickle)
-    inputs = opener.open(with_base_of_adapters(recipe, opener))
-    assert inputs.base is not None
-    adapter = inputs.adapters[0].adapter
-    deltas = gguf_deltas(adapter, inputs.base.checkpoint)
-    for name, changes in deltas.items():
-        stored = source.header.tensors.get(name)
-        if stored is None or any(isinstance(delta, LoraDelta) and delta.shape != stored.shape for delta in changes):
-            text = f"{source.path} has no {name} of the shape that {adapter.label} changes"
-            raise SourceError(text, hint="give the GGUF file of the adapter's base model")
-    return replace(adapter, deltas=deltas, resized={})
-
-
-def _checkpoint(source: _Source) -> Checkpoint:
-    tensors: dict[str, Any] = {name: _raw(stored) for name, stored in source.header.tensors.items()}
-    return Checkpoint(str(source.path), source.path.parent, None, tensors, {}, source.header.hashes)
-
-
-def _matrix(stored: GGUFTensorInfo) -> tuple[int, int]:
-    """The shape of a tensor seen as rows."""
-    return math.prod(stored.shape[:-1]), stored.shape[-1]
-
-
-def _raw(stored: GGUFTensorInfo) -> StoredTensor:
-    """The bytes of a tensor as they are stored, in rows."""
-    rows, columns = _matrix(stored)
-    info = TensorInfo(stored.name, "U8", (rows, stored.row_nbytes(columns)))
-    return StoredTensor(info, stored.file, stored.offset)
-
-
-def _values(stored: GGUFTensorInfo) -> LazyTensor:
-    """The values of a tensor. Raises SourceError for types that cannot be dequantized."""
-    import gguf
-    import numpy as np
-
-    if stored.ggml_type in _PLAIN:
-        return StoredTensor(TensorInfo(stored.name, stored.ggml_type, _matrix(stored)), stored.file, stored.offset)
-    try:
-        gguf.quants.dequantize(
-            np.zeros((1, stored.block_nbytes), np.uint8), gguf.GGMLQuantizationType[stored.ggml_type]
-        )
-    except NotImplementedError:
-        text = f"{stored.file.path}: {stored.name} has the type {stored.ggml_type}, which cannot be converted"
-        raise SourceError(text, hint="convert the original model") from None
-    target = TensorTarget(stored.name, _matrix(stored))
-    return DequantizedGGUFTensor(TensorInfo(stored.name, "F32", _matrix(stored)), ((target, stored),))
-
-
 class _Work:
     """The tensors that are read, what encodes each, and what is done to it, in words; filled file by file."""
 
     def __init__(
-        self, source: _Source, request: Requantization, device: str, adapters: Sequence[OpenAdapter] = ()
+        self, source: GGUFSource, edits: Keys, request: Requantization, device: str, adapters: Sequence[OpenAdapter]
     ) -> None:
         self.source = source
+        self.edits = edits
         self.terms: dict[str, list[tuple[float, WeightDelta]]] = {}
         for opened in adapters:
             for name, deltas in opened.adapter.deltas.items():
@@ -280,15 +190,12 @@ class _Work:
         tensors = self.source.header.tensors
         if not self.request.keep_split:
             return {name: tensors[name] for name in file_order(list(tensors))}
-        return dict(sorted(tensors.items(), key=lambda item: (self._split_of(item[1]), item[1].offset)))
-
-    def _split_of(self, stored: GGUFTensorInfo) -> int:
-        return list(self.source.header.hashes).index(Path(stored.file.path).name)
+        return dict(sorted(tensors.items(), key=lambda item: (self.source.split_of(item[1]), item[1].offset)))
 
     def _splits(self, tensors: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:
-        splits: list[list[GGUFTensor]] = [[] for _ in self.source.header.hashes]
+        splits: list[list[GGUFTensor]] = [[] for _ in self.source.splits]
         for tensor in tensors:
-            splits[self._split_of(self.source.header.tensors[tensor.name])].append(tensor)
+            splits[self.source.split_of(self.source.header.tensors[tensor.name])].append(tensor)
         return splits
 
     def _types(
@@ -321,7 +228,7 @@ class _Work:
         return _replaced(self._edited(keys), imatrix_keys(imatrix) if imatrix else {})
 
     def _edited(self, keys: Keys) -> Keys:
-        return _replaced(keys, self.source.edits)
+        return _replaced(keys, self.edits)
 
     def _check_sources(self, stored: Mapping[str, GGUFTensorInfo], types: Mapping[str, QuantType]) -> None:
         """Refuse to quantize what is quantized, unless that is allowed. Raises SourceError."""
@@ -344,7 +251,8 @@ class _Work:
     def _value(self, stored: GGUFTensorInfo) -> LazyTensor:
         """The values of a tensor, with adapters folded in."""
         terms = self.terms.get(stored.name)
-        return AdaptedTensor(_values(stored), tuple(terms)) if terms else _values(stored)
+        values = tensor_values(stored)
+        return AdaptedTensor(values, tuple(terms)) if terms else values
 
     def _add_encoder(
         self, entry: GGUFEntry, stored: GGUFTensorInfo, quant_type: QuantType, extent: Any, imatrix: ImatrixFile | None
@@ -352,8 +260,8 @@ class _Work:
         """Copy a tensor that keeps its type; of plain types also the values are checked."""
         key = f"{entry.type}/{stored.name}"
         same_type = quant_type.name == stored.ggml_type
-        if same_type and stored.ggml_type not in _PLAIN and stored.name not in self.terms:
-            raw = _raw(stored)
+        if same_type and stored.ggml_type not in PLAIN and stored.name not in self.terms:
+            raw = raw_tensor(stored)
             tensor = replace(raw, info=raw.info.renamed(key))
             encoder: TensorEncoder = GGUFCopyEncoder(key, stored.ggml_type, tensor.info, extent)
             self.tensors[key], self.encoders[key] = tensor, [encoder]

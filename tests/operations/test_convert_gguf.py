@@ -209,6 +209,8 @@ def test_the_command_names_its_folder_after_the_model(models: Path) -> None:
         (["gguf", "adapters/a", "--type", "q4_k_m"], 2, "a LoRA has no mixed types"),
         (["gguf", "base", "--type", "q9_k"], 2, "unknown GGUF type 'q9_k'"),
         (["gguf", "base", "--pre", "llama-bpr"], 2, "llama-bpr"),
+        (["gguf", "base", "--adapter", "adapters/a"], 2, "base is not a GGUF file, and --adapter is for GGUF files"),
+        (["gguf", "base.gguf", "--base", "base"], 2, "--base is the base model of a PEFT adapter"),
         (["gguf", "base", "--tensor-type", "attn_v"], 2, "write NAME=TYPE"),
         (["gguf", "base", "--type", "q8_0", "--tensor-type", "attn_v=q7"], 2, "q7"),
         (["gguf", "base", "--imatrix", "nowhere.gguf"], 3, "nowhere.gguf"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -80,3 +82,21 @@ def test_a_model_and_an_adapter_are_refused(
     assert run_command(["diff", *arguments]) == 3
     assert "is a model and adapters/a is an adapter" in capsys.readouterr().err
     assert run_command(["diff", "adapters/a", "adapters/a"]) == 0
+
+
+def test_integers_in_gguf_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As bytes; a type that has no values outside of llama.cpp is an error."""
+    types = {"a": None, "b": None, "c": gguf.GGMLQuantizationType.Q8_K}
+    for at, (name, raw) in enumerate(types.items()):
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "llama")
+        data = np.full((2, 292), at, np.uint8 if raw else np.int32)
+        writer.add_tensor("numbers", data, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    a, b, c = (str(tmp_path / f"{name}.gguf") for name in types)
+    assert run_command(["diff", a, a]) == 0 and run_command(["diff", a, b]) == 1
+    assert "numbers: bytes differ" in capsys.readouterr().out
+    assert run_command(["diff", c, a]) == 3
+    assert "numbers has the type Q8_K, which cannot be converted" in capsys.readouterr().err

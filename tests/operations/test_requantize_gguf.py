@@ -17,7 +17,7 @@ from mergeforge.cli import run_command
 from mergeforge.errors import BudgetError, MergeforgeError, OutputError, RecipeError, SourceError
 from mergeforge.gguf.file_types import FILE_TYPES
 from mergeforge.operations import convert_gguf
-from mergeforge.operations.requantize_gguf import plan_gguf_to_gguf
+from mergeforge.operations.requantize_gguf import plan_gguf
 from mergeforge.planner import Options
 from mergeforge.planner.requantize import Requantization
 
@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def requantized(source: Path, out: Path, *types: str, request: Requantization | None = None, **settings: Any) -> Path:
     """The first file that a GGUF file becomes."""
-    planned = plan_gguf_to_gguf(str(source), types, str(out), settings, request or Requantization(), OPTIONS)
+    planned = plan_gguf(str(source), types, str(out), settings, request or Requantization(), OPTIONS)
     deque(convert_gguf.convert(planned), maxlen=0)
     return planned.files[0]
 
@@ -64,7 +64,7 @@ def test_memory_does_not_change_the_file(files: dict[str, Path], tmp_path: Path)
     source = files["llama"] / "llama-F32.gguf"
     expected = requantized(source, tmp_path / "a.gguf", "q4_k_m").read_bytes()
     options = Options(memory="16MiB", device="cpu", threads=3)
-    planned = plan_gguf_to_gguf(str(source), ["q4_k_m"], str(tmp_path / "b.gguf"), {}, Requantization(), options)
+    planned = plan_gguf(str(source), ["q4_k_m"], str(tmp_path / "b.gguf"), {}, Requantization(), options)
     assert planned.plan.peak <= 16 << 20
     deque(convert_gguf.convert(planned), maxlen=0)
     assert (tmp_path / "b.gguf").read_bytes() == expected
@@ -99,7 +99,7 @@ def test_quantized_file_is_requantized_only_on_request(files: dict[str, Path], t
     assert "allow_requantize" in str(error.value.hint)
     assert list(tmp_path.iterdir()) == []
     request = Requantization(allow_requantize=True)
-    planned = plan_gguf_to_gguf(str(source), ["q2_k"], str(tmp_path / "x.gguf"), {}, request, OPTIONS)
+    planned = plan_gguf(str(source), ["q2_k"], str(tmp_path / "x.gguf"), {}, request, OPTIONS)
     assert any("worse" in note for note in planned.plan.notes)
 
 
@@ -154,6 +154,9 @@ def test_metadata_is_edited_and_tensors_are_copied(files: dict[str, Path], tmp_p
         "split.no=1",
         "name",
         "tokenizer.ggml.tokens=[]",
+        "llama.rope.freq_base=NaN",
+        "llama.rope.freq_base=1e999",
+        "general.name=\udcff",
     ):
         assert run_command(["gguf", str(source), "--set-metadata", edit, "--out", str(tmp_path / "no.gguf")]) == 2
     assert not (tmp_path / "no.gguf").exists()
@@ -191,9 +194,7 @@ def test_bad_files_are_refused_and_nothing_is_written(files: dict[str, Path], tm
         tmp_path / ".nan-out.gguf.mergeforge"
     ]
     with pytest.raises(BudgetError):
-        plan_gguf_to_gguf(
-            str(files["llama"] / "llama-F32.gguf"), ["q8_0"], None, {}, Requantization(), Options(memory="1MB")
-        )
+        plan_gguf(str(files["llama"] / "llama-F32.gguf"), ["q8_0"], None, {}, Requantization(), Options(memory="1MB"))
     shutil.copy(files["llama"] / "llama-F32.gguf", tmp_path / "there.gguf")
     with pytest.raises(OutputError, match="exists"):
         requantized(files["llama"] / "llama-F32.gguf", tmp_path / "there.gguf", "q8_0")

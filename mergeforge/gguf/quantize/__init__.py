@@ -15,6 +15,8 @@ from mergeforge.native import bindings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergeforge.gguf.quantize.quant_type import QuantizeTorch
+
 __all__ = ["QUANT_TYPES", "QuantType", "backend_for", "encode", "register", "scratch_nbytes"]
 
 CPU_CHUNK = 1 << 18  # elements that torch encodes at a time: their temporaries fit into the second-level cache
@@ -42,17 +44,21 @@ def encode(quant_type: QuantType, rows: Tensor, importance: Tensor | None = None
 
     `importance` (float32, columns): the imatrix's weight of every column. Rows are contiguous and finite. `backend`:
     "native" or "torch" (default: backend_for the device); torch encodes types that the C library does not have. Raises
-    ValueError for another dtype, and for columns that are not a multiple of the type's block.
+    ValueError for another dtype, for columns that are not a multiple of the type's block, and for a type that can only
+    be copied.
     """
     import torch
 
     count, columns = rows.shape
+    quantize_torch = quant_type.quantize_torch
+    if quantize_torch is None:
+        raise ValueError(f"{quant_type.name} cannot be encoded")
     if rows.dtype != torch.float32:
         raise ValueError(f"rows must be float32, not {rows.dtype}")
     if columns % quant_type.block:
         raise ValueError(f"{quant_type.name} needs columns in multiples of {quant_type.block}, not {columns}")
     if quant_type.block == 1:
-        return quant_type.quantize_torch(rows, None)
+        return quantize_torch(rows, None)
     out = torch.empty((count, quant_type.row_nbytes(columns)), dtype=torch.uint8, device=rows.device)
     if not out.numel():
         return out
@@ -60,13 +66,13 @@ def encode(quant_type: QuantType, rows: Tensor, importance: Tensor | None = None
         weights = None if importance is None else importance.numpy()
         bindings.kernels().quantize(quant_type.name, rows.detach().numpy(), weights, columns, out.numpy())
     else:
-        _encode_torch(quant_type, rows, importance, out)
+        _encode_torch(quantize_torch, rows, importance, out)
     return out
 
 
-def _encode_torch(quant_type: QuantType, rows: Tensor, importance: Tensor | None, out: Tensor) -> None:
+def _encode_torch(quantize_torch: QuantizeTorch, rows: Tensor, importance: Tensor | None, out: Tensor) -> None:
     chunk_elements = CPU_CHUNK if rows.device.type == "cpu" else CUDA_CHUNK
     chunk_rows = max(1, chunk_elements // rows.shape[1])
     for start in range(0, len(rows), chunk_rows):
         chunk = rows[start : start + chunk_rows]
-        out[start : start + chunk_rows] = quant_type.quantize_torch(chunk, importance).reshape(len(chunk), -1)
+        out[start : start + chunk_rows] = quantize_torch(chunk, importance).reshape(len(chunk), -1)

@@ -26,14 +26,15 @@ class QuantType:
     """A ggml type: its number in the file, the columns and the bytes of one block, and what encodes it.
 
     `quantize_torch` takes rows (float32, n x columns) and the importance vector or None, and returns the blocks' bytes.
-    It encodes the type on CPUs too unless the C library has a type of this name.
+    It encodes the type on CPUs too unless the C library has a type of this name. None: tensors of the type can be
+    copied, not encoded.
     """
 
     name: str
     number: int
     block: int
     nbytes: int
-    quantize_torch: QuantizeTorch = field(repr=False, compare=False)
+    quantize_torch: QuantizeTorch | None = field(repr=False, compare=False)
 
     @property
     def has_native(self) -> bool:

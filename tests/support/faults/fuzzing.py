@@ -173,7 +173,7 @@ def targets(root: Path) -> Iterator[Target]:
 def _gguf_to_gguf(root: Path, gguf: Path, adapter: Path, base: Path) -> Iterator[Target]:
     """A GGUF file that is requantized, and a GGUF LoRA that is folded into one."""
     import mergeforge
-    from mergeforge.operations.requantize_gguf import plan_gguf_to_gguf
+    from mergeforge.operations.requantize_gguf import plan_gguf
     from mergeforge.planner import Options
     from mergeforge.planner.requantize import Requantization
 
@@ -182,7 +182,7 @@ def _gguf_to_gguf(root: Path, gguf: Path, adapter: Path, base: Path) -> Iterator
     options = Options(memory="64MiB", device="cpu", threads=1)
 
     def plan(model: Path, types: Sequence[str], request: Requantization) -> None:
-        plan_gguf_to_gguf(str(model), types, str(root / "requantized"), {}, request, options)
+        plan_gguf(str(model), types, str(root / "requantized"), {}, request, options)
 
     again = Requantization(allow_requantize=True)
     seeds, folded = [gguf.read_bytes()], Requantization(adapters=((str(lora), 1.0),))
