@@ -147,7 +147,7 @@ def test_warnings_are_shown_first_and_at_the_end(models: Path) -> None:
 
 def test_the_plan_says_memory_default_and_dtype(models: Path) -> None:
     page = str(mergeforge.plan(RECIPE, device="cpu"))
-    assert re.search(r"memory   at most [\d.]+ MB: [\d.]+ MB for Python and its libraries,", page)
+    assert re.search(r"memory   at most [\d.]+ [MG]B: [\d.]+ [MG]B for Python and its libraries,", page)
     assert "(the default); " in page and "1 safetensors file: BF16" in page
     assert "to work in, of 16.8 MB allowed; 1 worker on cpu" in str(mergeforge.plan(RECIPE, **OPTIONS))
 
