@@ -162,8 +162,8 @@ def convert_to_gguf(
     types: by default q8_0, of a GGUF file what it has, of an adapter f32. out: a folder (default: NAME-GGUF), or the
     file if there is one type. base: the adapter's base model (default: as its adapter_config.json says).
     adapters (weights by adapter: GGUF LoRAs, or adapters of `base`, folded in first), allow_requantize, keep_split,
-    metadata (values by key) and chat_template are for GGUF files. settings: imatrix,
-    tensor_types, output_tensor_type, token_embedding_type, pure, split_max_size, pre, as in a recipe's output.gguf.
+    metadata (values by key) and chat_template are for GGUF files. settings: imatrix, tensor_types, output_tensor_type,
+    token_embedding_type, pure, split_max_size, pre, as in a recipe's output.gguf, and mmproj (a type).
     """
     from mergeforge.operations import convert_gguf as gguf_conversion
     from mergeforge.operations.convert_lora import convert_lora, is_adapter

@@ -90,7 +90,7 @@ def next_commands(plan: Plan) -> Iterator[str]:
     base = plan.inputs.base
     if base is not None and plan.checkpoint.files and Path(base.checkpoint.label).exists():
         yield f"mergeforge diff {quoted(base.checkpoint.label)} {out}"
-    if plan.ggufs:
+    if plan.gguf_models:
         yield f"mergeforge chat {quoted(plan.out / plan.gguf_names[0])}"
     elif plan.checkpoint.files:
         yield f"mergeforge chat {out}"

@@ -50,7 +50,7 @@ class _Command:
     "types",
     multiple=True,
     metavar="TYPE",
-    help="q4_k_m, q8_0, f16, ... (repeatable). [default: q8_0; of a GGUF file: as it is]",
+    help="q4_k_m, q8_0, f16, ... (repeatable). [default: q8_0; of a GGUF file: as it is; none with --mmproj]",
 )
 @click.option("--out", metavar="FILE_OR_DIR", help="Output file or folder. [default: the folder NAME-GGUF]")
 @click.option("--imatrix", metavar="FILE", help="Importance matrix (GGUF or .dat).")
@@ -60,6 +60,7 @@ class _Command:
 @click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")
 @click.option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")
 @click.option("--pure", is_flag=True, help="Use the same type for every tensor.")
+@click.option("--mmproj", metavar="TYPE", help="Also write the vision and audio towers: f16, bf16, f32 or q8_0.")
 @click.option("--split-max-size", metavar="SIZE", help="Largest size of a file, e.g. 4GB.")
 @click.option("--pre", metavar="NAME", help="Pre-tokenizer, if it cannot be determined from the tokenizer.")
 @click.option(

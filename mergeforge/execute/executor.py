@@ -114,9 +114,9 @@ def _aux_files(plan: Plan) -> dict[str, bytes | Path]:
     if shard_index is not None:
         files[INDEX] = shard_index
     files[MODEL_CARD] = model_card(plan).encode()
-    if plan.ggufs:
+    if plan.gguf_models:
         first, *others = plan.gguf_names
-        files[MODELFILE] = modelfile(first, plan.ggufs[0].keys, others).encode()
+        files[MODELFILE] = modelfile(first, plan.gguf_models[0].keys, others, plan.mmproj_names).encode()
     files[RECIPE] = plan.recipe.to_yaml().encode()
     return files
 

@@ -128,7 +128,7 @@ def _use(plan: Plan) -> str:
         code += f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
         code += f'model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto", device_map="auto")'
         commands += [f"```python\n{code}\n```", f"```sh\nvllm serve {shlex.quote(model)}\n```"]
-    if plan.ggufs:
+    if plan.gguf_models:
         serve, run = _of_repo(plan, publish.repo) if publish else _of_folder(plan)
         commands.append(f"```sh\n{serve}\n{run}\n```")
     return "## Use\n\n" + "\n\n".join(commands) + "\n\n"
@@ -136,7 +136,7 @@ def _use(plan: Plan) -> str:
 
 def _of_repo(plan: Plan, repo: str) -> tuple[str, str]:
     """Commands that run the first GGUF file of a Hub repo in llama.cpp and Ollama."""
-    name = f"{repo}:{plan.ggufs[0].file_type.label}"
+    name = f"{repo}:{plan.gguf_models[0].file_type.label}"
     return f"llama-server -hf {shlex.quote(name)}", f"ollama run {shlex.quote(f'hf.co/{name}')}"
 
 

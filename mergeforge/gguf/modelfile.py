@@ -119,9 +119,15 @@ def chat_format(template: str) -> ChatFormat | None:
     return None
 
 
-def modelfile(gguf_name: str, keys: Keys, others: Sequence[str] = ()) -> str:
-    """The Modelfile of a GGUF file with this name and these key/values; `others` are named in comments."""
+def modelfile(gguf_name: str, keys: Keys, others: Sequence[str] = (), towers: Sequence[str] = ()) -> str:
+    """The Modelfile of a GGUF file with this name and these key/values; `others` and `towers` are named in comments.
+
+    towers: mmproj files, which are not taken as a second FROM by all versions of Ollama.
+    """
     lines = [f"FROM ./{gguf_name}", *(f"# FROM ./{name}" for name in others)]
+    if towers:
+        lines.append("# Images and audio: versions of Ollama that accept a second FROM read this file, too.")
+        lines += [f"# FROM ./{name}" for name in towers]
     jinja = keys["tokenizer.chat_template"].value if "tokenizer.chat_template" in keys else ""
     chat = chat_format(jinja)
     if chat is not None:

@@ -90,7 +90,8 @@ def _card(folder: Path, names: list[str], model: str, repo: str) -> str:
     }
     ggufs = [name for name in names if name.endswith(".gguf")]
     rows = "\n".join(f"| {name} | {format_size((folder / name).stat().st_size)} |" for name in ggufs)
-    label = ggufs[0].removesuffix(".gguf").rpartition("-")[2]
+    models = [name for name in ggufs if not name.startswith("mmproj-")] or ggufs
+    label = models[0].removesuffix(".gguf").rpartition("-")[2]
     body = f"""GGUF files of [{model}](https://huggingface.co/{model}), encoded by mergeforge.
 
 | file | size |

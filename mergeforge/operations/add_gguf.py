@@ -73,8 +73,8 @@ def add_files(addition: Addition) -> None:
         _write_joined(addition, joined, old, new)
     elif old:
         _write_listed(addition, old)
-    elif addition.file is None and not (addition.out / MODELFILE).exists():
-        write_durably(addition.out / MODELFILE, _modelfile(addition.plan, list(addition.plan.gguf_names)))
+    elif addition.file is None and addition.plan.gguf_models and not (addition.out / MODELFILE).exists():
+        write_durably(addition.out / MODELFILE, _modelfile(addition.plan, addition.plan.gguf_names))
     for path in addition.superseded:
         path.unlink(missing_ok=True)
 
@@ -92,8 +92,10 @@ def _joined_plan(addition: Addition, old: Receipt, new: Receipt) -> Plan | None:
     try:
         if addition.file or _conversion_of(old) != _conversion_of(new):
             return None
-        kept = [entry for entry in _entries(old) if _label(entry) not in addition.types.values()]
-        recipe = {**new["recipe"], "output": {**new["recipe"]["output"], "gguf": [*kept, *_entries(new)]}}
+        labels = {gguf.file_type.label for gguf in addition.plan.gguf_models}
+        kept = [entry for entry in _entries(old) if _label(entry) not in labels]
+        mmproj = {key: receipt["recipe"]["output"][key] for receipt in (old, new) for key in _towers(receipt)}
+        recipe = {**new["recipe"], "output": {**new["recipe"]["output"], **mmproj, "gguf": [*kept, *_entries(new)]}}
         plan = make_plan(recipe, replace(addition.options, out=addition.out))
     except (MergeforgeError, *MALFORMED_ERRORS):  # its imatrix is gone, or the receipt is from another version
         return None
@@ -103,14 +105,19 @@ def _joined_plan(addition: Addition, old: Receipt, new: Receipt) -> Plan | None:
 def _conversion_of(receipt: Receipt) -> dict[str, Any]:
     """What must be equal in conversions of one model: everything but the types, and the path to the model."""
     recipe = receipt["recipe"]
-    output = {key: value for key, value in recipe["output"].items() if key != "gguf"}
+    output = {key: value for key, value in recipe["output"].items() if key not in ("gguf", "mmproj")}
     inputs = [{**source, "name": ""} for source in receipt["inputs"]]
     return {**recipe, "models": len(recipe["models"]), "output": output, "inputs": inputs}
 
 
 def _entries(receipt: Receipt) -> list[Any]:
-    entries = receipt["recipe"]["output"]["gguf"]
+    entries = receipt["recipe"]["output"].get("gguf") or []
     return list(entries) if isinstance(entries, list) else [entries]
+
+
+def _towers(receipt: Receipt) -> list[str]:
+    """The keys of the recipe's output that ask for a file of the towers."""
+    return [key for key in ("mmproj",) if receipt["recipe"]["output"].get(key)]
 
 
 def _label(entry: Any) -> str:
@@ -120,7 +127,8 @@ def _label(entry: Any) -> str:
 def _write_joined(addition: Addition, plan: Plan, old: Receipt, new: Receipt) -> None:
     """The side files and the receipt that one conversion to all types would have written."""
     out = addition.out
-    aux = {MODELFILE: _modelfile(plan, list(plan.gguf_names)), MODEL_CARD: model_card(plan).encode()}
+    aux = {MODEL_CARD: model_card(plan).encode()}
+    aux |= {MODELFILE: _modelfile(plan, plan.gguf_names)} if plan.gguf_models else {}
     aux = {name: content for name, content in aux.items() if _may_write(out, name, content, old)}
     aux[RECIPE] = plan.recipe.to_yaml().encode()
     for name, content in aux.items():
@@ -153,7 +161,7 @@ def _write_listed(addition: Addition, old: Receipt) -> None:
     for path, label in addition.types.items():
         files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path), "type": label}
     content = _extended_modelfile(addition)
-    if _may_write(addition.out, MODELFILE, content, old):
+    if content and _may_write(addition.out, MODELFILE, content, old):
         write_durably(addition.out / MODELFILE, content)
         files[MODELFILE] = _hashed(content)
     names = {path.name for path in addition.types} | removed
@@ -169,17 +177,19 @@ def _without_files(tensor: Receipt, names: Set[str]) -> Receipt:
 
 
 def _extended_modelfile(addition: Addition) -> bytes:
-    """The folder's Modelfile, with the new files as comments; a new one if there is none."""
+    """The folder's Modelfile, with the new files as comments; a new one if there is none; b"" if there is no model."""
     path, names = addition.out / MODELFILE, [path.name for path in addition.types]
+    if not path.is_file() and not addition.plan.gguf_models:
+        return b""
     if not path.is_file():
-        return _modelfile(addition.plan, names)
+        return _modelfile(addition.plan, [name for name in names if name not in addition.plan.mmproj_names])
     with on_disk(path):
         text = path.read_text("utf-8")
     return (text + "".join(f"# FROM ./{name}\n" for name in names if f"FROM ./{name}\n" not in text)).encode()
 
 
 def _modelfile(plan: Plan, names: Sequence[str]) -> bytes:
-    return modelfile(names[0], plan.ggufs[0].keys, names[1:]).encode()
+    return modelfile(names[0], plan.gguf_models[0].keys, names[1:], plan.mmproj_names).encode()
 
 
 def _may_write(out: Path, name: str, content: bytes, receipt: Receipt) -> bool:

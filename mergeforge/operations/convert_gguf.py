@@ -19,7 +19,7 @@ from mergeforge.execute.workspace import read_receipt
 from mergeforge.operations.add_gguf import Addition, add_files
 from mergeforge.planner import WORK, Options, Plan, make_plan
 
-# what may be given beside the types: keys of the recipe's output.gguf entries, and `pre` for output.gguf_pre
+# what may be given beside the types: keys of the recipe's output.gguf entries, `pre` for output.gguf_pre and `mmproj`
 SETTINGS = (
     "imatrix",
     "tensor_types",
@@ -28,6 +28,7 @@ SETTINGS = (
     "pure",
     "split_max_size",
     "pre",
+    "mmproj",
 )
 
 
@@ -82,12 +83,16 @@ def plan_conversion(
     """
     _refuse_adapters(model)
     name = Path(model.partition("@")[0] if not Path(model).exists() else model).expanduser().absolute().name
-    folder, file, work = output_paths(name, types, out, splits=bool(settings.get("split_max_size")))
+    mmproj = settings.get("mmproj")
+    files = [*types, *([f"mmproj-{mmproj}"] if mmproj else [])]
+    folder, file, work = output_paths(name, files, out, splits=bool(settings.get("split_max_size")))
     if not (file or _holds_files(folder)):
         work = folder
-    entry = {key: value for key, value in settings.items() if key != "pre"}
-    output = {"safetensors": False, "gguf": [{"type": type_, **entry} for type_ in types], "name": name}
+    entry = {key: value for key, value in settings.items() if key not in ("pre", "mmproj")}
+    output: dict[str, Any] = {"safetensors": False, "name": name}
+    output |= {"gguf": [{"type": type_, **entry} for type_ in types]} if types else {}
     output |= {"gguf_pre": settings["pre"]} if settings.get("pre") else {}
+    output |= {"mmproj": mmproj} if mmproj else {}
     recipe = {"merge_method": "passthrough", "models": [{"model": model}], "output": output}
     conversion = GGUFConversion(make_plan(recipe, replace(options, out=work)), folder, file, options)
     if not overwrite and conversion.is_beside and not conversion.is_written:

@@ -34,14 +34,16 @@ def plan_gguf(
 ) -> GGUFConversion:
     """Plan the GGUF files of a model, which is a folder, a Hub repo or a GGUF file.
 
-    types: of a folder or repo q8_0 by default; a GGUF file is copied if there are none. settings, errors: as in
-    plan_conversion(); plan_requantization() has more errors.
+    types: of a folder or repo q8_0 by default, or none with `mmproj`; a GGUF file is copied if there are none.
+    settings, errors: as in plan_conversion(); plan_requantization() has more errors.
     """
     if not is_gguf_file(model):
         if options_used := request.options:
             text = f"{model} is not a GGUF file, and {options_used[0]} is for GGUF files"
             raise RecipeError(text, hint="write the GGUF file first")
-        return plan_conversion(model, types or ("q8_0",), out, settings, options, overwrite=overwrite)
+        return plan_conversion(
+            model, types or (() if settings.get("mmproj") else ("q8_0",)), out, settings, options, overwrite=overwrite
+        )
     _check(settings, request)
     path, types = Path(model).expanduser(), tuple(dict.fromkeys(types)) or (COPY,)
     splits = request.keep_split or "split_max_size" in settings
@@ -55,6 +57,8 @@ def plan_gguf(
 
 def _check(settings: Mapping[str, Any], request: Requantization) -> None:
     """Raise RecipeError for options that have no meaning for this GGUF file."""
+    if settings.get("mmproj"):
+        raise RecipeError("--mmproj is for a model's folder; a GGUF file has no towers", hint="leave it out")
     if settings.get("pre"):
         hint = "--set-metadata tokenizer.ggml.pre=NAME"
         raise RecipeError("--pre is for a model's folder; the GGUF file has its pre-tokenizer", hint=hint)

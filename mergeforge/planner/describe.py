@@ -152,9 +152,8 @@ def _written(plan: Plan) -> Iterator[str]:
     for gguf in plan.ggufs:
         sizes = sorted(gguf.nbytes_by_type.items(), key=lambda item: -item[1])
         types = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in sizes)
-        first = next(iter(gguf.layout.files))
         size, bits = format_size(gguf.layout.nbytes), f"{gguf.bits_per_weight:.2f} bits per weight"
-        yield f"writes   {size} in {first}: {bits} ({types})"
+        yield f"writes   {size} in {gguf.first_file}: {bits} ({types})"
     if plan.ggufs:
         yield f"         encoded by {backend_for(plan.budget.device)} from {plan.recipe.output.gguf_from} values"
 

@@ -13,6 +13,7 @@ from mergeforge.checkpoints.ties import tied_head
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, malformed_as_source_error
 from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget, build_spec
+from mergeforge.gguf.architectures.tensor_mapping import IN_MMPROJ
 from mergeforge.gguf.file_types import (
     FileType,
     ModelHparams,
@@ -24,6 +25,9 @@ from mergeforge.gguf.file_types import (
 from mergeforge.gguf.general_metadata import general_keys, parameter_counts
 from mergeforge.gguf.imatrix import ImatrixFile, read_imatrix
 from mergeforge.gguf.key_values import Keys, Value, string, u32
+from mergeforge.gguf.mmproj import MMPROJ_CLASSES, build_mmproj
+from mergeforge.gguf.mmproj import class_name as tower_class
+from mergeforge.gguf.mmproj.mmproj_spec import ARCH as TOWERS
 from mergeforge.gguf.pooling import Pooling
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.gguf.vocab import vocabulary
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EMBEDDING = "token_embd.weight"
+MMPROJ = "mmproj"  # the type and the prefix of files with towers
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 _LAST = ("general.quantization_version", "general.file_type")  # llama-quantize puts them at the end
 
@@ -51,6 +56,16 @@ class GGUFPlan:
     layout: Layout
     tensors: tuple[GGUFTensor, ...]
     keys: Keys
+
+    @property
+    def first_file(self) -> str:
+        """The name of its file, or of the first one of its splits."""
+        return next(iter(self.layout.files))
+
+    @property
+    def is_mmproj(self) -> bool:
+        """Whether it holds the towers of the model, and not the model itself."""
+        return bool(self.keys["general.type"].value == MMPROJ)
 
     @property
     def bits_per_weight(self) -> float:
@@ -102,43 +117,76 @@ def plan_ggufs(output: Output, inputs: GGUFInputs) -> tuple[list[GGUFPlan], dict
     Raises SourceError where the model cannot be written as GGUF, RecipeError for unknown types.
     """
     encoders: dict[str, list[GGUFEncoder]] = {name: [] for name in inputs.tensors}
-    if not output.gguf:
+    if not output.gguf and not output.mmproj:
         return [], encoders, []
     if not inputs.config:
         raise SourceError("GGUF needs the model's config.json", hint="put it beside the weights")
-    spec = build_spec(inputs.config, inputs.tensors, inputs.pooling)
-    if inputs.config.get("tie_word_embeddings") is False and (
-        heads := [name for name in spec.dropped if is_head(name)]
-    ):
-        text = f"{heads[0]} differs from the embedding, but {spec.arch} has no separate output tensor in GGUF"
-        raise SourceError(text, hint="write safetensors, or merge so that the two stay tied")
-    rows = _shapes(spec)[EMBEDDING][0]
-    vocab = vocabulary(inputs.files, inputs.config, spec.vocab, rows=rows, pre=output.gguf_pre)
-    plans = []
-    for entry in output.gguf:
-        with malformed_as_source_error("config.json, generation_config.json or the tokenizer"):
-            plan, plan_encoders = _plan(entry, output.gguf_from == "stored", spec, vocab.keys, inputs)
-        plans.append(plan)
-        for name, added in plan_encoders.items():
-            encoders[name] += added
-    notes = [*spec.notes, *vocab.notes]
+    plans: list[GGUFPlan] = []
+    notes: list[str] = []
+    if output.gguf:
+        plans, notes = _plan_models(output, inputs.config, inputs, encoders)
+    if output.mmproj:
+        plans.append(_plan_mmproj(output.mmproj, inputs.config, inputs, encoders))
     return plans, encoders, notes
 
 
+def _plan_models(
+    output: Output, config: Mapping[str, Any], inputs: GGUFInputs, encoders: dict[str, list[GGUFEncoder]]
+) -> tuple[list[GGUFPlan], list[str]]:
+    """The files of the text model, and notes. Adds their encoders."""
+    spec = build_spec(config, inputs.tensors, inputs.pooling)
+    if config.get("tie_word_embeddings") is False and (heads := [name for name in spec.dropped if is_head(name)]):
+        text = f"{heads[0]} differs from the embedding, but {spec.arch} has no separate output tensor in GGUF"
+        raise SourceError(text, hint="write safetensors, or merge so that the two stay tied")
+    rows = _shapes(spec)[EMBEDDING][0]
+    vocab = vocabulary(inputs.files, config, spec.vocab, rows=rows, pre=output.gguf_pre)
+    plans = []
+    for entry in output.gguf:
+        with malformed_as_source_error("config.json, generation_config.json or the tokenizer"):
+            plans.append(_plan(entry, output.gguf_from == "stored", spec, vocab.keys, inputs, encoders))
+    return plans, [*spec.notes, *vocab.notes, *_tower_notes(output, config, spec)]
+
+
+def _tower_notes(output: Output, config: Mapping[str, Any], spec: GGUFModelSpec) -> list[str]:
+    """What to ask for, if the model's towers are not written."""
+    if output.mmproj or IN_MMPROJ not in spec.dropped.values():
+        return []
+    with malformed_as_source_error("config.json"):
+        name = tower_class(config)
+    if name in MMPROJ_CLASSES:
+        return ["the GGUF file holds the text model; `mmproj: f16` (--mmproj f16) also writes its towers"]
+    return [f"the GGUF file holds the text model; mergeforge cannot write the towers of {name}"]
+
+
+def _plan_mmproj(
+    type_: str, config: Mapping[str, Any], inputs: GGUFInputs, encoders: dict[str, list[GGUFEncoder]]
+) -> GGUFPlan:
+    """The file of the towers and the projector. Adds its encoders."""
+    spec = build_mmproj(config, inputs.tensors, inputs.files)
+    with malformed_as_source_error("config.json or generation_config.json"):
+        return _plan(GGUFEntry(type_), False, spec, {}, inputs, encoders)
+
+
 def _plan(
-    entry: GGUFEntry, stored: bool, spec: GGUFModelSpec, tokenizer: Keys, inputs: GGUFInputs
-) -> tuple[GGUFPlan, dict[str, list[GGUFEncoder]]]:
+    entry: GGUFEntry,
+    stored: bool,
+    spec: GGUFModelSpec,
+    tokenizer: Keys,
+    inputs: GGUFInputs,
+    encoders: dict[str, list[GGUFEncoder]],
+) -> GGUFPlan:
     file_type = file_type_named(entry.type)
     imatrix = read_imatrix(Path(entry.imatrix).expanduser()) if entry.imatrix else None
     tensors = _tensors(entry, file_type, spec, imatrix)
     keys = _keys(file_type, spec, tokenizer, inputs, imatrix)
-    layout = lay_out(f"{inputs.name}-{file_type.label}", keys, tensors, entry.split_max_size)
+    prefix = f"{MMPROJ}-" if spec.arch == TOWERS else ""
+    layout = lay_out(f"{prefix}{inputs.name}-{file_type.label}", keys, tensors, entry.split_max_size)
     types = {tensor.name: tensor.quant_type for tensor in tensors}
     shared: dict[tuple[int, int], np.ndarray | None] = {}
-    encoders = {
-        name: [
+    for name, targets in spec.targets.items():
+        encoders[name] += [
             GGUFEncoder(
-                file_type=entry.type,
+                file_type=f"{prefix}{entry.type}",
                 info=inputs.tensors[name],
                 target=target,
                 quant_type=types[target.tensor],
@@ -150,9 +198,7 @@ def _plan(
             )
             for target in targets
         ]
-        for name, targets in spec.targets.items()
-    }
-    return GGUFPlan(file_type, layout, tuple(tensors), keys), encoders
+    return GGUFPlan(file_type, layout, tuple(tensors), keys)
 
 
 def _positions(
@@ -209,12 +255,18 @@ def _tensors(
         overrides=type_overrides(entry),
         f32={target.tensor for targets in spec.targets.values() for target in targets if target.f32},
     )
-    types = dict.fromkeys(spec.constants, QUANT_TYPES["F32"]) | selected
+    types = dict.fromkeys(spec.constants, QUANT_TYPES["F32"]) | selected | _fixed_types(spec, file_type)
     contents = {name: value.astype("<f4").tobytes() for name, value in spec.constants.items()}
     order = file_order(list(shapes)) if file_type.by_llama_quantize else list(shapes)
     if file_type.by_llama_quantize:
         shapes = {name: without_leading_ones(shape) for name, shape in shapes.items()}
     return [GGUFTensor(name, shapes[name], types[name], contents.get(name, b"")) for name in order]
+
+
+def _fixed_types(spec: GGUFModelSpec, file_type: FileType) -> dict[str, QuantType]:
+    """Tensors that do not have the file's type."""
+    is_f16 = file_type.default_type == "F16"
+    return {name: QUANT_TYPES[in_f16 if is_f16 else other] for name, (in_f16, other) in spec.fixed_types.items()}
 
 
 def type_overrides(entry: GGUFEntry) -> TypeOverrides:
@@ -251,7 +303,8 @@ def _keys(
     file_type: FileType, spec: GGUFModelSpec, tokenizer: Keys, inputs: GGUFInputs, imatrix: ImatrixFile | None
 ) -> Keys:
     shapes = _shapes(spec)
-    general = {"general.architecture": string(spec.arch), "general.type": string("model")}
+    kind = MMPROJ if spec.arch == TOWERS else "model"
+    general = {"general.architecture": string(spec.arch), "general.type": string(kind)}
     general |= general_keys(inputs.files, inputs.config or {}, inputs.name, parameter_counts(shapes))
     keys = general | dict(spec.keys) | {"general.quantization_version": u32(QUANTIZATION_VERSION)} | dict(tokenizer)
     if file_type.by_llama_quantize or "general.file_type" in keys:

@@ -101,9 +101,19 @@ class Plan:
         return {name: file for layout in layouts for name, file in layout.files.items()}
 
     @property
+    def gguf_models(self) -> tuple[GGUFPlan, ...]:
+        """The GGUF outputs that hold the model itself, not its towers."""
+        return tuple(gguf for gguf in self.ggufs if not gguf.is_mmproj)
+
+    @property
     def gguf_names(self) -> tuple[str, ...]:
-        """The file of every GGUF output, or the first one of its splits."""
-        return tuple(next(iter(gguf.layout.files)) for gguf in self.ggufs)
+        """The file of every GGUF model, or the first one of its splits."""
+        return tuple(gguf.first_file for gguf in self.gguf_models)
+
+    @property
+    def mmproj_names(self) -> tuple[str, ...]:
+        """The files of the towers."""
+        return tuple(gguf.first_file for gguf in self.ggufs if gguf.is_mmproj)
 
     @property
     def nbytes_written(self) -> int:

@@ -108,7 +108,7 @@ class Validator:
 
     def _check_output(self, recipe: Recipe) -> None:
         output = recipe.output
-        if output.safetensors is False and not output.gguf and not output.adapter:
+        if output.safetensors is False and not (output.gguf or output.mmproj or output.adapter):
             self.report(
                 ("output", "safetensors"), "nothing would be written", "add output.gguf, or remove 'safetensors: false'"
             )

@@ -175,7 +175,7 @@ class GGUFEncoder:
         chunk = self.chunk_rows * self.info.columns * 4
         arranged = 3 if self.target.transpose else 1 if self.target.rows is not None else 0
         arranged += self.target.column_order is not None
-        changed = self.target.add or self.target.factors or self.target.negative_exp
+        changed = self.target.add or self.target.factors or self.target.negative_exp or self.target.softplus
         rounded = bool(self.rounded_to or changed)
         result = self.chunk_rows * self.row_nbytes if self.quant_type.block > 1 else 0
         return (arranged + rounded) * chunk + result + scratch_nbytes(self.quant_type, self.device)
@@ -212,6 +212,8 @@ class GGUFEncoder:
 
     @property
     def _unit_columns(self) -> int:
+        if self.target.column_order is not None:
+            return len(self.target.column_order)
         return self.target.transpose or self.info.columns
 
     @property
@@ -275,11 +277,15 @@ class GGUFEncoder:
         return values.index_select(0, torch.from_numpy(order).to(values.device))
 
     def _changed(self, values: Tensor) -> Tensor:
+        import torch
+
         for factor in self.target.factors:
             values = values * factor
         if self.target.add:
             values = values + self.target.add
         # on the CPU, because the last bit of exp differs between devices
+        if self.target.softplus:
+            return torch.nn.functional.softplus(values.cpu()).to(values.device)
         return values.cpu().exp().neg().to(values.device) if self.target.negative_exp else values
 
     def _transposed(self, values: Tensor, start: int) -> Tensor:

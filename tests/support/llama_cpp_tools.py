@@ -23,14 +23,14 @@ needs_converter = pytest.mark.skipif(not TREE, reason="MERGEFORGE_LLAMA_CPP does
 
 _CONVERT = """
 import json, os, runpy, sys
-tree = sys.argv[1]
+tree, *more = sys.argv[1:]
 sys.path[:0] = [tree, tree + "/gguf-py"]
 import conversion.base as base
 known = base.TextModel.get_vocab_base_pre
 failed = {}
 for folder, out, outtype, pre in json.load(sys.stdin):
     base.TextModel.get_vocab_base_pre = (lambda self, tokenizer, pre=pre: pre) if pre else known
-    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", out, "--outtype", outtype]
+    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", out, "--outtype", outtype, *more]
     try:
         runpy.run_path(tree + "/convert_hf_to_gguf.py", run_name="__main__")
     except BaseException as error:
@@ -41,10 +41,13 @@ print("RESULT" + json.dumps(failed))
 """
 
 
-def convert(jobs: Sequence[tuple[Path, Path, str, str]]) -> dict[str, str]:
-    """Run the official converter on (folder, file, outtype, pre or ""). Returns file -> error of those that failed."""
+def convert(jobs: Sequence[tuple[Path, Path, str, str]], *, mmproj: bool = False) -> dict[str, str]:
+    """Run the official converter on (folder, file, outtype, pre or ""). Returns file -> error of those that failed.
+
+    mmproj: write the towers, not the model.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", _CONVERT, TREE],
+        [sys.executable, "-c", _CONVERT, TREE, *(["--mmproj"] if mmproj else [])],
         input=json.dumps([[str(item) for item in job] for job in jobs]),
         capture_output=True,
         text=True,

@@ -38,8 +38,9 @@ class TensorTarget:
     columns x n. `columns` selects columns before that (`slice(0, None, 2)`: the even ones). `f32`: kept in F32 whatever
     the file's type.
 
-    Column `j` of the GGUF tensor is stored column `column_order[j]` (None: all in order). Values are multiplied by each
-    of `factors`, one after the other, then `add` is added; with `negative_exp`, x becomes -exp(x) (Mamba's A_log).
+    Column `j` of a row is stored column `column_order[j]`, which may leave columns out (None: all in order). Values are
+    multiplied by each of `factors`, one after the other, then `add` is added; with `negative_exp`, x becomes -exp(x)
+    (Mamba's A_log), with `softplus` log(1 + exp(x)).
 
     Columns can be selected only together with `transpose`. For every other column of a bias it is 1: each row becomes
     its selected elements, in order.
@@ -55,12 +56,14 @@ class TensorTarget:
     factors: tuple[float, ...] = ()
     add: float = 0.0
     negative_exp: bool = False
+    softplus: bool = False
     f32: bool = False
 
     @property
     def keeps_rows(self) -> bool:
         """Whether every row of the GGUF tensor is a stored row, but for a constant that is added."""
-        return not self.transpose and self.column_order is None and not self.factors and not self.negative_exp
+        changed = self.factors or self.negative_exp or self.softplus
+        return not self.transpose and self.column_order is None and not changed
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class GGUFModelSpec:
     the converter writes it, and absent for families without it. targets and dropped (name -> why) together cover every
     tensor of the checkpoint. constants: F32 tensors computed from the config (rope_freqs.weight), written first.
     vocab: the family's vocabulary type (see mergeforge.gguf.vocab). stacked_order: the order in which the converter
-    writes the parts of a block's experts, if it is not that of their names.
+    writes the parts of a block's experts, if it is not that of their names. fixed_types: tensor -> its type in F16
+    files and its type in others, for tensors that do not have the file's type.
     """
 
     arch: str
@@ -82,6 +86,7 @@ class GGUFModelSpec:
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     stacked_order: tuple[str, ...] = ()
+    fixed_types: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 # Models for several modalities whose class, not that of their text part, names the family.

@@ -40,6 +40,7 @@ _F32_PARTS = frozenset(
     )
 )  # F32 in the converter's files of any type; so are norms, 1-D tensors and tensors that are not weights
 _WITHOUT_ARCH = ("general.", "tokenizer.", "diffusion.")  # keys that do not start with the architecture
+IN_MMPROJ = "not part of the text model: in llama.cpp it belongs in an mmproj file"
 _BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
 _OTHER_MODALITIES = (
     *("mlp", "vit.", "vpm.", "siglip2.", "conformer.", "merger.", "resampler."),
@@ -138,7 +139,7 @@ def make_spec(
         else:
             places[name] = answer
     _check_required(model, places, required_per_block, required, layers)
-    _check_filled(model, places)
+    check_filled(model.tensors, places)
     full = {key if key.startswith(_WITHOUT_ARCH) else f"{arch}.{key}": keys[key] for key in keys}
     more = (*rope_warnings(model, arch), *sliding_window_warnings(model, "attention.sliding_window" in keys))
     return GGUFModelSpec(arch, full, places, vocab, dropped, dict(constants or {}), (*notes, *more), stacked_order)
@@ -182,7 +183,7 @@ def _apply_rules(stored: HFTensor, rules: Sequence[Rule]) -> tuple[TensorTarget,
     if name.endswith(_BUFFERS):
         return "a buffer that llama.cpp computes itself"
     if name.startswith(_OTHER_MODALITIES) or any(part in name for part in _IN_OTHER_MODALITIES):
-        return "not part of the text model: in llama.cpp it belongs in an mmproj file"
+        return IN_MMPROJ
     if not info.is_float or _QUANTIZED.search(name):
         raise SourceError(
             f"{info.name} ({info.dtype}) is already quantized: GGUF is written from 16- or 32-bit weights",
@@ -218,7 +219,7 @@ def _in_layer(need: str, layer: int) -> str:
     return "|".join(f"blk.{layer}.{part}" for part in need.split("|"))
 
 
-def _check_filled(model: HFModel, places: Mapping[str, tuple[TensorTarget, ...]]) -> None:
+def check_filled(tensors: Mapping[str, TensorInfo], places: Mapping[str, tuple[TensorTarget, ...]]) -> None:
     """Raise SourceError unless every GGUF tensor has one shape and is filled exactly."""
     shapes: dict[str, tuple[int, ...]] = {}
     filled: dict[str, int] = {}
@@ -228,7 +229,7 @@ def _check_filled(model: HFModel, places: Mapping[str, tuple[TensorTarget, ...]]
                 f"{name}: shape {place.shape} of {place.tensor}, but others have {shapes[place.tensor]}",
                 hint="config.json and weights do not match",
             )
-        filled[place.tensor] = filled.get(place.tensor, 0) + _elements(place, model.tensors[name])
+        filled[place.tensor] = filled.get(place.tensor, 0) + _elements(place, tensors[name])
     for tensor, shape in shapes.items():
         if filled[tensor] != math.prod(shape):
             raise SourceError(
@@ -243,4 +244,6 @@ def _each_target(places: Mapping[str, tuple[TensorTarget, ...]]) -> Iterator[tup
 
 def _elements(place: TensorTarget, info: TensorInfo) -> int:
     rows = info.rows if place.rows is None else len(place.rows)
+    if place.column_order is not None:
+        return rows * len(place.column_order)
     return rows * len(range(*(place.columns or slice(None)).indices(info.columns)))
