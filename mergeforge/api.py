@@ -149,6 +149,7 @@ def convert_to_gguf(
     keep_split: bool = False,
     metadata: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
+    converter: str | None = None,
     fresh: bool = False,
     overwrite: bool = False,
     memory: str | int | None = None,
@@ -163,7 +164,8 @@ def convert_to_gguf(
     file if there is one type. base: the adapter's base model (default: as its adapter_config.json says).
     adapters (weights by adapter: GGUF LoRAs, or adapters of `base`, folded in first), allow_requantize, keep_split,
     metadata (values by key) and chat_template are for GGUF files. settings: imatrix, tensor_types, output_tensor_type,
-    token_embedding_type, pure, split_max_size, pre, as in a recipe's output.gguf, and mmproj (a type).
+    token_embedding_type, pure, split_max_size, pre, as in a recipe's output.gguf, and mmproj (a type). converter:
+    "official" or a llama.cpp tree, whose converter then reads the model.
     """
     from mergeforge.operations import convert_gguf as gguf_conversion
     from mergeforge.operations.convert_lora import convert_lora, is_adapter
@@ -176,6 +178,11 @@ def convert_to_gguf(
     target = None if out is None else str(out)
     if is_adapter(str(model)) or (base and not is_gguf_file(str(model))):
         return convert_lora(str(model), str(base or ""), types, target, allow_pickle=allow_pickle, overwrite=overwrite)
+    if converter:
+        from mergeforge.operations.official_converter import convert_officially, plan_official
+
+        planned = plan_official(converter, str(model), types, target, settings, options)
+        return convert_officially(planned, fresh=fresh, overwrite=overwrite)
     texts = [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in (metadata or {}).items()
     ]

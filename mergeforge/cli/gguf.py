@@ -61,6 +61,11 @@ class _Command:
 @click.option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")
 @click.option("--pure", is_flag=True, help="Use the same type for every tensor.")
 @click.option("--mmproj", metavar="TYPE", help="Also write the vision and audio towers: f16, bf16, f32 or q8_0.")
+@click.option(
+    "--converter",
+    metavar="official|DIR",
+    help="Let llama.cpp's converter (installed, or in the tree DIR) read MODEL, for classes not supported here.",
+)
 @click.option("--split-max-size", metavar="SIZE", help="Largest size of a file, e.g. 4GB.")
 @click.option("--pre", metavar="NAME", help="Pre-tokenizer, if it cannot be determined from the tokenizer.")
 @click.option(
@@ -96,6 +101,7 @@ def gguf(
     keep_split: bool,
     metadata: tuple[str, ...],
     chat_template: str | None,
+    converter: str | None,
     memory: str | None,
     device: str,
     threads: int | None,
@@ -131,6 +137,10 @@ def gguf(
         _convert_adapter(command, base, allow_pickle=allow_pickle)
         return
     options = Options(memory=memory, device=device, threads=threads, allow_pickle=allow_pickle)
+    if converter:
+        _refuse_for_converter(model, settings, request)
+        _convert_officially(command, converter, settings, options)
+        return
     _convert_model(command, settings, request, options)
 
 
@@ -156,6 +166,37 @@ def _convert_model(command: _Command, settings: Mapping[str, Any], request: Requ
         _print_json(conversion.files, command.seconds)
     elif not command.quiet:
         _result.show_conversion(conversion, to, command.seconds, out)
+
+
+def _refuse_for_converter(model: str, settings: Mapping[str, Any], request: Requantization) -> None:
+    """Raise RecipeError for options that llama.cpp's converter has no use for."""
+    names = [f"--{name}" for name in ("pre", "mmproj") if settings.get(name)] + list(request.options)
+    if names or model.endswith(".gguf"):
+        text = f"{names[0]} has no effect with --converter" if names else "--converter is for a model's folder"
+        raise RecipeError(text, hint="leave it out")
+
+
+def _convert_officially(command: _Command, converter: str, settings: Mapping[str, Any], options: Options) -> None:
+    """Write the GGUF files of a model through llama.cpp's converter, and print what was written."""
+    from mergeforge.cli import _progress, _result
+    from mergeforge.operations.convert_gguf import convert
+    from mergeforge.operations.official_converter import plan_official, remove_file, run_converter
+
+    conversion = plan_official(converter, command.model, command.types, command.out, settings, options)
+    to = _progress.console()
+    if command.plan_only or not command.quiet:
+        _progress.print_notes([str(conversion)], to)
+    if command.plan_only:
+        return
+    written = run_converter(conversion, fresh=command.fresh, overwrite=command.overwrite)
+    tiles = convert(written, fresh=command.fresh, overwrite=command.overwrite)
+    for _ in _progress.watch(written.plan, tiles, to, quiet=command.quiet, fresh=command.fresh):
+        pass
+    remove_file(conversion)
+    if command.as_json:
+        _print_json(written.files, command.seconds)
+    elif not command.quiet:
+        _result.show_conversion(written, to, command.seconds, command.out)
 
 
 def _adapter_and_weight(text: str) -> tuple[str, float]:

@@ -14,6 +14,7 @@ from mergeforge.execute.executor import run_tiles
 from mergeforge.execute.receipt import peak_rss
 from mergeforge.execute.workspace import read_receipt
 from mergeforge.hub.publish import check_access, plan_publication, publish
+from mergeforge.operations.official_converter import convert_merged, find_converter, lacks_conversion
 from mergeforge.planner import Plan
 
 
@@ -44,9 +45,14 @@ def iter_run(
     if not plan.has_output:
         raise RecipeError("the plan has no output folder", hint="plan it with --out DIR")
     output = plan.recipe.output.publish
+    if plan.recipe.output.converter:
+        find_converter(plan.recipe.output.converter)
     if output:
         check_access(output.repo)  # before the work, not after it
-    yield from run_tiles(plan, fresh=fresh, overwrite=overwrite, on_message=on_message)
+    if fresh or overwrite or not lacks_conversion(plan):
+        yield from run_tiles(plan, fresh=fresh, overwrite=overwrite, on_message=on_message)
+    if plan.recipe.output.converter:
+        convert_merged(plan, on_message=on_message)
     if output and not output.stream:
         publication = plan_publication(plan.out, output.repo, revision=output.revision, private=output.private)
         for uploaded in publish(publication):

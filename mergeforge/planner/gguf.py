@@ -123,7 +123,10 @@ def plan_ggufs(output: Output, inputs: GGUFInputs) -> tuple[list[GGUFPlan], dict
         raise SourceError("GGUF needs the model's config.json", hint="put it beside the weights")
     plans: list[GGUFPlan] = []
     notes: list[str] = []
-    if output.gguf:
+    if output.converter:
+        types = ", ".join(entry.type for entry in output.gguf)
+        notes = [f"llama.cpp's converter writes the GGUF files ({types}) when the merge is done, in memory of its own"]
+    elif output.gguf:
         plans, notes = _plan_models(output, inputs.config, inputs, encoders)
     if output.mmproj:
         plans.append(_plan_mmproj(output.mmproj, inputs.config, inputs, encoders))

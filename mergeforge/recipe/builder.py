@@ -221,6 +221,7 @@ def build_output(value: Mapping[str, Any]) -> Output:
         gguf_from=value.get("gguf_from") or "float32",
         gguf_pre=value.get("gguf_pre"),
         mmproj=value.get("mmproj"),
+        converter=value.get("converter"),
         name=value.get("name"),
         adapter=_adapter_output(value.get("adapter")),
         publish=_publish(value.get("publish")),

@@ -166,6 +166,9 @@ _OUTPUT = Object(
             ("f16", "bf16", "f32", "q8_0"),
             "also write the vision and audio towers, a file of their own in llama.cpp",
         ),
+        "converter": String(
+            "`official` or a llama.cpp tree: its converter writes the GGUF files from the merged safetensors"
+        ),
         "name": String("the model's name in GGUF file names and metadata (default: the folder's name)"),
         "adapter": _JOINED,
         "publish": _PUBLISH,

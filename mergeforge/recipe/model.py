@@ -162,7 +162,8 @@ class Output:
     `fp8`: linear weights are stored as FP8 (E4M3) with a scale for each block of 128 x 128.
     `gguf_from` "stored": GGUF is quantized from values rounded to the safetensors dtype.
     `gguf_pre` overrides the pre-tokenizer that the tokenizer's structure implies. `mmproj`: the type of the GGUF file
-    with the model's vision and audio towers. `name` is the model's name in file names and metadata (default: the
+    with the model's vision and audio towers. `converter`: "official" or a llama.cpp tree, whose converter then writes
+    the model's GGUF files. `name` is the model's name in file names and metadata (default: the
     folder's name).
     """
 
@@ -173,6 +174,7 @@ class Output:
     gguf_from: str = "float32"
     gguf_pre: str | None = None
     mmproj: str | None = None
+    converter: str | None = None
     name: str | None = None
     adapter: AdapterOutput | None = None
     publish: Publish | None = None

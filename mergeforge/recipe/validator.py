@@ -112,6 +112,11 @@ class Validator:
             self.report(
                 ("output", "safetensors"), "nothing would be written", "add output.gguf, or remove 'safetensors: false'"
             )
+        if output.converter and not (output.gguf and output.safetensors):
+            hint = "add output.gguf, and leave out 'safetensors: false'"
+            self.report(
+                ("output", "converter"), "llama.cpp's converter makes GGUF files from the merged safetensors", hint
+            )
         if output.fp8 and not output.safetensors:
             self.report(("output", "fp8"), "fp8 needs safetensors output", "remove 'fp8' or 'safetensors: false'")
         if output.adapter and not recipe.adapters:

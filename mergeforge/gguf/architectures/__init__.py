@@ -9,12 +9,14 @@ row of the GGUF tensor is. So tiles can be written in any order, and stacked exp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.registry import Registry
-from mergeforge.errors import MALFORMED_ERRORS, SourceError, did_you_mean, malformed_as_source_error
+from mergeforge.errors import MALFORMED_ERRORS, SourceError, malformed_as_source_error
 from mergeforge.gguf.key_values import Keys
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ _NAMED_BY_WHOLE = (
     "Step3p7ForConditionalGeneration",
     "StepVLForConditionalGeneration",
 )
+_STEM = re.compile("(ForCausalLM|ForConditionalGeneration|LMHeadModel|Model)$")
 BuildSpec = Callable[["HFModel"], GGUFModelSpec]
 ARCHITECTURES: Registry[BuildSpec] = Registry("architecture", __name__)
 
@@ -124,15 +127,24 @@ def build_spec(
     with malformed_as_source_error("config.json"):
         name = class_name(config)
     if name not in ARCHITECTURES:
-        near = did_you_mean(name, ARCHITECTURES)
-        hint = "`mergeforge list architectures` lists the supported ones; any model can be written as safetensors"
+        hint = (
+            "`mergeforge list architectures` lists the supported ones; any model can be written as safetensors, and "
+            "`converter: official`, in a recipe's output or as an option, lets llama.cpp's converter read it"
+        )
         text = f"config.json: the architecture {name} is not supported in GGUF"
-        raise SourceError(text, hint=f"{near} {hint}" if near else hint)
+        raise SourceError(text, hint=f"{near} {hint}" if (near := _near_class(name)) else hint)
     try:
         return ARCHITECTURES[name](HFModel.of(name, config, tensors, pooling))
     except MALFORMED_ERRORS as error:  # a value of the wrong type
         text = f"config.json does not describe a {name}: {type(error).__name__}: {error}"
         raise SourceError(text, hint="compare it with the original model's config.json") from error
+
+
+def _near_class(name: str) -> str:
+    """A question that names the class which this one may be misspelled from; "" if none is near."""
+    near = get_close_matches(_STEM.sub("", name), [_STEM.sub("", known) for known in ARCHITECTURES], 1, 0.8)
+    same = [known for known in ARCHITECTURES if near and _STEM.sub("", known) == near[0]]
+    return f"did you mean '{get_close_matches(name, same, 1, 0)[0]}'?" if same else ""
 
 
 def class_name(config: Mapping[str, Any]) -> str:
