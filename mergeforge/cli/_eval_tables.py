@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from mergeforge.eval import Comparison, ConfidenceInterval, Evaluation, SmokeResult
+    from mergeforge.eval.divergence import Divergence
     from mergeforge.eval.smoke_test import Agreement
 
 MAX_CHARS = 400  # of a text in a sample
@@ -28,6 +29,27 @@ def show_evaluation(evaluation: Evaluation, metrics: Mapping[str, float]) -> Non
         click.echo(f"\n--- row {sample.row + 1}: {_shorten(sample.prompt, end=True)}")
         click.echo(f"expected: {_shorten(sample.expected.strip())}")
         click.echo(f"answered: {_shorten(sample.answer.text.strip())}  [{sample.answer.ended}]")
+
+
+def show_divergences(divergences: Sequence[Divergence]) -> None:
+    """A table with one row per model, and what its columns mean."""
+    head = ("model", "KL divergence", "99 %", "same top token", "perplexity", "ratio")
+    rows = [
+        (
+            one.model,
+            f"{one.kl_divergence:.5f} ± {one.kl_error:.5f}",
+            f"{one.quantile(0.99):.4f}",
+            f"{one.agreement:.2%}",
+            f"{one.perplexity:.3f}",
+            f"{one.ratio:.4f}",
+        )
+        for one in divergences
+    ]
+    for line in _aligned([head, *rows]):
+        click.echo(line)
+    first = divergences[0]
+    about = f"Against {first.reference} (perplexity {first.reference_perplexity:.3f}) over {first.tokens} tokens"
+    click.echo(f"{about}; KL divergence per token in nats.")
 
 
 def show_comparison(comparison: Comparison, metrics: Sequence[Mapping[str, float]]) -> None:

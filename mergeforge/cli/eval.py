@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 @click.option("--smoke", "smoke_test", is_flag=True, help="Let each MODEL answer a few prompts, and check the answers.")
 @click.option("--prompts", metavar="FILE", help="With --smoke: use these prompts, one per line.")
 @click.option("--card", "update_card", is_flag=True, help="Also write the result into MODEL's card (README.md).")
+@click.option("--against", metavar="MODEL", help="Compare predictions with this model's over a text: --data FILE.txt.")
+@click.option("--chunk", type=click.IntRange(16), metavar="N", help="With --against: tokens of a chunk. [default: 512]")
 @click.option("--lm-eval", "tasks", metavar="TASKS", help="Run tasks of lm-evaluation-harness, separated by commas.")
 def evaluate(
     models: tuple[str, ...],
@@ -30,24 +32,32 @@ def evaluate(
     prompts: str | None,
     update_card: bool,
     tasks: str | None,
+    against: str | None,
+    chunk: int | None,
     **options: Any,
 ) -> int:
     """Measure how well MODEL predicts the answers in a data set.
 
     MODEL is a folder, a PEFT adapter, a Hub repo or a GGUF file. Perplexity and token accuracy are per token of the
     answers; bits per byte are per byte of their text, so models with different vocabularies can be compared. --smoke
-    asks a few prompts instead, and exits with 1 if a check fails.
+    asks a few prompts instead, and exits with 1 if a check fails. --against measures what quantizing costs: the KL
+    divergence from the predictions of the unquantized model, over a text, as llama-perplexity does.
 
     \b
     Examples:
       mergeforge eval merged --data valid.jsonl --samples 3 --card
       mergeforge eval runs/new/adapter --data valid.jsonl --quantize nf4 --json
+      mergeforge eval merged/merged-Q4_K_M.gguf --against merged --data text.txt
       mergeforge eval --smoke merged merged/merged-Q4_K_M.gguf --stop '</output>'
     """
     if update_card and (smoke_test or tasks):
         raise RecipeError("--card records only the results of --data", hint="omit --card")
     if smoke_test:
         return _run_smoke_test(models, prompts, options)
+    if against:
+        return _compare_distributions(models, against, chunk, options)
+    if chunk:
+        raise RecipeError("--chunk needs --against MODEL", hint="omit it")
     if len(models) > 1:
         raise RecipeError("eval takes one model", hint="`mergeforge compare A B --data FILE` compares several")
     if tasks:
@@ -103,6 +113,32 @@ def _run_smoke_test(models: tuple[str, ...], path: str | None, options: Mapping[
     else:
         show_smoke(results, agreements)
     return 0 if ok else 1
+
+
+def _compare_distributions(models: tuple[str, ...], against: str, chunk: int | None, options: Mapping[str, Any]) -> int:
+    """Measure every model against one, over the text that --data names."""
+    from mergeforge import eval
+    from mergeforge.cli._eval_tables import show_divergences
+    from mergeforge.eval.divergence import CONTEXT, compare_distributions, read_text
+
+    if not options["path"]:
+        raise RecipeError("--against needs a text", hint="--data FILE.txt")
+    text, context, limit = read_text(options["path"]), chunk or CONTEXT, options["limit"]
+    arguments = _eval_options.open_arguments(options)
+    reference = eval.open_model(against, **arguments)
+    results = []
+    with _eval_options.progress_bars(options["quiet"]) as start_progress:
+        for name in models:
+            progress = start_progress(name)
+            model = eval.open_model(name, **arguments)
+            results.append(
+                compare_distributions(model, reference, text, context=context, limit=limit, progress=progress)
+            )
+    if options["as_json"]:
+        click.echo(json.dumps([result.as_dict() for result in results]))
+    else:
+        show_divergences(results)
+    return 0
 
 
 def _run_lm_eval(name: str, tasks: list[str], options: Mapping[str, Any]) -> int:

@@ -105,6 +105,22 @@ class ModelBackend(Protocol):
         """(index, score) of every row, in the order that suits the backend."""
         ...
 
+    def text_tokens(self, text: str) -> list[int]:
+        """The tokens of a plain text, without a token that begins it."""
+        ...
+
+    @property
+    def first_token(self) -> int | None:
+        """The token that begins every text; None if the model was trained without one."""
+        ...
+
+    def logits(self, chunks: Sequence[Sequence[int]], first: int) -> Iterator[NDArray[np.float32]]:
+        """For each chunk of tokens, the logits [tokens, vocabulary] after those from position `first` on.
+
+        The last token of a chunk has none after it.
+        """
+        ...
+
     def chat(self, messages: Messages, sampling: Sampling, on_text: OnText | None = None) -> Answer:
         """Answer a conversation, rendered with the model's own template; otherwise like `generate`."""
         ...

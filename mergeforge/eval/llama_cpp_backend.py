@@ -31,6 +31,8 @@ from mergeforge.gguf.llama_cpp import ContextError, Engine
 from mergeforge.gguf.reader import GGUFHeader
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from mergeforge.eval.sampling import Sampling
@@ -84,6 +86,26 @@ class LlamaCppModel:
     def score_rows(self, rows: Sequence[TokenRow], *, batch: int | None = None) -> Iterator[tuple[int, ScoredRow]]:
         """See ModelBackend. One row at a time, in a process of its own; `batch` is ignored."""
         return _score_rows(ScoringProcess(self.path, max((len(row.tokens) for row in rows), default=1)), rows)
+
+    def text_tokens(self, text: str) -> list[int]:
+        """See ModelBackend."""
+        with closing(ScoringProcess(self.path, 1)) as process:
+            return process.tokens(text)
+
+    @property
+    def first_token(self) -> int | None:
+        """See ModelBackend."""
+        is_added = self.header.get("tokenizer.ggml.add_bos_token")
+        if is_added is None:  # llama.cpp's default: sentencepiece has one
+            is_added = self.header.get("tokenizer.ggml.model") == "llama"
+        number = self.header.get("tokenizer.ggml.bos_token_id")
+        return int(number) if is_added and number is not None else None
+
+    def logits(self, chunks: Sequence[Sequence[int]], first: int) -> Iterator[NDArray[np.float32]]:
+        """See ModelBackend."""
+        with closing(ScoringProcess(self.path, max(map(len, chunks), default=1))) as process:
+            for chunk in chunks:
+                yield process.logits(chunk, first)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling, on_text: OnText | None = None) -> Answer:
         """See ModelBackend."""

@@ -113,6 +113,21 @@ class LlamaScorer:
                 nll, correct = nll - logprob, correct + hit
         return nll, correct
 
+    def write_logits(self, tokens: Sequence[int], first: int, path: str) -> tuple[int, int]:
+        """Write the logits after the tokens from position `first` on, as rows of float32; returns their shape.
+
+        The last token has none after it. Raises UnsupportedLlama if llama.cpp refuses the tokens.
+        """
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        wanted = set(range(first, len(tokens) - 1))
+        with open(path, "wb") as file:
+            for start in range(0, len(tokens) - 1, BATCH):
+                stop = min(start + BATCH, len(tokens) - 1)
+                self._decode(tokens[start:stop], start, wanted)
+                for position in sorted(wanted.intersection(range(start, stop))):
+                    file.write(self._logits(position - start).tobytes())
+        return len(wanted), self._vocabulary
+
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text; nothing is added, and special tokens are recognized."""
         data = text.encode()
@@ -174,6 +189,8 @@ def respond(lines: Iterator[str]) -> Iterator[Any]:
         request = json.loads(line)
         if "text" in request:
             yield {"tokens": scorer.tokens(request["text"])}
+        elif "logits" in request:
+            yield scorer.write_logits(request["tokens"], request["first"], request["logits"])
         else:
             yield scorer.score(request["tokens"], request["scored"])
 

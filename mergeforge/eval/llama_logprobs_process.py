@@ -8,10 +8,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergeforge.errors import SourceError
 from mergeforge.tensors.budget import cpu_count
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class ScoringProcess:
@@ -39,6 +43,14 @@ class ScoringProcess:
         """(negative log-likelihood in nats, top-1 hits) of the tokens at the positions `scored`."""
         nll, correct = self._request({"tokens": list(tokens), "scored": list(scored)})
         return float(nll), int(correct)
+
+    def logits(self, tokens: Sequence[int], first: int) -> NDArray[np.float32]:
+        """Logits [tokens, vocabulary] after the tokens from position `first` on; the last token has none after it."""
+        import numpy as np
+
+        with tempfile.NamedTemporaryFile() as file:
+            shape = self._request({"tokens": list(tokens), "first": first, "logits": file.name})
+            return np.fromfile(file.name, np.float32).reshape(shape)
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text by llama.cpp's tokenizer; nothing is added, and special tokens are recognized."""

@@ -17,6 +17,8 @@ from mergeforge.errors import SourceError
 from mergeforge.eval.backend import ScoredRow, TokenRow
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 MAX_LOGITS = 1 << 24  # at a time: 64 MiB in float32
@@ -57,6 +59,18 @@ def score_rows(
         else:
             half = (len(indices) + 1) // 2
             waiting += [indices[half:], indices[:half]]
+
+
+def chunk_logits(model: Any, tokens: Sequence[int], first: int, device: str) -> NDArray[np.float32]:
+    """Logits [tokens, vocabulary] after the tokens from position `first` on; the last token has none after it."""
+    import torch
+
+    inputs = {"input_ids": torch.tensor([list(tokens)], device=device), "use_cache": False}
+    positions = torch.arange(first, len(tokens) - 1, device=device)
+    with torch.no_grad():
+        parts = [part.float().cpu() for _, part in _logits(model, inputs, torch.zeros_like(positions), positions, 64)]
+    logits: NDArray[np.float32] = torch.cat(parts).numpy()
+    return logits
 
 
 def _check_tokens(rows: Sequence[TokenRow], vocabulary: int) -> None:

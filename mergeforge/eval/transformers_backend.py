@@ -17,6 +17,8 @@ from mergeforge.eval.generate import generate
 from mergeforge.eval.load_transformers import LoadedModel
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from mergeforge.eval.sampling import Sampling
@@ -77,6 +79,23 @@ class TransformersModel:
             if score is None:
                 return
             yield score
+
+    def text_tokens(self, text: str) -> list[int]:
+        """See ModelBackend."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    def first_token(self) -> int | None:
+        """See ModelBackend."""
+        first = self.tokenizer("a", add_special_tokens=True)["input_ids"][0]
+        return int(first) if first == self.tokenizer.bos_token_id else None
+
+    def logits(self, chunks: Sequence[Sequence[int]], first: int) -> Iterator[NDArray[np.float32]]:
+        """See ModelBackend."""
+        for chunk in chunks:
+            with self._adapter():
+                logits = logprobs.chunk_logits(self.loaded.model, chunk, first, self.loaded.device)
+            yield logits[:, : self._vocabulary]
 
     def chat(self, messages: Messages, sampling: Sampling, on_text: OnText | None = None) -> Answer:
         """See ModelBackend."""
