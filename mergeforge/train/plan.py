@@ -63,6 +63,12 @@ class TrainPlan:
         return not self.data.template or self.data.template == getattr(self.tokenizer, "chat_template", None)
 
     @property
+    def weighted(self) -> bool:
+        """Whether training rows have different weights in the loss."""
+        smallest, largest = self.data.train.weight_range()
+        return smallest != largest
+
+    @property
     def stored_transposed(self) -> bool:
         """Whether the base stores transposed weights, as GPT-2 does: its files do not determine its NF4 form."""
         config = json.loads((self.config_folder / "config.json").read_text(encoding="utf-8"))
@@ -209,6 +215,7 @@ def _fit_to_memory(
         resolved = resolve_settings(replace(settings, seq_len=seq_len), stats, lengths, machine)
     if not settings.allow_skips:
         refuse_many_skips(data.counts)
+    preflight.check_weights(settings, data.train.weight_range())
     return data, resolved
 
 

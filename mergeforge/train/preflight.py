@@ -29,6 +29,7 @@ from mergeforge.train.auto_config import Machine
 from mergeforge.train.environment import silence_libraries
 from mergeforge.train.estimate import STATE_NBYTES
 from mergeforge.train.model_stats import ModelStats
+from mergeforge.train.objectives import KTO, SFT
 from mergeforge.train.settings import LoraOptions, PostTraining, TrainSettings
 from mergeforge.train.untargeted import linear_names
 
@@ -156,6 +157,23 @@ def check_loss(dotted: str, vocabulary: int) -> None:
         raise RecipeError(text, hint=hint)
     if not torch.isfinite(loss):
         raise RecipeError(f"loss: {dotted} returns {loss.item()} for random logits", hint=hint)
+
+
+def check_weights(settings: TrainSettings, weights: tuple[float, float]) -> None:
+    """Raise RecipeError where the weights of rows have no effect. `weights`: the smallest and the largest."""
+    if weights[0] == weights[1]:
+        return
+    text, hint = "", "remove the column 'weight' from the data"
+    if settings.objective != SFT:
+        text = f"objective: {settings.objective} cannot weight rows"
+        hint += ", or set preference.desirable_weight" if settings.objective == KTO else ""
+    elif settings.loss:
+        text = f"loss: {settings.loss} does not take the weights of rows"
+    elif settings.batch_size == 1:
+        text = "weights compare the rows of a step, but with batch.size: 1 a step has one row"
+        hint = "set batch: {size: 8} or more"
+    if text:
+        raise RecipeError(f"{text}, and those of the data are {weights[0]:g} to {weights[1]:g}", hint=hint)
 
 
 def check_post_training(after: PostTraining, config_folder: Path, *, trains_adapter: bool) -> None:

@@ -108,7 +108,7 @@ class _Trainer(Trainer):
             model=context.model,
             args=arguments(context),
             train_dataset=context.train,
-            data_collator=context.collator(),
+            data_collator=context.collator(weighted=context.weighted),
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True  # the loss is a sum over the tokens of all passes of a step
@@ -146,7 +146,7 @@ class _Trainer(Trainer):
         return self.context.loss(model, inputs, num_items_in_batch, self.rewards) * self.args.world_size
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        if self.context.preference is None:
+        if self.context.preference is None and not self.context.weighted:
             return super()._get_num_items_in_batch(batch_samples, device)
         count = torch.tensor(sum(self.context.loss_count(batch) for batch in batch_samples), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count

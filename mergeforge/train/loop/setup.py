@@ -67,6 +67,7 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
         dtype=plan.resolved.dtype,
         device=plan.resolved.device,
         pad=pad,
+        weighted=not objective.is_preference and plan.weighted,
         write_tokenizer_files=lambda folder: _write_tokenizer_files(plan, folder),
         callbacks=list(callbacks),
         is_main=is_main(),
@@ -154,7 +155,7 @@ def _full_batch(context: TrainingContext, seq_len: int) -> dict[str, Tensor]:
     tokens = torch.arange(size * seq_len).view(size, seq_len) % vocabulary
     objective = context.preference
     if objective is None:
-        return collate.collate([[(row, row)] for row in tokens], pad=context.pad)
+        return collate.collate([[collate.Row(row, row)] for row in tokens], pad=context.pad)
     answers = objective.objective.answers
     length = seq_len // answers if objective.packed else seq_len
     kinds = [1 - 2 * (number % 2) for number in range(answers)]
