@@ -6,6 +6,7 @@ fallback that was needed is a note.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -94,7 +95,11 @@ def resolve_settings(
     """Resolve every `auto`. Raises BudgetError, with the estimate by part, when nothing fits."""
     if settings.seq_len and settings.seq_len > stats.max_positions:
         text = f"seq_len: {settings.seq_len} is more than the model's maximum of {stats.max_positions} tokens"
-        raise RecipeError(text, hint=f"set seq_len: {stats.max_positions}, or use a model with a longer context")
+        hint = f"set seq_len: {stats.max_positions}, or use a model with a longer context"
+        if stats.rope == "default":
+            factor = math.ceil(settings.seq_len / stats.max_positions)
+            hint += f", or stretch its positions: rope_scaling: {{type: yarn, factor: {factor}}}"
+        raise RecipeError(text, hint=hint)
     setup, notes = _fastest_setup(settings, stats, lengths, machine), _notes(settings, stats, machine)
     for fallback in _memory_fallbacks(settings, lengths, machine):
         note = ""

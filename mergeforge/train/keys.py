@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mergeforge.checkpoints.rope import ROPE_TYPES
 from mergeforge.data import FIELDS as DATA_FIELDS
 from mergeforge.recipe.schema import (
     Boolean,
@@ -27,6 +28,7 @@ from mergeforge.train.adapter_kinds import ADAPTER_KINDS
 from mergeforge.train.objectives import OBJECTIVES
 
 AUTO = "auto"
+DYNAMIC = "dynamic"  # NTK-aware scaling, which transformers computes anew for each batch
 OPTIMIZERS = (
     "adamw",
     "adamw_8bit",
@@ -144,6 +146,37 @@ _ADAPTER = Object(
     required=("type",),
     shorthand="type",
 )
+
+
+@dataclass(frozen=True)
+class RopeScalingKeys:
+    """Schema of `rope_scaling`, which transformers writes with `rope_type`."""
+
+    description: str = ""
+
+    def read(self, value: Any, path: Path, report: ReportProblem) -> Any:
+        if isinstance(value, Mapping) and "rope_type" in value and "type" not in value:
+            value = {"type" if key == "rope_type" else key: item for key, item in value.items()}
+        scaling = _ROPE_SCALING.read(value, path, report)
+        if scaling.get("type") == DYNAMIC:
+            text = (
+                "dynamic scales by the longest row of a batch, so the loss of a row would depend on the rows beside it"
+            )
+            report(path, text, f"use {' or '.join(ROPE_TYPES)}")
+        return scaling
+
+    def json_schema(self) -> dict[str, Any]:
+        return _ROPE_SCALING.json_schema() | {"description": self.description}
+
+
+_ROPE_SCALING = Object(
+    {
+        "type": Enum((*ROPE_TYPES, DYNAMIC), "how positions are scaled, under transformers' name"),
+        "factor": Auto(Number(1, None, "how many times as many positions (default: seq_len divided by the base's)")),
+    },
+    required=("type",),
+    shorthand="type",
+)
 _PREFERENCE = Object(
     {
         "beta": Number(0, None, "how closely to stay with the reference (default 0.1; simpo: scale of the reward, 2)"),
@@ -219,6 +252,7 @@ FIELDS: dict[str, Schema] = {
     **DATA_FIELDS,
     "allow_skips": Boolean("train even if more than 10 % of the rows are skipped"),
     "seq_len": Auto(Integer(8, "tokens in the longest sequence")),
+    "rope_scaling": RopeScalingKeys("more positions than the base was trained on; written into config.json"),
     "pack": Auto(Boolean("put several rows into one sequence; they do not attend to each other")),
     "method": Enum(("qlora", "lora", "dora", "full"), "what is trained (default qlora)"),
     "objective": Enum(tuple(OBJECTIVES), "sft: imitate the answers (default); the others learn from preferences"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.checkpoints.checkpoint import open_checkpoint
+from mergeforge.checkpoints.rope import RopeScaling
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import (
     BudgetError,
@@ -70,6 +72,26 @@ def check_base(folder: Path, settings: TrainSettings, stats: ModelStats) -> None
     if numel < COMPLETE * stats.parameters:
         text = f"{folder} holds {numel:,} weights, but a model of its config.json has {stats.parameters:,}"
         raise SourceError(text, hint="download it again")
+
+
+def rope_scaling(settings: TrainSettings, stats: ModelStats) -> RopeScaling | None:
+    """The scaling of the positions that the settings ask for. Raises RecipeError where the model cannot have it."""
+    asked, positions = settings.rope_scaling, stats.max_positions
+    if asked is None:
+        return None
+    if not stats.rope:
+        text = "rope_scaling: this model has no rotary positions that can be scaled"
+        raise RecipeError(text, hint=f"remove it, and set seq_len: {positions} or less")
+    if stats.rope != "default":
+        text = f"rope_scaling: the positions of this model are scaled already ({stats.rope})"
+        raise RecipeError(text, hint=f"remove it; the model has {positions} positions")
+    if asked.factor is None and settings.seq_len is None:
+        raise RecipeError("rope_scaling needs a factor or seq_len", hint="set rope_scaling: {type: yarn, factor: 2}")
+    factor = asked.factor or math.ceil(max((settings.seq_len or 1) / positions, 1))
+    if factor <= 1:
+        text = f"rope_scaling: the model has {positions} positions, which is enough for seq_len: {settings.seq_len}"
+        raise RecipeError(text, hint="remove it, or set a factor above 1")
+    return RopeScaling(asked.type, factor)
 
 
 def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ...], vocabulary: int) -> int:

@@ -68,6 +68,14 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
+class RopeOptions:
+    """How positions are scaled. `factor` None: as far as seq_len needs."""
+
+    type: str
+    factor: float | None = None
+
+
+@dataclass(frozen=True)
 class MemorySettings:
     """The device memory to use in bytes, and the measures that save memory."""
 
@@ -139,6 +147,7 @@ class TrainSettings:
     objective: str = SFT
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     seq_len: int | None = None
+    rope_scaling: RopeOptions | None = None
     pack: bool | None = None
     lora: LoraOptions = field(default_factory=LoraOptions)
     adapter: AdapterOptions | None = None
@@ -294,6 +303,7 @@ def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> T
         lora=LoraOptions(**lora),
         adapter=AdapterOptions(adapter["type"], adapter.get("options") or {}) if adapter else None,
         added_tokens=tuple((values.get("tokens") or {}).get("add", ())),
+        rope_scaling=RopeOptions(**values["rope_scaling"]) if values.get("rope_scaling") else None,
         batch_size=batch.get("size", 16),
         micro_batch=batch.get("micro"),
         memory=MemorySettings(**values.get("memory", {})),

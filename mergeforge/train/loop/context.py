@@ -48,7 +48,7 @@ class TrainingContext:
     dtype: str
     device: str
     pad: int
-    write_tokenizer_files: Callable[[Path], None]  # tokenizer and chat template into a folder
+    write_files: Callable[[Path], None]  # the files beside the weights: tokenizer, chat template
     callbacks: list[MetricCallback] = field(default_factory=list)
     is_main: bool = True  # of several processes, the one that writes files
     preference: PreferenceTraining | None = None  # None: supervised fine-tuning
@@ -175,7 +175,7 @@ def save_model(context: TrainingContext, folder: Path, model: Any = None) -> Non
     model = model or context.model
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(folder, **options)
-    context.write_tokenizer_files(folder)
+    context.write_files(folder)
 
 
 def load_weights(context: TrainingContext, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mergeforge.train.loop import chunked_loss, collate, load_base, log_probs, l
 from mergeforge.train.loop.context import MetricCallback, TrainingContext, autocast, memory_used
 from mergeforge.train.loop.preference_batch import AnswerTokens, PreferenceSequences
 from mergeforge.train.objectives import OBJECTIVES
-from mergeforge.train.plan import TrainPlan
+from mergeforge.train.plan import CONFIG, TrainPlan
 from mergeforge.train.tokenizer_files import write_tokenizer_files
 
 SMALL = 20_000_000  # parameters below which one thread is faster: 0.1 s a step instead of 0.3 to 1.0 s on two cores
@@ -68,7 +69,7 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
         device=plan.resolved.device,
         pad=pad,
         weighted=not objective.is_preference and plan.weighted,
-        write_tokenizer_files=lambda folder: _write_tokenizer_files(plan, folder),
+        write_files=lambda folder: _write_files(plan, folder),
         callbacks=list(callbacks),
         is_main=is_main(),
         preference=preference.PreferenceTraining(objective, settings.preference, packed, pad)
@@ -96,6 +97,7 @@ def _load(plan: TrainPlan) -> Any:
         train_all=settings.method == "full",
         attention=settings.attention,
         embed_on_cpu=plan.resolved.setup.embed_on_cpu,
+        config=plan.scaled_config,
     )
     model = load_base.load_base(options)
     load_base.resize_embeddings(model, len(plan.tokenizer))
@@ -113,7 +115,10 @@ def _pad_token(tokenizer: Any) -> int:
     return int(token or 0)
 
 
-def _write_tokenizer_files(plan: TrainPlan, folder: Path) -> None:
+def _write_files(plan: TrainPlan, folder: Path) -> None:
+    """Tokenizer and chat template; beside an adapter, also the config.json of a base with scaled positions."""
+    if plan.scaled_config and plan.settings.trains_adapter:
+        (folder / CONFIG).write_text(json.dumps(plan.scaled_config, indent=2) + "\n", encoding="utf-8")
     template = None if plan.uses_base_template else plan.data.template
     options = {"template": template, "eos": _end_of_turn(plan.tokenizer, template) if template else None}
     write_tokenizer_files(folder, plan.config_folder, plan.tokenizer, changed=bool(plan.new_tokens), **options)
