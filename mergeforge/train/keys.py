@@ -39,6 +39,7 @@ OPTIMIZERS = (
     "adafactor",
     "sgd",
 )
+INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "loftq")
 SEEDS = 1 << 32
 NUMERICS = ("auto", "original", "dequant_nf4")
 
@@ -98,7 +99,7 @@ _LORA = Object(
         "lr_ratio": Number(0, None, "LoRA+: learning rate of B divided by that of A, usually 2 to 16 (default 1)"),
         "rslora": Boolean("scale by alpha / sqrt(r) instead of alpha / r"),
         "dora": Boolean("DoRA: train a magnitude for each output as well"),
-        "init": Enum(("default", "gaussian", "pissa", "olora"), "how A and B are initialized"),
+        "init": Enum(INITS, "how A and B are initialized; eva: from the training data; loftq: from what 4 bit loses"),
         "rank_pattern": MapOf(Integer(1), "module name or regular expression -> rank"),
         "alpha_pattern": MapOf(Number(0, None), "module name or regular expression -> alpha"),
         "layers": ListOf(Integer(0), "adapt only these layers"),

@@ -32,7 +32,7 @@ from mergeforge.train.environment import silence_libraries
 from mergeforge.train.estimate import STATE_NBYTES
 from mergeforge.train.model_stats import ModelStats
 from mergeforge.train.objectives import KTO, SFT
-from mergeforge.train.settings import LoraOptions, PostTraining, TrainSettings
+from mergeforge.train.settings import DATA_INITS, LoraOptions, PostTraining, TrainSettings
 from mergeforge.train.untargeted import linear_names
 
 COMPLETE = 0.999  # of the model's weights must be in its files; tensors that are missing beyond that show at loading
@@ -112,6 +112,9 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
         adapted = lora.with_adapter(
             model, replace(options, init="default"), new_tokens, settings.adapter, without_weights=True
         )
+    if options.init in DATA_INITS and getattr(adapted.peft_config["default"], "target_parameters", None):
+        text = f"lora.init: {options.init} does not work on experts that are fused into one tensor"
+        raise RecipeError(text, hint="name lora.targets without the experts, such as [q_proj, v_proj]")
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 

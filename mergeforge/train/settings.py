@@ -23,6 +23,7 @@ from mergeforge.train.keys import FIELDS, TRAIN
 from mergeforge.train.objectives import OBJECTIVES, SFT, PreferenceOptions, check_objective
 
 NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs", "allow_skips")  # a resumed run may change these
+DATA_INITS = ("eva", "loftq")  # initializations that need data or weights, done once the base is loaded
 SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same name and value
     "model",
     "method",
@@ -239,6 +240,11 @@ def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) 
         report(("lora",), "full training has no adapter", "remove 'lora', or set method: lora")
     if method == "qlora" and lora.get("init") in ("pissa", "olora"):
         report(("lora", "init"), f"{lora['init']} needs the base in 16 bit", "set method: lora")
+    if method != "qlora" and lora.get("init") == "loftq":
+        text = "loftq starts from what 4 bit loses; on a 16-bit base, PEFT's LoftQ would replace the base's weights"
+        report(("lora", "init"), f"{text}, and the adapter could not be folded into the original", "set method: qlora")
+    if lora.get("init") in DATA_INITS and (lora.get("dora") or method == "dora"):
+        report(("lora", "init"), f"{lora['init']} does not set DoRA's magnitudes", "set method: lora, or remove 'init'")
     if method == "full" and (values.get("after") or {}).get("merge"):
         report(("after", "merge"), "full training makes a whole model: there is nothing to merge", "remove 'merge'")
     if values.get("early_stop") and not values.get("val"):

@@ -114,6 +114,7 @@ def test_early_stop(settings: Settings) -> None:
         {"init": "pissa"},
         {"init": "olora"},
         {"init": "gaussian"},
+        {"init": "orthogonal"},
     ],
     ids=str,
 )

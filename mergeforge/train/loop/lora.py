@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
@@ -20,7 +21,8 @@ from mergeforge.train.settings import LoraOptions
 from mergeforge.train.untargeted import ROUTERS, linear_names, untargeted_parts, untargeted_pattern
 
 ALL = "all-linear"
-INITS: dict[str, Any] = {"default": True}  # PEFT's init_lora_weights, where it differs from our name
+# PEFT's init_lora_weights, where it differs from our name; LoftQ changes A and B later (loftq.py)
+INITS: dict[str, Any] = {"default": True, "loftq": True}
 
 
 def with_adapter(
@@ -40,7 +42,9 @@ def with_adapter(
     try:
         config = adapter_config(model, adapter, lora) if adapter else lora_config(model, lora, new_tokens)
         _check_experts(config, lora)
-        adapted = get_peft_model(model, config, low_cpu_mem_usage=without_weights)
+        with warnings.catch_warnings():  # advice that does not hold: rows of new tokens need memory, too
+            warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=without_weights)
     except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
         names = sorted({name.rpartition(".")[2] for name in linear_names(model)})
         hint = f"the model's linear modules: {format_list(names, 12)}"
@@ -98,6 +102,7 @@ def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights=INITS.get(lora.init, lora.init),
+        eva_config=EvaConfig() if lora.init == "eva" else None,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         layers_to_transform=list(lora.layers) or None,

@@ -16,7 +16,7 @@ from mergeforge.data.template_probe import turn_ending
 from mergeforge.errors import SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.train.environment import is_main
-from mergeforge.train.loop import chunked_loss, collate, load_base, log_probs, lora, noise, preference
+from mergeforge.train.loop import chunked_loss, collate, eva, load_base, loftq, log_probs, lora, noise, preference
 from mergeforge.train.loop.context import MetricCallback, TrainingContext, autocast, memory_used
 from mergeforge.train.loop.preference_batch import AnswerTokens, PreferenceSequences
 from mergeforge.train.objectives import OBJECTIVES
@@ -76,9 +76,20 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
         if objective.is_preference
         else None,
     )
+    _initialize_adapter(plan, context)
     unpacked = "this model cannot keep packed rows apart: each row gets a sequence of its own"
     notes = [unpacked if plan.resolved.pack and not packed else "", loss_note]
     return context, [note for note in notes if note]
+
+
+def _initialize_adapter(plan: TrainPlan, context: TrainingContext) -> None:
+    """Set the adapter's weights where that needs the training data or the base's own weights."""
+    lora_options = plan.resolved.setup.lora
+    if lora_options.init == "eva":
+        key = f"{plan.settings.fingerprint} {plan.data.fingerprint} {lora_options.r}"
+        eva.initialize_eva(context, plan.folder.eva, key)
+    elif lora_options.init == "loftq":
+        loftq.initialize_loftq(context.model, fetch(plan.base, plan.revision, ("model",)).path)
 
 
 def _base_name(base: str) -> str:
