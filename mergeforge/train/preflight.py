@@ -27,10 +27,11 @@ from mergeforge.errors import (
 from mergeforge.gguf.architectures import ARCHITECTURES, class_name
 from mergeforge.gguf.file_types import file_type_named
 from mergeforge.recipe.model import OUT_DTYPES
+from mergeforge.train.adapter_kinds import READ_WEIGHTS
 from mergeforge.train.auto_config import Machine
 from mergeforge.train.environment import silence_libraries
 from mergeforge.train.estimate import STATE_NBYTES
-from mergeforge.train.model_stats import ModelStats
+from mergeforge.train.model_stats import ModelStats, stats_of
 from mergeforge.train.objectives import KTO, SFT
 from mergeforge.train.settings import DATA_INITS, LoraOptions, PostTraining, TrainSettings
 from mergeforge.train.untargeted import linear_names
@@ -108,6 +109,8 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
     _check_names(key, options, model)
     load_base.resize_embeddings(model, vocabulary)
     model.requires_grad_(False)
+    if settings.adapter and settings.adapter.type in READ_WEIGHTS:
+        return stats_of(model).adapter_parameters(options)  # about as many as a LoRA has
     with silence_libraries():
         adapted = lora.with_adapter(
             model, replace(options, init="default"), new_tokens, settings.adapter, without_weights=True
