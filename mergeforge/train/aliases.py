@@ -22,6 +22,7 @@ ALIASES: dict[str, str] = {
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "schedule"),
     **dict.fromkeys(("warmup_ratio", "warmup_steps"), "warmup"),
     **dict.fromkeys(("optim",), "optimizer"),
+    **dict.fromkeys(("optim_args",), "optimizer_options"),
     **dict.fromkeys(("output_dir",), "output"),
     **dict.fromkeys(("dataset", "train_file"), "data"),
     **dict.fromkeys(("val_set_size", "val_size", "validation_file"), "val"),
@@ -76,6 +77,7 @@ INSTEAD = {
     "tokens_to_add": "tokens: {add: [...]}",
     "deepspeed": "start several processes with torchrun",
     "fsdp": "start several processes with torchrun",
+    "optim_target_modules": "all linear modules but lm_head are projected",
     "wandb_project": "track: wandb",
 }
 

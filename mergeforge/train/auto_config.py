@@ -15,6 +15,7 @@ from typing import Any
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, RecipeError
 from mergeforge.train.estimate import MemoryEstimate, TrainingSetup, estimate_memory
+from mergeforge.train.low_rank import RANK
 from mergeforge.train.model_stats import ModelStats
 from mergeforge.train.objectives import KTO, OBJECTIVES
 from mergeforge.train.settings import LoraOptions, TrainSettings
@@ -146,6 +147,7 @@ def _fastest_setup(settings: TrainSettings, stats: ModelStats, lengths: LengthSt
         on_gpu=machine.on_gpu,
         answers=1 if _is_packed(settings, lengths, seq_len) else lengths.answers,
         extra_passes=OBJECTIVES[settings.objective].extra_passes,
+        optimizer_rank=settings.optimizer_options.get("rank", RANK),
     )
 
 

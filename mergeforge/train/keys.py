@@ -25,6 +25,7 @@ from mergeforge.recipe.schema import (
 )
 from mergeforge.recipe.yaml_reader import Path
 from mergeforge.train.adapter_kinds import ADAPTER_KINDS
+from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS, OptimizerOptions
 from mergeforge.train.objectives import OBJECTIVES
 
 AUTO = "auto"
@@ -38,6 +39,7 @@ OPTIMIZERS = (
     "paged_lion_8bit",
     "adafactor",
     "sgd",
+    *LOW_RANK_OPTIMIZERS,
 )
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "loftq")
 SEEDS = 1 << 32
@@ -275,6 +277,9 @@ FIELDS: dict[str, Schema] = {
     "neftune": Number(0, None, "NEFTune: noise on the input embeddings, usually 5 to 15 (default 0)"),
     "max_grad_norm": Number(0, None, "clip gradients to this norm (default 1)"),
     "optimizer": Auto(Enum(OPTIMIZERS)),
+    "optimizer_options": OptimizerOptions(
+        "galore_adamw and apollo_adamw: rank (default 128), update_proj_gap, scale, ..."
+    ),
     "dtype": Auto(Enum(("bf16", "fp16", "fp32"), "dtype to compute in")),
     "attention": Enum(("sdpa", "eager", "flash_attention_2"), "default: the model's own choice"),
     "memory": _MEMORY,

@@ -128,7 +128,7 @@ def make_plan(
     if out is not None:
         sets = (*sets, f"output={out}")
     settings = source if isinstance(source, TrainSettings) else read(source, sets)
-    environment.check_packages(quantize=settings.method == "qlora", track=settings.track)
+    environment.check_packages(quantize=settings.method == "qlora", track=settings.track, optimizer=settings.optimizer)
     if settings.adapter:
         check_options(settings.adapter)
     folder = RunFolder(settings.output)
@@ -152,6 +152,7 @@ def make_plan(
         preflight.check_base(config_folder, settings, stats)
     if settings.loss:
         preflight.check_loss(settings.loss, stats.vocabulary)
+    preflight.check_optimizer(model, settings)
     trained = preflight.check_adapter(model, settings, new_tokens, len(tokenizer))
     if not planned:
         preflight.check_disk(settings, trained)

@@ -31,6 +31,7 @@ from mergeforge.train.adapter_kinds import READ_WEIGHTS
 from mergeforge.train.auto_config import Machine
 from mergeforge.train.environment import silence_libraries
 from mergeforge.train.estimate import STATE_NBYTES
+from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS
 from mergeforge.train.model_stats import ModelStats, stats_of
 from mergeforge.train.objectives import KTO, SFT
 from mergeforge.train.settings import DATA_INITS, LoraOptions, PostTraining, TrainSettings
@@ -73,6 +74,18 @@ def check_base(folder: Path, settings: TrainSettings, stats: ModelStats) -> None
     if numel < COMPLETE * stats.parameters:
         text = f"{folder} holds {numel:,} weights, but a model of its config.json has {stats.parameters:,}"
         raise SourceError(text, hint="download it again")
+
+
+def check_optimizer(model: Any, settings: TrainSettings) -> None:
+    """Raise RecipeError for a low-rank optimizer of a model without the linear modules that it takes."""
+    from torch import nn
+
+    modules = dict(model.named_modules())
+    if settings.optimizer in LOW_RANK_OPTIMIZERS and not any(
+        isinstance(modules[name], nn.Linear) for name in linear_names(model)
+    ):
+        text = f"optimizer: {settings.optimizer} takes torch's Linear modules, and this model has none"
+        raise RecipeError(text, hint="set optimizer: adamw_8bit or adafactor")
 
 
 def rope_scaling(settings: TrainSettings, stats: ModelStats) -> RopeScaling | None:

@@ -20,6 +20,7 @@ from mergeforge.recipe.schema import ReportProblem
 from mergeforge.train import aliases
 from mergeforge.train.adapter_kinds import AdapterOptions, check_adapter
 from mergeforge.train.keys import FIELDS, TRAIN
+from mergeforge.train.low_rank import check_low_rank
 from mergeforge.train.objectives import OBJECTIVES, SFT, PreferenceOptions, check_objective
 
 NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs", "allow_skips")  # a resumed run may change these
@@ -41,6 +42,7 @@ SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same
     "weight_decay",
     "max_grad_norm",
     "optimizer",
+    "optimizer_options",
     "dtype",
     "attention",
     "loss",
@@ -166,6 +168,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     optimizer: str | None = None
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     attention: str | None = None
     memory: MemorySettings = field(default_factory=MemorySettings)
@@ -255,6 +258,7 @@ def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) 
         report(("track",), "the simple loop writes metrics.jsonl only", "set loop: trainer")
     check_objective(values, report)
     check_adapter(values, report)
+    check_low_rank(values, report)
     _check_schedule(values, report)
     return values
 
