@@ -67,7 +67,10 @@ def _body(plan: TrainPlan, entries: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "```sh"
     named = "" if Path(plan.base).exists() else f" --base {base}"
-    yield f"mergeforge merge{named} --adapter . --out merged --gguf q4_k_m"
+    if lora.init == "loftq":
+        yield "mergeforge run merge.yaml   # with base_numerics: dequant_nf4, the base that LoftQ starts from"
+    else:
+        yield f"mergeforge merge{named} --adapter . --out merged --gguf q4_k_m"
     yield "```"
     yield ""
     yield "Or load it with PEFT:"

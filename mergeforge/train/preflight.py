@@ -128,6 +128,9 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
         adapted = lora.with_adapter(
             model, replace(options, init="default"), new_tokens, settings.adapter, without_weights=True
         )
+    if options.init == "loftq" and any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        text = "lora.init: loftq folds into the 4-bit base, which cannot be made again from this model's files"
+        raise RecipeError(text, hint="set init: default")
     if options.init in DATA_INITS and getattr(adapted.peft_config["default"], "target_parameters", None):
         text = f"lora.init: {options.init} does not work on experts that are fused into one tensor"
         raise RecipeError(text, hint="name lora.targets without the experts, such as [q_proj, v_proj]")

@@ -241,13 +241,7 @@ def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) 
     lora, method = values.get("lora", {}), values.get("method", "qlora")
     if method == "full" and lora:
         report(("lora",), "full training has no adapter", "remove 'lora', or set method: lora")
-    if method == "qlora" and lora.get("init") in ("pissa", "olora"):
-        report(("lora", "init"), f"{lora['init']} needs the base in 16 bit", "set method: lora")
-    if method != "qlora" and lora.get("init") == "loftq":
-        text = "loftq starts from what 4 bit loses; on a 16-bit base, PEFT's LoftQ would replace the base's weights"
-        report(("lora", "init"), f"{text}, and the adapter could not be folded into the original", "set method: qlora")
-    if lora.get("init") in DATA_INITS and (lora.get("dora") or method == "dora"):
-        report(("lora", "init"), f"{lora['init']} does not set DoRA's magnitudes", "set method: lora, or remove 'init'")
+    _check_init(values, report)
     if method == "full" and (values.get("after") or {}).get("merge"):
         report(("after", "merge"), "full training makes a whole model: there is nothing to merge", "remove 'merge'")
     if values.get("early_stop") and not values.get("val"):
@@ -261,6 +255,22 @@ def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) 
     check_low_rank(values, report)
     _check_schedule(values, report)
     return values
+
+
+def _check_init(values: Mapping[str, Any], report: ReportProblem) -> None:
+    """Report what does not go with `lora.init`."""
+    lora, method, path = values.get("lora") or {}, values.get("method", "qlora"), ("lora", "init")
+    init, merge = lora.get("init"), (values.get("after") or {}).get("merge")
+    if method == "qlora" and init in ("pissa", "olora"):
+        report(path, f"{init} needs the base in 16 bit", "set method: lora")
+    if init in DATA_INITS and (lora.get("dora") or method == "dora"):
+        report(path, f"{init} does not set DoRA's magnitudes", "set method: lora, or remove 'init'")
+    elif init == "loftq" and method != "qlora":
+        text = "loftq starts from what 4 bit loses; on a 16-bit base, PEFT's LoftQ would replace the base's weights"
+        report(path, f"{text}, and the adapter could not be folded into the original", "set method: qlora")
+    if init == "loftq" and isinstance(merge, Mapping) and merge.get("base_numerics") == "original":
+        text = "a loftq adapter holds what the 4-bit base lost: on the original base it would count twice"
+        report(("after", "merge", "base_numerics"), text, "remove 'base_numerics'")
 
 
 def _check_schedule(values: Mapping[str, Any], report: ReportProblem) -> None:

@@ -101,6 +101,14 @@ def test_fused_experts_are_refused(settings: Settings, here: Path) -> None:
         make_plan(settings | EVA | {"model": str(folder)}, device="cpu")
 
 
+def test_loftq_needs_a_base_whose_4_bit_form_can_be_made_again(settings: Settings, here: Path) -> None:
+    folder = write_tiny(here, "gpt2", vocab_size=320)
+    write_tokenizer(folder)
+    changes = {"model": str(folder), "method": "qlora", "lora": {"r": 4, "init": "loftq"}}
+    with pytest.raises(RecipeError, match="cannot be made again from this model's files"):
+        make_plan(settings | changes, device="cpu")
+
+
 def test_eva_needs_enough_data(settings: Settings) -> None:
     lines = Path(settings["data"]).read_text().splitlines()
     Path(settings["data"]).write_text("\n".join(lines[:2]))
@@ -113,6 +121,7 @@ def test_eva_needs_enough_data(settings: Settings) -> None:
     [
         ({"method": "lora", "lora": {"init": "loftq"}}, "could not be folded into the original"),
         ({"method": "dora", "lora": {"init": "eva"}}, "DoRA's magnitudes"),
+        ({"lora": {"init": "loftq"}, "after": {"merge": {"base_numerics": "original"}}}, "would count twice"),
         ({"objective": "dpo", "lora": {"init": "loftq"}}, "does not begin as its 4-bit base"),
     ],
 )
