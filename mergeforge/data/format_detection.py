@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergeforge.data.conversation import TRAIN_KEYS, is_message_list
+from mergeforge.data.conversation import FLAG_KEYS, is_message_list
 from mergeforge.data.formats import IN_MESSAGES, Format, row_flag
 from mergeforge.data.preference import LABELS
 from mergeforge.data.settings import FORMATS, LABELED, PAIRS, PREFERENCE_FORMATS, DataSource
@@ -30,6 +30,7 @@ ALIASES = {
     "chosen": ("chosen",),
     "rejected": ("rejected",),
     "label": ("label",),
+    "weight": ("weight",),
 }
 # other names of roles that `columns:` accepts
 ROLE_ALIASES = {
@@ -67,10 +68,10 @@ def detect(rows: Sequence[Mapping[str, Any]], source: DataSource, name: str) -> 
         format = guess()
         if format is not None:
             kind = source.format if source.format in _PAIR_FORMATS else format.name
-            flags = _flag_columns(rows, columns)
-            used = (*format.columns.values(), *flags)
+            flags, roles = _flag_columns(rows, columns), guesser.with_weight(format.columns)
+            used = (*roles.values(), *flags)
             unused = tuple(column for column in columns if column not in used)
-            return replace(format, name=kind, unused=unused, flags=flags)
+            return replace(format, name=kind, columns=roles, unused=unused, flags=flags)
     if source.format in PREFERENCE_FORMATS:
         raise SourceError(
             f"{name} has no columns for the format {source.format} (it has: {format_list(columns, 20)})",
@@ -154,6 +155,10 @@ class _ColumnGuesser:
         columns = {"prompt": prompt, "response": response, "label": label} | self._optional(("system", "tools"))
         return Format(LABELED, columns, f"'{label}' says whether '{response}' is a good answer to '{prompt}'")
 
+    def with_weight(self, columns: Mapping[str, str]) -> dict[str, str]:
+        """The columns of a format, and the one with the weights of rows."""
+        return {**columns, **self._optional(("weight",), taken=tuple(columns.values()))}
+
     def refuse_labels(self) -> None:
         """Raise SourceError for answers that are labeled good or bad, unless `columns:` says which column to use."""
         label, response = self._columns_named("label"), self._columns_named("response")
@@ -219,13 +224,9 @@ def _assigned_columns(columns: Mapping[str, str], known_columns: Sequence[str], 
 
 
 def _flag_columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns that say whether a row is trained on: `weight`, or true and false under a few names."""
-    named = [column for column in columns if column.strip().lower() in TRAIN_KEYS]
-    return tuple(
-        column
-        for column in named
-        if column.strip().lower() == "weight" or any(row_flag(column, row.get(column)) is not None for row in rows)
-    )
+    """The columns that say whether a row is trained on: true and false under a few names."""
+    named = [column for column in columns if column.strip().lower() in FLAG_KEYS]
+    return tuple(column for column in named if any(row_flag(row.get(column)) is not None for row in rows))
 
 
 def _refuse_media(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +23,14 @@ from mergeforge.data.preference import PreferenceSample, parse_labeled, parse_pa
 from mergeforge.errors import format_list
 
 IN_MESSAGES = ("role", "content")
+MAX_WEIGHT = 1_000_000  # of a row
 
 
 @dataclass(frozen=True)
 class Format:
     """How rows are read. `columns`: role -> the file's column; `why`: the reason; `unused`: columns not trained on.
 
-    `flags`: columns that say whether a row is trained on.
+    `flags`: columns that say whether a row is trained on. The role `weight`: how much a row counts in the loss.
     """
 
     name: str
@@ -40,13 +42,29 @@ class Format:
     def read(self, row: Mapping[str, Any], system: str | None = None) -> Conversation | TextSample | PreferenceSample:
         """Parse one row. Raises InvalidRecord and EmptyRecord."""
         for column in self.flags:
-            if not _is_trained(column, row.get(column)):
+            if row_flag(row.get(column)) is False:
                 raise EmptyRecord(f"{column}: {row[column]}")
+        if self.weight(row) == 0:
+            raise EmptyRecord(f"{self.columns['weight']}: 0")
         if "chosen" in self.columns or "label" in self.columns:
             return self._preference(row, system)
         if self.name == "text":
             return self._text_sample(row)
         return self._conversation(row, system) if "messages" in self.columns else self._pair(row, system)
+
+    def weight(self, row: Mapping[str, Any]) -> float:
+        """How much a row counts in the loss: 1 where it does not say. Raises InvalidRecord."""
+        value = self._cell(row, "weight")
+        if value is None or value == "":
+            return 1.0
+        try:
+            weight = float(value)
+        except (TypeError, ValueError, OverflowError):
+            weight = math.nan
+        if not 0 <= weight <= MAX_WEIGHT:
+            column = self.columns["weight"]
+            raise InvalidRecord(f"'{column}' must be a number from 0 to {MAX_WEIGHT:,}, not {value!r}")
+        return weight
 
     def _text_sample(self, row: Mapping[str, Any]) -> TextSample:
         text = cell_text(self._cell(row, "text", required=True), f"'{self.columns['text']}'")
@@ -104,17 +122,8 @@ class Format:
         return row.get(name)
 
 
-def row_flag(column: str, value: Any) -> bool | None:
-    """What a column `train`, `loss` or `weight` says about a row: to train on it or not; None: nothing."""
+def row_flag(value: Any) -> bool | None:
+    """What a cell of a column `train` or `loss` says about a row: to train on it or not; None: nothing."""
     if isinstance(value, str):
-        value = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0}.get(value.strip().lower())
-    is_flag = isinstance(value, bool) or (column.strip().lower() == "weight" and value in (0, 1))
-    return bool(value) if is_flag else None
-
-
-def _is_trained(column: str, value: Any) -> bool:
-    """Raises InvalidRecord for a weight that is neither 0 nor 1."""
-    flag = row_flag(column, value)
-    if flag is None and column.strip().lower() == "weight" and value not in (None, ""):
-        raise InvalidRecord(f"'{column}' is {value!r}: rows can be used (1) or left out (0), not weighted")
-    return flag is not False
+        value = {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None

@@ -33,6 +33,7 @@ class RenderedRecord:
     place: str
     content: Conversation | TextSample | PreferenceSample
     rendered: RenderResult
+    weight: float = 1.0
 
 
 def render_file(
@@ -45,7 +46,7 @@ def render_file(
         elif isinstance(result, EmptyRecord):
             counter.skip(row.place, "empty", str(result))
         elif result.examples:
-            yield RenderedRecord(row.place, row.content, result)
+            yield RenderedRecord(row.place, row.content, result, row.weight)
         else:
             counter.skip(row.place, "too_long", f"more than {renderer.seq_len} tokens")
 
@@ -70,6 +71,7 @@ class TokenizePipeline:
         self.formats: list[tuple[str, str, Format]] = []
         self.conversations = 0
         self._omitted: Counter[str] = Counter()
+        self._weights: set[float] = set()
         self._split_rows = self._previous_rows = 0
         self._settings, self._renderer, self._writer, self._on_progress = settings, renderer, writer, on_progress
         self._sources: list[_StoredSource] = []
@@ -91,9 +93,10 @@ class TokenizePipeline:
         self._omitted.update(row.rendered.omitted)
         counter.kinds["used"] += 1
         counter.kinds["cut"] += row.rendered.cut
+        self._weights = {min(self._weights | {row.weight}), max(self._weights | {row.weight})}
         key = row.content.key(self._settings.seed)
         for example in row.rendered.examples:
-            self._writer.add(example, key)
+            self._writer.add(replace(example, weight=row.weight), key)
         if counter.kinds["used"] % PROGRESS_ROWS == 0:
             self._on_progress(self._previous_rows + counter.rows)
 
@@ -116,6 +119,8 @@ class TokenizePipeline:
         if self._split_rows:
             rows = f"{self._split_rows} row{'s' if self._split_rows > 1 else ''}"
             yield f"the template renders earlier answers differently: in {rows} each answer is an example of its own"
+        if len(self._weights) > 1:
+            yield f"rows count {min(self._weights):g} to {max(self._weights):g} times in the loss, by their weights"
         for what, count in self._omitted.items():
             rows = f"{count} row{'s' if count > 1 else ''}"
             yield WarningText(f"the template leaves out {what}, which {rows} have: name a template that renders them")

@@ -32,12 +32,14 @@ IGNORE_INDEX = -100  # torch's cross_entropy skips this label
 class Example:
     """Token ids and labels, int32; label i belongs to token i, -100 is not trained on.
 
-    `preference`: 1 for a preferred answer, -1 for a rejected one, 0 where there is no preference.
+    `preference`: 1 for a preferred answer, -1 for a rejected one, 0 where there is no preference. `weight`: how much
+    its tokens count in the loss.
     """
 
     tokens: NDArray[np.int32]
     labels: NDArray[np.int32]
     preference: int = 0
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.tokens)

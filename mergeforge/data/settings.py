@@ -113,7 +113,9 @@ _SOURCE = Object(
     {
         "path": String("a file, folder, glob, hf://owner/name[@revision][:split or file], or sample:chat"),
         "format": Enum(FORMATS, "auto: detected from the columns"),
-        "columns": MapOf(String(), "role (prompt, input, response, system, messages, text, ...) -> the file's column"),
+        "columns": MapOf(
+            String(), "role (prompt, input, response, system, messages, text, weight, ...) -> the file's column"
+        ),
     },
     required=("path",),
     shorthand="path",

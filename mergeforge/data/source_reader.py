@@ -45,11 +45,12 @@ class OpenFile:
 
 @dataclass(frozen=True)
 class ParsedRecord:
-    """A usable row: its place, its columns, and its content."""
+    """A usable row: its place, its columns, its content, and how much it counts in the loss."""
 
     place: str
     value: Mapping[str, Any]
     content: Conversation | TextSample | PreferenceSample
+    weight: float = 1.0
 
 
 def open_files(source: DataSource) -> Iterator[OpenFile]:
@@ -93,7 +94,7 @@ def parse_file(file: OpenFile, counter: RecordCounter, system: str | None = None
         except EmptyRecord as error:
             counter.skip(row.place, "empty", str(error))
         else:
-            yield ParsedRecord(row.place, row.value, content)
+            yield ParsedRecord(row.place, row.value, content, file.format.weight(row.value))
 
 
 def merge_decisions(formats: list[tuple[str, str, Format]]) -> tuple[Decision, ...]:

@@ -2,7 +2,8 @@
 
 A folder holds `tokens.i32`, `labels.i32` and `offsets.i64` of all examples, one after the other, and for each named
 store (`train`, `validation`) the numbers of its examples in `NAME.index`. `keys.u64` holds a hash of the row that each
-example comes from, `preferences.i8` whether it is a preferred answer (1), a rejected one (-1) or neither (0).
+example comes from, `preferences.i8` whether it is a preferred answer (1), a rejected one (-1) or neither (0), and
+`weights.f32` how much it counts in the loss.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 FLUSHED = 1024  # offsets and keys
 TOKENS, LABELS, OFFSETS, KEYS = "tokens.i32", "labels.i32", "offsets.i64", "keys.u64"
-PREFERENCES = "preferences.i8"
-FILES = (TOKENS, LABELS, OFFSETS, KEYS, PREFERENCES)
+PREFERENCES, WEIGHTS = "preferences.i8", "weights.f32"
+FILES = (TOKENS, LABELS, OFFSETS, KEYS, PREFERENCES, WEIGHTS)
 
 
 class TokenStore:
@@ -38,8 +39,9 @@ class TokenStore:
             self._index = np.fromfile(folder / f"{name}.index", np.int64)
             self._tokens = np.memmap(folder / TOKENS, np.int32, "r")
             self._labels = np.memmap(folder / LABELS, np.int32, "r")
-            has_preferences = (folder / PREFERENCES).exists()  # versions up to 0.1 did not write it
-            self._preferences = np.memmap(folder / PREFERENCES, np.int8, "r") if has_preferences else None
+            # versions up to 0.1 did not write these
+            self._preferences = _open_optional(folder / PREFERENCES, np.int8)
+            self._weights = _open_optional(folder / WEIGHTS, np.float32)
         except (OSError, ValueError) as error:
             raise SourceError(f"{folder} holds no token store '{name}': {error}") from None
         if not len(self._tokens) == len(self._labels) == self._offsets[-1]:
@@ -61,10 +63,24 @@ class TokenStore:
         number = self._index[at]
         start, stop = self._offsets[number], self._offsets[number + 1]
         tokens, labels = np.array(self._tokens[start:stop]), np.array(self._labels[start:stop])
-        return Example(tokens, labels, 0 if self._preferences is None else int(self._preferences[number]))
+        preference = 0 if self._preferences is None else int(self._preferences[number])
+        return Example(tokens, labels, preference, 1.0 if self._weights is None else float(self._weights[number]))
+
+    def weight_range(self) -> tuple[float, float]:
+        """The smallest and the largest weight of an example."""
+        if self._weights is None:
+            return 1.0, 1.0
+        weights = self._weights[self._index]
+        return float(weights.min()), float(weights.max())
 
     def __reduce__(self) -> Any:
         return TokenStore, (self.folder, self.name)
+
+
+def _open_optional(path: Path, dtype: Any) -> Any:
+    import numpy as np
+
+    return np.memmap(path, dtype, "r") if path.exists() else None
 
 
 class TokenStoreWriter:
@@ -75,7 +91,8 @@ class TokenStoreWriter:
 
         self.folder = folder
         self.count = self.tokens = self.trained = 0
-        self._offsets, self._keys, self._preferences = array("q"), array("Q"), array("b")  # written FLUSHED at once
+        self._offsets, self._keys = array("q"), array("Q")  # written FLUSHED at once
+        self._preferences, self._weights = array("b"), array("f")
         try:
             self._files = {name: (folder / name).open("wb") for name in FILES}
         except OSError as error:
@@ -91,6 +108,7 @@ class TokenStoreWriter:
         self._offsets.append(self.tokens)
         self._keys.append(key)
         self._preferences.append(example.preference)
+        self._weights.append(example.weight)
         if len(self._keys) >= FLUSHED:
             self._flush()
 
@@ -124,9 +142,10 @@ class TokenStoreWriter:
         self._write(OFFSETS, self._offsets)
         self._write(KEYS, self._keys)
         self._write(PREFERENCES, self._preferences)
-        del self._offsets[:], self._keys[:], self._preferences[:]
+        self._write(WEIGHTS, self._weights)
+        del self._offsets[:], self._keys[:], self._preferences[:], self._weights[:]
 
-    def _write(self, name: str, values: memoryview | array[int]) -> None:
+    def _write(self, name: str, values: memoryview | array[int] | array[float]) -> None:
         try:
             self._files[name].write(values)
         except OSError as error:

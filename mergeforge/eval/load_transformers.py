@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.checkpoints.rope import with_positions_of
 from mergeforge.core.messages import WarningText
 from mergeforge.data import load_tokenizer
 from mergeforge.data.tokenizer_check import encoder, find_difference
@@ -83,7 +84,7 @@ def load_model(
         return _load_base(base_folder, tokenizer or str(base_folder), quantize, device)
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     chosen = tokenizer or str(folder if has_tokenizer else base_folder)
-    loaded = _load_base(base_folder, chosen, quantize, device)
+    loaded = _load_base(base_folder, chosen, quantize, device, config=_scaled_config(folder, base_folder))
     return replace(_add_adapter(folder, loaded), warnings=_other_tokenizer(folder, loaded))
 
 
@@ -139,7 +140,18 @@ def silence_bitsandbytes_hint() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def _load_base(folder: Path, tokenizer: str, quantize: str, device: str) -> LoadedModel:
+def _scaled_config(adapter: Path, base: Path) -> dict[str, Any] | None:
+    """The base's config.json with the rotary positions of the one beside an adapter, if there is one."""
+    if not (adapter / CONFIG).is_file():
+        return None
+    config, other = _read_json(base / CONFIG), _read_json(adapter / CONFIG)
+    return with_positions_of(config, other) if config.get("model_type") == other.get("model_type") else None
+
+
+def _load_base(
+    folder: Path, tokenizer: str, quantize: str, device: str, config: Mapping[str, Any] | None = None
+) -> LoadedModel:
+    """Load a whole model. `config`: a config.json to use instead of the folder's."""
     transformers = require("transformers")
     transformers.utils.logging.disable_progress_bar()
     silence_bitsandbytes_hint()
@@ -151,7 +163,10 @@ def _load_base(folder: Path, tokenizer: str, quantize: str, device: str) -> Load
         require("accelerate")
         options["device_map"] = {"": device}
     with _as_source_errors(folder), quiet_transformers():
-        model = language_model_class(str(folder))[0].from_pretrained(str(folder), **options).eval()
+        model_class, own_config = language_model_class(str(folder))
+        if config is not None:
+            options["config"] = type(own_config).from_dict(dict(config))
+        model = model_class.from_pretrained(str(folder), **options).eval()
     disable_bnb_repack(model)
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     return LoadedModel(model, load_tokenizer(tokenizer), None, vocab_size, device, str(folder))

@@ -15,6 +15,7 @@ from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import RecipeError
 from mergeforge.io.aux_files import AuxFile, AuxFiles
 from mergeforge.io.remote import RemoteSession
+from mergeforge.planner.adapter_positions import with_adapter_positions
 from mergeforge.planner.aux_files import aux_files
 from mergeforge.planner.base_of_adapters import with_base_of_adapters
 from mergeforge.planner.classification_head import new_classification_head
@@ -83,6 +84,8 @@ def _resolve_stage(recipe: Recipe, inputs: Inputs) -> Stage:
     graph = compose(recipe, inputs, remap_models(tokenizer, inputs, models) if tokenizer else models)
     infos = _output_infos(recipe, graph, inputs)
     files, config, notes = _files_and_config(recipe, inputs, tokenizer)
+    config, about_positions = with_adapter_positions(config, _adapters_of_result(inputs))
+    notes += about_positions
     if head := new_classification_head(config, _adapters_of_result(inputs), infos):
         tensors = {name: tensor for name, tensor in graph.tensors.items() if name not in head.left_out}
         graph, infos = replace(graph, tensors=tensors), {name: infos[name] for name in tensors}

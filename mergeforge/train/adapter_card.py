@@ -11,6 +11,15 @@ import yaml
 from mergeforge.train.objectives import SFT
 from mergeforge.train.plan import TrainPlan
 
+UNSCALED = ("from peft import AutoPeftModelForCausalLM", "", 'model = AutoPeftModelForCausalLM.from_pretrained(".")')
+SCALED = (  # with config.json: the base alone would not scale its positions
+    "from peft import PeftConfig, PeftModel",
+    "from transformers import AutoConfig, AutoModelForCausalLM",
+    "",
+    'base, config = PeftConfig.from_pretrained(".").base_model_name_or_path, AutoConfig.from_pretrained(".")',
+    'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, config=config), ".")',
+)
+
 
 def adapter_card(plan: TrainPlan, entries: Mapping[str, Any]) -> str:
     """The card's text. entries: the losses and steps of run.json."""
@@ -44,6 +53,7 @@ def _body(plan: TrainPlan, entries: Mapping[str, Any]) -> Iterator[str]:
         "Chat template": plan.data.template_name or "none: plain text",
         "LoRA": "" if settings.adapter else f"rank {lora.r}, alpha {lora.alpha or 2 * (lora.r or 0):g}",
         "Steps": f"{entries['step']} of {settings.batch_size} rows, at most {resolved.setup.seq_len} tokens each",
+        "Positions": _positions(plan),
         "Learning rate": f"{resolved.lr:g}, {settings.schedule}",
         "Optimizer": resolved.setup.optimizer,
         "Training loss": _number(entries.get("loss")),
@@ -57,16 +67,23 @@ def _body(plan: TrainPlan, entries: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "```sh"
     named = "" if Path(plan.base).exists() else f" --base {base}"
-    yield f"mergeforge merge{named} --adapter . --out merged --gguf q4_k_m"
+    if lora.init == "loftq":
+        yield "mergeforge run merge.yaml   # with base_numerics: dequant_nf4, the base that LoftQ starts from"
+    else:
+        yield f"mergeforge merge{named} --adapter . --out merged --gguf q4_k_m"
     yield "```"
     yield ""
     yield "Or load it with PEFT:"
     yield ""
     yield "```python"
-    yield "from peft import AutoPeftModelForCausalLM"
-    yield ""
-    yield 'model = AutoPeftModelForCausalLM.from_pretrained(".")'
+    yield from SCALED if plan.scaled_config else UNSCALED
     yield "```"
+
+
+def _positions(plan: TrainPlan) -> str:
+    """How the base's positions are scaled; "" if they are not."""
+    scaling = plan.settings.rope_scaling
+    return f"{plan.stats.max_positions}, scaled ({scaling.type}; see config.json)" if scaling else ""
 
 
 def _base_name(plan: TrainPlan) -> str:

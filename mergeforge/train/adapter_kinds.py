@@ -11,22 +11,37 @@ from mergeforge.errors import RecipeError, did_you_mean
 from mergeforge.recipe.schema import ReportProblem
 
 ADAPTER_KINDS = {  # name -> PEFT's class of settings
+    "boft": "BOFTConfig",
     "c3a": "C3AConfig",
+    "deft": "DeftConfig",
     "delora": "DeloraConfig",
     "fourierft": "FourierFTConfig",
+    "glora": "GloraConfig",
     "gralora": "GraloraConfig",
+    "hira": "HiraConfig",
     "hra": "HRAConfig",
     "ia3": "IA3Config",
+    "ln_tuning": "LNTuningConfig",
     "loha": "LoHaConfig",
     "lokr": "LoKrConfig",
     "miss": "MissConfig",
     "oft": "OFTConfig",
+    "osf": "OSFConfig",
+    "peanut": "PeanutConfig",
+    "psoft": "PsoftConfig",
+    "pvera": "PveraConfig",
     "randlora": "RandLoraConfig",
     "road": "RoadConfig",
+    "shira": "ShiraConfig",
+    "supertuning": "SupertuningConfig",
+    "tinylora": "TinyLoraConfig",
+    "unilora": "UniLoraConfig",
     "vblora": "VBLoRAConfig",
     "vera": "VeraConfig",
     "waveft": "WaveFTConfig",
 }
+READ_WEIGHTS = ("shira",)  # kinds that PEFT makes from the values of the weights: the plan cannot try them
+NORMS = "ln_tuning"  # the kind that trains norms instead of linear modules
 OWN_FIELDS = ("target_modules", "layers_to_transform", "task_type", "peft_type", "base_model_name_or_path", "revision")
 
 
@@ -36,6 +51,9 @@ class AdapterOptions:
 
     type: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+FOLDABLE_OPTIONS = {("boft", "boft_n_butterfly_factor"): 1}  # the values that merging supports
 
 
 def check_adapter(values: Mapping[str, Any], report: ReportProblem) -> None:
@@ -61,7 +79,10 @@ def check_options(adapter: AdapterOptions) -> None:
     if config is None:
         raise RecipeError(f"this version of PEFT has no {name}", hint="pip install -U peft")
     known = {field.name for field in dataclasses.fields(config)} - set(OWN_FIELDS)
-    for option in adapter.options:
+    for option, value in adapter.options.items():
+        allowed = FOLDABLE_OPTIONS.get((adapter.type, option), value)
+        if value != allowed:
+            raise RecipeError(f"{option}: {value} cannot be merged", hint=f"set {option}: {allowed}")
         if option not in known:
             hint = did_you_mean(option, known) or f"it has {', '.join(sorted(known))}"
             raise RecipeError(f"adapter: {adapter.type} has no option '{option}'", hint=hint)

@@ -22,6 +22,7 @@ ALIASES: dict[str, str] = {
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "schedule"),
     **dict.fromkeys(("warmup_ratio", "warmup_steps"), "warmup"),
     **dict.fromkeys(("optim",), "optimizer"),
+    **dict.fromkeys(("optim_args",), "optimizer_options"),
     **dict.fromkeys(("output_dir",), "output"),
     **dict.fromkeys(("dataset", "train_file"), "data"),
     **dict.fromkeys(("val_set_size", "val_size", "validation_file"), "val"),
@@ -57,6 +58,7 @@ _VALUES: dict[str, dict[Any, Any]] = {
 }
 # intervals whose fractions mean something else
 EVERY = {"eval_steps": "eval: {every: 0.5}", "save_steps": "save: {every: 0.5}"}
+ADAPTER, METHODS = "adapter", ("lora", "qlora", "dora")  # axolotl's `adapter: qlora` is `method: qlora`
 ACCUMULATION = "gradient_accumulation_steps"
 # Keys that say something else than any key here, and what to write for them.
 INSTEAD = {
@@ -75,6 +77,7 @@ INSTEAD = {
     "tokens_to_add": "tokens: {add: [...]}",
     "deepspeed": "start several processes with torchrun",
     "fsdp": "start several processes with torchrun",
+    "optim_target_modules": "all linear modules but lm_head are projected",
     "wandb_project": "track: wandb",
 }
 
@@ -97,6 +100,9 @@ def rename(raw: Any, positions: Positions, report: ReportProblem, known: Mapping
             path = tuple(ALIASES[key].split("."))
             _insert(named, path, _value(ALIASES[key], raw[key]), key, report)
             moved[key,] = path
+    if _names_method(raw.get(ADAPTER), report):
+        _insert(named, ("method",), named.pop(ADAPTER), ADAPTER, report)
+        moved[ADAPTER,] = ("method",)
     if ACCUMULATION in raw:
         _set_batch_size(named, raw[ACCUMULATION], report)
     return named, {_moved(path, moved): position for path, position in positions.items()}
@@ -108,11 +114,20 @@ def rename_override(override: str) -> str:
     if path in INSTEAD or path == ACCUMULATION:
         hint = INSTEAD.get(path, "batch.size: rows in one optimizer step")
         raise RecipeError(f"'{path}' is a key of another trainer", hint=hint)
-    name = ALIASES.get(path)
+    name = "method" if path == ADAPTER and value in METHODS else ALIASES.get(path)
     if name is None:
         return override
     value = _VALUES.get(name, {}).get(value, value)
     return f"{name}{equals}{'null' if value is None else value}"
+
+
+def _names_method(adapter: Any, report: ReportProblem) -> bool:
+    """Whether `adapter` is the name of a method, as in axolotl; reports such a name as the type of an adapter."""
+    kind = adapter.get("type") if isinstance(adapter, Mapping) else None
+    if kind in METHODS:
+        hint = f"set method: {kind}, and lora: {{targets: ..., r: 16}}"
+        report((ADAPTER, "type"), f"'adapter' is for kinds besides LoRA: {kind} is a method here", hint)
+    return isinstance(adapter, str) and adapter in METHODS
 
 
 def _is_foreign(key: Any) -> bool:

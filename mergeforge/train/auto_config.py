@@ -6,6 +6,7 @@ fallback that was needed is a note.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, RecipeError
 from mergeforge.train.estimate import MemoryEstimate, TrainingSetup, estimate_memory
+from mergeforge.train.low_rank import RANK
 from mergeforge.train.model_stats import ModelStats
 from mergeforge.train.objectives import KTO, OBJECTIVES
 from mergeforge.train.settings import LoraOptions, TrainSettings
@@ -94,7 +96,11 @@ def resolve_settings(
     """Resolve every `auto`. Raises BudgetError, with the estimate by part, when nothing fits."""
     if settings.seq_len and settings.seq_len > stats.max_positions:
         text = f"seq_len: {settings.seq_len} is more than the model's maximum of {stats.max_positions} tokens"
-        raise RecipeError(text, hint=f"set seq_len: {stats.max_positions}, or use a model with a longer context")
+        hint = f"set seq_len: {stats.max_positions}, or use a model with a longer context"
+        if stats.rope == "default":
+            factor = math.ceil(settings.seq_len / stats.max_positions)
+            hint += f", or stretch its positions: rope_scaling: {{type: yarn, factor: {factor}}}"
+        raise RecipeError(text, hint=hint)
     setup, notes = _fastest_setup(settings, stats, lengths, machine), _notes(settings, stats, machine)
     for fallback in _memory_fallbacks(settings, lengths, machine):
         note = ""
@@ -141,6 +147,7 @@ def _fastest_setup(settings: TrainSettings, stats: ModelStats, lengths: LengthSt
         on_gpu=machine.on_gpu,
         answers=1 if _is_packed(settings, lengths, seq_len) else lengths.answers,
         extra_passes=OBJECTIVES[settings.objective].extra_passes,
+        optimizer_rank=settings.optimizer_options.get("rank", RANK),
     )
 
 

@@ -18,6 +18,7 @@ from mergeforge.core.sizes import format_size
 from mergeforge.errors import MissingExtraError, RecipeError, pip_install
 from mergeforge.tensors.budget import free_memory
 from mergeforge.train.auto_config import Machine
+from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS
 from mergeforge.train.settings import TrainSettings
 
 PACKAGES = ("transformers", "peft", "accelerate")
@@ -25,7 +26,7 @@ BF16_CAPABILITY = (8, 0)  # CUDA compute capability; older GPUs emulate bf16, sl
 RESERVED = 0.05  # fraction of a GPU's free memory that is left alone
 
 
-def check_packages(*, quantize: bool = False, track: Sequence[str] = ()) -> None:
+def check_packages(*, quantize: bool = False, track: Sequence[str] = (), optimizer: str | None = None) -> None:
     """Raise MissingExtraError unless everything is installed that training needs and that metrics are sent to."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it asks for a package that fetches code
     packages = (*PACKAGES, "bitsandbytes") if quantize else PACKAGES
@@ -34,6 +35,12 @@ def check_packages(*, quantize: bool = False, track: Sequence[str] = ()) -> None
             importlib.import_module(name)
         except ImportError as error:
             raise MissingExtraError(f"training needs {name}: {error}", hint=pip_install(*packages)) from None
+    if low_rank := LOW_RANK_OPTIMIZERS.get(optimizer or ""):
+        try:
+            importlib.import_module(low_rank.module)
+        except ImportError as error:
+            text = f"optimizer: {optimizer} needs {low_rank.package}: {error}"
+            raise MissingExtraError(text, hint=pip_install(low_rank.package)) from None
     for name in track:
         if importlib.util.find_spec(name) is None:
             raise MissingExtraError(f"track: {name} is not installed", hint=pip_install(name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS, RANK
 from mergeforge.train.model_stats import ModelStats
 from mergeforge.train.settings import LoraOptions
 
@@ -26,6 +27,8 @@ STATE_NBYTES: dict[str, float] = {
     "paged_lion_8bit": 0,
     "adafactor": 0.1,
     "sgd": 0,
+    "galore_adamw": 8,  # of all but linear modules
+    "apollo_adamw": 8,
 }
 LOGIT_NBYTES = 10  # per logit: 16 bit, float32, its gradient
 MATRIX_SIZE = 1024  # of the matrix products that measure the device's speed; 4 times as large on a GPU
@@ -37,6 +40,7 @@ class TrainingSetup:
     """How a model is trained, as far as memory depends on it. `ce_chunk`: rows of logits held at once, 0 for all.
 
     `answers`: sequences that a row of data fills; `extra_passes`: forward passes of a step without a backward pass.
+    `optimizer_rank`: of the state of a low-rank optimizer.
     """
 
     method: str
@@ -52,6 +56,7 @@ class TrainingSetup:
     on_gpu: bool = True
     answers: int = 1
     extra_passes: int = 0
+    optimizer_rank: int = RANK
 
     @property
     def tokens(self) -> int:
@@ -76,7 +81,7 @@ def estimate_memory(stats: ModelStats, setup: TrainingSetup) -> MemoryEstimate:
     embedding_numel = 0 if setup.embed_on_cpu else stats.embedding
     if setup.method == "full":
         weights = {"weights": stats.parameters * 4}
-        training = stats.parameters * (4 + STATE_NBYTES[setup.optimizer])
+        training = stats.parameters * (4 + STATE_NBYTES[setup.optimizer]) - _low_rank_savings(stats, setup)
     else:
         linear_nbytes = NF4_NBYTES if setup.method == "qlora" else setup.dtype_bytes
         weights = {"weights": int(linear_numel * linear_nbytes + stats.other_parameters * setup.dtype_bytes)}
@@ -92,6 +97,18 @@ def estimate_memory(stats: ModelStats, setup: TrainingSetup) -> MemoryEstimate:
             "CUDA" if setup.on_gpu else "Python": CUDA_NBYTES if setup.on_gpu else PYTHON_NBYTES,
         }
     )
+
+
+def _low_rank_savings(stats: ModelStats, setup: TrainingSetup) -> int:
+    """Bytes of state that a low-rank optimizer does without: two moments and a projector for each linear module."""
+    if setup.optimizer not in LOW_RANK_OPTIMIZERS:
+        return 0
+    saved = 0
+    for module in stats.linears:
+        short, long = sorted((module.in_features, module.out_features))
+        rank = min(setup.optimizer_rank, short)
+        saved += 8 * module.numel - 4 * rank * (2 * long + short)
+    return max(saved, 0)
 
 
 def _activations(stats: ModelStats, setup: TrainingSetup) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mergeforge.checkpoints.rope import ROPE_TYPES
 from mergeforge.data import FIELDS as DATA_FIELDS
 from mergeforge.recipe.schema import (
     Boolean,
@@ -24,9 +25,11 @@ from mergeforge.recipe.schema import (
 )
 from mergeforge.recipe.yaml_reader import Path
 from mergeforge.train.adapter_kinds import ADAPTER_KINDS
+from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS, OptimizerOptions
 from mergeforge.train.objectives import OBJECTIVES
 
 AUTO = "auto"
+DYNAMIC = "dynamic"  # NTK-aware scaling, which transformers computes anew for each batch
 OPTIMIZERS = (
     "adamw",
     "adamw_8bit",
@@ -36,7 +39,9 @@ OPTIMIZERS = (
     "paged_lion_8bit",
     "adafactor",
     "sgd",
+    *LOW_RANK_OPTIMIZERS,
 )
+INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "loftq")
 SEEDS = 1 << 32
 NUMERICS = ("auto", "original", "dequant_nf4")
 
@@ -96,7 +101,7 @@ _LORA = Object(
         "lr_ratio": Number(0, None, "LoRA+: learning rate of B divided by that of A, usually 2 to 16 (default 1)"),
         "rslora": Boolean("scale by alpha / sqrt(r) instead of alpha / r"),
         "dora": Boolean("DoRA: train a magnitude for each output as well"),
-        "init": Enum(("default", "gaussian", "pissa", "olora"), "how A and B are initialized"),
+        "init": Enum(INITS, "how A and B are initialized; eva: from the training data; loftq: from what 4 bit loses"),
         "rank_pattern": MapOf(Integer(1), "module name or regular expression -> rank"),
         "alpha_pattern": MapOf(Number(0, None), "module name or regular expression -> alpha"),
         "layers": ListOf(Integer(0), "adapt only these layers"),
@@ -140,6 +145,37 @@ _ADAPTER = Object(
         "targets": OneOf(Pattern("all-linear, or a regular expression"), ListOf(String("a module name"))),
         "layers": ListOf(Integer(0), "adapt only these layers"),
         "options": MapOf(Scalar(), "fields of PEFT's settings for this kind, such as r"),
+    },
+    required=("type",),
+    shorthand="type",
+)
+
+
+@dataclass(frozen=True)
+class RopeScalingKeys:
+    """Schema of `rope_scaling`, which transformers writes with `rope_type`."""
+
+    description: str = ""
+
+    def read(self, value: Any, path: Path, report: ReportProblem) -> Any:
+        if isinstance(value, Mapping) and "rope_type" in value and "type" not in value:
+            value = {"type" if key == "rope_type" else key: item for key, item in value.items()}
+        scaling = _ROPE_SCALING.read(value, path, report)
+        if scaling.get("type") == DYNAMIC:
+            text = (
+                "dynamic scales by the longest row of a batch, so the loss of a row would depend on the rows beside it"
+            )
+            report(path, text, f"use {' or '.join(ROPE_TYPES)}")
+        return scaling
+
+    def json_schema(self) -> dict[str, Any]:
+        return _ROPE_SCALING.json_schema() | {"description": self.description}
+
+
+_ROPE_SCALING = Object(
+    {
+        "type": Enum((*ROPE_TYPES, DYNAMIC), "how positions are scaled, under transformers' name"),
+        "factor": Auto(Number(1, None, "how many times as many positions (default: seq_len divided by the base's)")),
     },
     required=("type",),
     shorthand="type",
@@ -219,6 +255,7 @@ FIELDS: dict[str, Schema] = {
     **DATA_FIELDS,
     "allow_skips": Boolean("train even if more than 10 % of the rows are skipped"),
     "seq_len": Auto(Integer(8, "tokens in the longest sequence")),
+    "rope_scaling": RopeScalingKeys("more positions than the base was trained on; written into config.json"),
     "pack": Auto(Boolean("put several rows into one sequence; they do not attend to each other")),
     "method": Enum(("qlora", "lora", "dora", "full"), "what is trained (default qlora)"),
     "objective": Enum(tuple(OBJECTIVES), "sft: imitate the answers (default); the others learn from preferences"),
@@ -240,6 +277,9 @@ FIELDS: dict[str, Schema] = {
     "neftune": Number(0, None, "NEFTune: noise on the input embeddings, usually 5 to 15 (default 0)"),
     "max_grad_norm": Number(0, None, "clip gradients to this norm (default 1)"),
     "optimizer": Auto(Enum(OPTIMIZERS)),
+    "optimizer_options": OptimizerOptions(
+        "galore_adamw and apollo_adamw: rank (default 128), update_proj_gap, scale, ..."
+    ),
     "dtype": Auto(Enum(("bf16", "fp16", "fp32"), "dtype to compute in")),
     "attention": Enum(("sdpa", "eager", "flash_attention_2"), "default: the model's own choice"),
     "memory": _MEMORY,

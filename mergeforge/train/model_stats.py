@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from mergeforge.checkpoints.rope import FULL_ATTENTION
 from mergeforge.errors import SourceError
 from mergeforge.eval.model_class import language_model_class
 from mergeforge.train.settings import LoraOptions
@@ -54,6 +55,7 @@ class ModelStats:
     intermediate: int
     layers: int
     max_positions: int
+    rope: str = ""  # transformers' type of the rotary positions; "": it has none that can be scaled
     expert_stacks: tuple[tuple[int, int], ...] = ()
     not_adapted: frozenset[str] = frozenset()
     untargeted: tuple[UntargetedPart, ...] = ()
@@ -137,6 +139,7 @@ def stats_of(model: Any) -> ModelStats:
         intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
         layers=int(getattr(config, "num_hidden_layers", 0)),
         max_positions=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
+        rope=_rope_type(config),
         not_adapted=frozenset(modules_without_adapter(config.model_type)),
         untargeted=untargeted_parts(model),
         expert_stacks=tuple(
@@ -145,6 +148,14 @@ def stats_of(model: Any) -> ModelStats:
             if parameter.dim() == 3 and "expert" in name
         ),
     )
+
+
+def _rope_type(config: Any) -> str:
+    """The type of the rotary positions of layers with full attention; "" for those of images."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    full = parameters.get(FULL_ATTENTION, parameters)
+    is_flat = isinstance(full, dict) and not any(isinstance(value, dict) for value in full.values())
+    return str(full.get("rope_type", "")) if is_flat and "mrope_section" not in full else ""
 
 
 def modules_without_adapter(model_type: str) -> set[str]:

@@ -111,3 +111,6 @@ def _check_reference(name: str, values: Mapping[str, Any], report: ReportProblem
     init = (values.get("lora") or {}).get("init")
     if init in ("pissa", "olora"):
         report(("lora", "init"), f"{init} changes the base's weights, but {name} compares with them", "remove 'init'")
+    if init == "loftq":
+        text = f"with loftq the model does not begin as its 4-bit base, which {name} compares with"
+        report(("lora", "init"), text, "remove 'init'")

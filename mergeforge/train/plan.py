@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeforge.checkpoints.checkpoint import read_json
 from mergeforge.checkpoints.names import CONV1D_MODELS
+from mergeforge.checkpoints.rope import scale_positions
 from mergeforge.data import Prepared, load_tokenizer, prepare
 from mergeforge.data.counts import refuse_many_skips
 from mergeforge.data.pipeline import OnProgress
@@ -29,7 +31,7 @@ from mergeforge.train.settings import TrainSettings, read
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLE = "sample:tiny"
+SAMPLE, CONFIG = "sample:tiny", "config.json"
 TINY = ModelShape(256, 704, 4, 4, 2, 320)  # 3 M parameters, untrained: learns the samples in seconds on a CPU
 TINY_STD = 256**-0.5  # of its weights: layers keep the magnitude of their input, so adapters alone can teach it
 
@@ -56,11 +58,18 @@ class TrainPlan:
     devices: int = 1
     trained: int = 0
     gpu: PlannedGPU | None = None  # a GPU that is not in this machine: the plan cannot be run
+    scaled_config: Mapping[str, Any] | None = None  # the base's config.json with scaled positions
 
     @property
     def uses_base_template(self) -> bool:
         """Whether the chat template is the one that the base came with."""
         return not self.data.template or self.data.template == getattr(self.tokenizer, "chat_template", None)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether training rows have different weights in the loss."""
+        smallest, largest = self.data.train.weight_range()
+        return smallest != largest
 
     @property
     def stored_transposed(self) -> bool:
@@ -119,7 +128,7 @@ def make_plan(
     if out is not None:
         sets = (*sets, f"output={out}")
     settings = source if isinstance(source, TrainSettings) else read(source, sets)
-    environment.check_packages(quantize=settings.method == "qlora", track=settings.track)
+    environment.check_packages(quantize=settings.method == "qlora", track=settings.track, optimizer=settings.optimizer)
     if settings.adapter:
         check_options(settings.adapter)
     folder = RunFolder(settings.output)
@@ -135,10 +144,15 @@ def make_plan(
     new_tokens = _add_tokens(tokenizer, settings.added_tokens)
     model = empty_model(str(config_folder), settings.attention)
     stats = stats_of(model)
+    scaled_config = None
+    if scaling := preflight.rope_scaling(settings, stats):
+        scaled_config = scale_positions(read_json(config_folder / CONFIG), scaling, stats.max_positions)
+        stats = replace(stats, max_positions=scaling.longest(stats.max_positions), rope=scaling.type)
     if Path(base).exists() and not planned:
         preflight.check_base(config_folder, settings, stats)
     if settings.loss:
         preflight.check_loss(settings.loss, stats.vocabulary)
+    preflight.check_optimizer(model, settings)
     trained = preflight.check_adapter(model, settings, new_tokens, len(tokenizer))
     if not planned:
         preflight.check_disk(settings, trained)
@@ -159,6 +173,7 @@ def make_plan(
         devices or environment.process_count(),
         trained,
         planned,
+        scaled_config,
     )
 
 
@@ -209,6 +224,7 @@ def _fit_to_memory(
         resolved = resolve_settings(replace(settings, seq_len=seq_len), stats, lengths, machine)
     if not settings.allow_skips:
         refuse_many_skips(data.counts)
+    preflight.check_weights(settings, data.train.weight_range())
     return data, resolved
 
 

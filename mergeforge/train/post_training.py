@@ -151,6 +151,8 @@ def _merge_on_nf4(plan: TrainPlan, after: PostTraining, out: Path, memory: str |
 
 
 def _first_numerics(plan: TrainPlan, merge: MergeAfterTraining) -> str:
+    if plan.settings.lora.init == "loftq" and merge.base_numerics == "auto":
+        return NF4  # the adapter holds what the NF4 form lost: on the original base it would count twice
     if plan.settings.method != "qlora" or merge.base_numerics == "auto":
         return "original"
     return merge.base_numerics

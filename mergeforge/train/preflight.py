@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.checkpoints.checkpoint import open_checkpoint
+from mergeforge.checkpoints.rope import RopeScaling
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import (
     BudgetError,
@@ -25,11 +27,14 @@ from mergeforge.errors import (
 from mergeforge.gguf.architectures import ARCHITECTURES, class_name
 from mergeforge.gguf.file_types import file_type_named
 from mergeforge.recipe.model import OUT_DTYPES
+from mergeforge.train.adapter_kinds import READ_WEIGHTS
 from mergeforge.train.auto_config import Machine
 from mergeforge.train.environment import silence_libraries
 from mergeforge.train.estimate import STATE_NBYTES
-from mergeforge.train.model_stats import ModelStats
-from mergeforge.train.settings import LoraOptions, PostTraining, TrainSettings
+from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS
+from mergeforge.train.model_stats import ModelStats, stats_of
+from mergeforge.train.objectives import KTO, SFT
+from mergeforge.train.settings import DATA_INITS, LoraOptions, PostTraining, TrainSettings
 from mergeforge.train.untargeted import linear_names
 
 COMPLETE = 0.999  # of the model's weights must be in its files; tensors that are missing beyond that show at loading
@@ -71,6 +76,38 @@ def check_base(folder: Path, settings: TrainSettings, stats: ModelStats) -> None
         raise SourceError(text, hint="download it again")
 
 
+def check_optimizer(model: Any, settings: TrainSettings) -> None:
+    """Raise RecipeError for a low-rank optimizer of a model without the linear modules that it takes."""
+    from torch import nn
+
+    modules = dict(model.named_modules())
+    if settings.optimizer in LOW_RANK_OPTIMIZERS and not any(
+        isinstance(modules[name], nn.Linear) for name in linear_names(model)
+    ):
+        text = f"optimizer: {settings.optimizer} takes torch's Linear modules, and this model has none"
+        raise RecipeError(text, hint="set optimizer: adamw_8bit or adafactor")
+
+
+def rope_scaling(settings: TrainSettings, stats: ModelStats) -> RopeScaling | None:
+    """The scaling of the positions that the settings ask for. Raises RecipeError where the model cannot have it."""
+    asked, positions = settings.rope_scaling, stats.max_positions
+    if asked is None:
+        return None
+    if not stats.rope:
+        text = "rope_scaling: this model has no rotary positions that can be scaled"
+        raise RecipeError(text, hint=f"remove it, and set seq_len: {positions} or less")
+    if stats.rope != "default":
+        text = f"rope_scaling: the positions of this model are scaled already ({stats.rope})"
+        raise RecipeError(text, hint=f"remove it; the model has {positions} positions")
+    if asked.factor is None and settings.seq_len is None:
+        raise RecipeError("rope_scaling needs a factor or seq_len", hint="set rope_scaling: {type: yarn, factor: 2}")
+    factor = asked.factor or math.ceil(max((settings.seq_len or 1) / positions, 1))
+    if factor <= 1:
+        text = f"rope_scaling: the model has {positions} positions, which is enough for seq_len: {settings.seq_len}"
+        raise RecipeError(text, hint="remove it, or set a factor above 1")
+    return RopeScaling(asked.type, factor)
+
+
 def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ...], vocabulary: int) -> int:
     """Add the adapter to a model without weights; returns the number of weights that are trained.
 
@@ -85,10 +122,18 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
     _check_names(key, options, model)
     load_base.resize_embeddings(model, vocabulary)
     model.requires_grad_(False)
+    if settings.adapter and settings.adapter.type in READ_WEIGHTS:
+        return stats_of(model).adapter_parameters(options)  # about as many as a LoRA has
     with silence_libraries():
         adapted = lora.with_adapter(
             model, replace(options, init="default"), new_tokens, settings.adapter, without_weights=True
         )
+    if options.init == "loftq" and any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        text = "lora.init: loftq folds into the 4-bit base, which cannot be made again from this model's files"
+        raise RecipeError(text, hint="set init: default")
+    if options.init in DATA_INITS and getattr(adapted.peft_config["default"], "target_parameters", None):
+        text = f"lora.init: {options.init} does not work on experts that are fused into one tensor"
+        raise RecipeError(text, hint="name lora.targets without the experts, such as [q_proj, v_proj]")
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
@@ -156,6 +201,23 @@ def check_loss(dotted: str, vocabulary: int) -> None:
         raise RecipeError(text, hint=hint)
     if not torch.isfinite(loss):
         raise RecipeError(f"loss: {dotted} returns {loss.item()} for random logits", hint=hint)
+
+
+def check_weights(settings: TrainSettings, weights: tuple[float, float]) -> None:
+    """Raise RecipeError where the weights of rows have no effect. `weights`: the smallest and the largest."""
+    if weights[0] == weights[1]:
+        return
+    text, hint = "", "remove the column 'weight' from the data"
+    if settings.objective != SFT:
+        text = f"objective: {settings.objective} cannot weight rows"
+        hint += ", or set preference.desirable_weight" if settings.objective == KTO else ""
+    elif settings.loss:
+        text = f"loss: {settings.loss} does not take the weights of rows"
+    elif settings.batch_size == 1:
+        text = "weights compare the rows of a step, but with batch.size: 1 a step has one row"
+        hint = "set batch: {size: 8} or more"
+    if text:
+        raise RecipeError(f"{text}, and those of the data are {weights[0]:g} to {weights[1]:g}", hint=hint)
 
 
 def check_post_training(after: PostTraining, config_folder: Path, *, trains_adapter: bool) -> None:

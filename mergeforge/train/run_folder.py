@@ -45,6 +45,7 @@ class RunFolder:
         self.recipe = root / RECIPE
         self.merged = root / "merged"
         self.base = root / "base"  # the model of sample:tiny
+        self.eva = self.data / "eva.safetensors"  # where `lora.init: eva` starts
         self._samples = self.data / "samples-before.json"
         self._base_scores = self.data / "base-scores.json"
 

@@ -20,9 +20,11 @@ from mergeforge.recipe.schema import ReportProblem
 from mergeforge.train import aliases
 from mergeforge.train.adapter_kinds import AdapterOptions, check_adapter
 from mergeforge.train.keys import FIELDS, TRAIN
+from mergeforge.train.low_rank import check_low_rank
 from mergeforge.train.objectives import OBJECTIVES, SFT, PreferenceOptions, check_objective
 
 NOT_FINGERPRINTED = ("output", "after", "track", "max_steps", "epochs", "allow_skips")  # a resumed run may change these
+DATA_INITS = ("eva", "loftq")  # initializations that need data or weights, done once the base is loaded
 SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same name and value
     "model",
     "method",
@@ -40,6 +42,7 @@ SAME_NAME: tuple[str, ...] = (  # keys whose field in TrainSettings has the same
     "weight_decay",
     "max_grad_norm",
     "optimizer",
+    "optimizer_options",
     "dtype",
     "attention",
     "loss",
@@ -65,6 +68,14 @@ class LoraOptions:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
     modules_to_save: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RopeOptions:
+    """How positions are scaled. `factor` None: as far as seq_len needs."""
+
+    type: str
+    factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,7 @@ class TrainSettings:
     objective: str = SFT
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     seq_len: int | None = None
+    rope_scaling: RopeOptions | None = None
     pack: bool | None = None
     lora: LoraOptions = field(default_factory=LoraOptions)
     adapter: AdapterOptions | None = None
@@ -156,6 +168,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     optimizer: str | None = None
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     attention: str | None = None
     memory: MemorySettings = field(default_factory=MemorySettings)
@@ -228,8 +241,7 @@ def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) 
     lora, method = values.get("lora", {}), values.get("method", "qlora")
     if method == "full" and lora:
         report(("lora",), "full training has no adapter", "remove 'lora', or set method: lora")
-    if method == "qlora" and lora.get("init") in ("pissa", "olora"):
-        report(("lora", "init"), f"{lora['init']} needs the base in 16 bit", "set method: lora")
+    _check_init(values, report)
     if method == "full" and (values.get("after") or {}).get("merge"):
         report(("after", "merge"), "full training makes a whole model: there is nothing to merge", "remove 'merge'")
     if values.get("early_stop") and not values.get("val"):
@@ -240,8 +252,25 @@ def _check(raw: Any, positions: yaml_reader.Positions, problems: list[Problem]) 
         report(("track",), "the simple loop writes metrics.jsonl only", "set loop: trainer")
     check_objective(values, report)
     check_adapter(values, report)
+    check_low_rank(values, report)
     _check_schedule(values, report)
     return values
+
+
+def _check_init(values: Mapping[str, Any], report: ReportProblem) -> None:
+    """Report what does not go with `lora.init`."""
+    lora, method, path = values.get("lora") or {}, values.get("method", "qlora"), ("lora", "init")
+    init, merge = lora.get("init"), (values.get("after") or {}).get("merge")
+    if method == "qlora" and init in ("pissa", "olora"):
+        report(path, f"{init} needs the base in 16 bit", "set method: lora")
+    if init in DATA_INITS and (lora.get("dora") or method == "dora"):
+        report(path, f"{init} does not set DoRA's magnitudes", "set method: lora, or remove 'init'")
+    elif init == "loftq" and method != "qlora":
+        text = "loftq starts from what 4 bit loses; on a 16-bit base, PEFT's LoftQ would replace the base's weights"
+        report(path, f"{text}, and the adapter could not be folded into the original", "set method: qlora")
+    if init == "loftq" and isinstance(merge, Mapping) and merge.get("base_numerics") == "original":
+        text = "a loftq adapter holds what the 4-bit base lost: on the original base it would count twice"
+        report(("after", "merge", "base_numerics"), text, "remove 'base_numerics'")
 
 
 def _check_schedule(values: Mapping[str, Any], report: ReportProblem) -> None:
@@ -294,6 +323,7 @@ def _settings(values: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> T
         lora=LoraOptions(**lora),
         adapter=AdapterOptions(adapter["type"], adapter.get("options") or {}) if adapter else None,
         added_tokens=tuple((values.get("tokens") or {}).get("add", ())),
+        rope_scaling=RopeOptions(**values["rope_scaling"]) if values.get("rope_scaling") else None,
         batch_size=batch.get("size", 16),
         micro_batch=batch.get("micro"),
         memory=MemorySettings(**values.get("memory", {})),

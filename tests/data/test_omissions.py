@@ -149,7 +149,11 @@ def test_warns_where_a_generation_prompt_cannot_be_added(folder: Path) -> None:
         ({"loss": False}, 1),
         ({"train": "false"}, 1),
         ({"loss": 0.73}, 2),
-        ({"weight": 0.5}, 1),
+        ({"weight": 0.5}, 2),
+        ({"weight": "0"}, 1),
+        ({"weight": -1}, 1),
+        ({"weight": float("nan")}, 1),
+        ({"weight": "heavy"}, 1),
     ],
 )
 def test_rows_that_say_whether_they_are_trained_on(tmp_path: Path, folder: Path, flags: Any, used: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +40,13 @@ def have_same_adapter(first: Trained, second: Trained) -> bool:
     """Whether the adapters of two runs are equal bit for bit."""
     tensors, others = (adapter_tensors(trained.folder.root) for trained in (first, second))
     return tensors.keys() == others.keys() and all(tensors[name].equal(others[name]) for name in tensors)
+
+
+def interrupt_at(step: int) -> Any:
+    """A listener that presses Ctrl-C after a step."""
+
+    def listen(line: dict[str, Any]) -> None:
+        if line.get("step") == step and "loss" in line:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return listen

@@ -16,7 +16,13 @@ from mergeforge.train.settings import read
 
 Settings = dict[str, Any]
 OPTIONS: dict[str, Settings] = {  # for widths of 64 and 176
+    "boft": {"boft_block_size": 8},
     "c3a": {"block_size": 16},
+    "osf": {"effective_rank": 16},
+    "psoft": {"r": 16},
+    "pvera": {"r": 16},
+    "shira": {"r": 8},
+    "tinylora": {"u": 16},
     "fourierft": {"n_frequency": 64},
     "oft": {"oft_block_size": 8},
     "road": {"group_size": 16},
@@ -27,16 +33,18 @@ OPTIONS: dict[str, Settings] = {  # for widths of 64 and 176
     "randlora": {"r": 8},
 }
 
-OFTEN = ("ia3", "loha", "oft", "vera")  # the other kinds are tested with the slow tests
+OFTEN = ("boft", "ia3", "ln_tuning", "loha", "oft", "shira", "vera")  # the other kinds are tested with the slow tests
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch, in SHiRA's forward pass
 @pytest.mark.parametrize(
     "kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(ADAPTER_KINDS)]
 )
 def test_the_merged_model_has_the_adapters_loss(kind: str, settings: Settings) -> None:
     """The validation loss of the adapter after three steps, against that of the model it was folded into."""
     settings = {key: value for key, value in settings.items() if key != "lora"}
-    adapter = {"type": kind, "targets": ["q_proj", "down_proj"], "options": OPTIONS.get(kind, {})}
+    adapter = {"type": kind, "options": OPTIONS.get(kind, {})}
+    adapter |= {} if kind == "ln_tuning" else {"targets": ["q_proj", "down_proj"]}
     settings |= {"adapter": adapter, "lr": 1e-2, "warmup": 0, "dtype": "fp32"}
     plan = make_plan(settings | {"max_steps": 3, "val": 8, "after": {"merge": {"dtype": "float32"}}}, device="cpu")
     trained = train(plan)
@@ -75,6 +83,11 @@ def test_settings_that_do_not_go_with_an_adapter_are_refused(changes: Settings, 
         ({"type": "loha", "options": {"rank": 4}}, "loha has no option 'rank'"),
         ({"type": "vera", "options": {"r": 0}}, "does not fit the model: float division by zero"),
         ({"type": "ia3", "layers": [0]}, "ia3 cannot be limited to layers"),
+        (
+            {"type": "ln_tuning", "targets": ["q_proj"]},
+            "ln_tuning trains norms, and model.layers.0.self_attn.q_proj is none",
+        ),
+        ({"type": "boft", "options": {"boft_n_butterfly_factor": 2}}, "boft_n_butterfly_factor: 2 cannot be merged"),
         ({"type": "loha", "layers": [99]}, "adapter.layers: the model has no layer 99"),
         ({"type": "loha", "targets": ["qkv"]}, "adapter.targets: the model has no module 'qkv'"),
     ],

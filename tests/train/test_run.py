@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.training_runs import adapter_tensors, have_same_adapter, losses, run
+from support.training_runs import adapter_tensors, have_same_adapter, interrupt_at, losses, run
 
 from mergeforge.errors import BudgetError, MergeforgeError, MissingExtraError, OutputError, SourceError
 from mergeforge.train.loop.setup import make_context, probe_memory
@@ -21,16 +19,6 @@ from mergeforge.train.resume import Resume
 from mergeforge.train.run import Trained
 
 Settings = dict[str, Any]
-
-
-def interrupt_at(step: int) -> Any:
-    """A listener that presses Ctrl-C after a step."""
-
-    def listen(line: dict[str, Any]) -> None:
-        if line.get("step") == step and "loss" in line:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return listen
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -126,6 +114,7 @@ def test_early_stop(settings: Settings) -> None:
         {"init": "pissa"},
         {"init": "olora"},
         {"init": "gaussian"},
+        {"init": "orthogonal"},
     ],
     ids=str,
 )

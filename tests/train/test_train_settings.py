@@ -25,6 +25,8 @@ MISTAKES = [
     ("model: m\ndata: d\nloop: simple\ntrack: [tensorboard]", "the simple loop writes metrics.jsonl only"),
     ("model: m\ndata: d\n---\nmodel: n\ndata: d", "more than one YAML document"),
     ("model: m\ndata: d\nlearning_rate: 1\nlr: 2", "line 3, column 1: 'learning_rate' repeats 'lr'"),
+    ("model: m\ndata: d\nadapter: lora\nmethod: full", "line 3, column 1: 'adapter' repeats 'method'"),
+    ("model: m\ndata: d\nadapter: {type: lora}", "line 3, column 11: 'adapter' is for kinds besides LoRA"),
     ("model: m\ndata: d\nload_in_4bit: true", "'load_in_4bit' is a key of another trainer"),
     ("model: m\ndata: d\ngradient_accumulation_steps: 4", "needs micro_batch_size"),
     ("model: m\ndata: d\nlora_r: zero", "line 3, column 1: 'r' must be"),
@@ -87,6 +89,7 @@ def test_keys_of_other_trainers_are_read_as_ours(tmp_path: Path) -> None:
     ours |= {"batch": {"micro": 2, "size": 16}, "seq_len": 512, "optimizer": "adamw", "schedule": "cosine"}
     ours |= {"output": "out"}
     assert read(theirs) == read(ours)
+    assert read(ours | {"adapter": "lora"}) == read(ours | {"method": "lora"}) == read(ours, ["adapter=lora"])
     assert read(ours, ["learning_rate=0.5", "lora_r=2"]) == read(ours, ["lr=0.5", "lora.r=2"])
     assert read(ours | {"report_to": "none"}).track == read(ours, ["report_to=none"]).track == ()
     with pytest.raises(RecipeError, match="'load_in_4bit' is a key of another trainer"):

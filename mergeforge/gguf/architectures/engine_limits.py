@@ -16,12 +16,14 @@ _ROPE_TYPES = ("default", "linear", "yarn", "llama3", "su", "longrope", "mrope",
 _FACTORS = ("phi3", "phimoe", "minicpm")  # families whose longrope factors are in the file
 
 
-def rope_warnings(model: HFModel, arch: str) -> Iterator[str]:
-    """Types of rope scaling that llama.cpp does not implement."""
+def rope_warnings(model: HFModel, arch: str, constants: Mapping[str, Any]) -> Iterator[str]:
+    """Types of rope scaling that llama.cpp does not implement. `constants`: tensors that the file gets."""
     rope = model.full_rope
     kind = str(rope.get("rope_type", "default"))
     if kind == "dynamic":
         yield "llama.cpp has no dynamic rope scaling: it does not scale texts longer than max_position_embeddings"
+    elif kind == "llama3" and "rope_freqs.weight" not in constants:
+        yield f"llama.cpp's {arch} has no llama3 rope scaling: positions are not scaled"
     elif kind in ("su", "longrope") and arch not in _FACTORS:
         yield f"llama.cpp's {arch} has no longrope: its factors are not written"
     elif kind not in _ROPE_TYPES:

@@ -141,7 +141,10 @@ def make_spec(
     _check_required(model, places, required_per_block, required, layers)
     check_filled(model.tensors, places)
     full = {key if key.startswith(_WITHOUT_ARCH) else f"{arch}.{key}": keys[key] for key in keys}
-    more = (*rope_warnings(model, arch), *sliding_window_warnings(model, "attention.sliding_window" in keys))
+    more = (
+        *rope_warnings(model, arch, constants or {}),
+        *sliding_window_warnings(model, "attention.sliding_window" in keys),
+    )
     return GGUFModelSpec(arch, full, places, vocab, dropped, dict(constants or {}), (*notes, *more), stacked_order)
 
 

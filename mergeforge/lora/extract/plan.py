@@ -106,7 +106,7 @@ def _open(name: str, allow_pickle: bool) -> tuple[ModelRef, Checkpoint]:
     folder = fetched.path
     if folder.suffix == ".gguf":
         raise SourceError(f"{name} is a GGUF file", hint="use the 16-bit model that it was converted from")
-    if folder.is_dir() and (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    if folder.is_dir() and (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("model*")):
         raise SourceError(f"{name} is an adapter, not a model", hint="merge it into its base first (mergeforge run)")
     checkpoint = open_checkpoint(folder, name, revision=fetched.revision, allow_pickle=allow_pickle)
     if quantized := [

@@ -26,10 +26,10 @@ LossHead = Callable[[Tensor], Tensor]  # hidden states (n, hidden) -> logits (n,
 
 
 def install_chunked_loss(model: PreTrainedModel, *, chunk: int, custom: Loss | None = None) -> str:
-    """Make `model(input_ids, position_ids, labels, num_items_in_batch)` return {"loss": sum / count}.
+    """Make `model(input_ids, position_ids, labels, num_items_in_batch, loss_weights)` return {"loss": sum / count}.
 
-    `chunk`: rows of logits at once, 0 for all of them. Returns a note where the model's head cannot be computed apart
-    from the model, so that all logits are held at once; "" otherwise.
+    `loss_weights`: factors of the labels' losses. `chunk`: rows of logits at once, 0 for all of them. Returns a note
+    where the model's head cannot be computed apart from the model, so that all logits are held at once; "" otherwise.
     """
     head = None if custom or not chunk else find_head(model)
     model_forward = model.forward
@@ -39,7 +39,8 @@ def install_chunked_loss(model: PreTrainedModel, *, chunk: int, custom: Loss | N
         input_ids: Tensor | None = None,
         *,
         labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        loss_weights: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         if labels is None:
@@ -47,36 +48,43 @@ def install_chunked_loss(model: PreTrainedModel, *, chunk: int, custom: Loss | N
         targets = labels[:, 1:].reshape(-1)
         is_trained = targets != IGNORE_INDEX
         targets = targets[is_trained]
+        weights = None if loss_weights is None else loss_weights[:, 1:].reshape(-1)[is_trained]
         count = num_items_in_batch if num_items_in_batch is not None else max(len(targets), 1)
         if head is not None:
             hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
             rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[is_trained]
-            return {"loss": summed_loss_in_chunks(rows, targets, head, chunk) / count + hidden.sum() * 0}
+            total = summed_loss_in_chunks(rows, targets, head, chunk, weights)
+            return {"loss": total / count + hidden.sum() * 0}
         logits = model_forward(input_ids=input_ids, use_cache=False, **inputs).logits
         rows = logits[:, :-1].reshape(-1, logits.shape[-1])[is_trained]
-        loss = custom(rows, targets, count) if custom else summed_loss(rows, targets) / count
+        loss = custom(rows, targets, count) if custom else summed_loss(rows, targets, weights) / count
         return {"loss": loss + logits.sum() * 0}
 
     model.forward = forward
     return "" if head is not None or not chunk else "this model's loss cannot be chunked: all logits are held at once"
 
 
-def summed_loss_in_chunks(rows: Tensor, targets: Tensor, head: LossHead, chunk: int) -> Tensor:
+def summed_loss_in_chunks(
+    rows: Tensor, targets: Tensor, head: LossHead, chunk: int, weights: Tensor | None = None
+) -> Tensor:
     """The summed cross-entropy of all rows of hidden states. An empty batch gives a zero that is part of the graph."""
     total = rows.sum() * 0.0
     for start in range(0, len(rows), chunk):
-        stop = start + chunk
-        total = total + checkpoint(_head_loss, head, rows[start:stop], targets[start:stop], use_reentrant=False)
+        part = slice(start, start + chunk)
+        weights_of_part = None if weights is None else weights[part]
+        total = total + checkpoint(_head_loss, head, rows[part], targets[part], weights_of_part, use_reentrant=False)
     return total
 
 
-def _head_loss(head: LossHead, rows: Tensor, targets: Tensor) -> Tensor:
-    return summed_loss(head(rows), targets)
+def _head_loss(head: LossHead, rows: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    return summed_loss(head(rows), targets, weights)
 
 
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed cross-entropy, in float32."""
-    return cross_entropy(logits.float(), targets, reduction="sum")
+def summed_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The summed cross-entropy, in float32. `weights`: a factor for each row."""
+    if weights is None:
+        return cross_entropy(logits.float(), targets, reduction="sum")
+    return (cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
 
 
 def find_head(model: Any) -> LossHead | None:

@@ -8,7 +8,7 @@ own, without labels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from mergeforge.train.loop.chunked_loss import IGNORE_INDEX
 
 WIDTH_MULTIPLE = 8  # of a batch's width, for tensor cores
+LOSS_WEIGHTS = "loss_weights"
 
 
 class SequenceStore(Protocol):
@@ -27,7 +28,15 @@ class SequenceStore(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-Rows = list[tuple[Tensor, Tensor]]  # tokens and labels of the rows of one sequence
+class Row(NamedTuple):
+    """A row of data. `weight`: how much each of its tokens counts in the loss."""
+
+    tokens: Tensor
+    labels: Tensor
+    weight: float = 1.0
+
+
+Rows = list[Row]  # of one sequence
 
 
 class PackedSequences(Dataset[Rows]):
@@ -42,7 +51,7 @@ class PackedSequences(Dataset[Rows]):
 
     def __getitem__(self, index: int) -> Rows:
         examples = (self.store[row] for row in self.packs[index])
-        return [(torch.tensor(example.tokens), torch.tensor(example.labels)) for example in examples]
+        return [Row(torch.tensor(example.tokens), torch.tensor(example.labels), example.weight) for example in examples]
 
 
 class EpochShuffler(Sampler[int]):
@@ -65,25 +74,32 @@ class EpochShuffler(Sampler[int]):
         yield from np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist()
 
 
-def collate(sequences: Sequence[Rows], *, pad: int, width: int | None = None) -> dict[str, Tensor]:
-    """input_ids, position_ids and labels, each (sequences, width). `width` None: the longest sequence, rounded up."""
-    longest = max(sum(len(tokens) for tokens, _ in rows) for rows in sequences)
+def collate(
+    sequences: Sequence[Rows], *, pad: int, width: int | None = None, weighted: bool = False
+) -> dict[str, Tensor]:
+    """input_ids, position_ids and labels, each (sequences, width); with `weighted`, loss_weights too.
+
+    `width` None: the longest sequence, rounded up.
+    """
+    longest = max(sum(len(row.tokens) for row in rows) for rows in sequences)
     width = width or -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     padded = [_padded_sequence(rows, pad, width) for rows in sequences]
-    return {name: torch.stack([tensors[name] for tensors in padded]) for name in padded[0]}
+    names = [name for name in padded[0] if weighted or name != LOSS_WEIGHTS]
+    return {name: torch.stack([tensors[name] for tensors in padded]) for name in names}
 
 
 def _padded_sequence(rows: Rows, pad: int, width: int) -> dict[str, Tensor]:
-    padding = width - sum(len(tokens) for tokens, _ in rows)
+    padding = width - sum(len(row.tokens) for row in rows)
     if padding:
-        rows = [*rows, (torch.full((padding,), pad), torch.full((padding,), IGNORE_INDEX))]
-    labels = torch.cat([labels for _, labels in rows]).long()
-    starts = torch.tensor([0, *(len(tokens) for tokens, _ in rows[:-1])]).cumsum(0)
+        rows = [*rows, Row(torch.full((padding,), pad), torch.full((padding,), IGNORE_INDEX))]
+    labels = torch.cat([row.labels for row in rows]).long()
+    starts = torch.tensor([0, *(len(row.tokens) for row in rows[:-1])]).cumsum(0)
     labels[starts] = IGNORE_INDEX  # the token before it belongs to another row
     return {
-        "input_ids": torch.cat([tokens for tokens, _ in rows]).long(),
-        "position_ids": torch.cat([torch.arange(len(tokens)) for tokens, _ in rows]),
+        "input_ids": torch.cat([row.tokens for row in rows]).long(),
+        "position_ids": torch.cat([torch.arange(len(row.tokens)) for row in rows]),
         "labels": labels,
+        LOSS_WEIGHTS: torch.cat([torch.full((len(row.tokens),), row.weight) for row in rows]),
     }
 
 
@@ -92,11 +108,11 @@ def separates_packed_rows(model: Any) -> bool:
     """Whether two rows in one sequence get the logits that each gets alone. Not every model can, so it is tried."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     device = model.get_input_embeddings().weight.device
-    rows: Rows = [(tokens, tokens) for tokens in (torch.arange(first, first + 6) % vocabulary for first in (3, 17))]
+    rows = [Row(tokens, tokens) for tokens in (torch.arange(first, first + 6) % vocabulary for first in (3, 17))]
     training = model.training
     model.eval()
     try:
-        alone = torch.cat([_logits(model, [[row]], device)[0, : len(row[0])] for row in rows])
+        alone = torch.cat([_logits(model, [[row]], device)[0, : len(row.tokens)] for row in rows])
         packed = _logits(model, [rows], device)[0, : len(alone)]
     except (TypeError, ValueError, RuntimeError):
         return False
@@ -116,7 +132,7 @@ def reads_ahead(model: Any) -> bool:
     training = model.training
     model.eval()
     try:
-        first, second = (_logits(model, [[(row, row)]], device)[0, :8] for row in (tokens, changed))
+        first, second = (_logits(model, [[Row(row, row)]], device)[0, :8] for row in (tokens, changed))
     finally:
         model.train(training)
     return bool((first - second).abs().max() > 0.05 * (first.std().item() or 1.0))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mergeforge.errors import MergeforgeError
 from mergeforge.tensors.budget import resident_memory
 from mergeforge.train.loop.chunked_loss import IGNORE_INDEX
-from mergeforge.train.loop.collate import PackedSequences, collate
+from mergeforge.train.loop.collate import LOSS_WEIGHTS, PackedSequences, collate
 from mergeforge.train.loop.preference import PreferenceTraining, RewardSums
 from mergeforge.train.loop.preference_batch import PreferenceSequences
 from mergeforge.train.run_folder import RunFolder
@@ -48,10 +48,11 @@ class TrainingContext:
     dtype: str
     device: str
     pad: int
-    write_tokenizer_files: Callable[[Path], None]  # tokenizer and chat template into a folder
+    write_files: Callable[[Path], None]  # the files beside the weights: tokenizer, chat template
     callbacks: list[MetricCallback] = field(default_factory=list)
     is_main: bool = True  # of several processes, the one that writes files
     preference: PreferenceTraining | None = None  # None: supervised fine-tuning
+    weighted: bool = False  # whether rows have different weights in the training loss
 
     @property
     def base_model(self) -> Any:
@@ -63,12 +64,20 @@ class TrainingContext:
         for callback in self.callbacks:
             callback(line)
 
-    def collator(self) -> Callable[..., Batch]:
-        return self.preference.collate if self.preference else partial(collate, pad=self.pad)
+    def collator(self, *, weighted: bool = False) -> Callable[..., Batch]:
+        return self.preference.collate if self.preference else partial(collate, pad=self.pad, weighted=weighted)
 
-    def loss_count(self, batch: Batch) -> int:
-        """What the loss of a step is averaged over: trained tokens, or rows with a preference."""
-        return self.preference.count(batch) if self.preference else int((batch["labels"] != IGNORE_INDEX).sum())
+    def loss_count(self, batch: Batch) -> float:
+        """What a step's loss is divided by: trained tokens, the sum of their weights, or rows with a preference.
+
+        The weighted mean is that of torch.nn.CrossEntropyLoss with weights: only the weights' proportions matter.
+        """
+        if self.preference:
+            return self.preference.count(batch)
+        is_trained = batch["labels"] != IGNORE_INDEX
+        if LOSS_WEIGHTS in batch:
+            return float(batch[LOSS_WEIGHTS][is_trained].sum(dtype=torch.float64))
+        return int(is_trained.sum())
 
     def loss(self, model: nn.Module, batch: Batch, count: Any, rewards: RewardSums) -> Tensor:
         """The summed loss of a batch, divided by `count`. `model`: perhaps wrapped for several devices."""
@@ -136,7 +145,7 @@ def validation_sums(
 ) -> tuple[float, int]:
     """The summed loss of all validation tokens (or preferences) and their number. Adds to `rewards`.
 
-    `part` (i, n): only every n-th batch, from batch i.
+    Rows count alike, whatever their weights. `part` (i, n): only every n-th batch, from batch i.
     Changes nothing that training depends on: it draws no random number and restores the model's mode.
     """
     assert context.validation is not None
@@ -149,7 +158,7 @@ def validation_sums(
             rows = [sequences[index] for index in range(start, min(start + size, len(sequences)))]
             batch = {name: tensor.to(context.device) for name, tensor in context.collator()(rows).items()}
             total += float(context.loss(model, batch, 1, RewardSums() if rewards is None else rewards))
-            count += context.loss_count(batch)
+            count += int(context.loss_count(batch))
     model.train(training)
     return total, count
 
@@ -166,7 +175,7 @@ def save_model(context: TrainingContext, folder: Path, model: Any = None) -> Non
     model = model or context.model
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(folder, **options)
-    context.write_tokenizer_files(folder)
+    context.write_files(folder)
 
 
 def load_weights(context: TrainingContext, folder: Path) -> None:

@@ -15,8 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from mergeforge.train.loop.collate import EpochShuffler
 from mergeforge.train.loop.context import MetricLogger, TrainingContext, save_model, validation_sums
-from mergeforge.train.loop.optimizer import make_optimizer, schedule_arguments
+from mergeforge.train.loop.optimizer import loadable_state, make_optimizer, optimizer_arguments, schedule_arguments
 from mergeforge.train.loop.preference import RewardSums
+from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS
 from mergeforge.train.settings import EarlyStopSettings
 
 
@@ -45,7 +46,8 @@ def train(context: TrainingContext, checkpoint: Path | None, stop: StopSignal) -
     """
     trainer: Any = _Trainer(context, stop)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with loadable_state(context.optimizer):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
         trainer.model.zero_grad(set_to_none=True)
         trainer.save_last_step()
@@ -73,7 +75,7 @@ def arguments(context: TrainingContext) -> TrainingArguments:
         "warmup_steps": schedule.warmup_steps,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "optim": context.optimizer,
+        **optimizer_arguments(context.optimizer, context.base_model, settings.optimizer_options),
         "bf16": context.dtype == "bf16",
         "fp16": context.dtype == "fp16",
         "use_cpu": context.device == "cpu",
@@ -108,7 +110,7 @@ class _Trainer(Trainer):
             model=context.model,
             args=arguments(context),
             train_dataset=context.train,
-            data_collator=context.collator(),
+            data_collator=context.collator(weighted=context.weighted),
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True  # the loss is a sum over the tokens of all passes of a step
@@ -121,7 +123,7 @@ class _Trainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         ratio = self.context.settings.lora.lr_ratio
-        if ratio is not None and self.optimizer is None:
+        if self.optimizer is None and (ratio is not None or self.context.optimizer in LOW_RANK_OPTIMIZERS):
             self.optimizer = make_optimizer(self.context.model, self.args, ratio)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
@@ -146,7 +148,7 @@ class _Trainer(Trainer):
         return self.context.loss(model, inputs, num_items_in_batch, self.rewards) * self.args.world_size
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        if self.context.preference is None:
+        if self.context.preference is None and not self.context.weighted:
             return super()._get_num_items_in_batch(batch_samples, device)
         count = torch.tensor(sum(self.context.loss_count(batch) for batch in batch_samples), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count

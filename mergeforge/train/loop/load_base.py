@@ -6,6 +6,7 @@ Llama 3 8B (peft issue 3265). Everything frozen stays as it is loaded; adapters 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load a base. `dtype`: bf16, fp16 or fp32, to compute in; `device`: torch's name."""
+    """How to load a base. `dtype`: bf16, fp16 or fp32, to compute in; `device`: torch's name.
+
+    `config`: a config.json to use instead of the folder's.
+    """
 
     folder: str
     dtype: str
@@ -33,6 +37,7 @@ class LoadOptions:
     train_all: bool = False
     attention: str | None = None
     embed_on_cpu: bool = False
+    config: Mapping[str, Any] | None = None
 
 
 def load_base(options: LoadOptions) -> Any:
@@ -45,6 +50,8 @@ def load_base(options: LoadOptions) -> Any:
     _check_quantization(options, config)
     dtype = torch.float32 if options.train_all and options.dtype != "fp16" else DTYPES[options.dtype]
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": options.device}, **SAFE}
+    if options.config is not None:
+        arguments["config"] = type(config).from_dict(dict(options.config))
     if options.attention:
         arguments["attn_implementation"] = options.attention
     if options.quantize and getattr(config, "quantization_config", None) is None:

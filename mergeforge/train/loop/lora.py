@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
 from mergeforge.errors import RecipeError, format_list
-from mergeforge.train.adapter_kinds import ADAPTER_KINDS, AdapterOptions
+from mergeforge.train.adapter_kinds import ADAPTER_KINDS, NORMS, AdapterOptions
 from mergeforge.train.model_stats import modules_without_adapter
 from mergeforge.train.settings import LoraOptions
 from mergeforge.train.untargeted import ROUTERS, linear_names, untargeted_parts, untargeted_pattern
 
 ALL = "all-linear"
-INITS: dict[str, Any] = {"default": True}  # PEFT's init_lora_weights, where it differs from our name
+EXPECTED_WARNINGS = (  # of PEFT
+    "lora with eva initialization used with low_cpu_mem_usage=False",  # rows of new tokens would get no memory
+    "Failed to load the CUDA extension",  # BOFT's; torch computes the same
+    "Setting boft_n_butterfly_factor to 1",  # as it is
+    "Unsupported layer type",  # ln_tuning's norms
+)
+# PEFT's init_lora_weights, where it differs from our name; LoftQ changes A and B later (loftq.py)
+INITS: dict[str, Any] = {"default": True, "loftq": True}
 
 
 def with_adapter(
@@ -40,7 +48,10 @@ def with_adapter(
     try:
         config = adapter_config(model, adapter, lora) if adapter else lora_config(model, lora, new_tokens)
         _check_experts(config, lora)
-        adapted = get_peft_model(model, config, low_cpu_mem_usage=without_weights)
+        with warnings.catch_warnings():
+            for message in EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=without_weights)
     except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
         names = sorted({name.rpartition(".")[2] for name in linear_names(model)})
         hint = f"the model's linear modules: {format_list(names, 12)}"
@@ -64,7 +75,10 @@ def adapter_config(model: PreTrainedModel, adapter: AdapterOptions, lora: LoraOp
     targets: Any = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets or ALL
     untargeted = untargeted_pattern(untargeted_parts(model), lora.targets)
     if targets == ALL:
-        targets = sorted(_last_names(model, untargeted))
+        names = _norm_names(model) if adapter.type == NORMS else _last_names(model, untargeted)
+        targets = sorted(names)
+    elif adapter.type == NORMS:
+        _check_norms(model, targets)
     config: Any = getattr(peft, ADAPTER_KINDS[adapter.type])
     fields = {field.name for field in dataclasses.fields(config)}
     values: dict[str, Any] = {"target_modules": targets, "task_type": "CAUSAL_LM"} | dict(adapter.options)
@@ -80,6 +94,25 @@ def adapter_config(model: PreTrainedModel, adapter: AdapterOptions, lora: LoraOp
         values.setdefault("feedforward_modules", [])
     made: PeftConfig = config(**values)
     return made
+
+
+def _norm_names(model: PreTrainedModel) -> set[str]:
+    """The last names of the norms."""
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if _is_norm(module)}
+
+
+def _is_norm(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1
+
+
+def _check_norms(model: PreTrainedModel, targets: Any) -> None:
+    """Raise RecipeError for targets of `ln_tuning` that are no norms: the trained weight would replace the base's."""
+    for name, module in model.named_modules():
+        is_named = re.fullmatch(targets, name) if isinstance(targets, str) else name.rpartition(".")[2] in targets
+        if is_named and not _is_norm(module):
+            text = f"adapter: ln_tuning trains norms, and {name} is none"
+            raise RecipeError(text, hint=f"targets: [{', '.join(sorted(_norm_names(model)))}]")
 
 
 def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[int]) -> LoraConfig:
@@ -98,6 +131,7 @@ def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights=INITS.get(lora.init, lora.init),
+        eva_config=EvaConfig() if lora.init == "eva" else None,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         layers_to_transform=list(lora.layers) or None,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS
 from mergeforge.train.schedule import Schedule
 from mergeforge.train.settings import TrainSettings
+from mergeforge.train.untargeted import linear_names
 
 SCHEDULES = {  # transformers' names
     "cosine": "cosine",
@@ -30,6 +35,31 @@ def schedule_arguments(settings: TrainSettings, schedule: Schedule) -> dict[str,
     return {"lr_scheduler_type": SCHEDULES[name]}
 
 
+def optimizer_arguments(name: str, model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer as TrainingArguments of transformers. `options`: of a low-rank optimizer."""
+    if name not in LOW_RANK_OPTIMIZERS:
+        return {"optim": name}
+    targets = sorted({module.rpartition(".")[2] for module in linear_names(model)})
+    text = ",".join(f"{option}={value}" for option, value in options.items())
+    return {"optim": name, "optim_target_modules": targets, "optim_args": text or None}
+
+
+@contextmanager
+def loadable_state(name: str) -> Iterator[None]:
+    """Let torch load checkpoints that hold an optimizer's own classes, which have tensors and numbers only."""
+    low_rank = LOW_RANK_OPTIMIZERS.get(name)
+    if low_rank is None:
+        yield
+        return
+    with torch.serialization.safe_globals([_import(path) for path in low_rank.state_classes]):
+        yield
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 def make_rates(settings: TrainSettings, schedule: Schedule, optimizer: torch.optim.Optimizer) -> Any:
     """The learning rate schedule of an optimizer."""
     arguments = schedule_arguments(settings, schedule)
@@ -41,9 +71,11 @@ def make_rates(settings: TrainSettings, schedule: Schedule, optimizer: torch.opt
 
 def make_optimizer(model: nn.Module, arguments: TrainingArguments, lr_ratio: float | None) -> torch.optim.Optimizer:
     """The optimizer over the trained parameters. `lr_ratio`: B's learning rate divided by that of A (LoRA+)."""
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups: list[dict[str, Any]] = [{"params": list(trained.values())}]
+    groups: list[dict[str, Any]] = options.pop("params", None) or [{"params": list(trained.values())}]
+    if arguments.optim == "galore_adamw":
+        options["no_deprecation_warning"] = True  # transformers' AdamW, which it copies, was deprecated
     if lr_ratio is not None:
         matrices = [parameter for name, parameter in trained.items() if _is_b(name)]
         others = [parameter for name, parameter in trained.items() if not _is_b(name)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mergeforge.train.loop.chunked_loss import IGNORE_INDEX
-from mergeforge.train.loop.collate import Rows, SequenceStore, collate
+from mergeforge.train.loop.collate import Row, Rows, SequenceStore, collate
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def _tensors(sequences: Sequence[Answers], pad: int, packed: bool, prompts: bool
     segments: list[Rows] = []
     number = 0
     for sequence in sequences:
-        rows.append([(answer.tokens, _labels(answer, prompts)) for answer in sequence])
+        rows.append([Row(answer.tokens, _labels(answer, prompts)) for answer in sequence])
         segments.append([])
         for answer in sequence:
-            segments[-1].append((_segments(answer, number, count, prompts), answer.labels))
+            segments[-1].append(Row(_segments(answer, number, count, prompts), answer.labels))
             number += 1
     batch = collate(rows, pad=pad)
     return batch | {"segments": collate(segments, pad=-1)["input_ids"]}

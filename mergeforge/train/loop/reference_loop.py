@@ -28,7 +28,7 @@ def train(context: TrainingContext, stop: StopSignal) -> TrainingOutcome:
     scaler = torch.amp.GradScaler(torch.device(context.device).type, enabled=context.dtype == "fp16")
     sampler = EpochShuffler(len(context.train), settings.seed)
     loader: DataLoader[Any] = DataLoader(
-        context.train, schedule.micro_batch, sampler=sampler, collate_fn=context.collator()
+        context.train, schedule.micro_batch, sampler=sampler, collate_fn=context.collator(weighted=context.weighted)
     )
     step, best = 0, (float("inf"), 0)
     context.model.train()

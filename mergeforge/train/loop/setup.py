@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from mergeforge.data.template_probe import turn_ending
 from mergeforge.errors import SourceError
 from mergeforge.hub.download import fetch
 from mergeforge.train.environment import is_main
-from mergeforge.train.loop import chunked_loss, collate, load_base, log_probs, lora, noise, preference
+from mergeforge.train.loop import chunked_loss, collate, eva, load_base, loftq, log_probs, lora, noise, preference
 from mergeforge.train.loop.context import MetricCallback, TrainingContext, autocast, memory_used
 from mergeforge.train.loop.preference_batch import AnswerTokens, PreferenceSequences
 from mergeforge.train.objectives import OBJECTIVES
-from mergeforge.train.plan import TrainPlan
+from mergeforge.train.plan import CONFIG, TrainPlan
 from mergeforge.train.tokenizer_files import write_tokenizer_files
 
 SMALL = 20_000_000  # parameters below which one thread is faster: 0.1 s a step instead of 0.3 to 1.0 s on two cores
@@ -67,16 +68,28 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
         dtype=plan.resolved.dtype,
         device=plan.resolved.device,
         pad=pad,
-        write_tokenizer_files=lambda folder: _write_tokenizer_files(plan, folder),
+        weighted=not objective.is_preference and plan.weighted,
+        write_files=lambda folder: _write_files(plan, folder),
         callbacks=list(callbacks),
         is_main=is_main(),
         preference=preference.PreferenceTraining(objective, settings.preference, packed, pad)
         if objective.is_preference
         else None,
     )
+    _initialize_adapter(plan, context)
     unpacked = "this model cannot keep packed rows apart: each row gets a sequence of its own"
     notes = [unpacked if plan.resolved.pack and not packed else "", loss_note]
     return context, [note for note in notes if note]
+
+
+def _initialize_adapter(plan: TrainPlan, context: TrainingContext) -> None:
+    """Set the adapter's weights where that needs the training data or the base's own weights."""
+    lora_options = plan.resolved.setup.lora
+    if lora_options.init == "eva":
+        key = f"{plan.settings.fingerprint} {plan.data.fingerprint} {lora_options.r}"
+        eva.initialize_eva(context, plan.folder.eva, key)
+    elif lora_options.init == "loftq":
+        loftq.initialize_loftq(context.model, fetch(plan.base, plan.revision, ("model",)).path)
 
 
 def _base_name(base: str) -> str:
@@ -95,6 +108,7 @@ def _load(plan: TrainPlan) -> Any:
         train_all=settings.method == "full",
         attention=settings.attention,
         embed_on_cpu=plan.resolved.setup.embed_on_cpu,
+        config=plan.scaled_config,
     )
     model = load_base.load_base(options)
     load_base.resize_embeddings(model, len(plan.tokenizer))
@@ -112,7 +126,10 @@ def _pad_token(tokenizer: Any) -> int:
     return int(token or 0)
 
 
-def _write_tokenizer_files(plan: TrainPlan, folder: Path) -> None:
+def _write_files(plan: TrainPlan, folder: Path) -> None:
+    """Tokenizer and chat template; beside an adapter, also the config.json of a base with scaled positions."""
+    if plan.scaled_config and plan.settings.trains_adapter:
+        (folder / CONFIG).write_text(json.dumps(plan.scaled_config, indent=2) + "\n", encoding="utf-8")
     template = None if plan.uses_base_template else plan.data.template
     options = {"template": template, "eos": _end_of_turn(plan.tokenizer, template) if template else None}
     write_tokenizer_files(folder, plan.config_folder, plan.tokenizer, changed=bool(plan.new_tokens), **options)
@@ -154,7 +171,7 @@ def _full_batch(context: TrainingContext, seq_len: int) -> dict[str, Tensor]:
     tokens = torch.arange(size * seq_len).view(size, seq_len) % vocabulary
     objective = context.preference
     if objective is None:
-        return collate.collate([[(row, row)] for row in tokens], pad=context.pad)
+        return collate.collate([[collate.Row(row, row)] for row in tokens], pad=context.pad)
     answers = objective.objective.answers
     length = seq_len // answers if objective.packed else seq_len
     kinds = [1 - 2 * (number % 2) for number in range(answers)]
