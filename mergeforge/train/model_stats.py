@@ -21,6 +21,9 @@ from mergeforge.train.untargeted import (
     untargeted_pattern,
 )
 
+# Mamba 2 beside attention, whose output is o_proj
+MAMBA_HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2")
+
 
 @dataclass(frozen=True)
 class LinearModule:
@@ -134,7 +137,7 @@ def stats_of(model: Any) -> ModelStats:
         other_parameters=max(others, 0),
         vocabulary=embedding.weight.shape[0],
         hidden=hidden,
-        intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+        intermediate=_largest(getattr(config, "intermediate_size", None)) or 4 * hidden,
         layers=int(getattr(config, "num_hidden_layers", 0)),
         max_positions=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         not_adapted=frozenset(modules_without_adapter(config.model_type)),
@@ -147,14 +150,21 @@ def stats_of(model: Any) -> ModelStats:
     )
 
 
+def _largest(size: Any) -> int:
+    """A size of config.json, which Gemma 3n gives for each layer."""
+    return int(max(size) if isinstance(size, list | tuple) else size or 0)
+
+
 def modules_without_adapter(model_type: str) -> set[str]:
     """Last names of linear modules that cannot have an adapter.
 
     Mamba reads the weights of dt_proj and, in its kernels, of out_proj without calling the modules; PEFT refuses the
-    latter.
+    latter in some of these models.
     """
     if model_type == "jamba":
         return {"dt_proj"}
+    if model_type in MAMBA_HYBRIDS:
+        return {"out_proj"}
     return {"out_proj", "dt_proj"} if "mamba" in model_type else set()
 
 

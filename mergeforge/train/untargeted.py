@@ -1,5 +1,5 @@
 """The parts of a model that get an adapter only when a target names them: everything that a text does not run through
-(vision and audio towers, projectors), and the routers of mixture-of-experts models.
+(vision and audio towers, projectors, layers that attend to images), and the routers of mixture-of-experts models.
 
 A router that moves makes experts answer for tokens that they were not trained on, and the towers see nothing in text.
 """
@@ -44,6 +44,7 @@ def untargeted_parts(model: Any) -> tuple[UntargetedPart, ...]:
     """The parts of a transformers model that no target means unless it names them."""
     towers = [UntargetedPart(path.rpartition(".")[2], rf"{re.escape(path)}(\..*)?") for path in _towers(model)]
     outside = untargeted_pattern(towers, None)
+    towers += _layers_for_images(model)
     text = [(name, module) for name, module in model.named_modules() if not re.fullmatch(outside, name)]
     names = sorted(_routers(model, text) | _linear_subclasses(text))
     return (*towers, *(UntargetedPart(name, rf"(.*\.)?{re.escape(name)}(\..*)?") for name in names))
@@ -69,6 +70,13 @@ def _towers(model: Any) -> list[str]:
     while text and not any(name.startswith(".".join(text) + ".") for name in linears):
         text.pop()
     return list(dict.fromkeys(path for name in linears if (path := _beside(name.split("."), text))))
+
+
+def _layers_for_images(model: Any) -> list[UntargetedPart]:
+    """The layers of Mllama that attend to images: for a text they are left out."""
+    numbers = getattr(model.config.get_text_config(), "cross_attention_layers", None)
+    pattern = rf".*\.layers\.({'|'.join(map(str, numbers))})(\..*)?" if numbers else ""
+    return [UntargetedPart("cross_attn", pattern)] if numbers else []
 
 
 def _beside(path: list[str], text: list[str]) -> str:

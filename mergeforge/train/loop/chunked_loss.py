@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mergeforge.errors import RecipeError
+from mergeforge.eval.text_forward import text_body
 
 IGNORE_INDEX = -100
 Loss = Callable[[Tensor, Tensor, Any], Tensor]  # logits (n, vocabulary), labels (n), count -> the loss
@@ -32,7 +33,7 @@ def install_chunked_loss(model: PreTrainedModel, *, chunk: int, custom: Loss | N
     from the model, so that all logits are held at once; "" otherwise.
     """
     head = None if custom or not chunk else find_head(model)
-    model_forward = model.forward
+    model_forward, body = model.forward, text_body(model)
 
     @functools.wraps(model_forward)  # generate() and the Trainer read the signature of the model's own forward
     def forward(
@@ -49,7 +50,7 @@ def install_chunked_loss(model: PreTrainedModel, *, chunk: int, custom: Loss | N
         targets = targets[is_trained]
         count = num_items_in_batch if num_items_in_batch is not None else max(len(targets), 1)
         if head is not None:
-            hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+            hidden = body(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
             rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[is_trained]
             return {"loss": summed_loss_in_chunks(rows, targets, head, chunk) / count + hidden.sum() * 0}
         logits = model_forward(input_ids=input_ids, use_cache=False, **inputs).logits
@@ -115,7 +116,7 @@ def _matches_model(model: Any, head: LossHead) -> bool:
     model.eval()
     try:
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        logits = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+        logits = head(text_body(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
     except (AttributeError, TypeError, RuntimeError):
         return False
     finally:
