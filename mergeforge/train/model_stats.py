@@ -111,7 +111,9 @@ def empty_model(folder: str, attention: str | None = None) -> Any:
         options = {"attn_implementation": attention} if attention else {}
         with torch.device("meta"):
             return model_class.from_config(config, dtype=torch.bfloat16, **options)
-    except (ValueError, OSError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except ImportError as error:  # a package that the model's vision tower needs: the message spreads over lines
+        raise SourceError(f"transformers cannot build the model of {folder}: {' '.join(str(error).split())}") from None
+    except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SourceError(f"transformers cannot build the model of {folder}: {reason}") from None
 
@@ -159,8 +161,10 @@ def modules_without_adapter(model_type: str) -> set[str]:
     """Last names of linear modules that cannot have an adapter.
 
     Mamba reads the weights of dt_proj and, in its kernels, of out_proj without calling the modules; PEFT refuses the
-    latter in some of these models.
+    latter in some of these models. Gemma 3n reads the weight of correction_coefs.
     """
+    if model_type == "gemma3n_text":
+        return {"correction_coefs"}
     if model_type == "jamba":
         return {"dt_proj"}
     if model_type in MAMBA_HYBRIDS:
@@ -176,4 +180,4 @@ def _rank_factor(name: str) -> int:
 def _linear(name: str, module: Any) -> LinearModule:
     """A Linear's weight is (outputs, inputs), a Conv1D's (inputs, outputs)."""
     rows, columns = module.weight.shape
-    return LinearModule(name, columns, rows) if type(module).__name__ == "Linear" else LinearModule(name, rows, columns)
+    return LinearModule(name, rows, columns) if type(module).__name__ == "Conv1D" else LinearModule(name, columns, rows)

@@ -134,6 +134,7 @@ def make_plan(
     tokenizer = load_tokenizer(str(config_folder))
     new_tokens = _add_tokens(tokenizer, settings.added_tokens)
     model = empty_model(str(config_folder), settings.attention)
+    preflight.check_causal(model, base)
     stats = stats_of(model)
     if Path(base).exists() and not planned:
         preflight.check_base(config_folder, settings, stats)

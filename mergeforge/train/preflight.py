@@ -32,6 +32,7 @@ from mergeforge.train.model_stats import ModelStats
 from mergeforge.train.settings import LoraOptions, PostTraining, TrainSettings
 from mergeforge.train.untargeted import linear_names
 
+READ_AHEAD = ("paligemma",)  # model types whose prompt is one block without a causal mask
 COMPLETE = 0.999  # of the model's weights must be in its files; tensors that are missing beyond that show at loading
 UNPAGED = {"paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0, "paged_lion_8bit": 1.0}  # bytes in a checkpoint
 
@@ -71,6 +72,19 @@ def check_base(folder: Path, settings: TrainSettings, stats: ModelStats) -> None
         raise SourceError(text, hint="download it again")
 
 
+def check_causal(model: Any, folder: str) -> None:
+    """Raise SourceError for a model whose tokens attend to later ones; weights show it too (collate.reads_ahead)."""
+    text = model.config.get_text_config()
+    if model.config.model_type in READ_AHEAD or getattr(text, "use_bidirectional_attention", None) is True:
+        raise reads_ahead_error(folder)
+
+
+def reads_ahead_error(folder: str) -> SourceError:
+    """The error for a model whose training loss would fall although it learns nothing but to copy."""
+    text = f"{folder} cannot be trained on text: its tokens attend to later ones"
+    return SourceError(text, hint="choose a model that predicts the next token from those before it")
+
+
 def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ...], vocabulary: int) -> int:
     """Add the adapter to a model without weights; returns the number of weights that are trained.
 
@@ -83,6 +97,8 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
     options, key = settings.lora, "adapter" if settings.adapter else "lora"
     _check_layers(key, options, model.config.get_text_config())
     _check_names(key, options, model)
+    if new_tokens:
+        _check_head_rows(model)
     load_base.resize_embeddings(model, vocabulary)
     model.requires_grad_(False)
     with silence_libraries():
@@ -90,6 +106,13 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
             model, replace(options, init="default"), new_tokens, settings.adapter, without_weights=True
         )
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _check_head_rows(model: Any) -> None:
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if head is not None and len(head.weight) != len(embedding):
+        text = f"tokens.add: the head has {len(head.weight)} rows and the embedding {len(embedding)}"
+        raise RecipeError(f"{text}, so new tokens have no row of their own", hint="use tokens that the model has")
 
 
 def _check_layers(key: str, options: LoraOptions, config: Any) -> None:

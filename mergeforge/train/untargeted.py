@@ -13,8 +13,9 @@ from typing import Any
 
 ALL_LINEAR = (None, "all-linear")  # values of lora.targets that adapt every linear module of the text part
 ROUTERS = ("router", "gate", "shared_expert_gate", "shared_experts_gate")
+MODALITY_ROUTER = "modality_router"  # of Gemma 3n, which has no experts
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-LINEAR_CLASSES = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+LINEAR_CLASSES = ("Linear", "FalconLinear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
 Targets = str | Sequence[str] | None
 Modules = Sequence[tuple[str, Any]]  # path -> module
@@ -86,11 +87,11 @@ def _beside(path: list[str], text: list[str]) -> str:
 
 
 def _routers(model: Any, modules: Modules) -> set[str]:
-    """The names of the linear modules that choose experts, or weigh a shared one."""
+    """The names of the linear modules that choose experts or weigh a shared one, and of Gemma 3n's router."""
     config = model.config.get_text_config()
-    if not any((getattr(config, key, None) or 0) for key in EXPERT_COUNTS):
-        return set()
-    return {part for name, module in modules if is_linear(module) for part in name.split(".") if part in ROUTERS}
+    has_experts = any((getattr(config, key, None) or 0) for key in EXPERT_COUNTS)
+    routers = (MODALITY_ROUTER, *(ROUTERS if has_experts else ()))
+    return {part for name, module in modules if is_linear(module) for part in name.split(".") if part in routers}
 
 
 def _linear_subclasses(modules: Modules) -> set[str]:
