@@ -66,7 +66,6 @@ SHORT = ("gemma3n_text", "gemma4", "falcon_h1", "llama4", "mllama", "qwen3_vl_mo
 GGUF = (
     "gemma4_text",
     "llama4",
-    "qwen3_vl_moe",
     "falcon_h1",
     "hunyuan_v1_moe",
     "olmoe",

@@ -12,7 +12,7 @@ from mergeforge.gguf.architectures.llama import transposed_experts
 from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.pooling import pooling_keys
 from mergeforge.gguf.architectures.qwen import expert_keys
-from mergeforge.gguf.architectures.tensor_mapping import GATED, HFTensor, RuleResult, make_spec
+from mergeforge.gguf.architectures.tensor_mapping import GATED, make_spec
 from mergeforge.gguf.key_values import u32
 
 _NORMED = (*GATED, "attn_q_norm", "attn_k_norm")
@@ -38,18 +38,11 @@ def qwen3vl(model: HFModel) -> GGUFModelSpec:
 def qwen3vlmoe(model: HFModel) -> GGUFModelSpec:
     omni = model.name == "Qwen3OmniMoeForConditionalGeneration"
     keys = expert_keys(model) | {"n_deepstack_layers": u32(0 if omni else _deepstack_layers(model))}
-    hidden, width = model.require("hidden_size"), model.require("moe_intermediate_size")
-    saved_by_transformers_5 = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
-
-    def published_experts(stored: HFTensor) -> RuleResult:
-        own = saved_by_transformers_5.get(stored.name.rpartition(".")[2])
-        return None if own == tuple(stored.info.shape[1:]) else transposed_experts(stored)
-
     return make_spec(
         model,
         "qwen3vlmoe",
         keys,
-        published_experts,
+        transposed_experts,
         stacked_experts,
         vocab="qwen3_omni" if omni else "gpt2",
         required_per_block=_NORMED,
