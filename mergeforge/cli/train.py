@@ -58,7 +58,7 @@ class _TrainCommand(click.Command):
     metavar="STEPS",
     help="What to do after training: merge, gguf, publish (comma-separated); adds to `after`.",
 )
-@click.option("--fail-if-worse", is_flag=True, help="Exit with 1, and merge nothing, if the base predicts better.")
+@click.option("--fail-if-worse", is_flag=True, help="Exit with 1, and merge nothing, if the verdict is worse.")
 @click.option("--memory", metavar="SIZE", help="Working memory of the merge after training, e.g. 2GiB.")
 @_options.as_json
 @_options.quiet
@@ -107,7 +107,6 @@ def train(
         raise RecipeError("give the train.yaml of the run", hint=hint)
     from mergeforge.cli import _progress
     from mergeforge.train import environment, post_training, preflight, run, run_folder
-    from mergeforge.train.objectives import SFT
     from mergeforge.train.plan import make_plan
     from mergeforge.train.resume import Resume, check_resume, refuse_finished
     from mergeforge.train.settings import read as read_settings
@@ -123,9 +122,6 @@ def train(
             plan = make_plan(settings, device=device, gpu=gpu, on_progress=on_progress)
     if fail_if_worse and plan.data.validation is None:
         raise RecipeError("--fail-if-worse needs validation data", hint="add val: 0.1 to train.yaml")
-    if fail_if_worse and plan.settings.objective != SFT:
-        text = f"--fail-if-worse compares the losses of answers, but the objective is {plan.settings.objective}"
-        raise RecipeError(text, hint="use `mergeforge compare` on rows with good answers only")
     after, trains_adapter = plan.settings.after, plan.settings.trains_adapter
     after = post_training.steps_from_names(after, then, trains_adapter=trains_adapter) if then else after
     preflight.check_post_training(after, plan.config_folder, trains_adapter=trains_adapter)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,7 +46,18 @@ class _Batch(ctypes.Structure):
 
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, _VOID)
-_silent = _LOG(lambda level, message, data: None)
+_ERROR = 4  # ggml_log_level
+_errors: list[str] = []  # what llama.cpp logs as errors: the first line says why it refuses a file
+
+
+def _keep_error(level: int, message: bytes, data: Any) -> None:
+    if level == _ERROR:
+        _errors.append(message.decode(errors="replace").strip())
+
+
+_log = _LOG(_keep_error)
+
+
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_log_set": (None, [_LOG, _VOID]),
     "llama_model_default_params": (_Block, []),
@@ -81,7 +93,7 @@ class LlamaScorer:
             path.encode(), self._library.llama_model_default_params()
         )
         if not self._model:
-            raise UnsupportedLlama(f"llama.cpp cannot load {path}")
+            raise UnsupportedLlama(f"llama.cpp cannot load {path}: {'; '.join(_errors[:1])}")
         parameters = self._library.llama_context_default_params()
         rounded = max(BATCH, -(-context // 256) * 256)
         parameters.head[:] = (rounded, BATCH, BATCH, 1)
@@ -175,7 +187,7 @@ def _library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except AttributeError as error:
         raise UnsupportedLlama(f"this xllamacpp does not export llama.cpp's functions: {error}") from None
-    library.llama_log_set(_silent, None)
+    library.llama_log_set(_log, None)
     library.llama_backend_init()
     return library
 
@@ -196,12 +208,15 @@ def respond(lines: Iterator[str]) -> Iterator[Any]:
 
 
 def main() -> None:
-    """Respond on stdout to the lines of stdin."""
-    try:
-        for response in respond(iter(sys.stdin)):
-            print(json.dumps(response), flush=True)
-    except UnsupportedLlama as error:
-        print(json.dumps({"error": str(error)}), flush=True)
+    """Respond on stdout to the lines of stdin. What llama.cpp itself prints there goes to stderr."""
+    with os.fdopen(os.dup(1), "w") as output:
+        os.dup2(2, 1)
+        os.environ["GGML_NO_BACKTRACE"] = "1"  # a failed assertion would start a debugger
+        try:
+            for response in respond(iter(sys.stdin)):
+                print(json.dumps(response), file=output, flush=True)
+        except UnsupportedLlama as error:
+            print(json.dumps({"error": str(error)}), file=output, flush=True)
 
 
 if __name__ == "__main__":

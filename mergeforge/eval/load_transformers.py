@@ -18,6 +18,7 @@ from mergeforge.data.tokenizer_check import encoder, find_difference
 from mergeforge.errors import MergeforgeError, RecipeError, SourceError
 from mergeforge.eval.backend import quiet_transformers, require
 from mergeforge.eval.model_class import language_model_class
+from mergeforge.eval.text_forward import send_text_to_language_model
 from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header
 
@@ -168,6 +169,7 @@ def _load_base(
             options["config"] = type(own_config).from_dict(dict(config))
         model = model_class.from_pretrained(str(folder), **options).eval()
     disable_bnb_repack(model)
+    send_text_to_language_model(model)
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     return LoadedModel(model, load_tokenizer(tokenizer), None, vocab_size, device, str(folder))
 

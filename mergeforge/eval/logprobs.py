@@ -174,7 +174,7 @@ def _run_body(model: Any, body: Any, inputs: dict[str, Any]) -> Any:
     outputs: list[Any] = []
     hook = body.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     try:
-        model(**inputs, logits_to_keep=1)
+        model(**inputs, logits_to_keep=inputs["input_ids"].new_zeros(1))  # for 1, Gemma 4 shortens the hidden states
     except TypeError:
         return None  # a forward without logits_to_keep
     finally:

@@ -12,6 +12,7 @@ from mergeforge.core.messages import WarningText
 from mergeforge.errors import format_list
 from mergeforge.io.aux_files import AuxFile, AuxFiles
 from mergeforge.io.model_files import ModelFiles, model_files
+from mergeforge.planner.generation_config import with_eos_of
 from mergeforge.planner.inputs import Inputs, IntermediateModel
 from mergeforge.planner.sentence_transformers import missing_modules
 from mergeforge.tokenizer.output_files import tokenizer_files_in
@@ -39,7 +40,7 @@ def aux_files(inputs: Inputs, *, are_written: bool = True) -> tuple[dict[str, Au
     if len(changed) == 1:
         label, own = next(iter(changed.items()))
         notes.append(f"tokenizer files come from {label}, which changed them ({format_list(own)})")
-        files |= own
+        files = with_eos_of({**files, **own}, files, reference.checkpoint.config)
     elif changed:
         text = f"{len(changed)} adapters changed the tokenizer, each differently: the base's files are kept"
         notes.append(WarningText(text))

@@ -30,8 +30,9 @@ def config_json(
             if name in config["text_config"]:
                 config["text_config"][name] = config[key]
     rows = _embedding_rows(tensors, ties)
+    head_rows = tensors[ties.head].rows if ties.head in tensors else rows  # Mllama's embedding has 8 rows more
     for part in parts:
-        if rows and "vocab_size" in part and part["vocab_size"] != rows:
+        if rows and "vocab_size" in part and part["vocab_size"] not in (rows, head_rows):
             if part.get("decoder_vocab_size") == part["vocab_size"]:
                 part["decoder_vocab_size"] = rows
             part["vocab_size"] = rows

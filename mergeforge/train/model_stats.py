@@ -22,6 +22,9 @@ from mergeforge.train.untargeted import (
     untargeted_pattern,
 )
 
+# Mamba 2 beside attention, whose output is o_proj
+MAMBA_HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2")
+
 
 @dataclass(frozen=True)
 class LinearModule:
@@ -110,7 +113,9 @@ def empty_model(folder: str, attention: str | None = None) -> Any:
         options = {"attn_implementation": attention} if attention else {}
         with torch.device("meta"):
             return model_class.from_config(config, dtype=torch.bfloat16, **options)
-    except (ValueError, OSError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except ImportError as error:  # a package that the model's vision tower needs: the message spreads over lines
+        raise SourceError(f"transformers cannot build the model of {folder}: {' '.join(str(error).split())}") from None
+    except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SourceError(f"transformers cannot build the model of {folder}: {reason}") from None
 
@@ -136,7 +141,7 @@ def stats_of(model: Any) -> ModelStats:
         other_parameters=max(others, 0),
         vocabulary=embedding.weight.shape[0],
         hidden=hidden,
-        intermediate=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+        intermediate=_largest(getattr(config, "intermediate_size", None)) or 4 * hidden,
         layers=int(getattr(config, "num_hidden_layers", 0)),
         max_positions=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         rope=_rope_type(config),
@@ -158,14 +163,23 @@ def _rope_type(config: Any) -> str:
     return str(full.get("rope_type", "")) if is_flat and "mrope_section" not in full else ""
 
 
+def _largest(size: Any) -> int:
+    """A size of config.json, which Gemma 3n gives for each layer."""
+    return int(max(size) if isinstance(size, list | tuple) else size or 0)
+
+
 def modules_without_adapter(model_type: str) -> set[str]:
     """Last names of linear modules that cannot have an adapter.
 
     Mamba reads the weights of dt_proj and, in its kernels, of out_proj without calling the modules; PEFT refuses the
-    latter.
+    latter in some of these models. Gemma 3n reads the weight of correction_coefs.
     """
+    if model_type == "gemma3n_text":
+        return {"correction_coefs"}
     if model_type == "jamba":
         return {"dt_proj"}
+    if model_type in MAMBA_HYBRIDS:
+        return {"out_proj"}
     return {"out_proj", "dt_proj"} if "mamba" in model_type else set()
 
 
@@ -177,4 +191,4 @@ def _rank_factor(name: str) -> int:
 def _linear(name: str, module: Any) -> LinearModule:
     """A Linear's weight is (outputs, inputs), a Conv1D's (inputs, outputs)."""
     rows, columns = module.weight.shape
-    return LinearModule(name, columns, rows) if type(module).__name__ == "Linear" else LinearModule(name, rows, columns)
+    return LinearModule(name, rows, columns) if type(module).__name__ == "Conv1D" else LinearModule(name, columns, rows)

@@ -143,6 +143,7 @@ def make_plan(
     tokenizer = load_tokenizer(str(config_folder))
     new_tokens = _add_tokens(tokenizer, settings.added_tokens)
     model = empty_model(str(config_folder), settings.attention)
+    preflight.check_causal(model, base)
     stats = stats_of(model)
     scaled_config = None
     if scaling := preflight.rope_scaling(settings, stats):

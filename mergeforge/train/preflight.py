@@ -37,6 +37,7 @@ from mergeforge.train.objectives import KTO, SFT
 from mergeforge.train.settings import DATA_INITS, LoraOptions, PostTraining, TrainSettings
 from mergeforge.train.untargeted import linear_names
 
+READ_AHEAD = ("paligemma",)  # model types whose prompt is one block without a causal mask
 COMPLETE = 0.999  # of the model's weights must be in its files; tensors that are missing beyond that show at loading
 UNPAGED = {"paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0, "paged_lion_8bit": 1.0}  # bytes in a checkpoint
 
@@ -108,6 +109,19 @@ def rope_scaling(settings: TrainSettings, stats: ModelStats) -> RopeScaling | No
     return RopeScaling(asked.type, factor)
 
 
+def check_causal(model: Any, folder: str) -> None:
+    """Raise SourceError for a model whose tokens attend to later ones; weights show it too (collate.reads_ahead)."""
+    text = model.config.get_text_config()
+    if model.config.model_type in READ_AHEAD or getattr(text, "use_bidirectional_attention", None) is True:
+        raise reads_ahead_error(folder)
+
+
+def reads_ahead_error(folder: str) -> SourceError:
+    """The error for a model whose training loss would fall although it learns nothing but to copy."""
+    text = f"{folder} cannot be trained on text: its tokens attend to later ones"
+    return SourceError(text, hint="choose a model that predicts the next token from those before it")
+
+
 def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ...], vocabulary: int) -> int:
     """Add the adapter to a model without weights; returns the number of weights that are trained.
 
@@ -120,6 +134,8 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
     options, key = settings.lora, "adapter" if settings.adapter else "lora"
     _check_layers(key, options, model.config.get_text_config())
     _check_names(key, options, model)
+    if new_tokens:
+        _check_head_rows(model)
     load_base.resize_embeddings(model, vocabulary)
     model.requires_grad_(False)
     if settings.adapter and settings.adapter.type in READ_WEIGHTS:
@@ -135,6 +151,13 @@ def check_adapter(model: Any, settings: TrainSettings, new_tokens: tuple[int, ..
         text = f"lora.init: {options.init} does not work on experts that are fused into one tensor"
         raise RecipeError(text, hint="name lora.targets without the experts, such as [q_proj, v_proj]")
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _check_head_rows(model: Any) -> None:
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if head is not None and len(head.weight) != len(embedding):
+        text = f"tokens.add: the head has {len(head.weight)} rows and the embedding {len(embedding)}"
+        raise RecipeError(f"{text}, so new tokens have no row of their own", hint="use tokens that the model has")
 
 
 def _check_layers(key: str, options: LoraOptions, config: Any) -> None:

@@ -23,14 +23,16 @@ from mergeforge.train.html_report import report_writer, write_report
 from mergeforge.train.objectives import REWARD_METRICS
 from mergeforge.train.plan import TrainPlan
 from mergeforge.train.post_training import write_recipe
+from mergeforge.train.preference_verdict import make_preference_verdict
 from mergeforge.train.progress import TOTAL
 from mergeforge.train.resume import Resume, run_manifest, start
 from mergeforge.train.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder
-from mergeforge.train.verdict import TrainingVerdict, make_verdict, read_verdict
+from mergeforge.train.verdict import Verdict, make_verdict, read_verdict
 
 if TYPE_CHECKING:
     from mergeforge.train.loop.context import MetricCallback, TrainingContext
     from mergeforge.train.loop.hf_trainer import StopSignal, TrainingOutcome
+    from mergeforge.train.loop.preference import RewardSums
     from mergeforge.train.loop.samples import SampleGenerator
 
 
@@ -47,7 +49,7 @@ class Trained:
     seconds: float
     peak_memory: int
     stopped_early: bool = False
-    verdict: TrainingVerdict | None = None
+    verdict: Verdict | None = None
 
     @property
     def result(self) -> Path:
@@ -96,7 +98,7 @@ def _trained(folder: RunFolder, manifest: Mapping[str, Any]) -> Trained:
 
 
 def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[MetricCallback]) -> Trained:
-    from mergeforge.train.loop.row_scores import score_validation
+    from mergeforge.train.loop.row_scores import score_start
     from mergeforge.train.loop.samples import SampleGenerator
     from mergeforge.train.loop.setup import make_context
 
@@ -111,7 +113,7 @@ def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[MetricC
     samples = SampleGenerator(plan, context)
     if checkpoint is None and is_main():
         plan.folder.record_samples(samples.generate())
-        plan.folder.record_base_scores(score_validation(plan, context))
+        plan.folder.record_base_scores(score_start(plan, context))
     facts = _facts(context) | {"samples": _samples(plan.folder, samples)}
     if is_main():
         plan.folder.record(run_manifest(plan, RUNNING) | facts)
@@ -193,7 +195,6 @@ def _write_results(
     """Write the adapter (or model) and its recipe; returns the entries of run.json that are known only at the end."""
     from mergeforge.train.loop.context import load_weights, save_model, validation_sums
     from mergeforge.train.loop.preference import RewardSums
-    from mergeforge.train.loop.row_scores import score_validation
 
     folder, entries = plan.folder, dict[str, Any]()
     best = outcome.best_step
@@ -202,8 +203,8 @@ def _write_results(
         if checkpoint.exists():
             load_weights(context, checkpoint)
             entries["kept_step"] = best
+    rewards = RewardSums()
     if context.validation is not None:
-        rewards = RewardSums()
         total, count = validation_sums(context.model, context, rewards=rewards)
         entries["validation_loss"] = total / count
         if context.preference:
@@ -219,17 +220,20 @@ def _write_results(
     os.replace(partial, result)
     if plan.settings.trains_adapter:
         write_recipe(plan)
-    if not context.preference:
-        entries["verdict"] = asdict(
-            make_verdict(
-                folder.base_scores(),
-                score_validation(plan, context),
-                folder.metric_lines(),
-                vocabulary=plan.stats.vocabulary,
-                kept_step=entries.get("kept_step", outcome.step),
-            )
-        )
+    entries["verdict"] = asdict(_verdict(plan, context, rewards, entries.get("kept_step", outcome.step)))
     return entries | {"samples": _samples(folder, samples, samples.generate())}
+
+
+def _verdict(plan: TrainPlan, context: TrainingContext, rewards: RewardSums, kept_step: int) -> Verdict:
+    from mergeforge.train.loop.row_scores import score_validation
+
+    before, metrics = plan.folder.base_scores(), plan.folder.metric_lines()
+    if context.preference is None:
+        after, vocabulary = score_validation(plan, context), plan.stats.vocabulary
+        return make_verdict(before, after, metrics, vocabulary=vocabulary, kept_step=kept_step)
+    reward = rewards.metrics().get("reward_chosen")
+    objective = context.preference.objective.name
+    return make_preference_verdict(objective, before, rewards.rows, metrics, kept_step=kept_step, reward_chosen=reward)
 
 
 def _facts(context: TrainingContext) -> dict[str, Any]:

@@ -93,14 +93,14 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
-    def record_base_scores(self, scores: Sequence[tuple[float, int]]) -> None:
-        """Store the (nats, tokens) of validation rows from before training."""
+    def record_base_scores(self, scores: Sequence[tuple[float, float]]) -> None:
+        """Store two numbers of each validation row from before training: nats and tokens, or margin and agreement."""
         write_durably(self._base_scores, json.dumps(scores).encode())
 
-    def base_scores(self) -> list[tuple[float, int]]:
-        """The (nats, tokens) of validation rows from before training; empty where there are none."""
+    def base_scores(self) -> list[tuple[float, float]]:
+        """What `record_base_scores` stored; empty where there is nothing."""
         try:
-            return [(float(nll), int(tokens)) for nll, tokens in json.loads(self._base_scores.read_bytes())]
+            return [(float(first), float(second)) for first, second in json.loads(self._base_scores.read_bytes())]
         except (OSError, ValueError, TypeError):
             return []
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
+GENERATION = "generation_config.json"  # beside a whole model only
 COPIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -59,8 +60,18 @@ def write_tokenizer_files(
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
         (folder / "chat_template.json").unlink(missing_ok=True)
         _edit_json(folder / CONFIG, lambda config: config.pop("chat_template", None))
-    for name in (CONFIG, "special_tokens_map.json") if eos else ():
-        _edit_json(folder / name, lambda config: config.update(eos_token=eos))
+    if eos:
+        for name in (CONFIG, "special_tokens_map.json"):
+            _edit_json(folder / name, lambda config: config.update(eos_token=eos))
+        number = tokenizer.get_vocab()[eos]
+        _edit_json(folder / GENERATION, lambda config: _stop_at(config, number))
+
+
+def _stop_at(generation: dict[str, Any], token: int) -> None:
+    """Add a token to those that end a generation: transformers and vLLM do not stop at the tokenizer's EOS."""
+    stops = generation.get("eos_token_id")
+    stops = [token, *(stops if isinstance(stops, list) else [stops])]
+    generation["eos_token_id"] = list(dict.fromkeys(stop for stop in stops if stop is not None))
 
 
 def _use_common_class(config: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 """The parts of a model that get an adapter only when a target names them: everything that a text does not run through
-(vision and audio towers, projectors), and the routers of mixture-of-experts models.
+(vision and audio towers, projectors, layers that attend to images), and the routers of mixture-of-experts models.
 
 A router that moves makes experts answer for tokens that they were not trained on, and the towers see nothing in text.
 """
@@ -13,8 +13,9 @@ from typing import Any
 
 ALL_LINEAR = (None, "all-linear")  # values of lora.targets that adapt every linear module of the text part
 ROUTERS = ("router", "gate", "shared_expert_gate", "shared_experts_gate")
+MODALITY_ROUTER = "modality_router"  # of Gemma 3n, which has no experts
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-LINEAR_CLASSES = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+LINEAR_CLASSES = ("Linear", "FalconLinear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
 Targets = str | Sequence[str] | None
 Modules = Sequence[tuple[str, Any]]  # path -> module
@@ -44,6 +45,7 @@ def untargeted_parts(model: Any) -> tuple[UntargetedPart, ...]:
     """The parts of a transformers model that no target means unless it names them."""
     towers = [UntargetedPart(path.rpartition(".")[2], rf"{re.escape(path)}(\..*)?") for path in _towers(model)]
     outside = untargeted_pattern(towers, None)
+    towers += _layers_for_images(model)
     text = [(name, module) for name, module in model.named_modules() if not re.fullmatch(outside, name)]
     names = sorted(_routers(model, text) | _linear_subclasses(text))
     return (*towers, *(UntargetedPart(name, rf"(.*\.)?{re.escape(name)}(\..*)?") for name in names))
@@ -71,6 +73,13 @@ def _towers(model: Any) -> list[str]:
     return list(dict.fromkeys(path for name in linears if (path := _beside(name.split("."), text))))
 
 
+def _layers_for_images(model: Any) -> list[UntargetedPart]:
+    """The layers of Mllama that attend to images: for a text they are left out."""
+    numbers = getattr(model.config.get_text_config(), "cross_attention_layers", None)
+    pattern = rf".*\.layers\.({'|'.join(map(str, numbers))})(\..*)?" if numbers else ""
+    return [UntargetedPart("cross_attn", pattern)] if numbers else []
+
+
 def _beside(path: list[str], text: list[str]) -> str:
     """The part of a module's path up to where it leaves the text model's; "" inside of the text model."""
     shared = next((index for index, (a, b) in enumerate(zip(path, text, strict=False)) if a != b), len(text))
@@ -78,11 +87,11 @@ def _beside(path: list[str], text: list[str]) -> str:
 
 
 def _routers(model: Any, modules: Modules) -> set[str]:
-    """The names of the linear modules that choose experts, or weigh a shared one."""
+    """The names of the linear modules that choose experts or weigh a shared one, and of Gemma 3n's router."""
     config = model.config.get_text_config()
-    if not any((getattr(config, key, None) or 0) for key in EXPERT_COUNTS):
-        return set()
-    return {part for name, module in modules if is_linear(module) for part in name.split(".") if part in ROUTERS}
+    has_experts = any((getattr(config, key, None) or 0) for key in EXPERT_COUNTS)
+    routers = (MODALITY_ROUTER, *(ROUTERS if has_experts else ()))
+    return {part for name, module in modules if is_linear(module) for part in name.split(".") if part in routers}
 
 
 def _linear_subclasses(modules: Modules) -> set[str]:

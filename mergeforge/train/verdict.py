@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergeforge.eval.bootstrap import MIN_ROWS, ConfidenceInterval, paired_bootstrap
+from mergeforge.train.loss_curve import LossCurve, first_and_last, loss_curve
+from mergeforge.train.preference_verdict import PreferenceVerdict
 
 GUESSING = 0.95  # of ln(vocabulary): a loss above this fraction is hardly better than a uniform guess
 LEARNED = 0.02  # fraction by which a loss must fall to count as learned
-OVERFIT = 0.02  # nats, and fraction of the lowest validation loss, by which it must rise again to count as overfitting
-Scores = Sequence[tuple[float, int]]  # of each row: summed negative log-likelihood in nats, tokens
+Scores = Sequence[tuple[float, float]]  # of each row: summed negative log-likelihood in nats, tokens
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class TrainingVerdict:
     """The losses of a run, in nats per token; None where there is no validation data.
 
     `base_loss`, `loss`: of the validation rows, before training and with the weights that were kept; `interval`: of
-    their difference. `lowest_loss` (at `lowest_step`), `last_loss`: of the validations during training. `kept_step`:
-    the step whose weights were kept.
+    their difference. `curve`: the validations during training.
     """
 
     vocabulary: int
@@ -36,10 +36,7 @@ class TrainingVerdict:
     interval: ConfidenceInterval | None = None
     first_training_loss: float | None = None
     last_training_loss: float | None = None
-    lowest_loss: float | None = None
-    lowest_step: int | None = None
-    last_loss: float | None = None
-    kept_step: int | None = None
+    curve: LossCurve = field(default_factory=LossCurve)
 
     @property
     def comparison(self) -> str:
@@ -58,16 +55,11 @@ class TrainingVerdict:
         first, last = self.first_training_loss, self.last_training_loss
         return first is not None and last is not None and last < first * (1 - LEARNED)
 
-    @property
-    def overfits(self) -> bool:
-        """Whether the validation loss rose again while training went on."""
-        if self.lowest_loss is None or self.last_loss is None:
-            return False
-        return self.last_loss - self.lowest_loss > max(OVERFIT, OVERFIT * self.lowest_loss)
-
     def lines(self) -> list[str]:
         """The verdict in words, one finding a line."""
-        return [line for line in (self._better(), *self._perplexity(), self._learned(), self._overfits()) if line]
+        return [
+            line for line in (self._better(), *self._perplexity(), self._learned(), self.curve.overfitting()) if line
+        ]
 
     def _better(self) -> str:
         if not self.interval:
@@ -100,20 +92,17 @@ class TrainingVerdict:
             return f"the base was guessing: {_uniform(self.vocabulary)}"
         return ""
 
-    def _overfits(self) -> str:
-        if not self.overfits:
-            return ""
-        text = f"it overfits after step {self.lowest_step}: the validation loss rises from {self.lowest_loss:.4f}"
-        kept = f"step {self.kept_step} was kept" if self.kept_step == self.lowest_step else "the last step was kept"
-        return f"{text} to {self.last_loss:.4f} ({kept}); use fewer epochs, more rows or a lower rank"
+
+Verdict = TrainingVerdict | PreferenceVerdict
 
 
-def make_verdict(before: Scores, after: Scores, metrics: Sequence[Mapping[str, Any]], **facts: Any) -> TrainingVerdict:
-    """The verdict from the scores of the same rows before and after training and from the lines of metrics.jsonl.
-
-    facts: `vocabulary` and `kept_step` of the TrainingVerdict.
-    """
-    verdict = _from_metrics(TrainingVerdict(**facts), metrics)
+def make_verdict(
+    before: Scores, after: Scores, metrics: Sequence[Mapping[str, Any]], *, vocabulary: int, kept_step: int | None
+) -> TrainingVerdict:
+    """The verdict from the scores of the same rows before and after training and from the lines of metrics.jsonl."""
+    first, last = first_and_last(metrics, "loss")
+    curve = loss_curve(metrics, kept_step)
+    verdict = TrainingVerdict(vocabulary, first_training_loss=first, last_training_loss=last, curve=curve)
     if not before or len(before) != len(after):
         return verdict
     return replace(
@@ -125,28 +114,13 @@ def make_verdict(before: Scores, after: Scores, metrics: Sequence[Mapping[str, A
     )
 
 
-def read_verdict(entry: Mapping[str, Any] | None) -> TrainingVerdict | None:
+def read_verdict(entry: Mapping[str, Any] | None) -> Verdict | None:
     """The verdict that run.json holds as `dataclasses.asdict`; None for runs of versions without one."""
-    if not entry:
+    if not entry or "curve" not in entry:
         return None
     interval = entry.get("interval")
-    return TrainingVerdict(**{**entry, "interval": ConfidenceInterval(**interval) if interval else None})
-
-
-def _from_metrics(verdict: TrainingVerdict, metrics: Sequence[Mapping[str, Any]]) -> TrainingVerdict:
-    losses = [line["loss"] for line in metrics if "loss" in line]
-    validations = [(line["eval_loss"], line["step"]) for line in metrics if "eval_loss" in line]
-    if losses:
-        window = max(1, min(10, len(losses) // 4))
-        verdict = replace(
-            verdict,
-            first_training_loss=sum(losses[:window]) / window,
-            last_training_loss=sum(losses[-window:]) / window,
-        )
-    if validations:
-        lowest, step = min(validations)
-        verdict = replace(verdict, lowest_loss=lowest, lowest_step=step, last_loss=validations[-1][0])
-    return verdict
+    parts = {"curve": LossCurve(**entry["curve"]), "interval": ConfidenceInterval(**interval) if interval else None}
+    return (PreferenceVerdict if "objective" in entry else TrainingVerdict)(**{**entry, **parts})
 
 
 def _mean(scores: Scores) -> float:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.training_models import EXPERTS, VISION_LANGUAGE, write_tiny, write_tiny_vision_language
+from support.training_models import EXPERTS, TEXT_FAMILIES, VISION_LANGUAGE, write_tiny, write_tiny_vision_language
 from support.training_runs import adapter_tensors, losses, run
+from transformers import AutoConfig
 
-from mergeforge.errors import SourceError
+from mergeforge.errors import RecipeError, SourceError
+from mergeforge.eval import evaluate
 from mergeforge.operations.synthetic_models import write_tokenizer
 from mergeforge.train.plan import make_plan
 from mergeforge.train.post_training import PostTrainingResult, run_post_training
 from mergeforge.train.settings import MergeAfterTraining, PostTraining
 
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-LATENT |= {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
-JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0}
-JAMBA |= {"mamba_d_state": 8, "use_mamba_kernels": False}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "qwen3": {},
@@ -31,14 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "gpt_oss": EXPERTS,
 }
-MORE_FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32},
-    "deepseek_v3": EXPERTS | LATENT,
-    "phimoe": EXPERTS,
-    "jamba": EXPERTS | JAMBA,
-    "cohere2": {},
-}
-NOT_TEXT = r"vision|visual|projector|connector|router|\.gate\.|expert_gate"
+NOT_TEXT = r"vision|visual|audio|projector|connector|cross_attn|router|\.gate\.|expert_gate"
 SLOW = pytest.mark.slow
 UNPACKED = ("bloom", "mamba", "gpt_oss")  # ALiBi, a state, sinks: rows in one sequence would influence each other
 
@@ -69,39 +62,77 @@ def test_adapter_and_merged_model_have_the_same_loss(family: str, settings: dict
     assert numel <= 1.15 * planned and (numel >= 0.85 * planned or family == "gpt_oss")  # PEFT skips its experts
 
 
-VISION_LANGUAGE_CASES = [
-    family if family in ("gemma3", "qwen3_vl_moe") else pytest.param(family, marks=SLOW)
-    for family in VISION_LANGUAGE
-    if family != "paligemma"
-]
-
-
-@pytest.mark.parametrize(
-    "family", [*VISION_LANGUAGE_CASES, *(pytest.param(name, marks=SLOW) for name in MORE_FAMILIES)]
+SHORT = ("gemma3n_text", "gemma4", "falcon_h1", "llama4", "mllama", "qwen3_vl_moe")  # not left to the slow tests
+GGUF = (
+    "gemma4_text",
+    "llama4",
+    "falcon_h1",
+    "hunyuan_v1_moe",
+    "olmoe",
+    "qwen3_next",
+    "gemma3",
+    "llava",
 )
+
+
+def families(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: all but a few are slow."""
+    return [name if name in SHORT else pytest.param(name, marks=SLOW) for name in names if name != "paligemma"]
+
+
+def write_any(folder: Path, family: str) -> str:
+    if family not in VISION_LANGUAGE:
+        return write_base(folder, family, **TEXT_FAMILIES[family])
+    base = write_tiny_vision_language(folder, family, vocab_size=320)
+    write_tokenizer(base)
+    return str(base)
+
+
+@pytest.mark.parametrize("family", families([*VISION_LANGUAGE, *TEXT_FAMILIES]))
 def test_only_the_text_part_is_trained_and_merges_with_the_same_loss(
     family: str, settings: dict[str, Any], here: Path
 ) -> None:
     """After three steps: merged loss against adapter loss, and no tower, projector or router in the adapter."""
-    if family in VISION_LANGUAGE:
-        base = write_tiny_vision_language(here, family, vocab_size=320)
-        write_tokenizer(base)
-    else:
-        base = Path(write_base(here, family, **MORE_FAMILIES[family]))
-    run(settings | {"model": str(base), "val": 8, "max_steps": 3})
+    settings |= {"model": write_any(here, family), "val": 8, "max_steps": 3}
+    run(settings)
     adapter = adapter_tensors(here / "run")
     assert not [name for name in adapter if re.search(NOT_TEXT, name)]
     assert not [name for name, tensor in adapter.items() if "lora_B" in name and not tensor.any()]  # each one is used
-    result = merge(settings | {"model": str(base), "val": 8, "max_steps": 3}, dtype="float32")
+    result = merge(settings, dtype="float32")
     assert result.losses["original"] == pytest.approx(result.losses["adapter"], rel=1e-5)
 
 
-def test_a_model_that_reads_ahead_is_refused(settings: dict[str, Any], here: Path) -> None:
+@pytest.mark.parametrize("family", families(GGUF))
+def test_a_gguf_of_the_text_part_has_the_loss_of_the_adapter(family: str, settings: dict[str, Any], here: Path) -> None:
+    """In llama.cpp, whose 16-bit keys and values make the difference."""
+    settings |= {"model": write_any(here, family), "val": 8, "max_steps": 3, "after": {"merge": True, "gguf": ["f32"]}}
+    run(settings)
+    plan = make_plan(settings, device="cpu")
+    result = run_post_training(plan, plan.settings.after)
+    assert plan.data.validation is not None
+    assert evaluate(str(result.ggufs[0]), plan.data.validation).nll == pytest.approx(result.losses["adapter"], rel=3e-3)
+
+
+def test_a_model_that_reads_ahead_is_refused_by_the_plan(settings: dict[str, Any], here: Path) -> None:
     """PaliGemma's tokens attend to all others: its loss would fall although it learns nothing but to copy."""
-    base = write_tiny_vision_language(here, "paligemma", vocab_size=320)
-    write_tokenizer(base)
     with pytest.raises(SourceError, match="attend to later ones"):
-        run(settings | {"model": str(base)})
+        make_plan(settings | {"model": write_any(here, "paligemma")}, device="cpu")
+
+
+def test_new_tokens_are_refused_where_the_head_has_no_rows_for_them(settings: dict[str, Any], here: Path) -> None:
+    """The embedding of Llama 3.2 Vision has eight rows more than its head."""
+    settings |= {"model": write_any(here, "mllama"), "tokens": {"add": ["<note>"]}}
+    with pytest.raises(RecipeError, match="the head has 320 rows and the embedding 328"):
+        make_plan(settings, device="cpu")
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="needs an environment without timm")
+def test_a_missing_package_of_a_vision_tower_is_named_by_the_plan(settings: dict[str, Any], here: Path) -> None:
+    """Gemma 3n's tower is a timm model."""
+    AutoConfig.for_model("gemma3n", architectures=["Gemma3nForConditionalGeneration"]).save_pretrained(here / "gemma3n")
+    write_tokenizer(here / "gemma3n")
+    with pytest.raises(SourceError, match="pip install"):
+        make_plan(settings | {"model": str(here / "gemma3n")}, device="cpu")
 
 
 def test_a_vision_tower_gets_an_adapter_when_it_is_named(settings: dict[str, Any], here: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,10 @@ def test_fail_if_worse_needs_validation_data(settings: Settings) -> None:
 def test_overfitting_names_the_step() -> None:
     metrics = curve([3.0, 2.0, 1.0, 0.5], [2.5, 2.0, 2.2, 2.6])
     verdict = make_verdict([(30.0, 10)] * 40, [(20.0, 10)] * 40, metrics, vocabulary=1000, kept_step=2)
-    assert verdict.overfits and "it overfits after step 2" in verdict.lines()[-1]
+    assert verdict.curve.overfits and "it overfits after step 2" in verdict.lines()[-1]
     assert "step 2 was kept" in verdict.lines()[-1]
     steady = make_verdict([], [], curve([3.0, 2.0], [2.5, 2.49, 2.5]), vocabulary=1000, kept_step=3)
-    assert not steady.overfits
+    assert not steady.curve.overfits
 
 
 def test_a_loss_of_a_uniform_guess_is_nothing_learned() -> None:
@@ -100,4 +101,4 @@ def test_without_validation_data_the_training_loss_decides() -> None:
     verdict = make_verdict([], [], curve([3.0, 2.5, 2.0, 1.0], []), vocabulary=1000, kept_step=4)
     assert verdict.comparison == "" and verdict.learned and not verdict.is_worse
     assert "add val" in verdict.lines()[0] and "fell from 3.0000 to 1.0000" in verdict.lines()[1]
-    assert read_verdict(json.loads(json.dumps(verdict.__dict__))) == verdict
+    assert read_verdict(json.loads(json.dumps(asdict(verdict)))) == verdict

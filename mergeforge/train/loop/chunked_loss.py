@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mergeforge.errors import RecipeError
+from mergeforge.eval.text_forward import text_body
 
 IGNORE_INDEX = -100
 Loss = Callable[[Tensor, Tensor, Any], Tensor]  # logits (n, vocabulary), labels (n), count -> the loss
@@ -32,7 +33,7 @@ def install_chunked_loss(model: PreTrainedModel, *, chunk: int, custom: Loss | N
     where the model's head cannot be computed apart from the model, so that all logits are held at once; "" otherwise.
     """
     head = None if custom or not chunk else find_head(model)
-    model_forward = model.forward
+    model_forward, body = model.forward, text_body(model)
 
     @functools.wraps(model_forward)  # generate() and the Trainer read the signature of the model's own forward
     def forward(
@@ -51,7 +52,7 @@ def install_chunked_loss(model: PreTrainedModel, *, chunk: int, custom: Loss | N
         weights = None if loss_weights is None else loss_weights[:, 1:].reshape(-1)[is_trained]
         count = num_items_in_batch if num_items_in_batch is not None else max(len(targets), 1)
         if head is not None:
-            hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+            hidden = body(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
             rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[is_trained]
             total = summed_loss_in_chunks(rows, targets, head, chunk, weights)
             return {"loss": total / count + hidden.sum() * 0}
@@ -123,7 +124,7 @@ def _matches_model(model: Any, head: LossHead) -> bool:
     model.eval()
     try:
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        logits = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+        logits = head(text_body(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
     except (AttributeError, TypeError, RuntimeError):
         return False
     finally:

@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig
 from mergeforge.errors import SourceError, format_list
 from mergeforge.eval.load_transformers import disable_bnb_repack
 from mergeforge.eval.model_class import language_model_class
+from mergeforge.eval.text_forward import send_text_to_language_model
 
 SAFE = {"use_safetensors": True, "trust_remote_code": False}  # neither pickles nor the model's own Python code
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -68,6 +69,7 @@ def load_base(options: LoadOptions) -> Any:
     model.config.use_cache = False
     model.requires_grad_(options.train_all)
     disable_bnb_repack(model)
+    send_text_to_language_model(model)
     if options.embed_on_cpu:
         _keep_embedding_on_cpu(model)
     return model

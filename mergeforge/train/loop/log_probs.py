@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from mergeforge.eval.text_forward import text_body
 from mergeforge.train.loop.chunked_loss import IGNORE_INDEX, LossHead, find_head
 
 
@@ -22,7 +23,7 @@ def install_log_probs(model: PreTrainedModel, *, chunk: int) -> str:
     apart from the model, so that all logits are held at once; "" otherwise.
     """
     head = find_head(model) if chunk else None
-    model_forward = model.forward
+    model_forward, body = model.forward, text_body(model)
 
     @functools.wraps(model_forward)  # generate() and the Trainer read the signature of the model's own forward
     def forward(
@@ -39,7 +40,7 @@ def install_log_probs(model: PreTrainedModel, *, chunk: int) -> str:
         is_scored = targets != IGNORE_INDEX
         targets, segments = targets[is_scored], segments[:, 1:].reshape(-1)[is_scored]
         if head is not None:
-            states = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+            states = body(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
             rows = states[:, :-1].reshape(-1, states.shape[-1])[is_scored]
             log_probs = _in_chunks(rows, targets, head, chunk)
         else:

@@ -165,8 +165,14 @@ def _resolve_experts(config: LoraConfig, model: PreTrainedModel) -> None:
 
 def _last_names(model: PreTrainedModel, untargeted: str) -> set[str]:
     """The last names of the linear modules that `all-linear` means."""
-    names = {name.rpartition(".")[2] for name in linear_names(model) if not re.fullmatch(untargeted, name)}
+    names = {_last_name(path) for path in linear_names(model) if not re.fullmatch(untargeted, path)}
     return names - modules_without_adapter(model.config.get_text_config().model_type)
+
+
+def _last_name(path: str) -> str:
+    """The last part of a module's path; of a module in a list also the list's name, since "0" is a layer's name too."""
+    parent, _, name = path.rpartition(".")
+    return f"{_last_name(parent)}.{name}" if name.isdecimal() and parent else name
 
 
 def _token_rows(model: PreTrainedModel, new_tokens: Sequence[int]) -> dict[str, list[int]]:

@@ -40,18 +40,27 @@ class Scores:
 
 
 class RewardSums:
-    """Sums over answers that margin and accuracy follow from, and over validation answers also their likelihood."""
+    """Sums over answers that margin and accuracy follow from, and over validation answers also their likelihood.
+
+    `rows`: margin and agreement of each row of data that this process has seen since the last `clear`.
+    """
 
     NAMES = ("chosen", "chosen_count", "rejected", "rejected_count", "correct", "compared", "nll", "tokens")
 
     def __init__(self) -> None:
         self.values = torch.zeros(len(self.NAMES), dtype=torch.float64)
+        self.rows: list[tuple[float, float]] = []
 
     def add(self, **sums: Tensor | int) -> None:
         self.values += torch.tensor([float(sums.get(name, 0)) for name in self.NAMES], dtype=torch.float64)
 
+    def add_rows(self, margins: Tensor, agrees: Tensor) -> None:
+        """Keep the margin of each row, and whether its rewards agree with the data."""
+        self.rows += zip(margins.tolist(), agrees.float().tolist(), strict=True)
+
     def clear(self) -> None:
         self.values = torch.zeros_like(self.values)
+        self.rows = []
 
     def __getitem__(self, name: str) -> float:
         return float(self.values[self.NAMES.index(name)])
@@ -137,12 +146,14 @@ class PreferenceTraining:
         weights = (self.options.desirable_weight, self.options.undesirable_weight)
         ratios = scores.log_ratios.detach()
         reward = self.beta * ratios
+        agrees = torch.where(is_desirable, ratios > kl, ratios < kl)
+        rewards.add_rows(torch.where(is_desirable, reward, -reward), agrees)
         rewards.add(
             chosen=reward[is_desirable].sum(),
             chosen_count=is_desirable.sum(),
             rejected=reward[~is_desirable].sum(),
             rejected_count=(~is_desirable).sum(),
-            correct=torch.where(is_desirable, ratios > kl, ratios < kl).sum(),
+            correct=agrees.sum(),
             compared=len(ratios),
         )
         return preference_loss.kto(scores.log_ratios, is_desirable, kl, self.beta, weights).sum()
@@ -164,7 +175,11 @@ class PreferenceTraining:
         return Scores(sums[:count], reference, lengths[:count], likelihood)
 
     def _kl(self, model: nn.Module, adapted: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """KTO's estimate of the divergence from the reference: the mean log ratio of prompts with others' answers."""
+        """KTO's estimate of the divergence from the reference: the mean log ratio of prompts with others' answers.
+
+        In training over all devices; in validation, where they have different numbers of batches, over this one's.
+        """
+        trains = torch.is_grad_enabled()
         inputs: dict[str, Any] = {name: batch[MISMATCHED + name] for name in MODEL_INPUTS}
         inputs |= {"segment_count": len(batch["preferences"])}
         with torch.no_grad():
@@ -172,7 +187,7 @@ class PreferenceTraining:
         with reference_model(adapted):
             reference = adapted(**inputs)["log_probs"].float()
         kl: Tensor = (policy - reference).mean()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if trains and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(kl)
             kl = kl / torch.distributed.get_world_size()
         return kl.clamp(min=0)
@@ -199,6 +214,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 def _add_pairs(chosen: Tensor, rejected: Tensor, rewards: RewardSums) -> None:
     count = len(chosen)
+    rewards.add_rows(chosen - rejected, chosen > rejected)
     rewards.add(
         chosen=chosen.sum(),
         chosen_count=count,

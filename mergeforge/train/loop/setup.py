@@ -13,8 +13,8 @@ from transformers import set_seed
 
 from mergeforge.data.chat_templates import Template
 from mergeforge.data.template_probe import turn_ending
-from mergeforge.errors import SourceError
 from mergeforge.hub.download import fetch
+from mergeforge.train import preflight
 from mergeforge.train.environment import is_main
 from mergeforge.train.loop import chunked_loss, collate, eva, load_base, loftq, log_probs, lora, noise, preference
 from mergeforge.train.loop.context import MetricCallback, TrainingContext, autocast, memory_used
@@ -35,8 +35,7 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
         torch.set_num_threads(1)
     base = _load(plan)
     if collate.reads_ahead(base):
-        hint = "choose a model that predicts the next token from those before it"
-        raise SourceError(f"{plan.base} cannot be trained on text: its tokens attend to later ones", hint=hint)
+        raise preflight.reads_ahead_error(plan.base)
     packed = plan.resolved.pack and collate.separates_packed_rows(base)
     objective = OBJECTIVES[settings.objective]
     if objective.is_preference:
