@@ -3,13 +3,13 @@
 
     python benchmarks/gguf_quality.py --base FOLDER --adapter ADAPTER --dir DIR [--types q8_0,q4_k_m,...] [--chunks 6]
 
-The adapter is folded into the base, and every type is written twice: from the float32 values of the merge, and from values
-that were rounded to bfloat16 first, as when a merged model is saved and converted later. Both are compared with the
-F32 file of the merge. The text is the prose of Python's own documentation (pydoc), so that everyone has it.
+The adapter is folded into the base, and every type is written twice: from the float32 values of the merge, and from
+values that were rounded to bfloat16 first, as when a merged model is saved and converted later. Both are compared with
+the F32 file of the merge. The text is the prose of Python's own documentation (pydoc), so that everyone has it.
 
 `mergeforge demo --real DIR` makes such a base and adapter: SmolLM2-135M-Instruct, whose weights come from a Q4_1 file.
-So they lie on the grid of that type, but for what the adapter changes: types with 4 bits look better here than on a model
-that was never quantized.
+So they lie on the grid of that type, but for what the adapter changes: types with 4 bits look better here than on a
+model that was never quantized.
 """
 
 from __future__ import annotations
