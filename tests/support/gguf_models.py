@@ -159,6 +159,12 @@ XDROPE = {
 }
 
 
+def input_rows(shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """Fused experts as they are published: their rows are inputs, not outputs."""
+    fused = {name: shape for name, shape in shapes.items() if name.endswith(("gate_up_proj", "experts.down_proj"))}
+    return {name: (shape[0], shape[2], shape[1]) for name, shape in fused.items()}
+
+
 def next_layer(shapes: Mapping[str, tuple[int, ...]], last: int) -> Shapes:
     """A further layer like the last one, which predicts a further token."""
     old, new = f"layers.{last}.", f"layers.{last + 1}."
@@ -324,7 +330,12 @@ TINY = (
     Tiny("qwen2vl", "qwen2_vl", {"rope_parameters": MROPE}),
     Tiny("qwen25vl", "qwen2_5_vl", {"rope_parameters": MROPE}),
     Tiny("qwen3vl", "qwen3_vl", {"rope_parameters": MROPE, "head_dim": 64}),
-    Tiny("qwen3vlmoe", "qwen3_vl_moe", {"rope_parameters": MROPE, "head_dim": 64, "num_experts": 4, **EXPERTS}),
+    Tiny(
+        "qwen3vlmoe",
+        "qwen3_vl_moe",
+        {"rope_parameters": MROPE, "head_dim": 64, "num_experts": 4, **EXPERTS},
+        more=lambda shapes: input_rows(shapes),
+    ),
     Tiny("qwen3next", "qwen3_next", {**LINEAR, **SPARSE}, more=lambda shapes: mtp_layer(shapes, 3)),
     Tiny("qwen35", "qwen3_5_text", LINEAR, more=lambda shapes: mtp_layer(shapes, 3)),
     Tiny("qwen35-body", "qwen3_5_text", LINEAR, extra={"architectures": ["Qwen3_5TextModel"]}),

@@ -42,12 +42,20 @@ def qwen3vlmoe(model: HFModel) -> GGUFModelSpec:
         model,
         "qwen3vlmoe",
         keys,
-        transposed_experts,
+        *(() if has_output_rows(model) else (transposed_experts,)),
         stacked_experts,
         vocab="qwen3_omni" if omni else "gpt2",
         required_per_block=_NORMED,
         rename=without_thinker,
     )
+
+
+def has_output_rows(model: HFModel) -> bool:
+    """Whether rows of fused experts are outputs, as transformers 5 saves them; in published checkpoints they are inputs."""
+    hidden, width = int(model.require("hidden_size")), int(model.require("moe_intermediate_size"))
+    part, shape = ("gate_up_proj", (2 * width, hidden)) if hidden != 2 * width else ("down_proj", (hidden, width))
+    found = (info.shape[1:] for name, info in model.tensors.items() if name.endswith(f"experts.{part}"))
+    return next(found, None) == shape
 
 
 def without_thinker(name: str) -> str:

@@ -85,6 +85,19 @@ def _compare_with_file(tiny: Tiny, folder: Path, official: Path) -> None:
     assert shapes == golden_model(tiny.name)[1], "the golden facts are old: run tools/golden_gguf"
 
 
+def test_experts_saved_by_transformers_5_equal_published_ones() -> None:
+    """Qwen 3-VL MoE: the same experts with outputs as rows, which b11549's converter would transpose."""
+    config, shapes = golden_model("qwen3vlmoe")
+    stored, tensors = weights(shapes), infos(shapes)
+    wanted = assembled(build_spec(config, tensors), tensors, stored)
+    turned = {name: np.swapaxes(array, 1, 2) if "experts." in name else array for name, array in stored.items()}
+    tensors = infos({name: array.shape for name, array in turned.items()})
+    found = assembled(build_spec(config, tensors), tensors, turned)
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], array) for name, array in wanted.items())
+    assert wanted["blk.0.ffn_gate_exps.weight"].shape == (4, 256, 256)
+
+
 def test_stablelm_head_norms_are_stacked() -> None:
     """Rows of attn_q_norm are the heads' norms; the converter of b11549 loses them in a generator."""
     config = {**golden_model("stablelm")[0], "num_attention_heads": 4, "num_key_value_heads": 2}
