@@ -51,7 +51,7 @@ def qwen3vlmoe(model: HFModel) -> GGUFModelSpec:
 
 
 def has_output_rows(model: HFModel) -> bool:
-    """Whether rows of fused experts are outputs, as transformers 5 saves them; in published checkpoints they are inputs."""
+    """Whether rows of fused experts are outputs, as transformers 5 saves them, and not inputs, as published."""
     hidden, width = int(model.require("hidden_size")), int(model.require("moe_intermediate_size"))
     part, shape = ("gate_up_proj", (2 * width, hidden)) if hidden != 2 * width else ("down_proj", (hidden, width))
     found = (info.shape[1:] for name, info in model.tensors.items() if name.endswith(f"experts.{part}"))
