@@ -3,6 +3,7 @@
 
     python benchmarks/training.py load [--dir DIR] [--shape 1.1b]    host memory while a base is loaded in 4 bit
     python benchmarks/training.py loss                               all logits at once, and in chunks
+    python benchmarks/training.py peers --base FOLDER [--dir DIR]    LoRA against transformers' Trainer with PEFT
     python benchmarks/training.py gpu [--dir DIR] [--cap 8]          QLoRA of real shapes with random weights (CUDA)
 
 Memory on the host is this process's anonymous memory (mapped files do not count, because the kernel may drop them); on
@@ -41,13 +42,25 @@ STEPS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load", "loss", "gpu", "one-shape"])
+    parser.add_argument("what", choices=["load", "loss", "peers", "gpu", "one-shape"])
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "mergeforge-training")
+    parser.add_argument("--base", type=Path, help="a model's folder, such as that of `mergeforge demo --real`")
     parser.add_argument("--shape", default="1.1b")
     parser.add_argument("--cap", type=float, default=8, help="GPU memory to use, in GB")
     arguments = parser.parse_args()
     print(f"{machine()}\n", flush=True)
-    {"load": load, "loss": loss, "gpu": gpu, "one-shape": one_shape}[arguments.what](arguments)
+    {"load": load, "loss": loss, "peers": against_trainer, "gpu": gpu, "one-shape": one_shape}[arguments.what](
+        arguments
+    )
+
+
+def against_trainer(arguments: argparse.Namespace) -> None:
+    """Speed, memory and the time of the whole command, against transformers' Trainer with PEFT."""
+    from training_peers import peers
+
+    if arguments.base is None:
+        raise SystemExit("name a model's folder: --base FOLDER")
+    print(peers(arguments.base, arguments.dir / "peers"))
 
 
 def load(arguments: argparse.Namespace) -> None:
