@@ -303,7 +303,9 @@ def test_gguf_files_merge_without_a_folder(models: Path) -> None:
         base, *others = (name + ending for name in names)
         value = {"merge_method": "ties", "base_model": base, "models": others, "dtype": "float32"}
         outputs.append(
-            load_file(merged(f"alone{ending}", value | {"parameters": {"density": 0.5, "weight": 1.0}}) / "model.safetensors")
+            load_file(
+                merged(f"alone{ending}", value | {"parameters": {"density": 0.5, "weight": 1.0}}) / "model.safetensors"
+            )
         )
     assert outputs[0].keys() == outputs[1].keys()
     assert all(outputs[0][name].equal(outputs[1][name]) for name in outputs[0])

@@ -12,7 +12,7 @@ from mergeforge.core.messages import WarningText
 from mergeforge.errors import SourceError
 from mergeforge.gguf.hf_tokenizer.settings import bpe_model, surrounding_tokens, template_processing, tokenizer_json
 from mergeforge.gguf.hf_tokenizer.vocabulary import StoredVocabulary
-from mergeforge.gguf.vocab.pre_tokenizer_table import DIGIT, DIGITS, GPT2, PRE_TOKENIZERS, PreTokenizer
+from mergeforge.gguf.vocab.pre_tokenizer_table import DIGIT, DIGITS, GPT2, PRE_TOKENIZERS, PUNCTUATION, PreTokenizer
 from mergeforge.gguf.vocab.tokens import SPACE
 
 # What llama.cpp does with a file that names no pre-tokenizer, or "default" (src/llama-vocab.cpp, b11549).
@@ -90,12 +90,15 @@ def _of_family(arch: str) -> PreTokenizer:
 
 
 def _splits(row: PreTokenizer) -> list[dict[str, Any]]:
-    steps = [_split(regex) for regex in row.splits if regex != GPT2 or regex != row.splits[-1]]
-    with_regex = row.splits[-1] == GPT2
-    return [*steps, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": with_regex}]
+    """The steps of tokenizer.json; GPT-2's regex is part of its ByteLevel, wherever that stands."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    steps = [byte_level if regex == GPT2 else _split(regex) for regex in row.splits]
+    return steps if GPT2 in row.splits else [*steps, byte_level | {"use_regex": False}]
 
 
 def _split(regex: str) -> dict[str, Any]:
     if regex == DIGIT:
         return {"type": "Digits", "individual_digits": True}
+    if regex == PUNCTUATION:
+        return {"type": "Punctuation", "behavior": "Contiguous"}
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}

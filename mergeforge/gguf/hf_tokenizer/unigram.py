@@ -18,7 +18,9 @@ def unigram_tokenizer(vocabulary: StoredVocabulary) -> tuple[dict[str, Any], lis
     )
     scheme = "never" if vocabulary.get("add_space_prefix") is False else "always"
     metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": True}
-    cut = [{"type": "WhitespaceSplit"}] if vocabulary.get("remove_extra_whitespaces") else []
+    # XLM-RoBERTa always does; the converter writes remove_extra_whitespaces from another setting
+    removes = vocabulary.get("remove_extra_whitespaces") or vocabulary.header.get("general.architecture") == "bert"
+    cut = [{"type": "WhitespaceSplit"}] if removes else []
     scores = zip(vocabulary.tokens, vocabulary.scores, strict=True)
     tokenizer = tokenizer_json(
         vocabulary,

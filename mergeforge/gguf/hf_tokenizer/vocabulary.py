@@ -24,6 +24,12 @@ _ROLES = {
     "cls": ("cls",),
     "mask": ("mask",),
 }
+# What llama.cpp takes where the keys are absent (src/llama-vocab.cpp, b11549).
+_USUAL = {
+    "llama": {"bos": 1, "eos": 2, "unk": 0},
+    "bert": {"cls": 101, "unk": 100, "sep": 102, "pad": 0, "mask": 103},
+    "t5": {"eos": 1, "unk": 2, "pad": 0},
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,12 @@ class StoredVocabulary:
     @cached_property
     def roles(self) -> dict[str, int]:
         """The ids of special tokens by their roles in transformers: bos, eos, unk, pad, sep, cls, mask."""
-        return {role: token for role, token in self._stored_roles.items() if 0 <= token < len(self.tokens)}
+        usual = {role: token for role, token in _USUAL.get(self.get("model"), {}).items() if token < len(self.tokens)}
+        roles = usual | {role: token for role, token in self._stored_roles.items() if 0 <= token < len(self.tokens)}
+        if self.get("model") == "bert":  # whose [CLS] and [SEP] are GGUF's BOS and EOS
+            same = {"cls": roles.get("bos"), "sep": roles.get("eos")}
+            roles = {**{role: token for role, token in same.items() if token is not None}, **roles}
+        return roles
 
     @property
     def notes(self) -> list[str]:

@@ -19,8 +19,7 @@ _CASED = "bert-bge-large"  # the pre-tokenizer of vocabularies that keep their c
 def wordpiece_tokenizer(vocabulary: StoredVocabulary) -> tuple[dict[str, Any], list[str]]:
     """tokenizer.json; [CLS] and [SEP] stand around a text."""
     roles = vocabulary.roles
-    first = roles.get("cls", roles.get("bos"))
-    last = roles.get("sep", roles.get("eos"))
+    first, last = roles.get("cls"), roles.get("sep")
     pieces = replace(vocabulary, tokens=tuple(map(_piece, vocabulary.tokens, vocabulary.types)))
     unknown = roles.get("unk")
     tokenizer = tokenizer_json(
