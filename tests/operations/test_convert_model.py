@@ -65,16 +65,19 @@ def values(tensors: dict[str, object]) -> dict[str, bytes]:
 
 
 # What transformers cannot load or compute even from the original folder, or computes from weights drawn at random.
-UNCOMPARED = ("llama-longrope", "minimax-m2", "minicpm3", "paddleocr", "hunyuan-vl", *OTHER_NAMES)
+UNCOMPARED = ("llama-longrope", "glm4v", "glm4vmoe", "minimax-m2", "minicpm3", "paddleocr", "hunyuan-vl", *OTHER_NAMES)
+
+COMPARED = [tiny.name for tiny in TINY if tiny.kind and tiny.name not in (*UNCOMPARED, *NOT_WRITTEN)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiny", [tiny for tiny in TINY if tiny.kind and tiny.name not in (*UNCOMPARED, *NOT_WRITTEN)])
-def test_transformers_computes_the_same_logits(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", COMPARED)
+def test_transformers_computes_the_same_logits(name: str, tmp_path: Path) -> None:
     """The original folder and the one made from its F32 GGUF file, in transformers: equal logits, so equal losses."""
     import transformers
     from support.quiet import quiet
 
+    tiny = TINY_BY_NAME[name]
     folder, _, back = round_trip(tiny, tmp_path)
     names = [json.loads((path / "config.json").read_text())["architectures"][0] for path in (folder, back)]
     if not all(hasattr(transformers, name) for name in names):
@@ -90,23 +93,34 @@ def test_transformers_computes_the_same_logits(tiny: Tiny, tmp_path: Path) -> No
     assert torch.allclose(outputs[0], outputs[1], atol=1e-6 if tiny.name in CHANGED else 0, rtol=0)
 
 
-@pytest.mark.parametrize("type_", ["bf16", "q8_0", "q4_k_m"])
-def test_weights_equal_transformers_own_gguf_loading(type_: str, tmp_path: Path) -> None:
-    """from_pretrained(gguf_file=...) in float32, for a Llama, against the converted folder in float32."""
+# Families that transformers 5.24 reads from GGUF. Of others that it names (Qwen 3, GPT-2, Falcon, ...) it derives sizes
+# that the tiny models do not have, and Mamba's A_log is not exact in its result.
+READ_BY_TRANSFORMERS = ["llama-tied", "mistral", "qwen2", "gemma2", "gemma3", "phi-three", "starcoder2", "stablelm"]
+READ_BY_TRANSFORMERS += ["nemotron", "minimax-m2", "bloom", "lfm2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "type_"),
+    [("llama-tied", "bf16"), ("llama-tied", "q4_k_m")]
+    + [pytest.param(name, "q8_0", marks=pytest.mark.slow) for name in READ_BY_TRANSFORMERS],
+)
+def test_weights_equal_transformers_own_gguf_loading(name: str, type_: str, tmp_path: Path) -> None:
+    """from_pretrained(gguf_file=...) in float32, against the converted folder in float32, loaded by transformers."""
     from support.quiet import quiet
     from transformers import AutoModelForCausalLM
 
-    folder = make(TINY_BY_NAME["llama-tied"], tmp_path / "llama-tied")
+    folder = make(TINY_BY_NAME[name], tmp_path / name)
     file = to_gguf(folder, tmp_path / "model.gguf", type_)
-    ours = load_file(from_gguf(file, tmp_path / "back", "float32") / "model.safetensors")
+    back = from_gguf(file, tmp_path / "back", "float32")
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(file, alone)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=file.name, dtype=torch.float32)
+        ours = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32).state_dict()
     theirs = model.state_dict()
-    assert ours.keys() <= theirs.keys()
-    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not ours[key].equal(theirs[key])] == []
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt-oss", "deepseek3", "llama4", "qwen35"])

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergeforge.core.messages import WarningText
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.errors import SourceError, format_list
+from mergeforge.errors import MALFORMED_ERRORS, SourceError, format_list
 from mergeforge.gguf.architectures import GGUFModelSpec, build_spec
+from mergeforge.gguf.architectures.model import MAX_LAYERS
 from mergeforge.gguf.hf_model.classes import HFClass, classes_of, known_architectures
 from mergeforge.gguf.hf_model.config import propose_config, set_flags, text_part, unset_paths
 from mergeforge.gguf.hf_model.keys import ModelKeys
@@ -53,6 +54,7 @@ def rebuild_model(header: GGUFHeader, path: Path, dtype: str = "float32") -> Reb
         known = format_list(sorted(known_architectures()))
         raise SourceError(f"{path}: the architecture {arch!r} is not known", hint=f"known are {known}")
     keys = ModelKeys(arch, header.keys, {n: t.shape for n, t in header.tensors.items()}, _reader(header))
+    _check_layers(keys, path)
     problems: list[str] = []
     candidates: list[_Candidate] = []
     for entry in entries:
@@ -60,9 +62,20 @@ def rebuild_model(header: GGUFHeader, path: Path, dtype: str = "float32") -> Reb
             candidates.append(_candidate(entry, keys, dtype))
         except SourceError as error:
             problems.append(f"{error}")
+        except MALFORMED_ERRORS as error:  # a value of the wrong type
+            problems.append(f"{type(error).__name__}: {error}")
+        if candidates and not any(candidates[-1].strangeness):
+            return candidates[-1].model
     if not candidates:
         raise SourceError(f"{path} does not hold a whole {entries[0].name}: {problems[0]}", hint=_HINT)
     return min(candidates, key=lambda candidate: candidate.strangeness).model
+
+
+def _check_layers(keys: ModelKeys, path: Path) -> None:
+    """Raise SourceError for a number of layers that no model has."""
+    count = keys.get("block_count")
+    if not isinstance(count, int) or not 0 < count <= MAX_LAYERS:
+        raise SourceError(f"{path}: {keys.arch}.block_count is {count}", hint="the file is damaged: download it again")
 
 
 @dataclass(frozen=True)
@@ -98,8 +111,10 @@ def _candidate(entry: HFClass, keys: ModelKeys, dtype: str) -> _Candidate:
 def _has_other_vocabulary(entry: HFClass, keys: ModelKeys) -> bool:
     """Whether models of this class have another kind of vocabulary or pre-tokenizer."""
     kind, pre = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")
-    kinds, names = _VOCABULARIES.get(entry.name), _PRE_TOKENIZERS.get(entry.name)
-    return (kinds is not None and kind not in (None, *kinds)) or (names is not None and pre not in names)
+    kinds, names = _VOCABULARIES.get(entry.name), _PRE_TOKENIZERS.get(entry.name, ())
+    of_others = [name for other in classes_of(entry.arch) for name in _PRE_TOKENIZERS.get(other.name, ())]
+    other_kind = kinds is not None and kind not in (None, *kinds)
+    return other_kind or (pre not in names if names else pre in of_others)
 
 
 def _best_layout(entry: HFClass, shapes: Mapping[str, Shape], layers: int, positions: int) -> TensorLayout:
