@@ -15,6 +15,7 @@ from mergeforge.core.tensor_info import DTYPES, TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import TensorTarget
 from mergeforge.gguf.hf_model.config import generation_config
+from mergeforge.gguf.hf_model.old_files import source_of
 from mergeforge.gguf.hf_model.rebuild import rebuild_model
 from mergeforge.gguf.hf_tokenizer import rebuild_tokenizer
 from mergeforge.gguf.reader import GGUFHeader, GGUFTensorInfo, read_gguf
@@ -59,7 +60,7 @@ def _check_is_model(header: GGUFHeader, path: Path) -> None:
 
 
 def _tensor(info: TensorInfo, targets: tuple[TensorTarget, ...], stored: Mapping[str, GGUFTensorInfo]) -> LazyTensor:
-    sources = [(target, stored[target.tensor]) for target in targets]
+    sources = [source_of(target, stored) for target in targets]
     dtype = _common_dtype({source.ggml_type for _, source in sources})
     info = info.with_dtype(dtype)
     if len(sources) == 1 and _is_copy(info, *sources[0]):

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 from support.gguf_models import TINY, Tiny, make, stored_shapes
 from support.gguf_round_trip import CHANGED, NOT_WRITTEN, OTHER_NAMES, from_gguf, to_gguf
@@ -227,3 +228,33 @@ def test_inspect_says_what_a_file_holds(tmp_path: Path) -> None:
     file = to_gguf(folder, tmp_path / "model.gguf", "q8_0")
     sentences = " ".join(mergeforge.inspect(file)["in_words"])
     assert "LlamaForCausalLM" in sentences and "mergeforge convert" in sentences
+
+
+def test_experts_of_old_files_are_single_tensors(tmp_path: Path) -> None:
+    """A Mixtral file as of 2023 (blk.0.ffn_up.3.weight, no file type, linear scaling in one key), against today's."""
+    folder = make(TINY_BY_NAME["mixtral"], tmp_path / "model")
+    file = to_gguf(folder, tmp_path / "model.gguf")
+    old = GGUFReader(file)
+    writer = gguf.GGUFWriter(tmp_path / "old.gguf", "llama")
+    for field in old.fields.values():
+        if field.name.startswith(("llama.", "tokenizer.")) and field.name != "tokenizer.ggml.pre":
+            kind, *items = field.types
+            writer.add_key_value(field.name, field.contents(), kind, items[0] if items else None)
+    writer.add_float32("llama.rope.scale_linear", 4.0)
+    for tensor in old.tensors:
+        parts = list(tensor.data) if "_exps" in tensor.name else [tensor.data]
+        for at, part in enumerate(parts):
+            writer.add_tensor(tensor.name.replace("_exps", f".{at}"), np.ascontiguousarray(part))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    back = from_gguf(tmp_path / "old.gguf", tmp_path / "back")
+    stored, restored = (load_file(path / "model.safetensors") for path in (folder, back))
+    assert stored.keys() == restored.keys()
+    assert all(stored[name].equal(restored[name]) for name in stored)
+    rope = json.loads((back / "config.json").read_text())["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)

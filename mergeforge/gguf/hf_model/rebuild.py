@@ -16,6 +16,7 @@ from mergeforge.gguf.architectures.model import MAX_LAYERS
 from mergeforge.gguf.hf_model.classes import HFClass, classes_of, known_architectures
 from mergeforge.gguf.hf_model.config import propose_config, set_flags, text_part, unset_paths
 from mergeforge.gguf.hf_model.keys import ModelKeys
+from mergeforge.gguf.hf_model.old_files import modern_keys, modern_shapes
 from mergeforge.gguf.hf_model.shapes import Shape
 from mergeforge.gguf.hf_model.tensors import CONSTANTS, TensorLayout, lay_out_tensors
 from mergeforge.gguf.reader import GGUFHeader, GGUFTensorInfo
@@ -53,7 +54,7 @@ def rebuild_model(header: GGUFHeader, path: Path, dtype: str = "float32") -> Reb
     if not (entries := classes_of(arch)):
         known = format_list(sorted(known_architectures()))
         raise SourceError(f"{path}: the architecture {arch!r} is not known", hint=f"known are {known}")
-    keys = ModelKeys(arch, header.keys, {n: t.shape for n, t in header.tensors.items()}, _reader(header))
+    keys = ModelKeys(arch, modern_keys(arch, header.keys), modern_shapes(header.tensors), _reader(header))
     _check_layers(keys, path)
     problems: list[str] = []
     candidates: list[_Candidate] = []
