@@ -1,4 +1,4 @@
-"""What files of 2023 and early 2024 have otherwise: single experts, computed tables, and a key for linear rope scaling."""
+"""What files of 2023 have otherwise: single experts, computed tables, and a key for linear rope scaling."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from mergeforge.gguf.reader import GGUFHeader, GGUFTensorInfo
 if TYPE_CHECKING:
     import numpy as np
 
+MAX_HEADS = 1 << 16
 MAX_CONSTANT = 1 << 16  # elements of a tensor that is computed from the config
 _UNCOMPARED = ("general.", "tokenizer.", "split.", "quantize.")
 _IN_TOWER = ("n_deepstack_layers",)  # keys that count layers of a tower that the file does not hold
@@ -55,7 +56,7 @@ def rebuild_model(header: GGUFHeader, path: Path, dtype: str = "float32") -> Reb
         known = format_list(sorted(known_architectures()))
         raise SourceError(f"{path}: the architecture {arch!r} is not known", hint=f"known are {known}")
     keys = ModelKeys(arch, modern_keys(arch, header.keys), modern_shapes(header.tensors), _reader(header))
-    _check_layers(keys, path)
+    _check_counts(keys, path)
     problems: list[str] = []
     candidates: list[_Candidate] = []
     for entry in entries:
@@ -72,11 +73,16 @@ def rebuild_model(header: GGUFHeader, path: Path, dtype: str = "float32") -> Reb
     return min(candidates, key=lambda candidate: candidate.strangeness).model
 
 
-def _check_layers(keys: ModelKeys, path: Path) -> None:
-    """Raise SourceError for a number of layers that no model has."""
-    count = keys.get("block_count")
-    if not isinstance(count, int) or not 0 < count <= MAX_LAYERS:
-        raise SourceError(f"{path}: {keys.arch}.block_count is {count}", hint="the file is damaged: download it again")
+def _check_counts(keys: ModelKeys, path: Path) -> None:
+    """Raise SourceError for numbers of layers and heads that no model has."""
+    attends = any(name.endswith((".attn_q.weight", ".attn_k.weight")) for name in keys.shapes)
+    for name in ("block_count", "attention.head_count", "attention.head_count_kv"):
+        count = keys.get(name)
+        most = max(count, default=0) if isinstance(count, list) else count
+        wrong = not isinstance(most, int) or not 0 < most <= (MAX_LAYERS if name == "block_count" else MAX_HEADS)
+        if wrong and (name == "block_count" or (attends and count is not None)):
+            text = f"{path}: {keys.arch}.{name} is {count}"
+            raise SourceError(text, hint="the file is damaged: download it again")
 
 
 @dataclass(frozen=True)
