@@ -111,7 +111,7 @@ def _candidate(entry: HFClass, keys: ModelKeys, dtype: str) -> _Candidate:
     _check_tensors(spec, keys.shapes)
     unknown = [name for name in keys.values if name.startswith(f"{keys.arch}.") and name not in spec.keys]
     missing = [name for name in layout.missing if "{" not in name]
-    model = RebuiltModel(config, layout.tensors, spec, _notes(entry, spec, keys))
+    model = RebuiltModel(config, layout.tensors, spec, (*_notes(entry, spec, keys), *_unknown_note(unknown)))
     return _Candidate(model, (_has_other_vocabulary(entry, keys), len(unknown) + len(extra), len(missing)))
 
 
@@ -195,6 +195,10 @@ def _notes(entry: HFClass, spec: GGUFModelSpec, keys: ModelKeys) -> tuple[str, .
     if "text_config" in entry.config:
         notes.append(f"{entry.name}: the file holds only the text part; the vision or audio tower is in an mmproj file")
     return tuple(notes)
+
+
+def _unknown_note(unknown: list[str]) -> list[str]:
+    return [f"config.json has no place for {format_list(unknown)} of the GGUF file"] if unknown else []
 
 
 def _reader(header: GGUFHeader) -> Any:

@@ -27,7 +27,7 @@ def rope_type(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
     kind = keys.get("rope.scaling.type")
     if kind not in ("linear", "yarn"):
         return
-    rope = _rope(part)
+    rope = _full_rope(part)
     rope["rope_type"] = kind
     names = _YARN if kind == "yarn" else {"rope.scaling.factor": "factor"}
     rope |= {name: keys.get(key) for key, name in names.items() if keys.get(key) is not None}
@@ -73,7 +73,7 @@ def llama3(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
     """llama3 scaling, which GGUF has only as a tensor of divisors."""
     if "rope_freqs.weight" not in keys.shapes or entry.arch == "gemma4":
         return
-    rope = _rope(part)
+    rope = _full_rope(part)
     theta = keys.get("rope.freq_base") or 10000.0
     if found := solve_llama3(keys.read("rope_freqs.weight"), float(theta)):
         rope |= {"rope_type": "llama3", "rope_theta": theta, **found}
@@ -148,6 +148,16 @@ def _rope(part: dict[str, Any]) -> dict[str, Any]:
     part[name] = dict(part.get(name) or {})
     rope: dict[str, Any] = part[name]
     return rope
+
+
+def _full_rope(part: dict[str, Any]) -> dict[str, Any]:
+    """The rope of layers with full attention, which is the only one that is scaled."""
+    rope = _rope(part)
+    if not isinstance(rope.get("full_attention"), dict):
+        return rope
+    rope["full_attention"] = dict(rope["full_attention"])
+    full: dict[str, Any] = rope["full_attention"]
+    return full
 
 
 def _divided(keys: ModelKeys) -> int:

@@ -134,3 +134,20 @@ def test_keys_that_old_files_lack_get_the_default(tmp_path: Path) -> None:
     assert model.config.get("rope_parameters", {}).get("rope_theta", 10000.0) == 10000.0
     other = header_of(facts["config"], facts["stored"], tmp_path, rope__freq_base=f32(5e5))
     assert rebuild.rebuild_model(other, Path("model.gguf")).config["rope_parameters"]["rope_theta"] == 5e5
+
+
+def test_scaled_rope_belongs_to_full_attention(tmp_path: Path) -> None:
+    """Gemma 3 4B and larger: linear scaling in layers with full attention, and none in the others."""
+    facts = GOLDEN["gemma3"]
+    rope = {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}
+    rope["sliding_attention"] = {"rope_type": "default", "rope_theta": 1e4}
+    config = {**facts["config"], "rope_parameters": rope}
+    model = rebuild.rebuild_model(header_of(config, facts["stored"], tmp_path), Path("model.gguf"))
+    assert model.config["rope_parameters"] == rope
+    assert model.notes == ()
+
+
+def test_keys_without_a_place_are_noted(tmp_path: Path) -> None:
+    facts = GOLDEN["llama"]
+    header = header_of(facts["config"], facts["stored"], tmp_path, attention__novel=u32(3))
+    assert "llama.attention.novel" in rebuild.rebuild_model(header, Path("model.gguf")).notes[0]
