@@ -30,6 +30,7 @@ def layer_count(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
 
 
 def layer_types(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
+    """layer_types, where a list in the file says what each layer does."""
     slides, recurrent = keys.get("attention.sliding_window_pattern"), keys.get("attention.recurrent_layers")
     groups = keys.get("attention.head_count_kv")
     layers = (keys.get("block_count") or 0) - (keys.get("nextn_predict_layers") or 0)
@@ -65,6 +66,7 @@ def _period(layers: list[int], count: int) -> tuple[int, int]:
 
 
 def indexer(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
+    """GLM-5: layers that select tokens, and those that share the selection."""
     kinds = keys.get("attention.indexer.types")
     if isinstance(kinds, list):
         part["indexer_types"] = [("shared", "full")[on] for on in kinds]

@@ -12,6 +12,7 @@ _GATING_NAMES = ("scoring_func", "score_function", "score_func", "moe_router_act
 
 
 def vocabulary(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
+    """The rows of the embeddings."""
     if rows := keys.shapes.get("token_embd.weight"):
         part["vocab_size"] = rows[0]
     if "type_vocab_size" in part and (types := keys.shapes.get("token_types.weight")):
@@ -74,6 +75,7 @@ def per_layer_embedding(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -
 
 
 def latent_attention(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
+    """A head of latent attention has a rotated part and another one; the key is the sum."""
     length, rotated = keys.get("attention.key_length_mla"), keys.get("rope.dimension_count")
     length = length or keys.get("attention.key_length")
     if "qk_nope_head_dim" in entry.config and length and rotated:
@@ -86,6 +88,7 @@ def latent_attention(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> N
 
 
 def expert_selection(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
+    """How experts are chosen and weighted."""
     gating = _GATING.get(keys.get("expert_gating_func") or 0)
     if gating and (entry.arch == "deepseek2" or any(name in part for name in _GATING_NAMES)):
         part[next((name for name in _GATING_NAMES if name in part), "scoring_func")] = gating
@@ -127,6 +130,7 @@ def scales(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
 
 
 def widths(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
+    """Feed-forward widths under other names, or as a multiple."""
     width = keys.get("feed_forward_length")
     if entry.name.startswith("DistilBert") and width:
         part["hidden_dim"] = width
@@ -154,6 +158,7 @@ def folded_multipliers(part: dict[str, Any], keys: ModelKeys, entry: HFClass) ->
 
 
 def pooling(part: dict[str, Any], keys: ModelKeys, entry: HFClass) -> None:
+    """How a classifier pools, and activations that are stored by name."""
     names = {1: "mean", 2: "cls"}
     if kind := names.get(keys.get("classifier.pooling_type") or 0):
         part["classifier_pooling"] = kind
