@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCRATCH_BLOCKS = 6  # of dequantization: the bytes, integer and float temporaries, the result
-_READ_NBYTES = 1 << 20  # bytes of a transposed matrix that are read at once
+READ_NBYTES = 1 << 20  # bytes of a transposed matrix that are read at once
 Fill = Callable[["Tensor", int, int], None]  # writes its elements of rows [start, stop) into a block
 
 
@@ -124,7 +124,7 @@ class TransposedRows:
     @property
     def memory_cost(self) -> MemoryCost:
         block, nbytes = self._block
-        ends = 4 * len(self.columns) * nbytes + _READ_NBYTES + 64 * ALIGNMENT
+        ends = 4 * len(self.columns) * nbytes + READ_NBYTES + 64 * ALIGNMENT
         matrix_row = self.target.transpose // block * nbytes
         row_nbytes = -(-len(self.columns) * nbytes // block) + ALIGNMENT
         return MemoryCost(row_nbytes=row_nbytes, fixed_nbytes=ends + matrix_row, scratch_blocks=SCRATCH_BLOCKS)
@@ -161,7 +161,7 @@ class TransposedRows:
         def read() -> np.ndarray:
             kept = worker.allocate(height * (last - first) * nbytes).reshape(height, (last - first) * nbytes)
             mark = worker.mark()
-            step = max(1, _READ_NBYTES // size)
+            step = max(1, READ_NBYTES // size)
             buffer = worker.allocate(min(step, height) * size)
             for top in range(0, height, step):
                 count = min(step, height - top)

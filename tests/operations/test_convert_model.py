@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
-from support.gguf_models import TINY, Tiny, make, stored_shapes
+from support.gguf_models import TINY, VOCAB, Tiny, make, stored_shapes
 from support.gguf_round_trip import CHANGED, NOT_WRITTEN, OTHER_NAMES, from_gguf, to_gguf
 
 import mergeforge
@@ -158,15 +158,24 @@ def test_dtypes_are_kept_and_quantized_tensors_become_float16(tmp_path: Path) ->
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def test_bytes_do_not_depend_on_memory_or_threads(tmp_path: Path) -> None:
-    """A model with transposed experts, with the least memory and two threads, and with much and one."""
-    folder = make(TINY_BY_NAME["gpt-oss"], tmp_path / "model")
-    file = to_gguf(folder, tmp_path / "model.gguf", "q8_0")
+@pytest.mark.parametrize("type_", ["f16", "q8_0", "q4_0"])
+def test_bytes_do_not_depend_on_memory_or_threads(type_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transposed matrices of several blocks, read in small pieces and at once; F16 is also what the model has."""
+    from mergeforge.checkpoints import gguf_rows
+
+    sizes = {"vocab_size": VOCAB, "n_embd": 768, "n_head": 4, "n_layer": 1, "n_positions": 64}
+    tiny = Tiny("wide", "gpt2", sizes, extra={"n_ctx": 64}, dtype="bfloat16")
+    folder = make(tiny, tmp_path / "model")
+    file = to_gguf(folder, tmp_path / "model.gguf", type_)
     outputs = []
-    for memory, threads in (("40MiB", 2), ("1GiB", 1)):
+    for memory, threads, nbytes in (("40MiB", 2, 10_000), ("1GiB", 1, 1 << 20)):
+        monkeypatch.setattr(gguf_rows, "READ_NBYTES", nbytes)
         out = mergeforge.convert_from_gguf(file, out=tmp_path / memory, memory=memory, threads=threads, device="cpu")
         outputs.append((out / "model.safetensors").read_bytes())
     assert outputs[0] == outputs[1]
+    if type_ == "f16":
+        stored, restored = (load_file(path / "model.safetensors") for path in (folder, out))
+        assert [name for name in stored if not stored[name].float().equal(restored[name].float())] == []
 
 
 def test_a_gguf_file_alone_is_the_base_of_a_lora(tmp_path: Path) -> None:
