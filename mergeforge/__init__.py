@@ -17,7 +17,7 @@ from typing import Any
 
 _MODULE_OF = {
     **dict.fromkeys(("plan", "run", "iter_run", "merge", "verify", "inspect", "diff"), "api"),
-    **dict.fromkeys(("convert_to_gguf", "extract_lora", "combine_adapters", "publish"), "api"),
+    **dict.fromkeys(("convert_to_gguf", "convert_from_gguf", "extract_lora", "combine_adapters", "publish"), "api"),
     "Plan": "planner",
     "Recipe": "recipe",
     "RunResult": "operations.merge",

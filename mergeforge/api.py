@@ -138,6 +138,29 @@ def diff(a: str | Path, b: str | Path, *, allow_pickle: bool = False) -> list[Te
     return list(differences(str(a), str(b), allow_pickle=allow_pickle))
 
 
+def convert_from_gguf(
+    file: str | Path,
+    *,
+    out: str | Path | None = None,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    fresh: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Write a GGUF file as a Hugging Face folder: safetensors, config and tokenizer; returns the folder.
+
+    out: the folder (default: the model's name, in the current folder). dtype: of all tensors; by default quantized ones
+    become float16, and the others stay as they are. options: plan()'s. Raises SourceError for a file that is no whole
+    model of a known architecture.
+    """
+    from mergeforge.operations.convert_model import conversion_recipe, default_folder
+
+    recipe = conversion_recipe(str(file), dtype, shard_size)
+    planned = Options.of("mergeforge.convert_from_gguf", options | {"out": out or default_folder(str(file))})
+    return merging.run(make_plan(recipe, planned), fresh=fresh, overwrite=overwrite).folder
+
+
 def convert_to_gguf(
     model: str | Path,
     types: str | Sequence[str] | None = None,

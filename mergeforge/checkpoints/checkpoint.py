@@ -12,6 +12,7 @@ from typing import Any
 from mergeforge.checkpoints.pickle_reader import read_pickled
 from mergeforge.checkpoints.quantized import detect_quantization
 from mergeforge.errors import SourceError, format_list
+from mergeforge.io.aux_files import AuxFiles
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.model_files import is_complete_set
 from mergeforge.io.safetensors_header import check_is_file, parse_header, read_header
@@ -27,6 +28,7 @@ class Checkpoint:
 
     `label`: the model's name in the recipe; `revision`: its Hub commit, if it comes from there; `file_hashes`: the
     name of each weight file -> the sha256 of its header. `is_single_file`: the user named a file, not its folder.
+    `own_files`: the files beside the weights, where they are not those of the folder but made from a GGUF file's keys.
     """
 
     label: str
@@ -37,6 +39,7 @@ class Checkpoint:
     file_hashes: Mapping[str, str]
     warnings: tuple[str, ...] = ()
     is_single_file: bool = False
+    own_files: AuxFiles | None = None
 
     @property
     def nbytes(self) -> int:

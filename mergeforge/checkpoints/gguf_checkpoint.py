@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeforge.checkpoints.checkpoint import Checkpoint
+from mergeforge.checkpoints.gguf_rows import KeptRows, TransposedRows, read_rows
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, format_list
 from mergeforge.gguf.architectures import TensorTarget, build_spec
@@ -19,17 +21,14 @@ from mergeforge.gguf.reader import GGUFTensorInfo, read_gguf
 from mergeforge.io.disk import InputFile
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.lazy import LazyTensor, Rows, Stats, StatsPass
-from mergeforge.tensors.row_gather import consecutive_runs
 from mergeforge.tensors.stored import StoredTensor
 from mergeforge.tensors.worker import ALIGNMENT, Worker
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor
 
 _STORED_PLAIN = ("I8", "I16", "I32", "I64", "F64")  # types without blocks that gguf-py does not dequantize
-SCRATCH_BLOCKS = 6  # of dequantization: the bytes, integer and float temporaries, the result
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,82 +46,44 @@ class DequantizedGGUFTensor:
         return self.sources[0][1].file
 
     @property
+    def files(self) -> tuple[InputFile, ...]:
+        return tuple(stored.file for _, stored in self.sources)
+
+    @property
     def stored_nbytes(self) -> int:
         """The bytes of its rows as they are stored, for the size of the input."""
-        return self.info.rows * max(stored.row_nbytes(self.info.columns) for _, stored in self.sources)
+        return sum(part.numel // part.stored.block * part.stored.block_nbytes for part in self.parts)
+
+    @cached_property
+    def parts(self) -> tuple[KeptRows | TransposedRows, ...]:
+        return tuple(read_rows(self.info, target, stored) for target, stored in self.sources)
 
     @property
     def memory_cost(self) -> MemoryCost:
-        row_nbytes = max(stored.row_nbytes(self.info.columns) for _, stored in self.sources)
-        return MemoryCost(row_nbytes=row_nbytes, fixed_nbytes=ALIGNMENT * 64, scratch_blocks=SCRATCH_BLOCKS)
+        costs = [part.memory_cost for part in self.parts]
+        return MemoryCost(
+            row_nbytes=sum(cost.row_nbytes for cost in costs),
+            fixed_nbytes=ALIGNMENT + sum(cost.fixed_nbytes for cost in costs),
+            scratch_blocks=max(cost.scratch_blocks for cost in costs),  # one part is filled after the other
+        )
 
     def collect_stats(self, scan: StatsPass) -> Any:
         return None
 
     def load(self, rows: range, worker: Worker, stats: Stats, dtype: torch.dtype) -> Rows:
-        units_of = self._units()
-        loaded = [self._load_units(index, units_of[index], rows, worker) for index in range(len(self.sources))]
+        fills = [part.load(rows, worker) for part in self.parts]
+        is_whole = sum(part.numel for part in self.parts) >= self.info.numel
         slot = worker.next_slot()
 
         def block(start: int, stop: int) -> Tensor:
             out = worker.scratch(slot, (stop - start, self.info.columns), dtype)
-            for index, (units, raw) in enumerate(loaded):
-                self._fill(out, index, units_of[index][start:stop], units, raw)
+            if not is_whole:
+                out.zero_()  # rows that the GGUF file leaves out
+            for fill in fills:
+                fill(out, start, stop)
             return out
 
         return block
-
-    def _load_units(
-        self, index: int, all_units: np.ndarray, rows: range, worker: Worker
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The units of GGUF tensor `index` that the rows need, ascending, and their bytes."""
-        import numpy as np
-
-        stored = self.sources[index][1]
-        size = stored.row_nbytes(self.info.columns)
-        units = np.sort(all_units[rows.start : rows.stop])
-        units = units[np.searchsorted(units, 0) :]
-
-        def read() -> np.ndarray:
-            raw = worker.allocate(len(units) * size)
-            filled = 0
-            for first, count in consecutive_runs(units):
-                stored.file.read_into(raw[filled : filled + count * size].data, stored.offset + first * size)
-                filled += count * size
-            return raw
-
-        raw = worker.cached((id(self), index, rows), read)
-        return units, raw.reshape(len(units), size)
-
-    def _fill(self, out: Tensor, index: int, requested: np.ndarray, units: np.ndarray, raw: np.ndarray) -> None:
-        import gguf
-        import numpy as np
-        import torch
-
-        target, stored = self.sources[index]
-        positions = np.flatnonzero(requested >= 0)
-        if not len(positions):
-            return
-        encoded = raw[np.searchsorted(units, requested[positions])]
-        values = gguf.quants.dequantize(encoded, gguf.GGMLQuantizationType[stored.ggml_type]) - np.float32(target.add)
-        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(out.device)
-        if len(positions) == len(out):
-            out.copy_(tensor)
-        else:
-            out[torch.from_numpy(positions).to(out.device)] = tensor.to(out.dtype)
-
-    def _units(self) -> list[np.ndarray]:
-        """For each GGUF tensor, the unit that holds each row (-1: none); a unit is as wide as a row of this tensor."""
-        import numpy as np
-
-        units_of = []
-        for target, _ in self.sources:
-            first = target.first_row * target.shape[-1] // self.info.columns
-            units = np.full(self.info.rows, -1, dtype=np.int64)
-            chosen = np.arange(self.info.rows) if target.rows is None else target.rows
-            units[chosen] = first + np.arange(len(chosen))
-            units_of.append(units)
-        return units_of
 
 
 def open_gguf(path: Path, label: str, reference: Checkpoint) -> Checkpoint:
@@ -157,13 +118,18 @@ def open_gguf_alone(path: Path, label: str) -> Checkpoint:
     return Checkpoint(label, path.parent, None, tensors, {}, header.hashes)
 
 
-def dequantized(info: TensorInfo, sources: Sequence[tuple[TensorTarget, GGUFTensorInfo]]) -> DequantizedGGUFTensor:
-    """The values of GGUF tensors, with this name and shape. Raises SourceError for types that have no float values."""
+def dequantized(
+    info: TensorInfo, sources: Sequence[tuple[TensorTarget, GGUFTensorInfo]], dtype: str = "F32"
+) -> DequantizedGGUFTensor:
+    """The values of GGUF tensors, with this name and shape. Raises SourceError for types that have no float values.
+
+    dtype: that of the tensor, if a merge does not say otherwise.
+    """
     for _, stored in sources:
         if not stored.can_be_dequantized:
             text = f"{stored.file.path}: {stored.name} has the type {stored.ggml_type}, which cannot be converted"
             raise SourceError(text, hint="use the model that the GGUF file was made from")
-    return DequantizedGGUFTensor(info.with_dtype("F32"), tuple(sources))
+    return DequantizedGGUFTensor(info.with_dtype(dtype), tuple(sources))
 
 
 def _own_tensor(stored: GGUFTensorInfo) -> Any:
@@ -187,10 +153,6 @@ def _dequantized_tensor(
         stored = by_name.get(target.tensor)
         if stored is None:
             raise SourceError(f"{path} lacks {target.tensor}, the GGUF name of {info.name}")
-        if not target.keeps_rows:
-            hint = "use the model that the GGUF file was made from"
-            how = "transposed" if target.transpose else "changed"
-            raise SourceError(f"{path}: {target.tensor} is {how} in GGUF and cannot be read back", hint=hint)
         if stored.shape != target.shape:
             raise SourceError(f"{path}: {target.tensor} has the shape {list(stored.shape)}, not {list(target.shape)}")
         sources.append((target, stored))

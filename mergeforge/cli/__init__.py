@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("plan", "plan", "Show what run would do; reads headers only."),
     "verify": ("verify", "verify", "Check a finished merge against its receipt."),
     "gguf": ("gguf", "gguf", "Write a finished model as GGUF, quantized in one pass."),
+    "convert": ("convert", "convert", "Write a GGUF file as a Hugging Face folder with safetensors."),
     "inspect": ("inspect", "inspect", "Show what a checkpoint, an adapter or a GGUF file holds."),
     "diff": ("diff", "diff", "Compare two checkpoints tensor by tensor."),
     "extract-lora": ("extract_lora", "extract_lora", "Write the difference of two models as a LoRA adapter."),

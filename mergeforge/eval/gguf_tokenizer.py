@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from mergeforge.core.file_names import RECEIPT
 from mergeforge.data import load_tokenizer
 from mergeforge.errors import SourceError
-from mergeforge.eval.backend import require
 from mergeforge.eval.llama_logprobs_process import ScoringProcess
-from mergeforge.gguf.reader import GGUFHeader
+from mergeforge.gguf.hf_tokenizer import rebuild_tokenizer
+from mergeforge.gguf.reader import GGUFHeader, read_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,24 +52,27 @@ def _has_same_tokens(tokenizer: PreTrainedTokenizerBase, header: GGUFHeader) -> 
 
 
 def _tokenizer_from_file(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that transformers makes from the file, if it tokenizes like llama.cpp. Raises SourceError."""
-    transformers = require("transformers")
+    """The tokenizer rebuilt from the file, if it tokenizes like llama.cpp. Raises SourceError."""
     try:
-        with tempfile.TemporaryDirectory(prefix="mergeforge-tokenizer-") as folder:  # so that it reads no other file
-            (Path(folder) / path.name).symlink_to(path.absolute())
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
-    except Exception as error:  # transformers reads the vocabularies of some architectures only
-        text = f"no tokenizer is beside {path}, and transformers cannot make one from it: {error}"
+        files, _ = rebuild_tokenizer(read_gguf(path), path)
+    except SourceError as error:
+        text = f"no tokenizer is beside {path}, and none can be made from it: {error}"
         raise SourceError(text, hint=_HINT) from None
+    if not files:
+        raise SourceError(f"{path} has no vocabulary, and no tokenizer is beside it", hint=_HINT)
+    with tempfile.TemporaryDirectory(prefix="mergeforge-tokenizer-") as folder:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (Path(folder) / name).write_bytes(files[name])
+        tokenizer = load_tokenizer(folder)
     process = ScoringProcess(path, 1)
     try:
         expected = process.tokens(PROBE)
     finally:
         process.close()
     if list(tokenizer(PROBE, add_special_tokens=False)["input_ids"]) != expected:
-        text = f"no tokenizer is beside {path}, and the one transformers makes from it differs from llama.cpp's"
+        text = f"no tokenizer is beside {path}, and the one made from it differs from llama.cpp's"
         raise SourceError(text, hint=_HINT)
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def _receipt_inputs(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from mergeforge.checkpoints.quantized.detect import detect_quantization
 from mergeforge.checkpoints.quantized.tensor import QuantizedTensor
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError, format_list
-from mergeforge.gguf.reader import read_gguf
+from mergeforge.gguf.hf_model.rebuild import rebuild_model
+from mergeforge.gguf.hf_tokenizer import rebuild_tokenizer
+from mergeforge.gguf.reader import GGUFHeader, read_gguf
 from mergeforge.hub.download import fetch
 from mergeforge.io.safetensors_header import read_header
 from mergeforge.planner import WORK
@@ -150,12 +152,30 @@ def _inspect_gguf(path: Path) -> dict[str, Any]:
         sizes[tensor["dtype"]] += tensor["bytes"]
     return {
         "kind": "GGUF",
+        "in_words": list(_gguf_sentences(header, path)),
         "config": {name: _abridged(value.value) for name, value in header.keys.items()},
         "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
         "bytes": sum(sizes.values()),
         "bytes_by_dtype": dict(sizes.most_common()),
         "tensors": tensors,
     }
+
+
+def _gguf_sentences(header: GGUFHeader, path: Path) -> Iterator[str]:
+    """What the file is, and whether it can be turned back into a Hugging Face model."""
+    if len(header.hashes) > 1:
+        yield f"the model is split into {len(header.hashes)} files"
+    if header.get("general.type") not in (None, "model") or not header.tensors:
+        return
+    try:
+        model = rebuild_model(header, path)
+        rebuild_tokenizer(header, path)
+    except SourceError as error:
+        yield f"`mergeforge convert` cannot write it as safetensors: {error}"
+        return
+    name, tokens = model.config["architectures"][0], header.get("tokenizer.ggml.tokens") or ()
+    yield f"it holds a {name} with {len(model.tensors)} tensors and {len(tokens)} tokens"
+    yield f"`mergeforge convert {shlex.quote(str(path))} --out FOLDER` writes it as safetensors"
 
 
 def _abridged(value: Any) -> Any:

@@ -58,6 +58,8 @@ def files_of(model: ModelSource) -> tuple[dict[str, AuxFile], list[str]]:
     Of the folder around a model that is named as a single file, only files with well-known names belong to it.
     """
     folder = model.folder
+    if isinstance(model, Checkpoint) and model.own_files is not None:
+        return dict(model.own_files), []
     if isinstance(model, Checkpoint) and model.is_single_file:
         others = {path.name: path for pattern in _BESIDE_A_FILE for path in sorted(folder.glob(pattern))}
         return {**tokenizer_files_in(folder), **{name: path for name, path in others.items() if path.is_file()}}, []

@@ -12,6 +12,7 @@ from mergeforge.adapters.gguf_lora import open_gguf_adapter
 from mergeforge.adapters.open import Adapter, open_adapter
 from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_json
 from mergeforge.checkpoints.gguf_checkpoint import open_gguf
+from mergeforge.checkpoints.gguf_model import open_gguf_model
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.errors import SourceError
 from mergeforge.hub import download
@@ -158,14 +159,11 @@ class Opener:
         return Inputs(base, tuple(models), adapters)
 
     def _find_gguf_companion(self, entries: list[ModelEntry]) -> None:
-        """Names, shapes and config of GGUF inputs come from the first model that is not a GGUF file."""
+        """Names, shapes and config of GGUF inputs come from the first model that is not a GGUF file, if any."""
         if any(_is_gguf(entry.model) for entry in entries):
             stored = (entry for entry in entries if entry.model.path not in self.intermediate_models)
             companion = next((entry for entry in stored if not _is_gguf(entry.model)), None)
-            if companion is None:
-                hint = "name the model's folder as base_model, or as one of the models"
-                raise SourceError("a GGUF file has neither config.json nor tokenizer files", hint=hint)
-            self._gguf_companion = self._checkpoint(companion.model)
+            self._gguf_companion = self._checkpoint(companion.model) if companion else None
 
     def _model(
         self, entry: ModelEntry, later: Sequence[AdapterEntry] = (), names_of: ModelSource | None = None
@@ -243,7 +241,8 @@ class Opener:
 
     def _open(self, location: download.LocalInput, label: str) -> Checkpoint:
         if location.path.suffix == ".gguf" and location.path.is_file():
-            assert self._gguf_companion is not None
+            if self._gguf_companion is None:
+                return open_gguf_model(location.path, label)
             return open_gguf(location.path, label, self._gguf_companion)
         return open_checkpoint(
             location.path, label, revision=location.revision, allow_pickle=self.allow_pickle, files=location.files

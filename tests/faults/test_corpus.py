@@ -16,6 +16,7 @@ from mergeforge.operations.synthetic_models import SHAPES, write_adapter, write_
 CASES = list(cases())
 RECIPES = {
     "index": "merge_method: passthrough\nmodels: [sharded]\n",
+    "gguf alone": "merge_method: passthrough\nmodels: [model.gguf]\n",
     "gguf": "merge_method: linear\nparameters: {weight: 1}\nmodels: [base, model.gguf]\n",
 }
 FOLD = "base_model: base\nadapters: [legal]\n"
@@ -25,6 +26,8 @@ FINE = {
     "safetensors: the norm has another name": "a model of one's own may call it so",
     "safetensors: a name that is empty": "no rule of the format forbids it",
     "gguf: a byte too many": "llama.cpp pads the last tensor, too",
+    "gguf alone: a byte too many": "llama.cpp pads the last tensor, too",
+    "gguf alone: another hidden size": "the tensors say it, and heads have a size of their own",
 }
 
 

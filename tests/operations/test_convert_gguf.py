@@ -293,10 +293,22 @@ def test_inspect_shows_a_gguf_file(models: Path, capsys: pytest.CaptureFixture[s
     assert "general.architecture: llama" in shown and "blk.0.attn_q.weight  Q8_0 [64, 64]" in shown
 
 
-def test_a_gguf_file_alone_has_no_config(models: Path) -> None:
-    converted("tuned-a", "x.gguf", "q8_0")
-    with pytest.raises(SourceError, match=r"neither config.json"):
-        mergeforge.plan({"merge_method": "passthrough", "models": ["x.gguf"]}, out="out")
+def test_gguf_files_merge_without_a_folder(models: Path) -> None:
+    """TIES over F32 files of a base and a tuned model, against the same over their folders."""
+    names = ("base", "tuned-a")
+    for name in names:
+        converted(name, f"{name}.gguf", "f32")
+    outputs = []
+    for ending in ("", ".gguf"):
+        base, *others = (name + ending for name in names)
+        value = {"merge_method": "ties", "base_model": base, "models": others, "dtype": "float32"}
+        outputs.append(
+            load_file(
+                merged(f"alone{ending}", value | {"parameters": {"density": 0.5, "weight": 1.0}}) / "model.safetensors"
+            )
+        )
+    assert outputs[0].keys() == outputs[1].keys()
+    assert all(outputs[0][name].equal(outputs[1][name]) for name in outputs[0])
 
 
 def test_damaged_gguf_files_are_refused(models: Path) -> None:

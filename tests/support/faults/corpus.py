@@ -47,6 +47,8 @@ def cases() -> Iterator[Case]:
         )
     for name, change in GGUF.items():
         yield Case("gguf", name, "model.gguf", change)
+    for name, change in (GGUF | GGUF_ALONE).items():
+        yield Case("gguf alone", name, "model.gguf", change)
 
 
 def _instead(new: bytes) -> Change:
@@ -331,3 +333,39 @@ GGUF: dict[str, Change] = _cuts("gguf") | {
 def write(case: Case, folder: Path) -> None:
     path = folder / case.file
     path.write_bytes(case.change(path.read_bytes()))
+
+
+def _renamed(old: bytes, new: bytes) -> Change:
+    """The first occurrence of a name replaced by one of the same length."""
+    assert len(old) == len(new)
+    return lambda data: data.replace(old, new, 1)
+
+
+def _number(key: bytes, value: int) -> Change:
+    """Another value of a u32 key."""
+
+    def changed(data: bytes) -> bytes:
+        at = data.index(key) + len(key) + 4
+        return data[:at] + struct.pack("<I", value) + data[at + 4 :]
+
+    return changed
+
+
+# A file that must give names, config and tokenizer as well.
+GGUF_ALONE: dict[str, Change] = {
+    "another architecture": _renamed(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lemma"),
+    "an architecture with other tensors": _renamed(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba"),
+    "no vocabulary": _renamed(b"tokenizer.ggml.model", b"tokenizer.ggml.modal"),
+    "no tokens": _renamed(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokans"),
+    "no merges": _renamed(b"tokenizer.ggml.merges", b"tokenizer.ggml.marges"),
+    "an unknown pre-tokenizer": _renamed(b"\x05\0\0\0\0\0\0\0gpt-2", b"\x05\0\0\0\0\0\0\0gpt-9"),
+    "no layers": _number(b"llama.block_count", 0),
+    "layers without number": _number(b"llama.block_count", 1 << 31),
+    "more layers than tensors": _number(b"llama.block_count", 9),
+    "no heads": _number(b"llama.attention.head_count", 0),
+    "heads that do not divide the rows": _number(b"llama.attention.head_count", 7),
+    "no key-value heads": _number(b"llama.attention.head_count_kv", 0),
+    "another hidden size": _number(b"llama.embedding_length", 1),
+    "a tensor with another name": _renamed(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"),
+    "a tensor of a block too many": _renamed(b"blk.0.attn_q.weight", b"blk.7.attn_q.weight"),
+}

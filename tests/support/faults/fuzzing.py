@@ -174,7 +174,7 @@ def _gguf_to_gguf(root: Path, gguf: Path, adapter: Path, base: Path) -> Iterator
     """A GGUF file that is requantized, and a GGUF LoRA that is folded into one."""
     import mergeforge
     from mergeforge.operations.requantize_gguf import plan_gguf
-    from mergeforge.planner import Options
+    from mergeforge.planner import Options, make_plan
     from mergeforge.planner.requantize import Requantization
 
     changed = _folder(root, "requantize", [gguf]) / gguf.name
@@ -187,6 +187,13 @@ def _gguf_to_gguf(root: Path, gguf: Path, adapter: Path, base: Path) -> Iterator
     again = Requantization(allow_requantize=True)
     seeds, folded = [gguf.read_bytes()], Requantization(adapters=((str(lora), 1.0),))
     yield Target("requantize", seeds, [changed_bytes], changed, lambda: plan(changed, ["q4_k_m", "f16"], again))
+    alone = _folder(root, "alone", [gguf]) / gguf.name
+    recipe = {"merge_method": "passthrough", "models": [str(alone)]}
+
+    def convert() -> None:
+        make_plan(recipe, out=root / "unwritten", threads=1, memory="64MiB")
+
+    yield Target("gguf_alone", seeds, [changed_bytes], alone, convert)
     yield Target("gguf_lora", [lora.read_bytes()], [changed_bytes], lora, lambda: plan(gguf, ["q8_0"], folded))
 
 

@@ -1,0 +1,53 @@
+"""Tiny models written as F32 GGUF and turned back, and why some do not come back under their own names or values."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+from mergeforge.operations.convert_gguf import convert, plan_conversion
+from mergeforge.operations.convert_model import conversion_recipe
+from mergeforge.operations.merge import run
+from mergeforge.planner import Options, make_plan
+
+OPTIONS = Options(memory="64MiB", device="cpu", threads=1)
+
+# Models whose GGUF file looks like that of another class: the weights come back under that class's names.
+OTHER_NAMES = {
+    "llama-body": "a GGUF file does not say that a model has no head: it comes back with a tied one",
+    "qwen2-body": "as llama-body",
+    "qwen3-body": "as llama-body",
+    "qwen35-body": "as llama-body",
+    "lfm2-body": "as llama-body",
+    "qwen2moe-fused": "experts come back one by one",
+    "qwen3moe-fused": "experts come back one by one",
+    "ernie-fused": "fused projections of Paddle's checkpoints come back apart",
+    "gemma3-vision": "without its tower it is a Gemma3ForCausalLM",
+    "qwen35-vision": "without its tower it is a Qwen3_5ForCausalLM",
+    "smolvlm": "without its tower it is a Llama",
+    "voxtral": "without its tower it is a Llama",
+    "janus": "without its tower it is a Llama",
+    "sarashina-vision": "without its tower it is a Llama",
+    "qwen2-audio": "without its tower it is a Qwen 2",
+}
+# Tensors that a GGUF file holds only changed or in part.
+CHANGED = {
+    "falcon-h1": "multipliers of the config are folded into the weights, and come back as 1",
+    "roberta": "rows of the position table that no position has are not in the file, and come back as zeros",
+}
+# Models that the engine or the converter does not write as they are.
+NOT_WRITTEN = {"gemma2-legacy": "its lm_head differs from the embedding"}
+
+
+def to_gguf(folder: Path, file: Path, type_: str = "f32") -> Path:
+    """The model in a folder as a GGUF file."""
+    conversion = plan_conversion(str(folder), (type_,), str(file), {"pre": "gpt-2"}, OPTIONS)
+    deque(convert(conversion), maxlen=0)
+    return file
+
+
+def from_gguf(file: Path, folder: Path, dtype: str | None = None) -> Path:
+    """A GGUF file as a Hugging Face folder."""
+    from dataclasses import replace
+
+    return run(make_plan(conversion_recipe(str(file), dtype), replace(OPTIONS, out=folder))).folder
