@@ -17,5 +17,11 @@ const struct quant_type quant_types[] = {
     {"Q6_K", 256, 210, quantize_q6_k},
     {"IQ4_NL", 32, 18, quantize_iq4_nl},
     {"IQ4_XS", 256, 136, quantize_iq4_xs},
+    {"TQ1_0", 256, 54, quantize_tq1_0},
+    {"TQ2_0", 256, 66, quantize_tq2_0},
+    {"MXFP4", 32, 17, quantize_mxfp4},
+    {"NVFP4", 64, 36, quantize_nvfp4},
+    {"Q1_0", 128, 18, quantize_q1_0},
+    {"Q2_0", 64, 18, quantize_q2_0},
     {NULL, 0, 0, NULL},
 };

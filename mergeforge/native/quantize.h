@@ -24,6 +24,8 @@ extern const struct quant_type quant_types[]; /* ends with a NULL name */
 quantizer quantize_q4_0, quantize_q4_1, quantize_q5_0, quantize_q5_1, quantize_q8_0;
 quantizer quantize_q2_k, quantize_q3_k, quantize_q4_k, quantize_q5_k, quantize_q6_k;
 quantizer quantize_iq4_nl, quantize_iq4_xs;
+quantizer quantize_q1_0, quantize_q2_0, quantize_tq1_0, quantize_tq2_0;
+quantizer quantize_mxfp4, quantize_nvfp4;
 
 #define QUANTIZER_PARAMETERS (const float *x, const float *importance, int64_t columns, int64_t blocks, uint8_t *out)
 
