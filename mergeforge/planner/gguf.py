@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import is_head
 from mergeforge.checkpoints.ties import tied_head
+from mergeforge.core.messages import WarningText
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import RecipeError, SourceError, malformed_as_source_error
 from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget, build_spec
@@ -84,6 +85,13 @@ class GGUFPlan:
             sizes[tensor.quant_type.name] = sizes.get(tensor.quant_type.name, 0) + tensor.nbytes
         return sizes
 
+    @property
+    def notes(self) -> list[str]:
+        if self.file_type.label == "MXFP4_MOE" and "MXFP4" not in self.nbytes_by_type:
+            text = "mxfp4_moe gives 4 bits to stacked experts alone, and this model has none: its matrices become Q8_0"
+            return [WarningText(text)]
+        return []
+
 
 @dataclass(frozen=True)
 class GGUFInputs:
@@ -149,7 +157,8 @@ def _plan_models(
     for entry in output.gguf:
         with malformed_as_source_error("config.json, generation_config.json or the tokenizer"):
             plans.append(_plan(entry, output.gguf_from == "stored", spec, vocab.keys, inputs, encoders))
-    return plans, [*spec.notes, *vocab.notes, *_tower_notes(output, config, spec)]
+    notes = [*spec.notes, *vocab.notes, *_tower_notes(output, config, spec)]
+    return plans, [*notes, *(note for plan in plans for note in plan.notes)]
 
 
 def _tower_notes(output: Output, config: Mapping[str, Any], spec: GGUFModelSpec) -> list[str]:

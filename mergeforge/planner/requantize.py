@@ -111,7 +111,7 @@ def plan_requantization(
         ggufs=ggufs,
         config=None,
         aux_files={},
-        notes=tuple(work.notes),
+        notes=(*work.notes, *(note for gguf in ggufs for note in gguf.notes)),
         fingerprint=fingerprint(recipe, inputs, [gguf.layout for gguf in ggufs], budget),
         allow_nonfinite=False,
         strict=options.strict,

@@ -75,6 +75,18 @@ def test_types_that_need_an_imatrix_are_refused_without(files: dict[str, Path], 
     assert not (tmp_path / "other").exists()
 
 
+def test_mxfp4_moe_of_a_model_without_experts_is_a_warning(files: dict[str, Path], tmp_path: Path) -> None:
+    """Every matrix becomes Q8_0; in a model with experts, their stacks become MXFP4."""
+    dense, sparse = (
+        plan_gguf(
+            str(files[name] / f"{name}-F32.gguf"), ["mxfp4_moe"], str(tmp_path), {}, Requantization(), OPTIONS
+        ).plan
+        for name in NAMES
+    )
+    assert [warning.split(" ")[0] for warning in dense.warnings] == ["mxfp4_moe"] and not sparse.warnings
+    assert "MXFP4" in sparse.ggufs[0].nbytes_by_type and set(dense.ggufs[0].nbytes_by_type) == {"F32", "Q8_0"}
+
+
 def test_memory_does_not_change_the_file(files: dict[str, Path], tmp_path: Path) -> None:
     """In 16 MiB with 3 threads, against 64 MiB with one."""
     source = files["llama"] / "llama-F32.gguf"

@@ -10,7 +10,7 @@ import numpy as np
 from mergeforge.gguf.reader import read_gguf
 
 # File types that llama-quantize refuses without an imatrix.
-NEED_IMATRIX = ("q2_k_s",)
+NEED_IMATRIX = ("q2_k_s", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs")
 
 
 def write_imatrix(file: Path, imatrix: Path, without: str = "") -> dict[str, np.ndarray]:

@@ -13,7 +13,12 @@ from support.quantize_cases import CASES, importances
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType, encode
 
 BLOCK_TYPES = [quant_type for quant_type in QUANT_TYPES.values() if quant_type.block > 1]
-names = pytest.mark.parametrize("quant_type", BLOCK_TYPES, ids=lambda quant_type: quant_type.name)
+# ggml prepares the grids of IQ1 to IQ3 for up to half a minute; test_grid_types.py compares with recorded digests
+PARAMETERS = [
+    pytest.param(quant_type, id=quant_type.name, marks=() if quant_type.quantize_torch else pytest.mark.slow)
+    for quant_type in BLOCK_TYPES
+]
+names = pytest.mark.parametrize("quant_type", PARAMETERS)
 backends = pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=pytest.mark.needs_kernels)])
 
 
