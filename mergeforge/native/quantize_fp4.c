@@ -7,32 +7,31 @@
 #include "quantize_bits.h"
 #include "quantize_lanes.h"
 
-/* The index of the E2M1 number nearest to x / scale; of two, the smaller. Zero has no sign. Magnitudes are twice
-   E2M1's, and `scale` is half of the block's. The differences are compared after rounding, as ggml does. */
-INLINE uint8_t nearest_fp4(float x, float scale) {
-    float absolute = fabsf(x), least = absolute;
-    int index = 0;
-#define TRY(at, value)                                       \
-    {                                                        \
-        float difference = fabsf(value * scale - absolute);  \
-        index = difference < least ? at : index;             \
-        least = difference < least ? difference : least;     \
-    }
-    TRY(1, 1) TRY(2, 2) TRY(3, 3) TRY(4, 4) TRY(5, 6) TRY(6, 8) TRY(7, 12)
-#undef TRY
-    return (uint8_t)(index && x < 0 ? index + 8 : index);
-}
-
 INLINE float largest_magnitude(const float *restrict x, int size) {
     uint32_t largest = 0;
     for (int i = 0; i < size; i++) largest = magnitude(x[i]) > largest ? magnitude(x[i]) : largest;
     return float_of(largest);
 }
 
-/* `size` elements in 4 bits; l and l + size / 2 share byte l. */
+/* `size` elements in 4 bits, where l and l + size / 2 share byte l: the E2M1 number nearest to x / scale; of two, the
+   smaller. Zero has no sign. Magnitudes are twice E2M1's, and `scale` is half of the block's. The differences are
+   compared after rounding, as ggml does. */
 INLINE void store_fp4(const float *restrict x, int size, float scale, uint8_t *restrict out) {
+    static const float magnitudes[] = {0, 1, 2, 3, 4, 6, 8, 12};
+    float least[32];
+    uint32_t nearest[32];
     uint8_t index[32];
-    for (int i = 0; i < size; i++) index[i] = nearest_fp4(x[i], scale);
+    for (int i = 0; i < size; i++) least[i] = fabsf(x[i]), nearest[i] = 0;
+    for (uint32_t at = 1; at < 8; at++) {
+        float value = magnitudes[at] * scale;
+        for (int i = 0; i < size; i++) {
+            float difference = fabsf(value - fabsf(x[i]));
+            uint32_t closer = -(uint32_t)(difference < least[i]);
+            nearest[i] = (at & closer) | (nearest[i] & ~closer);
+            least[i] = float_of((bits_of(difference) & closer) | (bits_of(least[i]) & ~closer));
+        }
+    }
+    for (int i = 0; i < size; i++) index[i] = (uint8_t)(nearest[i] + (nearest[i] ? bits_of(x[i]) >> 31 << 3 : 0));
     pack_4bit(index, size / 2, out);
 }
 

@@ -126,9 +126,6 @@ int prepare_grid(struct grid *grid) {
 
 /* ---- Nearest neighbors ---- */
 
-typedef float floats __attribute__((vector_size(4 * STEP)));
-typedef int32_t integers __attribute__((vector_size(4 * STEP)));
-
 /* STEP tries from `first` on. */
 INLINE void search_step(const uint16_t *restrict neighbor, uint8_t (*restrict row)[8], int count, int values,
                         const tries *term, int first, int32_t *code) {
@@ -173,22 +170,22 @@ EVERY_WIDTH(void, nearest_neighbors,
 /* NEAR neighbors at a time; of equal sums, the first neighbor's is taken in each lane, then of the lanes. */
 INLINE int32_t search_near(const uint16_t *restrict neighbor, int count, const float *restrict x,
                            const float *restrict w, float scale, float factor, float offset, int values, int bits) {
-    float best[NEAR];
-    int32_t nearest[NEAR];
-    for (int g = 0; g < NEAR; g++) best[g] = FLT_MAX, nearest[g] = 0;
-    for (int j = 0; j < count; j += NEAR) {
-        float sum[NEAR] = {0};
-        for (int i = 0; i < values; i++)
-            for (int g = 0; g < NEAR; g++) {
-                float value = (float)(neighbor[j + g] >> bits * i & ((1 << bits) - 1)) * factor + offset;
-                float difference = scale * value - x[i];
-                sum[g] += w[i] * difference * difference;
-            }
-        for (int g = 0; g < NEAR; g++) {
-            int closer = (sum[g] < best[g]) & (j + g < count);
-            best[g] = closer ? sum[g] : best[g];
-            nearest[g] = closer ? j + g : nearest[g];
+    floats best = {0};
+    integers nearest = {0}, position = {0, 1, 2, 3, 4, 5, 6, 7};
+    best += FLT_MAX;
+    for (int j = 0; j < count; j += NEAR, position += NEAR) {
+        near_codes loaded;
+        memcpy(&loaded, neighbor + j, sizeof loaded);
+        integers code = __builtin_convertvector(loaded, integers);
+        floats sum = {0};
+        for (int i = 0; i < values; i++) {
+            floats level = __builtin_convertvector(code >> bits * i & ((1 << bits) - 1), floats);
+            floats difference = (level * factor + offset) * scale - x[i];
+            sum += w[i] * difference * difference;
         }
+        integers closer = (sum < best) & (position < count);
+        best = (floats)(((integers)sum & closer) | ((integers)best & ~closer));
+        nearest = (position & closer) | (nearest & ~closer);
     }
     int lane = 0;
     for (int g = 1; g < NEAR; g++)

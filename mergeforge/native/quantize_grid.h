@@ -15,8 +15,13 @@ enum { MOST_PARTS = 8 };  /* points of a group */
 enum { MOST_SIZE = 32 };  /* values of a group */
 enum { MOST_TRIES = 32 }; /* scales that are tried */
 enum { STEP = 8 };        /* tries that a vector holds */
-enum { NEAR = 16 };       /* neighbors that a vector holds */
+enum { NEAR = STEP };     /* neighbors that a vector holds */
 enum { ROWS = 32 };       /* of terms: 8 values with up to 4 levels, or 4 values with 8 */
+
+/* Vectors of STEP: with more, GCC compares lane by lane. */
+typedef float floats __attribute__((vector_size(4 * STEP)));
+typedef int32_t integers __attribute__((vector_size(4 * STEP)));
+typedef uint16_t near_codes __attribute__((vector_size(2 * NEAR)));
 
 /* What levels become: a point, if they are one; else one of `count` neighbors from `first` on, in ggml's order. */
 struct grid_place {

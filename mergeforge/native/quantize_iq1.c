@@ -10,21 +10,14 @@
 
 #include <float.h>
 
-enum { BLOCK = 256, PLACES = 33, SPLITS = 16 }; /* PLACES of a group of 32; SPLITS in a vector */
+enum { BLOCK = 256, PLACES = 33 }; /* of a group of 32 */
 
 #define SHIFT 0.125f
-
-/* Before a loop over a vector: otherwise compilers unroll it first, and then do not vectorize it. */
-#if defined(__clang__)
-#define ONE_BY_ONE _Pragma("clang loop unroll(disable)")
-#else
-#define ONE_BY_ONE _Pragma("GCC unroll 1")
-#endif
 
 static const float shifted[2][3] = {{-1 + SHIFT, SHIFT, 1 + SHIFT}, {-1 - SHIFT, -SHIFT, 1 - SHIFT}};
 
 /* Sums up to each place; beyond the last one NaN, which is no better than anything. */
-typedef float sums[PLACES + SPLITS];
+typedef float sums[PLACES + STEP];
 
 struct split {
     int first, second; /* places; below 0: none */
@@ -32,11 +25,16 @@ struct split {
     float scale, score;
 };
 
-/* A vector of splits with the same first place, each with up to four shifts: sums of weight * x * value and of weight *
+/* STEP splits with the same first place, each with up to four shifts: sums of weight * x * value and of weight *
    value^2. */
 struct split_vector {
     int first, second; /* of the first split */
-    float qx[4][SPLITS], q2[4][SPLITS];
+    floats qx[4], q2[4];
+};
+
+/* The largest qx^2 / q2 so far, in each lane. */
+struct largest_ratio {
+    floats qx2, q2;
 };
 
 /* The elements in ascending order; equal ones keep theirs, as in the C library that ggml is compiled with. */
@@ -55,26 +53,35 @@ INLINE void keep_better(float qx, float q2, int first, int second, int shifts, s
     best->first = first, best->second = second, best->shifts = shifts;
 }
 
-/* The ratio qx^2 / q2 from which on splits are compared one by one: 0.999 of the largest, because a comparison is wrong by
-   less than 2^-21 and at most 1122 splits follow each other. Below all of them if sums underflow or overflow: q2 is
-   between total / 64 and 1.3 * total. */
-INLINE float lowest_ratio(const struct split_vector *restrict vector, int vectors, int shift_count, float total) {
-    float largest_qx2[SPLITS], largest_q2[SPLITS], ratio = 0;
-    for (int g = 0; g < SPLITS; g++) largest_qx2[g] = 0, largest_q2[g] = 1;
-    for (int v = 0; v < vectors; v++)
-        ONE_BY_ONE for (int shifts = 0; shifts < shift_count; shifts++)
-            ONE_BY_ONE for (int g = 0; g < SPLITS; g++) {
-                float qx = vector[v].qx[shifts][g], qx2 = qx * qx, q2 = vector[v].q2[shifts][g];
-                uint32_t larger = -(uint32_t)(qx2 * largest_q2[g] > largest_qx2[g] * q2);
-                largest_qx2[g] = float_of((bits_of(qx2) & larger) | (bits_of(largest_qx2[g]) & ~larger));
-                largest_q2[g] = float_of((bits_of(q2) & larger) | (bits_of(largest_q2[g]) & ~larger));
-            }
-    for (int g = 0; g < SPLITS; g++) {
-        float other = largest_qx2[g] / largest_q2[g];
-        ratio = other > ratio ? other : ratio;
-    }
+INLINE void raise_ratio(const floats *restrict qx, const floats *restrict q2, struct largest_ratio *restrict largest) {
+    floats qx2 = *qx * *qx;
+    integers larger = qx2 * largest->q2 > largest->qx2 * *q2;
+    largest->qx2 = (floats)(((integers)qx2 & larger) | ((integers)largest->qx2 & ~larger));
+    largest->q2 = (floats)(((integers)*q2 & larger) | ((integers)largest->q2 & ~larger));
+}
+
+/* The ratio from which on splits are compared one by one: 0.999 of the largest, because a comparison is wrong by less
+   than 2^-21 and at most 1122 splits follow each other. Below all of them if sums underflow or overflow: q2 is between
+   total / 64 and 1.3 * total. */
+INLINE float lowest_ratio(const struct largest_ratio *restrict largest, int shift_count, float total) {
+    float ratio = 0;
+    for (int shifts = 0; shifts < shift_count; shifts++)
+        for (int g = 0; g < STEP; g++) {
+            float other = largest[shifts].qx2[g] / largest[shifts].q2[g];
+            ratio = other > ratio ? other : ratio;
+        }
     int exact = ratio > 1e-15f && ratio < 1e15f && total > 1e-15f && total < 1e15f;
     return exact ? 0.999f * ratio : -INFINITY;
+}
+
+/* Whether any split of a vector has at least this ratio. */
+INLINE int any_above(const struct split_vector *restrict vector, int shift_count, float lowest) {
+    integers above = {0};
+    uint64_t words[4];
+    for (int shifts = 0; shifts < shift_count; shifts++)
+        above |= vector->qx[shifts] * vector->qx[shifts] >= vector->q2[shifts] * lowest;
+    memcpy(words, &above, sizeof words);
+    return (words[0] | words[1] | words[2] | words[3]) != 0;
 }
 
 /* The best split as ggml finds it, which takes one after another. */
@@ -82,11 +89,8 @@ INLINE void find_best(const struct split_vector *restrict vector, int vectors, i
                       struct split *restrict best) {
     for (int v = 0; v < vectors; v++) {
         const struct split_vector *own = vector + v;
-        int close = 0;
-        ONE_BY_ONE for (int shifts = 0; shifts < shift_count; shifts++)
-            ONE_BY_ONE for (int g = 0; g < SPLITS; g++)
-                close |= own->qx[shifts][g] * own->qx[shifts][g] >= lowest * own->q2[shifts][g];
-        for (int g = 0; close && g < SPLITS; g++)
+        if (!any_above(own, shift_count, lowest)) continue;
+        for (int g = 0; g < STEP; g++)
             for (int shifts = 0; shifts < shift_count; shifts++) {
                 float qx = own->qx[shifts][g], q2 = own->q2[shifts][g];
                 if (qx * qx >= lowest * q2) keep_better(qx, q2, own->first, own->second + g, shifts, best);
@@ -96,60 +100,64 @@ INLINE void find_best(const struct split_vector *restrict vector, int vectors, i
 
 /* ---- Splits of IQ1_S ---- */
 
-INLINE void add_splits(const float *restrict x, const float *restrict w, int first, int second,
-                       const float *restrict value, float *restrict qx, float *restrict q2) {
-    float x0 = x[first] * value[0], w0 = w[first] * value[0] * value[0];
-    for (int g = 0; g < SPLITS; g++) {
-        float x2 = x[second + g], w2 = w[second + g];
-        qx[g] = x0 + (x2 - x[first]) * value[1] + (x[32] - x2) * value[2];
-        q2[g] = w0 + (w2 - w[first]) * value[1] * value[1] + (w[32] - w2) * value[2] * value[2];
-    }
-}
-
 INLINE void find_split(const float *restrict x, const float *restrict w, struct split *restrict best) {
-    struct split_vector vector[51];
+    struct split_vector vector[85];
+    struct largest_ratio largest[2] = {{{0}, {0}}, {{0}, {0}}};
     int vectors = 0;
+    for (int shift = 0; shift < 2; shift++) largest[shift].q2 += 1;
     for (int first = 0; first <= 32; first++)
-        for (int second = first; second <= 32; second += SPLITS) {
+        for (int second = first; second <= 32; second += STEP) {
             struct split_vector *own = vector + vectors++;
+            floats x2, w2;
             own->first = first, own->second = second;
-            for (int shift = 0; shift < 2; shift++)
-                add_splits(x, w, first, second, shifted[shift], own->qx[shift], own->q2[shift]);
+            memcpy(&x2, x + second, sizeof x2);
+            memcpy(&w2, w + second, sizeof w2);
+            for (int shift = 0; shift < 2; shift++) {
+                const float *value = shifted[shift];
+                own->qx[shift] = x[first] * value[0] + (x2 - x[first]) * value[1] + (x[32] - x2) * value[2];
+                own->q2[shift] = w[first] * value[0] * value[0] + (w2 - w[first]) * value[1] * value[1] +
+                                 (w[32] - w2) * value[2] * value[2];
+                raise_ratio(own->qx + shift, own->q2 + shift, largest + shift);
+            }
         }
-    find_best(vector, vectors, 2, lowest_ratio(vector, vectors, 2, w[32]), best);
+    find_best(vector, vectors, 2, lowest_ratio(largest, 2, w[32]), best);
 }
 
 /* ---- Splits of IQ1_M ---- */
 
-/* Of one half: the sums for a shift, as ggml simplifies them. */
+/* Of one half: the sums for each shift, as ggml simplifies them. */
 INLINE void add_half_splits(const float *restrict x, const float *restrict w, int first, int second,
-                            const float *restrict value, float *restrict qx, float *restrict q2) {
-    float low = value[0] * value[0] - value[1] * value[1], high = value[1] * value[1] - value[2] * value[2];
-    float all_x = x[16] * value[2], w0 = w[16] * value[2] * value[2] + w[first] * low;
-    ONE_BY_ONE for (int g = 0; g < SPLITS; g++) {
-        qx[g] = all_x - (x[first] + x[second + g]);
-        q2[g] = w0 + w[second + g] * high;
+                            floats *restrict qx, floats *restrict q2) {
+    floats x2, w2;
+    memcpy(&x2, x + second, sizeof x2);
+    memcpy(&w2, w + second, sizeof w2);
+    for (int shift = 0; shift < 2; shift++) {
+        const float *value = shifted[shift];
+        float low = value[0] * value[0] - value[1] * value[1], high = value[1] * value[1] - value[2] * value[2];
+        qx[shift] = x[16] * value[2] - (x[first] + x2);
+        q2[shift] = w[16] * value[2] * value[2] + w[first] * low + w2 * high;
     }
 }
 
 /* Shifts 0 to 3: up and up, up and down, down and up, down and down. */
 INLINE void find_half_split(const sums *restrict x, const sums *restrict w, struct split *restrict best) {
-    struct split_vector vector[18];
+    struct split_vector vector[27];
+    struct largest_ratio largest[4] = {{{0}, {0}}, {{0}, {0}}, {{0}, {0}}, {{0}, {0}}};
     int vectors = 0;
+    for (int shifts = 0; shifts < 4; shifts++) largest[shifts].q2 += 1;
     for (int first = 0; first <= 16; first++)
-        for (int second = first; second <= 16; second += SPLITS) {
+        for (int second = first; second <= 16; second += STEP) {
             struct split_vector *own = vector + vectors++;
-            float qx[4][SPLITS], q2[4][SPLITS]; /* of the halves, each with both shifts */
+            floats qx[2][2], q2[2][2];
             own->first = first, own->second = second;
-            ONE_BY_ONE for (int k = 0; k < 4; k++)
-                add_half_splits(x[k / 2], w[k / 2], first, second, shifted[k % 2], qx[k], q2[k]);
-            ONE_BY_ONE for (int shifts = 0; shifts < 4; shifts++)
-                ONE_BY_ONE for (int g = 0; g < SPLITS; g++) {
-                    own->qx[shifts][g] = qx[shifts / 2][g] + qx[2 + shifts % 2][g];
-                    own->q2[shifts][g] = q2[shifts / 2][g] + q2[2 + shifts % 2][g];
-                }
+            for (int half = 0; half < 2; half++) add_half_splits(x[half], w[half], first, second, qx[half], q2[half]);
+            for (int shifts = 0; shifts < 4; shifts++) {
+                own->qx[shifts] = qx[0][shifts / 2] + qx[1][shifts % 2];
+                own->q2[shifts] = q2[0][shifts / 2] + q2[1][shifts % 2];
+                raise_ratio(own->qx + shifts, own->q2 + shifts, largest + shifts);
+            }
         }
-    find_best(vector, vectors, 4, lowest_ratio(vector, vectors, 4, w[0][16] + w[1][16]), best);
+    find_best(vector, vectors, 4, lowest_ratio(largest, 4, w[0][16] + w[1][16]), best);
 }
 
 /* ---- Groups ---- */
@@ -166,7 +174,7 @@ INLINE int shift_of(int shifts, int size, int part) { return size == 32 ? shifts
 INLINE void add_sums(const float *restrict x, const float *restrict w, const int *restrict order, int size,
                      sums *restrict sum_of_x, sums *restrict sum_of_w) {
     for (int half = 0; half < 2; half++) {
-        for (int i = 0; i < PLACES + SPLITS; i++) sum_of_x[half][i] = sum_of_w[half][i] = NAN;
+        for (int i = 0; i < PLACES + STEP; i++) sum_of_x[half][i] = sum_of_w[half][i] = NAN;
         sum_of_x[half][0] = sum_of_w[half][0] = 0;
     }
     for (int j = 0; j < size; j++) {
