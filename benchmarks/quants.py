@@ -67,9 +67,13 @@ def main() -> None:
     lines = []
     for quant_type in (QUANT_TYPES[name.upper()] for name in options.types):
         for importance in (None, torch.rand(options.columns)):
+            if importance is None and quant_type.needs_importance:
+                continue
             speeds = [
-                speed(options.rounds, rows.numel(), encoder, quant_type, rows, importance) if encoder else "-"
-                for encoder in encoders.values()
+                speed(options.rounds, rows.numel(), encoder, quant_type, rows, importance)
+                if encoder and (name != "torch" or quant_type.quantize_torch)
+                else "-"
+                for name, encoder in encoders.items()
             ]
             lines.append([quant_type.name + ("" if importance is None else " *"), *speeds])
     print(

@@ -1,7 +1,7 @@
 """Tensors of a GGUF file under their Hugging Face names, dequantized row by row and in the order of the checkpoint.
 
-The TensorTargets that say where a row goes in a GGUF file also say where it comes from. The values are those of the
-gguf package's dequantizers (gguf-py/gguf/quants.py).
+The TensorTargets that say where a row goes in a GGUF file also say where it comes from. The values are those of ggml,
+by mergeforge.gguf.dequantize.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.gguf.architectures import TensorTarget
+from mergeforge.gguf.dequantize import dequantize
 from mergeforge.gguf.reader import GGUFTensorInfo
 from mergeforge.tensors.budget import MemoryCost
 from mergeforge.tensors.row_gather import consecutive_runs
@@ -195,10 +196,9 @@ def read_rows(info: TensorInfo, target: TensorTarget, stored: GGUFTensorInfo) ->
 
 def _values(raw: np.ndarray, stored: GGUFTensorInfo) -> np.ndarray:
     """Bytes of rows as float32."""
-    import gguf
     import numpy as np
 
-    values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[stored.ggml_type])
+    values = dequantize(raw, stored.ggml_type)
     return values.astype(np.float32, copy=False)
 
 

@@ -76,12 +76,13 @@ def _architectures() -> list[dict[str, Any]]:
 
 def _quants() -> list[dict[str, Any]]:
     from mergeforge.gguf.file_types import FILE_TYPES
-    from mergeforge.gguf.typical_size import TYPICAL_MODEL, typical_bits_per_weight
+    from mergeforge.gguf.typical_size import TYPICAL_MODEL, typical_bits_per_weight, typically_needs_imatrix
 
     rows = []
     for name, file_type in FILE_TYPES.items():
         bits = typical_bits_per_weight(file_type)
         about = f"{bits:5.2f} bits per weight in {TYPICAL_MODEL}, mostly {file_type.default_type}"
+        about += ", with --imatrix" if typically_needs_imatrix(file_type) else ""
         rows.append({"name": name, "about": about, "bits_per_weight": round(bits, 3)})
     return rows
 

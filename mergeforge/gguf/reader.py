@@ -15,20 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mergeforge.errors import SourceError
+from mergeforge.gguf.dequantize import GGUF_PY_TYPES, OWN_TYPES
 from mergeforge.gguf.key_values import VALUE_TYPES, Value, is_utf8
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.io.disk import DiskFile, InputFile
 from mergeforge.io.safetensors_header import check_is_file
 
 LARGEST_COUNT = 1 << 28  # of keys, tensors, items and bytes of a string: far above any model's
-# Types that gguf-py dequantizes (gguf/quants.py).
-DEQUANTIZED_TYPES = frozenset(
-    (
-        *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-        *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
-        *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
-    )
-)
+DEQUANTIZED_TYPES = GGUF_PY_TYPES | OWN_TYPES.keys()
 _KIND_BY_NUMBER = {number: (kind, form) for kind, (number, form) in VALUE_TYPES.items()}
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -165,21 +159,26 @@ class _HeaderReader:
         return GGUFHeader(values, tensors, {self.path.name: self.digest.hexdigest()})
 
     def _tensor(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> GGUFTensorInfo:
+        ggml_type, block, nbytes = self._type(name, number)
+        if shape[-1] % block:
+            raise SourceError(f"{self.path}: {name} has {shape[-1]} columns, which are not whole blocks of {ggml_type}")
+        tensor = GGUFTensorInfo(name, shape, ggml_type, block, nbytes, self.file, offset)
+        if offset + tensor.nbytes > self.file.size:
+            raise SourceError(f"{self.path} is truncated: {name} extends beyond its end", hint="download it again")
+        return tensor
+
+    def _type(self, name: str, number: int) -> tuple[str, int, int]:
+        """Name, block and bytes of a block of a tensor's type; the newest are not in every gguf package."""
         import gguf
 
+        for quant_type in QUANT_TYPES.values():
+            if quant_type.number == number:
+                return quant_type.name, quant_type.block, quant_type.nbytes
         try:
             ggml_type = gguf.GGMLQuantizationType(number)
         except ValueError:
             raise SourceError(f"{self.path}: {name} has the unknown type {number}") from None
-        block, nbytes = gguf.GGML_QUANT_SIZES[ggml_type]
-        if shape[-1] % block:
-            raise SourceError(
-                f"{self.path}: {name} has {shape[-1]} columns, which are not whole blocks of {ggml_type.name}"
-            )
-        tensor = GGUFTensorInfo(name, shape, ggml_type.name, block, nbytes, self.file, offset)
-        if offset + tensor.nbytes > self.file.size:
-            raise SourceError(f"{self.path} is truncated: {name} extends beyond its end", hint="download it again")
-        return tensor
+        return (ggml_type.name, *gguf.GGML_QUANT_SIZES[ggml_type])
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()

@@ -498,7 +498,10 @@ static PyObject *py_quantize(PyObject *module, PyObject *arguments) {
         PyErr_Format(PyExc_ValueError, "rows are %lld elements, not a multiple of %lld", (long long)length, columns);
     if (!PyErr_Occurred() && importance != Py_None)
         weights = array(&call, importance, FLOAT, 0, columns, "importance");
+    if (!PyErr_Occurred() && type->needs_importance && !weights)
+        PyErr_Format(PyExc_ValueError, "%s needs importance", name);
     uint8_t *bytes = PyErr_Occurred() ? NULL : array(&call, out, BYTE, 1, blocks * type->nbytes, "out");
+    if (!PyErr_Occurred() && type->prepare && !type->prepare()) PyErr_NoMemory();
     if (!PyErr_Occurred()) { /* an empty array may be NULL */
         Py_BEGIN_ALLOW_THREADS;
         type->quantize(x, weights, columns, blocks, bytes);

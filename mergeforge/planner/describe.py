@@ -155,7 +155,15 @@ def _written(plan: Plan) -> Iterator[str]:
         size, bits = format_size(gguf.layout.nbytes), f"{gguf.bits_per_weight:.2f} bits per weight"
         yield f"writes   {size} in {gguf.first_file}: {bits} ({types})"
     if plan.ggufs:
-        yield f"         encoded by {backend_for(plan.budget.device)} from {plan.recipe.output.gguf_from} values"
+        yield f"         encoded by {_backend(plan)} from {plan.recipe.output.gguf_from} values"
+
+
+def _backend(plan: Plan) -> str:
+    """What encodes the GGUF tensors; with the types that only the C library encodes, if it is not what encodes all."""
+    backend = backend_for(plan.budget.device)
+    types = {tensor.quant_type for gguf in plan.ggufs for tensor in gguf.tensors}
+    others = sorted(kind.name for kind in types if kind.can_encode and kind.quantize_torch is None)
+    return f"torch, {', '.join(others)} by the C library on the CPU," if others and backend == "torch" else backend
 
 
 def _dtypes(plan: Plan) -> str:

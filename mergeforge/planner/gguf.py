@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from mergeforge.checkpoints.model import ModelSource
 from mergeforge.checkpoints.names import is_head
 from mergeforge.checkpoints.ties import tied_head
+from mergeforge.core.messages import WarningText
 from mergeforge.core.tensor_info import TensorInfo
-from mergeforge.errors import SourceError, malformed_as_source_error
+from mergeforge.errors import RecipeError, SourceError, malformed_as_source_error
 from mergeforge.gguf.architectures import GGUFModelSpec, TensorTarget, build_spec
 from mergeforge.gguf.architectures.tensor_mapping import IN_MMPROJ
 from mergeforge.gguf.file_types import (
@@ -25,6 +26,7 @@ from mergeforge.gguf.file_types import (
 from mergeforge.gguf.general_metadata import general_keys, parameter_counts
 from mergeforge.gguf.imatrix import ImatrixFile, read_imatrix
 from mergeforge.gguf.key_values import Keys, Value, string, u32
+from mergeforge.gguf.low_bit_rules import needs_imatrix
 from mergeforge.gguf.mmproj import MMPROJ_CLASSES, build_mmproj
 from mergeforge.gguf.mmproj import class_name as tower_class
 from mergeforge.gguf.mmproj.mmproj_spec import ARCH as TOWERS
@@ -33,6 +35,7 @@ from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.gguf.vocab import vocabulary
 from mergeforge.io.aux_files import AuxFiles
 from mergeforge.io.file_layout import Layout
+from mergeforge.native import bindings
 from mergeforge.recipe import GGUFEntry, Output
 from mergeforge.tensors.lazy import LazyTensor
 from mergeforge.tensors.stored import StoredTensor, same_content
@@ -81,6 +84,13 @@ class GGUFPlan:
         for tensor in self.tensors:
             sizes[tensor.quant_type.name] = sizes.get(tensor.quant_type.name, 0) + tensor.nbytes
         return sizes
+
+    @property
+    def notes(self) -> list[str]:
+        if self.file_type.label == "MXFP4_MOE" and "MXFP4" not in self.nbytes_by_type:
+            text = "mxfp4_moe gives 4 bits to stacked experts alone, and this model has none: its matrices become Q8_0"
+            return [WarningText(text)]
+        return []
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,8 @@ def _plan_models(
     for entry in output.gguf:
         with malformed_as_source_error("config.json, generation_config.json or the tokenizer"):
             plans.append(_plan(entry, output.gguf_from == "stored", spec, vocab.keys, inputs, encoders))
-    return plans, [*spec.notes, *vocab.notes, *_tower_notes(output, config, spec)]
+    notes = [*spec.notes, *vocab.notes, *_tower_notes(output, config, spec)]
+    return plans, [*notes, *(note for plan in plans for note in plan.notes)]
 
 
 def _tower_notes(output: Output, config: Mapping[str, Any], spec: GGUFModelSpec) -> list[str]:
@@ -196,7 +207,7 @@ def _plan(
                 extent=layout.extents[target.tensor],
                 device=inputs.device,
                 rounded_to=inputs.tensors[name].dtype if stored else "",
-                importance=column_weights(imatrix, target, types[target.tensor]),
+                importance=column_weights(imatrix, target, types[target.tensor], file_type),
                 positions=_positions(target, inputs.tensors[name], shared),
             )
             for target in targets
@@ -214,15 +225,30 @@ def _positions(
     return shared[key]
 
 
-def column_weights(imatrix: ImatrixFile | None, target: TensorTarget, quant_type: QuantType) -> Tensor | None:
-    """The imatrix's column weights, one row for each matrix of the GGUF tensor."""
+def column_weights(
+    imatrix: ImatrixFile | None, target: TensorTarget, quant_type: QuantType, file_type: FileType
+) -> Tensor | None:
+    """The imatrix's column weights, one row for each matrix of the GGUF tensor.
+
+    Raises RecipeError if the type cannot be encoded, or gives useless values without weights and there are none.
+    """
     import torch
 
-    if imatrix is None or quant_type.block == 1:
-        return None
-    matrices = target.shape[0] if len(target.shape) == 3 else 1
-    weights = imatrix.column_weights(target.tensor, target.shape[-1], matrices)
-    return None if weights is None else torch.from_numpy(weights)
+    if not quant_type.can_encode:
+        error = f"{target.tensor} becomes {quant_type.name}, for which the C library is needed, but it"
+        raise RecipeError(f"{error} {bindings.why_unavailable()}", hint="choose another type")
+
+    weights = None
+    if imatrix is not None and quant_type.block > 1:
+        matrices = target.shape[0] if len(target.shape) == 3 else 1
+        weights = imatrix.column_weights(target.tensor, target.shape[-1], matrices)
+    if weights is not None:
+        return torch.from_numpy(weights)
+    if needs_imatrix(target.tensor, quant_type.name, file_type.label):
+        lacks = f"{imatrix.path} has none for it" if imatrix else "there is none"
+        error = f"{target.tensor} becomes {quant_type.name}, which needs an imatrix, but {lacks}"
+        raise RecipeError(error, hint="--imatrix FILE, made with llama-imatrix from this model; or another type")
+    return None
 
 
 def _shapes(spec: GGUFModelSpec) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,7 @@ from mergeforge.gguf.key_values import Keys, Value, u32
 from mergeforge.gguf.metadata_edits import chat_template, read_edits
 from mergeforge.gguf.quantize import QUANT_TYPES, QuantType
 from mergeforge.gguf.reader import GGUFTensorInfo
+from mergeforge.io.file_layout import Extent
 from mergeforge.planner import read_recipe
 from mergeforge.planner.fingerprint import fingerprint
 from mergeforge.planner.gguf import (
@@ -110,7 +111,7 @@ def plan_requantization(
         ggufs=ggufs,
         config=None,
         aux_files={},
-        notes=tuple(work.notes),
+        notes=(*work.notes, *(note for gguf in ggufs for note in gguf.notes)),
         fingerprint=fingerprint(recipe, inputs, [gguf.layout for gguf in ggufs], budget),
         allow_nonfinite=False,
         strict=options.strict,
@@ -182,7 +183,9 @@ class _Work:
             layout = lay_out(stem, keys, tensors, entry.split_max_size)
         self._check_sources(stored, types)
         for tensor in tensors:
-            self._add_encoder(entry, stored[tensor.name], tensor.quant_type, layout.extents[tensor.name], imatrix)
+            self._add_encoder(
+                entry, stored[tensor.name], file_type, tensor.quant_type, layout.extents[tensor.name], imatrix
+            )
         return GGUFPlan(file_type, layout, tuple(tensors), keys)
 
     def _in_order(self) -> dict[str, GGUFTensorInfo]:
@@ -255,7 +258,13 @@ class _Work:
         return AdaptedTensor(values, tuple(terms)) if terms else values
 
     def _add_encoder(
-        self, entry: GGUFEntry, stored: GGUFTensorInfo, quant_type: QuantType, extent: Any, imatrix: ImatrixFile | None
+        self,
+        entry: GGUFEntry,
+        stored: GGUFTensorInfo,
+        file_type: FileType,
+        quant_type: QuantType,
+        extent: Extent,
+        imatrix: ImatrixFile | None,
     ) -> None:
         """Copy a tensor that keeps its type; of plain types also the values are checked."""
         key = f"{entry.type}/{stored.name}"
@@ -272,7 +281,7 @@ class _Work:
             raise SourceError(text, hint="choose another type with --type")
         value = self.tensors.setdefault(stored.name, self._value(stored))
         target = TensorTarget(stored.name, stored.shape)
-        importance = column_weights(imatrix, target, quant_type)
+        importance = column_weights(imatrix, target, quant_type, file_type)
         encoder = GGUFEncoder(entry.type, value.info, target, quant_type, extent, self.device, importance=importance)
         self.encoders.setdefault(stored.name, []).append(encoder)
         names = [encoder.label.removeprefix("GGUF ") for encoder in self.encoders[stored.name]]

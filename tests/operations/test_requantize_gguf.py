@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.gguf_models import TINY, folders
+from support.imatrix_files import NEED_IMATRIX, write_imatrix
 from support.llama_cpp_tools import needs_quantizer, quantize, read
 
 from mergeforge.cli import run_command
@@ -57,6 +58,33 @@ def test_file_equals_the_one_from_the_model(files: dict[str, Path], name: str, t
     ]
     assert different == []
     assert not list(tmp_path.glob(".*"))
+
+
+def test_types_that_need_an_imatrix_are_refused_without(files: dict[str, Path], tmp_path: Path) -> None:
+    """As llama-quantize does: without one, and with one that lacks a tensor."""
+    source, imatrix = files["llama"] / "llama-F32.gguf", tmp_path / "imatrix.dat"
+    with pytest.raises(
+        RecipeError, match=r"blk\.0\.\w+\.weight becomes Q2_K, which needs an imatrix, but there is none"
+    ):
+        requantized(source, tmp_path / "out", "q2_k_s")
+    write_imatrix(source, imatrix)
+    requantized(source, tmp_path / "out", "q2_k_s", imatrix=str(imatrix))
+    write_imatrix(source, imatrix, without="blk.1.attn_q.weight")
+    with pytest.raises(RecipeError, match=r"blk\.1\.attn_q\.weight .*imatrix\.dat has none for it"):
+        requantized(source, tmp_path / "other", "q2_k_s", imatrix=str(imatrix))
+    assert not (tmp_path / "other").exists()
+
+
+def test_mxfp4_moe_of_a_model_without_experts_is_a_warning(files: dict[str, Path], tmp_path: Path) -> None:
+    """Every matrix becomes Q8_0; in a model with experts, their stacks become MXFP4."""
+    dense, sparse = (
+        plan_gguf(
+            str(files[name] / f"{name}-F32.gguf"), ["mxfp4_moe"], str(tmp_path), {}, Requantization(), OPTIONS
+        ).plan
+        for name in NAMES
+    )
+    assert [warning.split(" ")[0] for warning in dense.warnings] == ["mxfp4_moe"] and not sparse.warnings
+    assert "MXFP4" in sparse.ggufs[0].nbytes_by_type and set(dense.ggufs[0].nbytes_by_type) == {"F32", "Q8_0"}
 
 
 def test_memory_does_not_change_the_file(files: dict[str, Path], tmp_path: Path) -> None:
@@ -233,7 +261,7 @@ def test_files_equal_llama_quantizes(name: str, tmp_path: Path) -> None:
         different.extend([what] * (ours.read_bytes() != theirs.read_bytes()))
         return theirs
 
-    for type_ in FILE_TYPES:
+    for type_ in [type_ for type_ in FILE_TYPES if type_ not in NEED_IMATRIX]:
         theirs = compare(source, type_, type_)
         for second in ("f16", "q2_k", "q4_k_m", "iq4_xs"):
             compare(theirs, second, f"{type_}-{second}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
+
+from mergeforge.gguf.quantize import QuantType
 
 Rows = Callable[[np.random.Generator, int, int], np.ndarray]
 
@@ -105,3 +108,13 @@ def importances(rng: np.random.Generator, columns: int) -> dict[str, np.ndarray]
         "heavy": heavy,
         "zeros": np.zeros(columns, np.float32),
     }
+
+
+def grid_cases(quant_type: QuantType) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    """All kinds of rows at 3 x 512 by name, with holes in the importance, and if the type can, without it."""
+    for name, make_rows in CASES.items():
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        x = np.ascontiguousarray(make_rows(rng, 3, 512))
+        yield name, x, importances(rng, 512)["holes"]
+        if not quant_type.needs_importance:
+            yield f"{name}, no importance", x, None

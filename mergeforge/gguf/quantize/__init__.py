@@ -1,7 +1,8 @@
 """Encoding float32 rows in GGUF's tensor types, with the same bytes as ggml's reference code.
 
-Every type is implemented twice: in the C library (native/quantize*.c) for the CPU, and here in torch for any device.
-Both give the bytes of an x86-64 build of ggml without fused multiply-adds. The bytes do not depend on the device, the
+Types are implemented twice: in the C library (native/quantize*.c) for the CPU, and here in torch for any device. Those
+of 1 to 3 bits that search a grid (iq_grids.py) are in the C library alone, which then encodes rows of any device. Both
+give the bytes of an x86-64 build of ggml without fused multiply-adds. The bytes do not depend on the device, the
 threads or how the rows are cut.
 """
 
@@ -34,7 +35,7 @@ def scratch_nbytes(quant_type: QuantType, device: str) -> int:
     """The most memory that encode() uses besides its input and its output."""
     if quant_type.block == 1:
         return 0
-    if backend_for(device) == "native" and quant_type.has_native:
+    if _is_native(quant_type, backend_for(device)):
         return NATIVE_NBYTES
     return LIVE_CHUNKS * 4 * (CPU_CHUNK if device.split(":")[0] == "cpu" else CUDA_CHUNK)
 
@@ -43,31 +44,41 @@ def encode(quant_type: QuantType, rows: Tensor, importance: Tensor | None = None
     """Rows (float32, n x columns, any device) as the type's bytes: uint8, n x row_nbytes, same device.
 
     `importance` (float32, columns): the imatrix's weight of every column. Rows are contiguous and finite. `backend`:
-    "native" or "torch" (default: backend_for the device); torch encodes types that the C library does not have. Raises
-    ValueError for another dtype, for columns that are not a multiple of the type's block, and for a type that can only
-    be copied.
+    "native" or "torch" (default: backend_for the device); each encodes the types that the other does not have. Raises
+    ValueError for another dtype, for columns that are not a multiple of the type's block, for a type that can only be
+    copied, and if there is no importance vector for a type that needs one.
     """
     import torch
 
     count, columns = rows.shape
-    quantize_torch = quant_type.quantize_torch
-    if quantize_torch is None:
+    if not quant_type.can_encode:
         raise ValueError(f"{quant_type.name} cannot be encoded")
+    if quant_type.needs_importance and importance is None:
+        raise ValueError(f"{quant_type.name} needs an importance vector")
     if rows.dtype != torch.float32:
         raise ValueError(f"rows must be float32, not {rows.dtype}")
     if columns % quant_type.block:
         raise ValueError(f"{quant_type.name} needs columns in multiples of {quant_type.block}, not {columns}")
-    if quant_type.block == 1:
+    quantize_torch = quant_type.quantize_torch
+    if quant_type.block == 1 and quantize_torch:
         return quantize_torch(rows, None)
-    out = torch.empty((count, quant_type.row_nbytes(columns)), dtype=torch.uint8, device=rows.device)
+    native = quantize_torch is None or _is_native(quant_type, backend or backend_for(rows.device.type))
+    device = torch.device("cpu") if native else rows.device
+    out = torch.empty((count, quant_type.row_nbytes(columns)), dtype=torch.uint8, device=device)
     if not out.numel():
-        return out
-    if (backend or backend_for(rows.device.type)) == "native" and quant_type.has_native:
-        weights = None if importance is None else importance.numpy()
-        bindings.kernels().quantize(quant_type.name, rows.detach().numpy(), weights, columns, out.numpy())
-    else:
-        _encode_torch(quantize_torch, rows, importance, out)
+        return out.to(rows.device)
+    if native:
+        weights = None if importance is None else importance.cpu().numpy()
+        bindings.kernels().quantize(quant_type.name, rows.detach().cpu().numpy(), weights, columns, out.numpy())
+        return out.to(rows.device)
+    assert quantize_torch is not None
+    _encode_torch(quantize_torch, rows, importance, out)
     return out
+
+
+def _is_native(quant_type: QuantType, backend: str) -> bool:
+    """Whether the C library encodes the type, for this choice of a backend."""
+    return quant_type.has_native and (backend == "native" or quant_type.quantize_torch is None)
 
 
 def _encode_torch(quantize_torch: QuantizeTorch, rows: Tensor, importance: Tensor | None, out: Tensor) -> None:

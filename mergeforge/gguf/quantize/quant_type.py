@@ -26,8 +26,9 @@ class QuantType:
     """A ggml type: its number in the file, the columns and the bytes of one block, and what encodes it.
 
     `quantize_torch` takes rows (float32, n x columns) and the importance vector or None, and returns the blocks' bytes.
-    It encodes the type on CPUs too unless the C library has a type of this name. None: tensors of the type can be
-    copied, not encoded.
+    It encodes the type on CPUs too unless the C library has a type of this name. None: only the C library encodes the
+    type; if it does not have it either, tensors of the type can be copied, not encoded. `needs_importance`: there is no
+    way to encode it without an importance vector.
     """
 
     name: str
@@ -35,12 +36,17 @@ class QuantType:
     block: int
     nbytes: int
     quantize_torch: QuantizeTorch | None = field(repr=False, compare=False)
+    needs_importance: bool = False
 
     @property
     def has_native(self) -> bool:
         """Whether the C library encodes this type."""
         library = bindings.load_library()
         return library is not None and library.QUANT_TYPES.get(self.name) == (self.block, self.nbytes)
+
+    @property
+    def can_encode(self) -> bool:
+        return self.quantize_torch is not None or self.has_native
 
     def row_nbytes(self, columns: int) -> int:
         """Bytes of a row; `columns` must be a multiple of the block."""
