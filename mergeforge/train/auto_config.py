@@ -7,18 +7,20 @@ fallback that was needed is a note.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from mergeforge.core.sizes import format_size
 from mergeforge.errors import BudgetError, RecipeError
-from mergeforge.train.estimate import MemoryEstimate, TrainingSetup, estimate_memory
+from mergeforge.train.batch_tokens import largest_batch
+from mergeforge.train.estimate import MemoryEstimate, estimate_memory
 from mergeforge.train.low_rank import RANK
 from mergeforge.train.model_stats import ModelStats
 from mergeforge.train.objectives import KTO, OBJECTIVES
 from mergeforge.train.settings import LoraOptions, TrainSettings
+from mergeforge.train.training_setup import TrainingSetup
 
 LONGEST_AUTO = 2048  # tokens; a longer seq_len must be set explicitly
 LENGTH_MULTIPLE = 64  # an automatic seq_len is a multiple of this
@@ -91,9 +93,17 @@ MemoryFallback = Callable[[TrainingSetup], "tuple[TrainingSetup, str] | None"]
 
 
 def resolve_settings(
-    settings: TrainSettings, stats: ModelStats, lengths: LengthStats, machine: Machine
+    settings: TrainSettings,
+    stats: ModelStats,
+    lengths: LengthStats,
+    machine: Machine,
+    examples: Sequence[int] | Any = (),
 ) -> ResolvedSettings:
-    """Resolve every `auto`. Raises BudgetError, with the estimate by part, when nothing fits."""
+    """Resolve every `auto`. Raises BudgetError, with the estimate by part, when nothing fits.
+
+    examples: the tokens of each training example. With them, the estimate for a CPU is for the largest batch that they
+    make; otherwise, and on a GPU, where a full batch is tried before training, it is for a full batch.
+    """
     if settings.seq_len and settings.seq_len > stats.max_positions:
         text = f"seq_len: {settings.seq_len} is more than the model's maximum of {stats.max_positions} tokens"
         hint = f"set seq_len: {stats.max_positions}, or use a model with a longer context"
@@ -101,14 +111,23 @@ def resolve_settings(
             factor = math.ceil(settings.seq_len / stats.max_positions)
             hint += f", or stretch its positions: rope_scaling: {{type: yarn, factor: {factor}}}"
         raise RecipeError(text, hint=hint)
+
+    def estimate_for(setup: TrainingSetup) -> MemoryEstimate:
+        if machine.on_gpu or not len(examples):
+            return estimate_memory(stats, setup)
+        packed = _is_packed(settings, lengths, setup.seq_len)
+        return estimate_memory(stats, setup, largest_batch(examples, settings, setup, packed=packed))
+
     setup, notes = _fastest_setup(settings, stats, lengths, machine), _notes(settings, stats, machine)
+    estimate = estimate_for(setup)
     for fallback in _memory_fallbacks(settings, lengths, machine):
         note = ""
-        while estimate_memory(stats, setup).total > machine.memory and (smaller := fallback(setup)):
+        while estimate.total > machine.memory and (smaller := fallback(setup)):
             setup, note = smaller
+            estimate = estimate_for(setup)
         notes += [note] if note else []
-    if estimate_memory(stats, setup).total > machine.memory:
-        raise _does_not_fit(stats, setup, machine)
+    if estimate.total > machine.memory:
+        raise _does_not_fit(estimate, machine)
     return ResolvedSettings(
         setup=setup,
         pack=_is_packed(settings, lengths, setup.seq_len),
@@ -116,7 +135,7 @@ def resolve_settings(
         epochs=settings.epochs if settings.epochs is not None else _epochs(settings, lengths.rows),
         dtype=machine.dtype,
         device=machine.device,
-        estimate=estimate_memory(stats, setup),
+        estimate=estimate,
         notes=tuple(notes),
     )
 
@@ -250,8 +269,7 @@ def _epochs(settings: TrainSettings, rows: int) -> float:
     return 3 if rows < 5000 else 2 if rows < 20_000 else 1
 
 
-def _does_not_fit(stats: ModelStats, setup: TrainingSetup, machine: Machine) -> BudgetError:
-    estimate = estimate_memory(stats, setup)
+def _does_not_fit(estimate: MemoryEstimate, machine: Machine) -> BudgetError:
     parts = "\n".join(f"  {format_size(size):>9}  {name}" for name, size in estimate.parts.items())
     free = format_size(machine.memory)
     text = f"training needs about {format_size(estimate.total)}, but {machine.device} has {free}:\n{parts}"

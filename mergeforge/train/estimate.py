@@ -1,7 +1,7 @@
-"""Estimates of a run before it starts: device memory of a step by part, and time.
+"""Estimates of a run before it starts: memory of a step by part, and time. cpu_memory.py has the parts on a CPU.
 
-Memory is fitted to LLaMA-Factory's table for LLaMA 2 7B with QLoRA (README, "Hardware Requirement": 6, 7, 9, 12, 19,
-32 GB at 1k to 32k tokens with FlashAttention 2). The formula is 3 to 10 % below that table, hence MARGIN.
+A GPU's memory is fitted to LLaMA-Factory's table for LLaMA 2 7B with QLoRA (README, "Hardware Requirement": 6, 7, 9,
+12, 19, 32 GB at 1k to 32k tokens with FlashAttention 2). The formula is 3 to 10 % below that table, hence MARGIN.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS, RANK
+from mergeforge.train.cpu_memory import step_parts
+from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS
 from mergeforge.train.model_stats import ModelStats
-from mergeforge.train.settings import LoraOptions
+from mergeforge.train.training_setup import TrainingSetup
 
 MARGIN = 1.08
 NF4_NBYTES = 0.5161  # per weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
 CUDA_NBYTES = 550_000_000  # CUDA context and libraries
-PYTHON_NBYTES = 450_000_000  # an interpreter with torch and transformers
 # optimizer state in bytes per trained weight; paged state may leave the GPU
 STATE_NBYTES: dict[str, float] = {
     "adamw": 8,
@@ -31,37 +31,9 @@ STATE_NBYTES: dict[str, float] = {
     "apollo_adamw": 8,
 }
 LOGIT_NBYTES = 10  # per logit: 16 bit, float32, its gradient
+TRAINED = "trained weights, gradients, optimizer"
 MATRIX_SIZE = 1024  # of the matrix products that measure the device's speed; 4 times as large on a GPU
 UTILIZATION = 0.4  # of a matrix product's speed that training reaches
-
-
-@dataclass(frozen=True)
-class TrainingSetup:
-    """How a model is trained, as far as memory depends on it. `ce_chunk`: rows of logits held at once, 0 for all.
-
-    `answers`: sequences that a row of data fills; `extra_passes`: forward passes of a step without a backward pass.
-    `optimizer_rank`: of the state of a low-rank optimizer.
-    """
-
-    method: str
-    lora: LoraOptions
-    seq_len: int
-    micro_batch: int
-    optimizer: str
-    dtype_bytes: int
-    ce_chunk: int
-    checkpointing: bool
-    offload: bool = False
-    embed_on_cpu: bool = False
-    on_gpu: bool = True
-    answers: int = 1
-    extra_passes: int = 0
-    optimizer_rank: int = RANK
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in one forward pass."""
-        return self.micro_batch * self.seq_len * self.answers
 
 
 @dataclass(frozen=True)
@@ -75,28 +47,41 @@ class MemoryEstimate:
         return int(sum(self.parts.values()) * MARGIN)
 
 
-def estimate_memory(stats: ModelStats, setup: TrainingSetup) -> MemoryEstimate:
-    """Estimate the peak memory of one training step."""
-    linear_numel = sum(module.numel for module in stats.linears)
-    embedding_numel = 0 if setup.embed_on_cpu else stats.embedding
+def estimate_memory(stats: ModelStats, setup: TrainingSetup, tokens: int = 0) -> MemoryEstimate:
+    """Estimate the peak memory of one training step. tokens: of the largest batch; 0: a full one."""
+    tokens = tokens or setup.tokens
+    step = _on_gpu(stats, setup, tokens) if setup.on_gpu else step_parts(stats, setup, tokens)
+    return MemoryEstimate({**_weights(stats, setup), TRAINED: _trained(stats, setup), **step})
+
+
+def _weights(stats: ModelStats, setup: TrainingSetup) -> dict[str, int]:
+    """The base: in float32 where it is trained."""
     if setup.method == "full":
-        weights = {"weights": stats.parameters * 4}
-        training = stats.parameters * (4 + STATE_NBYTES[setup.optimizer]) - _low_rank_savings(stats, setup)
-    else:
-        linear_nbytes = NF4_NBYTES if setup.method == "qlora" else setup.dtype_bytes
-        weights = {"weights": int(linear_numel * linear_nbytes + stats.other_parameters * setup.dtype_bytes)}
-        weights["embeddings"] = (embedding_numel + stats.head) * setup.dtype_bytes
-        training = stats.adapter_parameters(setup.lora) * (4 + 4 + STATE_NBYTES[setup.optimizer])
-    return MemoryEstimate(
-        {
-            **weights,
-            "trained weights, gradients, optimizer": int(training),
-            "activations": _activations(stats, setup),
-            "logits": min(setup.ce_chunk or setup.tokens, setup.tokens) * stats.vocabulary * LOGIT_NBYTES,
-            "dequantized weight": max((module.numel for module in stats.linears), default=0) * setup.dtype_bytes,
-            "CUDA" if setup.on_gpu else "Python": CUDA_NBYTES if setup.on_gpu else PYTHON_NBYTES,
-        }
-    )
+        return {"weights": stats.parameters * 4}
+    linear_numel = sum(module.numel for module in stats.linears)
+    linear_nbytes = NF4_NBYTES if setup.method == "qlora" else setup.dtype_bytes
+    embedding_numel = 0 if setup.embed_on_cpu else stats.embedding
+    return {
+        "weights": int(linear_numel * linear_nbytes + stats.other_parameters * setup.dtype_bytes),
+        "embeddings": (embedding_numel + stats.head) * setup.dtype_bytes,
+    }
+
+
+def _trained(stats: ModelStats, setup: TrainingSetup) -> int:
+    """Gradients and optimizer state, and the weights of an adapter."""
+    if setup.method == "full":
+        return int(stats.parameters * (4 + STATE_NBYTES[setup.optimizer]) - _low_rank_savings(stats, setup))
+    return int(stats.adapter_parameters(setup.lora) * (4 + 4 + STATE_NBYTES[setup.optimizer]))
+
+
+def _on_gpu(stats: ModelStats, setup: TrainingSetup, tokens: int) -> dict[str, int]:
+    """What a step needs besides weights, gradients and optimizer."""
+    return {
+        "activations": _activations(stats, setup, tokens),
+        "logits": min(setup.ce_chunk or tokens, tokens) * stats.vocabulary * LOGIT_NBYTES,
+        "dequantized weight": max((module.numel for module in stats.linears), default=0) * setup.dtype_bytes,
+        "CUDA": CUDA_NBYTES,
+    }
 
 
 def _low_rank_savings(stats: ModelStats, setup: TrainingSetup) -> int:
@@ -111,12 +96,12 @@ def _low_rank_savings(stats: ModelStats, setup: TrainingSetup) -> int:
     return max(saved, 0)
 
 
-def _activations(stats: ModelStats, setup: TrainingSetup) -> int:
+def _activations(stats: ModelStats, setup: TrainingSetup, tokens: int) -> int:
     """One layer's activations, plus what is stored for the other layers: their inputs, or everything."""
-    layer = setup.tokens * setup.dtype_bytes * (10 * stats.hidden + 6 * stats.intermediate)
+    layer = tokens * setup.dtype_bytes * (10 * stats.hidden + 6 * stats.intermediate)
     if not setup.checkpointing:
         return layer * stats.layers
-    return layer + (0 if setup.offload else setup.tokens * stats.layers * stats.hidden * setup.dtype_bytes)
+    return layer + (0 if setup.offload else tokens * stats.layers * stats.hidden * setup.dtype_bytes)
 
 
 def estimate_seconds(

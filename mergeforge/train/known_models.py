@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergeforge.train.estimate import TrainingSetup, estimate_memory
+from mergeforge.train.estimate import estimate_memory
 from mergeforge.train.gpus import GPU, GPUS
 from mergeforge.train.model_stats import LinearModule, ModelStats
 from mergeforge.train.settings import LoraOptions
+from mergeforge.train.training_setup import TrainingSetup
 
 DATE = "2026-11"
 SOURCE = f"written down from memory in {DATE}, not checked against the models' pages or NVIDIA's datasheets"

@@ -13,6 +13,7 @@ from typing import Any
 from mergeforge.checkpoints.rope import FULL_ATTENTION
 from mergeforge.errors import SourceError
 from mergeforge.eval.model_class import language_model_class
+from mergeforge.train.fused_experts import expert_names
 from mergeforge.train.settings import LoraOptions
 from mergeforge.train.untargeted import (
     ALL_LINEAR,
@@ -45,8 +46,8 @@ class ModelStats:
 
     `linears`: the modules that 4 bit quantizes and all-linear adapts; `other_parameters`: norms, biases, experts.
     `expert_stacks`: for each parameter that holds all experts of a layer, (experts, inputs + outputs, where a fused
-    gate and up counts twice); all-linear adapts these too. `untargeted`: the parts that get an adapter only when
-    lora.targets names them; `not_adapted`: last names of modules that cannot have one.
+    gate and up counts twice); all-linear adapts these too if PEFT can (`adapts_experts`). `untargeted`: the parts that
+    get an adapter only when lora.targets names them; `not_adapted`: last names of modules that cannot have one.
     """
 
     linears: tuple[LinearModule, ...]
@@ -60,6 +61,7 @@ class ModelStats:
     max_positions: int
     rope: str = ""  # transformers' type of the rotary positions; "": it has none that can be scaled
     expert_stacks: tuple[tuple[int, int], ...] = ()
+    adapts_experts: bool = False
     not_adapted: frozenset[str] = frozenset()
     untargeted: tuple[UntargetedPart, ...] = ()
 
@@ -84,7 +86,8 @@ class ModelStats:
     def adapter_parameters(self, lora: LoraOptions) -> int:
         """Elements of A and B (and of DoRA's magnitudes)."""
         rank = lora.r or 16
-        experts = sum(count * rank * size for count, size in self.expert_stacks) if lora.targets in ALL_LINEAR else 0
+        is_adapted = self.adapts_experts and lora.targets in ALL_LINEAR
+        experts = sum(count * rank * size for count, size in self.expert_stacks) if is_adapted else 0
         return experts + sum(
             rank * (module.in_features + module.out_features) + (module.out_features if lora.dora else 0)
             for module in self.adapted(lora)
@@ -134,6 +137,7 @@ def stats_of(model: Any) -> ModelStats:
         numel -= head.weight.numel()
     others = numel - sum(module.numel for module in linears) - embedding.weight.numel() - head_numel
     hidden = int(getattr(config, "hidden_size", embedding.weight.shape[1]))
+    expert_stacks = _expert_stacks(model)
     return ModelStats(
         linears=linears,
         embedding=embedding.weight.numel(),
@@ -147,11 +151,16 @@ def stats_of(model: Any) -> ModelStats:
         rope=_rope_type(config),
         not_adapted=frozenset(modules_without_adapter(config.model_type)),
         untargeted=untargeted_parts(model),
-        expert_stacks=tuple(
-            (parameter.shape[0], _rank_factor(name) * sum(parameter.shape[1:]))
-            for name, parameter in model.named_parameters()
-            if parameter.dim() == 3 and "expert" in name
-        ),
+        expert_stacks=expert_stacks,
+        adapts_experts=bool(expert_stacks and expert_names(model)),
+    )
+
+
+def _expert_stacks(model: Any) -> tuple[tuple[int, int], ...]:
+    return tuple(
+        (parameter.shape[0], _rank_factor(name) * sum(parameter.shape[1:]))
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "expert" in name
     )
 
 

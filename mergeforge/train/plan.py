@@ -216,13 +216,13 @@ def _fit_to_memory(
     """The tokenized data and settings that fit it; `too_long` applies to rows longer than the resolved seq_len."""
     options: dict[str, Any] = {"extra_key": "\n".join(settings.added_tokens), "on_progress": on_progress}
     data = prepare(settings.data, tokenizer, folder.data, **options)
-    resolved = resolve_settings(settings, stats, length_stats(data, settings.answers), machine)
+    resolved = resolve_settings(settings, stats, length_stats(data, settings.answers), machine, data.train.lengths)
     seq_len = resolved.setup.seq_len
     if int(data.train.lengths.max()) > seq_len:
         shorter = replace(settings.data, seq_len=seq_len)
         data = prepare(shorter, tokenizer, folder.data, **options)
         lengths = length_stats(data, settings.answers)
-        resolved = resolve_settings(replace(settings, seq_len=seq_len), stats, lengths, machine)
+        resolved = resolve_settings(replace(settings, seq_len=seq_len), stats, lengths, machine, data.train.lengths)
     if not settings.allow_skips:
         refuse_many_skips(data.counts)
     preflight.check_weights(settings, data.train.weight_range())

@@ -31,6 +31,7 @@ from mergeforge.train.adapter_kinds import READ_WEIGHTS
 from mergeforge.train.auto_config import Machine
 from mergeforge.train.environment import silence_libraries
 from mergeforge.train.estimate import STATE_NBYTES
+from mergeforge.train.fused_experts import expert_names
 from mergeforge.train.low_rank import LOW_RANK_OPTIMIZERS
 from mergeforge.train.model_stats import ModelStats, stats_of
 from mergeforge.train.objectives import KTO, SFT
@@ -169,8 +170,6 @@ def _check_layers(key: str, options: LoraOptions, config: Any) -> None:
 
 def _check_names(key: str, options: LoraOptions, model: Any) -> None:
     """Refuse names of modules and patterns that match nothing, which PEFT ignores while others match."""
-    from mergeforge.train.loop.lora import expert_names
-
     modules = [name for name, _ in model.named_modules() if name]
     targets = options.targets if isinstance(options.targets, tuple) else ()
     known = [*modules, *(name for name, _ in model.named_parameters()), *expert_names(model)]

@@ -14,9 +14,10 @@ import pytest
 from mergeforge.cli.recipes import shipped_recipes
 from mergeforge.errors import BudgetError
 from mergeforge.train.auto_config import LengthStats, Machine, ResolvedSettings, resolve_settings
-from mergeforge.train.estimate import TrainingSetup, estimate_memory
+from mergeforge.train.estimate import estimate_memory
 from mergeforge.train.model_stats import ModelStats, model_stats
 from mergeforge.train.settings import LoraOptions, read
+from mergeforge.train.training_setup import TrainingSetup
 
 GB = 10**9
 GPU = Machine("cuda:0", 8 * GB, "bf16")

@@ -146,14 +146,6 @@ def lora_config(model: PreTrainedModel, lora: LoraOptions, new_tokens: Sequence[
     return config
 
 
-def expert_names(model: PreTrainedModel) -> set[str]:
-    """The module names by which PEFT takes the parameters of fused experts."""
-    names = ["w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate"]
-    config = LoraConfig(target_modules=names)
-    convert_peft_config_for_transformers(config, model, None)
-    return set(names) - set(config.target_modules or ())
-
-
 def _resolve_experts(config: LoraConfig, model: PreTrainedModel) -> None:
     """Let PEFT replace the names of fused experts by their parameters, and remove the router, which it adds to them."""
     named = config.target_modules
