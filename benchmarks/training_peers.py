@@ -70,8 +70,7 @@ def peers(base: Path, folder: Path) -> str:
     found: dict[str, list[Trained]] = {name: [] for name in commands}
     for _ in range(ROUNDS):
         for name, command in commands.items():
-            shutil.rmtree(folder / "run", ignore_errors=True)
-            found[name].append(timed(command))
+            found[name].append(timed(command, folder))
             print(name, found[name][-1], file=sys.stderr, flush=True)
     rows = []
     for name, runs in found.items():
@@ -117,8 +116,9 @@ def theirs(base: Path, data: Path, folder: Path) -> list[str]:
     return [PYTHON, "-c", TRAINER, str(base), str(data), str(folder / "run"), str(STEPS)]
 
 
-def timed(command: Sequence[str]) -> Trained:
-    """Run a training, and take the times of the lines that report its steps."""
+def timed(command: Sequence[str], folder: Path) -> Trained:
+    """Run a training; the times of its steps are in metrics.jsonl, or those of the lines that report them."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
     started, times = time.perf_counter(), {}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr
@@ -128,9 +128,12 @@ def timed(command: Sequence[str]) -> Trained:
         if match := STEP.search(line):
             times.setdefault(int(match[1]), time.perf_counter())
     _, status, usage = os.wait4(process.pid, 0)
-    if status or len(times) < STEPS - 5:
+    if status:
         raise SystemExit(f"{' '.join(command[:4])} failed:\n{''.join(lines[-20:])}")
     whole = time.perf_counter() - started
-    spans = [times[step] - times[step - 1] for step in times if step - 1 in times and step > SKIPPED + 1]
-    step = statistics.median(spans)
+    spans = [times[step] - times[step - 1] for step in times if step - 1 in times]
+    if (metrics := folder / "run" / "metrics.jsonl").is_file():
+        facts = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        spans = [TOKENS / fact["tokens_per_second"] for fact in facts if "tokens_per_second" in fact]
+    step = statistics.median(spans[SKIPPED:])
     return Trained(step, step * STEPS, whole, usage.ru_maxrss * 1024)
