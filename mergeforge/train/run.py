@@ -99,7 +99,7 @@ def _trained(folder: RunFolder, manifest: Mapping[str, Any]) -> Trained:
 
 def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[MetricCallback]) -> Trained:
     from mergeforge.train.loop.row_scores import score_start
-    from mergeforge.train.loop.samples import SampleGenerator
+    from mergeforge.train.loop.samples import SKIPPED, SampleGenerator
     from mergeforge.train.loop.setup import make_context
 
     started = time.monotonic()
@@ -111,6 +111,9 @@ def _train(plan: TrainPlan, checkpoint: Path | None, listeners: Sequence[MetricC
         _probe_memory(context, plan)
     context.report({TOTAL: context.schedule.total_steps})
     samples = SampleGenerator(plan, context)
+    if samples.skipped:
+        notes.append(SKIPPED)
+        context.report({"note": SKIPPED})
     if checkpoint is None and is_main():
         plan.folder.record_samples(samples.generate())
         plan.folder.record_base_scores(score_start(plan, context))

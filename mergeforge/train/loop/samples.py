@@ -13,17 +13,27 @@ from mergeforge.train.loop.context import TrainingContext
 from mergeforge.train.plan import TrainPlan
 
 DEFAULT_COUNT = 3  # prompts taken from the data when the settings name none
+SLOW_ON_CPU = 50_000_000  # parameters from which a CPU takes longer for these answers than for a few steps
+SKIPPED = "no sample answers, because they take long on a CPU; eval: {samples: [PROMPT]} asks for them"
 
 
 class SampleGenerator:
-    """Prompts, from the settings or the data, and the model that answers them greedily."""
+    """Prompts, from the settings or the data, and the model that answers them greedily.
+
+    skipped: whether there are none, because nobody asked for them and the device is slow.
+    """
 
     def __init__(self, plan: TrainPlan, context: TrainingContext) -> None:
         self._plan = plan
         self._context = context
         self.expected: dict[str, str] = {}  # prompt -> the data's answer, for prompts from the data
         texts = plan.settings.eval.samples
-        self._prompts = self._tokenize(texts) if texts else self._from_data(plan.data.validation or plan.data.train)
+        self.skipped = not texts and context.device == "cpu" and plan.stats.parameters > SLOW_ON_CPU
+        self._prompts: dict[str, list[int]] = {}
+        if texts:
+            self._prompts = self._tokenize(texts)
+        elif not self.skipped:
+            self._prompts = self._from_data(plan.data.validation or plan.data.train)
 
     def generate(self) -> dict[str, str]:
         """Prompt -> answer. Leaves the model as it was, and draws no random number."""
