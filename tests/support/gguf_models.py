@@ -129,6 +129,7 @@ LINEAR = {
 SPARSE = {"num_experts": 4, "shared_expert_intermediate_size": 256, **EXPERTS}
 
 
+SLIDING = ["full_attention", "sliding_attention"]
 LFM = ["conv", "full_attention", "conv"]
 DISTIL = {"dim": 256, "n_layers": 2, "n_heads": 4, "hidden_dim": 512}
 JAMBA = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4, "hidden_size": 128, "mamba_dt_rank": 8}
@@ -443,6 +444,10 @@ TINY = (
     Tiny("baichuan", by_hand=lambda: baichuan(), tokenizer="spm", official=False),
     Tiny("minicpm", by_hand=lambda: plain("MiniCPMForCausalLM", "minicpm", **MINICPM), tokenizer="spm"),
     Tiny("exaone", by_hand=lambda: exaone()),
+    Tiny("nanbeige", by_hand=lambda: plain("NanbeigeForCausalLM", "nanbeige", num_loops=2), tokenizer="spm"),
+    Tiny("mellum", "mellum", {"num_local_experts": 4, "head_dim": 64, "layer_types": SLIDING, **EXPERTS}),
+    Tiny("granite-swa", "granite_swa", {"embedding_multiplier": 12.0}),
+    Tiny("granitemoe-swa", "granitemoe_swa", {"num_local_experts": 4, "shared_intermediate_size": 256}),
 )
 
 

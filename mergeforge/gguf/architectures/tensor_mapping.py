@@ -117,6 +117,7 @@ def make_spec(
     required_per_block: Sequence[str] = GATED,
     required: Sequence[str] = ("token_embd", "output_norm"),
     layers: int = 0,
+    names_of: str = "",
     rename: Callable[[str], str] = str,
     constants: Mapping[str, np.ndarray] | None = None,
     notes: Iterable[str] = (),
@@ -125,11 +126,12 @@ def make_spec(
     """The spec of a model: `keys` get the prefix `arch`, every tensor gets its targets from the rules.
 
     required_per_block: parts that every block must have; `a|b` means one of them. required: tensors outside of blocks.
-    layers: the number of blocks, where it is more than num_hidden_layers. rename: changes stored names into
-    those that gguf-py's name map and the rules know.
+    layers: the number of blocks, where it is more than num_hidden_layers. names_of: an architecture whose
+    name map is used, for one that the gguf package does not know yet. rename: changes stored names into those that the
+    name map and the rules know.
     """
     layers = layers or model.layers
-    names = _name_map(arch, layers)
+    names = _name_map(names_of or arch, layers)
     places: dict[str, tuple[TensorTarget, ...]] = {}
     dropped: dict[str, str] = {}
     for name, info in model.tensors.items():
