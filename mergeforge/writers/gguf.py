@@ -144,7 +144,7 @@ class GGUFEncoder:
 
     @property
     def key(self) -> str:
-        return f"{self.file_type}/{self.target.tensor}/{self.target.first_row}"
+        return f"{self.file_type}/{self.target.tensor}/{self.target.first_element}"
 
     @property
     def label(self) -> str:
@@ -222,7 +222,7 @@ class GGUFEncoder:
 
     @property
     def _first_unit(self) -> int:
-        return self.target.first_row * self.target.shape[-1] // self._unit_columns
+        return self.target.first_element // self._unit_columns
 
     @property
     def _columns(self) -> int:

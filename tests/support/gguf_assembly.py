@@ -36,7 +36,7 @@ def assembled(spelling: GGUFModelSpec, tensors: Mapping[str, TensorInfo], stored
             shapes[place.tensor] = place.shape
             whole = flat.setdefault(place.tensor, np.full(int(np.prod(place.shape)), np.nan, dtype=np.float32))
             part = arranged(place, stored[name].reshape(tensors[name].rows, tensors[name].columns)).reshape(-1)
-            start = place.first_row * place.shape[-1]
+            start = place.first_row * place.shape[-1] + place.first_column
             whole[start : start + part.size] = part
     return {name: flat[name].reshape(shapes[name]) for name in flat} | dict(spelling.constants)
 

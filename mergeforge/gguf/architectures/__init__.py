@@ -34,7 +34,7 @@ class TensorTarget:
     The stored tensor is seen as rows x columns (TensorInfo.rows, .columns). GGUF row `first_row + j` is stored row
     `rows[j]` (`rows` None: all rows in order). `shape` is that of the whole GGUF tensor, slowest dimension first (as in
     numpy and HF; the file lists it in reverse); its rows are those of its last dimension. A 1-D tensor is one row;
-    `first_row` then counts rows of the GGUF tensor.
+    `first_row` then counts rows of the GGUF tensor. `first_column`: where a part of a 1-D GGUF tensor starts.
 
     `transpose` n: the selected rows, in groups of n, are matrices that are transposed: n rows x columns become
     columns x n. `columns` selects columns before that (`slice(0, None, 2)`: the even ones). `f32`: kept in F32 whatever
@@ -51,6 +51,7 @@ class TensorTarget:
     tensor: str
     shape: tuple[int, ...]
     first_row: int = 0
+    first_column: int = 0
     rows: np.ndarray | None = None
     transpose: int = 0
     columns: slice | None = None
@@ -60,6 +61,11 @@ class TensorTarget:
     negative_exp: bool = False
     softplus: bool = False
     f32: bool = False
+
+    @property
+    def first_element(self) -> int:
+        """Where in the GGUF tensor the part starts, counted in elements."""
+        return self.first_row * self.shape[-1] + self.first_column
 
     @property
     def keeps_rows(self) -> bool:

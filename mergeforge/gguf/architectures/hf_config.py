@@ -77,6 +77,8 @@ def _filled(kind: str, config: dict[str, Any]) -> dict[str, Any]:
         filled["head_dim"] = filled["hidden_size"] // filled["num_attention_heads"]
     if kind in _LATENT_HEADS:
         filled["head_dim"] = filled["qk_rope_head_dim"]
+    if filled.get("num_decoder_layers", 0) is None:
+        filled["num_decoder_layers"] = filled["num_layers"]
     if filled.get("layer_types") is None and (pattern := _layer_types(kind, filled)):
         filled["layer_types"] = pattern
     if "rope_theta" in hf_defaults()[kind]:

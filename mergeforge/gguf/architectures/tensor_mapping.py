@@ -180,7 +180,11 @@ def _name_map(arch: str, layers: int) -> Any:
     known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if arch not in known:
         raise SourceError(f"the installed gguf package has no names for '{arch}'", hint="pip install --upgrade gguf")
-    return gguf.get_tensor_name_map(known[arch], layers)
+    kept = dict(gguf.TensorNameMap.block_mappings_cfg)
+    try:
+        return gguf.get_tensor_name_map(known[arch], layers)
+    finally:  # Arctic's map changes the class's table, and with it the maps of all architectures after it
+        gguf.TensorNameMap.block_mappings_cfg = kept
 
 
 def _apply_rules(stored: HFTensor, rules: Sequence[Rule]) -> tuple[TensorTarget, ...] | str:
