@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ LINEAR = {
 SPARSE = {"num_experts": 4, "shared_expert_intermediate_size": 256, **EXPERTS}
 
 
+PROTOBUF = bool(find_spec("google") and find_spec("google.protobuf"))  # the converter reads T5's spiece.model with it
 T5 = {"d_model": 256, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 T5["tie_word_embeddings"] = True
 CHAMELEON = {"vocabulary_map": {"<image>": 3, "IMGIMGA": 4}}
@@ -450,17 +452,19 @@ TINY = (
     Tiny("baichuan", by_hand=lambda: baichuan(), tokenizer="spm", official=False),
     Tiny("minicpm", by_hand=lambda: plain("MiniCPMForCausalLM", "minicpm", **MINICPM), tokenizer="spm"),
     Tiny("exaone", by_hand=lambda: exaone()),
-    Tiny("xverse", by_hand=lambda: plain("XverseForCausalLM", "xverse_x", 317, num_key_value_heads=4)),
+    Tiny("xverse", by_hand=lambda: plain("XverseForCausalLM", "xverse_x", num_key_value_heads=4), tokenizer="gemma4"),
     Tiny("arctic", by_hand=lambda: arctic(), tokenizer="spm"),
     Tiny("rugpt3xl", by_hand=lambda: rugpt3xl()),
     Tiny("jais", by_hand=lambda: jais()),
     Tiny("jais-mup", by_hand=lambda: jais(mup_embeddings_scale=9.1, mup_output_alpha=2.2, mup_width_scale=0.16)),
     Tiny("chameleon", "chameleon", {"num_key_value_heads": 4, **CHAMELEON}),
-    Tiny("t5", "t5", T5, tokenizer="unigram", extra={"n_positions": 512}),
-    Tiny("t5-gated", "t5", {**T5, "feed_forward_proj": "gated-gelu"}, tokenizer="unigram", head=True),
-    Tiny("mt5", "mt5", {**T5, "num_layers": 3, "num_decoder_layers": 2}, tokenizer="unigram"),
-    Tiny("umt5", "umt5", T5, tokenizer="unigram"),
-    Tiny("t5-encoder", "t5", T5, tokenizer="unigram", extra={"architectures": ["T5EncoderModel"]}),
+    Tiny("t5", "t5", T5, tokenizer="unigram", extra={"n_positions": 512}, official=PROTOBUF),
+    Tiny(
+        "t5-gated", "t5", {**T5, "feed_forward_proj": "gated-gelu"}, tokenizer="unigram", head=True, official=PROTOBUF
+    ),
+    Tiny("mt5", "mt5", {**T5, "num_layers": 3, "num_decoder_layers": 2}, tokenizer="unigram", official=PROTOBUF),
+    Tiny("umt5", "umt5", T5, tokenizer="unigram", official=PROTOBUF),
+    Tiny("t5-encoder", "t5", T5, tokenizer="unigram", extra={"architectures": ["T5EncoderModel"]}, official=PROTOBUF),
     Tiny("nanbeige", by_hand=lambda: plain("NanbeigeForCausalLM", "nanbeige", num_loops=2), tokenizer="spm"),
     Tiny("mellum", "mellum", {"num_local_experts": 4, "head_dim": 64, "layer_types": SLIDING, **EXPERTS}),
     Tiny("granite-swa", "granite_swa", {"embedding_multiplier": 12.0}),
