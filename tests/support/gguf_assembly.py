@@ -49,6 +49,8 @@ def arranged(place: TensorTarget, rows: np.ndarray) -> np.ndarray:
         rows = matrices[:, :, place.columns or slice(None)].swapaxes(1, 2)
     if place.column_order is not None:
         rows = rows[:, place.column_order]
+    if place.centered:
+        rows = rows - torch.from_numpy(np.ascontiguousarray(rows)).mean().numpy()
     for factor in place.factors:
         rows = rows * np.float32(factor)
     rows = rows + np.float32(place.add) if place.add else rows

@@ -465,6 +465,7 @@ TINY = (
     Tiny("mt5", "mt5", {**T5, "num_layers": 3, "num_decoder_layers": 2}, tokenizer="unigram", official=PROTOBUF),
     Tiny("umt5", "umt5", T5, tokenizer="unigram", official=PROTOBUF),
     Tiny("t5-encoder", "t5", T5, tokenizer="unigram", extra={"architectures": ["T5EncoderModel"]}, official=PROTOBUF),
+    Tiny("sarvam", by_hand=lambda: sarvam()),
     Tiny("nanbeige", by_hand=lambda: plain("NanbeigeForCausalLM", "nanbeige", num_loops=2), tokenizer="spm"),
     Tiny("mellum", "mellum", {"num_local_experts": 4, "head_dim": 64, "layer_types": SLIDING, **EXPERTS}),
     Tiny("granite-swa", "granite_swa", {"embedding_multiplier": 12.0}),
@@ -701,6 +702,11 @@ def bailing2() -> tuple[dict[str, Any], Shapes]:
     norms = [f"model.layers.{at}.attention.{part}_layernorm.weight" for at in (0, 1) for part in ("query", "key")]
     bias = {f"model.layers.{at}.mlp.gate.expert_bias": (4,) for at in (0, 1)}
     return {**config, **more, "n_group": 1, "topk_group": 1}, {**shapes, **dict.fromkeys(norms, (64,)), **bias}
+
+
+def sarvam() -> tuple[dict[str, Any], Shapes]:
+    config, shapes = bailing2()
+    return {**config, "architectures": ["SarvamMoEForCausalLM"], "head_dim": 64}, shapes
 
 
 def smallthinker() -> tuple[dict[str, Any], Shapes]:

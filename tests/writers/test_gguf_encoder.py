@@ -129,6 +129,12 @@ def test_vectors_are_stacked() -> None:
     assert np.array_equal(found[2], values.numpy())
 
 
+def test_the_mean_of_a_vector_is_subtracted() -> None:
+    values = random(128)
+    found = as_floats(written(TensorTarget("t", (128,), centered=True), values), (128,))
+    assert np.array_equal(found, (values - values.mean()).numpy())
+
+
 def test_vectors_are_joined() -> None:
     values = random(8)
     found = as_floats(written(TensorTarget("t", (24,), first_column=16), values), (24,))

@@ -42,7 +42,7 @@ class TensorTarget:
 
     Column `j` of a row is stored column `column_order[j]`, which may leave columns out (None: all in order). Values are
     multiplied by each of `factors`, one after the other, then `add` is added; with `negative_exp`, x becomes -exp(x)
-    (Mamba's A_log), with `softplus` log(1 + exp(x)).
+    (Mamba's A_log), with `softplus` log(1 + exp(x)); with `centered`, the mean of a 1-D tensor is subtracted.
 
     Columns can be selected only together with `transpose`. For every other column of a bias it is 1: each row becomes
     its selected elements, in order.
@@ -60,6 +60,7 @@ class TensorTarget:
     add: float = 0.0
     negative_exp: bool = False
     softplus: bool = False
+    centered: bool = False
     f32: bool = False
 
     @property
@@ -70,7 +71,7 @@ class TensorTarget:
     @property
     def keeps_rows(self) -> bool:
         """Whether every row of the GGUF tensor is a stored row, but for a constant that is added."""
-        changed = self.factors or self.negative_exp or self.softplus
+        changed = self.factors or self.negative_exp or self.softplus or self.centered
         return not self.transpose and self.column_order is None and not changed
 
 
