@@ -65,7 +65,7 @@ def _tensor(info: TensorInfo, targets: tuple[TensorTarget, ...], stored: Mapping
     info = info.with_dtype(dtype)
     if len(sources) == 1 and _is_copy(info, *sources[0]):
         target, source = sources[0]
-        return StoredTensor(info, source.file, source.offset + target.first_row * source.row_nbytes(source.shape[-1]))
+        return StoredTensor(info, source.file, source.offset + source.row_nbytes(target.first_element))
     return dequantized(info, sources, dtype)
 
 

@@ -51,7 +51,7 @@ class KeptRows:
         """The unit that holds each row (-1: none); a unit is as wide as a row of the stored tensor."""
         import numpy as np
 
-        first = self.target.first_row * self.target.shape[-1] // self.info.columns
+        first = self.target.first_element // self.info.columns
         units = np.full(self.info.rows, -1, dtype=np.int64)
         chosen = np.arange(self.info.rows) if self.target.rows is None else self.target.rows
         units[chosen] = first + np.arange(len(chosen))
@@ -175,7 +175,7 @@ class TransposedRows:
 
     @property
     def _first_row(self) -> int:
-        return self.target.first_row * self.target.shape[-1] // self.target.transpose
+        return self.target.first_element // self.target.transpose
 
     def _columns(self, part: tuple[int, np.ndarray], inside: np.ndarray) -> Tensor:
         """Some columns of a GGUF matrix, as rows."""

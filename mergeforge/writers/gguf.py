@@ -144,7 +144,7 @@ class GGUFEncoder:
 
     @property
     def key(self) -> str:
-        return f"{self.file_type}/{self.target.tensor}/{self.target.first_row}"
+        return f"{self.file_type}/{self.target.tensor}/{self.target.first_element}"
 
     @property
     def label(self) -> str:
@@ -176,6 +176,7 @@ class GGUFEncoder:
         arranged = 3 if self.target.transpose else 1 if self.target.rows is not None else 0
         arranged += self.target.column_order is not None
         changed = self.target.add or self.target.factors or self.target.negative_exp or self.target.softplus
+        changed = changed or self.target.centered
         rounded = bool(self.rounded_to or changed)
         result = self.chunk_rows * self.row_nbytes if self.quant_type.block > 1 else 0
         return (arranged + rounded) * chunk + result + scratch_nbytes(self.quant_type, self.device)
@@ -191,6 +192,8 @@ class GGUFEncoder:
 
     def encode(self, rows: Tensor, start: int, into: Tensor) -> None:
         values = self._arranged(rows.float(), start)
+        if self.target.centered:
+            values = self._centered(values)
         if self.rounded_to:
             values = values.to(torch_dtype(self.rounded_to)).float()
         values = self._changed(values)
@@ -222,7 +225,7 @@ class GGUFEncoder:
 
     @property
     def _first_unit(self) -> int:
-        return self.target.first_row * self.target.shape[-1] // self._unit_columns
+        return self.target.first_element // self._unit_columns
 
     @property
     def _columns(self) -> int:
@@ -275,6 +278,11 @@ class GGUFEncoder:
         if len(order) == len(values) and (np.diff(order) == 1).all():
             return values
         return values.index_select(0, torch.from_numpy(order).to(values.device))
+
+    def _centered(self, values: Tensor) -> Tensor:
+        """Minus their mean, in the stored dtype as in the converter; on the CPU, whose order of summation it has."""
+        stored = values.cpu().to(torch_dtype(self.rounded_to or "F32"))
+        return (stored - stored.mean()).float().to(values.device)
 
     def _changed(self, values: Tensor) -> Tensor:
         import torch

@@ -38,8 +38,12 @@ DIFFERENT |= {
     ("dbrx", f"blk.{layer}.ffn_gate_inp.weight"): "the router stays in F32, as llama-quantize has it"
     for layer in (0, 1)
 }
-# For these the converter writes attn_factor when it reaches the tensors, before general.type.
-OTHER_ORDER = ("phi-three-long", "phimoe-long")
+DIFFERENT |= {
+    ("xverse", "tokenizer.ggml.scores"): "the ranks of the merges; without scores llama.cpp merges anything",
+    ("xverse", "tokenizer.ggml.add_space_prefix"): "this tokenizer puts no space before a text",
+}
+# For these the converter writes a key when it reaches the tensors, before general.type, or lacks one.
+OTHER_ORDER = ("phi-three-long", "phimoe-long", "jais", "jais-mup", "xverse")
 
 
 def written(folder: Path, out: Path, *types: str, **settings: Any) -> dict[str, Path]:
@@ -137,6 +141,8 @@ NOT_RUN = {
     "llama4": "llama.cpp requires 16 or 128 experts",
     "exaone4": "llama.cpp uses a sliding window only in models of 64 layers",
     "mistral3": "has a vision tower in transformers",
+    "chameleon": "has an image tokenizer in transformers",
+    **dict.fromkeys(("t5", "t5-gated", "t5-encoder", "mt5", "umt5"), "an encoder, or an encoder and a decoder"),
     UNTIED: "is refused",
 }
 RUN = [

@@ -36,7 +36,7 @@ def assembled(spelling: GGUFModelSpec, tensors: Mapping[str, TensorInfo], stored
             shapes[place.tensor] = place.shape
             whole = flat.setdefault(place.tensor, np.full(int(np.prod(place.shape)), np.nan, dtype=np.float32))
             part = arranged(place, stored[name].reshape(tensors[name].rows, tensors[name].columns)).reshape(-1)
-            start = place.first_row * place.shape[-1]
+            start = place.first_row * place.shape[-1] + place.first_column
             whole[start : start + part.size] = part
     return {name: flat[name].reshape(shapes[name]) for name in flat} | dict(spelling.constants)
 
@@ -49,6 +49,8 @@ def arranged(place: TensorTarget, rows: np.ndarray) -> np.ndarray:
         rows = matrices[:, :, place.columns or slice(None)].swapaxes(1, 2)
     if place.column_order is not None:
         rows = rows[:, place.column_order]
+    if place.centered:
+        rows = rows - torch.from_numpy(np.ascontiguousarray(rows)).mean().numpy()
     for factor in place.factors:
         rows = rows * np.float32(factor)
     rows = rows + np.float32(place.add) if place.add else rows

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ VISION: dict[str, dict[str, Any]] = {
     "glm4v_moe": _QWEN_SEEING,
 }
 AUDIO = {"voxtral": "VoxtralForConditionalGeneration", "qwen2_audio": "Qwen2AudioForConditionalGeneration"}
+CLASSES = {kind: f"{kind.upper()}ForConditionalGeneration" for kind in ("t5", "mt5", "umt5")}
+CLASSES |= {"chameleon": "ChameleonForConditionalGeneration"}
 LISTENING = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
 LISTENING |= {"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 8, 8]}
@@ -129,6 +132,12 @@ LINEAR = {
 SPARSE = {"num_experts": 4, "shared_expert_intermediate_size": 256, **EXPERTS}
 
 
+PROTOBUF = bool(find_spec("google") and find_spec("google.protobuf"))  # the converter reads T5's spiece.model with it
+T5 = {"d_model": 256, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5["tie_word_embeddings"] = True
+CHAMELEON = {"vocabulary_map": {"<image>": 3, "IMGIMGA": 4}}
+CHAMELEON["vq_config"] = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "num_embeddings": 16}
+SLIDING = ["full_attention", "sliding_attention"]
 LFM = ["conv", "full_attention", "conv"]
 DISTIL = {"dim": 256, "n_layers": 2, "n_heads": 4, "hidden_dim": 512}
 JAMBA = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4, "hidden_size": 128, "mamba_dt_rank": 8}
@@ -443,6 +452,24 @@ TINY = (
     Tiny("baichuan", by_hand=lambda: baichuan(), tokenizer="spm", official=False),
     Tiny("minicpm", by_hand=lambda: plain("MiniCPMForCausalLM", "minicpm", **MINICPM), tokenizer="spm"),
     Tiny("exaone", by_hand=lambda: exaone()),
+    Tiny("xverse", by_hand=lambda: plain("XverseForCausalLM", "xverse_x", num_key_value_heads=4), tokenizer="gemma4"),
+    Tiny("arctic", by_hand=lambda: arctic(), tokenizer="spm"),
+    Tiny("rugpt3xl", by_hand=lambda: rugpt3xl()),
+    Tiny("jais", by_hand=lambda: jais()),
+    Tiny("jais-mup", by_hand=lambda: jais(mup_embeddings_scale=9.1, mup_output_alpha=2.2, mup_width_scale=0.16)),
+    Tiny("chameleon", "chameleon", {"num_key_value_heads": 4, **CHAMELEON}),
+    Tiny("t5", "t5", T5, tokenizer="unigram", extra={"n_positions": 512}, official=PROTOBUF),
+    Tiny(
+        "t5-gated", "t5", {**T5, "feed_forward_proj": "gated-gelu"}, tokenizer="unigram", head=True, official=PROTOBUF
+    ),
+    Tiny("mt5", "mt5", {**T5, "num_layers": 3, "num_decoder_layers": 2}, tokenizer="unigram", official=PROTOBUF),
+    Tiny("umt5", "umt5", T5, tokenizer="unigram", official=PROTOBUF),
+    Tiny("t5-encoder", "t5", T5, tokenizer="unigram", extra={"architectures": ["T5EncoderModel"]}, official=PROTOBUF),
+    Tiny("sarvam", by_hand=lambda: sarvam()),
+    Tiny("nanbeige", by_hand=lambda: plain("NanbeigeForCausalLM", "nanbeige", num_loops=2), tokenizer="spm"),
+    Tiny("mellum", "mellum", {"num_local_experts": 4, "head_dim": 64, "layer_types": SLIDING, **EXPERTS}),
+    Tiny("granite-swa", "granite_swa", {"embedding_multiplier": 12.0}),
+    Tiny("granitemoe-swa", "granitemoe_swa", {"num_local_experts": 4, "shared_intermediate_size": 256}),
 )
 
 
@@ -520,6 +547,8 @@ def _model(tiny: Tiny) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = _config(tiny)
+    if tiny.kind in CLASSES:
+        return getattr(transformers, tiny.extra.get("architectures", [CLASSES[tiny.kind]])[0])(config)
     if str(tiny.extra.get("architectures")).endswith("Model']"):
         return AutoModel.from_config(config)
     if tiny.kind in VISION:
@@ -535,6 +564,8 @@ def _config(tiny: Tiny) -> Any:
     known = CONFIG_MAPPING[tiny.kind]
     if tiny.kind in ("gpt2", "gpt_bigcode"):
         return known(**tiny.options)
+    if tiny.kind in ("t5", "mt5", "umt5"):
+        return known(vocab_size=VOCAB, **tiny.options)
     text = {**SIZES, "tie_word_embeddings": tiny.kind.startswith(("gemma", "cohere")), **tiny.options}
     if tiny.kind in VISION:
         return known(text_config=text, vision_config=VISION[tiny.kind])
@@ -671,6 +702,11 @@ def bailing2() -> tuple[dict[str, Any], Shapes]:
     norms = [f"model.layers.{at}.attention.{part}_layernorm.weight" for at in (0, 1) for part in ("query", "key")]
     bias = {f"model.layers.{at}.mlp.gate.expert_bias": (4,) for at in (0, 1)}
     return {**config, **more, "n_group": 1, "topk_group": 1}, {**shapes, **dict.fromkeys(norms, (64,)), **bias}
+
+
+def sarvam() -> tuple[dict[str, Any], Shapes]:
+    config, shapes = bailing2()
+    return {**config, "architectures": ["SarvamMoEForCausalLM"], "head_dim": 64}, shapes
 
 
 def smallthinker() -> tuple[dict[str, Any], Shapes]:
@@ -847,6 +883,44 @@ def baichuan() -> tuple[dict[str, Any], Shapes]:
     return packed(made, "self_attn.W_pack", 768)
 
 
+def arctic() -> tuple[dict[str, Any], Shapes]:
+    config, shapes = plain("ArcticForCausalLM", "arctic_x", num_local_experts=4, num_experts_per_tok=2)
+    names = {"mlp.gate_proj": "residual_mlp.w1", "mlp.up_proj": "residual_mlp.w3", "mlp.down_proj": "residual_mlp.w2"}
+    config, shapes = renamed((config, shapes), names)
+    sizes = {"w1": (128, 256), "w2": (256, 128), "w3": (128, 256)}
+    for layer in range(2):
+        start = f"model.layers.{layer}.block_sparse_moe"
+        shapes |= {f"{start}.experts.{at}.{part}.weight": sizes[part] for at in range(4) for part in sizes}
+        shapes |= {f"{start}.gate.weight": (4, 256), f"model.layers.{layer}.residual_layernorm.weight": (256,)}
+    return config, shapes
+
+
+def rugpt3xl() -> tuple[dict[str, Any], Shapes]:
+    config = {"architectures": ["RuGPT3XLForCausalLM"], "model_type": "rugpt3xl_x", **SIZES, "layer_norm_eps": 1e-5}
+    del config["num_key_value_heads"]
+    layer: Shapes = {f"self_attn.{part}_proj": (256, 256) for part in "qkvo"}
+    layer |= {"mlp.up_proj": (512, 256), "mlp.down_proj": (256, 512)}
+    layer |= {"input_layernorm": (256,), "post_attention_layernorm": (256,)}
+    shapes: Shapes = {"model.embed_tokens.weight": (VOCAB, 256), "model.embed_positions.weight": (512, 256)}
+    shapes |= {f"model.norm.{kind}": (256,) for kind in ("weight", "bias")} | {"lm_head.weight": (VOCAB, 256)}
+    for name, shape in ((f"model.layers.{at}.{name}", layer[name]) for at in (0, 1) for name in layer):
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return config, shapes
+
+
+def jais(**scales: float) -> tuple[dict[str, Any], Shapes]:
+    config = {"architectures": ["JAISLMHeadModel"], "model_type": "jais_x", **GPT2, "n_inner": 680}
+    config |= {"activation_function": "swiglu", "position_embedding_type": "alibi", "layer_norm_epsilon": 1e-5}
+    config |= scales or {"embeddings_scale": 14.6, "width_scale": 0.22}
+    layer: Shapes = {"attn.c_attn": (256, 768), "attn.c_proj": (256, 256), "ln_1": (256,), "ln_2": (256,)}
+    layer |= {"mlp.c_fc": (256, 680), "mlp.c_fc2": (256, 680), "mlp.c_proj": (680, 256)}
+    shapes: Shapes = {"transformer.wte.weight": (VOCAB, 256), "lm_head.weight": (VOCAB, 256)}
+    shapes |= {f"transformer.ln_f.{kind}": (256,) for kind in ("weight", "bias")}
+    for name, shape in ((f"transformer.h.{at}.{name}", layer[name]) for at in (0, 1) for name in layer):
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
+    return config, shapes
+
+
 def exaone() -> tuple[dict[str, Any], Shapes]:
     names = {"model.layers": "transformer.h", "model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f"}
     names |= {"self_attn.o_proj": "attn.attention.out_proj", "self_attn": "attn.attention"}
@@ -940,7 +1014,26 @@ def gemma4() -> dict[str, bytes]:
     return {"tokenizer.json": json.dumps(told).encode(), **_settings("PreTrainedTokenizerFast")}
 
 
-TOKENIZERS = {"gemma4": gemma4, "wordpiece": wordpiece, "bpe": bpe, "spm": spm, "glm": glm}
+@cache
+def unigram() -> dict[str, bytes]:
+    """A unigram sentencepiece model under T5's name."""
+    import io
+
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split() * 4),
+        model_writer=out,
+        vocab_size=100,
+        model_type="unigram",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return {"spiece.model": out.getvalue(), **_settings("T5Tokenizer")}
+
+
+TOKENIZERS = {"unigram": unigram, "gemma4": gemma4, "wordpiece": wordpiece, "bpe": bpe, "spm": spm, "glm": glm}
 
 
 def _settings(kind: str) -> dict[str, bytes]:

@@ -25,6 +25,7 @@ OTHER_NAMES = {
     "gemma3-vision": "without its tower it is a Gemma3ForCausalLM",
     "qwen35-vision": "without its tower it is a Qwen3_5ForCausalLM",
     "smolvlm": "without its tower it is a Llama",
+    "rugpt3xl": "its file is that of a GPT-2, and comes back as one",
     "voxtral": "without its tower it is a Llama",
     "janus": "without its tower it is a Llama",
     "sarashina-vision": "without its tower it is a Llama",

@@ -27,9 +27,12 @@ tree, *more = sys.argv[1:]
 sys.path[:0] = [tree, tree + "/gguf-py"]
 import conversion.base as base
 known = base.TextModel.get_vocab_base_pre
+names = base.gguf.TensorNameMap
+table = dict(names.block_mappings_cfg)
 failed = {}
 for folder, out, outtype, pre in json.load(sys.stdin):
     base.TextModel.get_vocab_base_pre = (lambda self, tokenizer, pre=pre: pre) if pre else known
+    names.block_mappings_cfg = dict(table)  # Arctic's names would stay for the models after it
     sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", out, "--outtype", outtype, *more]
     try:
         runpy.run_path(tree + "/convert_hf_to_gguf.py", run_name="__main__")

@@ -46,7 +46,8 @@ def config(architecture: str, rows: int, **changes: Any) -> dict[str, Any]:
 def write_model(folder: Path, settings: Mapping[str, Any], files: Mapping[str, Any]) -> Path:
     """Write a model's folder: config.json, an embedding, and the files (objects as JSON; bytes and text unchanged)."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = "embeddings.word_embeddings.weight" if settings["model_type"] == "bert" else "model.embed_tokens.weight"
+    names = {"bert": "embeddings.word_embeddings.weight", "t5": "shared.weight"}
+    name = names.get(settings["model_type"], "model.embed_tokens.weight")
     rows, columns = settings["vocab_size"], settings["hidden_size"]
     save_file({name: torch.zeros(rows, columns, dtype=torch.float16)}, folder / "model.safetensors", {"format": "pt"})
     for file, content in {"config.json": settings, **files}.items():

@@ -129,6 +129,18 @@ def test_vectors_are_stacked() -> None:
     assert np.array_equal(found[2], values.numpy())
 
 
+def test_the_mean_of_a_vector_is_subtracted() -> None:
+    values = random(128)
+    found = as_floats(written(TensorTarget("t", (128,), centered=True), values), (128,))
+    assert np.array_equal(found, (values - values.mean()).numpy())
+
+
+def test_vectors_are_joined() -> None:
+    values = random(8)
+    found = as_floats(written(TensorTarget("t", (24,), first_column=16), values), (24,))
+    assert np.array_equal(found[16:], values.numpy())
+
+
 @pytest.mark.parametrize("type_name", ["F16", "BF16", "Q8_0", "Q4_0"])
 def test_encoded_rows_equal_those_of_the_whole_tensor(type_name: str) -> None:
     from mergeforge.gguf.quantize import encode

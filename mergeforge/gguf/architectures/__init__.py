@@ -34,7 +34,7 @@ class TensorTarget:
     The stored tensor is seen as rows x columns (TensorInfo.rows, .columns). GGUF row `first_row + j` is stored row
     `rows[j]` (`rows` None: all rows in order). `shape` is that of the whole GGUF tensor, slowest dimension first (as in
     numpy and HF; the file lists it in reverse); its rows are those of its last dimension. A 1-D tensor is one row;
-    `first_row` then counts rows of the GGUF tensor.
+    `first_row` then counts rows of the GGUF tensor. `first_column`: where a part of a 1-D GGUF tensor starts.
 
     `transpose` n: the selected rows, in groups of n, are matrices that are transposed: n rows x columns become
     columns x n. `columns` selects columns before that (`slice(0, None, 2)`: the even ones). `f32`: kept in F32 whatever
@@ -42,7 +42,7 @@ class TensorTarget:
 
     Column `j` of a row is stored column `column_order[j]`, which may leave columns out (None: all in order). Values are
     multiplied by each of `factors`, one after the other, then `add` is added; with `negative_exp`, x becomes -exp(x)
-    (Mamba's A_log), with `softplus` log(1 + exp(x)).
+    (Mamba's A_log), with `softplus` log(1 + exp(x)); with `centered`, the mean of a 1-D tensor is subtracted.
 
     Columns can be selected only together with `transpose`. For every other column of a bias it is 1: each row becomes
     its selected elements, in order.
@@ -51,6 +51,7 @@ class TensorTarget:
     tensor: str
     shape: tuple[int, ...]
     first_row: int = 0
+    first_column: int = 0
     rows: np.ndarray | None = None
     transpose: int = 0
     columns: slice | None = None
@@ -59,12 +60,18 @@ class TensorTarget:
     add: float = 0.0
     negative_exp: bool = False
     softplus: bool = False
+    centered: bool = False
     f32: bool = False
+
+    @property
+    def first_element(self) -> int:
+        """Where in the GGUF tensor the part starts, counted in elements."""
+        return self.first_row * self.shape[-1] + self.first_column
 
     @property
     def keeps_rows(self) -> bool:
         """Whether every row of the GGUF tensor is a stored row, but for a constant that is added."""
-        changed = self.factors or self.negative_exp or self.softplus
+        changed = self.factors or self.negative_exp or self.softplus or self.centered
         return not self.transpose and self.column_order is None and not changed
 
 

@@ -1,4 +1,4 @@
-"""Ling 1 and 2 (Bailing): experts, and q, k and v in one tensor."""
+"""Ling 1 and 2 (Bailing) and Sarvam: experts, and q, k and v in one tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mergeforge.gguf.architectures.hparams import hparams
 from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.prediction_layers import prediction_layer_keys, prediction_layers
 from mergeforge.gguf.architectures.row_order import deinterleave_qkv, interleave_rope_halves
-from mergeforge.gguf.architectures.tensor_mapping import DECODER, HFTensor, RuleResult, make_spec
+from mergeforge.gguf.architectures.tensor_mapping import DECODER, HFTensor, Rule, RuleResult, make_spec
 from mergeforge.gguf.key_values import boolean, f32, u32
 
 
@@ -31,11 +31,26 @@ def bailingmoe(model: HFModel) -> GGUFModelSpec:
 
 @architecture("BailingMoeV2ForCausalLM")
 def bailingmoe2(model: HFModel) -> GGUFModelSpec:
+    return _like_bailing2(model, int(model.head_dim * model.rope.get("partial_rotary_factor", 0.5)))
+
+
+@architecture("SarvamMoEForCausalLM", "modeling_sarvam_moe.SarvamMoEForCausalLM")
+def sarvam_moe(model: HFModel) -> GGUFModelSpec:
+    """Ling 2 with whole heads rotated; the biases of expert selection are made to have the mean 0."""
+    return _like_bailing2(model, model.head_dim, _centered_bias)
+
+
+def _centered_bias(stored: HFTensor) -> RuleResult:
+    is_bias = stored.name.endswith(".expert_bias.bias")
+    return (stored.tensor(centered=True),) if is_bias else None
+
+
+def _like_bailing2(model: HFModel, rotated: int, *rules: Rule) -> GGUFModelSpec:
     extra = prediction_layers(model, shift=0.0)
     size, shared = int(model.require("moe_intermediate_size")), int(model.require("num_shared_experts"))
     keys = hparams(model) | {
         "block_count": u32(model.layers + extra.count),
-        "rope.dimension_count": u32(int(model.head_dim * model.rope.get("partial_rotary_factor", 0.5))),
+        "rope.dimension_count": u32(rotated),
         "leading_dense_block_count": u32(model.require("first_k_dense_replace")),
         "vocab_size": u32(model.require("vocab_size")),
         "expert_feed_forward_length": u32(size),
@@ -51,6 +66,7 @@ def bailingmoe2(model: HFModel) -> GGUFModelSpec:
         "bailingmoe2",
         keys,
         extra.rule,
+        *rules,
         stacked_experts,
         vocab="gpt2",
         required_per_block=DECODER,

@@ -26,7 +26,7 @@ _TEXT_TYPES = {
 _FROM_HEADS = ("num_key_value_heads", "num_kv_heads")
 _HEAD_DIM_COMPUTED = ("llama", "mistral", "ministral3", "gpt_oss", "llama4_text", "arcee", "seed_oss")
 _LATENT_HEADS = ("deepseek_v2", "deepseek_v3")  # their head_dim is the size of the rotary part
-_PER_LAYER_ROPE = ("gemma3_text", "olmo3")  # two ropes: for full and for sliding attention
+_PER_LAYER_ROPE = ("gemma3_text", "olmo3", "mellum")  # two ropes: for full and for sliding attention
 _ATTENTION = ("full_attention", "sliding_attention")
 _EXTENDED = ("llama3", "yarn", "longrope")  # rope types with the pretraining context
 _GPT2_NAMES = {
@@ -77,6 +77,8 @@ def _filled(kind: str, config: dict[str, Any]) -> dict[str, Any]:
         filled["head_dim"] = filled["hidden_size"] // filled["num_attention_heads"]
     if kind in _LATENT_HEADS:
         filled["head_dim"] = filled["qk_rope_head_dim"]
+    if filled.get("num_decoder_layers", 0) is None:
+        filled["num_decoder_layers"] = filled["num_layers"]
     if filled.get("layer_types") is None and (pattern := _layer_types(kind, filled)):
         filled["layer_types"] = pattern
     if "rope_theta" in hf_defaults()[kind]:
@@ -92,6 +94,8 @@ def _layer_types(kind: str, config: Mapping[str, Any]) -> list[str]:
         pattern = "LLLG" if kind == "olmo3" else _pattern(config.get("sliding_window_pattern") or 4)
         slides = kind != "exaone4" or config.get("sliding_window") is not None
         return [_ATTENTION[slides and pattern[at % len(pattern)] == "L"] for at in layers]
+    if kind == "mellum":
+        return ["full_attention" for _ in layers]
     if kind in ("lfm2", "lfm2_moe") and config.get("full_attn_idxs") is not None:
         return ["full_attention" if at in config["full_attn_idxs"] else "conv" for at in layers]
     if kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"):
@@ -152,7 +156,7 @@ def _rope_per_layer(kind: str, filled: Mapping[str, Any], config: Mapping[str, A
     full = {**rope.get("full_attention", {}), **(filled.get("rope_scaling") or {})}
     sliding = dict(rope.get("sliding_attention", {}))
     full.setdefault("rope_theta", filled["rope_theta"])
-    local = config.get("rope_local_base_freq", 10000.0) if kind == "gemma3_text" else hf_defaults()[kind]["rope_theta"]
+    local = hf_defaults()[kind]["rope_theta"] if kind == "olmo3" else config.get("rope_local_base_freq", 10000.0)
     sliding.setdefault("rope_theta", local)
     for one in (full, sliding):
         _standardized(kind, one, filled)

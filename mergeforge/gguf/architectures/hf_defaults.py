@@ -230,6 +230,25 @@ eurobert vocab_size=128256 hidden_size=768 num_hidden_layers=12 num_attention_he
   head_dim=64 intermediate_size=3072 max_position_embeddings=8192 rms_norm_eps=1e-05 tie_word_embeddings=false
   pad_token_id=128001 rope_theta=10000.0
 bloom vocab_size=250880 hidden_size=64 n_layer=2 n_head=8 layer_norm_epsilon=1e-05 tie_word_embeddings=true
+mellum vocab_size=98304 hidden_size=2304 num_hidden_layers=28 num_attention_heads=32 num_key_value_heads=4 head_dim=128
+  max_position_embeddings=131072 intermediate_size=7168 rms_norm_eps=1e-06 tie_word_embeddings=false
+  sliding_window=1024 moe_intermediate_size=896 num_experts_per_tok=8 num_local_experts=64 rope_theta=500000.0
+granite_swa vocab_size=100352 hidden_size=2560 num_hidden_layers=24 num_attention_heads=20 num_key_value_heads=4
+  intermediate_size=8192 max_position_embeddings=8192 rms_norm_eps=1e-05 tie_word_embeddings=true sliding_window=128
+  embedding_multiplier=1.0 logits_scaling=1.0 residual_multiplier=1.0 attention_multiplier=1.0 rope_theta=10000.0
+granitemoe_swa vocab_size=32000 hidden_size=4096 num_hidden_layers=32 num_attention_heads=32 num_key_value_heads=null
+  intermediate_size=11008 max_position_embeddings=2048 rms_norm_eps=1e-06 tie_word_embeddings=false sliding_window=128
+  num_local_experts=8 num_experts_per_tok=2 shared_intermediate_size=0 embedding_multiplier=1.0 logits_scaling=1.0
+  residual_multiplier=1.0 attention_multiplier=1.0 rope_theta=10000.0
+chameleon vocab_size=65536 hidden_size=4096 num_hidden_layers=32 num_attention_heads=32 num_key_value_heads=32
+  intermediate_size=11008 max_position_embeddings=4096 rms_norm_eps=1e-05 tie_word_embeddings=false swin_norm=false
+  rope_theta=10000.0
+t5 vocab_size=32128 d_model=512 d_kv=64 d_ff=2048 num_layers=6 num_decoder_layers=null num_heads=8
+  relative_attention_num_buckets=32 layer_norm_epsilon=1e-06 tie_word_embeddings=true
+mt5 vocab_size=250112 d_model=512 d_kv=64 d_ff=1024 num_layers=8 num_decoder_layers=null num_heads=6
+  relative_attention_num_buckets=32 layer_norm_epsilon=1e-06 tie_word_embeddings=true decoder_start_token_id=0
+umt5 vocab_size=250112 d_model=512 d_kv=64 d_ff=1024 num_layers=8 num_decoder_layers=null num_heads=6
+  relative_attention_num_buckets=32 layer_norm_epsilon=1e-06 tie_word_embeddings=true decoder_start_token_id=0
 """
 
 

@@ -1,4 +1,4 @@
-"""Llama and models built like it: Mistral, Mixtral, SmolLM3, SmolVLM, Arcee, Llama 4."""
+"""Llama and models built like it: Mistral, Mixtral, SmolLM3, SmolVLM, Arcee, Nanbeige, Llama 4."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergeforge.gguf.architectures.hparams import hparams
 from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.pooling import pooling_keys, pooling_notes
 from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, GATED, HFTensor, RuleResult, inside_model, make_spec
-from mergeforge.gguf.key_values import Value, u32
+from mergeforge.gguf.key_values import Value, boolean, u32
 
 _SMOLVLM_HEADS = 32
 _JANUS = (
@@ -91,6 +91,16 @@ def arcee(model: HFModel) -> GGUFModelSpec:
     return like_llama(model, "arcee", keys, required_per_block=_SQUARED, notes=notes)
 
 
+@architecture("NanbeigeForCausalLM")
+def nanbeige(model: HFModel) -> GGUFModelSpec:
+    """All layers run num_loops times; the final norm may be left out between the loops."""
+    keys = llama_keys(model) | {
+        "num_loops": u32(max(1, int(model.find("num_loops") or 1))),
+        "skip_loop_final_norm": boolean(bool(model.find("skip_loop_final_norm"))),
+    }
+    return like_llama(model, "nanbeige", keys, names_of="llama")
+
+
 @architecture("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 def llama4(model: HFModel) -> GGUFModelSpec:
     """Experts are stored transposed; intermediate_size is theirs, intermediate_size_mlp that of dense layers."""
@@ -120,6 +130,7 @@ def like_llama(
     notes: Iterable[str] = (),
     rename: Callable[[str], str] = str,
     drops: tuple[str, ...] = (),
+    names_of: str = "",
 ) -> GGUFModelSpec:
     """The spec of a family that differs from Llama only in `arch` and some keys.
 
@@ -141,6 +152,7 @@ def like_llama(
         constants=rope_freq_factors_llama3(model),
         notes=notes,
         rename=rename,
+        names_of=names_of,
     )
 
 

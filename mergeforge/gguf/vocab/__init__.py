@@ -11,6 +11,7 @@
 * `gemma` (Gemma and Gemma 2), `gemma3`: SPM without a space before a text. `gemma4`: BPE over raw UTF-8.
 * `phi3`: `gpt2` if tokenizer_class is GPT2Tokenizer, else SPM. `internlm2`, `internlm3`: SPM.
 * `stablelm`, `glm4`, `glm4_moe` (4.5 and later), `chatglm`: `gpt2`; the GLMs have special tokens of fixed names.
+* `arctic`: SPM, where tokenizer_config.json redefines pieces. `t5`: a unigram model from spiece.model.
 * `bert` (WordPiece), `roberta` (BPE), `unigram` (XLM-RoBERTa, which runs on T5's engine). `none`: no vocabulary.
 
 The number of tokens always equals the number of rows of the token embedding, because llama.cpp refuses anything else:

@@ -23,6 +23,7 @@ from mergeforge.gguf.vocab.kinds import (
     without,
 )
 from mergeforge.gguf.vocab.spm import adds_space, gemma4_tokens, is_rebuildable
+from mergeforge.gguf.vocab.spm_variants import arctic, t5
 from mergeforge.gguf.vocab.tokenizer_files import TokenizerFiles
 
 
@@ -270,7 +271,7 @@ _SPM = (
     internlm3,
 )
 KINDS: dict[str, Callable[[TokenizerFiles], KeysAndNotes]] = {
-    function.__name__: function for function in (*_BPE, *_SPM, gemma4, bert, unigram, none)
+    function.__name__: function for function in (*_BPE, *_SPM, arctic, gemma4, bert, unigram, t5, none)
 }
 
 

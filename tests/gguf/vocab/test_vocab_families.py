@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+from support.gguf_models import PROTOBUF
 from support.llama_cpp_tools import needs_converter
 from support.special_token_cases import BASE, Case, decoder_entries
 from support.tokenizer_folders import (
@@ -100,7 +102,7 @@ def encoder_cases(folder: Path) -> dict[str, Case]:
 
 
 def decoder_cases() -> dict[str, Case]:
-    """Gemma 1 and 3, InternLM 2 and 3, GLM-4 and GLM-4.5, StableLM."""
+    """Gemma 1 and 3, InternLM 2 and 3, GLM-4 and GLM-4.5, Arctic, StableLM."""
     model = {"tokenizer.model": sentencepiece_model()}
     own_tokens = [added_token(i, text) for i, text in enumerate(("<unk>", "<s>", "</s>"))]
     chat = {
@@ -124,8 +126,37 @@ def decoder_cases() -> dict[str, Case]:
         "glm4-moe": Case(
             settings("Glm4MoeForCausalLM", "glm4_moe", rows, **rope, **experts), glm, "glm4_moe", pre="glm4"
         ),
+        "arctic": Case(
+            settings("ArcticForCausalLM", "arctic_x", PIECES, **IDS), {**model, **arctic_config()}, "arctic"
+        ),
         "stablelm": Case(settings("StableLmForCausalLM", "stablelm", rows, **rope), glm, "stablelm", pre="stablelm2"),
     }
+
+
+def arctic_config() -> dict[str, Any]:
+    """Two pieces get another text; one token has no special meaning."""
+    entries = [added_token(0, "<unk>"), added_token(8, "<|im_start|>"), added_token(9, "plain", special=False)]
+    return {"tokenizer_config.json": {"unk_token": "<unk>", "added_tokens_decoder": decoder_entries(*entries)}}
+
+
+def t5_cases() -> dict[str, Case]:
+    """T5's spiece.model with added tokens, and Pile-T5's BPE."""
+    options = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    rows = 130
+    files = {"spiece.model": unigram_model(), "added_tokens.json": {"<extra_id_0>": 125, "<far>": 9999}}
+    return {
+        "t5": Case(settings("T5ForConditionalGeneration", "t5", rows, **options), files, "t5"),
+        "pile-t5": Case(
+            settings("T5ForConditionalGeneration", "t5", PIECES, **options),
+            {"tokenizer.model": sentencepiece_model()},
+            "t5",
+        ),
+    }
+
+
+@pytest.mark.skipif(not PROTOBUF, reason="the converter reads T5's files with the protobuf package")
+def test_vocabularies_of_t5(tmp_path: Path) -> None:
+    assert differences_by_case(t5_cases(), tmp_path) == {}
 
 
 def test_vocabularies_of_families(tmp_path: Path) -> None:
