@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,21 @@ MINICPM = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 64}
 
 
 RND1 = {"architectures": ["RND1"], "model_type": "rnd1", "mask_token_id": 3}
+
+
+HUB = {  # in gguf_hub_models.py -> tokenizer
+    **dict.fromkeys(("nemotron-h", "nemotron-h-moe", "nemotron-h-puzzle", "mimo2", "step35", "step37"), "bpe"),
+    **dict.fromkeys(("step3-vl", "kimi-linear", "deci", "deci-7b"), "bpe"),
+    **dict.fromkeys(("grok1", "grok2"), "spm"),
+}
+
+
+def hub_model(name: str) -> tuple[dict[str, Any], Shapes]:
+    """A model that the function of its name in gguf_hub_models.py makes."""
+    from support import gguf_hub_models
+
+    made: tuple[dict[str, Any], Shapes] = getattr(gguf_hub_models, name.replace("-", "_"))()
+    return made
 
 
 def linear(theta: float = 1e4) -> dict[str, Any]:
@@ -443,6 +458,7 @@ TINY = (
     Tiny("baichuan", by_hand=lambda: baichuan(), tokenizer="spm", official=False),
     Tiny("minicpm", by_hand=lambda: plain("MiniCPMForCausalLM", "minicpm", **MINICPM), tokenizer="spm"),
     Tiny("exaone", by_hand=lambda: exaone()),
+    *(Tiny(name, tokenizer=HUB[name], by_hand=partial(hub_model, name)) for name in HUB),
 )
 
 

@@ -33,7 +33,7 @@ def granite_hybrid(model: HFModel) -> GGUFModelSpec:
         raise SourceError(text, hint="write safetensors")
     groups, inner = int(model.require("mamba_n_groups")), int(model.require("mamba_expand")) * model.hidden
     rope = model.name == "BambaForCausalLM"
-    keys = _scaled_keys(model) | optional(
+    keys = scaled_keys(model) | optional(
         u32, expert_shared_feed_forward_length=model.find("shared_intermediate_size") or None
     )
     keys |= {
@@ -82,7 +82,7 @@ def _granite(model: HFModel, arch: str, more: dict[str, Value]) -> GGUFModelSpec
     return make_spec(
         model,
         arch,
-        _scaled_keys(model) | more,
+        scaled_keys(model) | more,
         permute_rope_heads,
         fused_feed_forward,
         stacked_experts,
@@ -96,7 +96,7 @@ def _without_head_dim(model: HFModel) -> HFModel:
     return HFModel(model.name, model.original_config, {**model.config, "head_dim": None}, model.tensors)
 
 
-def _scaled_keys(model: HFModel) -> dict[str, Value]:
+def scaled_keys(model: HFModel) -> dict[str, Value]:
     """Llama's keys and four multipliers. llama.cpp's granite has no head_dim key."""
     return llama_keys(_without_head_dim(model)) | optional(
         f32,
