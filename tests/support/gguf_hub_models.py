@@ -265,3 +265,55 @@ def grok2() -> Made:
     norms = [f"model.layers.{at}.{name}_moe_norm.weight" for at in (0, 1) for name in ("pre", "post")]
     config["num_local_experts"] = config.pop("num_experts")
     return config, shapes | dict.fromkeys(norms, (256,))
+
+
+def own_tensors(shapes: Shapes, layer: int, norm: str = "shared_head.norm") -> Shapes:
+    """A further layer like the one before it, with what predicts a further token."""
+    old, new = f"model.layers.{layer - 1}.", f"model.layers.{layer}."
+    made = {name.replace(old, new): shape for name, shape in shapes.items() if name.startswith(old)}
+    own = {"eh_proj": (256, 512), **dict.fromkeys(("enorm", "hnorm", norm), (256,))}
+    return made | {f"{new}{name}.weight": shape for name, shape in own.items()}
+
+
+def cohere2_moe() -> Made:
+    own: dict[str, Any] = {"head_dim": 64, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "sliding_window": 64}
+    own |= {"layer_types": ["sliding_attention", "full_attention"], "num_shared_experts": 1, "norm_topk_prob": True}
+    own |= {"intermediate_size": 128, "prefix_dense_intermediate_size": 512, "first_k_dense_replace": 1}
+    own |= {"expert_selection_fn": "sigmoid", "num_nextn_predict_layers": 1}
+    config, shapes = with_experts(plain("Cohere2MoeForCausalLM", "cohere2_moe_x", **own), dense=1)
+    del config["rms_norm_eps"]
+    shapes = {name: shape for name, shape in shapes.items() if "post_attention" not in name} | shared([1])
+    return config, shapes | own_tensors(shapes, 2)
+
+
+def hy_v3() -> Made:
+    own: dict[str, Any] = {"head_dim": 64, "moe_intermediate_size": 128, "num_shared_experts": 1, "route_norm": True}
+    own |= {"router_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "first_k_dense_replace": 1}
+    config, shapes = with_experts(normed("HYV3ForCausalLM", "hy_v3_x", **own), dense=1)
+    shapes = {name.replace("mlp.gate.weight", "mlp.router.gate.weight"): shape for name, shape in shapes.items()}
+    shapes |= shared([1], name="mlp.shared_mlp") | {"model.layers.1.mlp.expert_bias": (4,)}
+    return config, shapes | own_tensors(shapes, 2, "final_layernorm")
+
+
+def maple() -> Made:
+    own: dict[str, Any] = {"head_dim": 64, "moe_intermediate_size": 128, "hidden_act": "silu", "sliding_window": 64}
+    own |= {"layer_types": ["sliding_attention", "full_attention"], "nope_on_global_attention": True}
+    return with_experts(normed("MapleForCausalLM", "maple_x", **own, norm_topk_prob=True, num_shared_experts=0))
+
+
+def deepseek32() -> Made:
+    own: dict[str, Any] = {"num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32}
+    own |= {"qk_rope_head_dim": 32, "v_head_dim": 32, "index_n_heads": 2, "index_head_dim": 64, "index_topk": 64}
+    own |= {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 128}
+    own |= {"scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 1}
+    own |= {"topk_group": 1, "num_nextn_predict_layers": 1}
+    config, shapes = with_experts(plain("DeepseekV32ForCausalLM", "deepseek_v32_x", **own), dense=1)
+    del config["num_experts"]
+    shapes = {name: shape for name, shape in shapes.items() if "self_attn" not in name} | shared([1])
+    shapes["model.layers.1.mlp.gate.e_score_correction_bias"] = (4,)
+    attention: Shapes = {"q_a_proj.weight": (128, 256), "q_a_layernorm.weight": (128,), "q_b_proj.weight": (256, 128)}
+    attention |= {"kv_a_proj_with_mqa.weight": (96, 256), "kv_a_layernorm.weight": (64,), "kv_b_proj.weight": (256, 64)}
+    attention |= {"o_proj.weight": (256, 128), "indexer.wq_b.weight": (128, 128), "indexer.wk.weight": (64, 256)}
+    attention |= {"indexer.weights_proj.weight": (2, 256), "indexer.k_norm.weight": (64,), "indexer.k_norm.bias": (64,)}
+    shapes |= {f"model.layers.{at}.self_attn.{name}": shape for at in (0, 1) for name, shape in attention.items()}
+    return config, shapes | own_tensors(shapes, 2)

@@ -120,6 +120,7 @@ def make_spec(
     required_per_block: Sequence[str] = GATED,
     required: Sequence[str] = ("token_embd", "output_norm"),
     layers: int = 0,
+    names_of: str = "",
     rename: Callable[[str], str] = str,
     constants: Mapping[str, np.ndarray] | None = None,
     notes: Iterable[str] = (),
@@ -128,11 +129,12 @@ def make_spec(
     """The spec of a model: `keys` get the prefix `arch`, every tensor gets its targets from the rules.
 
     required_per_block: parts that every block must have; `a|b` means one of them. required: tensors outside of blocks.
-    layers: the number of blocks, where it is more than num_hidden_layers. rename: changes stored names into
-    those that gguf-py's name map and the rules know.
+    layers: the number of blocks, where it is more than num_hidden_layers. names_of: an architecture whose
+    name map is used, for one that the gguf package does not know yet. rename: changes stored names into those that the
+    name map and the rules know.
     """
     layers = layers or model.layers
-    names = _name_map(arch, layers)
+    names = _name_map(names_of or arch, layers)
     places: dict[str, tuple[TensorTarget, ...]] = {}
     dropped: dict[str, str] = {}
     for name, info in model.tensors.items():
@@ -181,7 +183,11 @@ def _name_map(arch: str, layers: int) -> Any:
     known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if arch not in known:
         raise SourceError(f"the installed gguf package has no names for '{arch}'", hint="pip install --upgrade gguf")
-    return gguf.get_tensor_name_map(known[arch], layers)
+    kept = dict(gguf.TensorNameMap.block_mappings_cfg)
+    try:
+        return gguf.get_tensor_name_map(known[arch], layers)
+    finally:  # Arctic's map changes the class's table, and with it the maps of all architectures after it
+        gguf.TensorNameMap.block_mappings_cfg = kept
 
 
 def _apply_rules(stored: HFTensor, rules: Sequence[Rule]) -> tuple[TensorTarget, ...] | str:
