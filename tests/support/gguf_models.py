@@ -189,8 +189,7 @@ RND1 = {"architectures": ["RND1"], "model_type": "rnd1", "mask_token_id": 3}
 
 HUB = {  # in gguf_hub_models.py -> tokenizer
     **dict.fromkeys(("nemotron-h", "nemotron-h-moe", "nemotron-h-puzzle", "mimo2", "step35", "step37"), "bpe"),
-    **dict.fromkeys(("cohere2-moe", "hy-v3", "maple"), "bpe"),
-    "deepseek32": "bos",
+    **dict.fromkeys(("cohere2-moe", "hy-v3", "maple", "deepseek32"), "bpe"),
     **dict.fromkeys(("step3-vl", "kimi-linear", "deci", "deci-7b"), "bpe"),
     **dict.fromkeys(("grok1", "grok2"), "spm"),
 }
@@ -958,13 +957,7 @@ def gemma4() -> dict[str, bytes]:
     return {"tokenizer.json": json.dumps(told).encode(), **_settings("PreTrainedTokenizerFast")}
 
 
-@cache
-def bpe_with_bos() -> dict[str, bytes]:
-    settings = json.loads(bpe()["tokenizer_config.json"]) | {"add_bos_token": True, "tokenizer_class": "LlamaTokenizerFast"}
-    return {**bpe(), "tokenizer_config.json": json.dumps(settings).encode()}
-
-
-TOKENIZERS = {"bos": bpe_with_bos, "gemma4": gemma4, "wordpiece": wordpiece, "bpe": bpe, "spm": spm, "glm": glm}
+TOKENIZERS = {"gemma4": gemma4, "wordpiece": wordpiece, "bpe": bpe, "spm": spm, "glm": glm}
 
 
 def _settings(kind: str) -> dict[str, bytes]:

@@ -50,7 +50,7 @@ def step35(model: HFModel) -> GGUFModelSpec:
 
 def _rope(model: HFModel) -> Mapping[str, Any]:
     """rope_theta may be a list for each layer: the first is that of full attention, the second of sliding windows."""
-    theta = model.rope.get("rope_theta")
+    theta = model.find("rope_theta")
     if not isinstance(theta, list):
         return model.rope
     return {**model.rope, "rope_theta": theta[0], "sliding_attention": {"rope_theta": theta[1]}}
