@@ -317,3 +317,36 @@ def deepseek32() -> Made:
     attention |= {"indexer.weights_proj.weight": (2, 256), "indexer.k_norm.weight": (64,), "indexer.k_norm.bias": (64,)}
     shapes |= {f"model.layers.{at}.self_attn.{name}": shape for at in (0, 1) for name, shape in attention.items()}
     return config, shapes | own_tensors(shapes, 2)
+
+
+def nomic_bert(biased: bool = False, **options: Any) -> Made:
+    """nomic-embed-text 1.5."""
+    config: dict[str, Any] = {"architectures": ["NomicBertModel"], "model_type": "nomic_x", "vocab_size": VOCAB}
+    config |= {"n_embd": 256, "n_head": 4, "n_layer": 2, "n_inner": 512, "n_positions": 8192, "causal": False}
+    config |= {"max_trained_positions": 2048, "activation_function": "swiglu", "layer_norm_epsilon": 1e-12}
+    config |= dict.fromkeys(("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias"), biased)
+    config |= {"prenorm": False, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False, "rotary_emb_base": 1000}
+    config |= {"rotary_emb_scale_base": None, "type_vocab_size": 2}
+    layer: Shapes = {"attn.Wqkv": (768, 256), "attn.out_proj": (256, 256)}
+    layer |= {"mlp.fc11": (512, 256), "mlp.fc12": (512, 256), "mlp.fc2": (256, 512)}
+    shapes = {f"encoder.layers.{at}.{name}.weight": shape for at in (0, 1) for name, shape in layer.items()}
+    norms = ["emb_ln", *(f"encoder.layers.{at}.norm{one}" for at in (0, 1) for one in (1, 2))]
+    shapes |= {f"{norm}.{kind}": (256,) for norm in norms for kind in ("weight", "bias")}
+    shapes |= {"embeddings.word_embeddings.weight": (VOCAB, 256), "embeddings.token_type_embeddings.weight": (2, 256)}
+    return {**config, **options}, shapes
+
+
+def nomic_bert_moe() -> Made:
+    """Version 2: experts in every second layer."""
+    own: dict[str, Any] = {"n_positions": 2048, "activation_function": "gelu", "moe_every_n_layers": 2, "moe_top_k": 2}
+    config, shapes = nomic_bert(True, **own, num_experts=4)
+    shapes = {name: shape for name, shape in shapes.items() if ".mlp." not in name}
+    start = "encoder.layers.0.mlp"
+    shapes |= {f"{start}.fc1.weight": (512, 256), f"{start}.fc1.bias": (512,)}
+    shapes |= {f"{start}.fc2.weight": (256, 512), f"{start}.fc2.bias": (256,)}
+    start = "encoder.layers.1.mlp"
+    shapes |= {f"{start}.experts.mlp.w1": (2048, 256), f"{start}.experts.mlp.w2": (2048, 256)}
+    shapes |= {f"{start}.experts.bias": (256,), f"{start}.router.layer.weight": (4, 256)}
+    for at in (0, 1):
+        shapes |= {f"encoder.layers.{at}.attn.Wqkv.bias": (768,), f"encoder.layers.{at}.attn.out_proj.bias": (256,)}
+    return config, shapes

@@ -192,6 +192,7 @@ HUB = {  # in gguf_hub_models.py -> tokenizer
     **dict.fromkeys(("cohere2-moe", "hy-v3", "maple", "deepseek32"), "bpe"),
     **dict.fromkeys(("step3-vl", "kimi-linear", "deci", "deci-7b"), "bpe"),
     **dict.fromkeys(("grok1", "grok2"), "spm"),
+    **dict.fromkeys(("nomic-bert", "nomic-bert-moe"), "wordpiece"),
 }
 
 
