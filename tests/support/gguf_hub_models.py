@@ -66,7 +66,7 @@ def nemotron_h_moe() -> Made:
 
 def nemotron_h_puzzle() -> Made:
     config, shapes = nemotron_h("ME*", architectures=["NemotronHPuzzleForCausalLM"], **NEMOTRON_EXPERTS)
-    del config["hybrid_override_pattern"], config["num_hidden_layers"]
+    del config["hybrid_override_pattern"]
     blocks = [{"block_type": "mamba"}, {"block_type": "moe", "moe_intermediate_size": 64, "num_experts_per_tok": 3}]
     shapes = {name.replace("backbone.", "model."): shape for name, shape in shapes.items()}
     return {**config, "block_configs": [*blocks, {"block_type": "attention"}]}, shapes | mixer("mtp.layers.0", "*")
@@ -253,7 +253,7 @@ def grok2() -> Made:
         "beta_slow": 1,
         "attn_temperature_len": 1024,
     }
-    own |= {"embedding_multiplier_scale": 90.5, "output_multiplier_scale": 0.5}
+    own |= {"embedding_multiplier_scale": 90.5, "output_multiplier_scale": 0.5, "attn_output_multiplier": 0.125}
     config, dense = plain("Grok1ForCausalLM", "git_x", **own)
     config, shapes = with_experts((config, dense), inside="block_sparse_moe")
     shapes |= {name: shape for name, shape in dense.items() if ".mlp." in name}
