@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.gguf_models import Tiny, make, plain
+from support.gguf_models import Tiny, make
 from support.llama_cpp_tools import TREE, convert, needs_converter, read
 
 import mergeforge
@@ -18,9 +18,9 @@ CPU = ("--device", "cpu")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Nanbeige: llama.cpp's converter knows it, mergeforge does not."""
-    tiny = Tiny("tiny-nanbeige", by_hand=lambda: plain("NanbeigeForCausalLM", "nanbeige_x"), tokenizer="spm")
-    assert "NanbeigeForCausalLM" not in ARCHITECTURES
+    """A tiny Apertus: llama.cpp's converter knows it, mergeforge does not."""
+    assert "ApertusForCausalLM" not in ARCHITECTURES
+    tiny = Tiny("tiny-apertus", "apertus", {"head_dim": 64}, tokenizer="spm")
     return make(tiny, tmp_path_factory.mktemp("models") / tiny.name)
 
 
@@ -32,10 +32,10 @@ def test_the_files_equal_those_made_from_the_converters(model: Path, tmp_path: P
     out = tmp_path / "out"
     command = ["gguf", str(model), "--type", "f32", "--type", "q8_0", "--converter", TREE, "--out", str(out), *CPU]
     assert run_command(command) == 0
-    assert {path.name for path in out.glob("*.gguf")} == {"tiny-nanbeige-F32.gguf", "tiny-nanbeige-Q8_0.gguf"}
+    assert {path.name for path in out.glob("*.gguf")} == {"tiny-apertus-F32.gguf", "tiny-apertus-Q8_0.gguf"}
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     for name, wanted in (("F32", "official"), ("Q8_0", "q8_0")):
-        own, other = read(out / f"tiny-nanbeige-{name}.gguf"), read(tmp_path / f"{wanted}.gguf")
+        own, other = read(out / f"tiny-apertus-{name}.gguf"), read(tmp_path / f"{wanted}.gguf")
         own_keys = {key: value for key, value in own.keys.items() if key != "general.name"}
         assert own_keys == {key: value for key, value in other.keys.items() if key != "general.name"}
         assert own.tensors == other.tensors
@@ -57,7 +57,7 @@ def test_a_merge_with_the_converter(model: Path, tmp_path: Path, capsys: pytest.
     script.write_text(f"import runpy, sys; sys.path[:0] = [{TREE!r}]; runpy.run_path({path!r}, run_name='__main__')")
     assert run_command(command) == 0
     file = tmp_path / "merged" / "merged-Q8_0.gguf"
-    assert read(file).keys["general.architecture"][1] == "nanbeige"
+    assert read(file).keys["general.architecture"][1] == "apertus"
     assert file.name in json.loads((tmp_path / "merged" / "mergeforge.json").read_text())["files"]
     assert run_command(["verify", str(tmp_path / "merged")]) == 0
     assert run_command(command) == 5

@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,23 @@ MINICPM = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 64}
 
 
 RND1 = {"architectures": ["RND1"], "model_type": "rnd1", "mask_token_id": 3}
+
+
+HUB = {  # in gguf_hub_models.py -> tokenizer
+    **dict.fromkeys(("nemotron-h", "nemotron-h-moe", "nemotron-h-puzzle", "mimo2", "step35", "step37"), "bpe"),
+    **dict.fromkeys(("cohere2-moe", "hy-v3", "maple", "deepseek32"), "bpe"),
+    **dict.fromkeys(("step3-vl", "kimi-linear", "deci", "deci-7b"), "bpe"),
+    **dict.fromkeys(("grok1", "grok2"), "spm"),
+    **dict.fromkeys(("nomic-bert", "nomic-bert-moe"), "wordpiece"),
+}
+
+
+def hub_model(name: str) -> tuple[dict[str, Any], Shapes]:
+    """A model that the function of its name in gguf_hub_models.py makes."""
+    from support import gguf_hub_models
+
+    made: tuple[dict[str, Any], Shapes] = getattr(gguf_hub_models, name.replace("-", "_"))()
+    return made
 
 
 def linear(theta: float = 1e4) -> dict[str, Any]:
@@ -470,6 +487,7 @@ TINY = (
     Tiny("mellum", "mellum", {"num_local_experts": 4, "head_dim": 64, "layer_types": SLIDING, **EXPERTS}),
     Tiny("granite-swa", "granite_swa", {"embedding_multiplier": 12.0}),
     Tiny("granitemoe-swa", "granitemoe_swa", {"num_local_experts": 4, "shared_intermediate_size": 256}),
+    *(Tiny(name, tokenizer=HUB[name], by_hand=partial(hub_model, name)) for name in HUB),
 )
 
 

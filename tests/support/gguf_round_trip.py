@@ -30,6 +30,8 @@ OTHER_NAMES = {
     "janus": "without its tower it is a Llama",
     "sarashina-vision": "without its tower it is a Llama",
     "qwen2-audio": "without its tower it is a Qwen 2",
+    "step37": "without its tower it is a Step 3.5",
+    "step3-vl": "without its tower it is a Qwen 3",
 }
 # Tensors that a GGUF file holds only changed or in part.
 CHANGED = {
@@ -38,6 +40,20 @@ CHANGED = {
 }
 # Models that the engine or the converter does not write as they are.
 NOT_WRITTEN = {"gemma2-legacy": "its lm_head differs from the embedding"}
+
+# Models whose GGUF file is not turned back yet: all but grok1 are refused.
+ONE_WAY = {
+    "nemotron-h-moe": "two layers of its prediction head are one block",
+    "nemotron-h-puzzle": "block_configs is a list of mappings",
+    "mimo2": "its prediction layers, and heads that differ by layer",
+    "step35": "heads that differ by layer",
+    "step37": "as step35",
+    "kimi-linear": "attention.value_length does not follow from the config values that its tensors do",
+    "grok1": "attn_output_multiplier does not come back",
+    "deci": "block_configs is a list of mappings",
+    "deci-7b": "heads that differ by layer",
+    "nomic-bert-moe": "its class writes two architectures, of which the other one comes back",
+}
 
 
 def to_gguf(folder: Path, file: Path, type_: str = "f32") -> Path:

@@ -26,6 +26,9 @@ import json, os, runpy, sys
 tree, *more = sys.argv[1:]
 sys.path[:0] = [tree, tree + "/gguf-py"]
 import conversion.base as base
+import conversion.deepseek as deepseek
+# it asks for add_bos_token, which transformers 5 does not keep
+deepseek.DeepseekV32Model.set_vocab = base.TextModel._set_vocab_gpt2
 known = base.TextModel.get_vocab_base_pre
 names = base.gguf.TensorNameMap
 table = dict(names.block_mappings_cfg)

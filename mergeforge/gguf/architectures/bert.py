@@ -1,4 +1,4 @@
-"""BERT, DistilBERT, RoBERTa, XLM-RoBERTa, Jina v2, NeoBERT, ModernBERT and EuroBERT: encoders that embed or rank.
+"""BERT, DistilBERT, RoBERTa, XLM-RoBERTa, Jina v2, NeoBERT, ModernBERT, EuroBERT, Nomic: encoders that embed or rank.
 
 The pooling type comes from a sentence-transformers folder (modules.json); for others a note says how to set it when the
 model is run.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.hparams import NO_SCALING, hparams, optional
 from mergeforge.gguf.architectures.model import HFModel
@@ -16,6 +17,7 @@ from mergeforge.gguf.architectures.tensor_mapping import HFTensor, Rule, RuleRes
 from mergeforge.gguf.key_values import Value, array, boolean, f32, string, u32
 from mergeforge.gguf.pooling import POOLING_TYPES
 
+_NOMIC_POSITIONS = {(8192, 2048): 2048, (2048, 2048): 512}
 _CLS = 2  # llama.cpp's number of pooling by the first token
 _NEEDS = ("attn_q", "attn_k", "attn_v", "attn_output", "attn_output_norm", "ffn_up", "ffn_down", "layer_output_norm")
 _ONCE = ("token_embd", "token_embd_norm", "position_embd")
@@ -113,6 +115,54 @@ def roberta(model: HFModel) -> GGUFModelSpec:
 @architecture("XLMRobertaModel", "XLMRobertaForSequenceClassification")
 def xlm_roberta(model: HFModel) -> GGUFModelSpec:
     return _encoder(model, "unigram", 1 + int(model.require("pad_token_id")))
+
+
+@architecture("NomicBertModel")
+def nomic_bert(model: HFModel) -> GGUFModelSpec:
+    """nomic-embed-text: rope, gated; version 2 has experts and XLM-RoBERTa's vocabulary."""
+    period = int(model.find("moe_every_n_layers") or 0)
+    keys = _encoder_keys(replace(model, config={**model.config, "n_positions": _trained_positions(model)}))
+    if period:
+        keys |= {"moe_every_n_layers": u32(period), "expert_used_count": u32(model.require("moe_top_k"))}
+    return make_spec(
+        model,
+        "nomic-bert-moe" if period else "nomic-bert",
+        keys,
+        nomic_experts,
+        _targets(model, "bert"),
+        vocab="unigram" if period else "bert",
+        required_per_block=(
+            "attn_qkv",
+            "attn_output",
+            "attn_output_norm",
+            "ffn_down|ffn_down_exps",
+            "layer_output_norm",
+        ),
+        required=("token_embd", "token_embd_norm"),
+        notes=pooling_notes(model),
+    )
+
+
+def _trained_positions(model: HFModel) -> int:
+    """Those that the model was trained with, which n_positions of the published models exceeds."""
+    stated, trained = model.require("n_positions"), model.find("max_trained_positions") or 2048
+    if (stated, trained) not in _NOMIC_POSITIONS:
+        text = f"config.json: n_positions {stated} with max_trained_positions {trained} is not a known Nomic model"
+        raise SourceError(text, hint="copy them from the base model")
+    return _NOMIC_POSITIONS[stated, trained]
+
+
+def nomic_experts(stored: HFTensor) -> RuleResult:
+    """All experts' rows are in one matrix; those of w2 are inputs."""
+    if ".mlp.experts.bias" in stored.name:
+        return "a bias that llama.cpp's nomic-bert-moe does not have"
+    if not stored.name.endswith((".mlp.experts.mlp.w1", ".mlp.experts.mlp.w2")):
+        return None
+    count = stored.model.experts
+    width, hidden = stored.rows_per_part(count), stored.info.columns
+    if stored.name.endswith(".w1"):
+        return (stored.block_tensor("ffn_up_exps", (count, width, hidden)),)
+    return (stored.block_tensor("ffn_down_exps", (count, hidden, width), transpose=width),)
 
 
 def _encoder(model: HFModel, vocab: str, unused: int) -> GGUFModelSpec:

@@ -1,4 +1,4 @@
-"""DeepSeek-MoE, V2 and V3, Kimi and Youtu: latent attention and experts; deepseek2 ignores prediction layers."""
+"""DeepSeek-MoE, V2 to V3.2, Kimi and Youtu: latent attention and experts; deepseek2 ignores prediction layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from mergeforge.gguf.architectures.attention import permute_rope_heads
 from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import NO_SCALING, hparams, optional
 from mergeforge.gguf.architectures.model import HFModel
-from mergeforge.gguf.architectures.prediction_layers import PredictionLayers, prediction_layer_keys
+from mergeforge.gguf.architectures.prediction_layers import (
+    PredictionLayers,
+    prediction_layer_keys,
+    prediction_layers,
+)
 from mergeforge.gguf.architectures.row_order import deinterleave_qkv
 from mergeforge.gguf.architectures.tensor_mapping import HFTensor, RuleResult, make_spec
 from mergeforge.gguf.key_values import Value, boolean, f32, u32
@@ -65,8 +69,30 @@ def deepseek2(model: HFModel) -> GGUFModelSpec:
     return make_spec(model, "deepseek2", _keys(model), *rules, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
 
 
+@architecture("DeepseekV32ForCausalLM")
+def deepseek32(model: HFModel) -> GGUFModelSpec:
+    """DeepSeek V3.2: an indexer selects the tokens that are attended to."""
+    extra = prediction_layers(model, shift=0.0)
+    stated = model.find("num_nextn_predict_layers") is not None
+    keys = prediction_layer_keys(extra.count, always=stated) | indexer_keys(model)
+    return latent_attention_spec(model, "gpt2", extra, "deepseek32", keys, names_of="glm-dsa")
+
+
+def indexer_keys(model: HFModel) -> dict[str, Value]:
+    return {
+        "attention.indexer.head_count": u32(model.require("index_n_heads")),
+        "attention.indexer.key_length": u32(model.require("index_head_dim")),
+        "attention.indexer.top_k": u32(model.require("index_topk")),
+    }
+
+
 def latent_attention_spec(
-    model: HFModel, vocab: str, extra: PredictionLayers, arch: str = "deepseek2", more: dict[str, Value] | None = None
+    model: HFModel,
+    vocab: str,
+    extra: PredictionLayers,
+    arch: str = "deepseek2",
+    more: dict[str, Value] | None = None,
+    names_of: str = "",
 ) -> GGUFModelSpec:
     """The spec of a model with DeepSeek's latent attention that keeps its prediction layers."""
     keys = _keys(model) | {"block_count": u32(model.layers + extra.count)} | prediction_layer_keys(extra.count)
@@ -82,6 +108,7 @@ def latent_attention_spec(
         vocab=vocab,
         required_per_block=_NEEDS,
         layers=model.layers + extra.count,
+        names_of=names_of,
         notes=extra.notes,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.deepseek import latent_attention_spec
+from mergeforge.gguf.architectures.deepseek import indexer_keys, latent_attention_spec
 from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import FILE_TYPE, hparams, optional
 from mergeforge.gguf.architectures.model import HFModel
@@ -60,9 +60,7 @@ def glm_dsa(model: HFModel) -> GGUFModelSpec:
     keys = {
         "rope.dimension_count": u32(rotated),
         **prediction_layer_keys(extra.count, _states_layers(model)),
-        "attention.indexer.head_count": u32(model.require("index_n_heads")),
-        "attention.indexer.key_length": u32(model.require("index_head_dim")),
-        "attention.indexer.top_k": u32(model.require("index_topk")),
+        **indexer_keys(model),
     }
     if (kinds := model.find("indexer_types")) is not None:
         keys["attention.indexer.types"] = array("bool", [kind == "full" for kind in kinds])

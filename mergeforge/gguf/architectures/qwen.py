@@ -25,7 +25,7 @@ def qwen2(model: HFModel) -> GGUFModelSpec:
     return make_spec(model, "qwen2", keys, vocab="spm_or_gpt2", notes=notes)
 
 
-@architecture("Qwen3ForCausalLM")
+@architecture("Qwen3ForCausalLM", "StepVLForConditionalGeneration")
 def qwen3(model: HFModel) -> GGUFModelSpec:
     keys, notes = hparams(model) | pooling_keys(model), pooling_notes(model, embeds=False)
     return make_spec(model, "qwen3", keys, vocab="spm_or_gpt2", required_per_block=_NORMED, notes=notes)

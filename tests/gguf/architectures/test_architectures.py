@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from support.gguf_assembly import Arrays, architecture_keys, assembled, digest, infos, kept, spelled_keys, weights
-from support.gguf_models import SIZES, TINY, VOCAB, Shapes, Tiny, baichuan, folders, plain, stored_shapes, values
+from support.gguf_models import (
+    LLAMA3,
+    SIZES,
+    TINY,
+    VOCAB,
+    Shapes,
+    Tiny,
+    baichuan,
+    folders,
+    plain,
+    stored_shapes,
+    values,
+)
 from support.llama_cpp_tools import convert, needs_converter, read
 
 from mergeforge.core.tensor_info import TensorInfo
@@ -96,6 +108,19 @@ def test_experts_saved_by_transformers_5_equal_published_ones() -> None:
     assert found.keys() == wanted.keys()
     assert all(np.array_equal(found[name], array) for name, array in wanted.items())
     assert wanted["blk.0.ffn_gate_exps.weight"].shape == (4, 256, 256)
+
+
+def test_rope_of_step35_is_scaled_only_where_attention_is_full() -> None:
+    """llama3 rope, against that of a Llama with half of the head size; the other dimensions are not scaled."""
+    config, shapes = golden_model("step35")
+    spec = build_spec({**config, "rope_scaling": LLAMA3}, infos(shapes))
+    theta = config["rope_theta"][0]
+    llama, llama_shapes = golden_model("llama3")
+    rope = {**LLAMA3, "rope_theta": theta}
+    half = build_spec({**llama, "head_dim": 32, "rope_parameters": rope}, infos(llama_shapes))
+    wanted = np.concatenate([half.constants["rope_freqs.weight"], np.ones(16, np.float32)])
+    np.testing.assert_allclose(spec.constants["rope_freqs.weight"], wanted, rtol=1e-5)
+    assert wanted.max() > 1
 
 
 def test_stablelm_head_norms_are_stacked() -> None:
