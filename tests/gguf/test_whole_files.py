@@ -140,7 +140,7 @@ NOT_RUN = {
     "cohere-norms": "llama.cpp looks for the norms of the heads only in models of 64 or more layers",
     "llama4": "llama.cpp requires 16 or 128 experts",
     "exaone4": "llama.cpp uses a sliding window only in models of 64 layers",
-    "mellum": "log-probabilities differ by up to 0.35 from transformers', with the converter's file as well; not explained",
+    "mellum": "differs from transformers by up to 0.35, with the converter's file as well; not explained",
     "mistral3": "has a vision tower in transformers",
     "chameleon": "has an image tokenizer in transformers",
     **dict.fromkeys(("t5", "t5-gated", "t5-encoder", "mt5", "umt5"), "an encoder, or an encoder and a decoder"),
