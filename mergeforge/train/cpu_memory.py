@@ -12,7 +12,7 @@ from mergeforge.train.training_setup import TrainingSetup
 
 PYTHON_NBYTES = 475_000_000  # an interpreter with torch, transformers and peft
 KEPT_HIDDEN, KEPT_HIDDEN_FULL, KEPT_INTERMEDIATE = 8.7, 10.6, 4.0  # full training also keeps the inputs of norms
-HOLES_PER_OUTPUT = 2  # freed tensors of the size of an adapted module's output
+HOLES_PER_OUTPUT = 1  # freed tensors of the size of an adapted module's output
 LOGIT_NBYTES = 12  # per logit: its log-probability, the gradients of both, in float32
 
 

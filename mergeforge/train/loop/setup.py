@@ -16,7 +16,18 @@ from mergeforge.data.template_probe import turn_ending
 from mergeforge.hub.download import fetch
 from mergeforge.train import preflight
 from mergeforge.train.environment import is_main
-from mergeforge.train.loop import chunked_loss, collate, eva, load_base, loftq, log_probs, lora, noise, preference
+from mergeforge.train.loop import (
+    chunked_loss,
+    collate,
+    eva,
+    load_base,
+    loftq,
+    log_probs,
+    lora,
+    lora_forward,
+    noise,
+    preference,
+)
 from mergeforge.train.loop.context import MetricCallback, TrainingContext, autocast, memory_used
 from mergeforge.train.loop.preference_batch import AnswerTokens, PreferenceSequences
 from mergeforge.train.objectives import OBJECTIVES
@@ -49,6 +60,7 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
     model: Any = base
     if settings.trains_adapter:
         model = lora.with_adapter(base, setup.lora, plan.new_tokens, settings.adapter)
+        lora_forward.add_in_place(model)
         model.peft_config["default"].base_model_name_or_path = _base_name(plan.base)
         model.peft_config["default"].revision = plan.revision
     if settings.neftune:
