@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.faults.fuzzing import Target, targets
 
 NAMES = ["header", "index", "config", "tokenizer", "tokenizer_config", "generation_config", "union", "adapter", "gguf"]
-NAMES += ["requantize", "gguf_lora", "recipe", "train", "jsonl", "json", "csv", "receipt"]
+NAMES += ["requantize", "gguf_alone", "gguf_lora", "recipe", "train", "jsonl", "json", "csv", "receipt"]
 DEEP = b"[" * 100_000
 # Inputs that were crashes once, made from a good one by a replacement.
 CRASHED = [
