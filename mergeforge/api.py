@@ -202,10 +202,12 @@ def convert_to_gguf(
     if is_adapter(str(model)) or (base and not is_gguf_file(str(model))):
         return convert_lora(str(model), str(base or ""), types, target, allow_pickle=allow_pickle, overwrite=overwrite)
     if converter:
-        from mergeforge.operations.official_converter import convert_officially, plan_official
+        from mergeforge.operations.official_converter import convert_officially, plan_official, remove_file
 
-        planned = plan_official(converter, str(model), types, target, settings, options)
-        return convert_officially(planned, fresh=fresh, overwrite=overwrite)
+        planned = plan_official(converter, str(model), types, target, settings, options, overwrite=overwrite)
+        files = convert_officially(planned, fresh=fresh, overwrite=overwrite)
+        remove_file(planned)
+        return files
     texts = [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in (metadata or {}).items()
     ]

@@ -52,6 +52,8 @@ def evaluate(
     """
     if update_card and (smoke_test or tasks):
         raise RecipeError("--card records only the results of --data", hint="omit --card")
+    if against and (update_card or tasks or smoke_test):
+        raise RecipeError("--against goes with neither --smoke nor --card nor --lm-eval", hint="run them one by one")
     if smoke_test:
         return _run_smoke_test(models, prompts, options)
     if against:

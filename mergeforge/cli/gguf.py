@@ -182,14 +182,17 @@ def _convert_officially(command: _Command, converter: str, settings: Mapping[str
     from mergeforge.operations.convert_gguf import convert
     from mergeforge.operations.official_converter import plan_official, remove_file, run_converter
 
-    conversion = plan_official(converter, command.model, command.types, command.out, settings, options)
+    overwrite = command.overwrite
+    conversion = plan_official(
+        converter, command.model, command.types, command.out, settings, options, overwrite=overwrite
+    )
     to = _progress.console()
     if command.plan_only or not command.quiet:
         _progress.print_notes([str(conversion)], to)
     if command.plan_only:
         return
-    written = run_converter(conversion, fresh=command.fresh, overwrite=command.overwrite)
-    tiles = convert(written, fresh=command.fresh, overwrite=command.overwrite)
+    written = run_converter(conversion, fresh=command.fresh, overwrite=overwrite)
+    tiles = convert(written, fresh=command.fresh, overwrite=overwrite)
     for _ in _progress.watch(written.plan, tiles, to, quiet=command.quiet, fresh=command.fresh):
         pass
     remove_file(conversion)

@@ -97,8 +97,9 @@ def compare_distributions(
 ) -> Divergence:
     """Measure a model against a reference over a text.
 
-    context: tokens of a chunk. limit: chunks to score at most, from the beginning. Raises SourceError if the models cut
-    the text into other tokens or have vocabularies of other sizes, and if the text is shorter than one chunk.
+    context: tokens of a chunk. limit: chunks to score at most, from the beginning. Of vocabularies of different sizes
+    (padding), the common part counts. Raises SourceError if the models cut the text into different tokens, and if the
+    text is shorter than one chunk.
     """
     tokens = _tokens(model, reference, text)
     chunks = [tokens[start : start + context] for start in range(0, len(tokens) - context + 1, context)][:limit]

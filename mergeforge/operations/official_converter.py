@@ -7,7 +7,6 @@ then quantized as `mergeforge gguf FILE.gguf` does, within --memory, and removed
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -20,8 +19,9 @@ from typing import Any
 
 from mergeforge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mergeforge.core.messages import OnMessage
+from mergeforge.core.sizes import format_size
 from mergeforge.core.tensor_info import FLOATS
-from mergeforge.errors import SourceError
+from mergeforge.errors import OutputError, SourceError
 from mergeforge.execute.workspace import read_receipt
 from mergeforge.gguf.file_types import file_type_named
 from mergeforge.io.disk import on_disk
@@ -33,9 +33,8 @@ from mergeforge.recipe import GGUFEntry
 
 OFFICIAL = "official"  # the installed converter
 SCRIPT = "convert_hf_to_gguf.py"
-MODULE = "convert_hf_to_gguf"
 PROGRAM = "convert-hf-to-gguf"
-_TYPES = {"F16": "F16", "BF16": "BF16"}  # dtype of all weights -> type of the converter's file, else F32
+_HALF = ("F16", "BF16")  # dtypes of weights, and types that the converter's file then has; otherwise F32
 _LAST_LINES = 12
 
 
@@ -53,7 +52,8 @@ class Converter:
 class OfficialConversion:
     """A planned conversion of the folder `model` to the types.
 
-    settings: see convert_gguf.SETTINGS. file: the converter's, in a hidden folder of the output. out: as given.
+    settings: see convert_gguf.SETTINGS. out: as given. file, nbytes: the converter's file, in a hidden folder of the
+    output, and about how large it is.
     """
 
     converter: Converter
@@ -63,6 +63,7 @@ class OfficialConversion:
     settings: Mapping[str, Any]
     options: Options
     file: Path
+    nbytes: int
 
     @property
     def source_type(self) -> str:
@@ -70,21 +71,21 @@ class OfficialConversion:
         return self.file.stem.rpartition("-")[2].lower()
 
     def __str__(self) -> str:
-        return f"llama.cpp's converter ({self.converter}) writes {self.file.name}, which is quantized and then removed"
+        about = f"a file of {format_size(self.nbytes)}, which is quantized and then removed"
+        return f"llama.cpp's converter ({self.converter}) writes {about}"
 
 
 def find_converter(name: str) -> Converter:
     """The installed converter (`official`), or that of a llama.cpp tree. Raises SourceError if there is none."""
     if name == OFFICIAL:
-        if importlib.util.find_spec(MODULE):
-            return Converter((sys.executable, "-m", MODULE))
         if program := shutil.which(PROGRAM):
             return Converter((program,))
-        hint = f"pip install {PROGRAM}, or name a llama.cpp tree: --converter DIR"
+        # an environment of its own: the package has a module gguf, which would replace the one that mergeforge uses
+        hint = f"pipx install {PROGRAM}, or name a llama.cpp tree instead of `{OFFICIAL}`"
         raise SourceError("llama.cpp's converter is not installed", hint=hint)
     script = Path(name).expanduser() / SCRIPT
     if not script.is_file():
-        hint = f"clone llama.cpp, or install {PROGRAM}: --converter {OFFICIAL}"
+        hint = f"clone llama.cpp, or name `{OFFICIAL}` after pipx install {PROGRAM}"
         raise SourceError(f"{name} is not a llama.cpp tree: it has no {SCRIPT}", hint=hint)
     return Converter((sys.executable, str(script.resolve())))
 
@@ -98,10 +99,12 @@ def plan_official(
     options: Options,
     *,
     name: str = "",
+    overwrite: bool = False,
 ) -> OfficialConversion:
     """Plan a conversion of a local folder; `name`: the model's name (default: the folder's).
 
-    Raises SourceError for another model, and if the converter is not there.
+    Raises SourceError for another model, and if the converter is not there; RecipeError for an unknown type, and
+    OutputError for files that exist, before the converter runs.
     """
     found = find_converter(converter)
     folder = Path(model).expanduser()
@@ -109,13 +112,17 @@ def plan_official(
         raise SourceError(f"{model} is not a folder with a config.json", hint="the converter reads local folders only")
     name, types = name or folder.resolve().name, tuple(types) or ("q8_0",)
     target, file, _ = output_paths(name, types, out, splits=bool(settings.get("split_max_size")))
+    labels = [file_type_named(type_).label for type_ in types]
+    files = [file] if file else [target / f"{name}-{label}.gguf" for label in labels]
+    if existing := [path for path in files if path.exists() and not overwrite]:
+        raise OutputError(f"{existing[0]} exists", hint="--overwrite replaces it and nothing else")
     checkpoint = open_checkpoint(folder, model)
     dtypes = {tensor.info.dtype for tensor in checkpoint.tensors.values() if tensor.info.dtype in FLOATS}
-    kind = _TYPES.get(min(dtypes), "F32") if len(dtypes) == 1 else "F32"
+    kind = next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= set(_HALF) else "F32"
+    nbytes = sum(tensor.info.numel for tensor in checkpoint.tensors.values()) * (4 if kind == "F32" else 2)
     work = target / f".{name}.converter-{_digest(checkpoint)}"
-    return OfficialConversion(
-        found, folder, types, str(file or target), settings, options, work / f"{name}-{kind}.gguf"
-    )
+    converted, given = work / f"{name}-{kind}.gguf", str(file or target)
+    return OfficialConversion(found, folder, types, given, settings, options, converted, nbytes)
 
 
 def _digest(checkpoint: Checkpoint) -> str:
@@ -138,10 +145,12 @@ def run_converter(conversion: OfficialConversion, *, fresh: bool = False, overwr
 
 
 def convert_officially(conversion: OfficialConversion, *, fresh: bool = False, overwrite: bool = False) -> list[Path]:
-    """Do both steps; returns the GGUF files. Raises the errors of run_converter() and convert()."""
+    """Do both steps; returns the GGUF files. The converter's file stays, for further types.
+
+    Raises the errors of run_converter() and convert().
+    """
     written = run_converter(conversion, fresh=fresh, overwrite=overwrite)
     deque(convert(written, fresh=fresh, overwrite=overwrite), maxlen=0)
-    remove_file(conversion)
     return written.files
 
 
@@ -175,12 +184,16 @@ def convert_merged(plan: Plan, *, on_message: OnMessage = lambda _: None) -> Non
     """Write the GGUF files that the recipe of a finished merge names; those that its receipt lists are left alone."""
     budget = plan.budget
     options = Options(memory=budget.memory, device=budget.device, threads=budget.threads)
-    converter, folder = str(plan.recipe.output.converter), str(plan.out)
+    converter, out, files = str(plan.recipe.output.converter), str(plan.out), set[Path]()
     for entry in _missing(plan):
         settings = _settings(entry)
-        conversion = plan_official(converter, folder, (entry.type,), folder, settings, options, name=_model_name(plan))
-        on_message(str(conversion))
+        conversion = plan_official(converter, out, (entry.type,), out, settings, options, name=_model_name(plan))
+        if not conversion.file.is_file():
+            on_message(str(conversion))
         convert_officially(conversion)
+        files.add(conversion.file.parent)
+    for folder in files:  # one, because all entries have the same model
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _missing(plan: Plan) -> list[GGUFEntry]:

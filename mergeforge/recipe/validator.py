@@ -117,6 +117,9 @@ class Validator:
             self.report(
                 ("output", "converter"), "llama.cpp's converter makes GGUF files from the merged safetensors", hint
             )
+        if output.converter and output.publish and output.publish.stream:
+            text = "llama.cpp's converter needs the merged files, but stream: true removes each when it is uploaded"
+            self.report(("output", "converter"), text, "remove 'stream', or 'converter'")
         if output.fp8 and not output.safetensors:
             self.report(("output", "fp8"), "fp8 needs safetensors output", "remove 'fp8' or 'safetensors: false'")
         if output.adapter and not recipe.adapters:

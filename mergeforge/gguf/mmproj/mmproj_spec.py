@@ -22,7 +22,7 @@ from mergeforge.gguf.mmproj.multimodal_model import MultimodalModel
 ARCH = "clip"
 _NOT_TEXT = "part of the text model"
 _SUFFIXES = (".weight", ".bias", ".input_max", ".input_min", ".output_max", ".output_min")
-_MOST_LAYERS = 128  # the converter's, for files with two towers
+_MOST_LAYERS = 128  # that gguf-py's names are made for; the converter's number for files with two towers
 _POSITIONS = re.compile(r"[va]\.position_embd\.weight")
 F16_IN_F16 = ("F16", "F32")  # the type in F16 files, and the type in others
 ALWAYS_F32 = ("F32", "F32")
@@ -76,7 +76,6 @@ def make_mmproj(
     rename: Callable[[str], str] = str,
     drop: Sequence[str] = (),
     fixed_types: FixedTypes | None = None,
-    layers: int = _MOST_LAYERS,
 ) -> GGUFModelSpec:
     """The spec of the towers of a model.
 
@@ -87,11 +86,10 @@ def make_mmproj(
         rename: changes stored names into those that gguf-py's name map and the rules know.
         drop: parts of the names of tensors that llama.cpp has no use for.
         fixed_types: the types of tensors that do not have the file's type, by a part of their (renamed) names.
-        layers: the number of blocks that gguf-py's name map is made for.
     """
     import gguf
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, _MOST_LAYERS)
     targets: dict[str, tuple[TensorTarget, ...]] = {}
     dropped: dict[str, str] = {}
     types: dict[str, tuple[str, str]] = {}

@@ -44,7 +44,8 @@ def _forward(layer: LoraLinear) -> Forward:
         down, up = weights
         usual = not (arguments or options or layer.disable_adapters or layer.merged)
         same = inputs.dtype == down.dtype == base.weight.dtype
-        if not (usual and same and layer.active_adapters == [name]) or torch.is_autocast_enabled(inputs.device.type):
+        whole = type(layer.lora_A[name]) is nn.Linear and inputs.device.type == "cpu"  # not sharded, as FSDP does
+        if not (usual and same and whole and layer.active_adapters == [name]) or torch.is_autocast_enabled("cpu"):
             return separate(inputs, *arguments, **options)
         rows = inputs.reshape(-1, inputs.shape[-1])
         result: Tensor = base(rows)
