@@ -58,9 +58,10 @@ def show_conversion(conversion: GGUFConversion, to: Console, seconds: float, out
     files = {path.name: (path.stat().st_size, kind) for path, kind in zip(conversion.files, kinds, strict=True)}
     show_files(to, str(folder), files, seconds)
     show_warnings(plan.warnings, to)
-    first = folder / conversion.files[0].name
+    names = dict(zip(plan.files, conversion.files, strict=True))
+    chats = [f"mergeforge chat {quoted(folder / names[name].name)}" for name in plan.gguf_names[:1]]
     has_receipt = not conversion.file and read_receipt(folder) is not None
-    show_next([f"mergeforge verify {quoted(folder)}"] * has_receipt + [f"mergeforge chat {quoted(first)}"], to)
+    show_next([f"mergeforge verify {quoted(folder)}"] * has_receipt + chats, to)
 
 
 def show_files(to: Console, target: str, files: Mapping[str, tuple[int, str]], seconds: float) -> None:

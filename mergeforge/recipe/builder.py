@@ -220,7 +220,7 @@ def build_output(value: Mapping[str, Any]) -> Output:
         gguf=tuple(_gguf(entry) for entry in value.get("gguf") or []),
         gguf_from=value.get("gguf_from") or "float32",
         gguf_pre=value.get("gguf_pre"),
-        mmproj=value.get("mmproj"),
+        mmproj=(value.get("mmproj") or "").lower() or None,
         converter=value.get("converter"),
         name=value.get("name"),
         adapter=_adapter_output(value.get("adapter")),

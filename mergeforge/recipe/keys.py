@@ -162,9 +162,8 @@ _OUTPUT = Object(
             ("float32", "stored"), "quantize the merged float32 values, or the values rounded to the stored dtype"
         ),
         "gguf_pre": String("the name of the GGUF pre-tokenizer, if it cannot be detected"),
-        "mmproj": Enum(
-            ("f16", "bf16", "f32", "q8_0"),
-            "also write the vision and audio towers, a file of their own in llama.cpp",
+        "mmproj": String(
+            "also write the vision and audio towers, a file of their own in llama.cpp: f16, bf16, f32, q8_0"
         ),
         "converter": String(
             "`official` or a llama.cpp tree: its converter writes the GGUF files from the merged safetensors"

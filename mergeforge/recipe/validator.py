@@ -14,6 +14,8 @@ from mergeforge.recipe.method_parameters import MethodSignature, check_parameter
 from mergeforge.recipe.model import ModelEntry, Recipe
 from mergeforge.recipe.yaml_reader import Path, Positions
 
+MMPROJ_TYPES = ("f16", "bf16", "f32", "q8_0")  # those of llama.cpp's converter
+
 
 class KnownNames(Protocol):
     """The names that a recipe may use."""
@@ -112,6 +114,9 @@ class Validator:
             self.report(
                 ("output", "safetensors"), "nothing would be written", "add output.gguf, or remove 'safetensors: false'"
             )
+        if output.mmproj and output.mmproj not in MMPROJ_TYPES:
+            hint = "one of: " + ", ".join(MMPROJ_TYPES)
+            self.report(("output", "mmproj"), f"an mmproj file cannot have the type '{output.mmproj}'", hint)
         if output.converter and not (output.gguf and output.safetensors):
             hint = "add output.gguf, and leave out 'safetensors: false'"
             self.report(

@@ -146,6 +146,17 @@ def test_wrong_configs_are_refused(change: dict[str, Any], message: str, tmp_pat
     assert not (tmp_path / "towers.gguf").exists()
 
 
+def test_types_are_named_as_those_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any case is accepted, other types are refused, and no chat with the towers alone is proposed."""
+    command = ["gguf", str(golden_folder("gemma3", tmp_path)), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert run_command([*command, "--mmproj", "q4_k_m"]) == 2
+    err = capsys.readouterr().err
+    assert "an mmproj file cannot have the type 'q4_k_m'" in err and "nothing would be written" not in err
+    assert run_command([*command, "--mmproj", "F16"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "mmproj-gemma3-F16.gguf" in said and "mergeforge chat" not in said
+
+
 def test_a_model_without_its_towers_names_the_base(tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
