@@ -98,7 +98,7 @@ def compare_distributions(
     """Measure a model against a reference over a text.
 
     context: tokens of a chunk. limit: chunks to score at most, from the beginning. Raises SourceError if the models cut
-    the text into other tokens or have vocabularies of other sizes, and if the text is shorter than one chunk.
+    the text into different tokens, and if the text is shorter than one chunk.
     """
     tokens = _tokens(model, reference, text)
     chunks = [tokens[start : start + context] for start in range(0, len(tokens) - context + 1, context)][:limit]
@@ -149,7 +149,10 @@ def _compare_chunk(
     import numpy as np
 
     vocabulary = min(logits.shape[1], expected.shape[1])  # files may have padding after the last token
-    if max(targets) >= vocabulary or not np.isfinite(logits).all() or not np.isfinite(expected).all():
+    if max(targets) >= vocabulary:
+        text = f"the text has token {max(targets)}, but one of the models predicts only {vocabulary} tokens"
+        raise SourceError(text, hint="compare models with the same tokenizer")
+    if not np.isfinite(logits).all() or not np.isfinite(expected).all():
         hint = "`mergeforge eval --smoke` shows which model's"
         raise SourceError("a model's predictions are not numbers", hint=hint)
     parts = []
