@@ -50,10 +50,10 @@ def evaluate(
       mergeforge eval merged/merged-Q4_K_M.gguf --against merged --data text.txt
       mergeforge eval --smoke merged merged/merged-Q4_K_M.gguf --stop '</output>'
     """
-    if update_card and (smoke_test or tasks):
+    if update_card and (smoke_test or tasks or against):
         raise RecipeError("--card records only the results of --data", hint="omit --card")
-    if against and (update_card or tasks or smoke_test):
-        raise RecipeError("--against goes with neither --smoke nor --card nor --lm-eval", hint="run them one by one")
+    if sum(map(bool, (smoke_test, tasks, against))) > 1:
+        raise RecipeError("--smoke, --against and --lm-eval exclude each other", hint="run them one after the other")
     if smoke_test:
         return _run_smoke_test(models, prompts, options)
     if against:
@@ -64,6 +64,11 @@ def evaluate(
         raise RecipeError("eval takes one model", hint="`mergeforge compare A B --data FILE` compares several")
     if tasks:
         return _run_lm_eval(models[0], [task.strip() for task in tasks.split(",") if task.strip()], options)
+    return _evaluate(models[0], options, update_card=update_card)
+
+
+def _evaluate(name: str, options: Mapping[str, Any], *, update_card: bool) -> int:
+    """Score the rows of --data."""
     from mergeforge import eval
     from mergeforge.cli._eval_tables import sample_dicts, show_evaluation
     from mergeforge.eval.card_results import model_card_path, write_result
@@ -72,12 +77,12 @@ def evaluate(
     metrics = read_metrics(options["metrics"], bertscore_model=options["bertscore_model"])
     settings = _eval_options.data_settings(options)
     if update_card:
-        model_card_path(models[0])  # fails before the work, not after it
+        model_card_path(name)  # fails before the work, not after it
     with _eval_options.progress_bars(options["quiet"]) as start_progress:
         result = eval.evaluate(
-            models[0],
+            name,
             settings,
-            progress=start_progress(models[0]),
+            progress=start_progress(name),
             **_eval_options.evaluation_arguments(options, metrics),
         )
     scores = text_metrics(result.samples, metrics, bertscore_model=options["bertscore_model"])

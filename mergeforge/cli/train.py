@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +20,9 @@ from mergeforge.train.progress import duration
 if TYPE_CHECKING:
     from mergeforge.train.plan import TrainPlan
     from mergeforge.train.post_training import PostTrainingResult
+    from mergeforge.train.resume import Resume
     from mergeforge.train.run import Trained
+    from mergeforge.train.settings import PostTraining
 
 
 class _TrainCommand(click.Command):
@@ -33,6 +36,35 @@ class _TrainCommand(click.Command):
 
             return sweep.make_context(f"{info_name} sweep", args[1:], parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The command line of `train`."""
+
+    config: str | None
+    out: str | None
+    sets: tuple[str, ...]
+    device: str
+    plan_only: bool
+    gpu: str | None
+    price_per_hour: float | None
+    resume: str
+    extend_epochs: float
+    allow_skips: bool
+    overwrite: bool
+    then: str | None
+    fail_if_worse: bool
+    memory: str | None
+    as_json: bool
+    quiet: bool
+
+    @property
+    def start(self) -> Resume:
+        """Where the run starts."""
+        from mergeforge.train.resume import Resume
+
+        return Resume(self.resume, self.extend_epochs, self.overwrite)
 
 
 @click.command(cls=_TrainCommand)
@@ -62,25 +94,7 @@ class _TrainCommand(click.Command):
 @click.option("--memory", metavar="SIZE", help="Working memory of the merge after training, e.g. 2GiB.")
 @_options.as_json
 @_options.quiet
-def train(
-    config: str | None,
-    *,
-    out: str | None,
-    sets: tuple[str, ...],
-    device: str,
-    plan_only: bool,
-    gpu: str | None,
-    price_per_hour: float | None,
-    resume: str,
-    extend_epochs: float,
-    allow_skips: bool,
-    overwrite: bool,
-    then: str | None,
-    fail_if_worse: bool,
-    memory: str | None,
-    as_json: bool,
-    quiet: bool,
-) -> int:
+def train(**arguments: Any) -> int:
     """Train an adapter (QLoRA, LoRA, DoRA) or a whole model, as CONFIG says.
 
     If it is interrupted or killed, run the same command again to resume. Without CONFIG, --then uses the newest
@@ -96,64 +110,110 @@ def train(
       mergeforge train --then merge
       torchrun --nproc-per-node 2 -m mergeforge train train.yaml
     """
-    if extend_epochs < 0:
-        raise RecipeError("--extend-epochs must not be negative")
-    if gpu and not plan_only:
-        raise RecipeError(
-            "--gpu plans for a GPU that is not here", hint="add --plan; --device names one of this machine"
-        )
-    if config is None and not then:
-        hint = "`mergeforge recipes cp train-demo` writes one"
-        raise RecipeError("give the train.yaml of the run", hint=hint)
-    from mergeforge.cli import _progress
-    from mergeforge.train import environment, post_training, preflight, run, run_folder
-    from mergeforge.train.plan import make_plan
-    from mergeforge.train.resume import Resume, check_resume, refuse_finished
-    from mergeforge.train.settings import read as read_settings
+    from mergeforge.train import environment
+    from mergeforge.train.resume import check_resume
 
-    quiet = quiet or not environment.is_main()
-    sets = (*sets, "allow_skips=true") if allow_skips else sets
-    with environment.main_first():
-        source = config or run_folder.newest_run().settings()
-        settings = read_settings(source, (*sets, f"output={out}") if out is not None else sets)
-        if not (plan_only or then or settings.after.merge):
-            refuse_finished(run_folder.RunFolder(settings.output), Resume(resume, extend_epochs, overwrite))
-        with _progress.row_count(_progress.console(), quiet=quiet) as on_progress:
-            plan = make_plan(settings, device=device, gpu=gpu, on_progress=on_progress)
-    if fail_if_worse and plan.data.validation is None:
-        raise RecipeError("--fail-if-worse needs validation data", hint="add val: 0.1 to train.yaml")
-    after, trains_adapter = plan.settings.after, plan.settings.trains_adapter
-    after = post_training.steps_from_names(after, then, trains_adapter=trains_adapter) if then else after
-    preflight.check_post_training(after, plan.config_folder, trains_adapter=trains_adapter)
-    check_resume(plan.folder, Resume(resume))
-    if after.publish and not plan_only:
+    options = _Options(**arguments)
+    _check_options(options)
+    options = replace(options, quiet=options.quiet or not environment.is_main())
+    plan = _make_plan(options)
+    after = _steps_after(plan, options)
+    check_resume(plan.folder, options.start)
+    if options.plan_only:
+        return _show_only_plan(plan, options)
+    if after.publish:
         from mergeforge.hub.publish import check_access
 
         check_access(after.publish["repo"])  # now, so that a missing token does not waste the training
-    if not quiet:
+    if not options.quiet:
         _show_plan(plan)
-        if plan_only:
-            _show_estimates(plan, price_per_hour)
-    if plan_only:
-        if as_json:
-            click.echo(json.dumps(_plan_as_json(plan), default=str))
-        return 0
-    trained = None if overwrite or extend_epochs or not after.any_step else run.trained_before(plan)
-    if trained is None:
-        with _progress_bar(plan, quiet=quiet) as listener:
-            trained = run.train(plan, Resume(resume, extend_epochs, overwrite), [listener])
+    trained = _train(plan, after, options)
     if trained.interrupted:
         _echo(f"Interrupted after step {trained.steps}. Run the same command again to resume.")
         return 130
+    return _finish(plan, trained, after, options)
+
+
+def _check_options(options: _Options) -> None:
+    """Raise RecipeError for options that contradict each other or have no meaning."""
+    from mergeforge.tensors.budget import make_budget
+
+    if not 0 <= options.extend_epochs < math.inf:
+        raise RecipeError(f"--extend-epochs must be a finite number of at least 0, not {options.extend_epochs:g}")
+    if options.gpu and not options.plan_only:
+        raise RecipeError(
+            "--gpu plans for a GPU that is not here", hint="add --plan; --device names one of this machine"
+        )
+    if options.config is None and not options.then:
+        raise RecipeError("give the train.yaml of the run", hint="`mergeforge recipes cp train-demo` writes one")
+    make_budget(options.memory, "cpu")  # now, so that a mistake in --memory does not waste the training
+
+
+def _make_plan(options: _Options) -> TrainPlan:
+    """The plan of the run that CONFIG describes; without CONFIG, of the newest finished one."""
+    from mergeforge.cli import _progress
+    from mergeforge.train import environment, run_folder
+    from mergeforge.train.plan import make_plan
+    from mergeforge.train.resume import refuse_finished
+    from mergeforge.train.settings import read as read_settings
+
+    sets = (*options.sets, "allow_skips=true") if options.allow_skips else options.sets
+    sets = (*sets, f"output={options.out}") if options.out is not None else sets
+    with environment.main_first():
+        settings = read_settings(options.config or run_folder.newest_run().settings(), sets)
+        if not (options.plan_only or options.then or settings.after.merge):
+            refuse_finished(run_folder.RunFolder(settings.output), options.start)
+        with _progress.row_count(_progress.console(), quiet=options.quiet) as on_progress:
+            plan = make_plan(settings, device=options.device, gpu=options.gpu, on_progress=on_progress)
+    if options.fail_if_worse and plan.data.validation is None:
+        raise RecipeError("--fail-if-worse needs validation data", hint="add val: 0.1 to train.yaml")
+    return plan
+
+
+def _steps_after(plan: TrainPlan, options: _Options) -> PostTraining:
+    """What to do after training: `after`, and what --then adds. Raises RecipeError and SourceError."""
+    from mergeforge.train import post_training, preflight
+
+    after, trains_adapter = plan.settings.after, plan.settings.trains_adapter
+    if options.then:
+        after = post_training.steps_from_names(after, options.then, trains_adapter=trains_adapter)
+    preflight.check_post_training(after, plan.config_folder, trains_adapter=trains_adapter)
+    return after
+
+
+def _show_only_plan(plan: TrainPlan, options: _Options) -> int:
+    if not options.quiet:
+        _show_plan(plan)
+        _show_estimates(plan, options.price_per_hour)
+    if options.as_json:
+        click.echo(json.dumps(_plan_as_json(plan), default=str))
+    return 0
+
+
+def _train(plan: TrainPlan, after: PostTraining, options: _Options) -> Trained:
+    """Train, unless the run is finished and only the steps after it are asked for."""
+    from mergeforge.train import run
+
+    starts_again = options.overwrite or options.extend_epochs
+    if after.any_step and not starts_again and (trained := run.trained_before(plan)):
+        return trained
+    with _progress_bar(plan, quiet=options.quiet) as listener:
+        return run.train(plan, options.start, [listener])
+
+
+def _finish(plan: TrainPlan, trained: Trained, after: PostTraining, options: _Options) -> int:
+    """Run the steps after training and show the result; 1 if --fail-if-worse refuses it."""
+    from mergeforge.train import environment, post_training
+
     result = post_training.PostTrainingResult()
-    is_refused = fail_if_worse and trained.verdict is not None and trained.verdict.is_worse
+    is_refused = options.fail_if_worse and trained.verdict is not None and trained.verdict.is_worse
     if environment.is_main() and not is_refused:
         result = post_training.run_post_training(
-            plan, after, memory=memory, on_message=lambda text: None if quiet else _echo(text)
+            plan, after, memory=options.memory, on_message=lambda text: None if options.quiet else _echo(text)
         )
-    if not quiet:
+    if not options.quiet:
         _show_result(trained, result)
-    if as_json and environment.is_main():
+    if options.as_json and environment.is_main():
         entries = asdict(trained) | {"folder": trained.folder.root, "followed": asdict(result)}
         click.echo(json.dumps(entries, default=str))
     return 1 if is_refused else 0

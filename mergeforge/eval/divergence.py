@@ -150,7 +150,10 @@ def _compare_chunk(
     import numpy as np
 
     vocabulary = min(logits.shape[1], expected.shape[1])  # files may have padding after the last token
-    if max(targets) >= vocabulary or not np.isfinite(logits).all() or not np.isfinite(expected).all():
+    if max(targets) >= vocabulary:
+        text = f"the text has token {max(targets)}, but one of the models predicts only {vocabulary} tokens"
+        raise SourceError(text, hint="compare models with the same tokenizer")
+    if not np.isfinite(logits).all() or not np.isfinite(expected).all():
         hint = "`mergeforge eval --smoke` shows which model's"
         raise SourceError("a model's predictions are not numbers", hint=hint)
     parts = []

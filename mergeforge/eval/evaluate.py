@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,41 +167,44 @@ def evaluate_rows(
         raise SourceError(
             f"none of {len(selected)} rows can be scored: too long for {model.name}, or without scored tokens"
         )
-    indices = list(usable)
-    scores: dict[int, ScoredRow] = {}
-    scored_rows = model.score_rows(list(usable.values()), batch=batch)
+    scored_rows = model.score_rows(list(usable.values()), batch=batch)  # llama.cpp loads the file here
     started = time.monotonic()
+    scores: dict[int, ScoredRow] = {}
     for position, score in scored_rows:
-        scores[indices[position]] = score
+        scores[position] = score
         if progress:
             progress(len(scores), len(usable))
     seconds = time.monotonic() - started
-    results = tuple(
+    sampled = [list(usable)[position] for position in evenly_spaced(len(usable), samples)]
+    answered = tuple(sample for index in sampled if (sample := _sample(model, index, usable[index], sampling)))
+    return Evaluation(
+        model=model.name,
+        kind=model.kind,
+        rows=_row_results(model, rows, usable, scores),
+        left_out=len(selected) - len(usable),
+        seconds=seconds,
+        read=sum(len(row.tokens) for row in usable.values()),
+        samples=answered,
+        counts=rows.counts,
+        template=rows.template,
+        warnings=model.warnings,
+    )
+
+
+def _row_results(
+    model: ModelBackend, rows: EvalRows, usable: Mapping[int, TokenRow], scores: Mapping[int, ScoredRow]
+) -> tuple[RowResult, ...]:
+    """`usable`: the rows by index; `scores`: by position among them."""
+    return tuple(
         RowResult(
             row=index,
             key=rows.keys[index],
-            nll=score.nll,
-            tokens=score.tokens,
-            correct=score.correct,
-            nbytes=scored_nbytes(model.tokenizer, usable[index]),
+            nll=scores[position].nll,
+            tokens=scores[position].tokens,
+            correct=scores[position].correct,
+            nbytes=scored_nbytes(model.tokenizer, row),
         )
-        for index, score in sorted(scores.items())
-    )
-    read = sum(len(row.tokens) for row in usable.values())
-    sampled = [indices[position] for position in evenly_spaced(len(usable), samples)]
-    answered = tuple(sample for index in sampled if (sample := _sample(model, index, usable[index], sampling)))
-    left_out = len(selected) - len(usable)
-    return Evaluation(
-        model.name,
-        model.kind,
-        results,
-        left_out,
-        seconds,
-        read,
-        answered,
-        rows.counts,
-        rows.template,
-        model.warnings,
+        for position, (index, row) in enumerate(usable.items())
     )
 
 

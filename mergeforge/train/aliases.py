@@ -95,7 +95,8 @@ def rename(raw: Any, positions: Positions, report: ReportProblem, known: Mapping
         if key in INSTEAD:
             report((key,), f"'{key}' is a key of another trainer", INSTEAD[key])
         elif key in EVERY and isinstance(raw[key], float) and raw[key] < 1:
-            report((key,), f"'{key}' is a fraction of the run there, and of an epoch here", f"set {EVERY[key]}")
+            text = f"'{key}' below 1 is a fraction of the run in transformers, but of an epoch here"
+            report((key,), text, f"set {EVERY[key]}")
         elif key != ACCUMULATION:
             path = tuple(ALIASES[key].split("."))
             _insert(named, path, _value(ALIASES[key], raw[key]), key, report)

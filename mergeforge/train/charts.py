@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WIDTH, HEIGHT = 640, 220  # of a chart in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 8, 34  # margins around the plot
@@ -45,8 +45,9 @@ class _Axes:
 
 
 def line_chart(title: str, series: Sequence[Series], x_name: str = "step") -> str:
-    """The series in one chart; "" without points."""
-    shown = [one for one in series if one.points]
+    """The series in one chart, without points that are NaN or infinite; "" if there are none left."""
+    finite = [replace(one, points=[(x, y) for x, y in one.points if math.isfinite(y)]) for one in series]
+    shown = [one for one in finite if one.points]
     points = [point for one in shown for point in one.points]
     if not points:
         return ""

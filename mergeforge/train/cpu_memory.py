@@ -1,8 +1,8 @@
 """Memory of a training step on a CPU, fitted to peaks of Llama models of 50 to 135 M parameters in float32.
 
 Autograd keeps KEPT_HIDDEN or KEPT_HIDDEN_FULL vectors of the hidden size, and KEPT_INTERMEDIATE of the MLP's, for each
-token and layer. glibc hardly reuses the space of freed tensors between them, because torch asks for aligned memory.
-With adapters, the outputs of base and adapter stay behind as such holes.
+token and layer. With adapters, the measured peaks are larger by HOLES_PER_OUTPUT tensors of the size of each adapted
+module's output. Nothing keeps those tensors, so they are probably space that glibc did not use again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from mergeforge.train.training_setup import TrainingSetup
 
 PYTHON_NBYTES = 475_000_000  # an interpreter with torch, transformers and peft
 KEPT_HIDDEN, KEPT_HIDDEN_FULL, KEPT_INTERMEDIATE = 8.7, 10.6, 4.0  # full training also keeps the inputs of norms
-HOLES_PER_OUTPUT = 1  # freed tensors of the size of an adapted module's output
+HOLES_PER_OUTPUT = 1  # 2 with PEFT's own forward; see loop/lora_forward.py
 LOGIT_NBYTES = 12  # per logit: its log-probability, the gradients of both, in float32
 
 

@@ -2,7 +2,7 @@
 
 Speeds are those of dense 16-bit matrix products with float32 accumulation, in 10^12 operations per second. Memory and
 speeds were written down from memory in 2026-11, and not checked against NVIDIA's datasheets: plans made with them are
-estimates. Vendors' GB of memory are GiB.
+estimates. The GB of memory that NVIDIA states are GiB.
 """
 
 from __future__ import annotations

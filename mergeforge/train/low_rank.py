@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergeforge.errors import did_you_mean
-from mergeforge.recipe.schema import ReportProblem
+from mergeforge.recipe.schema import Integer, Number, ReportProblem, Schema
 from mergeforge.recipe.yaml_reader import Path
 
 RANK = 128  # transformers' default
+OPTION_SCHEMAS: dict[str, Schema] = {"rank": Integer(1), "update_proj_gap": Integer(1), "scale": Number(0)}
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,8 @@ def check_low_rank(values: Mapping[str, Any], report: ReportProblem) -> None:
         if option not in optimizer.options:
             hint = did_you_mean(option, optimizer.options) or f"it has {', '.join(optimizer.options)}"
             report(("optimizer_options", option), f"{name} has no option '{option}'", hint)
-    rank = options.get("rank", RANK)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        report(("optimizer_options", "rank"), f"rank must be a whole number of at least 1, not {rank!r}", "")
+        elif option in OPTION_SCHEMAS:
+            OPTION_SCHEMAS[option].read(options[option], ("optimizer_options", option), report)
 
 
 def _number(text: str) -> int | float | str:

@@ -74,7 +74,7 @@ class TrainPlan:
     @property
     def stored_transposed(self) -> bool:
         """Whether the base stores transposed weights, as GPT-2 does: its files do not determine its NF4 form."""
-        config = json.loads((self.config_folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((self.config_folder / CONFIG).read_text(encoding="utf-8"))
         return config.get("model_type") in CONV1D_MODELS
 
     def packs(self, *, packed: bool) -> list[list[int]]:
@@ -108,6 +108,24 @@ class TrainPlan:
         )
 
 
+@dataclass(frozen=True)
+class _Base:
+    """The base's name, its Hub commit, and the folder with its config and tokenizer."""
+
+    name: str
+    revision: str | None
+    config_folder: Path
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the model without weights says. The fields are those of TrainPlan."""
+
+    stats: ModelStats
+    trained: int
+    scaled_config: Mapping[str, Any] | None
+
+
 def make_plan(
     source: str | Path | Mapping[str, Any] | TrainSettings,
     *,
@@ -133,67 +151,83 @@ def make_plan(
         check_options(settings.adapter)
     folder = RunFolder(settings.output)
     planned = find_gpu(gpu) if gpu else None
+    machine = _machine(settings, device, planned)
+    base = _find_base(settings, folder)
+    preflight.check_post_training(settings.after, base.config_folder, trains_adapter=settings.trains_adapter)
+    tokenizer = load_tokenizer(str(base.config_folder))
+    new_tokens = _add_tokens(tokenizer, settings.added_tokens)
+    model = _inspect_model(settings, base, new_tokens, len(tokenizer), on_disk=not planned)
+    with folder.lock() if environment.is_main() else contextlib.nullcontext():
+        data, resolved = _fit_to_memory(settings, tokenizer, folder, model.stats, machine, on_progress)
+    return TrainPlan(
+        settings=settings,
+        folder=folder,
+        base=base.name,
+        revision=base.revision,
+        config_folder=base.config_folder,
+        tokenizer=tokenizer,
+        new_tokens=new_tokens,
+        data=data,
+        stats=model.stats,
+        machine=machine,
+        resolved=resolved,
+        devices=devices or environment.process_count(),
+        trained=model.trained,
+        gpu=planned,
+        scaled_config=model.scaled_config,
+    )
+
+
+def _machine(settings: TrainSettings, device: str, planned: PlannedGPU | None) -> Machine:
+    """This machine, or the one that is planned for. Raises RecipeError for settings that it cannot run."""
     if planned:
         machine = planned.machine(settings.dtype, settings.memory.budget)
     else:
         machine = environment.find_machine(settings, device)
     preflight.check_device(settings, machine)
-    base, revision, config_folder = _base(settings, folder)
-    preflight.check_post_training(settings.after, config_folder, trains_adapter=settings.trains_adapter)
-    tokenizer = load_tokenizer(str(config_folder))
-    new_tokens = _add_tokens(tokenizer, settings.added_tokens)
-    model = empty_model(str(config_folder), settings.attention)
-    preflight.check_causal(model, base)
-    stats = stats_of(model)
-    scaled_config = None
+    return machine
+
+
+def _inspect_model(
+    settings: TrainSettings, base: _Base, new_tokens: tuple[int, ...], vocabulary: int, *, on_disk: bool
+) -> _Model:
+    """Build the model without weights, and check that it can be trained as the settings say.
+
+    on_disk: whether the weights and the free disk space matter, as they do for a run on this machine.
+    """
+    model = empty_model(str(base.config_folder), settings.attention)
+    preflight.check_causal(model, base.name)
+    stats, scaled_config = stats_of(model), None
     if scaling := preflight.rope_scaling(settings, stats):
-        scaled_config = scale_positions(read_json(config_folder / CONFIG), scaling, stats.max_positions)
+        scaled_config = scale_positions(read_json(base.config_folder / CONFIG), scaling, stats.max_positions)
         stats = replace(stats, max_positions=scaling.longest(stats.max_positions), rope=scaling.type)
-    if Path(base).exists() and not planned:
-        preflight.check_base(config_folder, settings, stats)
+    if Path(base.name).exists() and on_disk:
+        preflight.check_base(base.config_folder, settings, stats)
     if settings.loss:
         preflight.check_loss(settings.loss, stats.vocabulary)
     preflight.check_optimizer(model, settings)
-    trained = preflight.check_adapter(model, settings, new_tokens, len(tokenizer))
-    if not planned:
+    trained = preflight.check_adapter(model, settings, new_tokens, vocabulary)
+    if on_disk:
         preflight.check_disk(settings, trained)
-    with folder.lock() if environment.is_main() else contextlib.nullcontext():
-        data, resolved = _fit_to_memory(settings, tokenizer, folder, stats, machine, on_progress)
-    return TrainPlan(
-        settings,
-        folder,
-        base,
-        revision,
-        config_folder,
-        tokenizer,
-        new_tokens,
-        data,
-        stats,
-        machine,
-        resolved,
-        devices or environment.process_count(),
-        trained,
-        planned,
-        scaled_config,
-    )
+    return _Model(stats, trained, scaled_config)
 
 
-def _base(settings: TrainSettings, folder: RunFolder) -> tuple[str, str | None, Path]:
-    """The base's name, its Hub commit, and the folder with its config and tokenizer."""
+def _find_base(settings: TrainSettings, folder: RunFolder) -> _Base:
+    """The base that `model` names. Raises SourceError, and OutputError where the run would be written into it."""
     if settings.model == SAMPLE:
-        if not (folder.base / "config.json").is_file():
+        if not (folder.base / CONFIG).is_file():
             write_model(folder.base, TINY, seed=settings.seed, std=TINY_STD)
-        return str(folder.base), None, folder.base
+        return _Base(str(folder.base), None, folder.base)
     if settings.model.startswith("sample:"):
         raise SourceError(f"there is no sample model {settings.model}", hint=f"use {SAMPLE}")
     name, _, revision = settings.model.partition("@")
     local = fetch(name, revision or None, ())
-    if not local.path.is_dir() or not (local.path / "config.json").is_file():
+    if not local.path.is_dir() or not (local.path / CONFIG).is_file():
         hint = "give a model's folder, with its config.json"
         raise SourceError(f"{settings.model} has no config.json", hint=hint)
     if local.path.resolve() == settings.output.resolve():
         raise OutputError(f"the output {settings.output} is the base model's folder", hint="choose another output")
-    return name, local.revision, local.path
+    return _Base(name, local.revision, local.path)
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> tuple[int, ...]:

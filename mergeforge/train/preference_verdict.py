@@ -7,13 +7,15 @@ paired bootstrap. Objectives that compare with the base start with rewards of 0,
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mergeforge.eval.bootstrap import MIN_ROWS, ConfidenceInterval, paired_bootstrap
-from mergeforge.train.loss_curve import LossCurve, first_and_last, loss_curve
+from mergeforge.eval.bootstrap import paired_bootstrap
+from mergeforge.train.compared_run import ComparedRun
+from mergeforge.train.loss_curve import first_and_last, loss_curve
 from mergeforge.train.objectives import KTO, OBJECTIVES
 
 CHANCE = 0.5  # accuracy without any preference
@@ -22,33 +24,28 @@ Margins = Sequence[tuple[float, float]]  # of each row: margin, and 1 where the 
 
 
 @dataclass(frozen=True)
-class PreferenceVerdict:
+class PreferenceVerdict(ComparedRun):
     """Margin and accuracy of the validation rows before training and with the weights that were kept.
 
-    None where there is no validation data. `interval`: of the difference of the margins. `reward_chosen`: of the good
-    answers. `first_margin`, `last_margin`: of the first and last training steps.
+    None where there is no validation data. `reward_chosen`: of the good answers. `first_margin`, `last_margin`: of the
+    first and last training steps.
     """
 
     objective: str
-    curve: LossCurve = field(default_factory=LossCurve)
-    rows: int = 0
     margin_before: float | None = None
     margin: float | None = None
     accuracy_before: float | None = None
     accuracy: float | None = None
     reward_chosen: float | None = None
-    interval: ConfidenceInterval | None = None
     first_margin: float | None = None
     last_margin: float | None = None
 
     @property
     def comparison(self) -> str:
-        """better, worse or no difference: the trained model against the untrained start; "" where it is not known."""
-        return OPPOSITE.get(self.interval.verdict, self.interval.verdict) if self.interval else ""
-
-    @property
-    def is_worse(self) -> bool:
-        return self.comparison == "worse"
+        """As in ComparedRun, but a larger margin is better, and one that is not a number is worse."""
+        if self.margin is not None and not math.isfinite(self.margin):
+            return "worse"
+        return OPPOSITE.get(super().comparison, super().comparison)
 
     @property
     def learned(self) -> bool:
@@ -63,14 +60,10 @@ class PreferenceVerdict:
         return [line for line in lines if line]
 
     def _better(self) -> str:
-        if not self.interval:
-            return "there is no validation data to compare with the start: add val: 0.1"
-        words = {"better": "better than the start", "worse": "worse than the start"}
-        found = words.get(self.comparison, "not clearly different from the start")
-        bounds = f"{self.interval.low:+.4f} to {self.interval.high:+.4f}"
-        interval = f"{self.interval.difference:+.4f}, 95 % interval {bounds}, {self.rows} rows"
-        few = f"; fewer than {MIN_ROWS} rows: the interval is often too narrow" if self.rows < MIN_ROWS else ""
-        return f"{found}: margin {self.margin_before:.4f} before, {self.margin:.4f} after training ({interval}{few})"
+        before, after = (
+            f"{math.nan if margin is None else margin:.4f}" for margin in (self.margin_before, self.margin)
+        )
+        return self.compared_with("the start", f"margin {before} before, {after} after training")
 
     def _accuracy(self) -> str:
         if self.accuracy is None or self.accuracy_before is None:
@@ -112,7 +105,11 @@ def make_preference_verdict(
         before = [(0.0, CHANCE)] * len(after)
     first, last = first_and_last(metrics, "margin")
     verdict = PreferenceVerdict(
-        objective, loss_curve(metrics, kept_step), reward_chosen=reward_chosen, first_margin=first, last_margin=last
+        objective,
+        curve=loss_curve(metrics, kept_step),
+        reward_chosen=reward_chosen,
+        first_margin=first,
+        last_margin=last,
     )
     if not after or len(before) != len(after):
         return verdict

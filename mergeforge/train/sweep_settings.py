@@ -158,7 +158,7 @@ def read_sweep(path: Path) -> SweepSettings:
 
 
 def _check_runs(sweep: SweepSettings, path: Path) -> None:
-    """Read the settings with the extremes of every range. Raises RecipeError."""
+    """Read the settings with the extremes of every range, and with all ranges at once. Raises RecipeError."""
     for values in _corner_values(sweep):
         try:
             settings: TrainSettings = train_settings.read(sweep.run_settings(values, sweep.output))
@@ -174,6 +174,7 @@ def _check_runs(sweep: SweepSettings, path: Path) -> None:
 
 def _corner_values(sweep: SweepSettings) -> Iterator[dict[str, Any]]:
     yield {}
+    yield {search_range.key: search_range.extremes()[0] for search_range in sweep.ranges}
     for search_range in sweep.ranges:
         for value in search_range.extremes():
             yield {search_range.key: value}

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mergeforge.eval.bootstrap import MIN_ROWS, ConfidenceInterval, paired_bootstrap
+from mergeforge.eval.bootstrap import ConfidenceInterval, paired_bootstrap
+from mergeforge.train.compared_run import ComparedRun
 from mergeforge.train.loss_curve import LossCurve, first_and_last, loss_curve
 from mergeforge.train.preference_verdict import PreferenceVerdict
 
@@ -22,30 +23,17 @@ Scores = Sequence[tuple[float, float]]  # of each row: summed negative log-likel
 
 
 @dataclass(frozen=True)
-class TrainingVerdict:
+class TrainingVerdict(ComparedRun):
     """The losses of a run, in nats per token; None where there is no validation data.
 
-    `base_loss`, `loss`: of the validation rows, before training and with the weights that were kept; `interval`: of
-    their difference. `curve`: the validations during training.
+    `base_loss`, `loss`: of the validation rows, before training and with the weights that were kept.
     """
 
     vocabulary: int
-    rows: int = 0
     base_loss: float | None = None
     loss: float | None = None
-    interval: ConfidenceInterval | None = None
     first_training_loss: float | None = None
     last_training_loss: float | None = None
-    curve: LossCurve = field(default_factory=LossCurve)
-
-    @property
-    def comparison(self) -> str:
-        """better, worse or no difference: the trained model against its base; "" where it is not known."""
-        return self.interval.verdict if self.interval else ""
-
-    @property
-    def is_worse(self) -> bool:
-        return self.comparison == "worse"
 
     @property
     def learned(self) -> bool:
@@ -62,13 +50,8 @@ class TrainingVerdict:
         ]
 
     def _better(self) -> str:
-        if not self.interval:
-            return "there is no validation data to compare with the base: add val: 0.1"
-        difference = {"better": "better than the base", "worse": "worse than the base"}
-        found = difference.get(self.comparison, "not clearly different from the base")
-        interval = f"{self.interval.difference:+.4f}, 95 % interval {_bounds(self.interval)}, {self.rows} rows"
-        few = f"; fewer than {MIN_ROWS} rows: the interval is often too narrow" if self.rows < MIN_ROWS else ""
-        return f"{found}: validation loss {self.base_loss:.4f} before, {self.loss:.4f} after training ({interval}{few})"
+        before, after = (f"{math.nan if loss is None else loss:.4f}" for loss in (self.base_loss, self.loss))
+        return self.compared_with("the base", f"validation loss {before} before, {after} after training")
 
     def _perplexity(self) -> list[str]:
         if self.base_loss is None or self.loss is None:
@@ -82,6 +65,8 @@ class TrainingVerdict:
         if loss is None:
             return ""
         guess = math.log(self.vocabulary)
+        if self.is_worse and not loss <= GUESSING * guess:
+            return f"it has lost what the base knew: {_uniform(self.vocabulary)}; train with a lower lr"
         if loss > GUESSING * guess:
             return f"it has learned next to nothing: {_uniform(self.vocabulary)}; train longer, or with a higher lr"
         if not self.interval and self.learned:
@@ -127,14 +112,10 @@ def _mean(scores: Scores) -> float:
     return math.fsum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
 
 
-def _bounds(interval: ConfidenceInterval) -> str:
-    return f"{interval.low:+.4f} to {interval.high:+.4f}"
-
-
 def _uniform(vocabulary: int) -> str:
     return f"a uniform guess among {vocabulary:,} tokens has a loss of {math.log(vocabulary):.2f}"
 
 
 def _perplexity(loss: float) -> str:
     value = math.exp(min(loss, 700))
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if 100 <= value < 1e9 else f"{value:.3g}"

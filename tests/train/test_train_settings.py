@@ -31,7 +31,7 @@ MISTAKES = [
     ("model: m\ndata: d\ngradient_accumulation_steps: 4", "needs micro_batch_size"),
     ("model: m\ndata: d\nlora_r: zero", "line 3, column 1: 'r' must be"),
     ("model: m\ndata: d\nlora: 3\nlora_r: 4", "line 3, column 1: 'lora' must be a mapping"),
-    ("model: m\ndata: d\nval: 4\neval_steps: 0.1", "line 4, column 1: 'eval_steps' is a fraction of the run there"),
+    ("model: m\ndata: d\nval: 4\neval_steps: 0.1", "line 4, column 1: 'eval_steps' below 1 is a fraction of the run"),
     ("model: m\ndata: d\nval: 4\nearly_stop: {threshold: 1}", "'early_stop' needs the key 'patience'"),
     ("model: m\ndata: d\nseed: 4294967296", "line 3, column 1: 'seed' must be below 4294967296"),
     ("model: m\ndata: d\nlora: {targets: 'q_proj('}", "line 3, column 8: 'q_proj(' is not a valid regular expression"),

@@ -1,8 +1,7 @@
 """LoRA's output added in place to that of its base module, without further tensors of its size.
 
-PEFT computes base(x) + B(A(x)) * scaling with four tensors of the size of the output. Freed, they leave holes that a
-CPU's allocator hardly uses again. Here one matrix product adds B(A(x)) * scaling into base(x). Results differ from
-PEFT's by rounding only.
+PEFT computes base(x) + B(A(x)) * scaling with four tensors of the size of the output. Here one matrix product adds
+B(A(x)) * scaling into base(x), which takes less memory and time. Results differ from PEFT's by rounding only.
 """
 
 from __future__ import annotations

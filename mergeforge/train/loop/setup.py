@@ -48,49 +48,60 @@ def make_context(plan: TrainPlan, callbacks: Sequence[MetricCallback] = ()) -> t
     if collate.reads_ahead(base):
         raise preflight.reads_ahead_error(plan.base)
     packed = plan.resolved.pack and collate.separates_packed_rows(base)
-    objective = OBJECTIVES[settings.objective]
-    if objective.is_preference:
-        preference.disable_dropout(base)
-        loss_note = log_probs.install_log_probs(base, chunk=setup.ce_chunk)
-    else:
-        loss = chunked_loss.custom_loss(settings.loss)
-        loss_note = chunked_loss.install_chunked_loss(base, chunk=setup.ce_chunk, custom=loss)
+    loss_note = _install_loss(plan, base)
     if setup.checkpointing:
         load_base.checkpoint_activations(base, offload=setup.offload)
-    model: Any = base
-    if settings.trains_adapter:
-        model = lora.with_adapter(base, setup.lora, plan.new_tokens, settings.adapter)
-        lora_forward.add_in_place(model)
-        model.peft_config["default"].base_model_name_or_path = _base_name(plan.base)
-        model.peft_config["default"].revision = plan.revision
+    model = _with_adapter(plan, base) if settings.trains_adapter else base
     if settings.neftune:
         noise.add_embedding_noise(base, settings.neftune)
-    packs, validation, pad = plan.packs(packed=packed), plan.data.validation, _pad_token(plan.tokenizer)
+    context = _context(plan, model, callbacks, packed=packed)
+    _initialize_adapter(plan, context)
+    unpacked = "this model cannot keep packed rows apart: each row gets a sequence of its own"
+    notes = [unpacked if plan.resolved.pack and not packed else "", loss_note]
+    return context, [note for note in notes if note]
+
+
+def _install_loss(plan: TrainPlan, base: Any) -> str:
+    """Let the base compute the loss of the run's objective; returns a note, or ""."""
+    chunk = plan.resolved.setup.ce_chunk
+    if OBJECTIVES[plan.settings.objective].is_preference:
+        preference.disable_dropout(base)
+        return log_probs.install_log_probs(base, chunk=chunk)
+    return chunked_loss.install_chunked_loss(base, chunk=chunk, custom=chunked_loss.custom_loss(plan.settings.loss))
+
+
+def _with_adapter(plan: TrainPlan, base: Any) -> Any:
+    """The base with a new adapter, whose configuration names the base."""
+    model: Any = lora.with_adapter(base, plan.resolved.setup.lora, plan.new_tokens, plan.settings.adapter)
+    lora_forward.add_in_place(model)
+    model.peft_config["default"].base_model_name_or_path = _base_name(plan.base)
+    model.peft_config["default"].revision = plan.revision
+    return model
+
+
+def _context(plan: TrainPlan, model: Any, callbacks: Sequence[MetricCallback], *, packed: bool) -> TrainingContext:
+    settings, resolved, validation = plan.settings, plan.resolved, plan.data.validation
+    packs, pad, objective = plan.packs(packed=packed), _pad_token(plan.tokenizer), OBJECTIVES[settings.objective]
     sequences: Any = PreferenceSequences if objective.is_preference else collate.PackedSequences
-    context = TrainingContext(
+    training = preference.PreferenceTraining(objective, settings.preference, packed, pad)
+    return TrainingContext(
         settings=settings,
         model=model,
         train=sequences(plan.data.train, packs),
         validation=sequences(validation, plan.validation_packs(packed=packed)) if validation else None,
         schedule=plan.schedule(len(packs)),
         folder=plan.folder,
-        lr=plan.resolved.lr,
-        optimizer=_optimizer(setup.optimizer, plan.resolved.device),
-        dtype=plan.resolved.dtype,
-        device=plan.resolved.device,
+        lr=resolved.lr,
+        optimizer=_optimizer(resolved.setup.optimizer, resolved.device),
+        dtype=resolved.dtype,
+        device=resolved.device,
         pad=pad,
         weighted=not objective.is_preference and plan.weighted,
         write_files=lambda folder: _write_files(plan, folder),
         callbacks=list(callbacks),
         is_main=is_main(),
-        preference=preference.PreferenceTraining(objective, settings.preference, packed, pad)
-        if objective.is_preference
-        else None,
+        preference=training if objective.is_preference else None,
     )
-    _initialize_adapter(plan, context)
-    unpacked = "this model cannot keep packed rows apart: each row gets a sequence of its own"
-    notes = [unpacked if plan.resolved.pack and not packed else "", loss_note]
-    return context, [note for note in notes if note]
 
 
 def _initialize_adapter(plan: TrainPlan, context: TrainingContext) -> None:
