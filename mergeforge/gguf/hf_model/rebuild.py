@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_HEADS = 1 << 16
+MAX_HEAD_SIZE = 1 << 16
 MAX_CONSTANT = 1 << 16  # elements of a tensor that is computed from the config
 _UNCOMPARED = ("general.", "tokenizer.", "split.", "quantize.")
 _IN_TOWER = ("n_deepstack_layers",)  # keys that count layers of a tower that the file does not hold
@@ -86,7 +87,7 @@ def _check_numbers(keys: ModelKeys, names: Set[str], path: Path) -> None:
 
 
 def _check_counts(keys: ModelKeys, path: Path) -> None:
-    """Raise SourceError for numbers of layers and heads that no model has."""
+    """Raise SourceError for numbers of layers, heads and positions, and sizes of heads, that no model has."""
     attends = any(name.endswith((".attn_q.weight", ".attn_k.weight")) for name in keys.shapes)
     for name in ("block_count", "attention.head_count", "attention.head_count_kv"):
         count = keys.get(name)
@@ -95,6 +96,13 @@ def _check_counts(keys: ModelKeys, path: Path) -> None:
         if wrong and (name == "block_count" or (attends and count is not None)):
             text = f"{path}: {keys.arch}.{name} is {count}"
             raise SourceError(text, hint=_DAMAGED)
+    limits = {"attention.key_length": MAX_HEAD_SIZE, "attention.key_length_swa": MAX_HEAD_SIZE}
+    if table := keys.shapes.get("position_embd.weight"):
+        limits["context_length"] = table[0]
+    for name, limit in limits.items():
+        value = keys.get(name)
+        if not isinstance(value, list) and (value or 0) > limit:
+            raise SourceError(f"{path}: {keys.arch}.{name} is {value}, but at most {limit} fits", hint=_DAMAGED)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ _ROLES = {
     "cls": ("cls",),
     "mask": ("mask",),
 }
-_SWITCHES = ("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces")
-_SWITCHES += ("normalizer.lowercase", "normalizer.strip_accents")
+_SWITCHES = (
+    *("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces"),
+    *("normalizer.lowercase", "normalizer.strip_accents"),
+)
 # What llama.cpp takes where the keys are absent (src/llama-vocab.cpp, b11549).
 _USUAL = {
     "llama": {"bos": 1, "eos": 2, "unk": 0},

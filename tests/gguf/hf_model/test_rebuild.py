@@ -147,6 +147,14 @@ def test_keys_that_are_no_numbers_are_named(value: Value, tmp_path: Path) -> Non
     assert "llama.rope.freq_base is" in refusal(header) and "must be a number" in refusal(header)
 
 
+@pytest.mark.parametrize(("name", "key"), [("gemma4", "attention__key_length"), ("roberta", "context_length")])
+def test_sizes_that_no_model_has_are_refused(name: str, key: str, tmp_path: Path) -> None:
+    """Before an array of that length is made."""
+    facts = GOLDEN[name]
+    header = header_of(facts["config"], facts["stored"], tmp_path, **{key: u32(2**32 - 1)})
+    assert f"{key.replace('__', '.')} is 4294967295, but at most" in refusal(header)
+
+
 def test_keys_that_old_files_lack_get_the_default(tmp_path: Path) -> None:
     """A file without rope.freq_base has transformers' default, and one without vocab_size the rows of the embedding."""
     facts = GOLDEN["llama"]

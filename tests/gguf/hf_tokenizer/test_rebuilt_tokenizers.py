@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.pre_tokenizer_splits import STEPS, pre_tokenizer_steps
+from support.pre_tokenizer_splits import IGNORES_MERGES, STEPS, WITH_BOS, pre_tokenizer_steps
 from support.random_texts import random_texts
 from support.tokenizer_folders import (
     TEXTS,
@@ -32,8 +32,6 @@ from mergeforge.gguf.reader import GGUFHeader
 from mergeforge.gguf.vocab import vocabulary
 
 BOS = len(byte_level_model()[0])
-WITH_BOS = {"llama-bpe": "llama", "command-r": "cohere", "llama4": "llama4", "tekken": "mistral"}
-IGNORES_MERGES = ("llama-bpe", "tekken", "youtu", "minicpm5")
 
 
 def stored_keys(folder: Path, kind: str, files: Mapping[str, Any], rows: int, arch: str) -> dict[str, Value]:
