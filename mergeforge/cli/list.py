@@ -83,6 +83,7 @@ def _quants() -> list[dict[str, Any]]:
         bits = typical_bits_per_weight(file_type)
         about = f"{bits:5.2f} bits per weight in {TYPICAL_MODEL}, mostly {file_type.default_type}"
         about += ", with --imatrix" if typically_needs_imatrix(file_type) else ""
+        about += ", only for models trained for it" if file_type.needs_training else ""
         rows.append({"name": name, "about": about, "bits_per_weight": round(bits, 3)})
     return rows
 

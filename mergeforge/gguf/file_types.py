@@ -50,6 +50,7 @@ class FileType:
     number: int
     default_type: str
     by_llama_quantize: bool = True  # else by the converter
+    needs_training: bool = False  # useless for weights that were not trained with one bit or ternary values
 
 
 # By the label in lower case; the converter's come first. A module of mergeforge.gguf.quantize may register more.
@@ -68,10 +69,10 @@ for _file_type in (
     FileType("F16", 1, "F16", by_llama_quantize=False),
     FileType("BF16", 32, "BF16", by_llama_quantize=False),
     FileType("Q8_0", 7, "Q8_0", by_llama_quantize=False),
-    FileType("Q1_0", 40, "Q1_0"),
-    FileType("Q2_0", 41, "Q2_0"),
-    FileType("TQ1_0", 36, "TQ1_0"),
-    FileType("TQ2_0", 37, "TQ2_0"),
+    FileType("Q1_0", 40, "Q1_0", needs_training=True),
+    FileType("Q2_0", 41, "Q2_0", needs_training=True),
+    FileType("TQ1_0", 36, "TQ1_0", needs_training=True),
+    FileType("TQ2_0", 37, "TQ2_0", needs_training=True),
     FileType("Q4_0", 2, "Q4_0"),
     FileType("Q4_1", 3, "Q4_1"),
     FileType("Q5_0", 8, "Q5_0"),

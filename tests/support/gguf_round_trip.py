@@ -41,7 +41,7 @@ CHANGED = {
 # Models that the engine or the converter does not write as they are.
 NOT_WRITTEN = {"gemma2-legacy": "its lm_head differs from the embedding"}
 
-# Models whose GGUF file is not turned back yet: all but grok1 are refused.
+# Models whose GGUF file is not turned back yet: they are refused.
 ONE_WAY = {
     "nemotron-h-moe": "two layers of its prediction head are one block",
     "nemotron-h-puzzle": "block_configs is a list of mappings",
@@ -49,7 +49,6 @@ ONE_WAY = {
     "step35": "heads that differ by layer",
     "step37": "as step35",
     "kimi-linear": "attention.value_length does not follow from the config values that its tensors do",
-    "grok1": "attn_output_multiplier does not come back",
     "deci": "block_configs is a list of mappings",
     "deci-7b": "heads that differ by layer",
     "nomic-bert-moe": "its class writes two architectures, of which the other one comes back",

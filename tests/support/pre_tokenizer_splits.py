@@ -7,6 +7,11 @@ from typing import Any
 from mergeforge.gguf.vocab import pre_tokenizer_table as table
 from support.tokenizer_folders import BYTE_LEVEL, GPT2_BYTE_LEVEL, split_step
 
+# Names whose tokenizers start a text with BOS -> a family that has one.
+WITH_BOS = {"llama-bpe": "llama", "command-r": "cohere", "llama4": "llama4", "tekken": "mistral"}
+# Names whose tokenizers look a word up in the vocabulary before they apply merges.
+IGNORES_MERGES = ("llama-bpe", "tekken", "youtu", "minicpm5")
+
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _RUNS = {"type": "Digits", "individual_digits": False}
 _PUNCTUATION = {"type": "Punctuation", "behavior": "Contiguous"}

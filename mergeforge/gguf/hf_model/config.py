@@ -68,7 +68,7 @@ def _token_ids(keys: ModelKeys) -> dict[str, int]:
     """The tokens that begin, end and pad a text, if the vocabulary has them."""
     ids = {short: keys.get(f"tokenizer.ggml.{role}_token_id") for role, short in _ROLES.items()}
     rows = keys.shapes.get("token_embd.weight", (0,))[0]
-    return {f"{short}_token_id": token for short, token in ids.items() if isinstance(token, int) and token < rows}
+    return {f"{short}_token_id": token for short, token in ids.items() if isinstance(token, int) and 0 <= token < rows}
 
 
 def _put(config: dict[str, Any], path: str, value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_HEADS = 1 << 16
+MAX_HEAD_SIZE = 1 << 16
 MAX_CONSTANT = 1 << 16  # elements of a tensor that is computed from the config
 _UNCOMPARED = ("general.", "tokenizer.", "split.", "quantize.")
 _IN_TOWER = ("n_deepstack_layers",)  # keys that count layers of a tower that the file does not hold
 _IMPLIED = ("attention.key_length", "attention.value_length", "vocab_size")  # follow from others, where absent
 _PRE_TOKENIZERS = {"Glm4MoeLiteForCausalLM": ("glm4",), "KimiK25ForConditionalGeneration": ("kimi-k2",)}
 _VOCABULARIES = {"BertModel": ("bert",), "RobertaModel": ("gpt2", "bert"), "XLMRobertaModel": ("t5",)}
+_DAMAGED = "the file is damaged: download it again"
 _HINT = "use the folder of the model that the file was made from"
 
 
@@ -56,6 +58,7 @@ def rebuild_model(header: GGUFHeader, path: Path, dtype: str = "float32") -> Reb
         known = format_list(sorted(known_architectures()))
         raise SourceError(f"{path}: the architecture {arch!r} is not known", hint=f"known are {known}")
     keys = ModelKeys(arch, modern_keys(arch, header.keys), modern_shapes(header.tensors), _reader(header))
+    _check_numbers(keys, {name for entry in entries for name in entry.keys}, path)
     _check_counts(keys, path)
     problems: list[str] = []
     candidates: list[_Candidate] = []
@@ -64,8 +67,8 @@ def rebuild_model(header: GGUFHeader, path: Path, dtype: str = "float32") -> Reb
             candidates.append(_candidate(entry, keys, dtype))
         except SourceError as error:
             problems.append(f"{error}")
-        except MALFORMED_ERRORS as error:  # a value of the wrong type
-            problems.append(f"{type(error).__name__}: {error}")
+        except MALFORMED_ERRORS as error:
+            problems.append(f"the value of a key has the wrong type or is out of range ({error})")
         if candidates and not any(candidates[-1].strangeness):
             return candidates[-1].model
     if not candidates:
@@ -73,8 +76,18 @@ def rebuild_model(header: GGUFHeader, path: Path, dtype: str = "float32") -> Reb
     return min(candidates, key=lambda candidate: candidate.strangeness).model
 
 
+def _check_numbers(keys: ModelKeys, names: Set[str], path: Path) -> None:
+    """Raise SourceError for a key that is no number, or a list with such an item; names: keys of the architecture."""
+    for name in sorted(names):
+        value = keys.get(name)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if wrong := [item for item in items if not isinstance(item, int | float) or not math.isfinite(item)]:
+            text = f"{path}: {keys.arch}.{name} is {wrong[0]!r}, but must be a number"
+            raise SourceError(text, hint=_DAMAGED)
+
+
 def _check_counts(keys: ModelKeys, path: Path) -> None:
-    """Raise SourceError for numbers of layers and heads that no model has."""
+    """Raise SourceError for numbers of layers, heads and positions, and sizes of heads, that no model has."""
     attends = any(name.endswith((".attn_q.weight", ".attn_k.weight")) for name in keys.shapes)
     for name in ("block_count", "attention.head_count", "attention.head_count_kv"):
         count = keys.get(name)
@@ -82,7 +95,14 @@ def _check_counts(keys: ModelKeys, path: Path) -> None:
         wrong = not isinstance(most, int) or not 0 < most <= (MAX_LAYERS if name == "block_count" else MAX_HEADS)
         if wrong and (name == "block_count" or (attends and count is not None)):
             text = f"{path}: {keys.arch}.{name} is {count}"
-            raise SourceError(text, hint="the file is damaged: download it again")
+            raise SourceError(text, hint=_DAMAGED)
+    limits = {"attention.key_length": MAX_HEAD_SIZE, "attention.key_length_swa": MAX_HEAD_SIZE}
+    if table := keys.shapes.get("position_embd.weight"):
+        limits["context_length"] = table[0]
+    for name, limit in limits.items():
+        value = keys.get(name)
+        if not isinstance(value, list) and (value or 0) > limit:
+            raise SourceError(f"{path}: {keys.arch}.{name} is {value}, but at most {limit} fits", hint=_DAMAGED)
 
 
 @dataclass(frozen=True)

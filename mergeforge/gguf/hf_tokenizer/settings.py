@@ -16,7 +16,7 @@ def tokenizer_config(vocabulary: StoredVocabulary) -> dict[str, Any]:
     added = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in vocabulary.added_tokens}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False}
     config |= {"added_tokens_decoder": added}
-    if (context := header.get(f"{header.get('general.architecture')}.context_length")) is not None:
+    if isinstance(context := header.get(f"{header.get('general.architecture')}.context_length"), int):
         config["model_max_length"] = context
     if (space := vocabulary.get("add_space_prefix")) is not None:
         config["add_prefix_space"] = space

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from mergeforge.core.messages import WarningText
 from mergeforge.errors import SourceError
-from mergeforge.gguf.key_values import is_utf8
+from mergeforge.gguf.key_values import Value, is_utf8
 from mergeforge.gguf.reader import GGUFHeader
 from mergeforge.gguf.vocab.tokens import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
@@ -24,6 +26,10 @@ _ROLES = {
     "cls": ("cls",),
     "mask": ("mask",),
 }
+_SWITCHES = (
+    *("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces"),
+    *("normalizer.lowercase", "normalizer.strip_accents"),
+)
 # What llama.cpp takes where the keys are absent (src/llama-vocab.cpp, b11549).
 _USUAL = {
     "llama": {"bos": 1, "eos": 2, "unk": 0},
@@ -95,6 +101,11 @@ class StoredVocabulary:
         ]
 
 
+_SETTING_KINDS: dict[str, Callable[[Value], bool]] = {
+    "UTF-8 text": lambda value: value.kind == "string" and is_utf8(value.value),
+    "an array of bytes": lambda value: value.items in ("u8", "i8"),
+    "true or false": lambda value: value.kind == "bool",
+}
 _FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
@@ -115,7 +126,27 @@ def read_vocabulary(header: GGUFHeader, path: Path) -> StoredVocabulary:
         if len(values) != len(tokens):
             text = f"{path} has {len(tokens)} tokens, but {len(values)} values in tokenizer.ggml.{name}"
             raise SourceError(text, hint=_HINT)
+    if not all(map(math.isfinite, scores)):
+        raise SourceError(f"{path}: tokenizer.ggml.scores has values that are not finite", hint=_HINT)
+    _check_settings(header, path)
     return StoredVocabulary(path, header, tokens, types, scores, _merges(header, path))
+
+
+def _check_settings(header: GGUFHeader, path: Path) -> None:
+    """Raise SourceError for a chat template that is not text, and other settings of the wrong type."""
+    for key, value in header.keys.items():
+        if (kind := _setting_kind(key)) and not _SETTING_KINDS[kind](value):
+            raise SourceError(f"{path}: {key} is not {kind}", hint=_HINT)
+
+
+def _setting_kind(key: str) -> str:
+    """What the value of a key must be; "" for keys that are checked where they are read."""
+    if f"{key}.".startswith("tokenizer.chat_template."):
+        return "UTF-8 text"
+    name = key.removeprefix("tokenizer.ggml.")
+    if name == "precompiled_charsmap":
+        return "an array of bytes"
+    return "true or false" if name in _SWITCHES else ""
 
 
 def _array(header: GGUFHeader, path: Path, name: str, kind: Any) -> tuple[Any, ...]:

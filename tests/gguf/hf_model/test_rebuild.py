@@ -16,7 +16,7 @@ from mergeforge.gguf.architectures import ARCHITECTURES, build_spec
 from mergeforge.gguf.hf_model import rebuild
 from mergeforge.gguf.hf_model.classes import classes_of, known_architectures
 from mergeforge.gguf.hf_model.rope import solve_llama3
-from mergeforge.gguf.key_values import Value, f32, string, u32
+from mergeforge.gguf.key_values import Value, array, encode_key_values, f32, string, u32
 from mergeforge.gguf.reader import GGUFHeader, GGUFTensorInfo
 from mergeforge.io.disk import DiskFile
 
@@ -46,6 +46,11 @@ def header_of(config: dict[str, Any], stored: dict[str, Any], folder: Path, **ch
     return GGUFHeader({key: value for key, value in keys.items() if value is not None}, tensors, {})
 
 
+def stored_value(item: tuple[str, Value]) -> tuple[str, bytes]:
+    """A key and the bytes of its value in a file: of Grok 1's attn_output_multiplier, a float32 is left."""
+    return item[0], encode_key_values(dict([item]))
+
+
 @pytest.mark.parametrize("name", [name for name in GOLDEN if name not in {**OTHER_NAMES, **ONE_WAY}])
 def test_names_and_shapes_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     facts = GOLDEN[name]
@@ -53,8 +58,16 @@ def test_names_and_shapes_are_those_of_the_model(name: str, tmp_path: Path) -> N
     spec = build_spec(facts["config"], infos({key: tuple(shape) for key, shape in facts["stored"].items()}))
     wanted = {key: tuple(facts["stored"][key]) for key in spec.targets}
     assert {key: info.shape for key, info in model.tensors.items()} == wanted
-    differing = {key for key in spec.keys.keys() | model.spec.keys if spec.keys.get(key) != model.spec.keys.get(key)}
+    before, after = (dict(map(stored_value, keys.items())) for keys in (spec.keys, model.spec.keys))
+    differing = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert {key.partition(".")[2] for key in differing} <= UNSTATED
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_WAY if name in GOLDEN])
+def test_models_that_cannot_be_turned_back_are_refused(name: str, tmp_path: Path) -> None:
+    facts = GOLDEN[name]
+    with pytest.raises(SourceError):
+        rebuild.rebuild_model(header_of(facts["config"], facts["stored"], tmp_path), Path(name))
 
 
 def test_every_architecture_that_is_written_can_be_read() -> None:
@@ -123,6 +136,23 @@ def test_files_that_are_no_whole_model_are_refused(tmp_path: Path) -> None:
     assert "blk.1.ffn_up" in refusal(GGUFHeader(header.keys, fewer, {}))
     wrong = {**header.keys, "llama.embedding_length": u32(128)}
     assert "6 equal parts" in refusal(GGUFHeader({**wrong, "llama.attention.head_count": u32(3)}, header.tensors, {}))
+
+
+@pytest.mark.parametrize(
+    "value", [string("x"), f32(float("nan")), array("string", ["a"]), array("f32", [float("inf")])]
+)
+def test_keys_that_are_no_numbers_are_named(value: Value, tmp_path: Path) -> None:
+    facts = GOLDEN["llama"]
+    header = header_of(facts["config"], facts["stored"], tmp_path, rope__freq_base=value)
+    assert "llama.rope.freq_base is" in refusal(header) and "must be a number" in refusal(header)
+
+
+@pytest.mark.parametrize(("name", "key"), [("gemma4", "attention__key_length"), ("roberta", "context_length")])
+def test_sizes_that_no_model_has_are_refused(name: str, key: str, tmp_path: Path) -> None:
+    """Before an array of that length is made."""
+    facts = GOLDEN[name]
+    header = header_of(facts["config"], facts["stored"], tmp_path, **{key: u32(2**32 - 1)})
+    assert f"{key.replace('__', '.')} is 4294967295, but at most" in refusal(header)
 
 
 def test_keys_that_old_files_lack_get_the_default(tmp_path: Path) -> None:

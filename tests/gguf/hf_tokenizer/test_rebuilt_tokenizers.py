@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.pre_tokenizer_splits import STEPS, pre_tokenizer_steps
+from support.pre_tokenizer_splits import IGNORES_MERGES, STEPS, WITH_BOS, pre_tokenizer_steps
 from support.random_texts import random_texts
 from support.tokenizer_folders import (
     TEXTS,
@@ -32,8 +32,6 @@ from mergeforge.gguf.reader import GGUFHeader
 from mergeforge.gguf.vocab import vocabulary
 
 BOS = len(byte_level_model()[0])
-WITH_BOS = {"llama-bpe": "llama", "command-r": "cohere", "llama4": "llama4", "tekken": "mistral"}
-IGNORES_MERGES = ("llama-bpe", "tekken", "youtu", "minicpm5")
 
 
 def stored_keys(folder: Path, kind: str, files: Mapping[str, Any], rows: int, arch: str) -> dict[str, Value]:
@@ -173,11 +171,21 @@ def small(**changes: Value | None) -> dict[str, Value]:
         ({"model": string("rwkv")}, "kind rwkv"),
         ({"model": None}, "no vocabulary"),
         ({"pre": string("whitespace")}, "pre-tokenizer 'whitespace'"),
+        ({"scores": array("f32", [0.0, float("nan"), 1.0])}, "not finite"),
+        ({"add_bos_token": string("yes")}, "add_bos_token is not true or false"),
+        ({"precompiled_charsmap": u32(5)}, "precompiled_charsmap is not an array of bytes"),
     ],
 )
 def test_damaged_and_unknown_vocabularies_are_refused(changes: dict[str, Value | None], text: str) -> None:
     with pytest.raises(SourceError, match=text):
         rebuilt(small(**changes))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"])
+@pytest.mark.parametrize("value", [string("{{ a\udcff }}"), u32(5)])
+def test_chat_templates_must_be_text(name: str, value: Value) -> None:
+    with pytest.raises(SourceError, match=f"{name} is not UTF-8 text"):
+        rebuilt({**small(), name: value})
 
 
 def test_odd_keys_of_old_files_are_warnings() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.llama_engine import tokenize, write_vocabulary
-from support.pre_tokenizer_splits import STEPS, pre_tokenizer_steps
+from support.pre_tokenizer_splits import IGNORES_MERGES, STEPS, WITH_BOS, pre_tokenizer_steps
 from support.tokenizer_folders import (
     TEXTS,
     added_token,
@@ -27,8 +27,6 @@ from mergeforge.gguf.vocab import vocabulary
 
 pytest.importorskip("xllamacpp")
 BOS = len(byte_level_model()[0])
-WITH_BOS = {"llama-bpe": "llama", "command-r": "cohere", "llama4": "llama4", "tekken": "mistral"}
-IGNORES_MERGES = ("llama-bpe", "tekken", "youtu", "minicpm5")
 FAMILY = {**WITH_BOS, "olmo": "olmo", "dbrx": "phi3", "qwen2": "qwen2", "gpt-4o": "gpt_oss"}
 # The texts that llama.cpp splits differently from the original tokenizer. In the first three, marks of Indic scripts do
 # not count as letters; in the next, digits are not split one by one; in the last, spaces stay with digits.
