@@ -154,7 +154,7 @@ def make_spec(
 
 
 def unused_head(stored: HFTensor) -> RuleResult:
-    """A rule of families whose output llama.cpp computes from the embedding (see output_head_warnings)."""
+    """A rule of families whose output llama.cpp computes from the embedding (see output_head_notes)."""
     return "llama.cpp uses the embedding as the output of this family" if stored.name == "lm_head.weight" else None
 
 
