@@ -144,7 +144,7 @@ def check_vocabulary(tensors: Mapping[str, LazyTensor], checkpoint: ModelSource)
 
 def _tokens(info: TensorInfo) -> int:
     """The number of tokens that a tensor has entries for; BART's final_logits_bias is (1, tokens)."""
-    return info.shape[-1] if info.shape[0] == 1 else info.shape[0]
+    return info.columns if info.rows == 1 else info.rows
 
 
 def _pad_biases(tensors: dict[str, LazyTensor], ties: ModelTies, checkpoint: ModelSource) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mergeforge.core.messages import WarningText
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
-from mergeforge.gguf.architectures.engine_limits import output_head_warnings, sliding_window_warnings
+from mergeforge.gguf.architectures.engine_limits import output_head_notes, sliding_window_warnings
 from mergeforge.gguf.architectures.hparams import NO_SCALING, hparams
 from mergeforge.gguf.architectures.model import HFModel
 from mergeforge.gguf.architectures.tensor_mapping import ATTENTION, HFTensor, RuleResult, make_spec, unused_head
@@ -22,9 +23,9 @@ def command_r(model: HFModel) -> GGUFModelSpec:
     model = replace(model, config={**model.config, "max_position_embeddings": context})
     keys = hparams(model) | {"logit_scale": f32(model.require("logit_scale"))} | NO_SCALING
     small = model.layers < _LAYERS_WITH_NORMS and model.find("use_qk_norm")
-    notes = [*output_head_warnings(model)]
+    notes = [*output_head_notes(model)]
     if small:
-        notes.append(f"llama.cpp loads query and key norms only with {_LAYERS_WITH_NORMS} layers or more")
+        notes.append(WarningText(f"llama.cpp loads query and key norms only with {_LAYERS_WITH_NORMS} layers or more"))
     return make_spec(model, "command-r", keys, unused_head, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
 
 
@@ -38,9 +39,9 @@ def cohere2(model: HFModel) -> GGUFModelSpec:
         "rope.dimension_count": u32(int(part * (model.hidden // model.heads))),
         **NO_SCALING,
     }
-    notes = [*sliding_window_warnings(model, True, period=4), *output_head_warnings(model)]
+    notes = [*sliding_window_warnings(model, True, period=4), *output_head_notes(model)]
     if any(name.endswith(".bias") for name in model.tensors):
-        notes.append("llama.cpp's cohere2 has no biases: the result is right only if they are all zero")
+        notes.append(WarningText("llama.cpp's cohere2 has no biases: the result is right only if they are all zero"))
     return make_spec(model, "cohere2", keys, unused_head, biases, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergeforge.core.messages import WarningText
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.experts import stacked_experts
@@ -19,7 +20,7 @@ def cohere2_moe(model: HFModel) -> GGUFModelSpec:
     extra = prediction_layers(model, shift=0.0)
     notes = [*extra.notes]
     if any(name.endswith(".bias") for name in model.tensors):
-        notes.append("llama.cpp's cohere2moe has no biases: the result is right only if they are all zero")
+        notes.append(WarningText("llama.cpp's cohere2moe has no biases: the result is right only if they are all zero"))
     keys = hparams(model) | {"block_count": u32(model.layers + extra.count)} | _keys(model) | _shared_expert_keys(model)
     keys |= prediction_layer_keys(extra.count) | {"rope.dimension_count": u32(model.require("head_dim")), **NO_SCALING}
     return make_spec(

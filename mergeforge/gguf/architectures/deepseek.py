@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from mergeforge.core.messages import WarningText
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import permute_rope_heads
@@ -62,9 +63,8 @@ def deepseek(model: HFModel) -> GGUFModelSpec:
 def deepseek2(model: HFModel) -> GGUFModelSpec:
     notes = []
     if model.name == "DeepseekV3ForCausalLM" and model.find("scoring_func") is None:
-        notes.append(
-            "config.json has no scoring_func: llama.cpp uses softmax for the experts, but DeepSeek V3 needs sigmoid"
-        )
+        text = "config.json has no scoring_func: llama.cpp uses softmax for the experts, but DeepSeek V3 needs sigmoid"
+        notes.append(WarningText(text))
     rules = (tied_head, unused_layers, stacked_experts, decompression)
     return make_spec(model, "deepseek2", _keys(model), *rules, vocab="gpt2", required_per_block=_NEEDS, notes=notes)
 

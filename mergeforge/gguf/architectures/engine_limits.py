@@ -10,26 +10,32 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mergeforge.core.messages import WarningText
 from mergeforge.gguf.architectures.model import HFModel
 
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3", "su", "longrope", "mrope", "dynamic")
-_FACTORS = ("phi3", "phimoe", "minicpm")  # families whose longrope factors are in the file
+_IN_FILE = {"rope_freqs.weight", "rope_factors_long.weight"}  # tensors that scale the frequencies
+_DYNAMIC = ("hunyuan-dense", "hunyuan-moe", "hunyuan_vl")  # their scaling is fixed, and written as a base or a factor
 
 
-def rope_warnings(model: HFModel, arch: str, constants: Mapping[str, Any]) -> Iterator[str]:
+def rope_warnings(model: HFModel, arch: str, constants: Mapping[str, Any]) -> Iterator[WarningText]:
     """Types of rope scaling that llama.cpp does not implement. `constants`: tensors that the file gets."""
     rope = model.full_rope
     kind = str(rope.get("rope_type", "default"))
+    if _IN_FILE & constants.keys() or (arch in _DYNAMIC and kind in ("dynamic", "xdrope")):
+        return
     if kind == "dynamic":
-        yield "llama.cpp has no dynamic rope scaling: it does not scale texts longer than max_position_embeddings"
-    elif kind == "llama3" and "rope_freqs.weight" not in constants:
-        yield f"llama.cpp's {arch} has no llama3 rope scaling: positions are not scaled"
-    elif kind in ("su", "longrope") and arch not in _FACTORS:
-        yield f"llama.cpp's {arch} has no longrope: its factors are not written"
+        yield WarningText(
+            "llama.cpp has no dynamic rope scaling: it does not scale texts longer than max_position_embeddings"
+        )
+    elif kind == "llama3":
+        yield WarningText(f"llama.cpp's {arch} has no llama3 rope scaling: positions are not scaled")
+    elif kind in ("su", "longrope"):
+        yield WarningText(f"llama.cpp's {arch} has no longrope: its factors are not written")
     elif kind not in _ROPE_TYPES:
-        yield f"llama.cpp does not know the rope type '{kind}'"
+        yield WarningText(f"llama.cpp does not know the rope type '{kind}'")
     elif kind == "yarn" and (odd := _odd_attention_factor(rope)):
-        yield odd
+        yield WarningText(odd)
 
 
 def _odd_attention_factor(rope: Mapping[str, Any]) -> str:
@@ -44,28 +50,33 @@ def _odd_attention_factor(rope: Mapping[str, Any]) -> str:
     return ""
 
 
-def sliding_window_warnings(model: HFModel, writes_window: bool, period: int = 0) -> Iterator[str]:
+def sliding_window_warnings(model: HFModel, writes_window: bool, period: int = 0) -> Iterator[WarningText]:
     """Sliding windows that the file has no key for, or that are not in all layers except every `period`th."""
-    window = model.find("sliding_window")
-    if window and not writes_window and model.find("use_sliding_window") is not False:
-        yield f"llama.cpp attends to the whole context, but this model to the last {window} tokens (sliding_window)"
-    kinds = model.find("layer_types")
+    window, kinds = model.find("sliding_window"), model.find("layer_types")
+    is_used = model.find("use_sliding_window") is not False and (not kinds or "sliding_attention" in kinds)
+    if window and is_used and not writes_window:
+        yield WarningText(
+            f"llama.cpp attends to the whole context, but this model to the last {window} tokens (sliding_window)"
+        )
     if not period or not kinds:
         return
     slides = [kind == "sliding_attention" for kind in kinds]
     if slides != [(at + 1) % period != 0 for at in range(len(kinds))]:
-        yield f"llama.cpp has full attention in every {period}th layer, but layer_types in config.json says otherwise"
+        yield WarningText(
+            f"llama.cpp has full attention in one layer of every {period}, but layer_types of this model says otherwise"
+        )
 
 
-def attention_scale_warnings(model: HFModel, arch: str) -> Iterator[str]:
+def attention_scale_warnings(model: HFModel, arch: str) -> Iterator[WarningText]:
     """Gemma's query_pre_attn_scalar: llama.cpp uses the head size, or hidden / heads for a 27B."""
-    large = {"gemma2": 46, "gemma3": 62}[arch]
+    large = {"gemma2": 46, "gemma3": 62}.get(arch)
     used = model.hidden // model.heads if model.layers == large else model.head_dim
     scalar = model.find("query_pre_attn_scalar")
     if scalar is not None and scalar != used:
-        yield f"llama.cpp scales attention for query_pre_attn_scalar {used}, but this model has {scalar}"
+        yield WarningText(f"llama.cpp scales attention for query_pre_attn_scalar {used}, but this model has {scalar}")
 
 
-def output_head_warnings(model: HFModel) -> Iterator[str]:
+def output_head_notes(model: HFModel) -> Iterator[str]:
+    """A head that is dropped. One that differs from the embedding is an error (see planner/gguf.py)."""
     if "lm_head.weight" in model.tensors:
         yield "lm_head.weight is not written: llama.cpp uses the embedding as the output of this family"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergeforge.core.messages import WarningText
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.constants import rope_freq_factors_llama3
 from mergeforge.gguf.architectures.experts import stacked_experts
@@ -63,7 +64,9 @@ def exaone4(model: HFModel) -> GGUFModelSpec:
     keys = hparams(model) | {"vocab_size": u32(model.require("vocab_size"))} | _window(model)
     constants = rope_freq_factors_llama3(model, factor=16.0)
     slides = model.layers != _LAYERS_OF_32B and model.find("sliding_window") is not None
-    notes = [f"llama.cpp's exaone4 has a sliding window only with {_LAYERS_OF_32B} layers"] if slides else ()
+    notes = (
+        [WarningText(f"llama.cpp's exaone4 has a sliding window only with {_LAYERS_OF_32B} layers")] if slides else ()
+    )
     return make_spec(model, "exaone4", keys, vocab="gpt2", required_per_block=_AFTER, constants=constants, notes=notes)
 
 

@@ -6,7 +6,7 @@ from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.engine_limits import (
     attention_scale_warnings,
-    output_head_warnings,
+    output_head_notes,
     sliding_window_warnings,
 )
 from mergeforge.gguf.architectures.hparams import FILE_TYPE, head_sizes, hparams, optional
@@ -20,7 +20,7 @@ _AROUND = (*GATED, "post_attention_norm", "post_ffw_norm")  # Gemma 2 and 3 have
 @architecture("GemmaForCausalLM")
 def gemma(model: HFModel) -> GGUFModelSpec:
     keys = _own_keys(model)
-    return make_spec(model, "gemma", keys, unused_head, norms, vocab="gemma", notes=output_head_warnings(model))
+    return make_spec(model, "gemma", keys, unused_head, norms, vocab="gemma", notes=output_head_notes(model))
 
 
 @architecture("Gemma2ForCausalLM")
@@ -41,7 +41,7 @@ def gemma2(model: HFModel) -> GGUFModelSpec:
         notes=(
             *attention_scale_warnings(model, "gemma2"),
             *sliding_window_warnings(model, True, period=2),
-            *output_head_warnings(model),
+            *output_head_notes(model),
         ),
     )
 

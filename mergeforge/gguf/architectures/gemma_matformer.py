@@ -10,6 +10,7 @@ import numpy as np
 
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
+from mergeforge.gguf.architectures.engine_limits import attention_scale_warnings
 from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.gemma import embedding, norms
 from mergeforge.gguf.architectures.hparams import head_sizes, hparams, layer_counts, optional
@@ -36,7 +37,7 @@ def embedding_gemma(model: HFModel) -> GGUFModelSpec:
         norms,
         vocab="gemma3",
         required_per_block=_AROUND,
-        notes=pooling_notes(model),
+        notes=(*attention_scale_warnings(model, "gemma-embedding"), *pooling_notes(model)),
     )
 
 

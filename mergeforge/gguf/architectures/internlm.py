@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergeforge.core.messages import WarningText
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import permute_rope_heads
 from mergeforge.gguf.architectures.hparams import hparams
@@ -32,7 +33,9 @@ def baichuan(model: HFModel) -> GGUFModelSpec:
         "rope.dimension_count": u32(model.hidden // model.heads),
     }
     second = model.find("vocab_size") == _BAICHUAN_2_SIZE
-    notes = ["Baichuan 2 normalizes the rows of lm_head before use, but llama.cpp does not"] if second else ()
+    notes = (
+        [WarningText("Baichuan 2 normalizes the rows of lm_head before use, but llama.cpp does not")] if second else ()
+    )
     return make_spec(model, "baichuan", keys, split_packed_heads, vocab="spm", notes=notes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from mergeforge.core.messages import WarningText
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.attention import permute_rope_heads
 from mergeforge.gguf.architectures.constants import rope_freq_factors_llama3
@@ -80,9 +81,8 @@ def smollm3(model: HFModel) -> GGUFModelSpec:
     rope = model.find("no_rope_layers")
     usual = [int((at + 1) % 4 != 0) for at in range(model.layers)]
     odd = model.find("no_rope_layer_interval") not in (None, 4) if rope is None else rope != usual
-    return like_llama(
-        model, "smollm3", notes=["llama.cpp has no rope in every fourth layer, but this model differs"] if odd else ()
-    )
+    notes = [WarningText("llama.cpp has no rope in every fourth layer, but this model differs")] if odd else ()
+    return like_llama(model, "smollm3", notes=notes)
 
 
 @architecture("ArceeForCausalLM")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mergeforge.core.messages import WarningText
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.constants import rope_factors_longrope
@@ -45,8 +46,8 @@ def phimoe(model: HFModel) -> GGUFModelSpec:
         "expert_used_count": u32(model.require("num_experts_per_tok", "num_experts_per_token")),
         "expert_count": u32(model.require("num_local_experts", "num_experts")),
     }
-    note = "llama.cpp weights the selected experts by softmax, Phi-3.5-MoE by its sparse mixer: answers differ slightly"
-    return _phi3(model, "phimoe", keys, stacked_experts, notes=(note,))
+    text = "llama.cpp weights the selected experts by softmax, Phi-3.5-MoE by its sparse mixer: answers differ slightly"
+    return _phi3(model, "phimoe", keys, stacked_experts, notes=(WarningText(text),))
 
 
 def _phi3(model: HFModel, arch: str, more: dict[str, Value], *rules: Rule, notes: Sequence[str] = ()) -> GGUFModelSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergeforge.core.messages import WarningText
 from mergeforge.gguf.architectures import GGUFModelSpec, architecture
 from mergeforge.gguf.architectures.experts import stacked_experts
 from mergeforge.gguf.architectures.hparams import hparams, optional
@@ -46,10 +47,8 @@ def qwen2moe(model: HFModel) -> GGUFModelSpec:
 
 @architecture("Qwen3MoeForCausalLM")
 def qwen3moe(model: HFModel) -> GGUFModelSpec:
-    notes = [
-        "llama.cpp normalizes the weights of the selected experts, but this model (norm_topk_prob: false) does not"
-    ]
-    return _with_experts(model, "qwen3moe", () if model.find("norm_topk_prob") else notes)
+    text = "llama.cpp normalizes the weights of the selected experts, but this model (norm_topk_prob: false) does not"
+    return _with_experts(model, "qwen3moe", () if model.find("norm_topk_prob") else (WarningText(text),))
 
 
 @architecture("RND1")
@@ -60,7 +59,7 @@ def rnd1(model: HFModel) -> GGUFModelSpec:
     return make_spec(model, "rnd1", keys, stacked_experts, vocab="gpt2", required_per_block=_NORMED)
 
 
-def _with_experts(model: HFModel, arch: str, notes: tuple[str, ...] | list[str]) -> GGUFModelSpec:
+def _with_experts(model: HFModel, arch: str, notes: tuple[str, ...]) -> GGUFModelSpec:
     return make_spec(model, arch, expert_keys(model), stacked_experts, vocab="gpt2", notes=notes)
 
 

@@ -42,6 +42,7 @@ _F32_PARTS = frozenset(
         "indexer.proj",
     )
 )  # F32 in the converter's files of any type; so are norms, 1-D tensors and tensors that are not weights
+_MATRICES = ("token_embd.weight", "output.weight")
 _WITHOUT_ARCH = ("general.", "tokenizer.", "diffusion.")  # keys that do not start with the architecture
 IN_MMPROJ = "not part of the text model: in llama.cpp it belongs in an mmproj file"
 _BUFFERS = (".masked_bias", ".attention.bias", ".attn.bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
@@ -89,7 +90,7 @@ class HFTensor:
 
     def tensor(self, tensor: str = "", shape: tuple[int, ...] = (), **options: Any) -> TensorTarget:
         """A target in a GGUF tensor, by default the tensor of its own name and shape."""
-        tensor, shape = tensor or self.gguf_name(), shape or self.info.shape
+        tensor, shape = tensor or self.gguf_name(), shape or self.info.shape or (1,)
         return TensorTarget(tensor, shape, f32=stays_f32(tensor, shape), **options)
 
     def block_tensor(self, part: str, shape: tuple[int, ...] = (), **options: Any) -> TensorTarget:
@@ -154,7 +155,7 @@ def make_spec(
 
 
 def unused_head(stored: HFTensor) -> RuleResult:
-    """A rule of families whose output llama.cpp computes from the embedding (see output_head_warnings)."""
+    """A rule of families whose output llama.cpp computes from the embedding (see output_head_notes)."""
     return "llama.cpp uses the embedding as the output of this family" if stored.name == "lm_head.weight" else None
 
 
@@ -232,7 +233,7 @@ def _in_layer(need: str, layer: int) -> str:
 
 
 def check_filled(tensors: Mapping[str, TensorInfo], places: Mapping[str, tuple[TensorTarget, ...]]) -> None:
-    """Raise SourceError unless every GGUF tensor has one shape and is filled exactly."""
+    """Raise SourceError unless every GGUF tensor has one shape, which is possible, and is filled exactly."""
     shapes: dict[str, tuple[int, ...]] = {}
     filled: dict[str, int] = {}
     for name, place in _each_target(places):
@@ -241,6 +242,9 @@ def check_filled(tensors: Mapping[str, TensorInfo], places: Mapping[str, tuple[T
                 f"{name}: shape {place.shape} of {place.tensor}, but others have {shapes[place.tensor]}",
                 hint="config.json and weights do not match",
             )
+        if place.tensor in _MATRICES and len(place.shape) != 2:
+            text = f"{name} has shape {tensors[name].shape}, but {place.tensor} is a matrix"
+            raise SourceError(text, hint="the checkpoint is damaged, or config.json belongs to another model")
         filled[place.tensor] = filled.get(place.tensor, 0) + _elements(place, tensors[name])
     for tensor, shape in shapes.items():
         if filled[tensor] != math.prod(shape):

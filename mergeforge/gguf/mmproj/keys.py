@@ -35,8 +35,8 @@ def vision_keys(model: MultimodalModel) -> dict[str, Value]:
         "clip.vision.feed_forward_length": u32(find(vision, "intermediate_size", "vt_intermediate_size")),
         "clip.vision.block_count": u32(layer_count(vision)),
         "clip.vision.attention.head_count": u32(find(vision, *_HEADS)),
-        "clip.vision.image_mean": array("f32", model.setting("image_mean")),
-        "clip.vision.image_std": array("f32", model.setting("image_std")),
+        "clip.vision.image_mean": array("f32", model.channel_values("image_mean")),
+        "clip.vision.image_std": array("f32", model.channel_values("image_std")),
     }
 
 

@@ -24,6 +24,8 @@ _NOT_TEXT = "part of the text model"
 _SUFFIXES = (".weight", ".bias", ".input_max", ".input_min", ".output_max", ".output_min")
 _MOST_LAYERS = 128  # that gguf-py's names are made for; the converter's number for files with two towers
 _POSITIONS = re.compile(r"[va]\.position_embd\.weight")
+_OF_BLOCK = re.compile(r"v\.blk\.\d+\.(attn_q|attn_k|attn_v|attn_qkv|attn_out|ffn_up|ffn_gate|ffn_down)\.weight")
+_TO_HIDDEN = ("attn_out", "ffn_down")  # the others are computed from hidden_size values
 F16_IN_F16 = ("F16", "F32")  # the type in F16 files, and the type in others
 ALWAYS_F32 = ("F32", "F32")
 ALWAYS_F16 = ("F16", "F16")
@@ -107,6 +109,7 @@ def make_mmproj(
                 types[target.tensor] = fixed
     _check_required(model, targets, required)
     check_filled(model.tensors, targets)
+    _check_sizes(model, keys, targets)
     return GGUFModelSpec(ARCH, dict(keys), targets, "", dropped, fixed_types=types)
 
 
@@ -198,6 +201,25 @@ def _check_required(
         what = "the model has no towers" if not targets else f"no tensor becomes {format_list(missing)}"
         hint = "write the mmproj file from the base model, which has them"
         raise SourceError(f"{what}: an mmproj file of {model.name} needs them", hint=hint)
+
+
+def _check_sizes(
+    model: MultimodalModel, keys: Mapping[str, Value], targets: Mapping[str, tuple[TensorTarget, ...]]
+) -> None:
+    """Raise SourceError where weights of the vision tower do not have the sizes that config.json states."""
+    if "clip.vision.embedding_length" not in keys:
+        return
+    hidden, patch = (keys[f"clip.vision.{key}"].value for key in ("embedding_length", "patch_size"))
+    for name, target in ((name, target) for name, some in targets.items() for target in some):
+        block = _OF_BLOCK.fullmatch(target.tensor)
+        if target.tensor.startswith("v.patch_embd.weight"):
+            fits = target.shape[0] == hidden and math.prod(target.shape[1:]) == 3 * patch**2
+        else:
+            fits = not block or target.shape[0 if block[1] in _TO_HIDDEN else -1] == hidden
+        if not fits:
+            shape = model.tensors[name].shape
+            text = f"{name} {shape} does not fit hidden_size {hidden} and patch_size {patch} of the vision tower"
+            raise SourceError(text, hint="config.json and weights do not match: compare them with the base model")
 
 
 def blocks(count: int, *parts: str, tower: str = "v") -> list[str]:

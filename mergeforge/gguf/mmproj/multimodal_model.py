@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,8 +34,8 @@ class MultimodalModel:
 
     @staticmethod
     def of(name: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], files: AuxFiles) -> MultimodalModel:
-        whole = config.get("thinker_config") or config
-        vision, audio = with_defaults(whole.get("vision_config") or {}), with_defaults(whole.get("audio_config") or {})
+        whole = _part(config, "thinker_config") or config
+        vision, audio = (with_defaults(_part(whole, key)) for key in ("vision_config", "audio_config"))
         return MultimodalModel(name, config, vision, audio, _processor(files), tensors, files)
 
     @property
@@ -59,6 +60,14 @@ class MultimodalModel:
             raise SourceError(text, hint="copy the file from the base model")
         return self.processor[key]
 
+    def channel_values(self, key: str) -> list[float]:
+        """A setting of three numbers, one for each color channel. Raises SourceError if it is something else."""
+        values = self.setting(key)
+        if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
+            text = f"preprocessor_config.json: {key} must be a list of three numbers, not {values!r:.80}"
+            raise SourceError(text, hint="copy the file from the base model")
+        return values
+
     def token_id(self, token: str) -> int:
         """The id of an added token. Raises SourceError if the tokenizer has no such token."""
         for name, entries in (("tokenizer_config.json", "added_tokens_decoder"), ("tokenizer.json", "added_tokens")):
@@ -70,6 +79,10 @@ class MultimodalModel:
         raise SourceError(f"the tokenizer has no token {token}, which an mmproj file of {self.name} needs")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def find(part: Mapping[str, Any], *keys: str) -> Any:
     """The value of the first key that a part of the config has. Raises SourceError if it has none of them, or null."""
     value = next((part[key] for key in keys if part.get(key) is not None), None)
@@ -78,6 +91,14 @@ def find(part: Mapping[str, Any], *keys: str) -> Any:
         hint = "copy it from the base model"
         raise SourceError(f"config.json: a tower has no {names}, which an mmproj file needs", hint=hint)
     return value
+
+
+def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of config.json; empty if it is missing. Raises SourceError if it is not an object."""
+    part = config.get(key) or {}
+    if not isinstance(part, Mapping):
+        raise SourceError(f"config.json: {key} is not an object", hint="copy it from the base model")
+    return part
 
 
 def _processor(files: AuxFiles) -> dict[str, Any]:

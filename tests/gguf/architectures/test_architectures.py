@@ -27,6 +27,7 @@ from support.gguf_models import (
 )
 from support.llama_cpp_tools import convert, needs_converter, read
 
+from mergeforge.core.messages import warnings_in
 from mergeforge.core.tensor_info import TensorInfo
 from mergeforge.errors import SourceError
 from mergeforge.gguf.architectures import ARCHITECTURES, GGUFModelSpec, build_spec, class_name
@@ -318,6 +319,7 @@ def test_a_model_without_its_prediction_layers_is_written_without_them() -> None
 
 def test_settings_that_llama_cpp_ignores_give_a_warning() -> None:
     odd_yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    sliding = {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}
     scaled = odd_yarn | {"mscale": 2.0, "mscale_all_dim": 1.0}
     for name, change, word in (
         ("qwen2", {"rope_parameters": odd_yarn | {"attention_factor": 2.0}}, "attention factor"),
@@ -325,18 +327,39 @@ def test_settings_that_llama_cpp_ignores_give_a_warning() -> None:
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic"}}, "dynamic"),
         ("qwen2", {"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
         ("qwen2", {"rope_parameters": {"rope_type": "curled"}}, "'curled'"),
-        ("qwen2", {"sliding_window": 64, "use_sliding_window": True}, "last 64 tokens"),
-        ("gemma3", {"layer_types": ["full_attention"] * 2}, "every 6th layer"),
+        ("qwen2", sliding, "last 64 tokens"),
+        ("gemma3", {"layer_types": ["full_attention"] * 2}, "one layer of every 6"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "no rope"),
         ("cohere", {"use_qk_norm": True}, "64 layers"),
         ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob"),
         ("gemma2", {"query_pre_attn_scalar": 48}, "query_pre_attn_scalar"),
+        ("gemma3", {"query_pre_attn_scalar": 48}, "query_pre_attn_scalar"),
         ("deepseek3", {"scoring_func": None}, "scoring_func"),
-        ("bert", {}, "--pooling"),
     ):
         config, shapes = golden_model(name)
-        assert not build_spec(config, infos(shapes)).notes or name == "bert"
-        assert word in " ".join(build_spec({**config, **change}, infos(shapes)).notes)
+        assert not build_spec(config, infos(shapes)).notes
+        (warning,) = warnings_in(build_spec({**config, **change}, infos(shapes)).notes)
+        assert word in warning
+
+
+def test_settings_that_the_file_holds_give_no_warning() -> None:
+    """Gemma 4's and HunYuan's rope, MiniCPM 3's factors, and a window that no layer uses."""
+    for name in ("gemma4", "hunyuan-vl", "dots1"):
+        config, shapes = golden_model(name)
+        assert not build_spec(config, infos(shapes)).notes, name
+    config, shapes = golden_model("minicpm3")
+    factors = [1.0] * (config["qk_rope_head_dim"] // 2)
+    rope = {"rope_type": "longrope", "long_factor": factors, "short_factor": factors}
+    assert not build_spec({**config, "rope_scaling": rope}, infos(shapes)).notes
+
+
+def test_other_differences_are_told() -> None:
+    """PhiMoE's router, of which llama.cpp always differs, is a warning; the pooling that a BERT lacks is a note."""
+    config, shapes = golden_model("phimoe")
+    assert "sparse mixer" in warnings_in(build_spec(config, infos(shapes)).notes)[0]
+    config, shapes = golden_model("bert")
+    notes = build_spec(config, infos(shapes)).notes
+    assert "--pooling" in " ".join(notes) and not warnings_in(notes)
 
 
 def test_rows_beyond_the_vocabulary_are_dropped() -> None:

@@ -157,6 +157,60 @@ def test_types_are_named_as_those_of_models(tmp_path: Path, capsys: pytest.Captu
     assert "mmproj-gemma3-F16.gguf" in said and "mergeforge chat" not in said
 
 
+@pytest.mark.parametrize(("vision", "processor", "message"), [
+    ([1], {}, "vision_config is not an object"),
+    ("x", {}, "vision_config is not an object"),
+    ({}, {"image_mean": "0.5"}, "image_mean must be a list of three numbers, not '0.5'"),
+    ({}, {"image_mean": [0.5]}, "image_mean must be a list of three numbers"),
+    ({}, {"image_std": [0.5, 0.5, float("nan")]}, "image_std must be a list of three numbers"),
+    ({"patch_size": 7}, {}, "does not fit hidden_size 64 and patch_size 7"),
+    ({"hidden_size": 32}, {}, "does not fit hidden_size 32 and patch_size 14"),
+])  # fmt: skip
+def test_wrong_values_are_refused(vision: Any, processor: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = golden_folder("gemma3", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    vision = {**config["vision_config"], **vision} if isinstance(vision, dict) else vision
+    (folder / "config.json").write_text(json.dumps({**config, "vision_config": vision}))
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **processor}))
+    with pytest.raises(SourceError, match=message):
+        write_towers(folder, "f16", tmp_path / "towers.gguf")
+
+
+@pytest.mark.parametrize("text", ["{nope", "[1]", '"x"', ""])
+def test_a_processor_file_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
+    folder = golden_folder("gemma3", tmp_path)
+    (folder / "preprocessor_config.json").write_text(text)
+    with pytest.raises(SourceError, match=r"preprocessor_config\.json"):
+        write_towers(folder, "f16", tmp_path / "towers.gguf")
+
+
+def test_weights_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    """One weight of a block has fewer columns than its input has values."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = golden_folder("gemma3", tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    name = next(name for name in stored if name.endswith("layers.1.self_attn.q_proj.weight") and "vision" in name)
+    save_file(stored | {name: stored[name][:, :-1].copy()}, folder / "model.safetensors")
+    with pytest.raises(SourceError, match=r"q_proj\.weight \(64, 63\) does not fit hidden_size 64"):
+        write_towers(folder, "f16", tmp_path / "towers.gguf")
+
+
+def test_tensors_of_the_text_model_without_dimensions_are_refused(tmp_path: Path) -> None:
+    """The head, and the embedding."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    folder = golden_folder("exaone4.5", tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        assert name in stored
+        save_file(stored | {name: np.zeros((), "float32")}, folder / "model.safetensors")
+        with pytest.raises(SourceError, match=rf"{name} has shape \(\), but"):
+            mergeforge.convert_to_gguf(folder, ["f16"], out=tmp_path / "out", device="cpu")
+
+
 def test_a_model_without_its_towers_names_the_base(tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
